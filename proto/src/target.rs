@@ -24,7 +24,7 @@ pub struct Target {
     pub port: u16,
 }
 
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidTarget {
     #[error("no port: write HOST:PORT, or [ADDRESS]:PORT for IPv6")]
     NoPort,
@@ -53,9 +53,13 @@ impl Host {
                 && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
         };
         let name = s.strip_suffix('.').unwrap_or(s);
-        // "1.2.3", "0x7f.1" and "2130706433" are names by syntax and addresses to some resolvers.
-        let numeric = name.rsplit('.').next().is_none_or(|last| last.starts_with(|c: char| c.is_ascii_digit()));
-        if name.len() > 253 || !name.split('.').all(label) || numeric && !name.contains(|c: char| c.is_ascii_alphabetic() && c != 'x' && c != 'X') {
+        // "127.1", "0x7f.1" and "2130706433" are names by syntax, and addresses to some resolvers.
+        let last = name.rsplit('.').next().unwrap_or_default();
+        let numeric = match last.strip_prefix("0x").or(last.strip_prefix("0X")) {
+            Some(hex) => hex.bytes().all(|b| b.is_ascii_hexdigit()),
+            None => last.bytes().all(|b| b.is_ascii_digit()),
+        };
+        if name.len() > 253 || numeric || !name.split('.').all(label) {
             return Err(InvalidTarget::Host);
         }
         Ok(Self::Name(name.to_ascii_lowercase()))

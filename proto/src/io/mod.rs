@@ -1,1 +1,14 @@
-//! To come.
+//! The pieces with sockets that both agents use: links, the multiplexer's and the channel's streams, the
+//! half-closing relay, task ownership, admin endpoints, telemetry.
+
+pub mod admin;
+pub mod channel;
+pub mod dialer;
+pub mod handshake;
+pub mod link;
+pub mod mux;
+pub mod relay;
+pub mod ssh;
+pub mod stream;
+pub mod tasks;
+pub mod telemetry;

@@ -1,0 +1,196 @@
+//! How single values are written: the types that both agents' configurations use.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    ops::RangeInclusive,
+    path::PathBuf,
+    time::Duration,
+};
+
+use ipnet::IpNet;
+
+use super::{At, Kind};
+use crate::{NodeName, Target, io::telemetry::LogFormat};
+
+/// A type with one way of being written in a configuration.
+pub trait Value: Sized {
+    /// `None` where the node can't be read as this type, which has been reported then.
+    fn read(at: &At<'_>) -> Option<Self>;
+}
+
+/// A file mode, written as four octal digits: `"0660"`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mode(pub u32);
+
+/// TCP ports from 1 to 65535: `80`, `"80-90"`, or a list of such.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ports(pub Vec<RangeInclusive<u16>>);
+
+impl Ports {
+    pub fn all() -> Self {
+        Self(vec![1..=u16::MAX])
+    }
+}
+
+impl Value for String {
+    fn read(at: &At<'_>) -> Option<Self> {
+        let text = at.text()?;
+        if text.is_empty() {
+            at.error("is empty");
+            return None;
+        }
+        Some(text.to_owned())
+    }
+}
+
+impl Value for PathBuf {
+    fn read(at: &At<'_>) -> Option<Self> {
+        at.path()
+    }
+}
+
+impl Value for bool {
+    fn read(at: &At<'_>) -> Option<Self> {
+        match at.scalar("true or false")? {
+            ("true", true) => Some(true),
+            ("false", true) => Some(false),
+            (text, _) => at.complain(text, "expected true or false"),
+        }
+    }
+}
+
+impl Value for u32 {
+    fn read(at: &At<'_>) -> Option<Self> {
+        match at.scalar("a whole number")? {
+            (text, true) if text.bytes().all(|b| b.is_ascii_digit()) => match text.parse() {
+                Ok(number) => Some(number),
+                Err(_) => at.complain(text, "is too large"),
+            },
+            (text, _) => at.complain(text, "expected a whole number, without quotes"),
+        }
+    }
+}
+
+impl Value for u16 {
+    fn read(at: &At<'_>) -> Option<Self> {
+        let number = u32::read(at)?;
+        u16::try_from(number).ok().or_else(|| at.complain(&number.to_string(), "is not in the range 0 to 65535"))
+    }
+}
+
+impl Value for Duration {
+    fn read(at: &At<'_>) -> Option<Self> {
+        let (text, _) = at.scalar("a duration such as 15s or 250ms")?;
+        if text.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
+            return at.complain(text, "has no unit: write a duration with one, such as 15s or 250ms");
+        }
+        match humantime::parse_duration(text) {
+            Ok(duration) => Some(duration),
+            Err(error) => at.complain(text, &format!("expected a duration such as 15s or 250ms: {error}")),
+        }
+    }
+}
+
+impl Value for SocketAddr {
+    fn read(at: &At<'_>) -> Option<Self> {
+        let (text, _) = at.scalar("ADDRESS:PORT")?;
+        let expected = "expected ADDRESS:PORT with a numeric address, such as 127.0.0.1:9070 or [::]:2222";
+        text.parse().ok().or_else(|| at.complain(text, expected))
+    }
+}
+
+impl Value for IpAddr {
+    fn read(at: &At<'_>) -> Option<Self> {
+        let (text, _) = at.scalar("an IP address")?;
+        let address: Option<IpAddr> = text.parse().ok();
+        let address = address.map(|address| address.to_canonical());
+        address.or_else(|| at.complain(text, "expected an IP address, such as 10.0.0.5 or fd00::5"))
+    }
+}
+
+impl Value for IpNet {
+    fn read(at: &At<'_>) -> Option<Self> {
+        let (text, _) = at.scalar("a network")?;
+        let Ok(net) = text.parse::<IpNet>() else {
+            return at.complain(text, "expected a network ADDRESS/BITS, such as 10.244.1.0/24");
+        };
+        if net.trunc() != net {
+            return at.complain(text, &format!("has bits beyond its prefix: write {}", net.trunc()));
+        }
+        if let IpNet::V6(v6) = net
+            && v6.addr().to_ipv4_mapped().is_some()
+        {
+            return at.complain(text, "is an IPv4-mapped network: write it as IPv4");
+        }
+        Some(net)
+    }
+}
+
+impl Value for NodeName {
+    fn read(at: &At<'_>) -> Option<Self> {
+        let (text, _) = at.scalar("a node's name")?;
+        text.parse().map_err(|error: crate::name::InvalidNodeName| at.error(error.to_string())).ok()
+    }
+}
+
+impl Value for Target {
+    fn read(at: &At<'_>) -> Option<Self> {
+        let (text, _) = at.scalar("HOST:PORT")?;
+        let parsed = text.parse::<Self>();
+        parsed.or_else(|error| at.complain(text, &error.to_string()).ok_or(error)).ok()
+    }
+}
+
+impl Value for LogFormat {
+    fn read(at: &At<'_>) -> Option<Self> {
+        match at.scalar("text or json")? {
+            ("text", _) => Some(Self::Text),
+            ("json", _) => Some(Self::Json),
+            (text, _) => at.complain(text, "expected text or json"),
+        }
+    }
+}
+
+impl Value for Mode {
+    fn read(at: &At<'_>) -> Option<Self> {
+        let expected = "expected a mode as four octal digits, such as \"0660\"";
+        let (text, _) = at.scalar("a mode")?;
+        match u32::from_str_radix(text, 8) {
+            Ok(mode) if text.len() == 4 && text.starts_with('0') => Some(Self(mode)),
+            Ok(_) | Err(_) => at.complain(text, expected),
+        }
+    }
+}
+
+impl Value for Ports {
+    fn read(at: &At<'_>) -> Option<Self> {
+        let ranges = match &at.node.kind {
+            Kind::List(items) if items.is_empty() => return at.complain("[]", "names no port"),
+            Kind::List(_) => at.items().iter().map(port_range).collect::<Vec<_>>(),
+            Kind::Scalar { .. } | Kind::Map(_) | Kind::Bad => vec![port_range(at)],
+        };
+        ranges.into_iter().collect::<Option<Vec<_>>>().map(Self)
+    }
+}
+
+fn port_range(at: &At<'_>) -> Option<RangeInclusive<u16>> {
+    let (text, _) = at.scalar("a port or a range of ports")?;
+    let port = |text: &str| text.parse::<u16>().ok().filter(|port| *port > 0 && !text.starts_with('+'));
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    match (port(first.trim()), port(last.trim())) {
+        (Some(first), Some(last)) if first <= last => Some(first..=last),
+        (Some(_), Some(_)) => at.complain(text, "ends before it begins"),
+        (Some(_), None) | (None, Some(_)) | (None, None) => {
+            at.complain(text, "expected a port from 1 to 65535 or a range such as \"8000-8090\"")
+        }
+    }
+}
+
+impl At<'_> {
+    /// Reports the text that stands here and what is wrong with it.
+    pub fn complain<T>(&self, text: &str, message: &str) -> Option<T> {
+        let shown: String = text.chars().take(80).collect();
+        self.error(format!("{shown:?}: {message}"));
+        None
+    }
+}

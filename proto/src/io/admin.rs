@@ -1,0 +1,133 @@
+//! Small HTTP/1.1 endpoints for people and monitoring: `/livez`, `/readyz`, `/metrics`, and what an agent
+//! adds. Loopback or a Unix socket only; there is no authentication here.
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::{Request, Response, StatusCode, body::Incoming, header, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use prometheus_client::registry::Registry;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, UnixListener},
+    sync::Semaphore,
+};
+
+use super::tasks::Tasks;
+
+/// Connections served at once.
+const CONNECTIONS: usize = 64;
+
+/// An answer: status, content type, body.
+pub type Answer = (StatusCode, &'static str, String);
+
+/// What an agent serves beside metrics.
+pub trait Admin: Send + Sync + 'static {
+    /// `Err` says why the agent is not ready.
+    fn ready(&self) -> Result<(), String>;
+
+    /// Further paths; `None` is 404.
+    fn get(&self, path: &str, query: &str) -> Option<Answer>;
+}
+
+/// The endpoints, and what they show.
+#[derive(Clone)]
+pub struct Endpoints {
+    pub registry: Arc<Registry>,
+    pub admin: Arc<dyn Admin>,
+}
+
+impl Endpoints {
+    /// Serves TCP connections until the group is cancelled.
+    pub async fn serve_tcp(self, listener: TcpListener, tasks: Tasks) {
+        let permits = Arc::new(Semaphore::new(CONNECTIONS));
+        loop {
+            let Ok(permit) = permits.clone().acquire_owned().await else { return };
+            match listener.accept().await {
+                Ok((socket, _)) => {
+                    let _ = socket.set_nodelay(true);
+                    let connection = self.clone().connection(socket);
+                    tasks.spawn(async move {
+                        connection.await;
+                        drop(permit);
+                    });
+                }
+                Err(e) => accept_error(&e).await,
+            }
+        }
+    }
+
+    /// Serves connections of a Unix socket until the group is cancelled.
+    pub async fn serve_unix(self, listener: UnixListener, tasks: Tasks) {
+        let permits = Arc::new(Semaphore::new(CONNECTIONS));
+        loop {
+            let Ok(permit) = permits.clone().acquire_owned().await else { return };
+            match listener.accept().await {
+                Ok((socket, _)) => {
+                    let connection = self.clone().connection(socket);
+                    tasks.spawn(async move {
+                        connection.await;
+                        drop(permit);
+                    });
+                }
+                Err(e) => accept_error(&e).await,
+            }
+        }
+    }
+
+    async fn connection<S: AsyncRead + AsyncWrite + Unpin>(self, socket: S) {
+        let service = service_fn(|request: Request<Incoming>| {
+            let response = self.respond(&request);
+            async move { Ok::<_, Infallible>(response) }
+        });
+        let served = hyper::server::conn::http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(Duration::from_secs(10))
+            .max_headers(64)
+            .serve_connection(TokioIo::new(socket), service)
+            .await;
+        if let Err(error) = served {
+            tracing::debug!(%error, "admin connection failed");
+        }
+    }
+
+    fn respond(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        let text = "text/plain; charset=utf-8";
+        let path = request.uri().path();
+        let (status, content_type, body) = if request.method() != hyper::Method::GET {
+            (StatusCode::METHOD_NOT_ALLOWED, text, "only GET is served here\n".to_owned())
+        } else {
+            match path {
+                "/livez" => (StatusCode::OK, text, "ok\n".to_owned()),
+                "/readyz" => match self.admin.ready() {
+                    Ok(()) => (StatusCode::OK, text, "ok\n".to_owned()),
+                    Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, text, format!("not ready: {reason}\n")),
+                },
+                "/metrics" => self.metrics(),
+                _ => self
+                    .admin
+                    .get(path, request.uri().query().unwrap_or_default())
+                    .unwrap_or_else(|| (StatusCode::NOT_FOUND, text, "no such path\n".to_owned())),
+            }
+        };
+        let mut response = Response::new(Full::new(Bytes::from(body)));
+        *response.status_mut() = status;
+        response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(content_type));
+        response
+    }
+
+    fn metrics(&self) -> Answer {
+        let mut text = String::new();
+        match prometheus_client::encoding::text::encode(&mut text, &self.registry) {
+            Ok(()) => (StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", text),
+            Err(e) => (StatusCode::INTERNAL_SERVER_ERROR, "text/plain", format!("metrics: {e}\n")),
+        }
+    }
+}
+
+/// Out of descriptors, or the peer was quicker to leave: neither is a reason to stop accepting, nor to spin.
+pub async fn accept_error(error: &std::io::Error) {
+    tracing::warn!(%error, "accept failed");
+    tokio::time::sleep(Duration::from_millis(50)).await;
+}

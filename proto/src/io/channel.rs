@@ -1,0 +1,372 @@
+//! A stream that is an SSH channel of its own (direct-tcpip, RFC 4254 §7.2): the only way to a plain sshd,
+//! and what stock `ssh -L` and `ssh -W` use towards a node-agent.
+//!
+//! SSH has flow control per channel, but russh opens a channel's window again when data arrives, not when it
+//! is consumed. So there is no way to make the peer wait for one stream: the buffer is bounded, a full one
+//! makes the whole SSH connection wait, and a stream whose socket does not drain within the connection's
+//! patience is reset.
+
+use std::{
+    collections::HashMap,
+    future::poll_fn,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Poll, Waker},
+    time::{Duration, Instant},
+};
+
+use bytes::BytesMut;
+use russh::{ChannelId, ChannelWriteHalf, client, server};
+use tokio::sync::Notify;
+
+use super::{
+    link::Gate,
+    stream::{self, Stream, StreamError},
+    tasks::Tasks,
+};
+
+/// The most bytes buffered for one stream.
+const BUFFER: usize = 2 * 1024 * 1024;
+/// Bytes whose draining is timed against the connection's patience.
+const QUANTUM: usize = 256 * 1024;
+/// The most bytes sent in one message; OpenSSH accepts no more in a packet.
+const CHUNK: usize = 32 * 1024;
+/// How long a channel that ended in both directions waits for the peer to close it first, since russh keeps
+/// some 3.5 KB for every channel that its own side closes first.
+const CLOSE_WAIT: Duration = Duration::from_secs(5);
+
+/// The channels of one SSH connection, by id. Shared between the session's handler, which feeds them, and
+/// whoever opens or accepts them.
+#[derive(Clone)]
+pub struct Channels {
+    table: Arc<Mutex<HashMap<ChannelId, Arc<Shared>>>>,
+    gate: Gate,
+    tasks: Tasks,
+    patience: Duration,
+}
+
+/// The sending half of a channel of either side.
+pub enum Half {
+    Client(ChannelWriteHalf<client::Msg>),
+    Server(ChannelWriteHalf<server::Msg>),
+}
+
+impl Channels {
+    /// `patience`: how long the connection may be held up by one stream that takes less than 256 KiB.
+    pub fn new(gate: Gate, tasks: Tasks, patience: Duration) -> Self {
+        Self { table: Arc::default(), gate, tasks, patience }
+    }
+
+    fn table(&self) -> MutexGuard<'_, HashMap<ChannelId, Arc<Shared>>> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// To be called by the session's handler when a channel is confirmed, before any of its data can come.
+    pub fn on_open(&self, id: ChannelId) {
+        self.table().insert(id, Arc::default());
+    }
+
+    /// To be called when a channel is not going to be opened after all.
+    pub fn forget(&self, id: ChannelId) {
+        self.table().remove(&id);
+    }
+
+    fn entry(&self, id: ChannelId) -> Option<Arc<Shared>> {
+        self.table().get(&id).cloned()
+    }
+
+    /// Makes a stream of an open channel.
+    pub fn stream(&self, half: Half) -> Stream {
+        let id = half.id();
+        let shared = self.entry(id).unwrap_or_default();
+        let owner = Arc::new(Owner { id, half: Some(Arc::new(half)), channels: self.clone(), shared });
+        Stream {
+            reader: stream::Reader::Channel(Reader { owner: owner.clone(), current: BytesMut::new() }),
+            writer: stream::Writer::Channel(Writer { owner, gate: self.gate.clone() }),
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.table().len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// To be called by the session's handler with a channel's data. Waits while the stream's buffer is full;
+    /// `false` means that the stream was too slow and its channel must be closed.
+    pub async fn on_data(&self, id: ChannelId, bytes: &[u8]) -> bool {
+        let Some(shared) = self.entry(id) else { return true };
+        loop {
+            let room = shared.room.notified();
+            let wait = {
+                let mut state = shared.lock();
+                if state.failed.is_some() {
+                    return true;
+                }
+                if state.inbox.len() + bytes.len() <= BUFFER {
+                    if state.inbox.is_empty() {
+                        state.quantum_began = Instant::now();
+                        state.quantum_drained = 0;
+                    }
+                    state.inbox.extend_from_slice(bytes);
+                    wake(&mut state.reader);
+                    return true;
+                }
+                (state.quantum_began + self.patience).saturating_duration_since(Instant::now())
+            };
+            if tokio::time::timeout(wait, room).await.is_err() {
+                let mut state = shared.lock();
+                if state.quantum_began.elapsed() >= self.patience {
+                    state.fail("too slow: it holds up the other streams of an SSH connection without flow control per stream");
+                    return false;
+                }
+            }
+        }
+    }
+
+    pub fn on_eof(&self, id: ChannelId) {
+        let Some(shared) = self.entry(id) else { return };
+        let mut state = shared.lock();
+        state.received_eof = true;
+        wake(&mut state.reader);
+    }
+
+    pub fn on_close(&self, id: ChannelId) {
+        let Some(shared) = self.table().remove(&id) else { return };
+        let mut state = shared.lock();
+        state.received_close = true;
+        if !state.received_eof {
+            state.fail("closed by the peer");
+        }
+        wake(&mut state.reader);
+        shared.closed.notify_one();
+        shared.room.notify_one();
+    }
+
+    /// To be called when the SSH session has ended.
+    pub fn close(&self, reason: &str) {
+        for shared in self.table().values() {
+            shared.lock().fail(reason);
+            shared.closed.notify_one();
+        }
+    }
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    room: Notify,
+    closed: Notify,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct State {
+    inbox: BytesMut,
+    quantum_began: Instant,
+    quantum_drained: usize,
+    received_eof: bool,
+    received_close: bool,
+    sent_eof: bool,
+    failed: Option<StreamError>,
+    reader: Option<Waker>,
+    writer: Option<Waker>,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self {
+            inbox: BytesMut::new(),
+            quantum_began: Instant::now(),
+            quantum_drained: 0,
+            received_eof: false,
+            received_close: false,
+            sent_eof: false,
+            failed: None,
+            reader: None,
+            writer: None,
+        }
+    }
+}
+
+impl State {
+    fn fail(&mut self, reason: &str) {
+        self.failed.get_or_insert_with(|| StreamError(reason.to_owned()));
+        wake(&mut self.reader);
+        wake(&mut self.writer);
+    }
+}
+
+fn wake(waker: &mut Option<Waker>) {
+    if let Some(waker) = waker.take() {
+        waker.wake();
+    }
+}
+
+impl Half {
+    pub fn id(&self) -> ChannelId {
+        match self {
+            Self::Client(half) => half.id(),
+            Self::Server(half) => half.id(),
+        }
+    }
+
+    async fn data(&self, bytes: BytesMut) -> bool {
+        match self {
+            Self::Client(half) => half.data_bytes(bytes).await.is_ok(),
+            Self::Server(half) => half.data_bytes(bytes).await.is_ok(),
+        }
+    }
+
+    async fn eof(&self) -> bool {
+        match self {
+            Self::Client(half) => half.eof().await.is_ok(),
+            Self::Server(half) => half.eof().await.is_ok(),
+        }
+    }
+
+    async fn close(&self) {
+        let _ = match self {
+            Self::Client(half) => half.close().await,
+            Self::Server(half) => half.close().await,
+        };
+    }
+}
+
+/// Closes the channel when both halves are gone.
+struct Owner {
+    id: ChannelId,
+    half: Option<Arc<Half>>,
+    channels: Channels,
+    shared: Arc<Shared>,
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        let Some(half) = self.half.take() else { return };
+        let (in_order, closed) = {
+            let mut state = self.shared.lock();
+            state.fail("given up");
+            state.inbox = BytesMut::new();
+            (state.sent_eof && state.received_eof, state.received_close)
+        };
+        self.shared.room.notify_one();
+        if closed {
+            return;
+        }
+        let (id, shared, channels) = (self.id, self.shared.clone(), self.channels.clone());
+        self.channels.tasks.spawn(async move {
+            if in_order {
+                let _ = tokio::time::timeout(CLOSE_WAIT, shared.closed.notified()).await;
+            }
+            half.close().await;
+            // russh tells nothing more of a channel that this side has closed.
+            channels.table().remove(&id);
+        });
+    }
+}
+
+/// See [`stream::Reader`].
+pub struct Reader {
+    owner: Arc<Owner>,
+    current: BytesMut,
+}
+
+impl std::fmt::Debug for Reader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("channel::Reader").field(&self.owner.id).finish()
+    }
+}
+
+impl Reader {
+    pub(super) async fn fill(&mut self) -> Result<&[u8], StreamError> {
+        let Self { owner, current } = self;
+        let shared = &owner.shared;
+        {
+            let mut state = shared.lock();
+            state.quantum_drained += current.len();
+            if state.quantum_drained >= QUANTUM {
+                state.quantum_drained = 0;
+                state.quantum_began = Instant::now();
+            }
+        }
+        current.clear();
+        poll_fn(|cx| {
+            let mut state = shared.lock();
+            if !state.inbox.is_empty() {
+                std::mem::swap(&mut state.inbox, current);
+            } else if let Some(error) = &state.failed {
+                return Poll::Ready(Err(error.clone()));
+            } else if !state.received_eof {
+                *current = BytesMut::new();
+                state.inbox = BytesMut::new();
+                state.reader = Some(cx.waker().clone());
+                return Poll::Pending;
+            }
+            Poll::Ready(Ok(()))
+        })
+        .await?;
+        shared.room.notify_one();
+        Ok(current)
+    }
+}
+
+/// See [`stream::Writer`].
+pub struct Writer {
+    owner: Arc<Owner>,
+    gate: Gate,
+}
+
+impl std::fmt::Debug for Writer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("channel::Writer").field(&self.owner.id).finish()
+    }
+}
+
+impl Writer {
+    pub(super) async fn room(&mut self) -> Result<usize, StreamError> {
+        self.gate.room().await;
+        match &self.owner.shared.lock().failed {
+            Some(error) => Err(error.clone()),
+            None => Ok(CHUNK),
+        }
+    }
+
+    pub(super) async fn send(&mut self, bytes: BytesMut) -> Result<(), StreamError> {
+        self.unless_failed(async |half| half.data(bytes).await).await
+    }
+
+    pub(super) async fn finish(&mut self) -> Result<(), StreamError> {
+        self.unless_failed(async |half| half.eof().await).await?;
+        self.owner.shared.lock().sent_eof = true;
+        Ok(())
+    }
+
+    pub(super) fn reset(&mut self) {
+        self.owner.shared.lock().sent_eof = false;
+    }
+
+    /// russh waits for a window for ever, also when the channel is closed meanwhile.
+    async fn unless_failed(&self, send: impl AsyncFnOnce(&Half) -> bool) -> Result<(), StreamError> {
+        let shared = &self.owner.shared;
+        let failed = poll_fn(|cx| {
+            let mut state = shared.lock();
+            if let Some(error) = &state.failed {
+                return Poll::Ready(error.clone());
+            }
+            state.writer = Some(cx.waker().clone());
+            Poll::Pending
+        });
+        let Some(half) = &self.owner.half else { return Err(StreamError("closed".to_owned())) };
+        tokio::select! {
+            biased;
+            sent = send(half) => if sent { Ok(()) } else { Err(StreamError("the tunnel was lost".to_owned())) },
+            error = failed => Err(error),
+        }
+    }
+}

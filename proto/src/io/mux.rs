@@ -1,0 +1,895 @@
+//! Runs the multiplexer of [`crate::mux`] over one SSH channel.
+//!
+//! There is no task between a stream and the SSH session: bytes that arrive are put into their stream's
+//! buffer by the session itself ([`Feeder::feed`]), and a stream's frames go straight to the session's queue.
+//! What a peer can make this side hold is bounded: by the windows for data, by the caps for streams, by a
+//! short queue for answers.
+
+use std::{
+    collections::HashMap,
+    future::poll_fn,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering},
+    },
+    task::{Poll, Waker},
+    time::{Duration, Instant},
+};
+
+use bytes::{Bytes, BytesMut};
+use tokio::sync::{mpsc, oneshot};
+
+use super::{
+    link::Gate,
+    stream::{self, Stream, StreamError},
+    tasks::Tasks,
+};
+use crate::{
+    DialError, Target,
+    mux::{
+        frame::{self, Decoder, Frame, FrameError},
+        window,
+    },
+};
+
+/// Bytes by which all windows of a tunnel together may exceed their initial size.
+const GROWTH_BUDGET: i64 = 32 * 1024 * 1024;
+/// Answers (PONG, REFUSED, RESET) that may wait to be sent.
+const ANSWERS: usize = 4096;
+/// How often the round trip is measured.
+const PING_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Hands one frame to the SSH session, waiting while its queue is full; `false` once the session is gone.
+pub type Out = Box<dyn Fn(Bytes) -> Pin<Box<dyn Future<Output = bool> + Send>> + Send + Sync>;
+
+/// One end of a tunnel's multiplexer. Cheap to clone.
+#[derive(Clone)]
+pub struct Mux(Arc<Inner>);
+
+struct Inner {
+    out: Out,
+    gate: Gate,
+    answers: mpsc::Sender<Bytes>,
+    streams: Mutex<Streams>,
+    max_streams: usize,
+    count: AtomicUsize,
+    next_id: AtomicU32,
+    growth_left: AtomicI64,
+    /// Nanoseconds; 0 until measured.
+    round_trip: AtomicU64,
+    started: Instant,
+}
+
+#[derive(Default)]
+struct Streams {
+    open: HashMap<u32, Arc<Shared>>,
+    closed: Option<StreamError>,
+    going_away: Option<String>,
+}
+
+/// Takes the bytes of the SSH channel. Owned by the SSH session's handler; dropping it closes the multiplexer.
+pub struct Feeder {
+    mux: Mux,
+    decoder: Decoder,
+    incoming: Option<mpsc::Sender<Incoming>>,
+    notices: mpsc::Sender<Notice>,
+}
+
+/// What the peer says about the tunnel as a whole.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Notice {
+    GoAway(String),
+    Certificate(String),
+}
+
+/// The peer broke the protocol; the tunnel has to be closed.
+#[derive(Debug, thiserror::Error)]
+pub enum ProtocolError {
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    #[error("stream {stream}: {error}")]
+    Window { stream: u32, error: window::Overrun },
+    #[error("the peer asks for more answers than it takes")]
+    Flood,
+    #[error("stream {0} opened twice, or by the side that may not open streams")]
+    Open(u32),
+}
+
+/// The receiving ends that go with a new [`Mux`].
+pub struct Events {
+    /// Streams that the peer opens. Empty for ever on the side that opens them.
+    pub incoming: mpsc::Receiver<Incoming>,
+    pub notices: mpsc::Receiver<Notice>,
+}
+
+impl Mux {
+    /// `initiator` opens streams (the master); the other side gets them as [`Events::incoming`]. The tasks
+    /// that send answers and measure the round trip belong to `tasks`.
+    pub fn new(initiator: bool, max_streams: usize, gate: Gate, out: Out, tasks: &Tasks) -> (Self, Feeder, Events) {
+        let (answers, answer_queue) = mpsc::channel(ANSWERS);
+        let (incoming_tx, incoming) = mpsc::channel(1024);
+        let (notices_tx, notices) = mpsc::channel(16);
+        let mux = Self(Arc::new(Inner {
+            out,
+            gate,
+            answers,
+            streams: Mutex::default(),
+            max_streams,
+            count: AtomicUsize::new(0),
+            next_id: AtomicU32::new(1),
+            growth_left: AtomicI64::new(GROWTH_BUDGET),
+            round_trip: AtomicU64::new(0),
+            started: Instant::now(),
+        }));
+        tasks.spawn(housekeeping(Arc::downgrade(&mux.0), answer_queue));
+        let feeder = Feeder {
+            mux: mux.clone(),
+            decoder: Decoder::default(),
+            incoming: (!initiator).then_some(incoming_tx),
+            notices: notices_tx,
+        };
+        (mux, feeder, Events { incoming, notices })
+    }
+
+    /// Opens a stream to `target`. `origin` names the caller for the node's records. Dropping the future
+    /// cancels the dial on the node too.
+    pub async fn open(&self, target: &Target, origin: &str, timeout: Duration) -> Result<Stream, DialError> {
+        let (answered, answer) = oneshot::channel();
+        let entry = self.register(answered)?;
+        let open = Frame::Open {
+            stream: entry.id,
+            timeout_ms: u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX),
+            target: target.to_string(),
+            origin: origin.to_owned(),
+        };
+        let lost = || DialError::TunnelLost { node: String::new(), reason: self.closed_reason() };
+        let dial = async {
+            if !self.send(frame::encode(&open)).await {
+                return Err(lost());
+            }
+            answer.await.unwrap_or_else(|_| Err(lost()))
+        };
+        match tokio::time::timeout(timeout, dial).await {
+            Ok(Ok(())) => Ok(entry.into_stream()),
+            Ok(Err(e)) => {
+                entry.shared.lock().ended = true;
+                Err(e)
+            }
+            Err(_) => Err(DialError::TimedOut(format!(
+                "{target}: the node gave no answer within {}",
+                humantime::format_duration(timeout)
+            ))),
+        }
+    }
+
+    fn register(&self, answered: oneshot::Sender<Result<(), DialError>>) -> Result<Entry, DialError> {
+        let mut streams = self.streams();
+        if let Some(closed) = &streams.closed {
+            return Err(DialError::TunnelLost { node: String::new(), reason: closed.0.clone() });
+        }
+        if let Some(reason) = &streams.going_away {
+            return Err(DialError::TunnelLost { node: String::new(), reason: reason.clone() });
+        }
+        if streams.open.len() >= self.0.max_streams {
+            return Err(DialError::TooManyStreams(format!(
+                "the tunnel carries {} streams already (max_streams_per_tunnel)",
+                self.0.max_streams
+            )));
+        }
+        let id = loop {
+            let id = self.0.next_id.fetch_add(1, Ordering::Relaxed);
+            if id != 0 && !streams.open.contains_key(&id) {
+                break id;
+            }
+        };
+        Ok(self.insert(&mut streams, id, Some(answered)))
+    }
+
+    fn insert(
+        &self,
+        streams: &mut Streams,
+        id: u32,
+        answered: Option<oneshot::Sender<Result<(), DialError>>>,
+    ) -> Entry {
+        let shared = Arc::new(Shared(Mutex::new(State::new(answered))));
+        streams.open.insert(id, shared.clone());
+        self.0.count.fetch_add(1, Ordering::Relaxed);
+        Entry { id, mux: self.clone(), shared }
+    }
+
+    /// Number of streams, those being opened included.
+    pub fn streams_open(&self) -> usize {
+        self.0.count.load(Ordering::Relaxed)
+    }
+
+    /// The measured round trip between the agents' multiplexers.
+    pub fn round_trip(&self) -> Option<Duration> {
+        let nanos = self.0.round_trip.load(Ordering::Relaxed);
+        (nanos > 0).then(|| Duration::from_nanos(nanos))
+    }
+
+    /// Tells the peer that no new streams will be accepted or opened.
+    pub async fn go_away(&self, reason: &str) {
+        self.streams().going_away = Some(reason.to_owned());
+        self.send(frame::encode(&Frame::GoAway { reason: reason.to_owned() })).await;
+    }
+
+    /// Sends the node a renewed host certificate.
+    pub async fn send_certificate(&self, text: &str) -> bool {
+        self.send(frame::encode(&Frame::Certificate { text: text.to_owned() })).await
+    }
+
+    /// Resets every stream; nothing can be opened any more.
+    pub fn close(&self, reason: &str) {
+        let open = {
+            let mut streams = self.streams();
+            streams.closed.get_or_insert_with(|| StreamError(reason.to_owned()));
+            std::mem::take(&mut streams.open)
+        };
+        for shared in open.into_values() {
+            shared.lock().fail(StreamError(reason.to_owned()));
+            self.0.count.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether either side has said that it takes no new streams.
+    pub fn is_going_away(&self) -> bool {
+        self.streams().going_away.is_some()
+    }
+
+    fn closed_reason(&self) -> String {
+        self.streams().closed.as_ref().map_or_else(|| "the SSH session ended".to_owned(), |e| e.0.clone())
+    }
+
+    async fn send(&self, frame: Bytes) -> bool {
+        (self.0.out)(frame).await
+    }
+
+    fn answer(&self, frame: &Frame<'_>) -> Result<(), ProtocolError> {
+        match self.0.answers.try_send(frame::encode(frame)) {
+            Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => Ok(()),
+            Err(mpsc::error::TrySendError::Full(_)) => Err(ProtocolError::Flood),
+        }
+    }
+
+    fn streams(&self) -> MutexGuard<'_, Streams> {
+        self.0.streams.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn find(&self, stream: u32) -> Option<Arc<Shared>> {
+        self.streams().open.get(&stream).cloned()
+    }
+
+    fn may_grow(&self, bytes: u32) -> bool {
+        let bytes = i64::from(bytes);
+        let had = self.0.growth_left.fetch_sub(bytes, Ordering::Relaxed);
+        if had < bytes {
+            self.0.growth_left.fetch_add(bytes, Ordering::Relaxed);
+        }
+        had >= bytes
+    }
+
+    fn on_pong(&self, id: [u8; 8]) {
+        let now = u64::try_from(self.0.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let sample = now.saturating_sub(u64::from_be_bytes(id)).clamp(1, 10_000_000_000);
+        let old = self.0.round_trip.load(Ordering::Relaxed);
+        // A shorter time is the better measurement; a longer one may be a busy moment, or a new path.
+        let new = if old == 0 || sample < old { sample } else { old - old / 8 + sample / 8 };
+        self.0.round_trip.store(new, Ordering::Relaxed);
+    }
+}
+
+/// Sends queued answers, and pings.
+async fn housekeeping(mux: std::sync::Weak<Inner>, mut answers: mpsc::Receiver<Bytes>) {
+    let mut ping = tokio::time::interval(PING_INTERVAL);
+    ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        let frame = tokio::select! {
+            answer = answers.recv() => match answer {
+                Some(answer) => answer,
+                None => return,
+            },
+            _ = ping.tick() => {
+                let Some(mux) = mux.upgrade() else { return };
+                let now = u64::try_from(mux.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+                frame::encode(&Frame::Ping(now.to_be_bytes()))
+            }
+        };
+        let Some(mux) = mux.upgrade() else { return };
+        if !(mux.out)(frame).await {
+            return;
+        }
+    }
+}
+
+impl Feeder {
+    /// Takes bytes as they came out of the SSH channel. Never waits. After an error the tunnel must be closed.
+    pub fn feed(&mut self, mut bytes: &[u8]) -> Result<(), ProtocolError> {
+        let Self { mux, decoder, incoming, notices } = self;
+        // Consecutive parts of one stream's data need but one look-up.
+        let mut last: Option<(u32, Arc<Shared>)> = None;
+        while let Some(frame) = decoder.decode(&mut bytes)? {
+            match frame {
+                Frame::Data { stream, bytes } => {
+                    if last.as_ref().is_none_or(|(id, _)| *id != stream) {
+                        last = mux.find(stream).map(|shared| (stream, shared));
+                    }
+                    if let Some((_, shared)) = &last {
+                        shared
+                            .lock()
+                            .on_data(bytes)
+                            .map_err(|error| ProtocolError::Window { stream, error })?;
+                    }
+                }
+                Frame::Credit { stream, bytes } => {
+                    if let Some(shared) = mux.find(stream) {
+                        shared.lock().on_credit(bytes);
+                    }
+                }
+                Frame::Eof { stream } => {
+                    if let Some(shared) = mux.find(stream) {
+                        shared.lock().on_eof();
+                    }
+                }
+                Frame::Reset { stream, reason } => {
+                    if let Some(shared) = mux.remove(stream) {
+                        let mut state = shared.lock();
+                        state.fail(StreamError(reason));
+                    }
+                }
+                Frame::Opened { stream } => {
+                    if let Some(shared) = mux.find(stream) {
+                        shared.lock().on_answer(Ok(()));
+                    }
+                }
+                Frame::Refused { stream, error } => {
+                    if let Some(shared) = mux.remove(stream) {
+                        let mut state = shared.lock();
+                        state.on_answer(Err(error));
+                        state.ended = true;
+                    }
+                }
+                Frame::Open { stream, timeout_ms, target, origin } => {
+                    let Some(incoming) = incoming else { return Err(ProtocolError::Open(stream)) };
+                    on_open(mux, incoming, stream, timeout_ms, &target, origin)?;
+                }
+                Frame::Ping(id) => mux.answer(&Frame::Pong(id))?,
+                Frame::Pong(id) => mux.on_pong(id),
+                Frame::GoAway { reason } => {
+                    mux.streams().going_away = Some(reason.clone());
+                    let _ = notices.try_send(Notice::GoAway(reason));
+                }
+                Frame::Certificate { text } => {
+                    let _ = notices.try_send(Notice::Certificate(text));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub fn mux(&self) -> &Mux {
+        &self.mux
+    }
+}
+
+impl Drop for Feeder {
+    fn drop(&mut self) {
+        self.mux.close("the tunnel was lost");
+    }
+}
+
+fn on_open(
+    mux: &Mux,
+    incoming: &mpsc::Sender<Incoming>,
+    stream: u32,
+    timeout_ms: u32,
+    target: &str,
+    origin: String,
+) -> Result<(), ProtocolError> {
+    let refuse = |error| mux.answer(&Frame::Refused { stream, error });
+    let target: Target = match target.parse() {
+        Ok(target) => target,
+        Err(e) => return refuse(DialError::BadTarget(e.to_string())),
+    };
+    let (permit, entry) = {
+        let mut streams = mux.streams();
+        if streams.open.contains_key(&stream) {
+            return Err(ProtocolError::Open(stream));
+        }
+        if let Some(reason) = &streams.going_away {
+            return refuse(DialError::TunnelLost { node: String::new(), reason: reason.clone() });
+        }
+        let full = streams.open.len() >= mux.0.max_streams;
+        let (Ok(permit), false) = (incoming.try_reserve(), full) else {
+            let error = format!("the node carries {} streams of this tunnel already", streams.open.len());
+            return refuse(DialError::TooManyStreams(error));
+        };
+        (permit, mux.insert(&mut streams, stream, None))
+    };
+    permit.send(Incoming {
+        entry: Some(entry),
+        target,
+        origin,
+        timeout: Duration::from_millis(u64::from(timeout_ms)),
+    });
+    Ok(())
+}
+
+impl Mux {
+    fn remove(&self, stream: u32) -> Option<Arc<Shared>> {
+        let shared = self.streams().open.remove(&stream)?;
+        self.0.count.fetch_sub(1, Ordering::Relaxed);
+        Some(shared)
+    }
+}
+
+/// A stream that the peer wants; dropping it refuses.
+pub struct Incoming {
+    entry: Option<Entry>,
+    pub target: Target,
+    pub origin: String,
+    /// How long the caller is going to wait.
+    pub timeout: Duration,
+}
+
+impl Incoming {
+    /// Completes when the peer no longer wants the stream.
+    pub async fn cancelled(&self) {
+        if let Some(entry) = &self.entry {
+            poll_fn(|cx| {
+                let mut state = entry.shared.lock();
+                if state.failed.is_some() {
+                    return Poll::Ready(());
+                }
+                state.reader = Some(cx.waker().clone());
+                Poll::Pending
+            })
+            .await;
+        }
+    }
+
+    pub async fn accept(mut self) -> Option<Stream> {
+        let entry = self.entry.take()?;
+        let opened = frame::encode(&Frame::Opened { stream: entry.id });
+        entry.mux.send(opened).await.then(|| entry.into_stream())
+    }
+
+    pub async fn refuse(mut self, error: DialError) {
+        if let Some(entry) = self.entry.take() {
+            entry.shared.lock().ended = true;
+            entry.mux.send(frame::encode(&Frame::Refused { stream: entry.id, error })).await;
+        }
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        if let Some(entry) = self.entry.take() {
+            entry.shared.lock().ended = true;
+            let error = DialError::TunnelLost { node: String::new(), reason: "the node is shutting down".into() };
+            let _ = entry.mux.answer(&Frame::Refused { stream: entry.id, error });
+        }
+    }
+}
+
+/// A stream's place in the table. Dropping it removes the stream, and resets it unless it had ended.
+struct Entry {
+    id: u32,
+    mux: Mux,
+    shared: Arc<Shared>,
+}
+
+impl Entry {
+    fn into_stream(self) -> Stream {
+        let entry = Arc::new(self);
+        Stream {
+            reader: stream::Reader::Mux(Reader { entry: entry.clone(), current: BytesMut::new() }),
+            writer: stream::Writer::Mux(Writer { entry, finished: false }),
+        }
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.mux.remove(self.id);
+        let mut state = self.shared.lock();
+        self.mux.0.growth_left.fetch_add(i64::from(state.receive.extra()), Ordering::Relaxed);
+        if !state.ended && state.failed.is_none() {
+            let reason = state.reset_reason.take().unwrap_or_else(|| "closed by the other agent".to_owned());
+            drop(state);
+            let _ = self.mux.answer(&Frame::Reset { stream: self.id, reason });
+        }
+    }
+}
+
+struct Shared(Mutex<State>);
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct State {
+    inbox: BytesMut,
+    receive: window::Receive,
+    /// Bytes that may be sent.
+    credit: usize,
+    received_eof: bool,
+    failed: Option<StreamError>,
+    /// Both directions ended, or the open was answered with no: nothing to tell the peer.
+    ended: bool,
+    reset_reason: Option<String>,
+    answered: Option<oneshot::Sender<Result<(), DialError>>>,
+    reader: Option<Waker>,
+    writer: Option<Waker>,
+}
+
+impl State {
+    fn new(answered: Option<oneshot::Sender<Result<(), DialError>>>) -> Self {
+        Self {
+            inbox: BytesMut::new(),
+            receive: window::Receive::new(Instant::now()),
+            credit: usize::try_from(window::INITIAL).unwrap_or_default(),
+            received_eof: false,
+            failed: None,
+            ended: false,
+            reset_reason: None,
+            answered,
+            reader: None,
+            writer: None,
+        }
+    }
+
+    fn on_data(&mut self, bytes: &[u8]) -> Result<(), window::Overrun> {
+        self.receive.on_data(bytes.len())?;
+        self.inbox.extend_from_slice(bytes);
+        wake(&mut self.reader);
+        Ok(())
+    }
+
+    fn on_credit(&mut self, bytes: u32) {
+        self.credit = self.credit.saturating_add(usize::try_from(bytes).unwrap_or(usize::MAX));
+        wake(&mut self.writer);
+    }
+
+    fn on_eof(&mut self) {
+        self.received_eof = true;
+        wake(&mut self.reader);
+    }
+
+    fn on_answer(&mut self, answer: Result<(), DialError>) {
+        if let Some(answered) = self.answered.take() {
+            let _ = answered.send(answer);
+        }
+    }
+
+    fn fail(&mut self, error: StreamError) {
+        self.answered = None;
+        self.failed.get_or_insert(error);
+        wake(&mut self.reader);
+        wake(&mut self.writer);
+    }
+}
+
+fn wake(waker: &mut Option<Waker>) {
+    if let Some(waker) = waker.take() {
+        waker.wake();
+    }
+}
+
+/// See [`stream::Reader`].
+pub struct Reader {
+    entry: Arc<Entry>,
+    current: BytesMut,
+}
+
+impl std::fmt::Debug for Reader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("mux::Reader").field(&self.entry.id).finish()
+    }
+}
+
+impl Reader {
+    pub(super) async fn fill(&mut self) -> Result<&[u8], StreamError> {
+        let Self { entry, current } = self;
+        current.clear();
+        poll_fn(|cx| {
+            let mut state = entry.shared.lock();
+            if !state.inbox.is_empty() {
+                std::mem::swap(&mut state.inbox, current);
+            } else if let Some(error) = &state.failed {
+                return Poll::Ready(Err(error.clone()));
+            } else if !state.received_eof {
+                // Idle: hold no memory.
+                *current = BytesMut::new();
+                state.inbox = BytesMut::new();
+                state.reader = Some(cx.waker().clone());
+                return Poll::Pending;
+            }
+            Poll::Ready(Ok(()))
+        })
+        .await?;
+        Ok(current)
+    }
+
+    pub(super) async fn taken(&mut self) -> Result<(), StreamError> {
+        let mux = &self.entry.mux;
+        let round_trip = mux.round_trip().unwrap_or_default();
+        let grant = {
+            let mut state = self.entry.shared.lock();
+            if state.received_eof {
+                return Ok(());
+            }
+            state.receive.on_taken(self.current.len(), Instant::now(), round_trip, |n| mux.may_grow(n))
+        };
+        if let Some(bytes) = grant {
+            mux.send(frame::encode(&Frame::Credit { stream: self.entry.id, bytes })).await;
+        }
+        Ok(())
+    }
+}
+
+/// See [`stream::Writer`].
+pub struct Writer {
+    entry: Arc<Entry>,
+    finished: bool,
+}
+
+impl std::fmt::Debug for Writer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("mux::Writer").field(&self.entry.id).finish()
+    }
+}
+
+impl Writer {
+    pub(super) async fn room(&mut self) -> Result<usize, StreamError> {
+        self.entry.mux.0.gate.room().await;
+        poll_fn(|cx| {
+            let mut state = self.entry.shared.lock();
+            if let Some(error) = &state.failed {
+                return Poll::Ready(Err(error.clone()));
+            }
+            if state.credit > 0 {
+                return Poll::Ready(Ok(state.credit));
+            }
+            state.writer = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await
+    }
+
+    pub(super) async fn send(&mut self, buffer: BytesMut) -> Result<(), StreamError> {
+        let payload = buffer.len().saturating_sub(frame::HEADER);
+        {
+            let mut state = self.entry.shared.lock();
+            state.credit = state.credit.saturating_sub(payload);
+        }
+        if self.entry.mux.send(frame::finish_data(buffer, self.entry.id)).await {
+            return Ok(());
+        }
+        Err(StreamError(self.entry.mux.closed_reason()))
+    }
+
+    pub(super) async fn finish(&mut self) -> Result<(), StreamError> {
+        self.finished = true;
+        let sent = self.entry.mux.send(frame::encode(&Frame::Eof { stream: self.entry.id })).await;
+        if sent { Ok(()) } else { Err(StreamError(self.entry.mux.closed_reason())) }
+    }
+
+    pub(super) fn reset(&mut self, reason: &str) {
+        self.entry.shared.lock().reset_reason = Some(reason.to_owned());
+        self.finished = false;
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        // The reader is only given up before its end together with the writer, so what it saw by now decides.
+        let mut state = self.entry.shared.lock();
+        if self.finished && state.received_eof && state.inbox.is_empty() {
+            state.ended = true;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Pair {
+        master: Mux,
+        node: Mux,
+        incoming: mpsc::Receiver<Incoming>,
+        notices: mpsc::Receiver<Notice>,
+        tasks: Tasks,
+    }
+
+    /// Two ends joined in memory, each fed by a task as an SSH session would.
+    fn pair(max_streams: usize) -> Pair {
+        let tasks = Tasks::new();
+        let end = |initiator| {
+            let (tx, rx) = mpsc::channel::<Bytes>(16);
+            let out: Out = Box::new(move |frame| {
+                let tx = tx.clone();
+                Box::pin(async move { tx.send(frame).await.is_ok() })
+            });
+            (Mux::new(initiator, max_streams, Gate::default(), out, &tasks), rx)
+        };
+        let ((master, mut master_feeder, _), mut to_node) = end(true);
+        let ((node, mut node_feeder, events), mut to_master) = end(false);
+        tasks.spawn(async move {
+            while let Some(frame) = to_node.recv().await {
+                node_feeder.feed(&frame).unwrap();
+            }
+        });
+        tasks.spawn(async move {
+            while let Some(frame) = to_master.recv().await {
+                master_feeder.feed(&frame).unwrap();
+            }
+        });
+        Pair { master, node, incoming: events.incoming, notices: events.notices, tasks }
+    }
+
+    fn target() -> Target {
+        "10.0.0.1:80".parse().unwrap()
+    }
+
+    async fn connect(pair: &mut Pair) -> (Stream, Stream) {
+        let master = pair.master.clone();
+        let target = target();
+        let open = master.open(&target, "test", Duration::from_secs(5));
+        let accept = async { pair.incoming.recv().await.unwrap().accept().await.unwrap() };
+        let (near, far) = tokio::join!(open, accept);
+        (near.unwrap(), far)
+    }
+
+    async fn send(stream: &mut Stream, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let room = stream.writer.room().await.unwrap().min(bytes.len()).min(frame::MAX_DATA);
+            let mut buffer = stream.writer.buffer(room);
+            buffer.extend_from_slice(&bytes[..room]);
+            stream.writer.send(buffer).await.unwrap();
+            bytes = &bytes[room..];
+        }
+    }
+
+    async fn receive(stream: &mut Stream) -> Result<Vec<u8>, StreamError> {
+        let mut all = Vec::new();
+        loop {
+            let bytes = stream.reader.fill().await?;
+            if bytes.is_empty() {
+                return Ok(all);
+            }
+            all.extend_from_slice(bytes);
+            stream.reader.taken().await?;
+        }
+    }
+
+    #[tokio::test]
+    async fn carries_both_directions_and_closes_each_alone() {
+        let mut pair = pair(10);
+        let (mut near, mut far) = connect(&mut pair).await;
+        let up: Vec<u8> = (0..3_000_000u32).map(|i| (i * 7) as u8).collect();
+        let (got, ()) = tokio::join!(receive(&mut far), async {
+            send(&mut near, &up).await;
+            near.writer.finish().await.unwrap();
+        });
+        assert!(got.unwrap() == up);
+        send(&mut far, b"answer").await;
+        far.writer.finish().await.unwrap();
+        assert_eq!(receive(&mut near).await.unwrap(), b"answer");
+        drop((near, far));
+        assert_eq!((pair.master.streams_open(), pair.node.streams_open()), (0, 0));
+        assert_eq!(pair.master.0.growth_left.load(Ordering::Relaxed), GROWTH_BUDGET);
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_stops_stops_only_its_own_stream() {
+        let mut pair = pair(100);
+        let mut stalled = Vec::new();
+        for _ in 0..8 {
+            let (near, mut far) = connect(&mut pair).await;
+            let filled = pair.tasks.spawn(async move {
+                let mut sent = 0usize;
+                // Tiny writes, as many as the window takes.
+                while let Ok(room) = tokio::time::timeout(Duration::from_millis(200), far.writer.room()).await {
+                    let n = room.unwrap().min(100);
+                    let mut buffer = far.writer.buffer(n);
+                    buffer.resize(buffer.len() + n, 1);
+                    far.writer.send(buffer).await.unwrap();
+                    sent += n;
+                }
+                sent
+            });
+            stalled.push((near, filled));
+        }
+        let (mut near, mut far) = connect(&mut pair).await;
+        let bytes = vec![5; 20_000_000];
+        let (got, ()) = tokio::join!(receive(&mut near), async {
+            send(&mut far, &bytes).await;
+            far.writer.finish().await.unwrap();
+        });
+        assert_eq!(got.unwrap().len(), bytes.len());
+        for (near, filled) in stalled {
+            assert_eq!(filled.await.unwrap(), Some(window::INITIAL as usize));
+            drop(near);
+        }
+    }
+
+    #[tokio::test]
+    async fn refusals_cancellations_and_caps() {
+        let mut pair = pair(2);
+        let master = pair.master.clone();
+        let target = target();
+        let refused = tokio::join!(master.open(&target, "", Duration::from_secs(5)), async {
+            let error = DialError::Policy { rule: "x".into(), reason: "y".into() };
+            pair.incoming.recv().await.unwrap().refuse(error).await;
+        });
+        assert!(matches!(refused.0, Err(DialError::Policy { rule, .. }) if rule == "x"));
+
+        // A caller who gives up cancels the dial on the other side.
+        let given_up = master.open(&target, "", Duration::from_millis(50)).await;
+        assert!(matches!(given_up, Err(DialError::TimedOut(_))), "{given_up:?}");
+        let incoming = pair.incoming.recv().await.unwrap();
+        tokio::time::timeout(Duration::from_secs(5), incoming.cancelled()).await.unwrap();
+        drop(incoming);
+
+        let (a, b) = (connect(&mut pair).await, connect(&mut pair).await);
+        let third = master.open(&target, "", Duration::from_secs(5)).await;
+        assert!(matches!(third, Err(DialError::TooManyStreams(_))), "{third:?}");
+        drop((a, b));
+        assert_eq!(master.streams_open(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_reset_and_a_lost_tunnel_reach_the_other_side() {
+        let mut pair = pair(10);
+        let (mut near, mut far) = connect(&mut pair).await;
+        far.writer.reset("the far socket failed");
+        drop(far);
+        assert_eq!(receive(&mut near).await, Err(StreamError("the far socket failed".into())));
+
+        let (mut near, _far) = connect(&mut pair).await;
+        pair.master.close("cut");
+        assert_eq!(receive(&mut near).await, Err(StreamError("cut".into())));
+        let open = pair.master.open(&target(), "", Duration::from_secs(5)).await;
+        assert!(matches!(open, Err(DialError::TunnelLost { .. })), "{open:?}");
+    }
+
+    #[tokio::test]
+    async fn going_away_and_certificates_are_told() {
+        let mut pair = pair(10);
+        assert!(pair.master.send_certificate("ssh-ed25519-cert").await);
+        assert_eq!(pair.notices.recv().await, Some(Notice::Certificate("ssh-ed25519-cert".into())));
+        pair.master.go_away("stopping").await;
+        assert_eq!(pair.notices.recv().await, Some(Notice::GoAway("stopping".into())));
+        assert!(pair.master.is_going_away() && pair.node.is_going_away());
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_breaks_the_rules_is_found_out() {
+        let tasks = Tasks::new();
+        let out = || -> Out { Box::new(|_| Box::pin(async { true })) };
+        let (mux, mut feeder, _events) = Mux::new(true, 10, Gate::default(), out(), &tasks);
+        let open = Frame::Open { stream: 1, timeout_ms: 1, target: "a:1".into(), origin: String::new() };
+        assert!(matches!(feeder.feed(&frame::encode(&open)), Err(ProtocolError::Open(1))));
+
+        let (answered, _answer) = oneshot::channel();
+        let entry = mux.register(answered).unwrap();
+        let data = vec![0; frame::MAX_DATA];
+        let mut fed = Ok(());
+        for _ in 0..10 {
+            fed = fed.and(feeder.feed(&frame::encode(&Frame::Data { stream: entry.id, bytes: &data })));
+        }
+        assert!(matches!(fed, Err(ProtocolError::Window { .. })), "{fed:?}");
+
+        let mut fed = Ok(());
+        for _ in 0..=ANSWERS + 10 {
+            fed = fed.and(feeder.feed(&frame::encode(&Frame::Ping([0; 8]))));
+        }
+        assert!(matches!(fed, Err(ProtocolError::Flood)), "{fed:?}");
+        tasks.cancel();
+    }
+}

@@ -1,0 +1,70 @@
+//! What both agents offer in an SSH handshake: post-quantum key exchange first, AEAD ciphers first, nothing
+//! weaker than OpenSSH's own defaults.
+
+use std::borrow::Cow;
+
+use russh::{
+    Limits, Preferred, cipher, compression, kex,
+    keys::{Algorithm, EcdsaCurve},
+    mac,
+};
+
+/// SSH's own window for a tunnel's channel. The multiplexer's windows bound what is on the way; this one
+/// only must never be the one that closes.
+pub const TUNNEL_WINDOW: u32 = 1 << 30;
+/// The window of an ordinary channel, as OpenSSH has it.
+pub const CHANNEL_WINDOW: u32 = 2 * 1024 * 1024;
+/// The largest packet, bytes: one full DATA frame fits.
+pub const MAX_PACKET: u32 = 65535;
+
+const KEY_EXCHANGES: &[kex::Name] = &[
+    kex::MLKEM768X25519_SHA256,
+    kex::CURVE25519,
+    kex::CURVE25519_PRE_RFC_8731,
+    kex::DH_G18_SHA512,
+    kex::DH_G16_SHA512,
+    kex::EXTENSION_SUPPORT_AS_CLIENT,
+    kex::EXTENSION_SUPPORT_AS_SERVER,
+    kex::EXTENSION_OPENSSH_STRICT_KEX_AS_CLIENT,
+    kex::EXTENSION_OPENSSH_STRICT_KEX_AS_SERVER,
+];
+
+const KEYS: &[Algorithm] = &[
+    Algorithm::Ed25519,
+    Algorithm::Ecdsa { curve: EcdsaCurve::NistP256 },
+    Algorithm::Ecdsa { curve: EcdsaCurve::NistP384 },
+    Algorithm::Ecdsa { curve: EcdsaCurve::NistP521 },
+];
+
+const CIPHERS: &[cipher::Name] = &[
+    cipher::AES_256_GCM,
+    cipher::AES_128_GCM,
+    cipher::CHACHA20_POLY1305,
+    cipher::AES_256_CTR,
+    cipher::AES_192_CTR,
+    cipher::AES_128_CTR,
+];
+
+const MACS: &[mac::Name] = &[mac::HMAC_SHA256_ETM, mac::HMAC_SHA512_ETM, mac::HMAC_SHA256, mac::HMAC_SHA512];
+
+/// The algorithms offered, most preferred first.
+pub fn preferred() -> Preferred {
+    Preferred {
+        kex: Cow::Borrowed(KEY_EXCHANGES),
+        key: Cow::Borrowed(KEYS),
+        host_key_certificates: Cow::Borrowed(KEYS),
+        cipher: Cow::Borrowed(CIPHERS),
+        mac: Cow::Borrowed(MACS),
+        compression: Cow::Borrowed(&[compression::NONE]),
+    }
+}
+
+/// When keys are exchanged anew: after an hour, or as many bytes as OpenSSH allows AES-GCM (2^32 blocks would
+/// be 64 GiB).
+pub fn limits() -> Limits {
+    Limits {
+        rekey_write_limit: 32 << 30,
+        rekey_read_limit: 32 << 30,
+        rekey_time_limit: std::time::Duration::from_secs(3600),
+    }
+}

@@ -1,0 +1,127 @@
+//! One stream of a tunnel, as the [`relay`](super::relay) sees it, whatever carries it below.
+
+use bytes::BytesMut;
+use tokio::{
+    io::AsyncWriteExt,
+    net::{
+        TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
+};
+
+use super::{channel, mux};
+
+/// Why a stream ended before both directions had.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct StreamError(pub String);
+
+/// A proxied connection inside a tunnel.
+#[derive(Debug)]
+pub struct Stream {
+    pub reader: Reader,
+    pub writer: Writer,
+}
+
+/// What comes from the peer.
+#[derive(Debug)]
+pub enum Reader {
+    Mux(mux::Reader),
+    Channel(channel::Reader),
+    Tcp(OwnedReadHalf, BytesMut),
+}
+
+/// What goes to the peer. Dropping it before [`Writer::finish`] resets the stream.
+#[derive(Debug)]
+pub enum Writer {
+    Mux(mux::Writer),
+    Channel(channel::Writer),
+    Tcp(OwnedWriteHalf),
+}
+
+/// A connection without a tunnel: what a dialer on the spot gives.
+impl From<TcpStream> for Stream {
+    fn from(socket: TcpStream) -> Self {
+        let (reader, writer) = socket.into_split();
+        Self { reader: Reader::Tcp(reader, BytesMut::new()), writer: Writer::Tcp(writer) }
+    }
+}
+
+impl From<std::io::Error> for StreamError {
+    fn from(e: std::io::Error) -> Self {
+        Self(e.to_string())
+    }
+}
+
+impl Reader {
+    /// Waits for bytes; an empty slice is the end of this direction. The bytes stay with the reader until the
+    /// next call. Cancel-safe.
+    pub async fn fill(&mut self) -> Result<&[u8], StreamError> {
+        match self {
+            Self::Mux(r) => r.fill().await,
+            Self::Channel(r) => r.fill().await,
+            Self::Tcp(socket, buffer) => {
+                buffer.clear();
+                socket.readable().await?;
+                std::future::poll_fn(|cx| tokio_util::io::poll_read_buf(std::pin::Pin::new(&mut *socket), cx, buffer)).await?;
+                Ok(buffer)
+            }
+        }
+    }
+
+    /// Says that the bytes of the last [`fill`](Self::fill) have left for where they go, so that the peer may
+    /// send as many again.
+    pub async fn taken(&mut self) -> Result<(), StreamError> {
+        match self {
+            Self::Mux(r) => r.taken().await,
+            Self::Channel(_) | Self::Tcp(..) => Ok(()),
+        }
+    }
+}
+
+impl Writer {
+    /// Waits until at least one byte may be sent, and gives the number that may.
+    pub async fn room(&mut self) -> Result<usize, StreamError> {
+        match self {
+            Self::Mux(w) => w.room().await,
+            Self::Channel(w) => w.room().await,
+            Self::Tcp(_) => Ok(crate::mux::frame::MAX_DATA),
+        }
+    }
+
+    /// An empty buffer for up to `max` bytes, to be filled behind what it holds already, for [`Self::send`].
+    pub fn buffer(&self, max: usize) -> BytesMut {
+        match self {
+            Self::Mux(_) => crate::mux::frame::start_data(max),
+            Self::Channel(_) | Self::Tcp(_) => BytesMut::with_capacity(max),
+        }
+    }
+
+    /// Sends what was read into a [`Self::buffer`], of which there is no more than [`Self::room`] allowed.
+    pub async fn send(&mut self, buffer: BytesMut) -> Result<(), StreamError> {
+        match self {
+            Self::Mux(w) => w.send(buffer).await,
+            Self::Channel(w) => w.send(buffer).await,
+            Self::Tcp(socket) => Ok(socket.write_all(&buffer).await?),
+        }
+    }
+
+    /// Ends this direction; the other goes on.
+    pub async fn finish(&mut self) -> Result<(), StreamError> {
+        match self {
+            Self::Mux(w) => w.finish().await,
+            Self::Channel(w) => w.finish().await,
+            Self::Tcp(socket) => Ok(socket.shutdown().await?),
+        }
+    }
+
+    /// Ends both directions, telling the peer why where the protocol can.
+    pub fn reset(&mut self, reason: &str) {
+        match self {
+            Self::Mux(w) => w.reset(reason),
+            Self::Channel(w) => w.reset(),
+            // Dropping both halves closes the socket.
+            Self::Tcp(_) => {}
+        }
+    }
+}
