@@ -1,0 +1,20 @@
+//! master-agent: runs beside kube-apiserver, keeps SSH tunnels to every node, carries connections over them.
+
+pub mod agent;
+pub mod app;
+pub mod cli;
+pub mod config;
+pub mod dialer;
+pub mod front_door;
+pub mod identity;
+pub mod inventory;
+pub mod join;
+pub mod links;
+pub mod metrics;
+pub mod registry;
+pub mod routing;
+pub mod sshd_config;
+pub mod store;
+pub mod token;
+pub mod trust;
+pub mod tunnel;

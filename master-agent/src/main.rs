@@ -1,1 +1,140 @@
-fn main() {}
+//! The master-agent program.
+
+use std::{process::ExitCode, sync::Arc, time::SystemTime};
+
+use anyhow::{Context, bail};
+use clap::Parser;
+use master_agent::{
+    app,
+    cli::{self, Cli, Command, NodeCommand, Output, SignUserArgs, SshdConfigArgs, TokenCommand, TokenCreateArgs},
+    config::Config,
+    identity::Authorities,
+    inventory::Inventory,
+    sshd_config,
+    store::{SqliteStore, Store},
+    token,
+};
+use proto::io::telemetry;
+use russh::keys::PublicKey;
+
+/// sysexits.h: the configuration has errors.
+const EX_CONFIG: u8 = 78;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Command::Completions { shell } = cli.command {
+        cli::completions(shell);
+        return ExitCode::SUCCESS;
+    }
+    let config = match load(&cli) {
+        Ok(config) => config,
+        Err(errors) => {
+            eprintln!("{errors}");
+            return ExitCode::from(EX_CONFIG);
+        }
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let result = match runtime {
+        Ok(runtime) => runtime.block_on(command(cli, config)),
+        Err(e) => Err(e.into()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("master-agent: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Reads the configuration and the inventory that it names, and gives the errors of both.
+fn load(cli: &Cli) -> Result<Config, String> {
+    let config = Config::load(&cli.config).map_err(|e| e.to_string())?;
+    if let Some(path) = &config.inventory {
+        Inventory::load(path).map_err(|e| e.to_string())?;
+    }
+    Ok(config)
+}
+
+async fn command(cli: Cli, config: Config) -> anyhow::Result<()> {
+    match cli.command {
+        Command::Run => {
+            telemetry::init(config.log.format, &config.log.level);
+            app::run(config).await
+        }
+        Command::CheckConfig => {
+            println!("{}: ok", cli.config.display());
+            Ok(())
+        }
+        Command::Node(NodeCommand::List(args)) => cli::node_list(&config, args.output).await,
+        Command::Explain { target, output } => cli::explain(&config, &target, output.output).await,
+        Command::Token(TokenCommand::Create(args)) => token_create(&config, args),
+        Command::Token(TokenCommand::List(args)) => token_list(&config, args.output),
+        Command::Token(TokenCommand::Revoke { id }) => token::revoke(&SqliteStore::open(&config.state_dir)?, &id),
+        Command::SshdConfig(args) => print_sshd_config(&config, args),
+        Command::SignUser(args) => sign_user(&config, args),
+        Command::Completions { .. } => Ok(()),
+    }
+}
+
+fn token_create(config: &Config, args: TokenCreateArgs) -> anyhow::Result<()> {
+    let Some(call_home) = &config.call_home else {
+        bail!("`call_home:` is not configured: a new host joins over that port");
+    };
+    let authorities = Authorities::load_or_create(&config.state_dir)?;
+    let store = SqliteStore::open(&config.state_dir)?;
+    let address = match args.address {
+        Some(address) => address,
+        None if call_home.listen.ip().is_unspecified() => {
+            let name = std::fs::read_to_string("/proc/sys/kernel/hostname").context("can't read the host's name")?;
+            format!("{}:{}", name.trim(), call_home.listen.port())
+        }
+        None => call_home.listen.to_string(),
+    };
+    let token = token::create(&store, args.node, args.ttl, SystemTime::now())?;
+    println!("node-agent join {address} --ca-pin {} --token {}", authorities.user_ca_pin(), token.reveal());
+    Ok(())
+}
+
+fn token_list(config: &Config, output: Output) -> anyhow::Result<()> {
+    let tokens = token::list(&SqliteStore::open(&config.state_dir)?, SystemTime::now())?;
+    match output {
+        Output::Json => println!("{}", serde_json::to_string(&tokens)?),
+        Output::Table => {
+            let mut rows = vec![["ID", "NODE", "EXPIRES", "USED BY"].map(str::to_owned)];
+            rows.extend(tokens.into_iter().map(|t| {
+                let expires = humantime::format_rfc3339_seconds(t.expires).to_string();
+                let dash = || "-".to_owned();
+                [t.id, t.node.map_or_else(dash, |n| n.to_string()), expires, t.used_by.unwrap_or_else(dash)]
+            }));
+            cli::print_table(&rows);
+        }
+    }
+    Ok(())
+}
+
+fn print_sshd_config(config: &Config, args: SshdConfigArgs) -> anyhow::Result<()> {
+    let Some(path) = &config.inventory else { bail!("`inventory:` is not configured") };
+    let inventory = Inventory::load(path)?;
+    let Some(node) = inventory.nodes.iter().find(|node| node.name == args.node) else {
+        bail!("node {} is not in {}: add it there first", args.node, path.display());
+    };
+    let authorities = Authorities::load_or_create(&config.state_dir)?;
+    let host_key = PublicKey::from_openssh(cli::read_text(&args.host_key)?.trim())
+        .with_context(|| format!("{} holds no OpenSSH public key", args.host_key.display()))?;
+    let printed = sshd_config::generate(&authorities, node, &host_key, &args, SystemTime::now())?;
+    let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&config.state_dir)?);
+    store.remember_node(&node.name, &host_key, &node.addresses, SystemTime::now(), SystemTime::now() + args.ttl)?;
+    print!("{}", if args.drop_in_only { printed.drop_in } else { printed.script });
+    Ok(())
+}
+
+fn sign_user(config: &Config, args: SignUserArgs) -> anyhow::Result<()> {
+    let authorities = Authorities::load_or_create(&config.state_dir)?;
+    let key = PublicKey::from_openssh(cli::read_text(&args.key)?.trim())
+        .with_context(|| format!("{} holds no OpenSSH public key", args.key.display()))?;
+    let principals = [args.login.clone()];
+    let certificate = authorities.sign_user(&key, &principals, &args.login, SystemTime::now(), args.ttl)?;
+    println!("{}", certificate.to_openssh()?);
+    Ok(())
+}

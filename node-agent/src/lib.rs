@@ -1,0 +1,12 @@
+//! node-agent: the node's end of the tunnel, and the policy that decides what masters reach through it.
+
+pub mod agent;
+pub mod app;
+pub mod cli;
+pub mod config;
+pub mod dialer;
+pub mod identity;
+pub mod join;
+pub mod links;
+pub mod metrics;
+pub mod session;

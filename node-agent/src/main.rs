@@ -1,1 +1,80 @@
-fn main() {}
+//! The node-agent program.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use node_agent::{
+    app,
+    cli::{Cli, Command, JoinArgs, completions},
+    config::Config,
+    identity::NodeIdentity,
+    join::{Join, join},
+};
+use proto::io::telemetry;
+
+/// sysexits.h: the configuration has errors.
+const EX_CONFIG: u8 = 78;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => return fail(&e.into()),
+    };
+    match cli.command {
+        Command::Completions { shell } => {
+            completions(shell);
+            ExitCode::SUCCESS
+        }
+        Command::Join(args) => match runtime.block_on(run_join(&cli.config, args)) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(e) => fail(&e),
+        },
+        Command::CheckConfig => match Config::load(&cli.config) {
+            Ok(_) => {
+                println!("{}: ok", cli.config.display());
+                ExitCode::SUCCESS
+            }
+            Err(errors) => bad_config(&errors),
+        },
+        Command::Run => {
+            let config = match Config::load(&cli.config) {
+                Ok(config) => config,
+                Err(errors) => return bad_config(&errors),
+            };
+            telemetry::init(config.log.format, &config.log.level);
+            match runtime.block_on(app::run(config)) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(e) => fail(&e),
+            }
+        }
+    }
+}
+
+async fn run_join(config: &std::path::Path, args: JoinArgs) -> anyhow::Result<()> {
+    let state_dir = match args.state_dir {
+        Some(directory) => directory,
+        None => Config::load(config)?.state_dir,
+    };
+    let mut identity = NodeIdentity::load_or_create(&state_dir)?;
+    let asked = Join {
+        master: args.master,
+        token: args.token,
+        ca_pin: args.ca_pin,
+        node: args.node,
+        addresses: args.addresses,
+    };
+    let node = join(&mut identity, asked).await?;
+    println!("joined as node {node}; keys and certificates are in {}", state_dir.display());
+    Ok(())
+}
+
+fn bad_config(errors: &dyn std::fmt::Display) -> ExitCode {
+    eprintln!("{errors}");
+    ExitCode::from(EX_CONFIG)
+}
+
+fn fail(error: &anyhow::Error) -> ExitCode {
+    eprintln!("node-agent: {error:#}");
+    ExitCode::FAILURE
+}

@@ -62,8 +62,13 @@ const MAX_ERRORS: usize = 100;
 
 /// Reads a configuration from its text. `read` gets the top-level section; it returns `None` only where it has
 /// reported why.
-pub fn parse<T>(text: &str, source: Source<'_>, read: impl FnOnce(&Section<'_>) -> Option<T>) -> Result<T, Errors> {
-    let context = Context { source, errors: RefCell::default(), dropped: Cell::new(0), listeners: RefCell::default() };
+pub fn parse<T>(
+    text: &str,
+    source: Source<'_>,
+    read: impl FnOnce(&Section<'_>) -> Option<T>,
+) -> Result<T, Errors> {
+    let context =
+        Context { source, errors: RefCell::default(), dropped: Cell::new(0), listeners: RefCell::default() };
     let tree = tree::parse(text, &|place, message| context.report(place, "", message));
     let value = tree.and_then(|node| {
         let root = At { context: &context, node: &node, name_place: None, field: String::new() };
@@ -223,11 +228,6 @@ impl<'a> At<'a> {
         self.context.report(self.node.place, &self.field, message.into());
     }
 
-    /// The full path of this value, for instance `nodes[2].name`, for messages about it elsewhere.
-    pub fn field(&self) -> &str {
-        &self.field
-    }
-
     /// The line this value stands on, counted from 1.
     pub fn line(&self) -> usize {
         self.node.place.line
@@ -298,7 +298,12 @@ impl<'a> At<'a> {
         Vec::new()
     }
 
-    /// A path, made absolute or relative to the working directory by way of the file's directory.
+    /// Whether this is a list without elements.
+    pub fn is_empty_list(&self) -> bool {
+        matches!(&self.node.kind, Kind::List(items) if items.is_empty())
+    }
+
+    /// A path; a relative one is relative to the file's directory.
     fn path(&self) -> Option<PathBuf> {
         let text = self.text()?;
         if text.is_empty() || text.contains('\0') {
@@ -329,7 +334,10 @@ fn file_is_readable(path: &Path, private: bool) -> Result<(), String> {
     fs::File::open(path).map_err(unreadable)?;
     let mode = metadata.permissions().mode() & 0o7777;
     if private && mode & 0o077 != 0 {
-        return Err(format!("is a private key with mode {mode:04o}, open to others: chmod 600 {}", path.display()));
+        return Err(format!(
+            "is a private key with mode {mode:04o}, open to others: chmod 600 {}",
+            path.display()
+        ));
     }
     Ok(())
 }
@@ -392,7 +400,7 @@ impl<'a> Section<'a> {
     }
 
     /// A whole number within `range`.
-    pub fn number(&self, name: &'static str, default: u32, range: RangeInclusive<u32>) -> u32 {
+    pub fn number(&self, name: &'static str, default: usize, range: RangeInclusive<usize>) -> usize {
         let Some(number) = self.optional(name) else { return default };
         if !range.contains(&number) {
             self.error(name, format!("{number} is not in the range {} to {}", range.start(), range.end()));
@@ -401,7 +409,12 @@ impl<'a> Section<'a> {
     }
 
     /// A duration within `range`.
-    pub fn duration(&self, name: &'static str, default: Duration, range: RangeInclusive<Duration>) -> Duration {
+    pub fn duration(
+        &self,
+        name: &'static str,
+        default: Duration,
+        range: RangeInclusive<Duration>,
+    ) -> Duration {
         let Some(duration) = self.optional(name) else { return default };
         if !range.contains(&duration) {
             let show = humantime::format_duration;
@@ -450,7 +463,8 @@ impl<'a> Section<'a> {
     pub fn listen_local(&self, name: &'static str, default: SocketAddr) -> SocketAddr {
         let address = self.listen(name, Some(default)).unwrap_or(default);
         if !self.or("allow_remote", false) && !address.ip().to_canonical().is_loopback() {
-            let message = "has no authentication, so it must be a loopback address; allow_remote: true lifts this";
+            let message =
+                "has no authentication, so it must be a loopback address; allow_remote: true lifts this";
             self.error(name, format!("{address} {message}"));
         }
         address

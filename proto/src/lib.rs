@@ -13,6 +13,7 @@ pub mod join;
 pub mod mux;
 pub mod name;
 pub mod policy;
+pub mod secret_file;
 pub mod target;
 
 pub use error::{DialError, Fault};

@@ -53,7 +53,15 @@ pub(super) fn parse(text: &str, report: &dyn Fn(Place, String)) -> Option<Node> 
                 return None;
             }
             Event::StreamStart | Event::DocumentStart(..) | Event::DocumentEnd => {}
-            node => root = Some(builder.node(node, place, 0)?),
+            node @ (Event::Scalar(..)
+            | Event::SequenceStart(..)
+            | Event::SequenceEnd
+            | Event::MappingStart(..)
+            | Event::MappingEnd
+            | Event::Alias(_)
+            | Event::UnresolvedAlias(_)
+            | Event::Anchor(..)
+            | _) => root = Some(builder.node(node, place, 0)?),
         }
     }
     let root = root.filter(|node| !node.is_null());
@@ -83,7 +91,10 @@ impl<'a> Builder<'a> {
             Ok((event, span)) => Some((event, place(&span))),
             Err(error) => {
                 let at = error.marker();
-                (self.report)(Place { line: at.line(), column: at.col() + 1 }, format!("not YAML: {}", error.info()));
+                (self.report)(
+                    Place { line: at.line(), column: at.col() + 1 },
+                    format!("not YAML: {}", error.info()),
+                );
                 None
             }
         }

@@ -26,12 +26,6 @@ pub struct Mode(pub u32);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ports(pub Vec<RangeInclusive<u16>>);
 
-impl Ports {
-    pub fn all() -> Self {
-        Self(vec![1..=u16::MAX])
-    }
-}
-
 impl Value for String {
     fn read(at: &At<'_>) -> Option<Self> {
         let text = at.text()?;
@@ -59,7 +53,7 @@ impl Value for bool {
     }
 }
 
-impl Value for u32 {
+impl Value for usize {
     fn read(at: &At<'_>) -> Option<Self> {
         match at.scalar("a whole number")? {
             (text, true) if text.bytes().all(|b| b.is_ascii_digit()) => match text.parse() {
@@ -73,8 +67,10 @@ impl Value for u32 {
 
 impl Value for u16 {
     fn read(at: &At<'_>) -> Option<Self> {
-        let number = u32::read(at)?;
-        u16::try_from(number).ok().or_else(|| at.complain(&number.to_string(), "is not in the range 0 to 65535"))
+        let number = usize::read(at)?;
+        u16::try_from(number)
+            .ok()
+            .or_else(|| at.complain(&number.to_string(), "is not in the range 0 to 65535"))
     }
 }
 

@@ -133,10 +133,10 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Link<T> {
         if let Poll::Ready(Err(e)) = this.drain(cx) {
             return Poll::Ready(Err(e));
         }
-        if this.backlog.is_empty() {
-            if let Poll::Ready(result) = Pin::new(&mut this.inner).poll_write(cx, bytes) {
-                return Poll::Ready(result);
-            }
+        if this.backlog.is_empty()
+            && let Poll::Ready(result) = Pin::new(&mut this.inner).poll_write(cx, bytes)
+        {
+            return Poll::Ready(result);
         }
         if this.backlog.len() + bytes.len() > LIMIT {
             return Poll::Ready(Err(io::Error::other("the peer has stopped reading the link")));

@@ -1,0 +1,251 @@
+//! The composition root: everything is read and every socket bound first, then everything serves.
+
+use std::{
+    io::ErrorKind,
+    os::unix::fs::{FileTypeExt, PermissionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use anyhow::{Context, bail};
+use proto::io::{admin::Endpoints, tasks::Tasks};
+use rustls::{
+    RootCertStore, ServerConfig,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+    server::WebPkiClientVerifier,
+};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    signal::unix::{SignalKind, signal},
+    sync::Semaphore,
+};
+use tokio_rustls::TlsAcceptor;
+
+use crate::{
+    agent::Agent,
+    config::{Config, TlsConfig, UnixConfig},
+    front_door::http_connect::{AllowedNames, HttpConnect},
+    identity::Authorities,
+    inventory::Inventory,
+    links::{self, DialLinks},
+    metrics::Reason,
+    store::SqliteStore,
+};
+
+/// How often files that may change are looked at.
+const WATCH_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Every socket, bound.
+struct Sockets {
+    connect_unix: Option<UnixListener>,
+    connect_tls: Option<(TcpListener, TlsAcceptor, AllowedNames)>,
+    call_home: Option<TcpListener>,
+    admin: TcpListener,
+    admin_unix: UnixListener,
+}
+
+/// Runs the agent until SIGTERM or SIGINT, then drains it.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let inventory = load_inventory(&config)?;
+    let authorities = Authorities::load_or_create(&config.state_dir)?;
+    let store = Arc::new(SqliteStore::open(&config.state_dir)?);
+    let sockets = bind(&config).await?;
+    let agent = Arc::new(Agent::new(config, inventory, store, authorities)?);
+
+    let background = Tasks::new();
+    let listeners = Tasks::new();
+    let door = Arc::new(HttpConnect {
+        dialer: agent.dialer.clone(),
+        metrics: agent.metrics.clone(),
+        head_timeout: agent.config.http_connect.head_timeout,
+        half_closed_timeout: agent.config.http_connect.half_closed_timeout,
+        permits: Arc::new(Semaphore::new(agent.config.http_connect.max_connections)),
+        connections: Tasks::new(),
+    });
+    serve(&agent, sockets, &door, &listeners, &background);
+    let mut links = DialLinks::default();
+    links.follow(&agent);
+    background.spawn(agent.clone().renew_user());
+
+    notify(&[sd_notify::NotifyState::Ready]);
+    tracing::info!(nodes = agent.inventory().nodes.len(), version = env!("CARGO_PKG_VERSION"), "master-agent runs");
+    until_terminated(&agent, &mut links).await?;
+
+    // Stop accepting, tell the peers, let streams finish, end the tunnels.
+    notify(&[sd_notify::NotifyState::Stopping]);
+    tracing::info!(streams = door.connections.len(), "stopping");
+    agent.draining.cancel();
+    listeners.cancel();
+    for tunnel in agent.registry.tunnels() {
+        tunnel.go_away("the master-agent is stopping").await;
+    }
+    let cut = door.connections.drain(agent.config.shutdown_grace).await;
+    for tunnel in agent.registry.tunnels() {
+        tunnel.close("the master-agent is stopping").await;
+    }
+    agent.sessions.cancel();
+    agent.sessions.drain(Duration::from_secs(2)).await;
+    background.cancel();
+    background.drain(Duration::from_secs(2)).await;
+    tracing::info!(cut, "stopped");
+    Ok(())
+}
+
+async fn bind(config: &Config) -> anyhow::Result<Sockets> {
+    let door = &config.http_connect;
+    Ok(Sockets {
+        connect_unix: door.unix.as_ref().map(bind_unix).transpose()?,
+        connect_tls: match &door.tls {
+            Some(tls) => {
+                let acceptor = tls_acceptor(tls)?;
+                Some((bind_tcp(tls.listen).await?, acceptor, AllowedNames(tls.allowed_names.clone())))
+            }
+            None => None,
+        },
+        call_home: match &config.call_home {
+            Some(call_home) => Some(bind_tcp(call_home.listen).await?),
+            None => None,
+        },
+        admin: bind_tcp(config.admin.listen).await?,
+        admin_unix: bind_unix(&UnixConfig { path: config.admin.socket.clone(), mode: 0o600, owner: None, group: None })?,
+    })
+}
+
+fn serve(agent: &Arc<Agent>, sockets: Sockets, door: &Arc<HttpConnect>, listeners: &Tasks, background: &Tasks) {
+    let Sockets { connect_unix, connect_tls, call_home, admin, admin_unix } = sockets;
+    if let Some(listener) = connect_unix {
+        listeners.spawn(door.clone().serve_unix(listener));
+    }
+    if let Some((listener, acceptor, allowed)) = connect_tls {
+        listeners.spawn(door.clone().serve_tls(listener, acceptor, allowed));
+    }
+    if let Some(listener) = call_home {
+        listeners.spawn(links::accept(agent.clone(), listener));
+    }
+    let endpoints = Endpoints {
+        registry: Arc::new(agent.metrics.register(agent.registry.clone())),
+        admin: agent.clone(),
+    };
+    background.spawn(endpoints.clone().serve_tcp(admin, background.clone()));
+    background.spawn(endpoints.serve_unix(admin_unix, background.clone()));
+}
+
+async fn until_terminated(agent: &Arc<Agent>, links: &mut DialLinks) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    let mut watch = tokio::time::interval(WATCH_INTERVAL);
+    let mut seen = fingerprint(agent.config.inventory.as_deref());
+    loop {
+        let asked = tokio::select! {
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+            _ = hangup.recv() => true,
+            _ = watch.tick() => false,
+        };
+        let now = fingerprint(agent.config.inventory.as_deref());
+        if asked || now != seen {
+            seen = now;
+            reload_inventory(agent);
+            links.follow(agent);
+        }
+    }
+}
+
+/// What tells that a file has changed, also when it was replaced through a symbolic link.
+fn fingerprint(path: Option<&Path>) -> Option<(SystemTime, u64)> {
+    let metadata = std::fs::metadata(path?).ok()?;
+    Some((metadata.modified().ok()?, metadata.len()))
+}
+
+fn load_inventory(config: &Config) -> anyhow::Result<Inventory> {
+    match &config.inventory {
+        Some(path) => Ok(Inventory::load(path)?),
+        None => Ok(Inventory::default()),
+    }
+}
+
+fn reload_inventory(agent: &Agent) {
+    let result = match load_inventory(&agent.config) {
+        Ok(inventory) => {
+            tracing::info!(nodes = inventory.nodes.len(), "inventory read again");
+            agent.set_inventory(inventory);
+            "ok"
+        }
+        Err(error) => {
+            tracing::error!(%error, "the inventory has errors; the last good one stays");
+            "failed"
+        }
+    };
+    agent.metrics.inventory_reloads.get_or_create(&Reason { reason: result }).inc();
+}
+
+async fn bind_tcp(address: std::net::SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| format!("can't listen on {address}"))
+}
+
+/// Binds a Unix socket that never exists with other rights than it is to have: made under another name, then
+/// renamed. A socket nobody listens on is replaced.
+fn bind_unix(config: &UnixConfig) -> anyhow::Result<UnixListener> {
+    let path = &config.path;
+    let context = || format!("can't listen on {}", path.display());
+    match std::fs::symlink_metadata(path) {
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            bail!("can't listen on {}: a file that is no socket is there", path.display())
+        }
+        Ok(_) if std::os::unix::net::UnixStream::connect(path).is_ok() => {
+            bail!("can't listen on {}: another process does", path.display())
+        }
+        Ok(_) => {}
+        Err(e) if e.kind() == ErrorKind::NotFound => {}
+        Err(e) => return Err(e).with_context(context),
+    }
+    if let Some(directory) = path.parent() {
+        std::fs::create_dir_all(directory).with_context(context)?;
+    }
+    let mut temporary = path.clone().into_os_string();
+    temporary.push(format!(".{}", std::process::id()));
+    let temporary = PathBuf::from(temporary);
+    let _ = std::fs::remove_file(&temporary);
+    let listener = UnixListener::bind(&temporary).with_context(context)?;
+    let finish = || {
+        std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(config.mode))?;
+        std::os::unix::fs::chown(&temporary, config.owner, config.group)?;
+        std::fs::rename(&temporary, path)
+    };
+    if let Err(e) = finish() {
+        let _ = std::fs::remove_file(&temporary);
+        return Err(e).with_context(context);
+    }
+    Ok(listener)
+}
+
+fn tls_acceptor(config: &TlsConfig) -> anyhow::Result<TlsAcceptor> {
+    let read = |what: &str, path: &Path| format!("can't read the {what} in {}", path.display());
+    let chain = CertificateDer::pem_file_iter(&config.cert)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .with_context(|| read("certificate", &config.cert))?;
+    let key = PrivateKeyDer::from_pem_file(&config.key).with_context(|| read("private key", &config.key))?;
+    let mut roots = RootCertStore::empty();
+    for ca in CertificateDer::pem_file_iter(&config.client_ca).with_context(|| read("CA", &config.client_ca))? {
+        roots.add(ca.with_context(|| read("CA", &config.client_ca))?)?;
+    }
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
+        .build()
+        .with_context(|| format!("no usable client CA in {}", config.client_ca.display()))?;
+    let mut tls = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(chain, key)
+        .context("the certificate and the private key don't go together")?;
+    tls.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(TlsAcceptor::from(Arc::new(tls)))
+}
+
+fn notify(states: &[sd_notify::NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::debug!(%error, "systemd was not told");
+    }
+}

@@ -1,0 +1,241 @@
+//! The command line, and the commands that ask the running agent.
+
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use anyhow::{Context, bail};
+use bytes::Bytes;
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use http_body_util::{BodyExt, Empty};
+use hyper_util::rt::TokioIo;
+use proto::{NodeName, io::tasks::Tasks};
+use tokio::net::UnixStream;
+
+use crate::{agent::Explanation, config::Config, registry::NodeStatus};
+
+/// Runs beside kube-apiserver: keeps SSH tunnels to every node and carries connections over them.
+#[derive(Debug, Parser)]
+#[command(name = "master-agent", version, propagate_version = true)]
+pub struct Cli {
+    /// The configuration file.
+    #[arg(long, short, global = true, default_value = "/etc/master-agent/master-agent.yaml", value_name = "FILE")]
+    pub config: PathBuf,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the agent until SIGTERM; SIGHUP reads the inventory again.
+    Run,
+    /// Read the configuration and everything it names, print every error, and exit with 78 if there is one.
+    CheckConfig,
+    /// Tokens with which a new host joins.
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// The nodes of the running agent.
+    #[command(subcommand)]
+    Node(NodeCommand),
+    /// Print what makes a plain OpenSSH sshd a node: a script to run on that host as root.
+    SshdConfig(SshdConfigArgs),
+    /// Say which way a target would be reached, and why.
+    Explain {
+        /// The target, for instance n1:10250, 10.244.1.7:8080 or [fd00::1]:443.
+        #[arg(value_name = "HOST:PORT")]
+        target: String,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Sign a person's SSH key, for `ssh -L`, `-W` and `-J` through nodes within their policies.
+    SignUser(SignUserArgs),
+    /// Print a completion script for a shell.
+    Completions { shell: clap_complete::Shell },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Make a token, and print the line to run on the new host.
+    Create(TokenCreateArgs),
+    /// List the tokens that have not expired (never their secrets).
+    List(OutputArgs),
+    /// Revoke a token by its id.
+    Revoke { id: String },
+}
+
+#[derive(Debug, Args)]
+pub struct TokenCreateArgs {
+    /// The only node name the token is good for. Needed to join a node anew that has joined before.
+    #[arg(long, value_name = "NAME")]
+    pub node: Option<NodeName>,
+    /// How long it can be used, for instance 30m.
+    #[arg(long, default_value = "1h", value_parser = humantime::parse_duration)]
+    pub ttl: Duration,
+    /// The master's call-home address as the new host sees it; the host name and the configured port by default.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub address: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum NodeCommand {
+    /// List the nodes and their tunnels.
+    List(OutputArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct OutputArgs {
+    /// The form of the output.
+    #[arg(long, short, value_enum, default_value_t)]
+    pub output: Output,
+}
+
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub enum Output {
+    #[default]
+    Table,
+    Json,
+}
+
+#[derive(Debug, Args)]
+pub struct SshdConfigArgs {
+    /// The node's name in the inventory.
+    #[arg(value_name = "NODE")]
+    pub node: NodeName,
+    /// The host's public key, for instance its /etc/ssh/ssh_host_ed25519_key.pub ("-" is standard input).
+    #[arg(long, value_name = "FILE")]
+    pub host_key: PathBuf,
+    /// Where that key's private half is on the host.
+    #[arg(long, default_value = "/etc/ssh/ssh_host_ed25519_key", value_name = "PATH")]
+    pub host_key_path: PathBuf,
+    /// The kubelet's port on the node's addresses.
+    #[arg(long, default_value_t = 10250)]
+    pub kubelet_port: u16,
+    /// Further targets to permit, HOST:PORT.
+    #[arg(long = "allow", value_name = "HOST:PORT")]
+    pub allow: Vec<proto::Target>,
+    /// How long the host certificate is valid; sshd nodes get a new one by running this again.
+    #[arg(long, default_value = "365d", value_parser = humantime::parse_duration)]
+    pub ttl: Duration,
+    /// Print only the sshd_config drop-in, not the script that installs it.
+    #[arg(long)]
+    pub drop_in_only: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct SignUserArgs {
+    /// The login name, which becomes the certificate's principal.
+    #[arg(value_name = "LOGIN")]
+    pub login: String,
+    /// The person's public key ("-" is standard input).
+    #[arg(long, value_name = "FILE")]
+    pub key: PathBuf,
+    #[arg(long, default_value = "8h", value_parser = humantime::parse_duration)]
+    pub ttl: Duration,
+}
+
+/// Writes a completion script to standard output.
+pub fn completions(shell: clap_complete::Shell) {
+    clap_complete::generate(shell, &mut Cli::command(), "master-agent", &mut std::io::stdout());
+}
+
+/// Reads a file, or standard input for "-".
+pub fn read_text(path: &Path) -> anyhow::Result<String> {
+    if path == Path::new("-") {
+        return std::io::read_to_string(std::io::stdin()).context("can't read standard input");
+    }
+    std::fs::read_to_string(path).with_context(|| format!("can't read {}", path.display()))
+}
+
+/// `node list`.
+pub async fn node_list(config: &Config, output: Output) -> anyhow::Result<()> {
+    let body = ask(config, "/nodes").await?;
+    match output {
+        Output::Json => println!("{body}"),
+        Output::Table => print_nodes(&serde_json::from_str::<Vec<NodeStatus>>(&body)?),
+    }
+    Ok(())
+}
+
+fn print_nodes(nodes: &[NodeStatus]) {
+    let mut rows = vec![["NODE", "STATE", "ROLE", "DIRECTION", "KIND", "STREAMS", "RTT", "SINCE", "PEER"].map(str::to_owned)];
+    for node in nodes {
+        if node.tunnels.is_empty() {
+            let dash = || "-".to_owned();
+            rows.push([node.name.to_string(), node.state.clone(), dash(), dash(), dash(), dash(), dash(), dash(), node.reason.clone()]);
+        }
+        for tunnel in &node.tunnels {
+            let since = SystemTime::UNIX_EPOCH + Duration::from_secs(tunnel.since_unix_seconds);
+            rows.push([
+                node.name.to_string(),
+                node.state.clone(),
+                tunnel.role.clone(),
+                tunnel.direction.clone(),
+                tunnel.kind.clone(),
+                tunnel.streams.to_string(),
+                tunnel.round_trip_microseconds.map_or_else(|| "-".to_owned(), |us| format!("{:.1}ms", us as f64 / 1000.0)),
+                humantime::format_rfc3339_seconds(since).to_string(),
+                tunnel.peer.map_or_else(|| "-".to_owned(), |peer| peer.to_string()),
+            ]);
+        }
+    }
+    print_table(&rows);
+}
+
+/// Prints rows in columns that are as wide as they need to be.
+pub fn print_table<const N: usize>(rows: &[[String; N]]) {
+    let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(String::len).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..N).map(width).collect();
+    for row in rows {
+        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        println!("{}", cells.join("  ").trim_end());
+    }
+}
+
+/// `explain`.
+pub async fn explain(config: &Config, target: &str, output: Output) -> anyhow::Result<()> {
+    let body = ask(config, &format!("/explain?{}", encode_query(target))).await?;
+    match output {
+        Output::Json => println!("{body}"),
+        Output::Table => {
+            let e: Explanation = serde_json::from_str(&body)?;
+            let none = || "-".to_owned();
+            let round_trip = e.round_trip_microseconds.map_or_else(none, |us| format!("{:.1}ms", us as f64 / 1000.0));
+            print_table(&[
+                ["target".to_owned(), e.target],
+                ["node".to_owned(), e.node.map_or_else(none, |n| n.to_string())],
+                ["reason".to_owned(), if e.reason.is_empty() { none() } else { e.reason }],
+                ["state".to_owned(), e.state.unwrap_or_else(none)],
+                ["round trip".to_owned(), round_trip],
+                ["verdict".to_owned(), e.verdict],
+            ]);
+        }
+    }
+    Ok(())
+}
+
+/// A target has no character that a query would need encoded, but what a person types may.
+fn encode_query(text: &str) -> String {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._:[]".contains(&b);
+    text.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
+}
+
+/// Asks the running agent over its admin socket.
+async fn ask(config: &Config, path: &str) -> anyhow::Result<String> {
+    let socket = &config.admin.socket;
+    let stream = UnixStream::connect(socket)
+        .await
+        .with_context(|| format!("can't reach the running agent at {}: does `master-agent run` run?", socket.display()))?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    let tasks = Tasks::new();
+    tasks.spawn(connection);
+    let request = hyper::Request::get(path).header(hyper::header::HOST, "master-agent").body(Empty::<Bytes>::new())?;
+    let response = sender.send_request(request).await?;
+    let status = response.status();
+    let body = response.into_body().collect().await?.to_bytes();
+    let body = String::from_utf8_lossy(&body).into_owned();
+    if !status.is_success() {
+        bail!("{}", body.trim());
+    }
+    Ok(body)
+}

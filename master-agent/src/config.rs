@@ -1,0 +1,543 @@
+//! The master-agent's configuration file. `deploy/config/master-agent.yaml` shows every field.
+
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use proto::config::{self, At, Errors, Log, Mode, Section, Source};
+
+use crate::inventory::Inventory;
+
+/// A configuration without mistakes, its defaults filled in and its paths usable from the working directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The certificate authorities' keys and the store.
+    pub state_dir: PathBuf,
+    pub log: Log,
+    pub admin: AdminConfig,
+    pub http_connect: HttpConnectConfig,
+    /// Where nodes call home; `None` accepts none.
+    pub call_home: Option<CallHomeConfig>,
+    pub tunnels: TunnelsConfig,
+    pub certificates: CertificatesConfig,
+    /// How long streams may go on after SIGTERM.
+    pub shutdown_grace: Duration,
+    /// The file of [`crate::inventory::Inventory`].
+    pub inventory: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdminConfig {
+    /// Health and metrics, for scrapers. Loopback unless the file says `allow_remote: true`.
+    pub listen: SocketAddr,
+    /// What the command line talks to.
+    pub socket: PathBuf,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HttpConnectConfig {
+    pub unix: Option<UnixConfig>,
+    pub tls: Option<TlsConfig>,
+    /// How long a caller may take to send its request's head.
+    pub head_timeout: Duration,
+    /// After one direction of a stream has ended, how long the other may be silent.
+    pub half_closed_timeout: Duration,
+    /// Callers at once, over both listeners.
+    pub max_connections: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnixConfig {
+    pub path: PathBuf,
+    pub mode: u32,
+    /// Numeric user of the socket file; `None` leaves it to the process.
+    pub owner: Option<u32>,
+    /// Numeric group of the socket file; `None` leaves it to the process.
+    pub group: Option<u32>,
+}
+
+/// TLS that asks every caller for a certificate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsConfig {
+    pub listen: SocketAddr,
+    pub cert: PathBuf,
+    pub key: PathBuf,
+    pub client_ca: PathBuf,
+    /// Common names or subject alternative names that may call; empty allows every certificate of `client_ca`.
+    pub allowed_names: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CallHomeConfig {
+    pub listen: SocketAddr,
+    /// Connections at once that have not authenticated yet.
+    pub max_handshakes: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TunnelsConfig {
+    pub keepalive_interval: Duration,
+    /// Unanswered keep-alives after which a tunnel is dead.
+    pub keepalive_max: usize,
+    pub handshake_timeout: Duration,
+    /// For opening one stream, from the caller's request to the target's answer.
+    pub dial_timeout: Duration,
+    pub max_streams_per_tunnel: usize,
+    pub max_streams_per_node: usize,
+    pub backoff_min: Duration,
+    pub backoff_max: Duration,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CertificatesConfig {
+    /// Life of the master's own SSH user certificates.
+    pub user_ttl: Duration,
+    /// Life of nodes' host certificates.
+    pub host_ttl: Duration,
+}
+
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+/// For waits: long enough for any network, and no accidental month.
+const WAIT: RangeInclusive<Duration> = Duration::from_millis(10)..=DAY;
+const COUNT: RangeInclusive<usize> = 1..=1_000_000;
+
+impl Config {
+    /// Reads the file and checks the files that it names. The errors are those of the configuration and of the
+    /// inventory that it names.
+    pub fn load(path: &Path) -> Result<Self, Errors> {
+        let mut inventory = None;
+        let loaded = config::load(path, |s| {
+            let config = Self::read(s)?;
+            inventory = config.inventory.clone();
+            Some(config)
+        });
+        // What can't be opened has been reported at the line that names it.
+        let inventory = inventory.filter(|path| path.is_file() && fs::File::open(path).is_ok());
+        match (loaded, inventory.map(|path| Inventory::load(&path))) {
+            (loaded, None | Some(Ok(_))) => loaded,
+            (Ok(_), Some(Err(errors))) => Err(errors),
+            (Err(errors), Some(Err(more))) => Err(errors.and(more)),
+        }
+    }
+
+    /// Reads a configuration from its text, shown in errors as the file `origin`, with paths relative to
+    /// `base_dir`. The files that it names need not exist.
+    pub fn parse(text: &str, origin: &str, base_dir: &Path) -> Result<Self, Errors> {
+        config::parse(text, Source { origin, base_dir, check_files: false }, Self::read)
+    }
+
+    fn read(s: &Section<'_>) -> Option<Self> {
+        Some(Self {
+            state_dir: s.directory("state_dir", "/var/lib/master-agent"),
+            log: s.section_or_default("log", Log::read),
+            admin: s.section_or_default("admin", AdminConfig::read),
+            http_connect: s.section_or_default("http_connect", HttpConnectConfig::read),
+            call_home: s.section("call_home", |s| Some(CallHomeConfig::read(s))),
+            tunnels: s.section_or_default("tunnels", TunnelsConfig::read),
+            certificates: s.section_or_default("certificates", CertificatesConfig::read),
+            shutdown_grace: s.duration("shutdown_grace", secs(30), Duration::ZERO..=DAY),
+            inventory: s.file("inventory"),
+        })
+    }
+}
+
+impl AdminConfig {
+    fn read(s: &Section<'_>) -> Self {
+        let loopback = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9070);
+        Self {
+            listen: s.listen_local("listen", loopback),
+            socket: s.listen_unix("socket", "/run/master-agent/admin.sock"),
+        }
+    }
+}
+
+impl HttpConnectConfig {
+    fn read(s: &Section<'_>) -> Self {
+        Self {
+            unix: s.section("unix", |s| Some(UnixConfig::read(s))),
+            tls: s.section("tls", TlsConfig::read),
+            head_timeout: s.duration("head_timeout", secs(10), WAIT),
+            half_closed_timeout: s.duration("half_closed_timeout", secs(600), WAIT),
+            max_connections: s.number("max_connections", 16384, COUNT),
+        }
+    }
+}
+
+impl UnixConfig {
+    fn read(s: &Section<'_>) -> Self {
+        Self {
+            path: s.listen_unix("path", "/run/master-agent/connect.sock"),
+            mode: s.or("mode", Mode(0o660)).0,
+            owner: s.at("owner").and_then(|at| account(&at, "/etc/passwd", "user")),
+            group: s.at("group").and_then(|at| account(&at, "/etc/group", "group")),
+        }
+    }
+}
+
+impl TlsConfig {
+    fn read(s: &Section<'_>) -> Option<Self> {
+        let listen = s.listen("listen", Some(any(8131)));
+        let cert = s.required_file("cert");
+        let key = s.required_private_file("key");
+        let client_ca = s.required_file("client_ca");
+        let allowed_names = s.list("allowed_names");
+        Some(Self { listen: listen?, cert: cert?, key: key?, client_ca: client_ca?, allowed_names })
+    }
+}
+
+impl CallHomeConfig {
+    fn read(s: &Section<'_>) -> Self {
+        let default = any(2222);
+        Self {
+            listen: s.listen("listen", Some(default)).unwrap_or(default),
+            max_handshakes: s.number("max_handshakes", 256, COUNT),
+        }
+    }
+}
+
+impl TunnelsConfig {
+    fn read(s: &Section<'_>) -> Self {
+        let tunnels = Self {
+            keepalive_interval: s.duration("keepalive_interval", secs(5), WAIT),
+            keepalive_max: s.number("keepalive_max", 2, 1..=100),
+            handshake_timeout: s.duration("handshake_timeout", secs(10), WAIT),
+            dial_timeout: s.duration("dial_timeout", secs(10), WAIT),
+            max_streams_per_tunnel: s.number("max_streams_per_tunnel", 8192, COUNT),
+            max_streams_per_node: s.number("max_streams_per_node", 8192, COUNT),
+            backoff_min: s.duration("backoff_min", Duration::from_millis(200), WAIT),
+            backoff_max: s.duration("backoff_max", secs(3), WAIT),
+        };
+        if tunnels.backoff_min > tunnels.backoff_max {
+            let show = humantime::format_duration;
+            let (min, max) = (show(tunnels.backoff_min), show(tunnels.backoff_max));
+            s.error("backoff_min", format!("{min} is longer than backoff_max, {max}"));
+        }
+        tunnels
+    }
+}
+
+impl CertificatesConfig {
+    fn read(s: &Section<'_>) -> Self {
+        Self {
+            user_ttl: s.duration("user_ttl", DAY, secs(1)..=30 * DAY),
+            host_ttl: s.duration("host_ttl", 30 * DAY, secs(1)..=3660 * DAY),
+        }
+    }
+}
+
+fn secs(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+fn any(port: u16) -> SocketAddr {
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port)
+}
+
+/// The numeric id of a user or group, given as such or by its name in `table` (passwd(5), group(5)).
+fn account(at: &At<'_>, table: &str, kind: &str) -> Option<u32> {
+    let text = at.text()?;
+    if let Ok(id) = text.parse() {
+        return Some(id);
+    }
+    match fs::read_to_string(table) {
+        Ok(accounts) => id_of(&accounts, text)
+            .or_else(|| at.complain(text, &format!("no such {kind} in {table}; a numeric id will do, too"))),
+        Err(error) => {
+            at.complain(text, &format!("can't look up this {kind}, {table} can't be read: {error}"))
+        }
+    }
+}
+
+/// Both tables have the name first and the id third.
+fn id_of(accounts: &str, name: &str) -> Option<u32> {
+    let id = |line: &str| {
+        let mut fields = line.split(':');
+        let found = fields.next() == Some(name);
+        fields.nth(1).filter(|_| found)?.parse().ok()
+    };
+    accounts.lines().find_map(id)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use proto::io::telemetry::LogFormat;
+
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, Errors> {
+        Config::parse(text, "master.yaml", Path::new("/etc/master-agent"))
+    }
+
+    fn sample(name: &str) -> String {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/config").join(name);
+        fs::read_to_string(path).unwrap()
+    }
+
+    #[test]
+    fn everything_has_a_default() {
+        let config = parse("").unwrap();
+        assert_eq!(config.state_dir, Path::new("/var/lib/master-agent"));
+        assert_eq!(config.log, Log { format: LogFormat::Text, level: "info".into() });
+        assert_eq!(config.admin.listen, "127.0.0.1:9070".parse().unwrap());
+        assert_eq!(config.admin.socket, Path::new("/run/master-agent/admin.sock"));
+        assert_eq!((&config.http_connect.unix, &config.http_connect.tls), (&None, &None));
+        assert_eq!(config.http_connect.head_timeout, secs(10));
+        assert_eq!(config.http_connect.max_connections, 16384);
+        assert_eq!((&config.call_home, &config.inventory), (&None, &None));
+        assert_eq!((config.tunnels.keepalive_interval, config.tunnels.keepalive_max), (secs(5), 2));
+        assert_eq!((config.tunnels.handshake_timeout, config.tunnels.dial_timeout), (secs(10), secs(10)));
+        assert_eq!(
+            (config.tunnels.max_streams_per_tunnel, config.tunnels.max_streams_per_node),
+            (8192, 8192)
+        );
+        assert_eq!(config.tunnels.backoff_min, Duration::from_millis(200));
+        assert_eq!(config.tunnels.backoff_max, secs(3));
+        assert_eq!((config.certificates.user_ttl, config.certificates.host_ttl), (DAY, 30 * DAY));
+        assert_eq!(config.shutdown_grace, secs(30));
+    }
+
+    /// The sample shows the defaults, besides the sections that are off without being named.
+    #[test]
+    fn the_sample_shows_the_defaults() {
+        let mut sample = parse(&sample("master-agent.yaml")).unwrap();
+        let unix = sample.http_connect.unix.take().unwrap();
+        assert_eq!(unix, UnixConfig { owner: Some(0), group: Some(0), ..default_unix() });
+        let tls = sample.http_connect.tls.take().unwrap();
+        assert_eq!(tls.listen, any(8131));
+        assert_eq!(tls.key, Path::new("/etc/master-agent/tls.key"));
+        assert_eq!(
+            sample.call_home.take().unwrap(),
+            CallHomeConfig { listen: any(2222), max_handshakes: 256 }
+        );
+        assert_eq!(sample.inventory.take().unwrap(), Path::new("/etc/master-agent/inventory.yaml"));
+        assert_eq!(sample, parse("").unwrap());
+    }
+
+    fn default_unix() -> UnixConfig {
+        parse("http_connect: {unix: {}}").unwrap().http_connect.unix.unwrap()
+    }
+
+    #[test]
+    fn the_sample_names_every_field() {
+        let sample = sample("master-agent.yaml");
+        for field in [
+            "state_dir",
+            "log",
+            "format",
+            "level",
+            "admin",
+            "listen",
+            "socket",
+            "allow_remote",
+            "http_connect",
+            "unix",
+            "path",
+            "mode",
+            "owner",
+            "group",
+            "tls",
+            "cert",
+            "key",
+            "client_ca",
+            "allowed_names",
+            "head_timeout",
+            "half_closed_timeout",
+            "max_connections",
+            "call_home",
+            "max_handshakes",
+            "tunnels",
+            "keepalive_interval",
+            "keepalive_max",
+            "handshake_timeout",
+            "dial_timeout",
+            "max_streams_per_tunnel",
+            "max_streams_per_node",
+            "backoff_min",
+            "backoff_max",
+            "certificates",
+            "user_ttl",
+            "host_ttl",
+            "shutdown_grace",
+            "inventory",
+        ] {
+            assert!(sample.contains(&format!("{field}:")), "{field}");
+        }
+    }
+
+    #[test]
+    fn paths_are_relative_to_the_file() {
+        let text = "state_dir: state\ninventory: inv.yaml\nadmin: {socket: /run/x.sock}\n";
+        let config = parse(text).unwrap();
+        assert_eq!(config.state_dir, Path::new("/etc/master-agent/state"));
+        assert_eq!(config.inventory.unwrap(), Path::new("/etc/master-agent/inv.yaml"));
+        assert_eq!(config.admin.socket, Path::new("/run/x.sock"));
+    }
+
+    #[test]
+    fn mistakes_are_shown_with_their_place() {
+        let tls = "http_connect:\n  tls: {cert: a, key: b, client_ca: c, listen: ";
+        let table: &[(&str, &str)] = &[
+            ("stat_dir: /x", "1:1: stat_dir: unknown field; did you mean state_dir?"),
+            (
+                "log:\n  level: info\n  color: true",
+                "3:3: log.color: unknown field; known here: format, level",
+            ),
+            ("log: {format: yaml}", "1:15: log.format: \"yaml\": expected text or json"),
+            ("log: {level: \"a=b=c\"}", "1:14: log.level: is no log level or filter"),
+            ("log: [text]", "1:6: log: expected a section of fields, found a list"),
+            ("admin:\n  listen: 9070", "2:11: admin.listen: \"9070\": expected ADDRESS:PORT"),
+            (
+                "admin:\n  listen: localhost:9070",
+                "2:11: admin.listen: \"localhost:9070\": expected ADDRESS:PORT",
+            ),
+            ("admin:\n  listen: 0.0.0.0:9070", "2:11: admin.listen: 0.0.0.0:9070 has no authentication"),
+            ("admin: {allow_remote: \"true\"}", "1:23: admin.allow_remote: \"true\": expected true or false"),
+            (
+                "http_connect:\n  unix: {mode: 660}",
+                "2:16: http_connect.unix.mode: \"660\": expected a mode as four",
+            ),
+            (
+                "http_connect:\n  unix: {mode: \"0990\"}",
+                "2:16: http_connect.unix.mode: \"0990\": expected a mode",
+            ),
+            (
+                "http_connect: {unix: {owner: no-such-user}}",
+                "1:30: http_connect.unix.owner: \"no-such-user\": no such user",
+            ),
+            (
+                "http_connect: {unix: {group: no-such-group}}",
+                "1:30: http_connect.unix.group: \"no-such-group\": no such group",
+            ),
+            ("http_connect:\n  tls:\n    cert: a", "2:3: http_connect.tls.key: is required"),
+            ("http_connect:\n  unix:\n", "2:3: http_connect.unix: has no value"),
+            (
+                &format!("{tls}127.0.0.1:9070}}"),
+                "2:48: http_connect.tls.listen: the same address as admin.listen",
+            ),
+            (
+                &format!("{tls}\"[::]:9070\"}}"),
+                "2:48: http_connect.tls.listen: the same address as admin.listen",
+            ),
+            (
+                &format!("{tls}0.0.0.0:1}}\ncall_home: {{listen: 1.2.3.4:1}}"),
+                "3:21: call_home.listen: the same address",
+            ),
+            (
+                "admin: {socket: /s}\nhttp_connect: {unix: {path: /s}}",
+                "2:29: http_connect.unix.path: the same address",
+            ),
+            (
+                &format!("admin: {{socket: /{}}}", "s".repeat(107)),
+                "1:17: admin.socket: is longer than the 107 bytes",
+            ),
+            ("tunnels:\n  dial_timeout: 10", "2:17: tunnels.dial_timeout: \"10\": has no unit"),
+            ("tunnels:\n  dial_timeout: soon", "2:17: tunnels.dial_timeout: \"soon\": expected a duration"),
+            (
+                "tunnels:\n  dial_timeout: 0s",
+                "2:17: tunnels.dial_timeout: 0s is not in the range 10ms to 1day",
+            ),
+            ("tunnels:\n  backoff_min: 5s", "2:16: tunnels.backoff_min: 5s is longer than backoff_max, 3s"),
+            ("tunnels: {keepalive_max: 0}", "1:26: tunnels.keepalive_max: 0 is not in the range 1 to 100"),
+            (
+                "tunnels: {max_streams_per_node: -1}",
+                "1:33: tunnels.max_streams_per_node: \"-1\": expected a whole",
+            ),
+            (
+                "tunnels: {max_streams_per_node: \"5\"}",
+                "1:33: tunnels.max_streams_per_node: \"5\": expected a whole",
+            ),
+            ("call_home: {max_handshakes: 0}", "1:29: call_home.max_handshakes: 0 is not in the range"),
+            ("inventory: [a]", "1:12: inventory: expected a text, found a list"),
+            (
+                "shutdown_grace: 30s\nshutdown_grace: 40s",
+                "2:1: \"shutdown_grace\" is given twice, first on line 1",
+            ),
+            ("log: {level: info", "1:6: not YAML: unclosed bracket"),
+        ];
+        for (text, expected) in table {
+            let shown = parse(text).expect_err(text).to_string();
+            let found = shown.lines().any(|line| line.starts_with(&format!("master.yaml:{expected}")));
+            assert!(found, "{text}\nexpected {expected}\ngot {shown}");
+        }
+    }
+
+    #[test]
+    fn every_mistake_is_shown_at_once_and_in_order() {
+        let text = "\
+state_dirs: /x
+log: {format: xml}
+http_connect:
+  tls:
+    listen: here
+    allowed_names: kube-apiserver
+  head_timeout: 5
+tunnels:
+  keepalive_max: many
+  backoff_min: 9s
+";
+        let shown = parse(text).unwrap_err().to_string();
+        let places: Vec<_> =
+            shown.lines().map(|line| line.split(": ").take(2).collect::<Vec<_>>().join(" ")).collect();
+        assert_eq!(
+            places,
+            [
+                "master.yaml:1:1 state_dirs",
+                "master.yaml:2:15 log.format",
+                "master.yaml:4:3 http_connect.tls.cert",
+                "master.yaml:4:3 http_connect.tls.key",
+                "master.yaml:4:3 http_connect.tls.client_ca",
+                "master.yaml:5:13 http_connect.tls.listen",
+                "master.yaml:6:20 http_connect.tls.allowed_names",
+                "master.yaml:7:17 http_connect.head_timeout",
+                "master.yaml:9:18 tunnels.keepalive_max",
+                "master.yaml:10:16 tunnels.backoff_min",
+            ],
+            "{shown}"
+        );
+    }
+
+    #[test]
+    fn named_files_must_be_readable_valid_and_keys_private() {
+        let dir = std::env::temp_dir().join(format!("master-agent-config-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let path = dir.join("master.yaml");
+        fs::write(dir.join("tls.crt"), "").unwrap();
+        fs::write(dir.join("tls.key"), "").unwrap();
+        fs::set_permissions(dir.join("tls.key"), fs::Permissions::from_mode(0o640)).unwrap();
+        let text = "state_dir: tls.crt\nhttp_connect:\n  tls: {cert: tls.crt, key: tls.key, client_ca: .}\ninventory: gone.yaml\n";
+        fs::write(&path, text).unwrap();
+        let shown = Config::load(&path).unwrap_err().to_string();
+        let tail = |line: &str| line.split_once("master.yaml:").unwrap().1.replace(dir.to_str().unwrap(), "");
+        let lines: Vec<_> = shown.lines().map(tail).collect();
+        assert_eq!(
+            lines,
+            [
+                "1:12: state_dir: /tls.crt is not a directory",
+                "3:29: http_connect.tls.key: /tls.key is a private key with mode 0640, open to others: chmod 600 /tls.key",
+                "3:49: http_connect.tls.client_ca: /. is not a file",
+                "4:12: inventory: /gone.yaml can't be read: No such file or directory (os error 2)",
+            ]
+        );
+        fs::write(dir.join("gone.yaml"), "nodes: [{}]").unwrap();
+        let shown = Config::load(&path).unwrap_err().to_string();
+        assert_eq!(shown.lines().count(), 4, "{shown}");
+        assert!(shown.ends_with("gone.yaml:1:9: nodes[0].name: is required"), "{shown}");
+        fs::remove_file(dir.join("gone.yaml")).unwrap();
+        assert!(Config::load(&dir.join("gone.yaml")).unwrap_err().to_string().contains("can't be read"));
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn account_tables_are_read_as_passwd_and_group_are() {
+        let passwd = "root:x:0:0:root:/root:/bin/sh\nkube:x:1001:1002::/:/bin/false\nbad\n";
+        assert_eq!(id_of(passwd, "kube"), Some(1001));
+        assert_eq!(id_of(passwd, "bad"), None);
+        assert_eq!(id_of("wheel:x:10:root,kube\n", "wheel"), Some(10));
+    }
+}

@@ -1,0 +1,137 @@
+//! The host CA, which signs nodes' host keys, and the user CA, which signs the master's own key and those of
+//! people. Both are files of mode 0600 in the state directory.
+
+use std::{
+    io::ErrorKind,
+    net::IpAddr,
+    path::Path,
+    time::{Duration, SystemTime},
+};
+
+use anyhow::Context;
+use proto::{NodeName, secret_file};
+use russh::keys::{
+    Algorithm, Certificate, HashAlg, PrivateKey, PublicKey,
+    ssh_key::{
+        LineEnding,
+        certificate::{Builder, CertType},
+    },
+};
+
+use crate::join::LOGIN;
+
+/// Clocks of peers may be behind by this much.
+const CLOCK_SKEW: Duration = Duration::from_secs(300);
+
+/// The master's certificate authorities.
+#[derive(Debug)]
+pub struct Authorities {
+    host_ca: PrivateKey,
+    user_ca: PrivateKey,
+}
+
+/// A fresh key, in memory only, and the certificate with which the master shows it.
+#[derive(Debug)]
+pub struct UserIdentity {
+    pub key: PrivateKey,
+    pub certificate: Certificate,
+}
+
+impl Authorities {
+    /// Reads the authorities' keys, or makes them where there are none yet.
+    pub fn load_or_create(state_dir: &Path) -> anyhow::Result<Self> {
+        secret_file::create_directory(state_dir)?;
+        Ok(Self { host_ca: load_or_create(state_dir, "host_ca")?, user_ca: load_or_create(state_dir, "user_ca")? })
+    }
+
+    pub fn host_ca(&self) -> &PublicKey {
+        self.host_ca.public_key()
+    }
+
+    pub fn user_ca(&self) -> &PublicKey {
+        self.user_ca.public_key()
+    }
+
+    /// What a joining host compares: the fingerprint of the user CA, `SHA256:...`.
+    pub fn user_ca_pin(&self) -> String {
+        self.user_ca.fingerprint(HashAlg::Sha256).to_string()
+    }
+
+    /// Certifies a node's host key for its name and addresses.
+    pub fn sign_host(
+        &self,
+        key: &PublicKey,
+        node: &NodeName,
+        addresses: &[IpAddr],
+        now: SystemTime,
+        ttl: Duration,
+    ) -> anyhow::Result<Certificate> {
+        let principals = std::iter::once(node.to_string()).chain(addresses.iter().map(ToString::to_string));
+        let builder = builder(key, CertType::Host, &format!("node:{node}"), principals, now, ttl)?;
+        Ok(builder.sign(&self.host_ca)?)
+    }
+
+    /// Certifies a person's key for port forwarding.
+    pub fn sign_user(
+        &self,
+        key: &PublicKey,
+        principals: &[String],
+        key_id: &str,
+        now: SystemTime,
+        ttl: Duration,
+    ) -> anyhow::Result<Certificate> {
+        let mut builder = builder(key, CertType::User, key_id, principals.iter().cloned(), now, ttl)?;
+        builder.extension("permit-port-forwarding", "")?;
+        Ok(builder.sign(&self.user_ca)?)
+    }
+
+    /// Makes a new key for the master, and certifies it.
+    pub fn issue_user(&self, now: SystemTime, ttl: Duration) -> anyhow::Result<UserIdentity> {
+        let key = PrivateKey::random(&mut rand::rng(), Algorithm::Ed25519)?;
+        let certificate = self.sign_user(key.public_key(), &[LOGIN.to_owned()], LOGIN, now, ttl)?;
+        Ok(UserIdentity { key, certificate })
+    }
+}
+
+fn builder(
+    key: &PublicKey,
+    kind: CertType,
+    key_id: &str,
+    principals: impl Iterator<Item = String>,
+    now: SystemTime,
+    ttl: Duration,
+) -> anyhow::Result<Builder> {
+    let seconds = |t: SystemTime| t.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let mut builder = Builder::new_with_random_nonce(
+        &mut rand::rng(),
+        key.key_data().clone(),
+        seconds(now - CLOCK_SKEW),
+        seconds(now + ttl),
+    )?;
+    builder.serial(rand::random())?.cert_type(kind)?.key_id(key_id)?;
+    for principal in principals {
+        builder.valid_principal(principal)?;
+    }
+    Ok(builder)
+}
+
+fn load_or_create(directory: &Path, name: &str) -> anyhow::Result<PrivateKey> {
+    let path = directory.join(name);
+    if !path.exists() {
+        let mut key = PrivateKey::random(&mut rand::rng(), Algorithm::Ed25519)?;
+        key.set_comment(name);
+        match secret_file::write_new(&path, key.to_openssh(LineEnding::LF)?.as_bytes()) {
+            Ok(()) => {}
+            Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
+            Err(e) => return Err(e).with_context(|| format!("can't create {}", path.display())),
+        }
+    }
+    let key = PrivateKey::from_openssh(secret_file::read(&path)?)
+        .with_context(|| format!("{} is not an OpenSSH private key", path.display()))?;
+    let public = directory.join(format!("{name}.pub"));
+    if !public.exists() {
+        std::fs::write(&public, format!("{}\n", key.public_key().to_openssh()?))
+            .with_context(|| format!("can't write {}", public.display()))?;
+    }
+    Ok(key)
+}

@@ -1,0 +1,133 @@
+//! Joining, and the certificates of nodes.
+//!
+//! A host that calls home with a key that is nobody's is offered the join exchange and nothing else. It has
+//! verified this master by the pin of the user CA before it sends its token; what is signed is the host key
+//! that the very session has proved.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use proto::{
+    NodeName,
+    join::{JoinRequest, JoinResponse, SUBSYSTEM},
+};
+use russh::{ChannelMsg, keys::PublicKey};
+
+use crate::{
+    agent::Agent,
+    inventory::Inventory,
+    metrics::Reason,
+    token::{self, Listed},
+    tunnel::Session,
+};
+
+/// The master's SSH user name, and the principal of its certificates.
+pub const LOGIN: &str = "master-agent";
+
+/// Offers the join exchange on a session; `false` when the other side does not want to join.
+pub async fn serve(agent: &Arc<Agent>, session: Session, key: &PublicKey, peer: SocketAddr) -> bool {
+    let joined = exchange(agent, &session, key, peer).await;
+    session.close("the join exchange has ended").await;
+    joined.unwrap_or(false)
+}
+
+async fn exchange(
+    agent: &Arc<Agent>,
+    session: &Session,
+    key: &PublicKey,
+    peer: SocketAddr,
+) -> Result<bool, russh::Error> {
+    let mut channel = session.handle.channel_open_session().await?;
+    channel.request_subsystem(true, SUBSYSTEM).await?;
+    let mut bytes = Vec::new();
+    let response = loop {
+        match channel.wait().await {
+            Some(ChannelMsg::Data { data }) => {
+                bytes.extend_from_slice(&data);
+                match JoinRequest::decode(&bytes) {
+                    Ok(Some(request)) => break decide(agent, request, key, peer).await,
+                    Ok(None) => {}
+                    Err(error) => {
+                        tracing::warn!(%peer, %error, "refused a join request that can't be read");
+                        return Ok(false);
+                    }
+                }
+            }
+            Some(ChannelMsg::Failure | ChannelMsg::Eof | ChannelMsg::Close) | None => return Ok(false),
+            Some(_) => {}
+        }
+    };
+    channel.data_bytes(response.encode()).await?;
+    channel.eof().await?;
+    // The host leaves when it has read the answer.
+    while channel.wait().await.is_some() {}
+    Ok(true)
+}
+
+async fn decide(agent: &Arc<Agent>, request: JoinRequest, key: &PublicKey, peer: SocketAddr) -> JoinResponse {
+    let (agent, key) = (agent.clone(), key.clone());
+    let decided = tokio::task::spawn_blocking(move || {
+        let inventory = agent.inventory();
+        let ttl = agent.config.certificates.host_ttl;
+        let response = token::handle_join(
+            &request,
+            &key,
+            &agent.authorities,
+            agent.store.as_ref(),
+            inventory.as_ref(),
+            SystemTime::now(),
+            ttl,
+        );
+        let result = match &response {
+            JoinResponse::Accepted { node, .. } => {
+                tracing::info!(%node, %peer, "joined");
+                "ok"
+            }
+            JoinResponse::Refused { reason, .. } => {
+                tracing::warn!(%peer, reason, "refused to let a host join");
+                "refused"
+            }
+        };
+        agent.metrics.joins.get_or_create(&Reason { reason: result }).inc();
+        response
+    });
+    decided.await.unwrap_or_else(|_| JoinResponse::Refused {
+        reason: "the master failed".to_owned(),
+        hint: "Its log says why.".to_owned(),
+    })
+}
+
+impl Listed for Inventory {
+    fn addresses(&self, node: &NodeName) -> Option<Vec<IpAddr>> {
+        self.nodes.iter().find(|n| n.name == *node).map(|n| n.addresses.clone())
+    }
+
+    fn owner(&self, address: &IpAddr) -> Option<NodeName> {
+        self.nodes.iter().find(|n| n.addresses.contains(address)).map(|n| n.name.clone())
+    }
+}
+
+/// Signs a host key again, for a node that has proved to hold it. Gives the certificate in text form.
+pub async fn renew(
+    agent: &Arc<Agent>,
+    node: &NodeName,
+    key: &PublicKey,
+    now: SystemTime,
+    ttl: Duration,
+) -> anyhow::Result<String> {
+    let (agent, node, key) = (agent.clone(), node.clone(), key.clone());
+    let signed = tokio::task::spawn_blocking(move || {
+        let inventory = agent.inventory();
+        let listed = inventory.nodes.iter().find(|n| n.name == node).map(|n| n.addresses.clone());
+        let addresses = match listed {
+            Some(addresses) if !addresses.is_empty() => addresses,
+            Some(_) | None => agent.store.node(&node)?.map(|n| n.addresses).unwrap_or_default(),
+        };
+        let certificate = agent.authorities.sign_host(&key, &node, &addresses, now, ttl)?;
+        Ok(certificate.to_openssh()?)
+    });
+    signed.await?
+}

@@ -1,0 +1,304 @@
+//! Where links come from: nodes that the master dials, and nodes that call home (RFC 8071). Above the link
+//! both are the same tunnel.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use proto::{
+    NodeName, Target,
+    backoff::Backoff,
+    io::{
+        admin::accept_error,
+        mux::{Events, Notice},
+        tasks::Tasks,
+    },
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    agent::Agent,
+    identity::HostKeyError,
+    inventory::InventoryNode,
+    join,
+    registry::{Absent, Registration},
+    trust,
+    tunnel::{Direction, HostIdentity, Session, TunnelError, Verify, handshake},
+};
+
+/// How long a TCP connection may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(2500);
+/// How long an older tunnel has to prove that it lives when a second one for its node comes.
+const PROBE_TIMEOUT: Duration = Duration::from_millis(1500);
+/// A tunnel that held this long ends the back-off.
+const STEADY: Duration = Duration::from_secs(10);
+
+/// Keeps a dial loop for every node of the inventory that is to be dialled.
+#[derive(Default)]
+pub struct DialLinks {
+    loops: HashMap<NodeName, (InventoryNode, Tasks)>,
+}
+
+impl DialLinks {
+    /// Starts loops for new nodes, ends those of nodes that are gone, restarts those that changed.
+    pub fn follow(&mut self, agent: &Arc<Agent>) {
+        let inventory = agent.inventory();
+        self.loops.retain(|name, (was, tasks)| {
+            let stays = inventory.nodes.iter().any(|node| node.name == *name && node == was);
+            if !stays {
+                tasks.cancel();
+            }
+            stays
+        });
+        for node in &inventory.nodes {
+            let Some(address) = &node.dial else { continue };
+            if self.loops.contains_key(&node.name) {
+                continue;
+            }
+            let tasks = agent.sessions.child();
+            for _ in 0..node.connections {
+                tasks.spawn(dial_loop(agent.clone(), node.clone(), address.clone(), tasks.clone()));
+            }
+            self.loops.insert(node.name.clone(), (node.clone(), tasks));
+        }
+    }
+}
+
+async fn dial_loop(agent: Arc<Agent>, node: InventoryNode, address: Target, tasks: Tasks) {
+    let tunnels = &agent.config.tunnels;
+    let mut backoff = Backoff::new(tunnels.backoff_min, tunnels.backoff_max);
+    while !agent.draining.is_cancelled() {
+        if !agent.registry.is_connected(&node.name) {
+            agent.registry.set_absent(&node.name, Absent::Connecting);
+        }
+        match dial_once(&agent, &node, &address, &tasks).await {
+            Ok((registration, events)) => {
+                let began = registration.tunnel().established;
+                let reason = hold(&agent, registration, events).await;
+                agent.registry.set_absent(&node.name, Absent::Retrying { error: reason, at: SystemTime::now() });
+                if began.elapsed() > STEADY {
+                    backoff.reset();
+                }
+            }
+            Err(error) => {
+                tracing::warn!(node = %node.name, %address, %error, "no tunnel");
+                agent.registry.set_absent(
+                    &node.name,
+                    Absent::Retrying { error: error.to_string(), at: SystemTime::now() },
+                );
+            }
+        }
+        tokio::time::sleep(backoff.next_delay(rand::random())).await;
+    }
+}
+
+async fn dial_once(
+    agent: &Arc<Agent>,
+    node: &InventoryNode,
+    address: &Target,
+    tasks: &Tasks,
+) -> Result<(Registration, Option<Events>), TunnelError> {
+    let connect = TcpStream::connect((address.host.to_string(), address.port));
+    let socket = match tokio::time::timeout(CONNECT_TIMEOUT, connect).await {
+        Ok(Ok(socket)) => socket,
+        Ok(Err(e)) => return Err(refused(agent, "connect", TunnelError::Connect(format!("can't connect to {address}: {e}")))),
+        Err(_) => {
+            let error = TunnelError::Connect(format!("can't connect to {address}: no answer"));
+            return Err(refused(agent, "connect", error));
+        }
+    };
+    let _ = socket.set_nodelay(true);
+    let peer = socket.peer_addr().ok();
+    let verify = trust::dialled(agent, node, address);
+    let session = shake(agent, socket, verify, &node.user, tasks, CancellationToken::new()).await?;
+    let HostIdentity::Verified(host) = session.identity.clone() else {
+        return Err(TunnelError::Ssh(russh::Error::UnknownKey));
+    };
+    let (tunnel, events) = session.into_tunnel(host, Direction::Dialled, peer, &agent.config.tunnels).await?;
+    register(agent, tunnel).map(|registration| (registration, events))
+}
+
+/// Accepts nodes that call home until the group of sessions is cancelled.
+pub async fn accept(agent: Arc<Agent>, listener: TcpListener) {
+    loop {
+        let (socket, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(e) => {
+                accept_error(&e).await;
+                continue;
+            }
+        };
+        if agent.draining.is_cancelled() {
+            continue;
+        }
+        let _ = socket.set_nodelay(true);
+        let place = agent.handshakes.take();
+        let agent = agent.clone();
+        let tasks = agent.sessions.clone();
+        tasks.spawn(async move {
+            let held = called(&agent, socket, peer, place.evicted.clone()).await;
+            drop(place);
+            match held {
+                Ok(Some((registration, events))) => {
+                    let node = registration.tunnel().node.clone();
+                    let reason = hold(&agent, registration, events).await;
+                    if !agent.registry.is_connected(&node) {
+                        agent.registry.set_absent(&node, Absent::Lost { reason, since: SystemTime::now() });
+                    }
+                }
+                Ok(None) => {}
+                Err(error) => tracing::warn!(%peer, %error, "refused a call home"),
+            }
+        });
+    }
+}
+
+/// What a node that calls home is: a tunnel, or a host that joins (and calls again).
+async fn called(
+    agent: &Arc<Agent>,
+    socket: TcpStream,
+    peer: SocketAddr,
+    evicted: CancellationToken,
+) -> Result<Option<(Registration, Option<Events>)>, TunnelError> {
+    let session =
+        shake(agent, socket, trust::call_home(agent), join::LOGIN, &agent.sessions, evicted.clone()).await?;
+    match session.identity.clone() {
+        HostIdentity::Verified(host) => {
+            let tunnels = &agent.config.tunnels;
+            let (tunnel, events) = session.into_tunnel(host, Direction::CallHome, Some(peer), tunnels).await?;
+            register(agent, tunnel).map(|registration| Some((registration, events)))
+        }
+        HostIdentity::Unknown(key, why) => {
+            let join = join::serve(agent, session, &key, peer);
+            let joined = tokio::select! {
+                joined = tokio::time::timeout(agent.config.tunnels.handshake_timeout, join) => joined,
+                () = evicted.cancelled() => return Err(TunnelError::Evicted),
+            };
+            match joined {
+                Ok(true) => Ok(None),
+                Ok(false) | Err(_) => Err(refuse_key(agent, &why)),
+            }
+        }
+    }
+}
+
+async fn shake<T>(
+    agent: &Arc<Agent>,
+    link: T,
+    verify: Verify,
+    login: &str,
+    tasks: &Tasks,
+    evicted: CancellationToken,
+) -> Result<Session, TunnelError>
+where
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let user = agent.user();
+    let shaken = handshake(link, verify, login, &user, &agent.config.tunnels, tasks, evicted).await;
+    shaken.map_err(|error| match &error {
+        TunnelError::HostKey(why) => {
+            if let Some(node) = why.node() {
+                agent.registry.count_refused(node);
+            }
+            refused(agent, why.kind(), error)
+        }
+        TunnelError::Unauthorized { .. } => refused(agent, "unauthorized", error),
+        TunnelError::Timeout(_) => refused(agent, "timeout", error),
+        TunnelError::Evicted => refused(agent, "evicted", error),
+        TunnelError::NotSsh(_) | TunnelError::Ssh(_) => refused(agent, "ssh", error),
+        TunnelError::Connect(_) | TunnelError::Full(_) => error,
+    })
+}
+
+fn refuse_key(agent: &Agent, why: &HostKeyError) -> TunnelError {
+    if let Some(node) = why.node() {
+        agent.registry.count_refused(node);
+    }
+    refused(agent, why.kind(), TunnelError::Connect(why.to_string()))
+}
+
+fn refused(agent: &Agent, reason: &'static str, error: TunnelError) -> TunnelError {
+    agent.count_refused(reason);
+    error
+}
+
+fn register(agent: &Arc<Agent>, tunnel: crate::tunnel::Tunnel) -> Result<Registration, TunnelError> {
+    let (registration, others) = agent.registry.register(tunnel)?;
+    let tunnel = registration.tunnel();
+    agent.metrics.tunnels_established.inc();
+    let kind = if tunnel.is_node_agent() { "node-agent" } else { "sshd" };
+    tracing::info!(
+        node = %tunnel.node, peer = ?tunnel.peer, direction = ?tunnel.direction, kind, standby = others.len(), "tunnel established"
+    );
+    // A node that comes again may have lost the old tunnel in a way that nobody told the master.
+    for other in others {
+        agent.sessions.spawn(async move {
+            if !other.answers(PROBE_TIMEOUT).await {
+                other.close("the node came again, and this tunnel no longer answers").await;
+            }
+        });
+    }
+    Ok(registration)
+}
+
+/// Keeps a tunnel until it ends, renewing the node's certificate in time. Gives the reason of the end.
+async fn hold(agent: &Arc<Agent>, registration: Registration, events: Option<Events>) -> String {
+    let tunnel = registration.tunnel().clone();
+    let mut notices = events.map(|events| events.notices);
+    let mut expires = tunnel.host.not_after;
+    let reason = loop {
+        let renewal = renewal_due(expires, agent.config.certificates.host_ttl, SystemTime::now());
+        tokio::select! {
+            reason = tunnel.ended() => break reason,
+            notice = next(&mut notices) => match notice {
+                Some(Notice::GoAway(reason)) => tracing::info!(node = %tunnel.node, reason, "the node takes no new streams"),
+                Some(Notice::Certificate(_)) => tracing::warn!(node = %tunnel.node, "the node sent a certificate; ignored"),
+                None => notices = None,
+            },
+            () = tokio::time::sleep(renewal), if tunnel.is_node_agent() && expires.is_some() => {
+                expires = renew(agent, &tunnel).await.or(expires);
+            }
+        }
+    };
+    agent.metrics.tunnels_lost.inc();
+    tracing::warn!(node = %tunnel.node, reason, seconds = tunnel.established.elapsed().as_secs(), "tunnel ended");
+    reason
+}
+
+async fn next(notices: &mut Option<tokio::sync::mpsc::Receiver<Notice>>) -> Option<Notice> {
+    match notices {
+        Some(notices) => notices.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Certificates are renewed when a third of their life is left; one that is late, within the minute.
+fn renewal_due(expires: Option<SystemTime>, ttl: Duration, now: SystemTime) -> Duration {
+    let left = expires.and_then(|t| t.duration_since(now).ok()).unwrap_or_default();
+    left.saturating_sub(ttl / 3).max((ttl / 100).clamp(Duration::from_secs(1), Duration::from_secs(60)))
+}
+
+async fn renew(agent: &Arc<Agent>, tunnel: &crate::tunnel::Tunnel) -> Option<SystemTime> {
+    let ttl = agent.config.certificates.host_ttl;
+    let now = SystemTime::now();
+    let signed = join::renew(agent, &tunnel.node, &tunnel.host.key, now, ttl).await;
+    match signed {
+        Ok(text) if tunnel.send_certificate(&text).await => {
+            agent.metrics.certificates_renewed.inc();
+            tracing::info!(node = %tunnel.node, "host certificate renewed");
+            Some(now + ttl)
+        }
+        Ok(_) => None,
+        Err(error) => {
+            tracing::error!(node = %tunnel.node, %error, "can't renew the host certificate");
+            None
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! Which nodes have which tunnels, and what a person is told about each.
+//!
+//! A node has up to `connections` active tunnels, over which its streams are spread; further ones that prove
+//! the same identity stand by and take over when an active one ends. A registration is undone by the tunnel's
+//! own id, so an old one that ends late can't remove its successor.
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use proto::{DialError, NodeName};
+use serde::{Deserialize, Serialize};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::tunnel::{Direction, Tunnel};
+
+/// Tunnels that may stand by for one node.
+const STANDBY: usize = 2;
+
+/// The state of a node without a tunnel. A node with one is connected.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Absent {
+    /// The master has not tried yet.
+    New,
+    Connecting,
+    /// The last attempt failed; another follows.
+    Retrying { error: String, at: SystemTime },
+    WaitingForCallHome,
+    /// The last tunnel ended and the node has to call again.
+    Lost { reason: String, since: SystemTime },
+}
+
+impl std::fmt::Display for Absent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::New => f.write_str("not tried yet"),
+            Self::Connecting => f.write_str("connecting"),
+            Self::Retrying { error, .. } => write!(f, "retrying; last error: {error}"),
+            Self::WaitingForCallHome => f.write_str("waiting for the node to call home"),
+            Self::Lost { reason, .. } => write!(f, "lost: {reason}"),
+        }
+    }
+}
+
+struct Node {
+    tunnels: Vec<Arc<Tunnel>>,
+    absent: Absent,
+    connections: usize,
+    streams: Arc<Semaphore>,
+    /// Connections that claimed this node and were refused.
+    refused: u64,
+}
+
+/// All nodes. Cheap to share.
+pub struct Registry {
+    nodes: Mutex<BTreeMap<NodeName, Node>>,
+    max_streams_per_node: usize,
+}
+
+/// A tunnel's place in the registry; dropping it removes that tunnel and no other.
+pub struct Registration {
+    registry: Arc<Registry>,
+    tunnel: Arc<Tunnel>,
+}
+
+/// What `node list` shows.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct NodeStatus {
+    pub name: NodeName,
+    pub state: String,
+    pub reason: String,
+    pub tunnels: Vec<TunnelStatus>,
+    pub refused: u64,
+}
+
+/// One tunnel, as `node list -o json` shows it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TunnelStatus {
+    pub role: String,
+    pub direction: String,
+    pub kind: String,
+    pub peer: Option<SocketAddr>,
+    pub since_unix_seconds: u64,
+    pub streams: usize,
+    pub round_trip_microseconds: Option<u64>,
+    pub host_key: String,
+    pub certificate_expires_unix_seconds: Option<u64>,
+}
+
+/// Another tunnel for the node can't be taken.
+#[derive(Debug, thiserror::Error)]
+#[error("node {0} has enough tunnels, active and standing by")]
+pub struct Full(NodeName);
+
+impl Registry {
+    pub fn new(max_streams_per_node: usize) -> Self {
+        Self { nodes: Mutex::default(), max_streams_per_node }
+    }
+
+    fn nodes(&self) -> MutexGuard<'_, BTreeMap<NodeName, Node>> {
+        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes the inventory's nodes known, and forgets those that are gone. Gives the tunnels of the latter.
+    pub fn expect(&self, expected: &BTreeMap<NodeName, (usize, Absent)>) -> Vec<Arc<Tunnel>> {
+        let mut nodes = self.nodes();
+        for (name, (connections, absent)) in expected {
+            let node = nodes.entry(name.clone()).or_insert_with(|| self.node(absent.clone()));
+            node.connections = *connections;
+        }
+        let gone: Vec<_> = nodes.keys().filter(|name| !expected.contains_key(*name)).cloned().collect();
+        gone.iter().filter_map(|name| nodes.remove(name)).flat_map(|node| node.tunnels).collect()
+    }
+
+    fn node(&self, absent: Absent) -> Node {
+        Node {
+            tunnels: Vec::new(),
+            absent,
+            connections: 1,
+            streams: Arc::new(Semaphore::new(self.max_streams_per_node)),
+            refused: 0,
+        }
+    }
+
+    /// Adds a tunnel. Also gives the node's other tunnels, which may be dead without anybody knowing yet.
+    pub fn register(self: &Arc<Self>, tunnel: Tunnel) -> Result<(Registration, Vec<Arc<Tunnel>>), Full> {
+        let tunnel = Arc::new(tunnel);
+        let mut nodes = self.nodes();
+        let node = nodes.entry(tunnel.node.clone()).or_insert_with(|| self.node(Absent::WaitingForCallHome));
+        node.tunnels.retain(|t| !t.has_ended());
+        if node.tunnels.len() >= node.connections + STANDBY {
+            return Err(Full(tunnel.node.clone()));
+        }
+        let others = node.tunnels.clone();
+        node.tunnels.push(tunnel.clone());
+        Ok((Registration { registry: self.clone(), tunnel }, others))
+    }
+
+    pub fn set_absent(&self, name: &NodeName, absent: Absent) {
+        if let Some(node) = self.nodes().get_mut(name) {
+            node.absent = absent;
+        }
+    }
+
+    /// Counts a connection that claimed to be the node and was refused.
+    pub fn count_refused(&self, name: &NodeName) {
+        if let Some(node) = self.nodes().get_mut(name) {
+            node.refused += 1;
+        }
+    }
+
+    pub fn knows(&self, name: &NodeName) -> bool {
+        self.nodes().contains_key(name)
+    }
+
+    pub fn is_connected(&self, name: &NodeName) -> bool {
+        self.nodes().get(name).is_some_and(|node| node.tunnels.iter().any(|t| t.is_usable()))
+    }
+
+    /// The least busy of the node's active tunnels, and the right to one stream to that node.
+    pub fn pick(&self, name: &NodeName) -> Result<(Arc<Tunnel>, OwnedSemaphorePermit), DialError> {
+        let nodes = self.nodes();
+        let none = |state: String| DialError::NoTunnel { node: name.to_string(), state };
+        let node = nodes.get(name).ok_or_else(|| none("the node is not known".to_owned()))?;
+        let usable = node.tunnels.iter().filter(|t| t.is_usable());
+        let tunnel = usable
+            .take(node.connections)
+            .min_by_key(|t| t.streams())
+            .ok_or_else(|| none(node.absent.to_string()))?;
+        let permit = node.streams.clone().try_acquire_owned().map_err(|_| {
+            DialError::TooManyStreams(format!(
+                "node {name} carries {} streams already (max_streams_per_node)",
+                self.max_streams_per_node
+            ))
+        })?;
+        Ok((tunnel.clone(), permit))
+    }
+
+    pub fn tunnels(&self) -> Vec<Arc<Tunnel>> {
+        self.nodes().values().flat_map(|node| node.tunnels.clone()).collect()
+    }
+
+    /// Nodes with a tunnel, and all nodes.
+    pub fn count(&self) -> (usize, usize) {
+        let nodes = self.nodes();
+        let connected = nodes.values().filter(|n| n.tunnels.iter().any(|t| !t.has_ended())).count();
+        (connected, nodes.len())
+    }
+
+    pub fn status(&self) -> Vec<NodeStatus> {
+        self.nodes().iter().map(|(name, node)| node_status(name, node)).collect()
+    }
+}
+
+impl Registration {
+    pub fn tunnel(&self) -> &Arc<Tunnel> {
+        &self.tunnel
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        if let Some(node) = self.registry.nodes().get_mut(&self.tunnel.node) {
+            node.tunnels.retain(|t| t.id != self.tunnel.id);
+        }
+    }
+}
+
+fn node_status(name: &NodeName, node: &Node) -> NodeStatus {
+    let alive: Vec<_> = node.tunnels.iter().filter(|t| !t.has_ended()).collect();
+    let (state, reason) = match (alive.is_empty(), &node.absent) {
+        (false, _) => ("connected", String::new()),
+        (true, absent @ (Absent::New | Absent::Connecting)) => ("connecting", absent.to_string()),
+        (true, absent @ Absent::Retrying { .. }) => ("retrying", absent.to_string()),
+        (true, absent @ Absent::WaitingForCallHome) => ("waiting", absent.to_string()),
+        (true, absent @ Absent::Lost { .. }) => ("lost", absent.to_string()),
+    };
+    let tunnels = alive.iter().enumerate().map(|(i, tunnel)| TunnelStatus {
+        role: if i < node.connections { "active" } else { "standby" }.to_owned(),
+        direction: match tunnel.direction {
+            Direction::Dialled => "dialled",
+            Direction::CallHome => "call-home",
+        }
+        .to_owned(),
+        kind: if tunnel.is_node_agent() { "node-agent" } else { "sshd" }.to_owned(),
+        peer: tunnel.peer,
+        since_unix_seconds: unix_seconds(tunnel.since),
+        streams: tunnel.streams(),
+        round_trip_microseconds: tunnel.round_trip().map(micros),
+        host_key: tunnel.host.key.fingerprint(Default::default()).to_string(),
+        certificate_expires_unix_seconds: tunnel.host.not_after.map(unix_seconds),
+    });
+    NodeStatus {
+        name: name.clone(),
+        state: state.to_owned(),
+        reason,
+        tunnels: tunnels.collect(),
+        refused: node.refused,
+    }
+}
+
+fn unix_seconds(time: SystemTime) -> u64 {
+    time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,150 @@
+//! What all parts of a running node-agent share.
+
+use std::{
+    net::IpAddr,
+    sync::{Mutex, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use proto::{
+    DialError, Target,
+    io::{admin, handshake::Places, tasks::Tasks},
+};
+use russh::keys::{Certificate, PrivateKey};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    config::Config,
+    dialer::{Dialled, LocalDialer, Scope},
+    identity::{NodeIdentity, UserCertError, UserRole},
+    metrics::{self, Metrics},
+};
+
+/// Configuration, identity, dialer and counters, and the owner of every session.
+pub struct Agent {
+    pub config: Config,
+    pub dialer: LocalDialer,
+    pub metrics: Metrics,
+    /// Every SSH session, and what runs for it.
+    pub sessions: Tasks,
+    /// Set when no new streams are to be taken.
+    pub draining: CancellationToken,
+    pub handshakes: Places,
+    identity: Mutex<NodeIdentity>,
+}
+
+impl Agent {
+    pub fn new(config: Config, identity: NodeIdentity) -> Self {
+        let agent = Self {
+            dialer: LocalDialer::default(),
+            metrics: Metrics::default(),
+            sessions: Tasks::new(),
+            draining: CancellationToken::new(),
+            handshakes: Places::new(config.limits.max_handshakes),
+            identity: Mutex::new(identity),
+            config,
+        };
+        agent.apply_identity();
+        agent
+    }
+
+    fn identity(&self) -> std::sync::MutexGuard<'_, NodeIdentity> {
+        self.identity.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the node's name and addresses from the configuration, or else from the certificate.
+    fn apply_identity(&self) {
+        let (node, addresses, expiry) = {
+            let identity = self.identity();
+            let node = self.config.node.clone().or_else(|| identity.node_name());
+            let addresses = match self.config.addresses.as_slice() {
+                [] => identity.addresses(),
+                given => given.to_vec(),
+            };
+            (node, addresses, identity.not_after())
+        };
+        let policy = self.config.policy(&addresses);
+        for rule in &policy.rules {
+            tracing::info!(rule = rule.name, net = %rule.net, ports = ?rule.ports, "policy allows");
+        }
+        let seconds = expiry.and_then(|t| t.duration_since(SystemTime::UNIX_EPOCH).ok());
+        self.metrics.certificate_expiry.set(seconds.unwrap_or_default().as_secs_f64());
+        self.dialer.replace(Scope { node, addresses, policy });
+    }
+
+    /// The key and certificate to show in a handshake.
+    pub fn host_key(&self) -> Result<(PrivateKey, Option<Certificate>), String> {
+        let identity = self.identity();
+        Ok((identity.host_key().clone(), identity.certificate().cloned()))
+    }
+
+    pub fn verify_user(
+        &self,
+        login: &str,
+        certificate: &Certificate,
+        peer: Option<IpAddr>,
+        now: SystemTime,
+    ) -> Result<UserRole, UserCertError> {
+        let role = self.identity().verify_user(login, certificate, peer, now)?;
+        match &role {
+            UserRole::Person { login, .. }
+                if !self.config.users.is_empty() && !self.config.users.contains(login) =>
+            {
+                Err(UserCertError::NotAllowed(login.clone()))
+            }
+            UserRole::Person { .. } | UserRole::Master => Ok(role),
+        }
+    }
+
+    /// Takes a renewed host certificate from the master.
+    pub fn renew(&self, text: &str) {
+        let result = self.identity().renew(text);
+        match result {
+            Ok(()) => {
+                self.metrics.renewals.get_or_create(&metrics::Result { result: "ok" }).inc();
+                self.apply_identity();
+                tracing::info!("host certificate renewed");
+            }
+            Err(error) => {
+                self.metrics.renewals.get_or_create(&metrics::Result { result: "refused" }).inc();
+                tracing::warn!(%error, "refused a renewed host certificate; the present one stays");
+            }
+        }
+    }
+
+    /// Dials through the policy, and counts the outcome.
+    pub async fn dial(&self, target: &Target, timeout: Duration) -> Result<Dialled, DialError> {
+        let result = self.dialer.dial(target, timeout).await;
+        match &result {
+            Ok(_) => self.count_dial("ok"),
+            Err(error) => {
+                self.count_dial(error.kind());
+                if let DialError::Policy { rule, .. } = error {
+                    self.metrics.refusals.get_or_create(&metrics::Rule { rule: rule.clone() }).inc();
+                }
+                tracing::info!(%target, %error, fault = %error.fault(), "dial failed");
+            }
+        }
+        result
+    }
+
+    pub fn count_dial(&self, result: &'static str) {
+        self.metrics.dials.get_or_create(&metrics::Result { result }).inc();
+    }
+}
+
+impl admin::Admin for Agent {
+    fn ready(&self) -> Result<(), String> {
+        if self.draining.is_cancelled() {
+            return Err("stopping".to_owned());
+        }
+        if self.config.listen.is_none() && self.metrics.sessions.get() == 0 {
+            return Err("no master is connected".to_owned());
+        }
+        Ok(())
+    }
+
+    fn get(&self, _path: &str, _query: &str) -> Option<admin::Answer> {
+        None
+    }
+}

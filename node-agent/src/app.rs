@@ -1,0 +1,79 @@
+//! The composition root: everything is read and every socket bound first, then everything serves.
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::Context;
+use proto::io::{admin::Endpoints, tasks::Tasks};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+};
+
+use crate::{agent::Agent, config::Config, identity::NodeIdentity, links};
+
+/// Runs the agent until SIGTERM or SIGINT, then drains it.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let identity = NodeIdentity::load_or_create(&config.state_dir)?;
+    let listener = match config.listen {
+        Some(address) => Some(TcpListener::bind(address).await.map_err(|e| bind_error(address, e))?),
+        None => None,
+    };
+    let admin = TcpListener::bind(config.admin.listen)
+        .await
+        .with_context(|| format!("can't listen on {}", config.admin.listen))?;
+    let agent = Arc::new(Agent::new(config, identity));
+
+    let background = Tasks::new();
+    let listeners = Tasks::new();
+    if let Some(listener) = listener {
+        listeners.spawn(links::accept(agent.clone(), listener));
+    }
+    for master in &agent.config.call_home {
+        agent.sessions.spawn(links::call_home(agent.clone(), master.clone()));
+    }
+    let endpoints = Endpoints { registry: Arc::new(agent.metrics.register()), admin: agent.clone() };
+    background.spawn(endpoints.serve_tcp(admin, background.clone()));
+
+    notify(&[sd_notify::NotifyState::Ready]);
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), "node-agent runs");
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+
+    // Stop accepting, tell the masters, let streams finish, end the sessions.
+    notify(&[sd_notify::NotifyState::Stopping]);
+    tracing::info!(streams = agent.metrics.streams.get(), "stopping");
+    agent.draining.cancel();
+    listeners.cancel();
+    let deadline = tokio::time::Instant::now() + agent.config.shutdown_grace;
+    while agent.metrics.streams.get() > 0 && tokio::time::Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let cut = agent.metrics.streams.get();
+    agent.sessions.cancel();
+    agent.sessions.drain(Duration::from_secs(2)).await;
+    background.cancel();
+    background.drain(Duration::from_secs(2)).await;
+    tracing::info!(cut, "stopped");
+    Ok(())
+}
+
+fn bind_error(address: std::net::SocketAddr, error: std::io::Error) -> anyhow::Error {
+    if error.kind() == std::io::ErrorKind::AddrInUse {
+        return anyhow::anyhow!(
+            "can't listen on {address}: the port is taken, probably by this host's sshd. Ways out: let this node \
+             call home (`call_home: [MASTER:2222]` and no `listen:`), give it another port (`listen:` here, `dial:` \
+             in the master's inventory), or use that sshd as the node (`master-agent sshd-config`)"
+        );
+    }
+    anyhow::anyhow!("can't listen on {address}: {error}")
+}
+
+fn notify(states: &[sd_notify::NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::debug!(%error, "systemd was not told");
+    }
+}

@@ -1,0 +1,442 @@
+//! One SSH session, of which this node is the server, whoever dialled the link below it.
+//!
+//! A session with a master's certificate gets the multiplexer (subsystem `streams-v1`). Any certificate of a
+//! trusted user CA gets direct-tcpip channels, as stock `ssh -L`, `-W` and `-J` open them. Every stream passes
+//! the node's policy. Shells, commands, sftp, agent and X11 forwarding and remote forwards are refused.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use proto::{
+    DialError, Target,
+    io::{
+        channel::{Channels, Half},
+        link::{Gate, Link},
+        mux::{Events, Feeder, Incoming, Mux, Notice},
+        relay::{Counters, relay},
+        ssh,
+        stream::Stream,
+        tasks::Tasks,
+    },
+    mux::SUBSYSTEM,
+};
+use russh::{
+    Channel, ChannelId, ChannelOpenFailure, MethodKind, MethodSet, SshId,
+    keys::{Certificate, PublicKey},
+    server::{self, Auth, ChannelOpenHandle, Msg},
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::oneshot,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
+
+use crate::{agent::Agent, dialer::Dialled, identity::UserRole, metrics};
+
+/// How long one stream of a stock SSH client may hold up that client's other streams.
+const CLIENT_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    #[error("the peer did not authenticate within {}", humantime::format_duration(*.0))]
+    HandshakeTimeout(Duration),
+    #[error("gave its place to a newer handshake")]
+    Evicted,
+    #[error("the node has no host key certificate or key to show: {0}")]
+    HostKey(String),
+    #[error(transparent)]
+    Ssh(#[from] russh::Error),
+    #[error("{0}")]
+    Protocol(String),
+}
+
+/// Serves one SSH session on an established link, until it ends. `authenticated` is told once the peer has
+/// proved who it is; `evicted` cuts a handshake that has to make room.
+pub async fn serve<T>(
+    agent: Arc<Agent>,
+    link: T,
+    peer: Option<SocketAddr>,
+    evicted: CancellationToken,
+    authenticated: oneshot::Sender<()>,
+) -> Result<(), SessionError>
+where
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let config = Arc::new(server_config(&agent)?);
+    let limit = agent.config.limits.handshake_timeout;
+    let cut = CancellationToken::new();
+    let _cut_on_exit = cut.clone().drop_guard();
+    let (link, gate) = Link::new(link, cut.clone());
+    let tasks = agent.sessions.child();
+    let _cancel_on_exit = CancelOnDrop(tasks.clone());
+    let (proved, proof) = oneshot::channel();
+    let handler = Session {
+        peer: peer.map(|p| p.ip()),
+        role: None,
+        proved: Some(proved),
+        channels: Channels::new(gate.clone(), tasks.clone(), CLIENT_PATIENCE),
+        feeder: None,
+        gate,
+        tasks,
+        agent: agent.clone(),
+    };
+
+    let handshake = async {
+        let session = server::run_stream(config, link, handler).await?;
+        Ok::<_, SessionError>((session, proof.await.is_ok()))
+    };
+    let outcome = tokio::select! {
+        r = tokio::time::timeout(limit, handshake) => r.map_err(|_| SessionError::HandshakeTimeout(limit)),
+        () = evicted.cancelled() => Err(SessionError::Evicted),
+    };
+    let count = |result| agent.metrics.handshakes.get_or_create(&metrics::Result { result }).inc();
+    let session = match outcome.and_then(|r| r) {
+        Ok((session, true)) => {
+            count("ok");
+            session
+        }
+        Ok((session, false)) => {
+            count("failed");
+            return session.await;
+        }
+        Err(e) => {
+            count("failed");
+            return Err(e);
+        }
+    };
+    let _ = authenticated.send(());
+    agent.metrics.sessions.inc();
+    let handle = session.handle();
+    let ended = tokio::select! {
+        ended = session => ended,
+        () = agent.sessions.cancelled() => {
+            let bye = handle.disconnect(russh::Disconnect::ByApplication, "node-agent is stopping".into(), String::new());
+            let _ = tokio::time::timeout(Duration::from_secs(1), bye).await;
+            Ok(())
+        }
+    };
+    agent.metrics.sessions.dec();
+    ended
+}
+
+struct CancelOnDrop(Tasks);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        self.0.cancel();
+    }
+}
+
+fn server_config(agent: &Agent) -> Result<server::Config, SessionError> {
+    let limits = &agent.config.limits;
+    let (key, certificate) = agent.host_key().map_err(SessionError::HostKey)?;
+    Ok(server::Config {
+        server_id: SshId::Standard("SSH-2.0-node-agent".into()),
+        methods: MethodSet::from(&[MethodKind::PublicKey][..]),
+        auth_rejection_time: Duration::from_secs(1),
+        auth_rejection_time_initial: Some(Duration::ZERO),
+        keys: vec![key],
+        certificates: certificate.into_iter().collect(),
+        limits: ssh::limits(),
+        window_size: ssh::CHANNEL_WINDOW,
+        maximum_packet_size: ssh::MAX_PACKET,
+        channel_buffer_size: 16,
+        event_buffer_size: 32,
+        preferred: ssh::preferred(),
+        max_auth_attempts: 6,
+        inactivity_timeout: None,
+        keepalive_interval: Some(limits.keepalive_interval),
+        keepalive_max: limits.keepalive_max,
+        nodelay: true,
+    })
+}
+
+struct Session {
+    agent: Arc<Agent>,
+    peer: Option<IpAddr>,
+    role: Option<UserRole>,
+    proved: Option<oneshot::Sender<()>>,
+    channels: Channels,
+    feeder: Option<(ChannelId, Feeder)>,
+    gate: Gate,
+    tasks: Tasks,
+}
+
+impl Session {
+    fn is_master(&self) -> bool {
+        matches!(self.role, Some(UserRole::Master))
+    }
+
+    fn start_mux(&mut self, channel: ChannelId, session: &server::Session) {
+        let handle = session.handle();
+        let out = move |frame| {
+            let handle = handle.clone();
+            Box::pin(async move { handle.data(channel, frame).await.is_ok() }) as _
+        };
+        let max_streams = self.agent.config.limits.max_streams;
+        let (mux, feeder, events) = Mux::new(false, max_streams, self.gate.clone(), Box::new(out), &self.tasks);
+        self.feeder = Some((channel, feeder));
+        self.tasks.spawn(serve_mux(self.agent.clone(), mux, events, self.tasks.clone()));
+    }
+}
+
+impl server::Handler for Session {
+    type Error = SessionError;
+
+    async fn auth_publickey_offered(
+        &mut self,
+        _user: &str,
+        _offer: server::PublicKeyOffer<'_>,
+    ) -> Result<Auth, SessionError> {
+        Ok(Auth::Accept)
+    }
+
+    async fn auth_publickey(
+        &mut self,
+        user: &str,
+        key: server::VerifiedPublicKey<'_>,
+    ) -> Result<Auth, SessionError> {
+        let fingerprint = PublicKey::fingerprint(key.public_key, Default::default());
+        tracing::warn!(user, %fingerprint, peer = ?self.peer, "refused a key without certificate");
+        Ok(Auth::reject())
+    }
+
+    async fn auth_openssh_certificate(&mut self, user: &str, certificate: &Certificate) -> Result<Auth, SessionError> {
+        match self.agent.verify_user(user, certificate, self.peer, SystemTime::now()) {
+            Ok(role) => {
+                tracing::info!(user, key_id = certificate.key_id(), serial = certificate.serial(), peer = ?self.peer, "authenticated");
+                self.role = Some(role);
+                Ok(Auth::Accept)
+            }
+            Err(error) => {
+                tracing::warn!(user, key_id = certificate.key_id(), peer = ?self.peer, %error, "refused a certificate");
+                Ok(Auth::reject())
+            }
+        }
+    }
+
+    async fn auth_succeeded(&mut self, _session: &mut server::Session) -> Result<(), SessionError> {
+        if let Some(proved) = self.proved.take() {
+            let _ = proved.send(());
+        }
+        Ok(())
+    }
+
+    async fn channel_open_session(
+        &mut self,
+        _channel: Channel<Msg>,
+        reply: ChannelOpenHandle,
+        _session: &mut server::Session,
+    ) -> Result<(), SessionError> {
+        if self.is_master() && self.feeder.is_none() {
+            reply.accept().await;
+        } else {
+            reply.reject(refusal("this node serves port forwarding only: no shell, no commands, no sftp")).await;
+        }
+        Ok(())
+    }
+
+    async fn subsystem_request(
+        &mut self,
+        channel: ChannelId,
+        name: &str,
+        session: &mut server::Session,
+    ) -> Result<(), SessionError> {
+        if self.is_master() && name == SUBSYSTEM && self.feeder.is_none() {
+            session.channel_success(channel)?;
+            self.start_mux(channel, session);
+        } else {
+            session.channel_failure(channel)?;
+        }
+        Ok(())
+    }
+
+    async fn shell_request(&mut self, channel: ChannelId, session: &mut server::Session) -> Result<(), SessionError> {
+        Ok(session.channel_failure(channel)?)
+    }
+
+    async fn exec_request(
+        &mut self,
+        channel: ChannelId,
+        _command: &[u8],
+        session: &mut server::Session,
+    ) -> Result<(), SessionError> {
+        Ok(session.channel_failure(channel)?)
+    }
+
+    async fn channel_open_direct_tcpip(
+        &mut self,
+        channel: Channel<Msg>,
+        host: &str,
+        port: u32,
+        _originator_address: &str,
+        _originator_port: u32,
+        reply: ChannelOpenHandle,
+        _session: &mut server::Session,
+    ) -> Result<(), SessionError> {
+        let login = match &self.role {
+            Some(UserRole::Master) => "master-agent".to_owned(),
+            Some(UserRole::Person { login, .. }) => login.clone(),
+            None => return Ok(()),
+        };
+        let target = proto::Host::parse(host).ok().zip(u16::try_from(port).ok().filter(|p| *p > 0));
+        let Some((host, port)) = target else {
+            reply.reject(refusal("the target is not HOST:PORT")).await;
+            return Ok(());
+        };
+        if self.channels.len() >= self.agent.config.limits.max_streams {
+            reply.reject(ChannelOpenFailure::ResourceShortage).await;
+            return Ok(());
+        }
+        self.channels.on_open(channel.id());
+        let half = Half::Server(channel.split().1);
+        let (agent, channels) = (self.agent.clone(), self.channels.clone());
+        let target = Target::new(host, port);
+        let origin = format!("ssh {login}");
+        self.tasks.spawn(async move {
+            let timeout = agent.config.limits.dial_timeout;
+            match agent.dial(&target, timeout).await {
+                Ok(dialled) => {
+                    reply.accept().await;
+                    run_stream(&agent, dialled, channels.stream(half), &target, &origin).await;
+                }
+                Err(error) => {
+                    channels.forget(half.id());
+                    reply.reject(open_failure(&error)).await;
+                }
+            }
+        });
+        Ok(())
+    }
+
+    async fn data(
+        &mut self,
+        channel: ChannelId,
+        data: &[u8],
+        session: &mut server::Session,
+    ) -> Result<(), SessionError> {
+        match &mut self.feeder {
+            Some((id, feeder)) if *id == channel => {
+                feeder.feed(data).map_err(|e| SessionError::Protocol(e.to_string()))
+            }
+            _ if self.channels.on_data(channel, data).await => Ok(()),
+            _ => Ok(session.close(channel)?),
+        }
+    }
+
+    fn adjust_window(&mut self, _channel: ChannelId, current: u32) -> u32 {
+        // The multiplexer drains its channel at once and bounds what is on the way itself.
+        if self.feeder.is_some() { ssh::TUNNEL_WINDOW } else { current }
+    }
+
+    async fn channel_eof(&mut self, channel: ChannelId, _session: &mut server::Session) -> Result<(), SessionError> {
+        self.channels.on_eof(channel);
+        Ok(())
+    }
+
+    async fn channel_close(&mut self, channel: ChannelId, _session: &mut server::Session) -> Result<(), SessionError> {
+        if self.feeder.as_ref().is_some_and(|(id, _)| *id == channel) {
+            self.feeder = None;
+        }
+        self.channels.on_close(channel);
+        Ok(())
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.channels.close("the SSH session ended");
+    }
+}
+
+fn refusal(reason: &str) -> ChannelOpenFailure {
+    ChannelOpenFailure::Other { code: 1, reason: reason.to_owned() }
+}
+
+/// RFC 4254 §5.1 reason codes: 1 administratively prohibited, 2 connect failed, 4 resource shortage.
+fn open_failure(error: &DialError) -> ChannelOpenFailure {
+    let code = match error {
+        DialError::Policy { .. } | DialError::BadTarget(_) => 1,
+        DialError::TooManyStreams(_) => 4,
+        DialError::Cancelled
+        | DialError::NoRoute(_)
+        | DialError::NoTunnel { .. }
+        | DialError::TunnelLost { .. }
+        | DialError::Refused(_)
+        | DialError::Resolve(_)
+        | DialError::Unreachable(_)
+        | DialError::TimedOut(_) => 2,
+    };
+    ChannelOpenFailure::Other { code, reason: error.to_string() }
+}
+
+async fn serve_mux(agent: Arc<Agent>, mux: Mux, mut events: Events, tasks: Tasks) {
+    loop {
+        tokio::select! {
+            incoming = events.incoming.recv() => match incoming {
+                Some(incoming) => { tasks.spawn(serve_incoming(agent.clone(), incoming)); }
+                None => return,
+            },
+            notice = events.notices.recv() => match notice {
+                Some(Notice::Certificate(text)) => agent.renew(&text),
+                Some(Notice::GoAway(reason)) => tracing::info!(reason, "the master takes no new streams"),
+                None => return,
+            },
+            () = agent.draining.cancelled() => break,
+        }
+    }
+    mux.go_away("the node-agent is stopping").await;
+    // What was asked for before the peer could know is refused when `events` goes.
+}
+
+async fn serve_incoming(agent: Arc<Agent>, incoming: Incoming) {
+    let target = incoming.target.clone();
+    let origin = incoming.origin.clone();
+    let timeout = incoming.timeout.min(agent.config.limits.dial_timeout);
+    let dialled = tokio::select! {
+        dialled = agent.dial(&target, timeout) => dialled,
+        () = incoming.cancelled() => {
+            agent.count_dial("cancelled");
+            return incoming.refuse(DialError::Cancelled).await;
+        }
+    };
+    match dialled {
+        Ok(dialled) => {
+            if let Some(stream) = incoming.accept().await {
+                run_stream(&agent, dialled, stream, &target, &origin).await;
+            }
+        }
+        Err(error) => incoming.refuse(error).await,
+    }
+}
+
+/// Relays one stream and leaves its record.
+async fn run_stream(agent: &Agent, dialled: Dialled, stream: Stream, target: &Target, origin: &str) {
+    let span = tracing::info_span!("stream", %target, origin);
+    async {
+        let began = Instant::now();
+        let counters = Counters::default();
+        agent.metrics.streams.inc();
+        let (read, write) = dialled.socket.into_split();
+        let outcome = relay(read, write, stream, &counters.down, &counters.up, agent.config.half_closed_timeout).await;
+        agent.metrics.streams.dec();
+        let (up, down) = (counters.up.into_inner(), counters.down.into_inner());
+        agent.metrics.bytes.get_or_create(&metrics::Direction { direction: "up" }).inc_by(up);
+        agent.metrics.bytes.get_or_create(&metrics::Direction { direction: "down" }).inc_by(down);
+        tracing::info!(
+            rule = dialled.rule,
+            up,
+            down,
+            seconds = began.elapsed().as_secs_f64(),
+            outcome = outcome.kind(),
+            "stream ended"
+        );
+    }
+    .instrument(span)
+    .await;
+}
