@@ -85,9 +85,6 @@ fn decide(
     }
     let token = JoinToken::parse(&request.token).map_err(|e| (e.to_string(), "Nothing was used up.".to_owned()))?;
     // What can be refused without using the token up comes first.
-    if let Some(bad) = request.addresses.iter().find(|a| !offerable(a)) {
-        return Err((format!("{bad} can't be a node's address"), "Give the node's own addresses with --address.".to_owned()));
-    }
     if request.addresses.len() > MAX_ADDRESSES {
         return Err((format!("more than {MAX_ADDRESSES} addresses"), "Give the node's own addresses with --address.".to_owned()));
     }
@@ -137,6 +134,10 @@ fn unclaimed(
 ) -> anyhow::Result<Vec<IpAddr>> {
     let mut granted = Vec::new();
     for address in asked.iter().map(IpAddr::to_canonical) {
+        if !offerable(&address) {
+            tracing::warn!(%node, %address, "a joining host asked for an address that only the inventory can give; not granted");
+            continue;
+        }
         let owner = match listed.owner(&address) {
             Some(owner) => Some(owner),
             None => store.address_owner(&address)?,
