@@ -117,9 +117,16 @@ pub struct SshdConfigArgs {
     /// How long the host certificate is valid; sshd nodes get a new one by running this again.
     #[arg(long, default_value = "365d", value_parser = humantime::parse_duration)]
     pub ttl: Duration,
-    /// Print only the sshd_config drop-in, not the script that installs it.
+    /// Where the CA, the certificate and the list of principals go on the host.
+    #[arg(long, default_value = "/etc/ssh/master-agent", value_name = "PATH")]
+    pub directory: PathBuf,
+    /// Where the drop-in goes on the host.
+    #[arg(long, default_value = "/etc/ssh/sshd_config.d/10-master-agent.conf", value_name = "PATH")]
+    pub drop_in: PathBuf,
+    /// Print a script that only writes the files: the account, the check by `sshd -t` and the reload are left to
+    /// whoever runs it.
     #[arg(long)]
-    pub drop_in_only: bool,
+    pub files_only: bool,
 }
 
 #[derive(Debug, Args)]

@@ -202,14 +202,14 @@ impl CallHomeConfig {
 impl TunnelsConfig {
     fn read(s: &Section<'_>) -> Self {
         let tunnels = Self {
-            keepalive_interval: s.duration("keepalive_interval", secs(5), WAIT),
+            keepalive_interval: s.duration("keepalive_interval", secs(3), WAIT),
             keepalive_max: s.number("keepalive_max", 2, 1..=100),
             handshake_timeout: s.duration("handshake_timeout", secs(10), WAIT),
             dial_timeout: s.duration("dial_timeout", secs(10), WAIT),
             max_streams_per_tunnel: s.number("max_streams_per_tunnel", 8192, COUNT),
             max_streams_per_node: s.number("max_streams_per_node", 8192, COUNT),
             backoff_min: s.duration("backoff_min", Duration::from_millis(200), WAIT),
-            backoff_max: s.duration("backoff_max", secs(3), WAIT),
+            backoff_max: s.duration("backoff_max", secs(2), WAIT),
         };
         if tunnels.backoff_min > tunnels.backoff_max {
             let show = humantime::format_duration;
@@ -290,14 +290,14 @@ mod tests {
         assert_eq!(config.http_connect.head_timeout, secs(10));
         assert_eq!(config.http_connect.max_connections, 16384);
         assert_eq!((&config.call_home, &config.inventory), (&None, &None));
-        assert_eq!((config.tunnels.keepalive_interval, config.tunnels.keepalive_max), (secs(5), 2));
+        assert_eq!((config.tunnels.keepalive_interval, config.tunnels.keepalive_max), (secs(3), 2));
         assert_eq!((config.tunnels.handshake_timeout, config.tunnels.dial_timeout), (secs(10), secs(10)));
         assert_eq!(
             (config.tunnels.max_streams_per_tunnel, config.tunnels.max_streams_per_node),
             (8192, 8192)
         );
         assert_eq!(config.tunnels.backoff_min, Duration::from_millis(200));
-        assert_eq!(config.tunnels.backoff_max, secs(3));
+        assert_eq!(config.tunnels.backoff_max, secs(2));
         assert_eq!((config.certificates.user_ttl, config.certificates.host_ttl), (DAY, 30 * DAY));
         assert_eq!(config.shutdown_grace, secs(30));
     }
@@ -442,7 +442,7 @@ mod tests {
                 "tunnels:\n  dial_timeout: 0s",
                 "2:17: tunnels.dial_timeout: 0s is not in the range 10ms to 1day",
             ),
-            ("tunnels:\n  backoff_min: 5s", "2:16: tunnels.backoff_min: 5s is longer than backoff_max, 3s"),
+            ("tunnels:\n  backoff_min: 5s", "2:16: tunnels.backoff_min: 5s is longer than backoff_max, 2s"),
             ("tunnels: {keepalive_max: 0}", "1:26: tunnels.keepalive_max: 0 is not in the range 1 to 100"),
             (
                 "tunnels: {max_streams_per_node: -1}",

@@ -1,4 +1,4 @@
-//! What makes a plain OpenSSH sshd a node: a drop-in for sshd_config, and a script that installs it.
+//! What makes a plain OpenSSH sshd a node: a script that installs a drop-in for sshd_config.
 //!
 //! The drop-in trusts this master's user CA for one account, which may open TCP connections to the targets
 //! that policy allows, and nothing else: no shell, command, sftp, agent, X11 or remote forwarding.
@@ -13,27 +13,29 @@ use crate::{cli::SshdConfigArgs, identity::Authorities, inventory::InventoryNode
 
 /// The most addresses of a CIDR that are listed one by one.
 const MAX_EXPANDED: usize = 256;
-const DIRECTORY: &str = "/etc/ssh/master-agent";
 
-/// The drop-in alone, and the script that installs it and what it names.
-#[derive(Debug)]
-pub struct Printed {
-    pub drop_in: String,
-    pub script: String,
-}
-
-/// Makes both for one node of the inventory, whose host key is `host_key`.
+/// Makes the script for one node of the inventory, whose host key is `host_key`.
 pub fn generate(
     authorities: &Authorities,
     node: &InventoryNode,
     host_key: &PublicKey,
     args: &SshdConfigArgs,
     now: SystemTime,
-) -> anyhow::Result<Printed> {
+) -> anyhow::Result<String> {
     let certificate = authorities.sign_host(host_key, &node.name, &node.addresses, now, args.ttl)?;
-    let drop_in = drop_in(node, args)?;
-    let script = script(node, &drop_in, &certificate.to_openssh()?, &authorities.user_ca().to_openssh()?)?;
-    Ok(Printed { drop_in, script })
+    let mut out = format!(
+        "#!/bin/sh\n# Makes this host's sshd node {name} of a master-agent. Run it as root on that host; run it again, made \
+         anew, to renew\n# the host certificate.\nset -eu\n",
+        name = node.name
+    );
+    if !args.files_only {
+        write_account(&mut out, node)?;
+    }
+    write_files(&mut out, node, args, &certificate.to_openssh()?, &authorities.user_ca().to_openssh()?)?;
+    if !args.files_only {
+        write_reload(&mut out, node, args)?;
+    }
+    Ok(out)
 }
 
 fn drop_in(node: &InventoryNode, args: &SshdConfigArgs) -> anyhow::Result<String> {
@@ -43,11 +45,11 @@ fn drop_in(node: &InventoryNode, args: &SshdConfigArgs) -> anyhow::Result<String
     write!(
         out,
         "# Makes this sshd node {name} of a master-agent. Made by `master-agent sshd-config {name}`.
-{key}HostCertificate {DIRECTORY}/host-cert.pub
+{key}HostCertificate {directory}/host-cert.pub
 
 Match User {user}
-    TrustedUserCAKeys {DIRECTORY}/user_ca.pub
-    AuthorizedPrincipalsFile {DIRECTORY}/principals
+    TrustedUserCAKeys {directory}/user_ca.pub
+    AuthorizedPrincipalsFile {directory}/principals
     AuthorizedKeysFile none
     AuthenticationMethods publickey
     PubkeyAuthentication yes
@@ -72,6 +74,7 @@ Match all
 ",
         name = node.name,
         key = host_key_line(&args.host_key_path),
+        directory = args.directory.display(),
     )
     .context("formatting")?;
     Ok(out)
@@ -112,43 +115,64 @@ fn permit_open(node: &InventoryNode, args: &SshdConfigArgs) -> (String, String) 
     (open.join(" "), notes)
 }
 
-fn script(node: &InventoryNode, drop_in: &str, certificate: &str, user_ca: &str) -> anyhow::Result<String> {
-    let mut out = String::new();
-    let user = &node.user;
+fn write_account(out: &mut String, node: &InventoryNode) -> anyhow::Result<()> {
     write!(
         out,
-        r#"#!/bin/sh
-# Makes this host's sshd node {name} of a master-agent. Run as root on that host; run it again to renew the
-# host certificate.
-set -eu
-[ "$(id -u)" = 0 ] || {{ echo "run this as root" >&2; exit 1; }}
+        r#"[ "$(id -u)" = 0 ] || {{ echo "run this as root" >&2; exit 1; }}
 grep -Eqi '^[[:space:]]*Include[[:space:]]+/etc/ssh/sshd_config\.d/' /etc/ssh/sshd_config || {{
     echo "/etc/ssh/sshd_config does not include /etc/ssh/sshd_config.d/*.conf: add that line at its top" >&2; exit 1; }}
 id {user} >/dev/null 2>&1 || useradd --system --password '*' --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin {user}
-install -d -m 0755 {DIRECTORY}
-umask 022
-cat > {DIRECTORY}/user_ca.pub <<'END'
+"#,
+        user = node.user
+    )
+    .context("formatting")
+}
+
+fn write_files(
+    out: &mut String,
+    node: &InventoryNode,
+    args: &SshdConfigArgs,
+    certificate: &str,
+    user_ca: &str,
+) -> anyhow::Result<()> {
+    write!(
+        out,
+        r"umask 022
+mkdir -p {directory} $(dirname {drop_in})
+cat > {directory}/user_ca.pub <<'END'
 {user_ca}
 END
-cat > {DIRECTORY}/host-cert.pub <<'END'
+cat > {directory}/host-cert.pub <<'END'
 {certificate}
 END
-echo {LOGIN} > {DIRECTORY}/principals
-cat > /etc/ssh/sshd_config.d/10-master-agent.conf.new <<'END'
-{drop_in}END
-mv /etc/ssh/sshd_config.d/10-master-agent.conf.new /etc/ssh/sshd_config.d/10-master-agent.conf
-if ! sshd -t; then
-    mv /etc/ssh/sshd_config.d/10-master-agent.conf /etc/ssh/master-agent/refused.conf
-    echo "sshd refuses the drop-in; it was taken out again and is in /etc/ssh/master-agent/refused.conf" >&2
+echo {LOGIN} > {directory}/principals
+cat > {drop_in}.new <<'END'
+{text}END
+mv {drop_in}.new {drop_in}
+",
+        directory = args.directory.display(),
+        drop_in = args.drop_in.display(),
+        text = drop_in(node, args)?,
+        user_ca = user_ca.trim(),
+        certificate = certificate.trim(),
+    )
+    .context("formatting")
+}
+
+fn write_reload(out: &mut String, node: &InventoryNode, args: &SshdConfigArgs) -> anyhow::Result<()> {
+    write!(
+        out,
+        r#"if ! sshd -t; then
+    mv {drop_in} {directory}/refused.conf
+    echo "sshd refuses the drop-in; it was taken out again and is in {directory}/refused.conf" >&2
     exit 1
 fi
 if [ -d /run/systemd/system ]; then systemctl reload ssh || systemctl reload sshd; else pkill -HUP -o -x sshd || true; fi
 echo "this host's sshd is node {name} now"
 "#,
+        drop_in = args.drop_in.display(),
+        directory = args.directory.display(),
         name = node.name,
-        user_ca = user_ca.trim(),
-        certificate = certificate.trim(),
     )
-    .context("formatting")?;
-    Ok(out)
+    .context("formatting")
 }

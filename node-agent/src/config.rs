@@ -200,7 +200,7 @@ impl LimitsConfig {
             max_streams: s.number("max_streams", 8192, COUNT),
             handshake_timeout: s.duration("handshake_timeout", secs(10), WAIT),
             dial_timeout: s.duration("dial_timeout", secs(10), WAIT),
-            keepalive_interval: s.duration("keepalive_interval", secs(5), WAIT),
+            keepalive_interval: s.duration("keepalive_interval", secs(3), WAIT),
             keepalive_max: s.number("keepalive_max", 2, 1..=100),
         }
     }
@@ -290,7 +290,7 @@ mod tests {
         let limits = &config.limits;
         assert_eq!((limits.max_handshakes, limits.max_sessions, limits.max_streams), (256, 64, 8192));
         assert_eq!((limits.handshake_timeout, limits.dial_timeout), (secs(10), secs(10)));
-        assert_eq!((limits.keepalive_interval, limits.keepalive_max), (secs(5), 2));
+        assert_eq!((limits.keepalive_interval, limits.keepalive_max), (secs(3), 2));
         assert_eq!((config.half_closed_timeout, config.shutdown_grace), (secs(600), secs(30)));
 
         let config = parse("call_home: [master.example:2222]").unwrap();

@@ -1,1 +1,11 @@
+//! Support for the test suites: clusters of real agents on loopback, processes, relays, certificates, clients.
+#![allow(clippy::disallowed_methods, reason = "a test owns its tasks by its runtime")]
 
+pub mod client;
+pub mod cluster;
+pub mod openssh;
+pub mod pattern;
+pub mod pki;
+pub mod process;
+pub mod relay;
+pub mod target;

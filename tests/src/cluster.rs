@@ -1,0 +1,329 @@
+//! A master-agent and nodes on loopback: the real binaries with configurations of their own, joined as a user
+//! would join them.
+
+use std::{
+    fmt::Write,
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+
+use crate::{
+    client::Door,
+    openssh,
+    pki::{Authority, client_config},
+    process::{Process, TempDir, eventually, free_port},
+};
+
+/// How long a tunnel may take to come up in a test.
+pub const SOON: Duration = Duration::from_secs(20);
+
+/// What a node is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A node-agent that the master dials.
+    Dialled,
+    /// A node-agent that calls home.
+    CallHome,
+    /// A plain OpenSSH sshd.
+    Sshd,
+}
+
+/// How a cluster is to be.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    pub nodes: Vec<(String, Kind)>,
+    /// YAML lines appended to the master's configuration, to every node's, to every node's inventory entry.
+    pub master_config: String,
+    pub node_config: String,
+    pub inventory: String,
+    /// Ports that every node's policy allows on its own addresses.
+    pub ports: Vec<u16>,
+    /// What the master dials in place of a node's own port: a relay, say.
+    pub dial: Vec<(String, SocketAddr)>,
+    /// Where nodes call home in place of the master's own port.
+    pub call_home: Option<SocketAddr>,
+    /// No link is made at the start; the test starts the nodes.
+    pub nodes_down: bool,
+}
+
+/// A running cluster.
+pub struct Cluster {
+    pub dir: TempDir,
+    pub master: Process,
+    pub nodes: Vec<Node>,
+    pub unix: Door,
+    pub tls: Door,
+    pub call_home: SocketAddr,
+    pub admin: SocketAddr,
+    options: Options,
+}
+
+pub struct Node {
+    pub name: String,
+    pub kind: Kind,
+    /// Where its SSH server listens, unless it calls home.
+    pub port: u16,
+    pub admin: SocketAddr,
+    pub process: Option<Process>,
+    pub dir: PathBuf,
+}
+
+/// A binary of the profile that this test was built with, or of the directory in TEST_BIN_DIR.
+pub fn binary(name: &str) -> PathBuf {
+    if let Some(directory) = std::env::var_os("TEST_BIN_DIR") {
+        return PathBuf::from(directory).join(name);
+    }
+    let mut path = std::env::current_exe().expect("the test's own path");
+    path.pop();
+    if path.ends_with("deps") {
+        path.pop();
+    }
+    path.join(name)
+}
+
+fn local(port: u16) -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], port))
+}
+
+impl Cluster {
+    /// Starts everything and waits until every node is connected.
+    pub async fn start(options: Options) -> anyhow::Result<Self> {
+        let dir = TempDir::new("cluster")?;
+        let path = dir.path();
+        let pki = Authority::new("test CA")?;
+        std::fs::write(path.join("ca.crt"), pki.pem())?;
+        pki.server(path, "server", &["localhost", "127.0.0.1"])?;
+        pki.client(path, "kube-apiserver")?;
+        let (call_home, admin, tls) = (local(free_port()), local(free_port()), local(free_port()));
+        std::fs::write(
+            path.join("master.yaml"),
+            format!(
+                "state_dir: master\nlog: {{level: 'info'}}\nadmin: {{listen: '{admin}', socket: admin.sock}}\ninventory: inventory.yaml\n\
+                 http_connect:\n  unix: {{path: connect.sock}}\n  tls: {{listen: '{tls}', cert: server.crt, key: server.key, client_ca: ca.crt}}\n\
+                 call_home: {{listen: '{call_home}'}}\n{}\n",
+                options.master_config
+            ),
+        )?;
+        let mut nodes = Vec::new();
+        for (name, kind) in &options.nodes {
+            let dir = path.join(name);
+            std::fs::create_dir_all(&dir)?;
+            nodes.push(Node {
+                name: name.clone(),
+                kind: *kind,
+                port: free_port(),
+                admin: local(free_port()),
+                process: None,
+                dir,
+            });
+        }
+        write_inventory(path, &nodes, &options)?;
+        let master = start_master(path)?;
+        let config = client_config(&path.join("ca.crt"), Some((path, "kube-apiserver")))?;
+        let mut cluster = Self {
+            unix: Door::Unix(path.join("connect.sock")),
+            tls: Door::Tls(tls, config),
+            dir,
+            master,
+            nodes,
+            call_home,
+            admin,
+            options,
+        };
+        cluster.wait_for_master().await;
+        for i in 0..cluster.nodes.len() {
+            cluster.prepare(i)?;
+            if !cluster.options.nodes_down {
+                cluster.start_node(i)?;
+            }
+        }
+        if !cluster.options.nodes_down {
+            cluster.wait_connected().await;
+        }
+        Ok(cluster)
+    }
+
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub fn doors(&self) -> [Door; 2] {
+        [self.unix.clone(), self.tls.clone()]
+    }
+
+    async fn wait_for_master(&mut self) {
+        let log = self.master.log.clone();
+        eventually("the master-agent runs", SOON, async || {
+            assert!(self.master.is_running(), "{}", std::fs::read_to_string(&log).unwrap_or_default());
+            tokio::net::TcpStream::connect(self.admin).await.ok()
+        })
+        .await;
+    }
+
+    pub fn restart_master(&mut self) -> anyhow::Result<()> {
+        self.master.kill();
+        self.master = start_master(self.path())?;
+        Ok(())
+    }
+
+    /// Runs a command of master-agent to its end; gives what it printed.
+    pub fn command(&self, args: &[&str]) -> anyhow::Result<String> {
+        let mut command = Command::new(binary("master-agent"));
+        command.arg("--config").arg(self.path().join("master.yaml")).args(args).current_dir(self.path());
+        let output = command.output()?;
+        if !output.status.success() {
+            bail!("{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// Gives a node its identity.
+    fn prepare(&mut self, index: usize) -> anyhow::Result<()> {
+        let node = &self.nodes[index];
+        match node.kind {
+            Kind::Sshd => {
+                openssh::keygen(&node.dir.join("host_key"))?;
+                Ok(())
+            }
+            Kind::Dialled | Kind::CallHome => {
+                let mut policy = String::new();
+                for port in &self.options.ports {
+                    for (i, address) in addresses(index).iter().enumerate() {
+                        write!(policy, "{{name: local-{i}-{port}, to: '{address}', ports: '{port}'}}, ")?;
+                    }
+                }
+                let link = match node.kind {
+                    Kind::Dialled => format!("listen: '127.0.0.1:{}'", node.port),
+                    _ => format!("call_home: ['{}']", self.options.call_home.unwrap_or(self.call_home)),
+                };
+                std::fs::write(
+                    node.dir.join("node.yaml"),
+                    format!(
+                        "state_dir: state\nadmin: {{listen: '{}'}}\n{link}\npolicy: {{allow: [{policy}]}}\n{}\n",
+                        node.admin, self.options.node_config
+                    ),
+                )?;
+                let token = self.command(&["token", "create", "--node", &node.name])?;
+                self.node_command(index, token.trim())
+            }
+        }
+    }
+
+    /// Runs a `node-agent ...` line as `token create` prints it.
+    pub fn node_command(&self, index: usize, line: &str) -> anyhow::Result<()> {
+        let mut words = line.split_whitespace();
+        if words.next() != Some("node-agent") {
+            bail!("not a node-agent line: {line}");
+        }
+        openssh::run(
+            Command::new(binary("node-agent"))
+                .args(words)
+                .arg("--config")
+                .arg(self.nodes[index].dir.join("node.yaml"))
+                .current_dir(&self.nodes[index].dir),
+        )
+    }
+
+    pub fn start_node(&mut self, index: usize) -> anyhow::Result<()> {
+        let process = match self.nodes[index].kind {
+            Kind::Dialled | Kind::CallHome => {
+                let node = &self.nodes[index];
+                let mut command = Command::new(binary("node-agent"));
+                command.arg("--config").arg(node.dir.join("node.yaml")).arg("run").current_dir(&node.dir);
+                Process::start(&node.name, &mut command, &node.dir.join("log"))?
+            }
+            Kind::Sshd => self.start_sshd(index)?,
+        };
+        self.nodes[index].process = Some(process);
+        Ok(())
+    }
+
+    fn start_sshd(&self, index: usize) -> anyhow::Result<Process> {
+        let node = &self.nodes[index];
+        let key = node.dir.join("host_key");
+        openssh::create_account("master-agent")?;
+        let text = |path: PathBuf| path.display().to_string();
+        let mut args = vec!["sshd-config".to_owned(), node.name.clone(), "--files-only".to_owned()];
+        let options = [
+            ("--host-key", text(node.dir.join("host_key.pub"))),
+            ("--host-key-path", text(key.clone())),
+            ("--directory", text(node.dir.clone())),
+            ("--drop-in", text(node.dir.join("drop-in.conf"))),
+        ];
+        args.extend(options.into_iter().flat_map(|(name, value)| [name.to_owned(), value]));
+        for address in addresses(index) {
+            for port in &self.options.ports {
+                let target = SocketAddr::new(address, *port).to_string();
+                args.extend(["--allow".to_owned(), target]);
+            }
+        }
+        let script = self.command(&args.iter().map(String::as_str).collect::<Vec<_>>())?;
+        openssh::run(Command::new("sh").arg("-c").arg(&script))?;
+        openssh::sshd(&node.dir, node.port, &format!("Include {}", text(node.dir.join("drop-in.conf"))))
+    }
+
+    /// Waits until every node has a tunnel.
+    pub async fn wait_connected(&self) {
+        for node in &self.nodes {
+            self.wait_state(&node.name, "connected").await;
+        }
+    }
+
+    pub async fn wait_state(&self, node: &str, state: &str) {
+        let log = self.master.log.clone();
+        let mut last = String::new();
+        eventually(&format!("node {node} is {state} (see {})", log.display()), SOON, async || {
+            last = self.node_status(node).ok()?["state"].as_str()?.to_owned();
+            (last == state).then_some(())
+        })
+        .await;
+    }
+
+    /// What `node list -o json` says of a node.
+    pub fn node_status(&self, node: &str) -> anyhow::Result<serde_json::Value> {
+        let all: Vec<serde_json::Value> = serde_json::from_str(&self.command(&["node", "list", "-o", "json"])?)?;
+        all.into_iter().find(|n| n["name"] == node).context("no such node")
+    }
+
+    /// The value of a metric's first sample whose line begins with `prefix`.
+    pub async fn metric(&self, admin: SocketAddr, prefix: &str) -> anyhow::Result<f64> {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let mut socket = tokio::net::TcpStream::connect(admin).await?;
+        socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await?;
+        let mut text = String::new();
+        socket.read_to_string(&mut text).await?;
+        let line = text.lines().find(|l| l.starts_with(prefix)).with_context(|| format!("no metric {prefix}"))?;
+        Ok(line.rsplit(' ').next().unwrap_or_default().parse()?)
+    }
+}
+
+fn start_master(path: &Path) -> anyhow::Result<Process> {
+    let mut command = Command::new(binary("master-agent"));
+    command.arg("--config").arg(path.join("master.yaml")).arg("run").current_dir(path);
+    Process::start("master-agent", &mut command, &path.join("master.log"))
+}
+
+/// Node 0 is 127.0.0.1 and ::1, node 1 is 127.0.0.2, and so on: all of them this host's loopback.
+pub fn addresses(index: usize) -> Vec<IpAddr> {
+    let v4 = IpAddr::from([127, 0, 0, index as u8 + 1]);
+    if index == 0 { vec![v4, IpAddr::from(std::net::Ipv6Addr::LOCALHOST)] } else { vec![v4] }
+}
+
+fn write_inventory(path: &Path, nodes: &[Node], options: &Options) -> anyhow::Result<()> {
+    let mut text = "nodes:\n".to_owned();
+    for (i, node) in nodes.iter().enumerate() {
+        let addresses: Vec<String> = addresses(i).iter().map(|a| format!("'{a}'")).collect();
+        write!(text, "  - name: {}\n    addresses: [{}]\n    {}\n", node.name, addresses.join(", "), options.inventory)?;
+        if node.kind != Kind::CallHome {
+            let dial = options.dial.iter().find(|(name, _)| *name == node.name);
+            let dial = dial.map_or_else(|| local(node.port), |(_, address)| *address);
+            writeln!(text, "    dial: '{dial}'")?;
+        }
+    }
+    std::fs::write(path.join("inventory.yaml"), text)?;
+    Ok(())
+}

@@ -1,0 +1,64 @@
+//! X.509 certificates for the mutual TLS of the front door.
+
+use std::{path::Path, sync::Arc};
+
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair};
+use rustls::{
+    ClientConfig, RootCertStore,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+};
+
+/// A certificate authority.
+pub struct Authority(CertifiedIssuer<'static, KeyPair>);
+
+impl Authority {
+    pub fn new(name: &str) -> anyhow::Result<Self> {
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        Ok(Self(CertifiedIssuer::self_signed(params, KeyPair::generate()?)?))
+    }
+
+    pub fn pem(&self) -> String {
+        self.0.pem()
+    }
+
+    /// Writes `NAME.crt` and `NAME.key` for a server with these names and addresses.
+    pub fn server(&self, directory: &Path, name: &str, names: &[&str]) -> anyhow::Result<()> {
+        self.issue(directory, name, names, ExtendedKeyUsagePurpose::ServerAuth)
+    }
+
+    /// Writes `NAME.crt` and `NAME.key` for a client, whose common name is `name`.
+    pub fn client(&self, directory: &Path, name: &str) -> anyhow::Result<()> {
+        self.issue(directory, name, &[], ExtendedKeyUsagePurpose::ClientAuth)
+    }
+
+    fn issue(&self, directory: &Path, name: &str, names: &[&str], usage: ExtendedKeyUsagePurpose) -> anyhow::Result<()> {
+        let mut params = CertificateParams::new(names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>())?;
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.extended_key_usages = vec![usage];
+        let key = KeyPair::generate()?;
+        let certificate = params.signed_by(&key, &self.0)?;
+        std::fs::write(directory.join(format!("{name}.crt")), certificate.pem())?;
+        proto::secret_file::replace(&directory.join(format!("{name}.key")), key.serialize_pem().as_bytes())?;
+        Ok(())
+    }
+}
+
+/// A TLS client that trusts `ca` and shows `NAME.crt` of `directory`; none for `None`.
+pub fn client_config(ca: &Path, identity: Option<(&Path, &str)>) -> anyhow::Result<Arc<ClientConfig>> {
+    let mut roots = RootCertStore::empty();
+    for certificate in CertificateDer::pem_file_iter(ca)? {
+        roots.add(certificate?)?;
+    }
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?.with_root_certificates(roots);
+    Ok(Arc::new(match identity {
+        Some((directory, name)) => {
+            let chain = CertificateDer::pem_file_iter(directory.join(format!("{name}.crt")))?.collect::<Result<_, _>>()?;
+            let key = PrivateKeyDer::from_pem_file(directory.join(format!("{name}.key")))?;
+            builder.with_client_auth_cert(chain, key)?
+        }
+        None => builder.with_no_client_auth(),
+    }))
+}

@@ -1,0 +1,154 @@
+//! A TCP relay that delays, limits, stops or cuts what passes: the network that this kernel does not emulate.
+
+use std::{
+    collections::VecDeque,
+    net::SocketAddr,
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{
+        TcpListener, TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::watch,
+    time::Instant,
+};
+
+/// Bytes that may be on the way in each direction.
+const IN_FLIGHT: usize = 256 * 1024 * 1024;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Open,
+    /// Nothing passes and nothing is answered, but no socket is closed.
+    BlackHole,
+    /// Every connection is closed.
+    Cut(u64),
+}
+
+/// A running relay. Dropping it leaves existing connections to the runtime.
+#[derive(Clone, Debug)]
+pub struct Relay {
+    pub address: SocketAddr,
+    state: Arc<watch::Sender<State>>,
+}
+
+impl Relay {
+    /// Relays from `listen` to `to`; each direction takes `delay`, and carries at most `rate` bytes a second.
+    pub async fn start(listen: SocketAddr, to: SocketAddr, delay: Duration, rate: Option<f64>) -> anyhow::Result<Self> {
+        let listener = TcpListener::bind(listen).await?;
+        let address = listener.local_addr()?;
+        let (state, watched) = watch::channel(State::Open);
+        tokio::spawn(async move {
+            while let Ok((near, _)) = listener.accept().await {
+                let state = watched.clone();
+                tokio::spawn(async move {
+                    // A relay in a black hole answers no SYN either; loopback can only keep it waiting.
+                    let mut waiting = state.clone();
+                    let _ = waiting.wait_for(|s| *s != State::BlackHole).await;
+                    if let Ok(far) = TcpStream::connect(to).await {
+                        connection(near, far, delay, rate, state).await;
+                    }
+                });
+            }
+        });
+        Ok(Self { address, state: Arc::new(state) })
+    }
+
+    /// Stops everything without closing anything, as a firewall that drops would.
+    pub fn black_hole(&self) {
+        let _ = self.state.send(State::BlackHole);
+    }
+
+    pub fn restore(&self) {
+        let _ = self.state.send(State::Open);
+    }
+
+    /// Closes every connection.
+    pub fn cut(&self) {
+        self.state.send_modify(|s| {
+            *s = match *s {
+                State::Cut(n) => State::Cut(n + 1),
+                State::Open | State::BlackHole => State::Cut(0),
+            }
+        });
+        let _ = self.state.send(State::Open);
+    }
+}
+
+async fn connection(near: TcpStream, far: TcpStream, delay: Duration, rate: Option<f64>, mut state: watch::Receiver<State>) {
+    let _ = (near.set_nodelay(true), far.set_nodelay(true));
+    let (near_read, near_write) = near.into_split();
+    let (far_read, far_write) = far.into_split();
+    let up = direction(near_read, far_write, delay, rate, state.clone());
+    let down = direction(far_read, near_write, delay, rate, state.clone());
+    state.mark_unchanged();
+    let cut = async {
+        loop {
+            if state.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+            if matches!(*state.borrow(), State::Cut(_)) {
+                return;
+            }
+        }
+    };
+    tokio::select! {
+        _ = async { tokio::join!(up, down) } => {}
+        () = cut => {}
+    }
+}
+
+async fn direction(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    delay: Duration,
+    rate: Option<f64>,
+    mut state: watch::Receiver<State>,
+) {
+    let mut queue: VecDeque<(Instant, Vec<u8>)> = VecDeque::new();
+    let mut queued = 0;
+    let mut ended = None;
+    let mut line_free = Instant::now();
+    let mut buffer = vec![0; 256 * 1024];
+    loop {
+        if state.wait_for(|s| *s != State::BlackHole).await.is_err() {
+            return;
+        }
+        let next = queue.front().map(|(due, _)| *due).or(ended);
+        tokio::select! {
+            read = from.read(&mut buffer), if ended.is_none() && queued < IN_FLIGHT => {
+                let now = Instant::now();
+                match read {
+                    Ok(n) if n > 0 => {
+                        line_free = line_free.max(now);
+                        if let Some(rate) = rate {
+                            line_free += Duration::from_secs_f64(n as f64 / rate);
+                        }
+                        queue.push_back((line_free + delay, buffer[..n].to_vec()));
+                        queued += n;
+                    }
+                    _ => ended = Some(line_free.max(now) + delay),
+                }
+            }
+            () = tokio::time::sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {
+                match queue.pop_front() {
+                    Some((_, bytes)) => {
+                        queued -= bytes.len();
+                        if to.write_all(&bytes).await.is_err() {
+                            return;
+                        }
+                    }
+                    None => {
+                        let _ = to.shutdown().await;
+                        return;
+                    }
+                }
+            }
+            _ = state.changed() => {}
+        }
+    }
+}

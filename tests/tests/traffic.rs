@@ -1,0 +1,139 @@
+//! Bytes through every kind of node and both kinds of front door.
+
+use std::{net::SocketAddr, time::Duration};
+
+use tests::{
+    client::{Door, read_head},
+    cluster::{Cluster, Kind, Options},
+    pattern::{Checker, fill},
+    process::free_port,
+    target,
+};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+
+/// Bytes sent each way through each cell: 1 GB, or what TEST_BYTES says.
+fn volume() -> u64 {
+    std::env::var("TEST_BYTES").ok().and_then(|v| v.parse().ok()).unwrap_or(1_000_000_000)
+}
+
+/// A target on all addresses of this host, IPv6 included.
+async fn start_target() -> u16 {
+    let port = free_port();
+    target::serve(SocketAddr::from(([0u16; 8], port))).await.unwrap();
+    port
+}
+
+async fn three_nodes(port: u16) -> Cluster {
+    let nodes = [("n1", Kind::Dialled), ("n2", Kind::CallHome), ("n3", Kind::Sshd)];
+    let nodes = nodes.map(|(name, kind)| (name.to_owned(), kind)).to_vec();
+    Cluster::start(Options { nodes, ports: vec![port], ..Options::default() }).await.unwrap()
+}
+
+async fn download(door: &Door, target: &str, bytes: u64) {
+    let mut stream = door.stream(target).await.unwrap();
+    stream.write_all(format!("source {bytes}\n").as_bytes()).await.unwrap();
+    let mut checker = Checker::default();
+    let mut buffer = vec![0; 256 * 1024];
+    loop {
+        let n = stream.read(&mut buffer).await.unwrap();
+        if n == 0 {
+            break;
+        }
+        checker.check(&buffer[..n]);
+    }
+    assert_eq!(checker.offset(), bytes);
+}
+
+/// Sends, closes the sending half, then reads the answer.
+async fn upload(door: &Door, target: &str, bytes: u64) {
+    let mut stream = door.stream(target).await.unwrap();
+    stream.write_all(b"sink\n").await.unwrap();
+    let mut buffer = vec![0; 256 * 1024];
+    let mut offset = 0;
+    while offset < bytes {
+        let n = (bytes - offset).min(buffer.len() as u64) as usize;
+        fill(&mut buffer[..n], offset);
+        stream.write_all(&buffer[..n]).await.unwrap();
+        offset += n as u64;
+    }
+    stream.shutdown().await.unwrap();
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer).await.unwrap();
+    assert_eq!(answer.trim(), bytes.to_string());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn every_kind_of_node_and_door_carries_a_gigabyte_each_way_and_half_closes() {
+    let port = start_target().await;
+    let cluster = three_nodes(port).await;
+    for node in ["n1", "n2", "n3"] {
+        for door in cluster.doors() {
+            let target = format!("{node}:{port}");
+            let began = std::time::Instant::now();
+            download(&door, &target, volume()).await;
+            let down = began.elapsed();
+            upload(&door, &target, volume()).await;
+            println!("{node} {}: {} bytes each way, {down:.1?} down, {:.1?} up", door.name(), volume(), began.elapsed() - down);
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_recorded_requests_of_kube_apiserver_are_answered() {
+    let port = start_target().await;
+    let cluster = three_nodes(port).await;
+    // The recording names 10.77.1.2; the same bytes with the address of a target here.
+    let recorded = |file: &str, to: u16| {
+        let bytes = std::fs::read(format!("{}/data/captures/{file}", env!("CARGO_MANIFEST_DIR"))).unwrap();
+        let text = String::from_utf8(bytes).unwrap();
+        let end = text.find(" HTTP/1.1").unwrap();
+        format!("CONNECT 127.0.0.1:{to}{}", &text[end..])
+    };
+    let Door::Unix(path) = &cluster.unix else { unreachable!() };
+
+    let mut socket = tokio::net::UnixStream::connect(path).await.unwrap();
+    socket.write_all(recorded("http-connect-uds-1.client.bin", port).as_bytes()).await.unwrap();
+    let mut answer = vec![0; b"HTTP/1.1 200 Connection Established\r\n\r\nHTTP/1.1 200 OK\r\n".len()];
+    socket.read_exact(&mut answer).await.unwrap();
+    assert_eq!(answer, b"HTTP/1.1 200 Connection Established\r\n\r\nHTTP/1.1 200 OK\r\n");
+
+    let closed = free_port();
+    let cluster = {
+        drop(cluster);
+        let nodes = vec![("n1".to_owned(), Kind::Dialled)];
+        Cluster::start(Options { nodes, ports: vec![closed], ..Options::default() }).await.unwrap()
+    };
+    let Door::Unix(path) = &cluster.unix else { unreachable!() };
+    let mut socket = tokio::net::UnixStream::connect(path).await.unwrap();
+    socket.write_all(recorded("http-connect-uds-2.client.bin", closed).as_bytes()).await.unwrap();
+    let (status, reason) = read_head(&mut socket).await.unwrap();
+    assert_eq!((status, reason), (502, format!("dial tcp 127.0.0.1:{closed}: connection refused")));
+}
+
+#[tokio::test]
+async fn ipv6_targets_work() {
+    let port = start_target().await;
+    let cluster = three_nodes(port).await;
+    for door in cluster.doors() {
+        download(&door, &format!("[::1]:{port}"), 1_000_000).await;
+    }
+}
+
+#[tokio::test]
+async fn early_bytes_reach_the_target_and_nothing_comes_before_it_speaks() {
+    let port = start_target().await;
+    let cluster = three_nodes(port).await;
+    let mut stream = cluster.unix.enter().await.unwrap();
+    let request = format!("CONNECT n1:{port} HTTP/1.1\r\n\r\nsource 1000\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    assert_eq!(read_head(&mut stream).await.unwrap().0, 200);
+    let mut all = Vec::new();
+    stream.read_to_end(&mut all).await.unwrap();
+    let mut expected = vec![0; 1000];
+    fill(&mut expected, 0);
+    assert_eq!(all, expected);
+
+    let mut silent = cluster.unix.stream(&format!("n1:{port}")).await.unwrap();
+    let byte = tokio::time::timeout(Duration::from_millis(300), silent.read_u8()).await;
+    assert!(byte.is_err(), "{byte:?}");
+}
