@@ -81,6 +81,9 @@ pub struct TokenCreateArgs {
 pub enum NodeCommand {
     /// List the nodes and their tunnels.
     List(OutputArgs),
+    /// Forget the host key that a node joined with, or that was trusted on first use, so that another may take its
+    /// place. Does not revoke: a certificate stays good until it expires, unless the node joins anew.
+    Forget { node: NodeName },
 }
 
 #[derive(Debug, Args)]

@@ -60,6 +60,12 @@ async fn command(cli: Cli, config: Config) -> anyhow::Result<()> {
             Ok(())
         }
         Command::Node(NodeCommand::List(args)) => cli::node_list(&config, args.output).await,
+        Command::Node(NodeCommand::Forget { node }) => {
+            if !SqliteStore::open(&config.state_dir)?.forget_node(&node)? {
+                bail!("no key of node {node} is known");
+            }
+            Ok(())
+        }
         Command::Explain { target, output } => cli::explain(&config, &target, output.output).await,
         Command::Token(TokenCommand::Create(args)) => token_create(&config, args),
         Command::Token(TokenCommand::List(args)) => token_list(&config, args.output),

@@ -5,7 +5,7 @@
 
 use std::{fmt::Write, net::IpAddr, path::Path, time::SystemTime};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use ipnet::IpNet;
 use russh::keys::PublicKey;
 
@@ -22,10 +22,11 @@ pub fn generate(
     args: &SshdConfigArgs,
     now: SystemTime,
 ) -> anyhow::Result<String> {
+    check_text(node, args)?;
     let certificate = authorities.sign_host(host_key, &node.name, &node.addresses, now, args.ttl)?;
     let mut out = format!(
         "#!/bin/sh\n# Makes this host's sshd node {name} of a master-agent. Run it as root on that host; run it again, made \
-         anew, to renew\n# the host certificate.\nset -eu\n",
+         anew, to renew\n# the host certificate.\nset -eu\nPATH=$PATH:/usr/sbin:/sbin\n",
         name = node.name
     );
     if !args.files_only {
@@ -36,6 +37,26 @@ pub fn generate(
         write_reload(&mut out, node, args)?;
     }
     Ok(out)
+}
+
+/// Both texts are read by root on the host, one of them by a shell, and `Match User` takes patterns: a user
+/// `*` or `root` would lock everybody out.
+fn check_text(node: &InventoryNode, args: &SshdConfigArgs) -> anyhow::Result<()> {
+    let user = &node.user;
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_' || c == '-';
+    if user.len() > 32 || !user.starts_with(|c: char| c.is_ascii_lowercase() || c == '_') || !user.chars().all(plain) {
+        bail!("user {user:?} of node {} is no name of a Unix account: use a-z, 0-9, '_' and '-'", node.name);
+    }
+    if user == "root" {
+        bail!("node {} has user root, who would lose every other way to log in: use an account of its own", node.name);
+    }
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+@".contains(c);
+    for path in [&args.host_key_path, &args.directory, &args.drop_in] {
+        if !path.is_absolute() || !path.to_str().is_some_and(|p| p.chars().all(plain)) {
+            bail!("{}: give an absolute path without spaces", path.display());
+        }
+    }
+    Ok(())
 }
 
 fn drop_in(node: &InventoryNode, args: &SshdConfigArgs) -> anyhow::Result<String> {
@@ -148,6 +169,7 @@ END
 echo {LOGIN} > {directory}/principals
 cat > {drop_in}.new <<'END'
 {text}END
+[ ! -e {drop_in} ] || cp -p {drop_in} {directory}/previous.conf
 mv {drop_in}.new {drop_in}
 ",
         directory = args.directory.display(),
@@ -162,11 +184,14 @@ mv {drop_in}.new {drop_in}
 fn write_reload(out: &mut String, node: &InventoryNode, args: &SshdConfigArgs) -> anyhow::Result<()> {
     write!(
         out,
-        r#"if ! sshd -t; then
+        r#"install -d -m 0755 /run/sshd
+if ! sshd -t; then
     mv {drop_in} {directory}/refused.conf
+    [ ! -e {directory}/previous.conf ] || mv {directory}/previous.conf {drop_in}
     echo "sshd refuses the drop-in; it was taken out again and is in {directory}/refused.conf" >&2
     exit 1
 fi
+rm -f {directory}/previous.conf
 if [ -d /run/systemd/system ]; then systemctl reload ssh || systemctl reload sshd; else pkill -HUP -o -x sshd || true; fi
 echo "this host's sshd is node {name} now"
 "#,
@@ -175,4 +200,144 @@ echo "this host's sshd is node {name} now"
         name = node.name,
     )
     .context("formatting")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{path::PathBuf, process::Command, time::Duration};
+
+    use russh::keys::{PrivateKey, ssh_key::LineEnding};
+
+    use super::*;
+    use crate::{
+        identity::tests::{TempDir, new_key},
+        inventory::HostTrust,
+    };
+
+    fn node(cidrs: &[&str]) -> InventoryNode {
+        InventoryNode {
+            name: "n1".parse().unwrap(),
+            dial: None,
+            user: LOGIN.to_owned(),
+            addresses: vec!["10.0.0.5".parse().unwrap(), "fd00::5".parse().unwrap()],
+            cidrs: cidrs.iter().map(|c| c.parse().unwrap()).collect(),
+            default_route: false,
+            connections: 1,
+            trust: HostTrust::HostCa,
+        }
+    }
+
+    fn args() -> SshdConfigArgs {
+        SshdConfigArgs {
+            node: "n1".parse().unwrap(),
+            host_key: PathBuf::from("-"),
+            host_key_path: PathBuf::from("/etc/ssh/ssh_host_ed25519_key"),
+            kubelet_port: 10250,
+            allow: vec!["10.96.0.1:443".parse().unwrap()],
+            ttl: Duration::from_secs(3600),
+            directory: PathBuf::from("/etc/ssh/master-agent"),
+            drop_in: PathBuf::from("/etc/ssh/sshd_config.d/10-master-agent.conf"),
+            files_only: false,
+        }
+    }
+
+    fn made(dir: &TempDir, node: &InventoryNode, args: &SshdConfigArgs, key: &PrivateKey) -> anyhow::Result<String> {
+        let authorities = Authorities::load_or_create(&dir.0)?;
+        generate(&authorities, node, key.public_key(), args, SystemTime::now())
+    }
+
+    fn run(command: &mut Command) -> String {
+        let output = command.output().unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8(text).unwrap();
+        assert!(output.status.success(), "{text}");
+        text
+    }
+
+    #[test]
+    fn sshd_accepts_the_drop_in_and_means_what_we_mean() {
+        let dir = TempDir::new();
+        let key = new_key();
+        let printed = made(&dir, &node(&["10.244.1.0/29", "fd00:1::/126", "10.245.0.0/16"]), &args(), &key).unwrap();
+        let _ = std::fs::create_dir("/run/sshd");
+        std::fs::write(dir.0.join("host_key"), key.to_openssh(LineEnding::LF).unwrap()).unwrap();
+        std::fs::set_permissions(dir.0.join("host_key"), std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+        let certificate = printed.lines().find(|l| l.starts_with("ssh-ed25519-cert")).unwrap();
+        std::fs::write(dir.0.join("host-cert.pub"), certificate).unwrap();
+        std::fs::copy(dir.0.join("user_ca.pub"), dir.0.join("trusted.pub")).unwrap();
+        let moved = drop_in(&node(&["10.244.1.0/29", "fd00:1::/126", "10.245.0.0/16"]), &args())
+            .unwrap()
+            .replace("/etc/ssh/master-agent/user_ca.pub", &dir.0.join("trusted.pub").display().to_string())
+            .replace("/etc/ssh/master-agent", &dir.0.display().to_string());
+        let config = dir.0.join("sshd_config");
+        std::fs::write(&config, format!("{moved}\nHostKey {}\nX11Forwarding yes\n", dir.0.join("host_key").display())).unwrap();
+        let sshd = |user: &str| {
+            let user = format!("user={user},host=h,addr=10.0.0.1");
+            run(Command::new("/usr/sbin/sshd").arg("-T").arg("-C").arg(user).arg("-f").arg(&config)).to_lowercase()
+        };
+        run(Command::new("/usr/sbin/sshd").arg("-t").arg("-f").arg(&config));
+        let ours = sshd(LOGIN);
+        for line in [
+            "allowtcpforwarding local",
+            "allowstreamlocalforwarding no",
+            "allowagentforwarding no",
+            "x11forwarding no",
+            "permittty no",
+            "permittunnel no",
+            "permitlisten none",
+            "gatewayports no",
+            "passwordauthentication no",
+            "kbdinteractiveauthentication no",
+            "authenticationmethods publickey",
+            "authorizedkeysfile none",
+            "maxsessions 0",
+            "forcecommand /bin/false",
+            "permituserrc no",
+        ] {
+            assert!(ours.lines().any(|l| l == line), "{line} in\n{ours}");
+        }
+        let open = ours.lines().find(|l| l.starts_with("permitopen ")).unwrap();
+        let targets: Vec<&str> = open.split_whitespace().skip(1).collect();
+        for target in ["10.0.0.5:10250", "[fd00::5]:10250", "10.96.0.1:443", "10.244.1.1:*", "10.244.1.6:*", "[fd00:1::3]:*"] {
+            assert!(targets.contains(&target), "{target} in {open}");
+        }
+        assert!(!open.contains("10.245."));
+        assert!(printed.contains("# 10.245.0.0/16 has more than 256 addresses and is left out"));
+        // Everybody else logs in as before.
+        let others = sshd("alice");
+        assert!(others.contains("x11forwarding yes") && others.contains("permitopen any"), "{others}");
+        assert!(others.contains("trustedusercakeys none"), "{others}");
+        assert!(others.contains(&format!("hostcertificate {}", dir.0.join("host-cert.pub").display()).to_lowercase()));
+    }
+
+    #[test]
+    fn the_script_is_a_shell_script() {
+        let dir = TempDir::new();
+        let printed = made(&dir, &node(&[]), &args(), &new_key()).unwrap();
+        let script = dir.0.join("script");
+        std::fs::write(&script, &printed).unwrap();
+        run(Command::new("sh").arg("-n").arg(&script));
+    }
+
+    #[test]
+    fn without_targets_nothing_is_open() {
+        let dir = TempDir::new();
+        let mut bare = node(&[]);
+        bare.addresses.clear();
+        let printed = made(&dir, &bare, &SshdConfigArgs { allow: vec![], ..args() }, &new_key()).unwrap();
+        assert!(printed.contains("PermitOpen none\n"));
+    }
+
+    #[test]
+    fn what_would_be_a_pattern_or_a_command_is_refused() {
+        let dir = TempDir::new();
+        for user in ["*", "root", "a;reboot", "$(id)", "a b", "!x", "a,b", "", "-x", "A"] {
+            let node = InventoryNode { user: user.to_owned(), ..node(&[]) };
+            assert!(made(&dir, &node, &args(), &new_key()).is_err(), "{user:?}");
+        }
+        for path in ["host_key", "/a b", "/a\nPermitRootLogin yes", "/$(id)", "/a'"] {
+            let args = SshdConfigArgs { host_key_path: PathBuf::from(path), ..args() };
+            assert!(made(&dir, &node(&[]), &args, &new_key()).is_err(), "{path:?}");
+        }
+    }
 }

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use proto::{NodeName, secret_file};
 use russh::keys::PublicKey;
 use rusqlite::{Connection, OptionalExtension, TransactionBehavior, params};
@@ -17,6 +17,11 @@ use serde::{Serialize, Serializer};
 use subtle::ConstantTimeEq;
 
 use crate::identity::fingerprint;
+
+/// Of the tables; a later version migrates from each earlier one.
+const SCHEMA: i64 = 1;
+/// How long an expired token is kept, so that who brings it learns why it is no good. Seconds.
+const KEEP_EXPIRED: i64 = 7 * 24 * 3600;
 
 /// A token, without its secret.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -117,8 +122,14 @@ impl SqliteStore {
         }
         let connection = Connection::open(&path).with_context(context)?;
         connection.busy_timeout(Duration::from_secs(5))?;
+        let version: i64 = connection
+            .query_row("PRAGMA user_version", [], |row| row.get(0))
+            .with_context(context)?;
+        if version > SCHEMA {
+            bail!("{} was written by a newer master-agent (schema {version}, known here: {SCHEMA})", path.display());
+        }
         connection
-            .execute_batch(
+            .execute_batch(&format!(
                 "PRAGMA synchronous = FULL;
                  BEGIN IMMEDIATE;
                  CREATE TABLE IF NOT EXISTS tokens (
@@ -132,8 +143,9 @@ impl SqliteStore {
                      address TEXT PRIMARY KEY, node TEXT NOT NULL
                  ) STRICT;
                  CREATE TABLE IF NOT EXISTS first_use (name TEXT PRIMARY KEY, fingerprint TEXT NOT NULL) STRICT;
-                 COMMIT;",
-            )
+                 PRAGMA user_version = {SCHEMA};
+                 COMMIT;"
+            ))
             .with_context(context)?;
         Ok(Self(Mutex::new(connection)))
     }
@@ -171,7 +183,7 @@ impl Store for SqliteStore {
 
     fn tokens(&self, now: SystemTime) -> anyhow::Result<Vec<TokenRecord>> {
         let db = self.db();
-        db.execute("DELETE FROM tokens WHERE expires <= ?1", [unix(now) - 7 * 24 * 3600])?;
+        db.execute("DELETE FROM tokens WHERE expires <= ?1", [unix(now) - KEEP_EXPIRED])?;
         let mut query = db.prepare("SELECT id, node, expires, used_by FROM tokens WHERE expires > ?1 ORDER BY expires")?;
         let rows = query.query_map([unix(now)], |row| {
             Ok(TokenRecord {
@@ -208,7 +220,12 @@ impl Store for SqliteStore {
         if expires <= unix(now) {
             return Err(TokenError::Expired);
         }
-        let node = match (name(bound), asked) {
+        // A binding that can't be read must not make the token good for any node.
+        let bound = match bound {
+            Some(text) => Some(text.parse().map_err(|_| TokenError::Store(format!("token {id} is bound to {text:?}")))?),
+            None => None,
+        };
+        let node = match (bound, asked) {
             (Some(bound), Some(asked)) if bound != *asked => {
                 return Err(TokenError::WrongNode { bound, asked: asked.clone() });
             }
@@ -295,5 +312,108 @@ impl Store for SqliteStore {
         let joined = db.execute("DELETE FROM nodes WHERE name = ?1", [node.as_str()])?;
         db.execute("DELETE FROM addresses WHERE node = ?1", [node.as_str()])?;
         Ok(first + joined > 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+    use crate::identity::tests::{TempDir, new_key};
+
+    fn at(seconds: u64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000 + seconds)
+    }
+
+    fn node(s: &str) -> NodeName {
+        s.parse().unwrap()
+    }
+
+    #[test]
+    fn of_many_hosts_with_one_token_one_succeeds() {
+        let dir = TempDir::new();
+        let store = SqliteStore::open(&dir.0).unwrap();
+        for round in 0..20 {
+            let id = format!("token{round}");
+            store.add_token(&id, &[7; 32], None, at(60)).unwrap();
+            // Half of them through connections of their own, as other processes have them.
+            let won = std::thread::scope(|scope| {
+                let tasks: Vec<_> = (0..8)
+                    .map(|i| {
+                        let (id, store, dir) = (&id, &store, &dir.0);
+                        scope.spawn(move || {
+                            let asked = node(&format!("n{round}-{i}"));
+                            let own = (i % 2 == 0).then(|| SqliteStore::open(dir).unwrap());
+                            own.as_ref().unwrap_or(store).redeem(id, &[7; 32], Some(&asked), at(0))
+                        })
+                    })
+                    .collect();
+                tasks.into_iter().map(|t| t.join().unwrap()).collect::<Vec<_>>()
+            });
+            let (won, lost): (Vec<_>, Vec<_>) = won.into_iter().partition(Result::is_ok);
+            assert_eq!(won.len(), 1);
+            assert!(lost.iter().all(|r| matches!(r, Err(TokenError::Used))), "{lost:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_there_after_reopening_and_only_for_its_owner() {
+        let dir = TempDir::new();
+        let key = new_key();
+        let address = "10.0.0.5".parse().unwrap();
+        {
+            let store = SqliteStore::open(&dir.0).unwrap();
+            store.remember_node(&node("n1"), key.public_key(), &[address], at(0), at(60)).unwrap();
+            store.remember_first_use(&node("n2"), "SHA256:a").unwrap();
+            store.remember_first_use(&node("n2"), "SHA256:b").unwrap();
+        }
+        let store = SqliteStore::open(&dir.0).unwrap();
+        let n1 = store.node(&node("n1")).unwrap().unwrap();
+        assert_eq!((n1.key_fingerprint, n1.addresses), (fingerprint(key.public_key()), vec![address]));
+        assert_eq!(store.address_owner(&address).unwrap(), Some(node("n1")));
+        assert_eq!(store.first_use(&node("n2")).unwrap().as_deref(), Some("SHA256:a"), "the first stays");
+        let again = new_key();
+        store.remember_node(&node("n1"), again.public_key(), &[], at(1), at(61)).unwrap();
+        assert_eq!(store.node(&node("n1")).unwrap().unwrap().key_fingerprint, fingerprint(again.public_key()));
+        assert_eq!(store.address_owner(&address).unwrap(), None);
+        assert!(store.forget_node(&node("n1")).unwrap());
+        assert!(!store.forget_node(&node("n1")).unwrap());
+        assert_eq!(store.node(&node("n1")).unwrap(), None);
+        for entry in std::fs::read_dir(&dir.0).unwrap() {
+            let entry = entry.unwrap();
+            assert_eq!(entry.metadata().unwrap().permissions().mode() & 0o777, 0o600, "{:?}", entry.path());
+        }
+    }
+
+    #[test]
+    fn expired_tokens_are_told_apart_for_a_week_and_then_forgotten() {
+        let dir = TempDir::new();
+        let store = SqliteStore::open(&dir.0).unwrap();
+        store.add_token("a", &[1; 32], Some(&node("n1")), at(60)).unwrap();
+        assert_eq!(store.tokens(at(59)).unwrap().len(), 1);
+        assert_eq!(store.tokens(at(60)).unwrap(), []);
+        let late = store.redeem("a", &[1; 32], None, at(60));
+        assert!(matches!(late, Err(TokenError::Expired)), "{late:?}");
+        store.tokens(at(60 + 7 * 24 * 3600)).unwrap();
+        let gone = store.redeem("a", &[1; 32], None, at(60 + 7 * 24 * 3600));
+        assert!(matches!(gone, Err(TokenError::Unknown)), "{gone:?}");
+    }
+
+    #[test]
+    fn a_binding_that_cannot_be_read_binds_to_nothing() {
+        let dir = TempDir::new();
+        let store = SqliteStore::open(&dir.0).unwrap();
+        store.add_token("a", &[1; 32], Some(&node("n1")), at(60)).unwrap();
+        store.db().execute("UPDATE tokens SET node = 'N_1'", []).unwrap();
+        let got = store.redeem("a", &[1; 32], Some(&node("n2")), at(0));
+        assert!(matches!(got, Err(TokenError::Store(_))), "{got:?}");
+    }
+
+    #[test]
+    fn a_newer_schema_is_left_alone() {
+        let dir = TempDir::new();
+        SqliteStore::open(&dir.0).unwrap().db().execute_batch("PRAGMA user_version = 99").unwrap();
+        assert!(SqliteStore::open(&dir.0).unwrap_err().to_string().contains("newer master-agent"));
     }
 }

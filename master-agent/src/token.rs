@@ -2,6 +2,7 @@
 
 use std::{
     net::IpAddr,
+    sync::{Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
@@ -17,13 +18,22 @@ use crate::{
     store::{Store, TokenError, TokenRecord},
 };
 
+/// The longest that a token can be valid.
+const MAX_TTL: Duration = Duration::from_secs(30 * 24 * 3600);
+/// One host joins at a time: between the check that a name or an address is free and the record that it is
+/// taken, no other may take it.
+static JOINING: Mutex<()> = Mutex::new(());
+
 /// The most addresses a host may ask for.
 const MAX_ADDRESSES: usize = 32;
 
 /// Makes a token and stores its hash.
 pub fn create(store: &dyn Store, node: Option<NodeName>, ttl: Duration, now: SystemTime) -> anyhow::Result<JoinToken> {
+    let Some(expires) = now.checked_add(ttl).filter(|_| ttl <= MAX_TTL) else {
+        bail!("a token can be valid for {} at most", humantime::format_duration(MAX_TTL));
+    };
     let token = JoinToken::from_random(rand::random(), rand::random());
-    store.add_token(&token.id, &token.hash(), node.as_ref(), now + ttl)?;
+    store.add_token(&token.id, &token.hash(), node.as_ref(), expires)?;
     Ok(token)
 }
 
@@ -88,6 +98,7 @@ fn decide(
     if request.addresses.len() > MAX_ADDRESSES {
         return Err((format!("more than {MAX_ADDRESSES} addresses"), "Give the node's own addresses with --address.".to_owned()));
     }
+    let _one_at_a_time = JOINING.lock().unwrap_or_else(PoisonError::into_inner);
     let node = store.redeem(&token.id, &token.hash(), request.node.as_ref(), now).map_err(|e| {
         let hint = match &e {
             TokenError::Store(_) => "The master's log says more.",
@@ -150,4 +161,190 @@ fn unclaimed(
         }
     }
     Ok(granted)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use russh::keys::Certificate;
+
+    use super::*;
+    use crate::{
+        identity::tests::{TempDir, new_key},
+        store::SqliteStore,
+    };
+
+    #[derive(Default)]
+    struct Table(HashMap<NodeName, Vec<IpAddr>>);
+
+    impl Listed for Table {
+        fn addresses(&self, node: &NodeName) -> Option<Vec<IpAddr>> {
+            self.0.get(node).cloned()
+        }
+
+        fn owner(&self, address: &IpAddr) -> Option<NodeName> {
+            self.0.iter().find(|(_, addresses)| addresses.contains(address)).map(|(node, _)| node.clone())
+        }
+    }
+
+    struct Master {
+        _dir: TempDir,
+        authorities: Authorities,
+        store: SqliteStore,
+        listed: Table,
+    }
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn now() -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)
+    }
+
+    fn node(s: &str) -> NodeName {
+        s.parse().unwrap()
+    }
+
+    impl Master {
+        fn new() -> Self {
+            let dir = TempDir::new();
+            let listed = Table(HashMap::from([(node("n9"), vec!["10.0.0.9".parse().unwrap()]), (node("n8"), vec![])]));
+            Self {
+                authorities: Authorities::load_or_create(&dir.0).unwrap(),
+                store: SqliteStore::open(&dir.0).unwrap(),
+                listed,
+                _dir: dir,
+            }
+        }
+
+        fn token(&self, bound: Option<&str>) -> String {
+            create(&self.store, bound.map(node), HOUR, now()).unwrap().reveal()
+        }
+
+        fn join_at(&self, token: &str, name: Option<&str>, addresses: &[&str], now: SystemTime) -> Result<Vec<String>, String> {
+            let request = JoinRequest {
+                version: 1,
+                token: token.to_owned(),
+                node: name.map(node),
+                addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),
+            };
+            let key = new_key();
+            match handle_join(&request, key.public_key(), &self.authorities, &self.store, &self.listed, now, HOUR) {
+                JoinResponse::Accepted { node, host_certificate, .. } => {
+                    let certificate = Certificate::from_openssh(&host_certificate).unwrap();
+                    assert_eq!(certificate.public_key(), key.public_key().key_data());
+                    assert_eq!(certificate.key_id(), format!("node:{node}"));
+                    Ok(certificate.valid_principals().to_vec())
+                }
+                JoinResponse::Refused { reason, hint } => {
+                    let secret = token.rsplit('.').next().unwrap_or_default();
+                    assert!(secret.len() < 20 || !format!("{reason} {hint}").contains(secret));
+                    Err(format!("{reason} {hint}"))
+                }
+            }
+        }
+
+        fn join(&self, token: &str, name: Option<&str>, addresses: &[&str]) -> Result<Vec<String>, String> {
+            self.join_at(token, name, addresses, now())
+        }
+    }
+
+    fn refused(got: Result<Vec<String>, String>, part: &str) {
+        let reason = got.unwrap_err();
+        assert!(reason.contains(part), "{part:?} in {reason:?}");
+    }
+
+    #[test]
+    fn a_token_is_good_once_for_its_node_while_it_lasts() {
+        let master = Master::new();
+        let bound = master.token(Some("n1"));
+        refused(master.join(&bound, Some("n2"), &[]), "bound to node n1");
+        refused(master.join_at(&bound, None, &[], now() + HOUR), "has expired: make a new one with `master-agent token create`");
+        assert_eq!(master.join(&bound, None, &[]), Ok(vec!["n1".to_owned()]));
+        refused(master.join(&bound, None, &[]), "has been used before");
+        refused(master.join(&master.token(None), None, &[]), "--node");
+        assert_eq!(master.join(&master.token(None), Some("n2"), &[]), Ok(vec!["n2".to_owned()]));
+
+        let wrong_secret = master.token(None);
+        let other = master.token(None);
+        let mixed = format!("{}.{}", &wrong_secret[..17], other.rsplit('.').next().unwrap());
+        refused(master.join(&mixed, Some("n3"), &[]), "not known here");
+        let revoked = master.token(None);
+        revoke(&master.store, revoked.split('.').nth(1).unwrap()).unwrap();
+        refused(master.join(&revoked, Some("n3"), &[]), "not known here");
+        for malformed in ["", "x", "mat1.", &bound[..bound.len() - 1], "mat1.aaaaaaaaaaaa.\u{e9}"] {
+            refused(master.join(malformed, Some("n3"), &[]), "token create");
+        }
+        assert!(revoke(&master.store, "nonesuch").unwrap_err().to_string().contains("token list"));
+    }
+
+    #[test]
+    fn a_joined_name_is_taken_over_only_with_a_token_bound_to_it() {
+        let master = Master::new();
+        master.join(&master.token(None), Some("n1"), &[]).unwrap();
+        let before = master.store.node(&node("n1")).unwrap().unwrap().key_fingerprint;
+        refused(master.join(&master.token(None), Some("n1"), &[]), "master-agent token create --node n1");
+        assert_eq!(master.store.node(&node("n1")).unwrap().unwrap().key_fingerprint, before);
+        master.join(&master.token(Some("n1")), None, &[]).unwrap();
+        assert_ne!(master.store.node(&node("n1")).unwrap().unwrap().key_fingerprint, before);
+    }
+
+    #[test]
+    fn of_hosts_that_claim_one_name_or_address_at_a_time_one_gets_it() {
+        let master = Master::new();
+        let tokens: Vec<String> = (0..8).map(|_| master.token(None)).collect();
+        let joined = |claims: fn(usize) -> (String, &'static str)| {
+            std::thread::scope(|scope| {
+                let tasks: Vec<_> = tokens
+                    .iter()
+                    .enumerate()
+                    .map(|(i, _)| {
+                        let (master, token) = (&master, master.token(None));
+                        scope.spawn(move || {
+                            let (name, address) = claims(i);
+                            master.join(&token, Some(&name), &[address])
+                        })
+                    })
+                    .collect();
+                tasks.into_iter().filter_map(|t| t.join().unwrap().ok()).collect::<Vec<_>>()
+            })
+        };
+        assert_eq!(joined(|_| ("n1".to_owned(), "10.0.0.1")).len(), 1);
+        let principals = joined(|i| (format!("m{i}"), "10.0.0.2"));
+        assert_eq!(principals.len(), 8);
+        assert_eq!(principals.iter().filter(|p| p.contains(&"10.0.0.2".to_owned())).count(), 1, "{principals:?}");
+    }
+
+    #[test]
+    fn addresses_come_from_the_inventory_or_are_nobody_elses() {
+        let master = Master::new();
+        let join = |name: &str, asked: &[&str]| master.join(&master.token(None), Some(name), asked).unwrap().split_off(1);
+        assert_eq!(join("n9", &["10.0.0.66", "127.0.0.1"]), ["10.0.0.9"], "as listed");
+        assert_eq!(join("n8", &["10.0.0.8", "fd00::8"]), ["10.0.0.8", "fd00::8"], "listed without addresses");
+        assert_eq!(join("n7", &["10.0.0.9", "10.0.0.8", "10.0.0.7"]), ["10.0.0.7"]);
+        assert_eq!(join("n6", &["::ffff:10.0.0.8", "::ffff:10.0.0.6"]), ["10.0.0.6"]);
+        let none: [&str; 0] = [];
+        assert_eq!(
+            join("n5", &["127.0.0.1", "::1", "::ffff:127.0.0.1", "169.254.1.1", "fe80::1", "224.0.0.1", "ff02::1", "0.0.0.0", "::"]),
+            none
+        );
+        let many: Vec<String> = (0..33).map(|i| format!("10.1.0.{i}")).collect();
+        let many: Vec<&str> = many.iter().map(String::as_str).collect();
+        refused(master.join(&master.token(None), Some("n4"), &many), "addresses");
+    }
+
+    #[test]
+    fn lists_show_no_secret_and_lifetimes_are_bounded() {
+        let master = Master::new();
+        let token = create(&master.store, Some(node("n1")), HOUR, now()).unwrap();
+        let secret = token.reveal().rsplit('.').next().unwrap().to_owned();
+        let listed = list(&master.store, now()).unwrap();
+        let hash: String = token.hash().iter().map(|b| format!("{b:02x}")).collect();
+        for text in [format!("{listed:?} {token:?}"), serde_json::to_string(&listed).unwrap()] {
+            assert!(text.contains(&token.id) && !text.contains(&secret) && !text.contains(&hash), "{text}");
+        }
+        let stored = std::fs::read(master._dir.0.join("state.sqlite")).unwrap();
+        assert!(!stored.windows(secret.len()).any(|w| w == secret.as_bytes()));
+        assert!(create(&master.store, None, Duration::MAX, now()).is_err());
+    }
 }

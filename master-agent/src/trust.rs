@@ -52,9 +52,13 @@ pub fn call_home(agent: &Arc<Agent>) -> Verify {
         let expected = Expected::CallHome { pins: &pins };
         match verify_host(presented, &expected, agent.authorities.host_ca(), SystemTime::now()) {
             Ok(host) => {
-                let listed = inventory.nodes.iter().any(|node| node.name == host.node);
-                if !listed {
+                let Some(node) = inventory.nodes.iter().find(|node| node.name == host.node) else {
                     return Err(HostKeyError::UnknownNode { node: host.node });
+                };
+                // Otherwise whoever got a certificate with a token could pass by a node's pins.
+                if host.not_after.is_some() && node.trust != HostTrust::HostCa {
+                    let fingerprint = fingerprint(&host.key);
+                    return Err(HostKeyError::OtherTrust { node: host.node, fingerprint });
                 }
                 still_current(&agent, host)
             }
@@ -77,5 +81,105 @@ fn still_current(agent: &Agent, host: VerifiedHost) -> Result<HostIdentity, Host
             Err(HostKeyError::Superseded { node: host.node, current: node.key_fingerprint })
         }
         Some(_) | None => Ok(HostIdentity::Verified(host)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{path::Path, time::Duration};
+
+    use proto::NodeName;
+    use russh::keys::PublicKeyOrCertificate;
+
+    use super::*;
+    use crate::{
+        config::Config,
+        identity::{
+            Authorities,
+            tests::{TempDir, new_key},
+        },
+        inventory::Inventory,
+        store::SqliteStore,
+    };
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn agent(dir: &TempDir, inventory: &str) -> Arc<Agent> {
+        let config = Config::parse("", "config", Path::new("/")).unwrap();
+        let inventory = Inventory::parse(inventory, "inventory", Path::new("/")).unwrap();
+        let authorities = Authorities::load_or_create(&dir.0).unwrap();
+        let store = Arc::new(SqliteStore::open(&dir.0).unwrap());
+        Arc::new(Agent::new(config, inventory, store, authorities).unwrap())
+    }
+
+    fn certificate(agent: &Agent, name: &NodeName, key: &PublicKey) -> PublicKeyOrCertificate {
+        agent.authorities.sign_host(key, name, &[], SystemTime::now(), HOUR).unwrap().into()
+    }
+
+    fn outcome(result: Result<HostIdentity, HostKeyError>) -> Result<String, &'static str> {
+        match result {
+            Ok(HostIdentity::Verified(host)) => Ok(host.node.to_string()),
+            Ok(HostIdentity::Unknown(..)) => Ok("may join".to_owned()),
+            Err(error) => Err(error.kind()),
+        }
+    }
+
+    #[test]
+    fn a_certificate_is_no_way_around_how_a_node_is_recognised() {
+        let (dir, pinned) = (TempDir::new(), new_key());
+        let pin = fingerprint(pinned.public_key());
+        let inventory = format!(
+            "nodes:
+- {{name: ca}}
+- {{name: pinned, host_keys: {{pins: [\"{pin}\"]}}}}
+- {{name: known, host_keys: {{known_hosts: kh}}}}
+- {{name: first, dial: \"f:22\", host_keys: {{first_use: true}}}}
+"
+        );
+        let agent = agent(&dir, &inventory);
+        for (name, want) in [
+            ("ca", Ok("ca".to_owned())),
+            ("pinned", Err("other_trust")),
+            ("known", Err("other_trust")),
+            ("first", Err("other_trust")),
+            ("unlisted", Err("unknown_node")),
+        ] {
+            let name: NodeName = name.parse().unwrap();
+            let shown = certificate(&agent, &name, new_key().public_key());
+            assert_eq!(outcome(call_home(&agent)(&shown)), want, "{name}");
+        }
+        let plain = |key: &PublicKey| outcome(call_home(&agent)(&key.clone().into()));
+        assert_eq!(plain(pinned.public_key()), Ok("pinned".to_owned()));
+        assert_eq!(plain(new_key().public_key()), Ok("may join".to_owned()));
+    }
+
+    #[test]
+    fn a_certificate_of_a_key_that_was_replaced_is_refused() {
+        let dir = TempDir::new();
+        let agent = agent(&dir, "nodes: [{name: n1, dial: \"a:22\"}]");
+        let name: NodeName = "n1".parse().unwrap();
+        let (old, new) = (new_key(), new_key());
+        let now = SystemTime::now();
+        for key in [&old, &new] {
+            agent.store.remember_node(&name, key.public_key(), &[], now, now + HOUR).unwrap();
+        }
+        let node = agent.inventory().nodes[0].clone();
+        for verify in [dialled(&agent, &node, node.dial.as_ref().unwrap()), call_home(&agent)] {
+            assert_eq!(outcome(verify(&certificate(&agent, &name, old.public_key()))), Err("superseded"));
+            assert_eq!(outcome(verify(&certificate(&agent, &name, new.public_key()))), Ok("n1".to_owned()));
+        }
+    }
+
+    #[test]
+    fn the_first_key_is_kept() {
+        let dir = TempDir::new();
+        let agent = agent(&dir, "nodes: [{name: n1, dial: \"a:22\", host_keys: {first_use: true}}]");
+        let node = agent.inventory().nodes[0].clone();
+        let verify = dialled(&agent, &node, node.dial.as_ref().unwrap());
+        let (first, second) = (new_key(), new_key());
+        for _ in 0..2 {
+            assert_eq!(outcome(verify(&first.public_key().clone().into())), Ok("n1".to_owned()));
+            assert_eq!(outcome(verify(&second.public_key().clone().into())), Err("key_changed"));
+        }
     }
 }

@@ -306,3 +306,327 @@ fn check_source(list: &str, peer: Option<IpAddr>) -> Result<(), UserCertError> {
     }
     Err(UserCertError::SourceAddress(peer.map_or_else(|| "an unknown address".to_owned(), |p| p.to_string())))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::fs::PermissionsExt, time::Duration};
+
+    use russh::keys::ssh_key::certificate::Builder;
+
+    use super::*;
+
+    struct TempDir(PathBuf);
+
+    impl TempDir {
+        fn new() -> Self {
+            let path = std::env::temp_dir().join(format!("node-agent-test-{:016x}", rand::random::<u64>()));
+            std::fs::create_dir(&path).unwrap();
+            Self(path)
+        }
+    }
+
+    impl Drop for TempDir {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    const NOW: u64 = 1_800_000_000;
+
+    fn now() -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(NOW)
+    }
+
+    fn new_key() -> PrivateKey {
+        PrivateKey::random(&mut rand::rng(), Algorithm::Ed25519).unwrap()
+    }
+
+    #[derive(Clone, Copy)]
+    struct Make<'a> {
+        ca: &'a PrivateKey,
+        key: &'a PublicKey,
+        kind: CertType,
+        id: &'a str,
+        principals: &'a [&'a str],
+        options: &'a [(&'a str, &'a str)],
+        forwarding: bool,
+        valid: (u64, u64),
+    }
+
+    impl Make<'_> {
+        fn make(&self) -> Certificate {
+            let (from, to) = self.valid;
+            let mut builder =
+                Builder::new_with_random_nonce(&mut rand::rng(), self.key.key_data().clone(), from, to).unwrap();
+            builder.cert_type(self.kind).unwrap().key_id(self.id).unwrap();
+            if self.principals.is_empty() {
+                builder.all_principals_valid().unwrap();
+            }
+            for principal in self.principals {
+                builder.valid_principal(*principal).unwrap();
+            }
+            for (option, value) in self.options {
+                builder.critical_option(*option, *value).unwrap();
+            }
+            if self.forwarding {
+                builder.extension("permit-port-forwarding", "").unwrap();
+            }
+            builder.sign(self.ca).unwrap()
+        }
+
+        fn text(&self) -> String {
+            self.make().to_openssh().unwrap()
+        }
+    }
+
+    fn host<'a>(ca: &'a PrivateKey, key: &'a PublicKey) -> Make<'a> {
+        Make {
+            ca,
+            key,
+            kind: CertType::Host,
+            id: "node:n1",
+            principals: &["n1", "10.0.0.5", "fd00::5"],
+            options: &[],
+            forwarding: false,
+            valid: (NOW - 60, NOW + 3600),
+        }
+    }
+
+    fn accepted(certificate: &str, host_ca: &PrivateKey, user_ca: &PrivateKey) -> JoinResponse {
+        JoinResponse::Accepted {
+            node: "n1".parse().unwrap(),
+            host_certificate: certificate.to_owned(),
+            host_ca: host_ca.public_key().to_openssh().unwrap(),
+            user_ca: user_ca.public_key().to_openssh().unwrap(),
+        }
+    }
+
+    #[test]
+    fn what_a_master_gives_is_checked_and_kept() {
+        let dir = TempDir::new();
+        let (host_ca, user_ca) = (new_key(), new_key());
+        let mut identity = NodeIdentity::load_or_create(&dir.0).unwrap();
+        assert_eq!((identity.node_name(), identity.addresses().len()), (None, 0));
+        let key = identity.host_key().public_key().clone();
+        let other = new_key();
+        let good = host(&host_ca, &key);
+        for (what, bad) in [
+            ("another key", Make { key: other.public_key(), ..good }),
+            ("user type", Make { kind: CertType::User, ..good }),
+            ("other CA", Make { ca: &other, ..good }),
+            ("other node", Make { id: "node:n2", principals: &["n2"], ..good }),
+            ("no name", Make { principals: &["10.0.0.5"], ..good }),
+        ] {
+            assert!(identity.install(&accepted(&bad.text(), &host_ca, &user_ca)).is_err(), "{what}");
+            assert_eq!(std::fs::read_dir(&dir.0).unwrap().count(), 1, "{what}: nothing is written");
+        }
+        identity.install(&accepted(&good.text(), &host_ca, &user_ca)).unwrap();
+        let identity = NodeIdentity::load_or_create(&dir.0).unwrap();
+        assert_eq!(identity.host_key().public_key().key_data(), key.key_data());
+        assert_eq!(identity.node_name().unwrap().as_str(), "n1");
+        let addresses: Vec<IpAddr> = vec!["10.0.0.5".parse().unwrap(), "fd00::5".parse().unwrap()];
+        assert_eq!(identity.addresses(), addresses);
+        assert_eq!(identity.not_after(), Some(now() + Duration::from_secs(3600)));
+        for entry in std::fs::read_dir(&dir.0).unwrap() {
+            let entry = entry.unwrap();
+            assert_eq!(entry.metadata().unwrap().permissions().mode() & 0o777, 0o600, "{:?}", entry.path());
+        }
+        let secret = identity.host_key().key_data().ed25519().unwrap().private.to_bytes();
+        let list = secret.iter().map(u8::to_string).collect::<Vec<_>>().join(", ");
+        assert!(!format!("{identity:?}").contains(&list));
+    }
+
+    #[test]
+    fn a_renewal_is_of_the_same_node_and_ca_and_lasts_longer() {
+        let dir = TempDir::new();
+        let (host_ca, user_ca, other) = (new_key(), new_key(), new_key());
+        let mut identity = NodeIdentity::load_or_create(&dir.0).unwrap();
+        let key = identity.host_key().public_key().clone();
+        let good = host(&host_ca, &key);
+        assert!(identity.renew(&good.text()).is_err(), "nothing has been joined");
+        identity.install(&accepted(&good.text(), &host_ca, &user_ca)).unwrap();
+        let later = Make { valid: (NOW, NOW + 7200), ..good };
+        for (what, bad) in [
+            ("not longer", good),
+            ("other node", Make { id: "node:n2", principals: &["n2", "n1"], ..later }),
+            ("other CA", Make { ca: &other, ..later }),
+            ("other key", Make { key: other.public_key(), ..later }),
+            ("user type", Make { kind: CertType::User, ..later }),
+        ] {
+            assert!(identity.renew(&bad.text()).is_err(), "{what}");
+        }
+        assert!(identity.renew("ssh-ed25519-cert-v01@openssh.com AAAA").is_err());
+        assert!(identity.renew("").is_err());
+        identity.renew(&later.text()).unwrap();
+        let read = NodeIdentity::load_or_create(&dir.0).unwrap();
+        assert_eq!(read.not_after(), Some(now() + Duration::from_secs(7200)));
+    }
+
+    #[test]
+    fn a_user_is_whom_a_good_certificate_names() {
+        let dir = TempDir::new();
+        let (host_ca, user_ca, other_ca, key) = (new_key(), new_key(), new_key(), new_key());
+        let mut identity = NodeIdentity::load_or_create(&dir.0).unwrap();
+        let alice = Make {
+            ca: &user_ca,
+            key: key.public_key(),
+            kind: CertType::User,
+            id: "alice@example",
+            principals: &["alice", "ops"],
+            options: &[],
+            forwarding: true,
+            valid: (NOW - 60, NOW + 3600),
+        };
+        assert_eq!(identity.verify_user("alice", &alice.make(), None, now()), Err(UserCertError::NoCa));
+        let own = identity.host_key().public_key().clone();
+        identity.install(&accepted(&host(&host_ca, &own).text(), &host_ca, &user_ca)).unwrap();
+
+        let master = Make { id: "m", principals: &["master-agent"], ..alice };
+        let person = |login: &str| Ok(UserRole::Person { login: login.into(), key_id: "alice@example".into() });
+        let from = |list: &'static str| [("source-address", list)];
+        let principal = |login: &str, listed: &[&str]| {
+            Err(UserCertError::WrongPrincipal {
+                login: login.into(),
+                principals: listed.iter().map(|p| (*p).to_owned()).collect(),
+            })
+        };
+        let ca_shown = |ca: &PrivateKey| Err(UserCertError::WrongCa(ca.fingerprint(HashAlg::Sha256).to_string()));
+        let elsewhere = |peer: &str| Err(UserCertError::SourceAddress(peer.into()));
+        let peer = Some("10.0.0.1");
+        type Row<'a> = (&'a str, &'a str, Certificate, Option<&'a str>, Result<UserRole, UserCertError>);
+        let table: Vec<Row<'_>> = vec![
+            ("person", "alice", alice.make(), peer, person("alice")),
+            ("second principal", "ops", alice.make(), None, person("ops")),
+            ("master", MASTER, master.make(), peer, Ok(UserRole::Master)),
+            ("a person as the master", MASTER, alice.make(), peer, principal(MASTER, &["alice", "ops"])),
+            ("the master as a person", "alice", master.make(), peer, principal("alice", &["master-agent"])),
+            ("every principal", "alice", Make { principals: &[], ..alice }.make(), peer, principal("alice", &[])),
+            ("empty login", "", alice.make(), peer, principal("", &["alice", "ops"])),
+            ("other CA", "alice", Make { ca: &other_ca, ..alice }.make(), peer, ca_shown(&other_ca)),
+            ("host CA", "alice", Make { ca: &host_ca, ..alice }.make(), peer, ca_shown(&host_ca)),
+            (
+                "host type",
+                "alice",
+                Make { kind: CertType::Host, ..alice }.make(),
+                peer,
+                Err(UserCertError::NotAUserCertificate),
+            ),
+            (
+                "expires this second",
+                "alice",
+                Make { valid: (NOW - 60, NOW), ..alice }.make(),
+                peer,
+                Err(UserCertError::Expired),
+            ),
+            (
+                "not yet",
+                "alice",
+                Make { valid: (NOW + 1, NOW + 60), ..alice }.make(),
+                peer,
+                Err(UserCertError::NotYetValid),
+            ),
+            ("first second", "alice", Make { valid: (NOW, NOW + 60), ..alice }.make(), peer, person("alice")),
+            (
+                "no forwarding",
+                "alice",
+                Make { forwarding: false, ..alice }.make(),
+                peer,
+                Err(UserCertError::NoForwarding),
+            ),
+            (
+                "force-command",
+                "alice",
+                Make { options: &[("force-command", "true")], ..alice }.make(),
+                peer,
+                Err(UserCertError::CriticalOption("force-command".into())),
+            ),
+            (
+                "verify-required",
+                "alice",
+                Make { options: &[("verify-required", "")], ..alice }.make(),
+                peer,
+                Err(UserCertError::CriticalOption("verify-required".into())),
+            ),
+            ("from there", "alice", Make { options: &from("10.0.0.0/24"), ..alice }.make(), peer, person("alice")),
+            (
+                "from there, mapped",
+                "alice",
+                Make { options: &from("192.0.2.1,10.0.0.1"), ..alice }.make(),
+                Some("::ffff:10.0.0.1"),
+                person("alice"),
+            ),
+            (
+                "from elsewhere",
+                "alice",
+                Make { options: &from("10.0.1.0/24,fd00::/64"), ..alice }.make(),
+                peer,
+                elsewhere("10.0.0.1"),
+            ),
+            (
+                "from nobody knows where",
+                "alice",
+                Make { options: &from("0.0.0.0/0"), ..alice }.make(),
+                None,
+                elsewhere("an unknown address"),
+            ),
+            (
+                "an address list that can't be read",
+                "alice",
+                Make { options: &from("anywhere"), ..alice }.make(),
+                peer,
+                elsewhere("10.0.0.1"),
+            ),
+        ];
+        for (what, login, certificate, peer, want) in table {
+            let got = identity.verify_user(login, &certificate, peer.map(|p| p.parse().unwrap()), now());
+            assert_eq!(got, want, "{what}");
+        }
+
+        let mut bytes = alice.make().to_bytes().unwrap();
+        let at = bytes.windows(5).position(|w| w == b"alice").unwrap();
+        bytes[at] = b'b';
+        let tampered = Certificate::from_bytes(&bytes).unwrap();
+        let got = identity.verify_user("alice", &tampered, None, now());
+        assert_eq!(got, Err(UserCertError::BadSignature));
+
+        let pin = user_ca.fingerprint(HashAlg::Sha256).to_string();
+        let pinned = |pin: &str, login, certificate: &Certificate| {
+            NodeIdentity::verify_pinned_user(pin, login, certificate, now())
+        };
+        assert_eq!(pinned(&pin, MASTER, &master.make()), Ok(()));
+        assert!(pinned(&pin, MASTER, &alice.make()).is_err());
+        assert!(pinned(&pin, "alice", &alice.make()).is_err(), "a person is no master");
+        assert!(pinned("", MASTER, &master.make()).is_err());
+        let other_pin = other_ca.fingerprint(HashAlg::Sha256).to_string();
+        assert!(matches!(pinned(&other_pin, MASTER, &master.make()), Err(UserCertError::WrongCa(_))));
+    }
+
+    #[test]
+    fn files_that_do_not_fit_are_named() {
+        let dir = TempDir::new();
+        let (host_ca, user_ca) = (new_key(), new_key());
+        let mut identity = NodeIdentity::load_or_create(&dir.0).unwrap();
+        let key = identity.host_key().public_key().clone();
+        identity.install(&accepted(&host(&host_ca, &key).text(), &host_ca, &user_ca)).unwrap();
+        let error = |name: &str, text: &str| {
+            let path = dir.0.join(name);
+            let before = std::fs::read(&path).unwrap();
+            std::fs::write(&path, text).unwrap();
+            let error = format!("{:#}", NodeIdentity::load_or_create(&dir.0).unwrap_err());
+            std::fs::write(&path, before).unwrap();
+            error
+        };
+        for (name, text) in [
+            ("host_key", "x"),
+            ("host_key-cert.pub", "x"),
+            ("host_ca.pub", "x"),
+            ("user_ca.pub", "x"),
+            ("host_key-cert.pub", &host(&host_ca, new_key().public_key()).text()),
+        ] {
+            assert!(error(name, text).contains(name), "{name}");
+        }
+        std::fs::set_permissions(dir.0.join("host_key"), std::fs::Permissions::from_mode(0o644)).unwrap();
+        let error = format!("{:#}", NodeIdentity::load_or_create(&dir.0).unwrap_err());
+        assert!(error.contains("chmod 600"), "{error}");
+    }
+}

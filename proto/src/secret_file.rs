@@ -67,3 +67,68 @@ fn write_beside(path: &Path, bytes: &[u8]) -> io::Result<PathBuf> {
 fn named(path: &Path, error: io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct TempDir(PathBuf);
+
+    impl TempDir {
+        fn new() -> Self {
+            let path = std::env::temp_dir().join(format!("proto-test-{:016x}", rand::random::<u64>()));
+            create_directory(&path).unwrap();
+            Self(path)
+        }
+    }
+
+    impl Drop for TempDir {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn mode(path: &Path) -> u32 {
+        std::fs::metadata(path).unwrap().permissions().mode() & 0o777
+    }
+
+    #[test]
+    fn files_are_for_their_owner_only() {
+        let dir = TempDir::new();
+        assert_eq!(mode(&dir.0), 0o700);
+        let path = dir.0.join("key");
+        write_new(&path, b"one").unwrap();
+        assert_eq!((mode(&path), read(&path).unwrap().as_str()), (0o600, "one"));
+        assert_eq!(write_new(&path, b"two").unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(read(&path).unwrap(), "one");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+        let error = read(&path).unwrap_err().to_string();
+        assert!(error.contains(&format!("chmod 600 {}", path.display())), "{error}");
+        replace(&path, b"three").unwrap();
+        assert_eq!((mode(&path), read(&path).unwrap().as_str()), (0o600, "three"));
+        assert_eq!(std::fs::read_dir(&dir.0).unwrap().count(), 1, "no temporary file is left");
+    }
+
+    #[test]
+    fn of_many_writers_one_makes_the_file() {
+        let dir = TempDir::new();
+        let path = dir.0.join("key");
+        let made = std::thread::scope(|scope| {
+            let path = &path;
+            let tasks: Vec<_> =
+                (0..8u8).map(|i| scope.spawn(move || write_new(path, &[b'0' + i; 4096]).is_ok())).collect();
+            tasks.into_iter().map(|t| t.join().unwrap()).filter(|made| *made).count()
+        });
+        assert_eq!(made, 1);
+        let text = read(&path).unwrap();
+        assert!(text.len() == 4096 && text.bytes().all(|b| b == text.as_bytes()[0]));
+    }
+
+    #[test]
+    fn errors_name_the_file() {
+        let dir = TempDir::new();
+        let path = dir.0.join("none/key");
+        assert!(read(&path).unwrap_err().to_string().contains("none/key"));
+        assert!(replace(&path, b"").unwrap_err().to_string().contains("none/key"));
+    }
+}

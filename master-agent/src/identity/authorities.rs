@@ -8,7 +8,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use proto::{NodeName, secret_file};
 use russh::keys::{
     Algorithm, Certificate, HashAlg, PrivateKey, PublicKey,
@@ -22,6 +22,8 @@ use crate::join::LOGIN;
 
 /// Clocks of peers may be behind by this much.
 const CLOCK_SKEW: Duration = Duration::from_secs(300);
+/// 9999-12-31T23:59:59Z, the last second that RFC 3339 can write.
+const LATEST: u64 = 253_402_300_799;
 
 /// The master's certificate authorities.
 #[derive(Debug)]
@@ -71,8 +73,26 @@ impl Authorities {
         Ok(builder.sign(&self.host_ca)?)
     }
 
-    /// Certifies a person's key for port forwarding.
+    /// Certifies a person's key for port forwarding. Fails for the master's own principal, with which the
+    /// person would be a master.
     pub fn sign_user(
+        &self,
+        key: &PublicKey,
+        principals: &[String],
+        key_id: &str,
+        now: SystemTime,
+        ttl: Duration,
+    ) -> anyhow::Result<Certificate> {
+        if principals.iter().any(|p| p == LOGIN) {
+            bail!("{LOGIN:?} is the master's own principal: give the person another login name");
+        }
+        if principals.iter().any(|p| p.is_empty() || p.contains([',', '\n'])) {
+            bail!("a login name must not be empty, nor contain a comma or a line break");
+        }
+        self.user_certificate(key, principals, key_id, now, ttl)
+    }
+
+    fn user_certificate(
         &self,
         key: &PublicKey,
         principals: &[String],
@@ -88,7 +108,7 @@ impl Authorities {
     /// Makes a new key for the master, and certifies it.
     pub fn issue_user(&self, now: SystemTime, ttl: Duration) -> anyhow::Result<UserIdentity> {
         let key = PrivateKey::random(&mut rand::rng(), Algorithm::Ed25519)?;
-        let certificate = self.sign_user(key.public_key(), &[LOGIN.to_owned()], LOGIN, now, ttl)?;
+        let certificate = self.user_certificate(key.public_key(), &[LOGIN.to_owned()], LOGIN, now, ttl)?;
         Ok(UserIdentity { key, certificate })
     }
 }
@@ -105,8 +125,8 @@ fn builder(
     let mut builder = Builder::new_with_random_nonce(
         &mut rand::rng(),
         key.key_data().clone(),
-        seconds(now - CLOCK_SKEW),
-        seconds(now + ttl),
+        seconds(now).saturating_sub(CLOCK_SKEW.as_secs()),
+        seconds(now).saturating_add(ttl.as_secs()).min(LATEST),
     )?;
     builder.serial(rand::random())?.cert_type(kind)?.key_id(key_id)?;
     for principal in principals {

@@ -14,7 +14,7 @@ use russh::{
         known_hosts::known_host_keys_path,
         ssh_key::{
             certificate::CertType,
-            known_hosts::{Entry, HostPatterns, KnownHosts, Marker},
+            known_hosts::{Entry, HostPatterns, Marker},
             public::KeyData,
         },
     },
@@ -63,8 +63,12 @@ pub enum HostKeyError {
     CriticalOption { node: Option<NodeName>, who: String, option: String },
     #[error("host key {fingerprint} of node {node} is not one of the pinned keys")]
     NotPinned { node: NodeName, fingerprint: String },
-    #[error("host key {fingerprint} of node {node} is not in {file} (or is revoked there)")]
+    #[error("host key {fingerprint} of node {node} is not in {file} for the address that was dialled")]
     NotInKnownHosts { node: NodeName, fingerprint: String, file: String },
+    #[error("host key {fingerprint} of node {node} is revoked in {file}")]
+    Revoked { node: NodeName, fingerprint: String, file: String },
+    #[error("node {node} is recognised by its `host_keys:` in the inventory; a certificate (of key {fingerprint}) does not count for it")]
+    OtherTrust { node: NodeName, fingerprint: String },
     #[error("the host key of node {node} has changed: first seen {first}, now {fingerprint}. If that is right, forget the old one (`master-agent node forget {node}`)")]
     Changed { node: NodeName, first: String, fingerprint: String },
     #[error("node {node} has joined with another key ({current}) since this certificate was made")]
@@ -89,6 +93,8 @@ impl HostKeyError {
             Self::CriticalOption { .. } => "critical_option",
             Self::NotPinned { .. } => "not_pinned",
             Self::NotInKnownHosts { .. } => "not_in_known_hosts",
+            Self::Revoked { .. } => "revoked",
+            Self::OtherTrust { .. } => "other_trust",
             Self::Changed { .. } => "key_changed",
             Self::Superseded { .. } => "superseded",
             Self::UnknownNode { .. } => "unknown_node",
@@ -109,6 +115,8 @@ impl HostKeyError {
             Self::WrongPrincipal { expected: node, .. }
             | Self::NotPinned { node, .. }
             | Self::NotInKnownHosts { node, .. }
+            | Self::Revoked { node, .. }
+            | Self::OtherTrust { node, .. }
             | Self::Changed { node, .. }
             | Self::Superseded { node, .. }
             | Self::UnknownNode { node } => Some(node),
@@ -159,12 +167,19 @@ pub fn verify_host(
                 },
                 HostTrust::Pins(pins) if pins.contains(&fingerprint(&key)) => trusted(key),
                 HostTrust::Pins(_) => Err(HostKeyError::NotPinned { node, fingerprint: fingerprint(&key) }),
-                HostTrust::KnownHosts(file) if in_known_hosts(file, dialled, presented, now) => trusted(key),
-                HostTrust::KnownHosts(file) => Err(HostKeyError::NotInKnownHosts {
-                    node,
-                    fingerprint: fingerprint(&key),
-                    file: file.display().to_string(),
-                }),
+                HostTrust::KnownHosts(file) => match in_known_hosts(file, dialled, presented, now) {
+                    Known::Yes => trusted(key),
+                    Known::No => Err(HostKeyError::NotInKnownHosts {
+                        node,
+                        fingerprint: fingerprint(&key),
+                        file: file.display().to_string(),
+                    }),
+                    Known::Revoked => Err(HostKeyError::Revoked {
+                        node,
+                        fingerprint: fingerprint(&key),
+                        file: file.display().to_string(),
+                    }),
+                },
                 HostTrust::FirstUse => match first_use {
                     Some(first) if *first != fingerprint(&key) => Err(HostKeyError::Changed {
                         node,
@@ -254,45 +269,75 @@ fn check_certificate(
     Ok(())
 }
 
-/// As sshd(8) describes the file: a plain line for the host, or a CA's line; a revoked key is never good.
-fn in_known_hosts(file: &Path, dialled: &Target, presented: &PublicKeyOrCertificate, now: SystemTime) -> bool {
-    let Ok(text) = std::fs::read_to_string(file) else { return false };
-    let entries: Vec<Entry> = KnownHosts::new(&text).filter_map(Result::ok).collect();
+/// What a known_hosts file says about a presented key.
+enum Known {
+    Yes,
+    No,
+    Revoked,
+}
+
+/// As sshd(8) describes the file: a plain line for the host, or a CA's line. A key that any line revokes is
+/// never good, whatever host that line is for and however the rest of it reads.
+fn in_known_hosts(file: &Path, dialled: &Target, presented: &PublicKeyOrCertificate, now: SystemTime) -> Known {
+    let Ok(text) = std::fs::read_to_string(file) else { return Known::No };
     let key = presented_key(presented);
-    let is = |entry: &Entry, marker: Option<&Marker>| entry.marker() == marker;
     let ca = match presented {
         PublicKeyOrCertificate::Certificate(certificate) => Some(certificate.signature_key()),
         PublicKeyOrCertificate::PublicKey { .. } => None,
     };
-    let revoked = entries.iter().filter(|e| is(e, Some(&Marker::Revoked))).any(|e| {
-        e.public_key().key_data() == key.key_data() || ca.is_some_and(|ca| e.public_key().key_data() == ca)
-    });
-    if revoked {
-        return false;
+    let Some(shown) = std::iter::once(key.key_data()).chain(ca).map(base64_of).collect::<Option<Vec<_>>>() else {
+        return Known::No;
+    };
+    if text.lines().any(|line| revokes(line, &shown)) {
+        return Known::Revoked;
     }
     let (host, port) = (dialled.host.to_string(), dialled.port);
     let known = known_host_keys_path(&host, port, file).unwrap_or_default();
     if known.iter().any(|(_, k)| k.key_data() == key.key_data()) {
-        return true;
+        return Known::Yes;
     }
-    let PublicKeyOrCertificate::Certificate(certificate) = presented else { return false };
-    entries
-        .iter()
-        .filter(|e| is(e, Some(&Marker::CertAuthority)) && covers(e.host_patterns(), &host, port))
+    let PublicKeyOrCertificate::Certificate(certificate) = presented else { return Known::No };
+    let signed_by_a_listed_ca = text
+        .lines()
+        .filter_map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ").parse::<Entry>().ok())
+        .filter(|e| e.marker() == Some(&Marker::CertAuthority) && covers(e.host_patterns(), &host, port))
         .any(|e| {
             let checked = check_certificate(certificate, e.public_key().key_data(), now, None, host.clone());
-            checked.is_ok() && certificate.valid_principals().iter().any(|p| *p == host)
-        })
+            checked.is_ok() && certificate.valid_principals().contains(&host)
+        });
+    if signed_by_a_listed_ca { Known::Yes } else { Known::No }
+}
+
+/// The second field of a key's text form.
+fn base64_of(key: &KeyData) -> Option<String> {
+    let text = PublicKey::new(key.clone(), "").to_openssh().ok()?;
+    text.split_whitespace().nth(1).map(str::to_owned)
+}
+
+fn revokes(line: &str, shown: &[String]) -> bool {
+    let mut fields = line.split_whitespace();
+    fields.next() == Some("@revoked") && fields.any(|field| shown.iter().any(|key| key == field))
 }
 
 fn covers(patterns: &HostPatterns, host: &str, port: u16) -> bool {
     let name = if port == 22 { host.to_owned() } else { format!("[{host}]:{port}") };
     match patterns {
         HostPatterns::Patterns(patterns) => {
-            let matches = |p: &str| p == name || p == "*" || p.strip_prefix('*').is_some_and(|s| name.ends_with(s));
+            let matches = |p: &str| glob(p.to_ascii_lowercase().as_bytes(), name.as_bytes());
             let negated = patterns.iter().filter_map(|p| p.strip_prefix('!')).any(matches);
             !negated && patterns.iter().any(|p| matches(p))
         }
         HostPatterns::HashedName { .. } => false,
+    }
+}
+
+/// `*` stands for any characters, `?` for one (PATTERNS in ssh_config(5)).
+fn glob(pattern: &[u8], name: &[u8]) -> bool {
+    match (pattern.split_first(), name.split_first()) {
+        (None, None) => true,
+        (Some((b'*', rest)), None) => glob(rest, name),
+        (Some((b'*', rest)), Some((_, tail))) => glob(rest, name) || glob(pattern, tail),
+        (Some((p, rest)), Some((n, tail))) => (*p == b'?' || p == n) && glob(rest, tail),
+        (None, Some(_)) | (Some(_), None) => false,
     }
 }

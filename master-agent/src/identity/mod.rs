@@ -5,3 +5,6 @@ mod host_key;
 
 pub use authorities::{Authorities, UserIdentity};
 pub use host_key::{Expected, HostKeyError, VerifiedHost, fingerprint, verify_host};
+
+#[cfg(test)]
+pub(crate) mod tests;
