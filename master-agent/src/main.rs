@@ -33,10 +33,7 @@ fn main() -> ExitCode {
             return ExitCode::from(EX_CONFIG);
         }
     };
-    // Fewer hand-overs between threads make each stream faster and cheaper; the other cores are others'.
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2));
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build();
-    let result = match runtime {
+    let result = match runtime() {
         Ok(runtime) => runtime.block_on(command(cli, config)),
         Err(e) => Err(e.into()),
     };
@@ -46,6 +43,15 @@ fn main() -> ExitCode {
             eprintln!("master-agent: {e:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Half of the cores, as the others are kube-apiserver's. With one, nothing is handed over between threads,
+/// and what streams send together leaves together.
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    match std::thread::available_parallelism().map_or(1, |n| n.get() / 2) {
+        0 | 1 => tokio::runtime::Builder::new_current_thread().enable_all().build(),
+        threads => tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build(),
     }
 }
 

@@ -44,6 +44,8 @@ pub struct Options {
     pub ports: Vec<u16>,
     /// What the master dials in place of a node's own port: a relay, say.
     pub dial: Vec<(String, SocketAddr)>,
+    /// Ports of the nodes' SSH servers, in order; free ones where it ends.
+    pub node_ports: Vec<u16>,
     /// Where nodes call home in place of the master's own port.
     pub call_home: Option<SocketAddr>,
     /// No link is made at the start; the test starts the nodes.
@@ -102,20 +104,20 @@ impl Cluster {
         std::fs::write(
             path.join("master.yaml"),
             format!(
-                "state_dir: master\nlog: {{level: 'info'}}\nadmin: {{listen: '{admin}', socket: admin.sock}}\ninventory: inventory.yaml\n\
+                "state_dir: master\nadmin: {{listen: '{admin}', socket: admin.sock}}\ninventory: inventory.yaml\n\
                  http_connect:\n  unix: {{path: connect.sock}}\n  tls: {{listen: '{tls}', cert: server.crt, key: server.key, client_ca: ca.crt}}\n\
                  call_home: {{listen: '{call_home}'}}\n{}\n",
                 options.master_config
             ),
         )?;
         let mut nodes = Vec::new();
-        for (name, kind) in &options.nodes {
+        for (i, (name, kind)) in options.nodes.iter().enumerate() {
             let dir = path.join(name);
             std::fs::create_dir_all(&dir)?;
             nodes.push(Node {
                 name: name.clone(),
                 kind: *kind,
-                port: free_port(),
+                port: options.node_ports.get(i).copied().unwrap_or_else(free_port),
                 admin: local(free_port()),
                 process: None,
                 dir,

@@ -88,14 +88,18 @@ impl Standin {
     async fn answer(&self, request: Request<Incoming>) -> Response<BoxBody<Bytes, Infallible>> {
         let (method, path) = (request.method().clone(), request.uri().path().to_owned());
         match (&method, path.as_str()) {
-            (&Method::GET | &Method::HEAD, "/") => text(StatusCode::OK, format!("hello from {}\n", self.name)),
+            (&Method::GET | &Method::HEAD, "/") => {
+                text(StatusCode::OK, format!("hello from {}\n", self.name))
+            }
             (&Method::GET | &Method::HEAD, "/healthz") => text(StatusCode::OK, "ok".to_owned()),
             (&Method::GET, "/pods") => json_body(&self.pods()),
             (&Method::POST | &Method::PUT, "/upload") => upload(request.into_body()).await,
             (&Method::GET, path) => match path.strip_prefix("/bytes/").map(str::parse) {
-                Some(Ok(length)) => {
-                    response(StatusCode::OK, "application/octet-stream", Pattern::new(self.block.clone(), length))
-                }
+                Some(Ok(length)) => response(
+                    StatusCode::OK,
+                    "application/octet-stream",
+                    Pattern::new(self.block.clone(), length),
+                ),
                 Some(Err(_)) => text(StatusCode::BAD_REQUEST, "how many bytes?\n".to_owned()),
                 None => text(StatusCode::NOT_FOUND, "no such path\n".to_owned()),
             },
@@ -122,13 +126,16 @@ pub fn acceptor(certificate: &std::path::Path, key: &std::path::Path) -> anyhow:
     let chain = CertificateDer::pem_file_iter(certificate)
         .and_then(Iterator::collect::<Result<Vec<_>, _>>)
         .with_context(|| format!("can't read the certificate in {}", certificate.display()))?;
-    let key = PrivateKeyDer::from_pem_file(key).with_context(|| format!("can't read the key in {}", key.display()))?;
+    let key = PrivateKeyDer::from_pem_file(key)
+        .with_context(|| format!("can't read the key in {}", key.display()))?;
     let mut config =
         rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
             .with_safe_default_protocol_versions()?
             .with_no_client_auth()
             .with_single_cert(chain, key)?;
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    // The random generator takes tens of milliseconds to start: not in the first handshake.
+    let _ = config.crypto_provider().secure_random.fill(&mut [0; 32]);
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
@@ -219,7 +226,10 @@ impl Body for Pattern {
     type Data = Bytes;
     type Error = Infallible;
 
-    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         Poll::Ready(self.next_block().map(|block| Ok(Frame::data(block))))
     }
 

@@ -6,6 +6,7 @@
 //! | --- | --- |
 //! | `source N` | sends N bytes of the pattern, and closes |
 //! | `sink` | reads the pattern to the end, then answers with the number of bytes and closes |
+//! | `drain` | the same without looking at the bytes |
 //! | `echo` | sends back what comes, and closes after the caller has |
 //! | `tiny` | sends one byte at a time for ever |
 //! | `firehose` | sends as fast as it can for ever |
@@ -47,7 +48,8 @@ async fn connection(socket: TcpStream) -> std::io::Result<()> {
     socket.read_line(&mut line).await?;
     match line.trim().split_once(' ').unwrap_or((line.trim(), "")) {
         ("source", n) => source(socket.get_mut(), n.parse().unwrap_or(0)).await,
-        ("sink", _) => sink(socket).await,
+        ("sink", _) => sink(socket, true).await,
+        ("drain", _) => sink(socket, false).await,
         ("echo", _) => echo(socket).await,
         ("tiny", _) => loop {
             socket.get_mut().write_all(b"x").await?;
@@ -71,28 +73,28 @@ async fn source(socket: &mut TcpStream, bytes: u64) -> std::io::Result<()> {
     socket.shutdown().await
 }
 
-async fn sink(mut socket: BufReader<TcpStream>) -> std::io::Result<()> {
+async fn sink(socket: BufReader<TcpStream>, check: bool) -> std::io::Result<()> {
     let mut checker = Checker::default();
-    loop {
-        let bytes = socket.fill_buf().await?;
-        if bytes.is_empty() {
-            break;
+    let mut total = 0;
+    let mut take = |bytes: &[u8]| {
+        total += bytes.len() as u64;
+        if check {
+            checker.check(bytes);
         }
-        checker.check(bytes);
-        let n = bytes.len();
-        socket.consume(n);
-        // Past the first line the small buffer is in the way.
-        let mut buffer = vec![0; 256 * 1024];
-        loop {
-            let n = socket.get_mut().read(&mut buffer).await?;
-            if n == 0 {
-                break;
-            }
-            checker.check(&buffer[..n]);
+        total
+    };
+    take(socket.buffer());
+    let mut socket = socket.into_inner();
+    let mut buffer = vec![0; 256 * 1024];
+    let total = loop {
+        let n = socket.read(&mut buffer).await?;
+        let total = take(&buffer[..n]);
+        if n == 0 {
+            break total;
         }
-    }
-    socket.get_mut().write_all(format!("{}\n", checker.offset()).as_bytes()).await?;
-    socket.get_mut().shutdown().await
+    };
+    socket.write_all(format!("{total}\n").as_bytes()).await?;
+    socket.shutdown().await
 }
 
 async fn echo(socket: BufReader<TcpStream>) -> std::io::Result<()> {

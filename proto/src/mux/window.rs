@@ -7,9 +7,12 @@ pub const INITIAL: u32 = 256 * 1024;
 /// The most a stream's window grows to, bytes.
 pub const MAX: u32 = 32 * 1024 * 1024;
 
-/// What the receiver of one direction has granted. It grows while the reader empties half a window in less
-/// than a round trip, since then the window, not the reader, limits the stream; it never grows for a reader
-/// that doesn't read.
+/// Round trips shorter than this count as this long: on a fast network too, grants shall be few.
+const SHORTEST_ROUND_TRIP: Duration = Duration::from_millis(1);
+
+/// What the receiver of one direction has granted. It grows while the reader takes more than half a window in
+/// a round trip, since then the window, not the reader, limits the stream; it never grows for a reader that
+/// doesn't read.
 #[derive(Debug)]
 pub struct Receive {
     size: u32,
@@ -55,7 +58,9 @@ impl Receive {
             return None;
         }
         let mut grant = self.taken;
-        if now.duration_since(self.last_grant) < round_trip && self.size < MAX && may_grow(self.size) {
+        let round_trip = round_trip.max(SHORTEST_ROUND_TRIP);
+        let took = now.duration_since(self.last_grant).mul_f64(f64::from(self.size) / 2.0 / f64::from(self.taken));
+        if took < round_trip && self.size < MAX && may_grow(self.size) {
             grant = grant.saturating_add(self.size);
             self.size *= 2;
         }
@@ -88,13 +93,12 @@ mod tests {
     fn grows_while_it_limits_a_fast_reader_and_stops_there() {
         let mut now = Instant::now();
         let mut w = Receive::new(now);
-        // A reader of 20 MB/s over 100 ms needs 2 MB on the way, so about twice that as window.
+        // A reader of 20 MB/s over 100 ms needs 2 MB on the way, so twice that as window. Whole windows come at
+        // once, a round trip apart, as long as the window limits.
         let rate = 20_000_000.0;
         for _ in 0..400 {
-            let bytes = (w.size / 2) as usize;
-            let by_window = RTT.mul_f64(0.5);
-            let by_reader = Duration::from_secs_f64(bytes as f64 / rate);
-            now += by_window.max(by_reader);
+            let bytes = w.open as usize;
+            now += (RTT + Duration::from_millis(1)).max(Duration::from_secs_f64(bytes as f64 / rate));
             w.on_data(bytes).unwrap();
             w.on_taken(bytes, now, RTT, |_| true);
         }

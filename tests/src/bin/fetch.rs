@@ -1,6 +1,11 @@
 //! A small client for the HTTP CONNECT front doors: one GET through one of them, and one line of JSON about it.
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc, time::{Duration, Instant}};
+use std::{
+    path::PathBuf,
+    process::ExitCode,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
@@ -18,6 +23,9 @@ use tokio::{
     net::{TcpStream, UnixStream},
 };
 use tokio_rustls::TlsConnector;
+
+/// Bytes of a body that `--expect` looks at.
+const BEGINNING: usize = 64 * 1024;
 
 /// Sends CONNECT to a front door, then GET over HTTP or verified HTTPS; exits with 0 only on status 200.
 ///
@@ -41,6 +49,9 @@ struct Args {
     /// The CA of the target's certificate, PEM; needed for https.
     #[arg(long, value_name = "FILE")]
     target_ca: Option<PathBuf>,
+    /// Fail unless the body has this text in its first 64 KiB.
+    #[arg(long, value_name = "TEXT")]
+    expect: Option<String>,
     /// How long everything may take, in seconds.
     #[arg(long, default_value_t = 20.0)]
     timeout: f64,
@@ -62,6 +73,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     let args = Args::parse();
+    // The random generator takes tens of milliseconds to start, once in a process: no part of the fetch.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().secure_random.fill(&mut [0; 32]);
     let (began, mut report) = (Instant::now(), Report::default());
     let limit = Duration::from_secs_f64(args.timeout.clamp(0.001, 86400.0));
     let result = match tokio::time::timeout(limit, fetch(&args, began, &mut report)).await {
@@ -115,12 +128,20 @@ async fn fetch(args: &Args, began: Instant, report: &mut Report) -> anyhow::Resu
     let response = sender.send_request(request).await.context("no answer from the target")?;
     report.status = Some(response.status().as_u16());
     let mut body = response.into_body();
+    let mut beginning = Vec::new();
     while let Some(frame) = body.frame().await {
         let frame = frame.context("the answer was cut short")?;
-        report.bytes += frame.data_ref().map_or(0, Bytes::len) as u64;
+        let data = frame.data_ref().map_or(&[][..], |data| data);
+        report.bytes += data.len() as u64;
+        beginning.extend(&data[..data.len().min(BEGINNING - beginning.len())]);
     }
     if report.status != Some(200) {
         bail!("the target answered {}", report.status.unwrap_or_default());
+    }
+    if let Some(text) = &args.expect
+        && !String::from_utf8_lossy(&beginning).contains(text)
+    {
+        bail!("the answer does not have {text:?}");
     }
     Ok(())
 }
@@ -153,7 +174,9 @@ type WantsClientCert = rustls::ConfigBuilder<ClientConfig, rustls::client::Wants
 
 fn tls(ca: &PathBuf) -> anyhow::Result<WantsClientCert> {
     let mut roots = RootCertStore::empty();
-    for certificate in CertificateDer::pem_file_iter(ca).with_context(|| format!("can't read {}", ca.display()))? {
+    for certificate in
+        CertificateDer::pem_file_iter(ca).with_context(|| format!("can't read {}", ca.display()))?
+    {
         roots.add(certificate?)?;
     }
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Measures direct connections, `ssh -L` and the agents beside each other: a table, or one object with --json.
+# --quick takes less data and fewer rounds, --only NAME only some figures.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+missing=()
+command -v cc >/dev/null || missing+=(build-essential)
+command -v ssh >/dev/null || missing+=(openssh-client)
+[ -x /usr/sbin/sshd ] || missing+=(openssh-server)
+if [ ${#missing[@]} -gt 0 ]; then
+    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y "${missing[@]}"; } >&2
+fi
+
+cargo build --release -p master-agent -p node-agent -p tests --bin master-agent --bin node-agent --bin bench >&2
+exec "${CARGO_TARGET_DIR:-target}/release/bench" "$@"
