@@ -145,6 +145,7 @@ build() {
     bin=$target/release
 }
 
+ipv6=''
 # Tries all that is needed, under names of its own.
 can_make_namespaces() {
     [ -n "$root" ] && [ -z "$loopback" ] || return 1
@@ -152,6 +153,7 @@ can_make_namespaces() {
     namespaces=("$name") links=("$name" "${name}v")
     if ip netns add "$name" && ip link add "$name" type bridge && ip link add "${name}v" type veth peer name eth0 netns "$name" &&
         ip netns exec "$name" nft add table inet quickstart; then ok=1; fi 2>/dev/null
+    ! ip -6 address add fd6d:6171::1/128 dev "$name" nodad 2>/dev/null || ipv6=1
     ip link delete "${name}v" 2>/dev/null || true
     ip link delete "$name" 2>/dev/null || true
     ip netns delete "$name" 2>/dev/null || true
@@ -194,14 +196,15 @@ if can_make_namespaces; then
     mode=namespaces bridge=qs$$
     master=10.$a.$b.1 ssh_port=22
     v6=$(printf 'fd6d:6171:%x:%x' $(($$ >> 16)) $(($$ & 65535)))
-    master6=$v6::1
+    master6=${ipv6:+$v6::1}
     if ip -4 -o address | grep -q " 10\.$a\.$b\."; then die "10.$a.$b.0/24 is taken on this host: try again"; fi
     for i in 1 2 3; do
         n=n$i
-        address[$n]=10.$a.$b.1$i address6[$n]=$v6::1$i admin[$n]=127.0.0.1:9071
+        address[$n]=10.$a.$b.1$i address6[$n]=${ipv6:+$v6::1$i} admin[$n]=127.0.0.1:9071
         pods[$n]=10.244.$i.0/24 pod[$n]=10.244.$i.2
-        pods6[$n]=$v6:24$i::/80 pod6[$n]=$v6:24$i::2 pod6_port[$n]=8080
+        pods6[$n]=${ipv6:+$v6:24$i::/80} pod6[$n]=${ipv6:+$v6:24$i::2} pod6_port[$n]=8080
     done
+    [ -n "$ipv6" ] || say "this host has no IPv6: the table has none, either"
 else
     mode=loopback master=127.$a.$b.1 master6='' ssh_port=2022
     for i in 1 2 3; do
@@ -210,7 +213,9 @@ else
         pods[$n]=127.$a.$b.$((16 + 16 * i))/28 pod[$n]=127.$a.$b.$((18 + 16 * i)) pod6[$n]='' pods6[$n]='' pod6_port[$n]=''
     done
     # There is one IPv6 address on loopback, and it can be one node's only.
-    pod6[n1]=::1 pods6[n1]=::1/128 pod6_port[n1]=$((20000 + $$ % 20000))
+    if [ "$(cat /proc/sys/net/ipv6/conf/lo/disable_ipv6 2>/dev/null)" = 0 ]; then
+        pod6[n1]=::1 pods6[n1]=::1/128 pod6_port[n1]=$((20000 + $$ % 20000))
+    fi
     cat >&2 <<'END'
 
   !! No network namespaces here (not root, or not permitted): everything runs on loopback addresses with high ports.
@@ -237,7 +242,7 @@ on() {
 firewall() {
     local node=$1 open=''
     if [ "$node" != n2 ]; then
-        open="ip saddr $master tcp dport 22 accept; ip6 saddr $master6 tcp dport 22 accept;"
+        open="ip saddr $master tcp dport 22 accept"
     fi
     on "$node" nft -f - <<END
 table inet quickstart {
@@ -260,7 +265,7 @@ make_network() {
     links+=("$bridge")
     ip link add "$bridge" type bridge
     ip address add "$master/24" dev "$bridge"
-    ip -6 address add "$master6/64" dev "$bridge" nodad
+    [ -z "$master6" ] || ip -6 address add "$master6/64" dev "$bridge" nodad
     ip link set "$bridge" up
     for i in 1 2 3; do
         node=n$i ns=$(namespace_of n$i)
@@ -270,11 +275,11 @@ make_network() {
         ip link add "${bridge}v$i" type veth peer name eth0 netns "$ns"
         ip link set "${bridge}v$i" master "$bridge" up
         ip -n "$ns" address add "${address[$node]}/24" dev eth0
-        ip -n "$ns" -6 address add "${address6[$node]}/64" dev eth0 nodad
+        [ -z "${address6[$node]}" ] || ip -n "$ns" -6 address add "${address6[$node]}/64" dev eth0 nodad
         # Pods live behind a bridge of their node.
         ip -n "$ns" link add pods type bridge
         ip -n "$ns" address add "${pod[$node]}/24" dev pods
-        ip -n "$ns" -6 address add "${pod6[$node]}/80" dev pods nodad
+        [ -z "${pod6[$node]}" ] || ip -n "$ns" -6 address add "${pod6[$node]}/80" dev pods nodad
         ip -n "$ns" link set lo up
         ip -n "$ns" link set eth0 up
         ip -n "$ns" link set pods up
@@ -461,7 +466,7 @@ make_person() {
     local ssh=$dir/ssh
     ssh-keygen -q -t ed25519 -N '' -C alice -f "$ssh/id_ed25519"
     master_agent sign-user alice --key "$ssh/id_ed25519.pub" >"$ssh/id_ed25519-cert.pub"
-    printf '@cert-authority * %s\n' "$(cat "$dir/n1/state/host_ca.pub")" >"$ssh/known_hosts"
+    printf "@cert-authority * %s\n" "$(cat "$dir/master/state/host_ca.pub")" >"$ssh/known_hosts"
     cat >"$ssh/config" <<END
 Host n1
     HostName ${address[n1]}
@@ -638,10 +643,10 @@ what_to_try() {
 It stays up until Ctrl-C. Everything is listed in $dir/endpoints.json. In another terminal, try:
 
   # the pod of n2, which no port leads to, through the mutual TLS front door
-  curl -p $tls http://${pod[n2]}:8080/
+  curl -sp $tls http://${pod[n2]}:8080/
 
   # the kubelet of n3 by its node's name, verified end to end
-  curl $tls --cacert $dir/pki/kubelet-ca.crt https://n3:10250/healthz
+  curl -s $tls --cacert $dir/pki/kubelet-ca.crt https://n3:10250/healthz
 
   # 1 GB through the Unix socket, as kube-apiserver would come in
   $bin/fetch --via unix:$dir/connect.sock http://${pod[n1]}:8080/bytes/1000000000
@@ -651,14 +656,14 @@ It stays up until Ctrl-C. Everything is listed in $dir/endpoints.json. In anothe
   $agent node list
 
   # stock ssh with a certificate of the master's CA: forwarding within n1's policy, and nothing else
-  ssh -F $dir/ssh/config -N -L 127.0.0.1:18080:${pod[n1]}:8080 n1 & sleep 1; curl http://127.0.0.1:18080/; kill \$!
+  ssh -F $dir/ssh/config -N -L 127.0.0.1:18080:${pod[n1]}:8080 n1 & sleep 1; curl -s http://127.0.0.1:18080/; kill \$!
   ssh -F $dir/ssh/config n1 id
 
   # a lost node: its callers are told, and it is back after a restart
   kill -9 ${pids[n2]}; sleep 1; $agent node list
   ${enter}$bin/node-agent -c $dir/n2/node-agent.yaml run
 
-  curl http://$master_admin/metrics
+  curl -s http://$master_admin/metrics
   tail -f $dir/log/*.log
 
 END

@@ -5,7 +5,7 @@ use std::{
     pin::Pin,
     sync::atomic::{AtomicU64, Ordering},
     task::{Context, Poll, ready},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::BytesMut;
@@ -13,6 +13,14 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
 use super::stream::{Reader, Stream, StreamError, Writer};
 use crate::mux::frame::MAX_DATA;
+
+/// A read of fewer bytes is small.
+const SMALL: usize = 2 * 1024;
+/// Small reads, each at once after the one before and none answered, that make a flood.
+const FLOOD: u32 = 32;
+const AT_ONCE: Duration = Duration::from_micros(500);
+/// How long a flood of small writes is gathered before the next read.
+const GATHER: Duration = Duration::from_millis(5);
 
 /// Bytes carried so far, by direction as seen from the master: `up` to the target, `down` from it.
 #[derive(Debug, Default)]
@@ -74,7 +82,7 @@ where
 {
     let Stream { reader, mut writer } = stream;
     let outcome = {
-        let outbound = outbound(socket_read, &mut writer, from_socket);
+        let outbound = outbound(socket_read, &mut writer, from_socket, to_socket);
         let inbound = inbound(reader, socket_write, to_socket);
         tokio::pin!(outbound, inbound);
         let first = tokio::select! {
@@ -121,17 +129,45 @@ async fn outbound<R: AsyncRead + Unpin>(
     mut socket: R,
     writer: &mut Writer,
     carried: &AtomicU64,
+    answered: &AtomicU64,
 ) -> Result<(), Broken> {
+    let mut flood = Flood::default();
     loop {
         let room = writer.room().await?;
+        let began = Instant::now();
         let frame = std::future::poll_fn(|cx| read_frame(&mut socket, writer, room, cx)).await;
-        match frame.map_err(Broken::Socket)? {
-            Some((frame, n)) => {
-                writer.send(frame).await?;
-                carried.fetch_add(n as u64, Ordering::Relaxed);
-            }
-            None => return Ok(writer.finish().await?),
+        let Some((frame, n)) = frame.map_err(Broken::Socket)? else { return Ok(writer.finish().await?) };
+        writer.send(frame).await?;
+        carried.fetch_add(n as u64, Ordering::Relaxed);
+        if flood.after(n, began.elapsed(), answered.load(Ordering::Relaxed)) {
+            tokio::time::sleep(GATHER).await;
         }
+    }
+}
+
+/// Notices a socket that is fed by endless tiny writes. As a frame costs the same whatever its size, such a
+/// stream would take the time of all others.
+#[derive(Debug, Default)]
+struct Flood {
+    run: u32,
+    gathered: bool,
+    answered: u64,
+}
+
+impl Flood {
+    /// Whether to wait after a read of `n` bytes that took `waited`, when `answered` bytes have come back.
+    fn after(&mut self, n: usize, waited: Duration, answered: u64) -> bool {
+        let alone = self.answered == answered;
+        self.answered = answered;
+        if !alone || waited > AT_ONCE || n > 16 * SMALL {
+            self.run = 0;
+        } else if n < SMALL {
+            self.run = self.run.saturating_add(1);
+        } else if !self.gathered {
+            self.run = 0;
+        }
+        self.gathered = self.run >= FLOOD;
+        self.gathered
     }
 }
 
@@ -167,5 +203,29 @@ async fn inbound<W: AsyncWrite + Unpin>(
         socket.flush().await.map_err(Broken::Socket)?;
         carried.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         reader.taken().await?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_flood_of_tiny_writes_is_gathered() {
+        let now = Duration::ZERO;
+        let mut flood = Flood::default();
+        let waits = (0..100).filter(|_| flood.after(1, now, 0)).count();
+        assert_eq!(waits, 100 - FLOOD as usize + 1);
+        // What gathered meanwhile is larger, and the flood goes on.
+        assert!(flood.after(5000, now, 0) && flood.after(1, now, 0));
+        // An answer, a pause and bulk each end it.
+        for (n, waited, answered) in [(1, now, 9), (1, GATHER, 0), (60_000, now, 0)] {
+            let mut flood = Flood { run: 99, gathered: true, answered: 0 };
+            assert!(!flood.after(n, waited, answered));
+        }
+        let mut flood = Flood::default();
+        assert!((0..1000).all(|i| !flood.after(100, now, i)), "requests and answers");
+        assert!((0..1000).all(|_| !flood.after(100, GATHER, 0)), "a log that is written now and then");
+        assert!((0..1000).all(|_| !flood.after(60_000, now, 0)), "a download");
     }
 }

@@ -1,9 +1,39 @@
 //! Every task has an owner that can cancel and join it.
 
-use std::time::Duration;
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
 
+use pin_project_lite::pin_project;
 use tokio::task::JoinHandle;
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::{
+    sync::{CancellationToken, WaitForCancellationFutureOwned},
+    task::TaskTracker,
+};
+
+pin_project! {
+    /// An async block around the future would hold it several times over, and streams are many.
+    struct UntilCancelled<F> {
+        #[pin]
+        future: F,
+        #[pin]
+        cancelled: WaitForCancellationFutureOwned,
+    }
+}
+
+impl<F: Future> Future for UntilCancelled<F> {
+    type Output = Option<F::Output>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        if this.cancelled.poll(cx).is_ready() {
+            return Poll::Ready(None);
+        }
+        this.future.poll(cx).map(Some)
+    }
+}
 
 /// A group of tasks. Cloning gives another handle to the same group; [`Tasks::child`] gives a group of its own
 /// that ends with this one.
@@ -30,8 +60,7 @@ impl Tasks {
         F: Future + Send + 'static,
         F::Output: Send + 'static,
     {
-        let cancel = self.cancel.clone();
-        self.tracker.spawn(async move { cancel.run_until_cancelled_owned(future).await })
+        self.tracker.spawn(UntilCancelled { future, cancelled: self.cancel.clone().cancelled_owned() })
     }
 
     /// Completes once the group has been cancelled.
