@@ -6,6 +6,7 @@ use std::{
     time::SystemTime,
 };
 
+use percent_encoding::percent_decode_str;
 use proto::{
     NodeName, Target,
     io::{admin, handshake::Places, tasks::Tasks},
@@ -19,7 +20,7 @@ use crate::{
     inventory::Inventory,
     metrics::{Metrics, Reason},
     registry::{Absent, NodeStatus, Registry},
-    routing::{Routes, Via},
+    routing::Routes,
     store::Store,
 };
 
@@ -78,7 +79,9 @@ impl Agent {
             tokio::time::sleep(ttl / 3).await;
             match self.authorities.issue_user(SystemTime::now(), ttl) {
                 Ok(user) => *self.user.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(user),
-                Err(error) => tracing::error!(%error, "can't issue a new user certificate; the present one stays"),
+                Err(error) => {
+                    tracing::error!(%error, "can't issue a new user certificate; the present one stays")
+                }
             }
         }
     }
@@ -117,12 +120,10 @@ impl Agent {
             }
         };
         explanation.reason = route.reason.clone();
-        let node = match (&route.via, self.dialer.node_for(&route, &routes)) {
-            (_, Ok(node)) => node,
-            (Via::Node(_) | Via::AnyNode, Err(e)) => {
-                explanation.verdict = e.to_string();
-                return Ok(explanation);
-            }
+        let candidates = self.dialer.candidates(&route);
+        let Some(node) = candidates.as_ref().ok().and_then(|nodes| nodes.first()).cloned() else {
+            explanation.verdict = candidates.err().map(|e| e.to_string()).unwrap_or_default();
+            return Ok(explanation);
         };
         explanation.node = Some(node.clone());
         explanation.verdict = match self.registry.pick(&node) {
@@ -169,7 +170,7 @@ impl admin::Admin for Agent {
         };
         match path {
             "/nodes" => Some(json(serde_json::to_string(&self.registry.status()))),
-            "/explain" => Some(match self.explain(query) {
+            "/explain" => Some(match self.explain(&percent_decode_str(query).decode_utf8_lossy()) {
                 Ok(explanation) => json(serde_json::to_string(&explanation)),
                 Err(error) => (hyper::StatusCode::BAD_REQUEST, "text/plain", error),
             }),

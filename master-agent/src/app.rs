@@ -2,8 +2,8 @@
 
 use std::{
     io::ErrorKind,
-    os::unix::fs::{FileTypeExt, PermissionsExt},
-    path::{Path, PathBuf},
+    os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
+    path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -18,7 +18,6 @@ use rustls::{
 use tokio::{
     net::{TcpListener, UnixListener},
     signal::unix::{SignalKind, signal},
-    sync::Semaphore,
 };
 use tokio_rustls::TlsAcceptor;
 
@@ -31,10 +30,13 @@ use crate::{
     links::{self, DialLinks},
     metrics::Reason,
     store::SqliteStore,
+    tunnel::Tunnel,
 };
 
 /// How often files that may change are looked at.
-const WATCH_INTERVAL: Duration = Duration::from_secs(2);
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+/// How long all tunnels together may take to be told something.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Every socket, bound.
 struct Sockets {
@@ -60,7 +62,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         metrics: agent.metrics.clone(),
         head_timeout: agent.config.http_connect.head_timeout,
         half_closed_timeout: agent.config.http_connect.half_closed_timeout,
-        permits: Arc::new(Semaphore::new(agent.config.http_connect.max_connections)),
+        max_connections: agent.config.http_connect.max_connections,
         connections: Tasks::new(),
     });
     serve(&agent, sockets, &door, &listeners, &background);
@@ -69,7 +71,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     background.spawn(agent.clone().renew_user());
 
     notify(&[sd_notify::NotifyState::Ready]);
-    tracing::info!(nodes = agent.inventory().nodes.len(), version = env!("CARGO_PKG_VERSION"), "master-agent runs");
+    tracing::info!(
+        nodes = agent.inventory().nodes.len(),
+        version = env!("CARGO_PKG_VERSION"),
+        "master-agent runs"
+    );
     until_terminated(&agent, &mut links).await?;
 
     // Stop accepting, tell the peers, let streams finish, end the tunnels.
@@ -77,19 +83,28 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tracing::info!(streams = door.connections.len(), "stopping");
     agent.draining.cancel();
     listeners.cancel();
-    for tunnel in agent.registry.tunnels() {
-        tunnel.go_away("the master-agent is stopping").await;
-    }
+    let reason = "the master-agent is stopping";
+    for_all(&agent, move |tunnel| async move { tunnel.go_away(reason).await }).await;
     let cut = door.connections.drain(agent.config.shutdown_grace).await;
-    for tunnel in agent.registry.tunnels() {
-        tunnel.close("the master-agent is stopping").await;
-    }
+    for_all(&agent, move |tunnel| async move { tunnel.close(reason).await }).await;
     agent.sessions.cancel();
     agent.sessions.drain(Duration::from_secs(2)).await;
     background.cancel();
     background.drain(Duration::from_secs(2)).await;
     tracing::info!(cut, "stopped");
     Ok(())
+}
+
+/// Does one thing for all tunnels at once. A node that does not take it can't hold up the others.
+async fn for_all<F>(agent: &Agent, what: impl Fn(Arc<Tunnel>) -> F)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let told = Tasks::new();
+    for tunnel in agent.registry.tunnels() {
+        told.spawn(what(tunnel));
+    }
+    told.drain(FAREWELL).await;
 }
 
 async fn bind(config: &Config) -> anyhow::Result<Sockets> {
@@ -108,11 +123,22 @@ async fn bind(config: &Config) -> anyhow::Result<Sockets> {
             None => None,
         },
         admin: bind_tcp(config.admin.listen).await?,
-        admin_unix: bind_unix(&UnixConfig { path: config.admin.socket.clone(), mode: 0o600, owner: None, group: None })?,
+        admin_unix: bind_unix(&UnixConfig {
+            path: config.admin.socket.clone(),
+            mode: 0o600,
+            owner: None,
+            group: None,
+        })?,
     })
 }
 
-fn serve(agent: &Arc<Agent>, sockets: Sockets, door: &Arc<HttpConnect>, listeners: &Tasks, background: &Tasks) {
+fn serve(
+    agent: &Arc<Agent>,
+    sockets: Sockets,
+    door: &Arc<HttpConnect>,
+    listeners: &Tasks,
+    background: &Tasks,
+) {
     let Sockets { connect_unix, connect_tls, call_home, admin, admin_unix } = sockets;
     if let Some(listener) = connect_unix {
         listeners.spawn(door.clone().serve_unix(listener));
@@ -136,7 +162,8 @@ async fn until_terminated(agent: &Arc<Agent>, links: &mut DialLinks) -> anyhow::
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
     let mut watch = tokio::time::interval(WATCH_INTERVAL);
-    let mut seen = fingerprint(agent.config.inventory.as_deref());
+    let file = agent.config.inventory.as_deref();
+    let (mut read, mut last) = (fingerprint(file), fingerprint(file));
     loop {
         let asked = tokio::select! {
             _ = terminate.recv() => return Ok(()),
@@ -144,19 +171,21 @@ async fn until_terminated(agent: &Arc<Agent>, links: &mut DialLinks) -> anyhow::
             _ = hangup.recv() => true,
             _ = watch.tick() => false,
         };
-        let now = fingerprint(agent.config.inventory.as_deref());
-        if asked || now != seen {
-            seen = now;
-            reload_inventory(agent);
+        let now = fingerprint(file);
+        // A file that still changes may be half-written.
+        if asked || now != read && now == last {
+            read = now;
+            reload_inventory(agent, asked);
             links.follow(agent);
         }
+        last = now;
     }
 }
 
 /// What tells that a file has changed, also when it was replaced through a symbolic link.
-fn fingerprint(path: Option<&Path>) -> Option<(SystemTime, u64)> {
+fn fingerprint(path: Option<&Path>) -> Option<(SystemTime, u64, u64)> {
     let metadata = std::fs::metadata(path?).ok()?;
-    Some((metadata.modified().ok()?, metadata.len()))
+    Some((metadata.modified().ok()?, metadata.len(), metadata.ino()))
 }
 
 fn load_inventory(config: &Config) -> anyhow::Result<Inventory> {
@@ -166,8 +195,13 @@ fn load_inventory(config: &Config) -> anyhow::Result<Inventory> {
     }
 }
 
-fn reload_inventory(agent: &Agent) {
+/// Without being asked to, an inventory in which no node is left is not believed.
+fn reload_inventory(agent: &Agent, asked: bool) {
     let result = match load_inventory(&agent.config) {
+        Ok(inventory) if inventory.nodes.is_empty() && !agent.inventory().nodes.is_empty() && !asked => {
+            tracing::error!("the inventory has no nodes any more; the last one stays until SIGHUP");
+            "failed"
+        }
         Ok(inventory) => {
             tracing::info!(nodes = inventory.nodes.len(), "inventory read again");
             agent.set_inventory(inventory);
@@ -204,9 +238,7 @@ fn bind_unix(config: &UnixConfig) -> anyhow::Result<UnixListener> {
     if let Some(directory) = path.parent() {
         std::fs::create_dir_all(directory).with_context(context)?;
     }
-    let mut temporary = path.clone().into_os_string();
-    temporary.push(format!(".{}", std::process::id()));
-    let temporary = PathBuf::from(temporary);
+    let temporary = path.with_file_name(format!(".{}", std::process::id()));
     let _ = std::fs::remove_file(&temporary);
     let listener = UnixListener::bind(&temporary).with_context(context)?;
     let finish = || {
@@ -228,7 +260,9 @@ fn tls_acceptor(config: &TlsConfig) -> anyhow::Result<TlsAcceptor> {
         .with_context(|| read("certificate", &config.cert))?;
     let key = PrivateKeyDer::from_pem_file(&config.key).with_context(|| read("private key", &config.key))?;
     let mut roots = RootCertStore::empty();
-    for ca in CertificateDer::pem_file_iter(&config.client_ca).with_context(|| read("CA", &config.client_ca))? {
+    for ca in
+        CertificateDer::pem_file_iter(&config.client_ca).with_context(|| read("CA", &config.client_ca))?
+    {
         roots.add(ca.with_context(|| read("CA", &config.client_ca))?)?;
     }
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use http_body_util::{BodyExt, Empty};
 use hyper_util::rt::TokioIo;
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use proto::{NodeName, io::tasks::Tasks};
 use tokio::net::UnixStream;
 
@@ -20,7 +21,13 @@ use crate::{agent::Explanation, config::Config, registry::NodeStatus};
 #[command(name = "master-agent", version, propagate_version = true)]
 pub struct Cli {
     /// The configuration file.
-    #[arg(long, short, global = true, default_value = "/etc/master-agent/master-agent.yaml", value_name = "FILE")]
+    #[arg(
+        long,
+        short,
+        global = true,
+        default_value = "/etc/master-agent/master-agent.yaml",
+        value_name = "FILE"
+    )]
     pub config: PathBuf,
     #[command(subcommand)]
     pub command: Command,
@@ -51,7 +58,10 @@ pub enum Command {
     /// Sign a person's SSH key, for `ssh -L`, `-W` and `-J` through nodes within their policies.
     SignUser(SignUserArgs),
     /// Print a completion script for a shell.
-    Completions { shell: clap_complete::Shell },
+    Completions {
+        /// The shell that is to read it.
+        shell: clap_complete::Shell,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -61,7 +71,10 @@ pub enum TokenCommand {
     /// List the tokens that have not expired (never their secrets).
     List(OutputArgs),
     /// Revoke a token by its id.
-    Revoke { id: String },
+    Revoke {
+        /// As `token list` shows it.
+        id: String,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -74,7 +87,7 @@ pub struct TokenCreateArgs {
     pub ttl: Duration,
     /// The master's call-home address as the new host sees it; the host name and the configured port by default.
     #[arg(long, value_name = "HOST:PORT")]
-    pub address: Option<String>,
+    pub address: Option<proto::Target>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -82,8 +95,11 @@ pub enum NodeCommand {
     /// List the nodes and their tunnels.
     List(OutputArgs),
     /// Forget the host key that a node joined with, or that was trusted on first use, so that another may take its
-    /// place. Does not revoke: a certificate stays good until it expires, unless the node joins anew.
-    Forget { node: NodeName },
+    /// place. The key and its certificate are good for nothing from then on.
+    Forget {
+        /// The node's name.
+        node: NodeName,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -140,6 +156,7 @@ pub struct SignUserArgs {
     /// The person's public key ("-" is standard input).
     #[arg(long, value_name = "FILE")]
     pub key: PathBuf,
+    /// How long the certificate is valid.
     #[arg(long, default_value = "8h", value_parser = humantime::parse_duration)]
     pub ttl: Duration,
 }
@@ -168,11 +185,23 @@ pub async fn node_list(config: &Config, output: Output) -> anyhow::Result<()> {
 }
 
 fn print_nodes(nodes: &[NodeStatus]) {
-    let mut rows = vec![["NODE", "STATE", "ROLE", "DIRECTION", "KIND", "STREAMS", "RTT", "SINCE", "PEER"].map(str::to_owned)];
+    let mut rows = vec![
+        ["NODE", "STATE", "ROLE", "DIRECTION", "KIND", "STREAMS", "RTT", "SINCE", "PEER"].map(str::to_owned),
+    ];
     for node in nodes {
         if node.tunnels.is_empty() {
             let dash = || "-".to_owned();
-            rows.push([node.name.to_string(), node.state.clone(), dash(), dash(), dash(), dash(), dash(), dash(), node.reason.clone()]);
+            rows.push([
+                node.name.to_string(),
+                node.state.clone(),
+                dash(),
+                dash(),
+                dash(),
+                dash(),
+                dash(),
+                dash(),
+                node.reason.clone(),
+            ]);
         }
         for tunnel in &node.tunnels {
             let since = SystemTime::UNIX_EPOCH + Duration::from_secs(tunnel.since_unix_seconds);
@@ -183,7 +212,9 @@ fn print_nodes(nodes: &[NodeStatus]) {
                 tunnel.direction.clone(),
                 tunnel.kind.clone(),
                 tunnel.streams.to_string(),
-                tunnel.round_trip_microseconds.map_or_else(|| "-".to_owned(), |us| format!("{:.1}ms", us as f64 / 1000.0)),
+                tunnel
+                    .round_trip_microseconds
+                    .map_or_else(|| "-".to_owned(), |us| format!("{:.1}ms", us as f64 / 1000.0)),
                 humantime::format_rfc3339_seconds(since).to_string(),
                 tunnel.peer.map_or_else(|| "-".to_owned(), |peer| peer.to_string()),
             ]);
@@ -194,23 +225,26 @@ fn print_nodes(nodes: &[NodeStatus]) {
 
 /// Prints rows in columns that are as wide as they need to be.
 pub fn print_table<const N: usize>(rows: &[[String; N]]) {
-    let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(String::len).max().unwrap_or(0);
+    let width =
+        |column: usize| rows.iter().filter_map(|row| row.get(column)).map(String::len).max().unwrap_or(0);
     let widths: Vec<usize> = (0..N).map(width).collect();
     for row in rows {
-        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        let cells: Vec<String> =
+            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
         println!("{}", cells.join("  ").trim_end());
     }
 }
 
 /// `explain`.
 pub async fn explain(config: &Config, target: &str, output: Output) -> anyhow::Result<()> {
-    let body = ask(config, &format!("/explain?{}", encode_query(target))).await?;
+    let body = ask(config, &format!("/explain?{}", utf8_percent_encode(target, NON_ALPHANUMERIC))).await?;
     match output {
         Output::Json => println!("{body}"),
         Output::Table => {
             let e: Explanation = serde_json::from_str(&body)?;
             let none = || "-".to_owned();
-            let round_trip = e.round_trip_microseconds.map_or_else(none, |us| format!("{:.1}ms", us as f64 / 1000.0));
+            let round_trip =
+                e.round_trip_microseconds.map_or_else(none, |us| format!("{:.1}ms", us as f64 / 1000.0));
             print_table(&[
                 ["target".to_owned(), e.target],
                 ["node".to_owned(), e.node.map_or_else(none, |n| n.to_string())],
@@ -224,22 +258,17 @@ pub async fn explain(config: &Config, target: &str, output: Output) -> anyhow::R
     Ok(())
 }
 
-/// A target has no character that a query would need encoded, but what a person types may.
-fn encode_query(text: &str) -> String {
-    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._:[]".contains(&b);
-    text.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
-}
-
 /// Asks the running agent over its admin socket.
 async fn ask(config: &Config, path: &str) -> anyhow::Result<String> {
     let socket = &config.admin.socket;
-    let stream = UnixStream::connect(socket)
-        .await
-        .with_context(|| format!("can't reach the running agent at {}: does `master-agent run` run?", socket.display()))?;
+    let stream = UnixStream::connect(socket).await.with_context(|| {
+        format!("can't reach the running agent at {}: does `master-agent run` run?", socket.display())
+    })?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let tasks = Tasks::new();
     tasks.spawn(connection);
-    let request = hyper::Request::get(path).header(hyper::header::HOST, "master-agent").body(Empty::<Bytes>::new())?;
+    let request =
+        hyper::Request::get(path).header(hyper::header::HOST, "master-agent").body(Empty::<Bytes>::new())?;
     let response = sender.send_request(request).await?;
     let status = response.status();
     let body = response.into_body().collect().await?.to_bytes();

@@ -84,6 +84,8 @@ pub struct TunnelsConfig {
     /// Unanswered keep-alives after which a tunnel is dead.
     pub keepalive_max: usize,
     pub handshake_timeout: Duration,
+    /// Between key exchanges of a tunnel.
+    pub rekey_interval: Duration,
     /// For opening one stream, from the caller's request to the target's answer.
     pub dial_timeout: Duration,
     pub max_streams_per_tunnel: usize,
@@ -122,6 +124,11 @@ impl Config {
             (Ok(_), Some(Err(errors))) => Err(errors),
             (Err(errors), Some(Err(more))) => Err(errors.and(more)),
         }
+    }
+
+    /// Reads the file and none that it names.
+    pub fn load_alone(path: &Path) -> Result<Self, Errors> {
+        config::load_alone(path, Self::read)
     }
 
     /// Reads a configuration from its text, shown in errors as the file `origin`, with paths relative to
@@ -205,6 +212,7 @@ impl TunnelsConfig {
             keepalive_interval: s.duration("keepalive_interval", secs(3), WAIT),
             keepalive_max: s.number("keepalive_max", 2, 1..=100),
             handshake_timeout: s.duration("handshake_timeout", secs(10), WAIT),
+            rekey_interval: s.duration("rekey_interval", secs(3600), secs(1)..=DAY),
             dial_timeout: s.duration("dial_timeout", secs(10), WAIT),
             max_streams_per_tunnel: s.number("max_streams_per_tunnel", 8192, COUNT),
             max_streams_per_node: s.number("max_streams_per_node", 8192, COUNT),
@@ -355,6 +363,7 @@ mod tests {
             "keepalive_interval",
             "keepalive_max",
             "handshake_timeout",
+            "rekey_interval",
             "dial_timeout",
             "max_streams_per_tunnel",
             "max_streams_per_node",
@@ -434,7 +443,7 @@ mod tests {
             ),
             (
                 &format!("admin: {{socket: /{}}}", "s".repeat(107)),
-                "1:17: admin.socket: is longer than the 107 bytes",
+                "1:17: admin.socket: is longer than the 98 bytes",
             ),
             ("tunnels:\n  dial_timeout: 10", "2:17: tunnels.dial_timeout: \"10\": has no unit"),
             ("tunnels:\n  dial_timeout: soon", "2:17: tunnels.dial_timeout: \"soon\": expected a duration"),

@@ -3,18 +3,25 @@
 use std::{
     net::IpAddr,
     sync::{Arc, PoisonError, RwLock},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use proto::{
-    DialError, Host, NodeName, Target,
-    io::dialer::{Connection, DialFuture, Dialer, Origin},
+    DialError, Fault, Host, NodeName, Target,
+    io::{
+        dialer::{Connection, DialFuture, Dialer, Origin},
+        stream::Stream,
+    },
 };
+use tokio::sync::OwnedSemaphorePermit;
 
 use crate::{
     registry::Registry,
     routing::{Route, Routes, Via},
 };
+
+/// Nodes that are tried for a target that any node may reach.
+const ATTEMPTS: usize = 3;
 
 /// Dials through tunnels only; there is no direct path to fall back to.
 pub struct TunnelDialer {
@@ -36,34 +43,59 @@ impl TunnelDialer {
         *self.routes.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(routes);
     }
 
-    /// The node that a route leads to now.
-    pub fn node_for(&self, route: &Route, routes: &Routes) -> Result<NodeName, DialError> {
+    /// The nodes that a route leads to now, the best first; at least one.
+    pub fn candidates(&self, route: &Route) -> Result<Vec<NodeName>, DialError> {
         match &route.via {
-            Via::Node(node) => Ok(node.clone()),
+            Via::Node(node) => Ok(vec![node.clone()]),
             Via::AnyNode => {
-                let connected = routes.names().filter(|name| self.registry.is_connected(name));
-                let least_busy = connected.min_by_key(|name| {
-                    self.registry.pick(name).map_or(usize::MAX, |(tunnel, _)| tunnel.streams())
-                });
-                least_busy.cloned().ok_or_else(|| DialError::NoTunnel {
-                    node: "any".to_owned(),
-                    state: "no node is connected".to_owned(),
-                })
+                let mut nodes = self.registry.least_busy_agents();
+                nodes.truncate(ATTEMPTS);
+                if nodes.is_empty() {
+                    let state = "no node with a node-agent is connected".to_owned();
+                    return Err(DialError::NoTunnel { node: "any".to_owned(), state });
+                }
+                Ok(nodes)
             }
         }
     }
 
     async fn dial_tunnel(&self, target: &Target, origin: &Origin) -> Result<Connection, DialError> {
+        let began = Instant::now();
         let routes = self.routes();
         let route = routes.find(target)?;
-        let node = self.node_for(&route, &routes)?;
-        let (tunnel, permit) = self.registry.pick(&node)?;
-        let asked = match routes.node_address(&node) {
-            Some(address) if !tunnel.is_node_agent() => as_seen_by_sshd(target, &node, address),
+        let mut failed = None;
+        for node in self.candidates(&route)? {
+            let left = self.timeout.saturating_sub(began.elapsed());
+            let error = match self.dial_node(&node, &routes, target, origin, left).await {
+                Ok((stream, permit)) => {
+                    let permit = Some(Box::new(permit) as _);
+                    return Ok(Connection { stream, node: Some(node), reason: route.reason, permit });
+                }
+                Err(error) => error,
+            };
+            // Another node's policy may allow what this one's does not.
+            if !error.retry_elsewhere() && error.fault() != Fault::Policy {
+                return Err(error);
+            }
+            failed.get_or_insert(error);
+        }
+        Err(failed.unwrap_or_else(|| DialError::NoRoute(target.to_string())))
+    }
+
+    async fn dial_node(
+        &self,
+        node: &NodeName,
+        routes: &Routes,
+        target: &Target,
+        origin: &Origin,
+        timeout: Duration,
+    ) -> Result<(Stream, OwnedSemaphorePermit), DialError> {
+        let (tunnel, permit) = self.registry.pick(node)?;
+        let asked = match routes.node_address(node) {
+            Some(address) if !tunnel.is_node_agent() => as_seen_by_sshd(target, node, address),
             Some(_) | None => target.clone(),
         };
-        let stream = tunnel.open(&asked, &origin.0, self.timeout).await?;
-        Ok(Connection { stream, node: Some(node), reason: route.reason, permit: Some(Box::new(permit)) })
+        Ok((tunnel.open(&asked, &origin.0, timeout).await?, permit))
     }
 }
 

@@ -75,6 +75,7 @@ async fn decide(agent: &Arc<Agent>, request: JoinRequest, key: &PublicKey, peer:
         let response = token::handle_join(
             &request,
             &key,
+            peer.ip(),
             &agent.authorities,
             agent.store.as_ref(),
             inventory.as_ref(),
@@ -84,6 +85,7 @@ async fn decide(agent: &Arc<Agent>, request: JoinRequest, key: &PublicKey, peer:
         let result = match &response {
             JoinResponse::Accepted { node, .. } => {
                 tracing::info!(%node, %peer, "joined");
+                end_former(&agent, node, &key);
                 "ok"
             }
             JoinResponse::Refused { reason, .. } => {
@@ -98,6 +100,15 @@ async fn decide(agent: &Arc<Agent>, request: JoinRequest, key: &PublicKey, peer:
         reason: "the master failed".to_owned(),
         hint: "Its log says why.".to_owned(),
     })
+}
+
+/// Ends tunnels of a key that the node no longer has.
+fn end_former(agent: &Arc<Agent>, node: &NodeName, key: &PublicKey) {
+    for tunnel in agent.registry.tunnels_of(node) {
+        if tunnel.host.key.key_data() != key.key_data() {
+            agent.sessions.spawn(async move { tunnel.close("the node has joined with another key").await });
+        }
+    }
 }
 
 impl Listed for Inventory {

@@ -13,7 +13,9 @@ use proto::{
     backoff::Backoff,
     io::{
         admin::accept_error,
+        handshake::Place,
         mux::{Events, Notice},
+        socket,
         tasks::Tasks,
     },
 };
@@ -21,7 +23,6 @@ use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
 };
-use tokio_util::sync::CancellationToken;
 
 use crate::{
     agent::Agent,
@@ -30,13 +31,15 @@ use crate::{
     join,
     registry::{Absent, Registration},
     trust,
-    tunnel::{Direction, HostIdentity, Session, TunnelError, Verify, handshake},
+    tunnel::{Direction, HostIdentity, Session, Tunnel, TunnelError, Verify, handshake},
 };
 
 /// How long a TCP connection may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(2500);
 /// How long an older tunnel has to prove that it lives when a second one for its node comes.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(1500);
+/// How often it is checked that a tunnel's key is still the node's: a node may be forgotten, or join anew.
+const RECHECK_INTERVAL: Duration = Duration::from_secs(10);
 /// A tunnel that held this long ends the back-off.
 const STEADY: Duration = Duration::from_secs(10);
 
@@ -51,7 +54,7 @@ impl DialLinks {
     pub fn follow(&mut self, agent: &Arc<Agent>) {
         let inventory = agent.inventory();
         self.loops.retain(|name, (was, tasks)| {
-            let stays = inventory.nodes.iter().any(|node| node.name == *name && node == was);
+            let stays = inventory.nodes.iter().any(|node| node.name == *name && same_link(node, was));
             if !stays {
                 tasks.cancel();
             }
@@ -71,6 +74,11 @@ impl DialLinks {
     }
 }
 
+/// Whether a tunnel made for one entry of the inventory is as good for the other.
+fn same_link(a: &InventoryNode, b: &InventoryNode) -> bool {
+    (&a.dial, &a.user, &a.trust, a.connections) == (&b.dial, &b.user, &b.trust, b.connections)
+}
+
 async fn dial_loop(agent: Arc<Agent>, node: InventoryNode, address: Target, tasks: Tasks) {
     let tunnels = &agent.config.tunnels;
     let mut backoff = Backoff::new(tunnels.backoff_min, tunnels.backoff_max);
@@ -82,7 +90,9 @@ async fn dial_loop(agent: Arc<Agent>, node: InventoryNode, address: Target, task
             Ok((registration, events)) => {
                 let began = registration.tunnel().established;
                 let reason = hold(&agent, registration, events).await;
-                agent.registry.set_absent(&node.name, Absent::Retrying { error: reason, at: SystemTime::now() });
+                agent
+                    .registry
+                    .set_absent(&node.name, Absent::Retrying { error: reason, at: SystemTime::now() });
                 if began.elapsed() > STEADY {
                     backoff.reset();
                 }
@@ -108,16 +118,22 @@ async fn dial_once(
     let connect = TcpStream::connect((address.host.to_string(), address.port));
     let socket = match tokio::time::timeout(CONNECT_TIMEOUT, connect).await {
         Ok(Ok(socket)) => socket,
-        Ok(Err(e)) => return Err(refused(agent, "connect", TunnelError::Connect(format!("can't connect to {address}: {e}")))),
+        Ok(Err(e)) => {
+            return Err(refused(
+                agent,
+                "connect",
+                TunnelError::Connect(format!("can't connect to {address}: {e}")),
+            ));
+        }
         Err(_) => {
             let error = TunnelError::Connect(format!("can't connect to {address}: no answer"));
             return Err(refused(agent, "connect", error));
         }
     };
-    let _ = socket.set_nodelay(true);
+    socket::tune(&socket);
     let peer = socket.peer_addr().ok();
     let verify = trust::dialled(agent, node, address);
-    let session = shake(agent, socket, verify, &node.user, tasks, CancellationToken::new()).await?;
+    let session = shake(agent, socket, verify, &node.user, tasks, None).await?;
     let HostIdentity::Verified(host) = session.identity.clone() else {
         return Err(TunnelError::Ssh(russh::Error::UnknownKey));
     };
@@ -128,6 +144,7 @@ async fn dial_once(
 /// Accepts nodes that call home until the group of sessions is cancelled.
 pub async fn accept(agent: Arc<Agent>, listener: TcpListener) {
     loop {
+        agent.handshakes.admit().await;
         let (socket, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(e) => {
@@ -138,12 +155,12 @@ pub async fn accept(agent: Arc<Agent>, listener: TcpListener) {
         if agent.draining.is_cancelled() {
             continue;
         }
-        let _ = socket.set_nodelay(true);
-        let place = agent.handshakes.take();
+        socket::tune(&socket);
+        let place = agent.handshakes.take(peer.ip());
         let agent = agent.clone();
         let tasks = agent.sessions.clone();
         tasks.spawn(async move {
-            let held = called(&agent, socket, peer, place.evicted.clone()).await;
+            let held = called(&agent, socket, peer, &place).await;
             drop(place);
             match held {
                 Ok(Some((registration, events))) => {
@@ -154,6 +171,8 @@ pub async fn accept(agent: Arc<Agent>, listener: TcpListener) {
                     }
                 }
                 Ok(None) => {}
+                // As many as anybody likes to send; they are counted.
+                Err(error @ TunnelError::Evicted) => tracing::debug!(%peer, %error, "refused a call home"),
                 Err(error) => tracing::warn!(%peer, %error, "refused a call home"),
             }
         });
@@ -165,21 +184,22 @@ async fn called(
     agent: &Arc<Agent>,
     socket: TcpStream,
     peer: SocketAddr,
-    evicted: CancellationToken,
+    place: &Place,
 ) -> Result<Option<(Registration, Option<Events>)>, TunnelError> {
     let session =
-        shake(agent, socket, trust::call_home(agent), join::LOGIN, &agent.sessions, evicted.clone()).await?;
+        shake(agent, socket, trust::call_home(agent), join::LOGIN, &agent.sessions, Some(place)).await?;
     match session.identity.clone() {
         HostIdentity::Verified(host) => {
             let tunnels = &agent.config.tunnels;
-            let (tunnel, events) = session.into_tunnel(host, Direction::CallHome, Some(peer), tunnels).await?;
+            let (tunnel, events) =
+                session.into_tunnel(host, Direction::CallHome, Some(peer), tunnels).await?;
             register(agent, tunnel).map(|registration| Some((registration, events)))
         }
         HostIdentity::Unknown(key, why) => {
             let join = join::serve(agent, session, &key, peer);
             let joined = tokio::select! {
                 joined = tokio::time::timeout(agent.config.tunnels.handshake_timeout, join) => joined,
-                () = evicted.cancelled() => return Err(TunnelError::Evicted),
+                () = place.evicted.cancelled() => return Err(TunnelError::Evicted),
             };
             match joined {
                 Ok(true) => Ok(None),
@@ -195,13 +215,13 @@ async fn shake<T>(
     verify: Verify,
     login: &str,
     tasks: &Tasks,
-    evicted: CancellationToken,
+    place: Option<&Place>,
 ) -> Result<Session, TunnelError>
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let user = agent.user();
-    let shaken = handshake(link, verify, login, &user, &agent.config.tunnels, tasks, evicted).await;
+    let shaken = handshake(link, verify, login, &user, &agent.config.tunnels, tasks, place).await;
     shaken.map_err(|error| match &error {
         TunnelError::HostKey(why) => {
             if let Some(node) = why.node() {
@@ -212,8 +232,9 @@ where
         TunnelError::Unauthorized { .. } => refused(agent, "unauthorized", error),
         TunnelError::Timeout(_) => refused(agent, "timeout", error),
         TunnelError::Evicted => refused(agent, "evicted", error),
+        TunnelError::Closed => refused(agent, "closed", error),
         TunnelError::NotSsh(_) | TunnelError::Ssh(_) => refused(agent, "ssh", error),
-        TunnelError::Connect(_) | TunnelError::Full(_) => error,
+        TunnelError::Connect(_) | TunnelError::NotRegistered(_) => error,
     })
 }
 
@@ -229,7 +250,11 @@ fn refused(agent: &Agent, reason: &'static str, error: TunnelError) -> TunnelErr
     error
 }
 
-fn register(agent: &Arc<Agent>, tunnel: crate::tunnel::Tunnel) -> Result<Registration, TunnelError> {
+fn register(agent: &Arc<Agent>, tunnel: Tunnel) -> Result<Registration, TunnelError> {
+    // The node may have joined with another key since this one was looked at.
+    if let Err(why) = trust::still_good(agent, &tunnel.host) {
+        return Err(refuse_key(agent, &why));
+    }
     let (registration, others) = agent.registry.register(tunnel)?;
     let tunnel = registration.tunnel();
     agent.metrics.tunnels_established.inc();
@@ -239,21 +264,35 @@ fn register(agent: &Arc<Agent>, tunnel: crate::tunnel::Tunnel) -> Result<Registr
     );
     // A node that comes again may have lost the old tunnel in a way that nobody told the master.
     for other in others {
-        agent.sessions.spawn(async move {
-            if !other.answers(PROBE_TIMEOUT).await {
-                other.close("the node came again, and this tunnel no longer answers").await;
-            }
-        });
+        let tunnels = &agent.config.tunnels;
+        let dead_after = tunnels
+            .keepalive_interval
+            .saturating_mul(u32::try_from(tunnels.keepalive_max + 1).unwrap_or(u32::MAX));
+        agent.sessions.spawn(probe(other, dead_after));
     }
     Ok(registration)
+}
+
+/// Puts a tunnel behind the others while it does not answer, and ends it when it never does.
+async fn probe(tunnel: Arc<Tunnel>, dead_after: Duration) {
+    if tunnel.answers(PROBE_TIMEOUT).await {
+        return;
+    }
+    tunnel.set_suspect(true);
+    if tunnel.answers(dead_after).await {
+        tunnel.set_suspect(false);
+    } else {
+        tunnel.close("the node came again, and this tunnel no longer answers").await;
+    }
 }
 
 /// Keeps a tunnel until it ends, renewing the node's certificate in time. Gives the reason of the end.
 async fn hold(agent: &Arc<Agent>, registration: Registration, events: Option<Events>) -> String {
     let tunnel = registration.tunnel().clone();
     let mut notices = events.map(|events| events.notices);
-    let mut expires = tunnel.host.not_after;
+    let mut recheck = tokio::time::interval(RECHECK_INTERVAL);
     let reason = loop {
+        let expires = tunnel.certificate_expires();
         let renewal = renewal_due(expires, agent.config.certificates.host_ttl, SystemTime::now());
         tokio::select! {
             reason = tunnel.ended() => break reason,
@@ -263,7 +302,12 @@ async fn hold(agent: &Arc<Agent>, registration: Registration, events: Option<Eve
                 None => notices = None,
             },
             () = tokio::time::sleep(renewal), if tunnel.is_node_agent() && expires.is_some() => {
-                expires = renew(agent, &tunnel).await.or(expires);
+                renew(agent, &tunnel).await;
+            }
+            _ = recheck.tick() => {
+                if let Err(why) = trust::still_good(agent, &tunnel.host) {
+                    tunnel.close(&refuse_key(agent, &why).to_string()).await;
+                }
             }
         }
     };
@@ -285,20 +329,25 @@ fn renewal_due(expires: Option<SystemTime>, ttl: Duration, now: SystemTime) -> D
     left.saturating_sub(ttl / 3).max((ttl / 100).clamp(Duration::from_secs(1), Duration::from_secs(60)))
 }
 
-async fn renew(agent: &Arc<Agent>, tunnel: &crate::tunnel::Tunnel) -> Option<SystemTime> {
+async fn renew(agent: &Arc<Agent>, tunnel: &Tunnel) {
     let ttl = agent.config.certificates.host_ttl;
     let now = SystemTime::now();
-    let signed = join::renew(agent, &tunnel.node, &tunnel.host.key, now, ttl).await;
+    let signed = match trust::still_good(agent, &tunnel.host) {
+        Ok(()) => join::renew(agent, &tunnel.node, &tunnel.host.key, now, ttl).await,
+        Err(why) => Err(why.into()),
+    };
     match signed {
-        Ok(text) if tunnel.send_certificate(&text).await => {
+        Ok(text) if send_certificate(tunnel, &text).await => {
             agent.metrics.certificates_renewed.inc();
+            tunnel.set_certificate_expires(now + ttl);
             tracing::info!(node = %tunnel.node, "host certificate renewed");
-            Some(now + ttl)
         }
-        Ok(_) => None,
-        Err(error) => {
-            tracing::error!(node = %tunnel.node, %error, "can't renew the host certificate");
-            None
-        }
+        Ok(_) => {}
+        Err(error) => tracing::error!(node = %tunnel.node, %error, "can't renew the host certificate"),
     }
+}
+
+/// A node whose link is stuck must not keep its tunnel from being watched.
+async fn send_certificate(tunnel: &Tunnel, text: &str) -> bool {
+    tokio::time::timeout(PROBE_TIMEOUT, tunnel.send_certificate(text)).await.unwrap_or(false)
 }

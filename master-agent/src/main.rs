@@ -6,7 +6,9 @@ use anyhow::{Context, bail};
 use clap::Parser;
 use master_agent::{
     app,
-    cli::{self, Cli, Command, NodeCommand, Output, SignUserArgs, SshdConfigArgs, TokenCommand, TokenCreateArgs},
+    cli::{
+        self, Cli, Command, NodeCommand, Output, SignUserArgs, SshdConfigArgs, TokenCommand, TokenCreateArgs,
+    },
     config::Config,
     identity::Authorities,
     inventory::Inventory,
@@ -26,7 +28,12 @@ fn main() -> ExitCode {
         cli::completions(shell);
         return ExitCode::SUCCESS;
     }
-    let config = match Config::load(&cli.config) {
+    let config = match cli.command {
+        Command::Run | Command::CheckConfig => Config::load(&cli.config),
+        // A mistake in the inventory is no reason not to answer what the running agent does.
+        _ => Config::load_alone(&cli.config),
+    };
+    let config = match config {
         Ok(config) => config,
         Err(errors) => {
             eprintln!("{errors}");
@@ -75,7 +82,9 @@ async fn command(cli: Cli, config: Config) -> anyhow::Result<()> {
         Command::Explain { target, output } => cli::explain(&config, &target, output.output).await,
         Command::Token(TokenCommand::Create(args)) => token_create(&config, args),
         Command::Token(TokenCommand::List(args)) => token_list(&config, args.output),
-        Command::Token(TokenCommand::Revoke { id }) => token::revoke(&SqliteStore::open(&config.state_dir)?, &id),
+        Command::Token(TokenCommand::Revoke { id }) => {
+            token::revoke(&SqliteStore::open(&config.state_dir)?, &id)
+        }
         Command::SshdConfig(args) => print_sshd_config(&config, args),
         Command::SignUser(args) => sign_user(&config, args),
         Command::Completions { .. } => Ok(()),
@@ -89,9 +98,10 @@ fn token_create(config: &Config, args: TokenCreateArgs) -> anyhow::Result<()> {
     let authorities = Authorities::load_or_create(&config.state_dir)?;
     let store = SqliteStore::open(&config.state_dir)?;
     let address = match args.address {
-        Some(address) => address,
+        Some(address) => address.to_string(),
         None if call_home.listen.ip().is_unspecified() => {
-            let name = std::fs::read_to_string("/proc/sys/kernel/hostname").context("can't read the host's name")?;
+            let name =
+                std::fs::read_to_string("/proc/sys/kernel/hostname").context("can't read the host's name")?;
             format!("{}:{}", name.trim(), call_home.listen.port())
         }
         None => call_home.listen.to_string(),
@@ -129,7 +139,13 @@ fn print_sshd_config(config: &Config, args: SshdConfigArgs) -> anyhow::Result<()
         .with_context(|| format!("{} holds no OpenSSH public key", args.host_key.display()))?;
     let script = sshd_config::generate(&authorities, node, &host_key, &args, SystemTime::now())?;
     let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&config.state_dir)?);
-    store.remember_node(&node.name, &host_key, &node.addresses, SystemTime::now(), SystemTime::now() + args.ttl)?;
+    store.remember_node(
+        &node.name,
+        &host_key,
+        &node.addresses,
+        SystemTime::now(),
+        SystemTime::now() + args.ttl,
+    )?;
     print!("{script}");
     Ok(())
 }

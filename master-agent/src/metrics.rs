@@ -61,7 +61,9 @@ impl Default for Metrics {
     fn default() -> Self {
         Self {
             dials: Family::default(),
-            dial_seconds: Histogram::new([0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]),
+            dial_seconds: Histogram::new([
+                0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+            ]),
             streams: Family::default(),
             bytes: Family::default(),
             bad_requests: Family::default(),
@@ -81,13 +83,25 @@ impl Metrics {
         r.register("dials", "Dials by front door, result and who is at fault", self.dials.clone());
         r.register("dial_duration_seconds", "Time to a successful dial", self.dial_seconds.clone());
         r.register("streams", "Streams that are open, by front door", self.streams.clone());
-        r.register("stream_bytes", "Bytes of ended streams: up to targets, down from them", self.bytes.clone());
-        r.register("bad_requests", "Requests that no dial was made for, by front door", self.bad_requests.clone());
+        r.register(
+            "stream_bytes",
+            "Bytes of ended streams: up to targets, down from them",
+            self.bytes.clone(),
+        );
+        r.register(
+            "bad_requests",
+            "Requests that no dial was made for, by front door",
+            self.bad_requests.clone(),
+        );
         r.register("tunnels_established", "Tunnels established", self.tunnels_established.clone());
         r.register("tunnels_lost", "Tunnels that ended", self.tunnels_lost.clone());
         r.register("tunnels_refused", "Links that did not become a tunnel, by reason", self.refused.clone());
         r.register("joins", "Join attempts, by result", self.joins.clone());
-        r.register("host_certificates_renewed", "Host certificates renewed", self.certificates_renewed.clone());
+        r.register(
+            "host_certificates_renewed",
+            "Host certificates renewed",
+            self.certificates_renewed.clone(),
+        );
         r.register("inventory_reloads", "Inventory reloads, by result", self.inventory_reloads.clone());
         r.register_collector(Box::new(NodeGauges(nodes)));
         r

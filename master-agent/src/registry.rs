@@ -27,10 +27,16 @@ pub enum Absent {
     New,
     Connecting,
     /// The last attempt failed; another follows.
-    Retrying { error: String, at: SystemTime },
+    Retrying {
+        error: String,
+        at: SystemTime,
+    },
     WaitingForCallHome,
     /// The last tunnel ended and the node has to call again.
-    Lost { reason: String, since: SystemTime },
+    Lost {
+        reason: String,
+        since: SystemTime,
+    },
 }
 
 impl std::fmt::Display for Absent {
@@ -90,10 +96,14 @@ pub struct TunnelStatus {
     pub certificate_expires_unix_seconds: Option<u64>,
 }
 
-/// Another tunnel for the node can't be taken.
+/// A tunnel can't be taken.
 #[derive(Debug, thiserror::Error)]
-#[error("node {0} has enough tunnels, active and standing by")]
-pub struct Full(NodeName);
+pub enum NotRegistered {
+    #[error("node {0} has enough tunnels, active and standing by")]
+    Full(NodeName),
+    #[error("node {0} is no longer in the inventory")]
+    Unknown(NodeName),
+}
 
 impl Registry {
     pub fn new(max_streams_per_node: usize) -> Self {
@@ -126,13 +136,16 @@ impl Registry {
     }
 
     /// Adds a tunnel. Also gives the node's other tunnels, which may be dead without anybody knowing yet.
-    pub fn register(self: &Arc<Self>, tunnel: Tunnel) -> Result<(Registration, Vec<Arc<Tunnel>>), Full> {
+    pub fn register(
+        self: &Arc<Self>,
+        tunnel: Tunnel,
+    ) -> Result<(Registration, Vec<Arc<Tunnel>>), NotRegistered> {
         let tunnel = Arc::new(tunnel);
         let mut nodes = self.nodes();
-        let node = nodes.entry(tunnel.node.clone()).or_insert_with(|| self.node(Absent::WaitingForCallHome));
+        let node = nodes.get_mut(&tunnel.node).ok_or_else(|| NotRegistered::Unknown(tunnel.node.clone()))?;
         node.tunnels.retain(|t| !t.has_ended());
         if node.tunnels.len() >= node.connections + STANDBY {
-            return Err(Full(tunnel.node.clone()));
+            return Err(NotRegistered::Full(tunnel.node.clone()));
         }
         let others = node.tunnels.clone();
         node.tunnels.push(tunnel.clone());
@@ -152,23 +165,34 @@ impl Registry {
         }
     }
 
-    pub fn knows(&self, name: &NodeName) -> bool {
-        self.nodes().contains_key(name)
-    }
-
     pub fn is_connected(&self, name: &NodeName) -> bool {
         self.nodes().get(name).is_some_and(|node| node.tunnels.iter().any(|t| t.is_usable()))
     }
 
-    /// The least busy of the node's active tunnels, and the right to one stream to that node.
+    /// Nodes that run a node-agent and can be asked for streams, the least busy first.
+    pub fn least_busy_agents(&self) -> Vec<NodeName> {
+        let nodes = self.nodes();
+        let mut found: Vec<(usize, &NodeName)> = nodes
+            .iter()
+            .filter(|(_, node)| node.tunnels.iter().any(|t| t.is_usable() && t.is_node_agent()))
+            .map(|(name, node)| (node.tunnels.iter().map(|t| t.streams()).sum(), name))
+            .collect();
+        found.sort();
+        found.into_iter().map(|(_, name)| name.clone()).collect()
+    }
+
+    /// The least busy of the node's active tunnels, and the right to one stream to that node. A tunnel that
+    /// did not answer when it was last asked is the last choice.
     pub fn pick(&self, name: &NodeName) -> Result<(Arc<Tunnel>, OwnedSemaphorePermit), DialError> {
         let nodes = self.nodes();
         let none = |state: String| DialError::NoTunnel { node: name.to_string(), state };
         let node = nodes.get(name).ok_or_else(|| none("the node is not known".to_owned()))?;
-        let usable = node.tunnels.iter().filter(|t| t.is_usable());
-        let tunnel = usable
+        let usable =
+            |suspect| node.tunnels.iter().filter(move |t| t.is_usable() && t.is_suspect() == suspect);
+        let tunnel = usable(false)
             .take(node.connections)
             .min_by_key(|t| t.streams())
+            .or_else(|| usable(true).next())
             .ok_or_else(|| none(node.absent.to_string()))?;
         let permit = node.streams.clone().try_acquire_owned().map_err(|_| {
             DialError::TooManyStreams(format!(
@@ -177,6 +201,10 @@ impl Registry {
             ))
         })?;
         Ok((tunnel.clone(), permit))
+    }
+
+    pub fn tunnels_of(&self, name: &NodeName) -> Vec<Arc<Tunnel>> {
+        self.nodes().get(name).map(|node| node.tunnels.clone()).unwrap_or_default()
     }
 
     pub fn tunnels(&self) -> Vec<Arc<Tunnel>> {
@@ -231,7 +259,7 @@ fn node_status(name: &NodeName, node: &Node) -> NodeStatus {
         streams: tunnel.streams(),
         round_trip_microseconds: tunnel.round_trip().map(micros),
         host_key: tunnel.host.key.fingerprint(Default::default()).to_string(),
-        certificate_expires_unix_seconds: tunnel.host.not_after.map(unix_seconds),
+        certificate_expires_unix_seconds: tunnel.certificate_expires().map(unix_seconds),
     });
     NodeStatus {
         name: name.clone(),

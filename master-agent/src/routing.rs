@@ -67,7 +67,9 @@ impl Routes {
             Host::Addr(addr) => self.by_address(*addr),
         };
         found.or_else(|| self.by_default()).ok_or_else(|| {
-            DialError::NoRoute(format!("{target}: no node has this name, address or CIDR, and none is the default route"))
+            DialError::NoRoute(format!(
+                "{target}: no node has this name, address or CIDR, and none is the default route"
+            ))
         })
     }
 
@@ -101,10 +103,6 @@ impl Routes {
     /// The address that stands for a node's name where the node can't resolve it itself (a plain sshd).
     pub fn node_address(&self, name: &NodeName) -> Option<IpAddr> {
         self.first_address.get(name).copied()
-    }
-
-    pub fn names(&self) -> impl Iterator<Item = &NodeName> {
-        self.names.iter()
     }
 }
 

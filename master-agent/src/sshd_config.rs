@@ -44,11 +44,17 @@ pub fn generate(
 fn check_text(node: &InventoryNode, args: &SshdConfigArgs) -> anyhow::Result<()> {
     let user = &node.user;
     let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_' || c == '-';
-    if user.len() > 32 || !user.starts_with(|c: char| c.is_ascii_lowercase() || c == '_') || !user.chars().all(plain) {
+    if user.len() > 32
+        || !user.starts_with(|c: char| c.is_ascii_lowercase() || c == '_')
+        || !user.chars().all(plain)
+    {
         bail!("user {user:?} of node {} is no name of a Unix account: use a-z, 0-9, '_' and '-'", node.name);
     }
     if user == "root" {
-        bail!("node {} has user root, who would lose every other way to log in: use an account of its own", node.name);
+        bail!(
+            "node {} has user root, who would lose every other way to log in: use an account of its own",
+            node.name
+        );
     }
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+@".contains(c);
     for path in [&args.host_key_path, &args.directory, &args.drop_in] {
@@ -103,7 +109,8 @@ Match all
 
 /// sshd's default host keys need no line; one line would take the place of all of them.
 fn host_key_line(path: &Path) -> String {
-    let default = ["ed25519", "ecdsa"].iter().any(|kind| path == Path::new(&format!("/etc/ssh/ssh_host_{kind}_key")));
+    let default =
+        ["ed25519", "ecdsa"].iter().any(|kind| path == Path::new(&format!("/etc/ssh/ssh_host_{kind}_key")));
     if default { String::new() } else { format!("HostKey {}\n", path.display()) }
 }
 
@@ -241,7 +248,12 @@ mod tests {
         }
     }
 
-    fn made(dir: &TempDir, node: &InventoryNode, args: &SshdConfigArgs, key: &PrivateKey) -> anyhow::Result<String> {
+    fn made(
+        dir: &TempDir,
+        node: &InventoryNode,
+        args: &SshdConfigArgs,
+        key: &PrivateKey,
+    ) -> anyhow::Result<String> {
         let authorities = Authorities::load_or_create(&dir.0)?;
         generate(&authorities, node, key.public_key(), args, SystemTime::now())
     }
@@ -258,10 +270,12 @@ mod tests {
     fn sshd_accepts_the_drop_in_and_means_what_we_mean() {
         let dir = TempDir::new();
         let key = new_key();
-        let printed = made(&dir, &node(&["10.244.1.0/29", "fd00:1::/126", "10.245.0.0/16"]), &args(), &key).unwrap();
+        let printed =
+            made(&dir, &node(&["10.244.1.0/29", "fd00:1::/126", "10.245.0.0/16"]), &args(), &key).unwrap();
         let _ = std::fs::create_dir("/run/sshd");
         std::fs::write(dir.0.join("host_key"), key.to_openssh(LineEnding::LF).unwrap()).unwrap();
-        std::fs::set_permissions(dir.0.join("host_key"), std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+        std::fs::set_permissions(dir.0.join("host_key"), std::os::unix::fs::PermissionsExt::from_mode(0o600))
+            .unwrap();
         let certificate = printed.lines().find(|l| l.starts_with("ssh-ed25519-cert")).unwrap();
         std::fs::write(dir.0.join("host-cert.pub"), certificate).unwrap();
         std::fs::copy(dir.0.join("user_ca.pub"), dir.0.join("trusted.pub")).unwrap();
@@ -270,10 +284,15 @@ mod tests {
             .replace("/etc/ssh/master-agent/user_ca.pub", &dir.0.join("trusted.pub").display().to_string())
             .replace("/etc/ssh/master-agent", &dir.0.display().to_string());
         let config = dir.0.join("sshd_config");
-        std::fs::write(&config, format!("{moved}\nHostKey {}\nX11Forwarding yes\n", dir.0.join("host_key").display())).unwrap();
+        std::fs::write(
+            &config,
+            format!("{moved}\nHostKey {}\nX11Forwarding yes\n", dir.0.join("host_key").display()),
+        )
+        .unwrap();
         let sshd = |user: &str| {
             let user = format!("user={user},host=h,addr=10.0.0.1");
-            run(Command::new("/usr/sbin/sshd").arg("-T").arg("-C").arg(user).arg("-f").arg(&config)).to_lowercase()
+            run(Command::new("/usr/sbin/sshd").arg("-T").arg("-C").arg(user).arg("-f").arg(&config))
+                .to_lowercase()
         };
         run(Command::new("/usr/sbin/sshd").arg("-t").arg("-f").arg(&config));
         let ours = sshd(LOGIN);
@@ -298,7 +317,14 @@ mod tests {
         }
         let open = ours.lines().find(|l| l.starts_with("permitopen ")).unwrap();
         let targets: Vec<&str> = open.split_whitespace().skip(1).collect();
-        for target in ["10.0.0.5:10250", "[fd00::5]:10250", "10.96.0.1:443", "10.244.1.1:*", "10.244.1.6:*", "[fd00:1::3]:*"] {
+        for target in [
+            "10.0.0.5:10250",
+            "[fd00::5]:10250",
+            "10.96.0.1:443",
+            "10.244.1.1:*",
+            "10.244.1.6:*",
+            "[fd00:1::3]:*",
+        ] {
             assert!(targets.contains(&target), "{target} in {open}");
         }
         assert!(!open.contains("10.245."));
@@ -307,7 +333,11 @@ mod tests {
         let others = sshd("alice");
         assert!(others.contains("x11forwarding yes") && others.contains("permitopen any"), "{others}");
         assert!(others.contains("trustedusercakeys none"), "{others}");
-        assert!(others.contains(&format!("hostcertificate {}", dir.0.join("host-cert.pub").display()).to_lowercase()));
+        assert!(
+            others.contains(
+                &format!("hostcertificate {}", dir.0.join("host-cert.pub").display()).to_lowercase()
+            )
+        );
     }
 
     #[test]

@@ -11,8 +11,8 @@ use std::{
 
 use anyhow::{Context, bail};
 use proto::{NodeName, secret_file};
-use russh::keys::PublicKey;
 use rusqlite::{Connection, OptionalExtension, TransactionBehavior, params};
+use russh::keys::PublicKey;
 use serde::{Serialize, Serializer};
 use subtle::ConstantTimeEq;
 
@@ -48,13 +48,19 @@ pub enum TokenError {
     Unknown,
     #[error("the token has expired: make a new one with `master-agent token create`")]
     Expired,
-    #[error("the token has been used before: each is good for one host; make a new one with `master-agent token create`")]
+    #[error(
+        "the token has been used before: each is good for one host; make a new one with `master-agent token create`"
+    )]
     Used,
-    #[error("the token is bound to node {bound}: join as that node, or make one with `master-agent token create --node {asked}`")]
+    #[error(
+        "the token is bound to node {bound}: join as that node, or make one with `master-agent token create --node {asked}`"
+    )]
     WrongNode { bound: NodeName, asked: NodeName },
     #[error("the token is not bound to a node: say which with `--node`")]
     NoName,
-    #[error("node {0} has joined before: to join it anew, make a token bound to it with `master-agent token create --node {0}`")]
+    #[error(
+        "node {0} has joined before: to join it anew, make a token bound to it with `master-agent token create --node {0}`"
+    )]
     Joined(NodeName),
     #[error("the store failed: {0}")]
     Store(String),
@@ -68,7 +74,13 @@ impl From<rusqlite::Error> for TokenError {
 
 /// The store of a master. A replicated one can take the embedded one's place.
 pub trait Store: Send + Sync {
-    fn add_token(&self, id: &str, hash: &[u8; 32], node: Option<&NodeName>, expires: SystemTime) -> anyhow::Result<()>;
+    fn add_token(
+        &self,
+        id: &str,
+        hash: &[u8; 32],
+        node: Option<&NodeName>,
+        expires: SystemTime,
+    ) -> anyhow::Result<()>;
 
     /// Tokens that have not expired.
     fn tokens(&self, now: SystemTime) -> anyhow::Result<Vec<TokenRecord>>;
@@ -78,7 +90,13 @@ pub trait Store: Send + Sync {
 
     /// Uses a token up, in one step: of any number of hosts that try at the same time, one succeeds. Gives the
     /// node's name.
-    fn redeem(&self, id: &str, hash: &[u8; 32], asked: Option<&NodeName>, now: SystemTime) -> Result<NodeName, TokenError>;
+    fn redeem(
+        &self,
+        id: &str,
+        hash: &[u8; 32],
+        asked: Option<&NodeName>,
+        now: SystemTime,
+    ) -> Result<NodeName, TokenError>;
 
     fn node(&self, name: &NodeName) -> anyhow::Result<Option<NodeRecord>>;
 
@@ -122,11 +140,13 @@ impl SqliteStore {
         }
         let connection = Connection::open(&path).with_context(context)?;
         connection.busy_timeout(Duration::from_secs(5))?;
-        let version: i64 = connection
-            .query_row("PRAGMA user_version", [], |row| row.get(0))
-            .with_context(context)?;
+        let version: i64 =
+            connection.query_row("PRAGMA user_version", [], |row| row.get(0)).with_context(context)?;
         if version > SCHEMA {
-            bail!("{} was written by a newer master-agent (schema {version}, known here: {SCHEMA})", path.display());
+            bail!(
+                "{} was written by a newer master-agent (schema {version}, known here: {SCHEMA})",
+                path.display()
+            );
         }
         connection
             .execute_batch(&format!(
@@ -173,7 +193,13 @@ fn name(text: Option<String>) -> Option<NodeName> {
 }
 
 impl Store for SqliteStore {
-    fn add_token(&self, id: &str, hash: &[u8; 32], node: Option<&NodeName>, expires: SystemTime) -> anyhow::Result<()> {
+    fn add_token(
+        &self,
+        id: &str,
+        hash: &[u8; 32],
+        node: Option<&NodeName>,
+        expires: SystemTime,
+    ) -> anyhow::Result<()> {
         self.db().execute(
             "INSERT INTO tokens (id, hash, node, expires) VALUES (?1, ?2, ?3, ?4)",
             params![id, hash.as_slice(), node.map(NodeName::as_str), unix(expires)],
@@ -184,7 +210,8 @@ impl Store for SqliteStore {
     fn tokens(&self, now: SystemTime) -> anyhow::Result<Vec<TokenRecord>> {
         let db = self.db();
         db.execute("DELETE FROM tokens WHERE expires <= ?1", [unix(now) - KEEP_EXPIRED])?;
-        let mut query = db.prepare("SELECT id, node, expires, used_by FROM tokens WHERE expires > ?1 ORDER BY expires")?;
+        let mut query =
+            db.prepare("SELECT id, node, expires, used_by FROM tokens WHERE expires > ?1 ORDER BY expires")?;
         let rows = query.query_map([unix(now)], |row| {
             Ok(TokenRecord {
                 id: row.get(0)?,
@@ -200,7 +227,13 @@ impl Store for SqliteStore {
         Ok(self.db().execute("DELETE FROM tokens WHERE id = ?1", [id])? > 0)
     }
 
-    fn redeem(&self, id: &str, hash: &[u8; 32], asked: Option<&NodeName>, now: SystemTime) -> Result<NodeName, TokenError> {
+    fn redeem(
+        &self,
+        id: &str,
+        hash: &[u8; 32],
+        asked: Option<&NodeName>,
+        now: SystemTime,
+    ) -> Result<NodeName, TokenError> {
         let mut db = self.db();
         let transaction = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
         type Row = (Vec<u8>, Option<String>, i64, Option<String>);
@@ -222,7 +255,9 @@ impl Store for SqliteStore {
         }
         // A binding that can't be read must not make the token good for any node.
         let bound = match bound {
-            Some(text) => Some(text.parse().map_err(|_| TokenError::Store(format!("token {id} is bound to {text:?}")))?),
+            Some(text) => Some(
+                text.parse().map_err(|_| TokenError::Store(format!("token {id} is bound to {text:?}")))?,
+            ),
             None => None,
         };
         let node = match (bound, asked) {
@@ -261,7 +296,9 @@ impl Store for SqliteStore {
     fn address_owner(&self, address: &IpAddr) -> anyhow::Result<Option<NodeName>> {
         let owner: Option<String> = self
             .db()
-            .query_row("SELECT node FROM addresses WHERE address = ?1", [address.to_string()], |row| row.get(0))
+            .query_row("SELECT node FROM addresses WHERE address = ?1", [address.to_string()], |row| {
+                row.get(0)
+            })
             .optional()?;
         Ok(name(owner))
     }
@@ -375,7 +412,10 @@ mod tests {
         assert_eq!(store.first_use(&node("n2")).unwrap().as_deref(), Some("SHA256:a"), "the first stays");
         let again = new_key();
         store.remember_node(&node("n1"), again.public_key(), &[], at(1), at(61)).unwrap();
-        assert_eq!(store.node(&node("n1")).unwrap().unwrap().key_fingerprint, fingerprint(again.public_key()));
+        assert_eq!(
+            store.node(&node("n1")).unwrap().unwrap().key_fingerprint,
+            fingerprint(again.public_key())
+        );
         assert_eq!(store.address_owner(&address).unwrap(), None);
         assert!(store.forget_node(&node("n1")).unwrap());
         assert!(!store.forget_node(&node("n1")).unwrap());

@@ -28,7 +28,12 @@ static JOINING: Mutex<()> = Mutex::new(());
 const MAX_ADDRESSES: usize = 32;
 
 /// Makes a token and stores its hash.
-pub fn create(store: &dyn Store, node: Option<NodeName>, ttl: Duration, now: SystemTime) -> anyhow::Result<JoinToken> {
+pub fn create(
+    store: &dyn Store,
+    node: Option<NodeName>,
+    ttl: Duration,
+    now: SystemTime,
+) -> anyhow::Result<JoinToken> {
     let Some(expires) = now.checked_add(ttl).filter(|_| ttl <= MAX_TTL) else {
         bail!("a token can be valid for {} at most", humantime::format_duration(MAX_TTL));
     };
@@ -58,18 +63,20 @@ pub trait Listed {
     fn owner(&self, address: &IpAddr) -> Option<NodeName>;
 }
 
-/// Decides about a request. `host_key` is the key that the session has proved; addresses come from the
-/// inventory where it lists some, else from the request, but never another node's.
+/// Decides about a request. `host_key` is the key that the session has proved, `peer` where it came from;
+/// addresses come from the inventory where it lists some, else the one is granted that the host was seen at.
+#[allow(clippy::too_many_arguments, reason = "what a decision depends on, and nothing else")]
 pub fn handle_join(
     request: &JoinRequest,
     host_key: &PublicKey,
+    peer: IpAddr,
     authorities: &Authorities,
     store: &dyn Store,
     listed: &dyn Listed,
     now: SystemTime,
     host_ttl: Duration,
 ) -> JoinResponse {
-    match decide(request, host_key, authorities, store, listed, now, host_ttl) {
+    match decide(request, host_key, peer, authorities, store, listed, now, host_ttl) {
         Ok(accepted) => accepted,
         Err((reason, hint)) => JoinResponse::Refused { reason, hint },
     }
@@ -77,9 +84,11 @@ pub fn handle_join(
 
 type Refusal = (String, String);
 
+#[allow(clippy::too_many_arguments, reason = "as above")]
 fn decide(
     request: &JoinRequest,
     host_key: &PublicKey,
+    peer: IpAddr,
     authorities: &Authorities,
     store: &dyn Store,
     listed: &dyn Listed,
@@ -91,12 +100,25 @@ fn decide(
         ("the master failed".to_owned(), "Its log says why.".to_owned())
     };
     if request.version != 1 {
-        return Err(("this node-agent speaks another version of joining".to_owned(), "Install the same version on both sides.".to_owned()));
+        return Err((
+            "this node-agent speaks another version of joining".to_owned(),
+            "Install the same version on both sides.".to_owned(),
+        ));
     }
-    let token = JoinToken::parse(&request.token).map_err(|e| (e.to_string(), "Nothing was used up.".to_owned()))?;
+    let token =
+        JoinToken::parse(&request.token).map_err(|e| (e.to_string(), "Nothing was used up.".to_owned()))?;
     // What can be refused without using the token up comes first.
     if request.addresses.len() > MAX_ADDRESSES {
-        return Err((format!("more than {MAX_ADDRESSES} addresses"), "Give the node's own addresses with --address.".to_owned()));
+        return Err((
+            format!("more than {MAX_ADDRESSES} addresses"),
+            "Give the node's own addresses with --address.".to_owned(),
+        ));
+    }
+    if let Some(node) = &request.node
+        && listed.addresses(node).is_none()
+    {
+        let hint = "Add it to the inventory first. The token was not used up.".to_owned();
+        return Err((format!("node {node} is not in the master's inventory"), hint));
     }
     let _one_at_a_time = JOINING.lock().unwrap_or_else(PoisonError::into_inner);
     let node = store.redeem(&token.id, &token.hash(), request.node.as_ref(), now).map_err(|e| {
@@ -113,7 +135,7 @@ fn decide(
     })?;
     let addresses = match listed.addresses(&node) {
         Some(addresses) if !addresses.is_empty() => addresses,
-        Some(_) | None => unclaimed(&request.addresses, &node, store, listed).map_err(internal)?,
+        Some(_) | None => unclaimed(&request.addresses, peer, &node, store, listed).map_err(internal)?,
     };
     let accept = || -> anyhow::Result<JoinResponse> {
         let certificate = authorities.sign_host(host_key, &node, &addresses, now, host_ttl)?;
@@ -139,14 +161,15 @@ fn offerable(address: &IpAddr) -> bool {
 
 fn unclaimed(
     asked: &[IpAddr],
+    peer: IpAddr,
     node: &NodeName,
     store: &dyn Store,
     listed: &dyn Listed,
 ) -> anyhow::Result<Vec<IpAddr>> {
     let mut granted = Vec::new();
     for address in asked.iter().map(IpAddr::to_canonical) {
-        if !offerable(&address) {
-            tracing::warn!(%node, %address, "a joining host asked for an address that only the inventory can give; not granted");
+        if address != peer.to_canonical() || !offerable(&address) {
+            tracing::warn!(%node, %address, %peer, "a joining host asked for an address that only the inventory can give; not granted");
             continue;
         }
         let owner = match listed.owner(&address) {
@@ -208,7 +231,12 @@ mod tests {
     impl Master {
         fn new() -> Self {
             let dir = TempDir::new();
-            let listed = Table(HashMap::from([(node("n9"), vec!["10.0.0.9".parse().unwrap()]), (node("n8"), vec![])]));
+            let mut listed = Table::default();
+            for i in 0..10 {
+                listed.0.insert(node(&format!("n{i}")), vec![]);
+                listed.0.insert(node(&format!("m{i}")), vec![]);
+            }
+            listed.0.insert(node("n9"), vec!["10.0.0.9".parse().unwrap()]);
             Self {
                 authorities: Authorities::load_or_create(&dir.0).unwrap(),
                 store: SqliteStore::open(&dir.0).unwrap(),
@@ -221,7 +249,13 @@ mod tests {
             create(&self.store, bound.map(node), HOUR, now()).unwrap().reveal()
         }
 
-        fn join_at(&self, token: &str, name: Option<&str>, addresses: &[&str], now: SystemTime) -> Result<Vec<String>, String> {
+        fn join_at(
+            &self,
+            token: &str,
+            name: Option<&str>,
+            addresses: &[&str],
+            now: SystemTime,
+        ) -> Result<Vec<String>, String> {
             let request = JoinRequest {
                 version: 1,
                 token: token.to_owned(),
@@ -229,7 +263,18 @@ mod tests {
                 addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),
             };
             let key = new_key();
-            match handle_join(&request, key.public_key(), &self.authorities, &self.store, &self.listed, now, HOUR) {
+            // Seen at the last address that it asks for.
+            let peer = addresses.last().map_or([192, 0, 2, 1].into(), |a| a.parse().unwrap());
+            match handle_join(
+                &request,
+                key.public_key(),
+                peer,
+                &self.authorities,
+                &self.store,
+                &self.listed,
+                now,
+                HOUR,
+            ) {
                 JoinResponse::Accepted { node, host_certificate, .. } => {
                     let certificate = Certificate::from_openssh(&host_certificate).unwrap();
                     assert_eq!(certificate.public_key(), key.public_key().key_data());
@@ -259,7 +304,10 @@ mod tests {
         let master = Master::new();
         let bound = master.token(Some("n1"));
         refused(master.join(&bound, Some("n2"), &[]), "bound to node n1");
-        refused(master.join_at(&bound, None, &[], now() + HOUR), "has expired: make a new one with `master-agent token create`");
+        refused(
+            master.join_at(&bound, None, &[], now() + HOUR),
+            "has expired: make a new one with `master-agent token create`",
+        );
         assert_eq!(master.join(&bound, None, &[]), Ok(vec!["n1".to_owned()]));
         refused(master.join(&bound, None, &[]), "has been used before");
         refused(master.join(&master.token(None), None, &[]), "--node");
@@ -312,25 +360,37 @@ mod tests {
         assert_eq!(joined(|_| ("n1".to_owned(), "10.0.0.1")).len(), 1);
         let principals = joined(|i| (format!("m{i}"), "10.0.0.2"));
         assert_eq!(principals.len(), 8);
-        assert_eq!(principals.iter().filter(|p| p.contains(&"10.0.0.2".to_owned())).count(), 1, "{principals:?}");
+        assert_eq!(
+            principals.iter().filter(|p| p.contains(&"10.0.0.2".to_owned())).count(),
+            1,
+            "{principals:?}"
+        );
     }
 
     #[test]
     fn addresses_come_from_the_inventory_or_are_nobody_elses() {
         let master = Master::new();
-        let join = |name: &str, asked: &[&str]| master.join(&master.token(None), Some(name), asked).unwrap().split_off(1);
+        let join = |name: &str, asked: &[&str]| {
+            master.join(&master.token(None), Some(name), asked).unwrap().split_off(1)
+        };
         assert_eq!(join("n9", &["10.0.0.66", "127.0.0.1"]), ["10.0.0.9"], "as listed");
-        assert_eq!(join("n8", &["10.0.0.8", "fd00::8"]), ["10.0.0.8", "fd00::8"], "listed without addresses");
+        assert_eq!(join("n8", &["10.0.0.1", "fd00::8"]), ["fd00::8"], "where it was seen");
         assert_eq!(join("n7", &["10.0.0.9", "10.0.0.8", "10.0.0.7"]), ["10.0.0.7"]);
         assert_eq!(join("n6", &["::ffff:10.0.0.8", "::ffff:10.0.0.6"]), ["10.0.0.6"]);
         let none: [&str; 0] = [];
-        assert_eq!(
-            join("n5", &["127.0.0.1", "::1", "::ffff:127.0.0.1", "169.254.1.1", "fe80::1", "224.0.0.1", "ff02::1", "0.0.0.0", "::"]),
-            none
-        );
+        for (i, taken) in
+            ["10.0.0.9", "10.0.0.7", "127.0.0.1", "::1", "::ffff:127.0.0.1", "169.254.1.1", "fe80::1", "::"]
+                .iter()
+                .enumerate()
+        {
+            assert_eq!(join(&format!("m{i}"), &[taken]), none, "{taken}");
+        }
         let many: Vec<String> = (0..33).map(|i| format!("10.1.0.{i}")).collect();
         let many: Vec<&str> = many.iter().map(String::as_str).collect();
         refused(master.join(&master.token(None), Some("n4"), &many), "addresses");
+        let token = master.token(None);
+        refused(master.join(&token, Some("unlisted"), &[]), "not in the master's inventory");
+        assert_eq!(master.join(&token, Some("n4"), &[]).unwrap(), ["n4"], "the token was not used up");
     }
 
     #[test]

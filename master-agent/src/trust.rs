@@ -17,7 +17,9 @@ pub fn dialled(agent: &Arc<Agent>, node: &InventoryNode, address: &Target) -> Ve
     let (agent, node, address) = (agent.clone(), node.clone(), address.clone());
     Box::new(move |presented| {
         let first = match node.trust {
-            HostTrust::FirstUse => agent.store.first_use(&node.name).map_err(|e| HostKeyError::Store(e.to_string()))?,
+            HostTrust::FirstUse => {
+                agent.store.first_use(&node.name).map_err(|e| HostKeyError::Store(e.to_string()))?
+            }
             HostTrust::HostCa | HostTrust::Pins(_) | HostTrust::KnownHosts(_) => None,
         };
         let expected = Expected::Node {
@@ -29,12 +31,13 @@ pub fn dialled(agent: &Arc<Agent>, node: &InventoryNode, address: &Target) -> Ve
         let host = verify_host(presented, &expected, agent.authorities.host_ca(), SystemTime::now())?;
         if node.trust == HostTrust::FirstUse && first.is_none() {
             tracing::warn!(node = %node.name, key = fingerprint(&host.key), "trusting a host key on first use");
+            // Of two that are first at the same time, the one that was remembered is.
             agent
                 .store
                 .remember_first_use(&node.name, &fingerprint(&host.key))
                 .map_err(|e| HostKeyError::Store(e.to_string()))?;
         }
-        still_current(&agent, host)
+        still_good(&agent, &host).map(|()| HostIdentity::Verified(host))
     })
 }
 
@@ -60,10 +63,13 @@ pub fn call_home(agent: &Arc<Agent>) -> Verify {
                     let fingerprint = fingerprint(&host.key);
                     return Err(HostKeyError::OtherTrust { node: host.node, fingerprint });
                 }
-                still_current(&agent, host)
+                still_good(&agent, &host).map(|()| HostIdentity::Verified(host))
             }
             Err(error) => match (&error, presented) {
-                (HostKeyError::NoCertificate { .. }, russh::keys::PublicKeyOrCertificate::PublicKey { key, .. }) => {
+                (
+                    HostKeyError::NoCertificate { .. },
+                    russh::keys::PublicKeyOrCertificate::PublicKey { key, .. },
+                ) => {
                     let key = PublicKey::new(key.key_data().clone(), "");
                     Ok(HostIdentity::Unknown(Box::new(key), Arc::new(error)))
                 }
@@ -73,14 +79,41 @@ pub fn call_home(agent: &Arc<Agent>) -> Verify {
     })
 }
 
-/// A certificate is good only with the key that the node joined with last.
-fn still_current(agent: &Agent, host: VerifiedHost) -> Result<HostIdentity, HostKeyError> {
-    let known = agent.store.node(&host.node).map_err(|e| HostKeyError::Store(e.to_string()))?;
-    match known {
-        Some(node) if host.not_after.is_some() && node.key_fingerprint != fingerprint(&host.key) => {
-            Err(HostKeyError::Superseded { node: host.node, current: node.key_fingerprint })
+/// Whether a host that was verified once is still the node it was then: in the inventory, recognised in the
+/// same way, and with the key that it joined with last. A known_hosts file is looked at in handshakes only.
+pub fn still_good(agent: &Agent, host: &VerifiedHost) -> Result<(), HostKeyError> {
+    let (inventory, fingerprint) = (agent.inventory(), fingerprint(&host.key));
+    let Some(node) = inventory.nodes.iter().find(|node| node.name == host.node) else {
+        return Err(HostKeyError::UnknownNode { node: host.node.clone() });
+    };
+    match &node.trust {
+        HostTrust::HostCa => still_current(agent, host),
+        HostTrust::Pins(pins) if pins.contains(&fingerprint) => Ok(()),
+        HostTrust::Pins(_) => Err(HostKeyError::NotPinned { node: host.node.clone(), fingerprint }),
+        HostTrust::KnownHosts(_) => Ok(()),
+        HostTrust::FirstUse => {
+            let first = agent.store.first_use(&host.node).map_err(|e| HostKeyError::Store(e.to_string()))?;
+            match first {
+                Some(first) if first == fingerprint => Ok(()),
+                first => Err(HostKeyError::Changed {
+                    node: host.node.clone(),
+                    first: first.unwrap_or_else(|| "forgotten".to_owned()),
+                    fingerprint,
+                }),
+            }
         }
-        Some(_) | None => Ok(HostIdentity::Verified(host)),
+    }
+}
+
+/// A certificate is good only with the key that the node joined with last, and that was not forgotten since.
+fn still_current(agent: &Agent, host: &VerifiedHost) -> Result<(), HostKeyError> {
+    let shown = fingerprint(&host.key);
+    match agent.store.node(&host.node).map_err(|e| HostKeyError::Store(e.to_string()))? {
+        Some(node) if node.key_fingerprint == shown => Ok(()),
+        Some(node) => {
+            Err(HostKeyError::Superseded { node: host.node.clone(), current: node.key_fingerprint })
+        }
+        None => Err(HostKeyError::Forgotten { node: host.node.clone() }),
     }
 }
 
@@ -137,6 +170,7 @@ mod tests {
 "
         );
         let agent = agent(&dir, &inventory);
+        let now = SystemTime::now();
         for (name, want) in [
             ("ca", Ok("ca".to_owned())),
             ("pinned", Err("other_trust")),
@@ -144,8 +178,9 @@ mod tests {
             ("first", Err("other_trust")),
             ("unlisted", Err("unknown_node")),
         ] {
-            let name: NodeName = name.parse().unwrap();
-            let shown = certificate(&agent, &name, new_key().public_key());
+            let (name, key): (NodeName, _) = (name.parse().unwrap(), new_key());
+            agent.store.remember_node(&name, key.public_key(), &[], now, now + HOUR).unwrap();
+            let shown = certificate(&agent, &name, key.public_key());
             assert_eq!(outcome(call_home(&agent)(&shown)), want, "{name}");
         }
         let plain = |key: &PublicKey| outcome(call_home(&agent)(&key.clone().into()));
@@ -167,6 +202,13 @@ mod tests {
         for verify in [dialled(&agent, &node, node.dial.as_ref().unwrap()), call_home(&agent)] {
             assert_eq!(outcome(verify(&certificate(&agent, &name, old.public_key()))), Err("superseded"));
             assert_eq!(outcome(verify(&certificate(&agent, &name, new.public_key()))), Ok("n1".to_owned()));
+        }
+        agent.store.forget_node(&name).unwrap();
+        for key in [&old, &new] {
+            assert_eq!(
+                outcome(call_home(&agent)(&certificate(&agent, &name, key.public_key()))),
+                Err("forgotten")
+            );
         }
     }
 

@@ -9,7 +9,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant, SystemTime},
 };
@@ -18,6 +18,7 @@ use proto::{
     DialError, NodeName, Target,
     io::{
         channel::{Channels, Half},
+        handshake::{BEGUN, Place},
         link::{Gate, Link},
         mux::{Events, Feeder, Mux},
         ssh,
@@ -28,13 +29,13 @@ use proto::{
 };
 use russh::{
     ChannelId, ChannelMsg, ChannelOpenFailure, SshId,
-    keys::PublicKeyOrCertificate,
     client::{self, DisconnectReason, Handle},
     keys::PublicKey,
+    keys::PublicKeyOrCertificate,
 };
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::{
     config::TunnelsConfig,
@@ -43,6 +44,11 @@ use crate::{
 
 /// How long one stream to a plain sshd may hold up the others on its connection.
 const PATIENCE: Duration = Duration::from_millis(250);
+
+/// The least size of packets that a node has to take.
+const LEAST_PACKET: u32 = 1024;
+/// The most characters kept of what a node says when it closes a session.
+const FAREWELL: usize = 200;
 
 /// Who dialled the link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -68,23 +74,27 @@ pub type Verify = Box<dyn Fn(&PublicKeyOrCertificate) -> Result<HostIdentity, Ho
 pub enum TunnelError {
     #[error("{0}")]
     HostKey(#[from] HostKeyError),
-    #[error("the node refused the master's certificate as SSH user {user:?}: check that it trusts this master's user CA (TrustedUserCAKeys, or `node-agent join`), and the clocks")]
+    #[error(
+        "the node refused the master's certificate as SSH user {user:?}: check that it trusts this master's user CA (TrustedUserCAKeys, or `node-agent join`), and the clocks"
+    )]
     Unauthorized { user: String },
     #[error("no SSH handshake within {}", humantime::format_duration(*.0))]
     Timeout(Duration),
+    #[error("the connection was closed before the master was authenticated")]
+    Closed,
     #[error("gave its place to a newer handshake")]
     Evicted,
     #[error("{0}")]
     Connect(String),
     #[error("{0}")]
-    Full(#[from] crate::registry::Full),
+    NotRegistered(#[from] crate::registry::NotRegistered),
     #[error("{0}")]
     NotSsh(String),
     #[error("SSH: {0}")]
     Ssh(#[from] russh::Error),
 }
 
-/// An SSH session in which both sides have authenticated, as the identity says.
+/// An SSH session in which both sides have authenticated, as the identity says. Dropping it ends it.
 pub struct Session {
     pub identity: HostIdentity,
     pub(crate) handle: Arc<Handle<ClientHandler>>,
@@ -93,6 +103,7 @@ pub struct Session {
     gate: Gate,
     tasks: Tasks,
     cut: CancellationToken,
+    cut_on_drop: DropGuard,
 }
 
 /// What the session's handler and its owner share.
@@ -119,16 +130,20 @@ impl HostIdentity {
     }
 }
 
+impl ClientHandler {
+    /// A node never opens channels. Refusals would wait without bound while keys are exchanged.
+    fn unasked(&self) -> Result<(), russh::Error> {
+        let _ = self.shared.reason.set("the node tried to open a channel".to_owned());
+        Err(russh::Error::Inconsistent)
+    }
+}
+
 impl client::Handler for ClientHandler {
     type Error = russh::Error;
 
     async fn check_server_key(&mut self, presented: &PublicKeyOrCertificate) -> Result<bool, russh::Error> {
         match (self.verify)(presented) {
-            Ok(identity) => {
-                // A second key exchange on the same session has to prove the same key.
-                let key = identity.key().clone();
-                Ok(self.shared.identity.get_or_init(|| identity).key() == &key)
-            }
+            Ok(identity) => Ok(self.shared.identity.set(identity).is_ok()),
             Err(error) => {
                 *self.shared.refused.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
                 Ok(false)
@@ -139,10 +154,15 @@ impl client::Handler for ClientHandler {
     async fn channel_open_confirmation(
         &mut self,
         id: ChannelId,
-        _max_packet_size: u32,
+        max_packet_size: u32,
         _window_size: u32,
         _session: &mut client::Session,
     ) -> Result<(), russh::Error> {
+        // RFC 4253 §6.1 wants packets of 32 KiB to be taken; with tiny ones, one write would become thousands.
+        if max_packet_size < LEAST_PACKET {
+            let _ = self.shared.reason.set(format!("the node takes packets of {max_packet_size} bytes only"));
+            return Err(russh::Error::Inconsistent);
+        }
         self.channels.on_open(id);
         Ok(())
     }
@@ -168,12 +188,20 @@ impl client::Handler for ClientHandler {
         }
     }
 
-    async fn channel_eof(&mut self, channel: ChannelId, _session: &mut client::Session) -> Result<(), russh::Error> {
+    async fn channel_eof(
+        &mut self,
+        channel: ChannelId,
+        _session: &mut client::Session,
+    ) -> Result<(), russh::Error> {
         self.channels.on_eof(channel);
         Ok(())
     }
 
-    async fn channel_close(&mut self, channel: ChannelId, _session: &mut client::Session) -> Result<(), russh::Error> {
+    async fn channel_close(
+        &mut self,
+        channel: ChannelId,
+        _session: &mut client::Session,
+    ) -> Result<(), russh::Error> {
         self.channels.on_close(channel);
         let mut feeder = self.shared.feeder.lock().unwrap_or_else(PoisonError::into_inner);
         if feeder.as_ref().is_some_and(|(id, _)| *id == channel) {
@@ -190,42 +218,38 @@ impl client::Handler for ClientHandler {
         _connected_port: u32,
         _originator_address: &str,
         _originator_port: u32,
-        reply: client::ChannelOpenHandle,
+        _reply: client::ChannelOpenHandle,
         _session: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
-        Ok(())
+        self.unasked()
     }
 
     async fn server_channel_open_forwarded_streamlocal(
         &mut self,
         _channel: russh::Channel<client::Msg>,
         _socket_path: &str,
-        reply: client::ChannelOpenHandle,
+        _reply: client::ChannelOpenHandle,
         _session: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
-        Ok(())
+        self.unasked()
     }
 
     async fn server_channel_open_agent_forward(
         &mut self,
         _channel: russh::Channel<client::Msg>,
-        reply: client::ChannelOpenHandle,
+        _reply: client::ChannelOpenHandle,
         _session: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
-        Ok(())
+        self.unasked()
     }
 
     async fn server_channel_open_session(
         &mut self,
         _channel: russh::Channel<client::Msg>,
-        reply: client::ChannelOpenHandle,
+        _reply: client::ChannelOpenHandle,
         _session: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
-        Ok(())
+        self.unasked()
     }
 
     async fn server_channel_open_direct_tcpip(
@@ -235,22 +259,20 @@ impl client::Handler for ClientHandler {
         _port_to_connect: u32,
         _originator_address: &str,
         _originator_port: u32,
-        reply: client::ChannelOpenHandle,
+        _reply: client::ChannelOpenHandle,
         _session: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
-        Ok(())
+        self.unasked()
     }
 
     async fn server_channel_open_direct_streamlocal(
         &mut self,
         _channel: russh::Channel<client::Msg>,
         _socket_path: &str,
-        reply: client::ChannelOpenHandle,
+        _reply: client::ChannelOpenHandle,
         _session: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
-        Ok(())
+        self.unasked()
     }
 
     async fn server_channel_open_x11(
@@ -258,17 +280,22 @@ impl client::Handler for ClientHandler {
         _channel: russh::Channel<client::Msg>,
         _originator_address: &str,
         _originator_port: u32,
-        reply: client::ChannelOpenHandle,
+        _reply: client::ChannelOpenHandle,
         _session: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
-        Ok(())
+        self.unasked()
     }
 
     async fn disconnected(&mut self, reason: DisconnectReason<russh::Error>) -> Result<(), russh::Error> {
         let _ = self.shared.reason.set(match reason {
-            DisconnectReason::ReceivedDisconnect(info) => format!("closed by the node: {}", info.message),
-            DisconnectReason::Error(russh::Error::KeepaliveTimeout) => "the node no longer answers".to_owned(),
+            DisconnectReason::ReceivedDisconnect(info) => {
+                let printable = |c: char| if c.is_control() { ' ' } else { c };
+                let message: String = info.message.chars().take(FAREWELL).map(printable).collect();
+                format!("closed by the node: {message}")
+            }
+            DisconnectReason::Error(russh::Error::KeepaliveTimeout) => {
+                "the node no longer answers".to_owned()
+            }
             DisconnectReason::Error(error) => error.to_string(),
         });
         Ok(())
@@ -286,7 +313,7 @@ impl Drop for ClientHandler {
 fn client_config(config: &TunnelsConfig) -> client::Config {
     client::Config {
         client_id: SshId::Standard("SSH-2.0-master-agent".into()),
-        limits: ssh::limits(),
+        limits: ssh::master_limits(config.rekey_interval),
         window_size: ssh::TUNNEL_WINDOW,
         maximum_packet_size: ssh::MAX_PACKET,
         channel_buffer_size: 16,
@@ -300,7 +327,7 @@ fn client_config(config: &TunnelsConfig) -> client::Config {
 }
 
 /// Runs the SSH handshake on a link: the node's host key must pass `verify`, the node must accept `user`'s
-/// certificate. `evicted` cuts a handshake that has to make room for another.
+/// certificate. A handshake that has a `place` may have to give it up to another.
 pub async fn handshake<T>(
     link: T,
     verify: Verify,
@@ -308,15 +335,16 @@ pub async fn handshake<T>(
     user: &UserIdentity,
     config: &TunnelsConfig,
     tasks: &Tasks,
-    evicted: CancellationToken,
+    place: Option<&Place>,
 ) -> Result<Session, TunnelError>
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let cut = CancellationToken::new();
     // Whatever makes this fail or be dropped also ends the session that russh runs.
-    let cut_unless_done = cut.clone().drop_guard();
-    let (link, gate) = Link::new(link, cut.clone());
+    let cut_on_drop = cut.clone().drop_guard();
+    let received = place.map(|place| place.received.clone()).unwrap_or_default();
+    let (link, gate) = Link::new(link, cut.clone(), received.clone());
     let tasks = tasks.child();
     let channels = Channels::new(gate.clone(), tasks.clone(), PATIENCE);
     let shared = Arc::new(Shared {
@@ -342,29 +370,50 @@ where
         let auth = handle
             .authenticate_openssh_cert(login, Arc::new(user.key.clone()), user.certificate.clone())
             .await?;
-        if auth.success() { Ok(handle) } else { Err(TunnelError::Unauthorized { user: login.to_owned() }) }
+        match auth.success() {
+            true => Ok(handle),
+            // russh tells a session that ended from a refusal in no other way.
+            false if handle.is_closed() => Err(TunnelError::Closed),
+            false => Err(TunnelError::Unauthorized { user: login.to_owned() }),
+        }
     };
     let handle = tokio::select! {
         r = tokio::time::timeout(config.handshake_timeout, run) => {
-            r.map_err(|_| TunnelError::Timeout(config.handshake_timeout))??
+            r.map_err(|_| timed_out(config.handshake_timeout, received.load(Ordering::Relaxed)))??
         }
-        () = evicted.cancelled() => return Err(TunnelError::Evicted),
+        () = evicted(place) => return Err(TunnelError::Evicted),
     };
     let Some(identity) = shared.identity.get().cloned() else {
         return Err(TunnelError::Ssh(russh::Error::UnknownKey));
     };
-    cut_unless_done.disarm();
-    Ok(Session { identity, handle: Arc::new(handle), shared, channels, gate, tasks, cut })
+    Ok(Session { identity, handle: Arc::new(handle), shared, channels, gate, tasks, cut, cut_on_drop })
 }
+
+fn timed_out(limit: Duration, received: usize) -> TunnelError {
+    if received >= BEGUN {
+        return TunnelError::Timeout(limit);
+    }
+    let limit = humantime::format_duration(limit);
+    TunnelError::NotSsh(format!("no SSH server answered there within {limit}. {WAYS_OUT}"))
+}
+
+async fn evicted(place: Option<&Place>) {
+    match place {
+        Some(place) => place.evicted.cancelled().await,
+        None => std::future::pending().await,
+    }
+}
+
+const WAYS_OUT: &str = "If another service holds this port, let the node call home (`call_home:` in its config), \
+     give node-agent another port (`listen:`, and `dial:` in the inventory), or use the sshd that runs there \
+     (`master-agent sshd-config`)";
 
 /// What stands on a port that does not speak as expected is worth a word to whoever set it up.
 fn not_ssh(error: russh::Error) -> TunnelError {
     match &error {
-        russh::Error::Disconnect | russh::Error::Version | russh::Error::IO(_) => TunnelError::NotSsh(format!(
-            "no SSH server completed a handshake there ({error}). If another service holds this port, let the \
-             node call home (`call_home:` in its config), give node-agent another port (`listen:`, and `dial:` \
-             in the inventory), or use the sshd that runs there (`master-agent sshd-config`)"
-        )),
+        russh::Error::Disconnect | russh::Error::Version | russh::Error::IO(_) => {
+            TunnelError::NotSsh(format!("no SSH server completed a handshake there ({error}). {WAYS_OUT}"))
+        }
         _ => TunnelError::Ssh(error),
     }
 }
@@ -384,8 +433,13 @@ pub struct Tunnel {
     pub established: Instant,
     pub since: SystemTime,
     pub host: VerifiedHost,
+    /// When the node's certificate expires, the one that it was renewed by included.
+    expires: Mutex<Option<SystemTime>>,
     carrier: Carrier,
     max_streams: usize,
+    /// Channels that an sshd has not answered for yet.
+    opening: Arc<()>,
+    suspect: AtomicBool,
     handle: Arc<Handle<ClientHandler>>,
     shared: Arc<Shared>,
     tasks: Tasks,
@@ -404,7 +458,6 @@ impl Session {
         peer: Option<SocketAddr>,
         config: &TunnelsConfig,
     ) -> Result<(Tunnel, Option<Events>), TunnelError> {
-        let cut_unless_done = self.cut.clone().drop_guard();
         let start = self.start_mux(config.max_streams_per_tunnel);
         let started = tokio::time::timeout(config.handshake_timeout, start)
             .await
@@ -413,7 +466,7 @@ impl Session {
             Some((mux, events)) => (Carrier::Mux(mux), Some(events)),
             None => (Carrier::Channels(self.channels.clone()), None),
         };
-        cut_unless_done.disarm();
+        self.cut_on_drop.disarm();
         let tunnel = Tunnel {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             node: host.node.clone(),
@@ -421,9 +474,12 @@ impl Session {
             peer,
             established: Instant::now(),
             since: SystemTime::now(),
+            expires: Mutex::new(host.not_after),
             host,
             carrier,
             max_streams: config.max_streams_per_tunnel,
+            opening: Arc::default(),
+            suspect: AtomicBool::new(false),
             handle: self.handle,
             shared: self.shared,
             tasks: self.tasks,
@@ -445,7 +501,8 @@ impl Session {
             let handle = handle.clone();
             Box::pin(async move { handle.data(id, frame).await.is_ok() }) as _
         };
-        let (mux, feeder, events) = Mux::new(true, max_streams, self.gate.clone(), Box::new(out), &self.tasks);
+        let (mux, feeder, events) =
+            Mux::new(true, max_streams, self.gate.clone(), Box::new(out), &self.tasks);
         self.channels.forget(id);
         *self.shared.feeder.lock().unwrap_or_else(PoisonError::into_inner) = Some((id, feeder));
         channel.request_subsystem(true, SUBSYSTEM).await?;
@@ -482,17 +539,25 @@ impl Tunnel {
         result.map_err(|error| self.with_node(error))
     }
 
-    async fn open_channel(&self, channels: &Channels, target: &Target, timeout: Duration) -> Result<Stream, DialError> {
-        if channels.len() >= self.max_streams {
-            let error = format!("the tunnel carries {} streams already (max_streams_per_tunnel)", self.max_streams);
+    async fn open_channel(
+        &self,
+        channels: &Channels,
+        target: &Target,
+        timeout: Duration,
+    ) -> Result<Stream, DialError> {
+        // SSH has no way to take an open back, so one that nobody waits for any more still counts.
+        let opening = self.opening.clone();
+        if channels.len() + Arc::strong_count(&opening) > self.max_streams + 1 {
+            let error =
+                format!("the tunnel carries {} streams already (max_streams_per_tunnel)", self.max_streams);
             return Err(DialError::TooManyStreams(error));
         }
         let (handle, channels, asked) = (self.handle.clone(), channels.clone(), target.clone());
         let (answer, answered) = tokio::sync::oneshot::channel();
-        // SSH has no way to take an open back, so the task goes on and closes what nobody waits for.
         self.tasks.spawn(async move {
             let (host, port) = (asked.host.to_string(), u32::from(asked.port));
             let opened = handle.channel_open_direct_tcpip(host, port, "127.0.0.1", 0).await;
+            drop(opening);
             let _ = answer.send(opened.map(|channel| channels.stream(Half::Client(channel.split().1))));
         });
         match tokio::time::timeout(timeout, answered).await {
@@ -553,6 +618,23 @@ impl Tunnel {
             Carrier::Channels(_) => false,
         };
         !going && !self.has_ended()
+    }
+
+    pub fn certificate_expires(&self) -> Option<SystemTime> {
+        *self.expires.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn set_certificate_expires(&self, at: SystemTime) {
+        *self.expires.lock().unwrap_or_else(PoisonError::into_inner) = Some(at);
+    }
+
+    /// Whether the node left the last question unanswered, which may only mean that the link is busy.
+    pub fn is_suspect(&self) -> bool {
+        self.suspect.load(Ordering::Relaxed)
+    }
+
+    pub fn set_suspect(&self, suspect: bool) {
+        self.suspect.store(suspect, Ordering::Relaxed);
     }
 
     pub fn has_ended(&self) -> bool {
@@ -623,6 +705,8 @@ fn sshd_error(target: &Target, failure: &ChannelOpenFailure) -> DialError {
             rule: "sshd".to_owned(),
             reason: "the node's sshd does not forward TCP connections".to_owned(),
         },
-        ChannelOpenFailure::Other { reason, .. } => DialError::Refused(format!("dial tcp {target}: {reason}")),
+        ChannelOpenFailure::Other { reason, .. } => {
+            DialError::Refused(format!("dial tcp {target}: {reason}"))
+        }
     }
 }

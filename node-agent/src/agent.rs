@@ -2,7 +2,7 @@
 
 use std::{
     net::IpAddr,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
@@ -11,6 +11,7 @@ use proto::{
     io::{admin, handshake::Places, tasks::Tasks},
 };
 use russh::keys::{Certificate, PrivateKey};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -19,6 +20,10 @@ use crate::{
     identity::{NodeIdentity, UserCertError, UserRole},
     metrics::{self, Metrics},
 };
+
+/// Names that are looked up at once. Each takes a thread while its name servers are silent.
+const LOOKUPS: usize = 64;
+const LOOKUPS_OF_PEOPLE: usize = 16;
 
 /// Configuration, identity, dialer and counters, and the owner of every session.
 pub struct Agent {
@@ -29,7 +34,13 @@ pub struct Agent {
     pub sessions: Tasks,
     /// Set when no new streams are to be taken.
     pub draining: CancellationToken,
+    /// Set when sessions are to say goodbye.
+    pub stopping: CancellationToken,
     pub handshakes: Places,
+    /// Sessions of people; masters don't count, so that people can't keep them out.
+    pub people: Arc<Semaphore>,
+    lookups: Arc<Semaphore>,
+    lookups_of_people: Arc<Semaphore>,
     identity: Mutex<NodeIdentity>,
 }
 
@@ -40,7 +51,11 @@ impl Agent {
             metrics: Metrics::default(),
             sessions: Tasks::new(),
             draining: CancellationToken::new(),
+            stopping: CancellationToken::new(),
             handshakes: Places::new(config.limits.max_handshakes),
+            people: Arc::new(Semaphore::new(config.limits.max_sessions)),
+            lookups: Arc::new(Semaphore::new(LOOKUPS)),
+            lookups_of_people: Arc::new(Semaphore::new(LOOKUPS_OF_PEOPLE)),
             identity: Mutex::new(identity),
             config,
         };
@@ -78,6 +93,11 @@ impl Agent {
         Ok((identity.host_key().clone(), identity.certificate().cloned()))
     }
 
+    /// When the host certificate expired, if it has.
+    pub fn expired(&self) -> Option<SystemTime> {
+        self.identity().not_after().filter(|at| *at <= SystemTime::now())
+    }
+
     pub fn verify_user(
         &self,
         login: &str,
@@ -113,8 +133,17 @@ impl Agent {
     }
 
     /// Dials through the policy, and counts the outcome.
-    pub async fn dial(&self, target: &Target, timeout: Duration) -> Result<Dialled, DialError> {
-        let result = self.dialer.dial(target, timeout).await;
+    pub async fn dial(
+        &self,
+        target: &Target,
+        timeout: Duration,
+        role: &UserRole,
+    ) -> Result<Dialled, DialError> {
+        let lookups = match role {
+            UserRole::Master => &self.lookups,
+            UserRole::Person { .. } => &self.lookups_of_people,
+        };
+        let result = self.dialer.dial(target, timeout, lookups).await;
         match &result {
             Ok(_) => self.count_dial("ok"),
             Err(error) => {

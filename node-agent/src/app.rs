@@ -11,6 +11,9 @@ use tokio::{
 
 use crate::{agent::Agent, config::Config, identity::NodeIdentity, links};
 
+/// The least time for sessions to end by themselves.
+const GOODBYE: Duration = Duration::from_secs(2);
+
 /// Runs the agent until SIGTERM or SIGINT, then drains it.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let identity = NodeIdentity::load_or_create(&config.state_dir)?;
@@ -38,9 +41,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "node-agent runs");
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+    let mut hangup = signal(SignalKind::hangup())?;
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = hangup.recv() => tracing::info!("SIGHUP: nothing is read again here; a restart reads the configuration"),
+        }
     }
 
     // Stop accepting, tell the masters, let streams finish, end the sessions.
@@ -53,8 +60,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     let cut = agent.metrics.streams.get();
-    agent.sessions.cancel();
-    agent.sessions.drain(Duration::from_secs(2)).await;
+    agent.stopping.cancel();
+    agent.sessions.drain(deadline.saturating_duration_since(tokio::time::Instant::now()).max(GOODBYE)).await;
     background.cancel();
     background.drain(Duration::from_secs(2)).await;
     tracing::info!(cut, "stopped");

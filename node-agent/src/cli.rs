@@ -10,7 +10,13 @@ use proto::{NodeName, Target};
 #[command(name = "node-agent", version, propagate_version = true)]
 pub struct Cli {
     /// The configuration file.
-    #[arg(long, short, global = true, default_value = "/etc/node-agent/node-agent.yaml", value_name = "FILE")]
+    #[arg(
+        long,
+        short,
+        global = true,
+        default_value = "/etc/node-agent/node-agent.yaml",
+        value_name = "FILE"
+    )]
     pub config: PathBuf,
     #[command(subcommand)]
     pub command: Command,
@@ -25,7 +31,10 @@ pub enum Command {
     /// Read the configuration, print every error, and exit with 78 if there is one.
     CheckConfig,
     /// Print a completion script for a shell.
-    Completions { shell: clap_complete::Shell },
+    Completions {
+        /// The shell that is to read it.
+        shell: clap_complete::Shell,
+    },
 }
 
 #[derive(Debug, Args)]

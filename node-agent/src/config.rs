@@ -30,8 +30,6 @@ pub struct Config {
     /// The node's own addresses; empty leaves them to the host certificate.
     pub addresses: Vec<IpAddr>,
     pub policy: PolicyConfig,
-    /// Addresses that `ssh -R` may bind.
-    pub remote_forwards: Vec<SocketAddr>,
     /// Login names that may forward, besides the master; empty allows every name that a certificate lists.
     pub users: Vec<String>,
     pub limits: LimitsConfig,
@@ -70,6 +68,7 @@ pub struct AllowConfig {
 pub struct LimitsConfig {
     /// Connections at once that have not authenticated yet.
     pub max_handshakes: usize,
+    /// Sessions of people at once.
     pub max_sessions: usize,
     /// Streams of one session.
     pub max_streams: usize,
@@ -149,7 +148,6 @@ impl Config {
             call_home: unique(s, "call_home"),
             addresses: unique(s, "addresses"),
             policy: s.section_or_default("policy", PolicyConfig::read),
-            remote_forwards: remote_forwards(s),
             users: unique(s, "users"),
             limits: s.section_or_default("limits", LimitsConfig::read),
             half_closed_timeout: s.duration("half_closed_timeout", secs(600), WAIT),
@@ -223,14 +221,6 @@ fn unique<T: Value + PartialEq>(s: &Section<'_>, name: &'static str) -> Vec<T> {
     values
 }
 
-fn remote_forwards(s: &Section<'_>) -> Vec<SocketAddr> {
-    let addresses = unique::<SocketAddr>(s, "remote_forwards");
-    if addresses.iter().any(|address| address.port() == 0) {
-        s.error("remote_forwards", "port 0 would open a port of the peer's choice: name each port");
-    }
-    addresses
-}
-
 fn rule_name(at: &At<'_>, names: &mut Vec<String>) -> Option<String> {
     let name = at.text()?;
     let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'_' | b'.');
@@ -279,7 +269,7 @@ mod tests {
         assert_eq!(config.admin.listen, "127.0.0.1:9071".parse().unwrap());
         assert_eq!(config.listen, Some("0.0.0.0:22".parse().unwrap()));
         assert_eq!((config.call_home.len(), config.addresses.len()), (0, 0));
-        assert_eq!((config.remote_forwards.len(), config.users.len()), (0, 0));
+        assert_eq!(config.users.len(), 0);
         let policy = PolicyConfig {
             kubelet_port: Some(10250),
             pod_cidrs: vec![],
@@ -309,7 +299,6 @@ mod tests {
             call_home: vec![],
             addresses: vec![],
             policy: default.policy.clone(),
-            remote_forwards: vec![],
             users: vec![],
             ..config
         };
@@ -333,7 +322,6 @@ mod tests {
             "name",
             "to",
             "ports",
-            "remote_forwards",
             "users",
             "limits",
             "max_handshakes",
@@ -464,7 +452,6 @@ policy:
                 &format!("{allow}{{name: a, to: ::1, ports: []}}"),
                 "4:31: policy.allow[0].ports: \"[]\": names no port",
             ),
-            ("listen: 0.0.0.0:22\nremote_forwards: [\"127.0.0.1:0\"]", "2:18: remote_forwards: port 0"),
             (
                 "listen: 0.0.0.0:22\nlimits:\n  max_streams: 0",
                 "3:16: limits.max_streams: 0 is not in the range",

@@ -5,16 +5,17 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr, ToSocketAddrs},
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
 
 use proto::{
     DialError, Host, NodeName, Target,
+    io::socket,
     policy::{Policy, Verdict},
 };
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, sync::Semaphore};
 
 /// What this node is and lets others reach. Replaced whole when a renewed certificate changes it.
 #[derive(Clone, Debug, Default)]
@@ -49,9 +50,15 @@ impl LocalDialer {
     }
 
     /// Connects to `target` within `timeout`, resolution included.
-    pub async fn dial(&self, target: &Target, timeout: Duration) -> Result<Dialled, DialError> {
+    /// `lookups` bounds how many names the caller's kind may have under way.
+    pub async fn dial(
+        &self,
+        target: &Target,
+        timeout: Duration,
+        lookups: &Arc<Semaphore>,
+    ) -> Result<Dialled, DialError> {
         let scope = self.scope();
-        match tokio::time::timeout(timeout, dial(&scope, target)).await {
+        match tokio::time::timeout(timeout, dial(&scope, target, lookups)).await {
             Ok(result) => result,
             Err(_) => Err(DialError::TimedOut(format!(
                 "dial tcp {target}: no answer within {}",
@@ -61,19 +68,21 @@ impl LocalDialer {
     }
 }
 
-async fn dial(scope: &Scope, target: &Target) -> Result<Dialled, DialError> {
-    let addresses = resolve(scope, target).await?;
+async fn dial(scope: &Scope, target: &Target, lookups: &Arc<Semaphore>) -> Result<Dialled, DialError> {
+    let addresses = resolve(scope, target, lookups).await?;
     let mut refusal = None;
     let mut failure = None;
     for address in addresses {
         match scope.policy.decide(address, target.port) {
-            Verdict::Allow { rule } => match TcpStream::connect(SocketAddr::new(address, target.port)).await {
-                Ok(socket) => {
-                    let _ = socket.set_nodelay(true);
-                    return Ok(Dialled { socket, rule: rule.to_owned() });
+            Verdict::Allow { rule } => {
+                match TcpStream::connect(SocketAddr::new(address, target.port)).await {
+                    Ok(socket) => {
+                        socket::tune(&socket);
+                        return Ok(Dialled { socket, rule: rule.to_owned() });
+                    }
+                    Err(e) => failure = Some(connect_error(target, &e)),
                 }
-                Err(e) => failure = Some(connect_error(target, &e)),
-            },
+            }
             Verdict::Deny { rule, reason } => {
                 refusal.get_or_insert(DialError::Policy { rule: rule.to_owned(), reason });
             }
@@ -84,7 +93,7 @@ async fn dial(scope: &Scope, target: &Target) -> Result<Dialled, DialError> {
         .unwrap_or_else(|| DialError::Resolve(format!("lookup {}: the name has no address", target.host))))
 }
 
-async fn resolve(scope: &Scope, target: &Target) -> Result<Vec<IpAddr>, DialError> {
+async fn resolve(scope: &Scope, target: &Target, lookups: &Arc<Semaphore>) -> Result<Vec<IpAddr>, DialError> {
     let name = match &target.host {
         Host::Addr(addr) => return Ok(vec![*addr]),
         Host::Name(name) => name,
@@ -92,10 +101,17 @@ async fn resolve(scope: &Scope, target: &Target) -> Result<Vec<IpAddr>, DialErro
     if scope.node.as_ref().is_some_and(|node| node.as_str() == name) && !scope.addresses.is_empty() {
         return Ok(scope.addresses.clone());
     }
-    match tokio::net::lookup_host((name.as_str(), target.port)).await {
-        Ok(found) => Ok(found.map(|addr| addr.ip().to_canonical()).collect()),
-        Err(e) => Err(DialError::Resolve(format!("lookup {name}: {e}"))),
-    }
+    let failed = |e: &dyn std::fmt::Display| DialError::Resolve(format!("lookup {name}: {e}"));
+    let permit = lookups.clone().acquire_owned().await.map_err(|e| failed(&e))?;
+    let (asked, port) = (name.clone(), target.port);
+    // A look-up can't be cancelled: it keeps its permit until it ends, also when its caller has left.
+    let lookup = tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        Ok::<_, io::Error>(
+            (asked.as_str(), port).to_socket_addrs()?.map(|addr| addr.ip().to_canonical()).collect(),
+        )
+    });
+    lookup.await.map_err(|e| failed(&e))?.map_err(|e| failed(&e))
 }
 
 fn connect_error(target: &Target, error: &io::Error) -> DialError {
@@ -126,7 +142,8 @@ mod tests {
     }
 
     async fn try_dial(dialer: &LocalDialer, target: &str) -> Result<String, DialError> {
-        dialer.dial(&target.parse().unwrap(), Duration::from_secs(5)).await.map(|d| d.rule)
+        let lookups = Arc::new(Semaphore::new(1));
+        dialer.dial(&target.parse().unwrap(), Duration::from_secs(5), &lookups).await.map(|d| d.rule)
     }
 
     #[tokio::test]
@@ -149,7 +166,10 @@ mod tests {
             ("192.168.0.1:1", "default-deny"),
         ] {
             let result = try_dial(&dialer, target).await;
-            assert!(matches!(&result, Err(DialError::Policy { rule: r, .. }) if r == rule), "{target}: {result:?}");
+            assert!(
+                matches!(&result, Err(DialError::Policy { rule: r, .. }) if r == rule),
+                "{target}: {result:?}"
+            );
         }
     }
 

@@ -87,8 +87,13 @@ impl NodeIdentity {
         }
         let key = PrivateKey::from_openssh(secret_file::read(&path)?)
             .with_context(|| format!("{} is not an OpenSSH private key", path.display()))?;
-        let mut identity =
-            Self { directory: directory.to_owned(), key, certificate: None, host_ca: None, user_cas: Vec::new() };
+        let mut identity = Self {
+            directory: directory.to_owned(),
+            key,
+            certificate: None,
+            host_ca: None,
+            user_cas: Vec::new(),
+        };
         identity.read_public_files()?;
         Ok(identity)
     }
@@ -100,14 +105,20 @@ impl NodeIdentity {
                 let certificate = Certificate::from_openssh(text.trim())
                     .with_context(|| parse("host_key-cert.pub", "an OpenSSH certificate"))?;
                 if certificate.public_key() != self.key.public_key().key_data() {
-                    bail!("{} is for another key than host_key", self.directory.join("host_key-cert.pub").display());
+                    bail!(
+                        "{} is for another key than host_key",
+                        self.directory.join("host_key-cert.pub").display()
+                    );
                 }
                 Some(certificate)
             }
             None => None,
         };
         self.host_ca = match self.read_optional("host_ca.pub")? {
-            Some(text) => Some(PublicKey::from_openssh(text.trim()).with_context(|| parse("host_ca.pub", "an OpenSSH public key"))?),
+            Some(text) => Some(
+                PublicKey::from_openssh(text.trim())
+                    .with_context(|| parse("host_ca.pub", "an OpenSSH public key"))?,
+            ),
             None => None,
         };
         self.user_cas = match self.read_optional("user_ca.pub")? {
@@ -260,7 +271,9 @@ fn check_user(
     trusted: impl Fn(&KeyData) -> bool,
 ) -> Result<(), UserCertError> {
     if !trusted(certificate.signature_key()) {
-        return Err(UserCertError::WrongCa(certificate.signature_key().fingerprint(HashAlg::Sha256).to_string()));
+        return Err(UserCertError::WrongCa(
+            certificate.signature_key().fingerprint(HashAlg::Sha256).to_string(),
+        ));
     }
     if certificate.verify_signature().is_err() {
         return Err(UserCertError::BadSignature);
@@ -357,7 +370,8 @@ mod tests {
         fn make(&self) -> Certificate {
             let (from, to) = self.valid;
             let mut builder =
-                Builder::new_with_random_nonce(&mut rand::rng(), self.key.key_data().clone(), from, to).unwrap();
+                Builder::new_with_random_nonce(&mut rand::rng(), self.key.key_data().clone(), from, to)
+                    .unwrap();
             builder.cert_type(self.kind).unwrap().key_id(self.id).unwrap();
             if self.principals.is_empty() {
                 builder.all_principals_valid().unwrap();
@@ -482,7 +496,8 @@ mod tests {
         identity.install(&accepted(&host(&host_ca, &own).text(), &host_ca, &user_ca)).unwrap();
 
         let master = Make { id: "m", principals: &["master-agent"], ..alice };
-        let person = |login: &str| Ok(UserRole::Person { login: login.into(), key_id: "alice@example".into() });
+        let person =
+            |login: &str| Ok(UserRole::Person { login: login.into(), key_id: "alice@example".into() });
         let from = |list: &'static str| [("source-address", list)];
         let principal = |login: &str, listed: &[&str]| {
             Err(UserCertError::WrongPrincipal {
@@ -490,7 +505,8 @@ mod tests {
                 principals: listed.iter().map(|p| (*p).to_owned()).collect(),
             })
         };
-        let ca_shown = |ca: &PrivateKey| Err(UserCertError::WrongCa(ca.fingerprint(HashAlg::Sha256).to_string()));
+        let ca_shown =
+            |ca: &PrivateKey| Err(UserCertError::WrongCa(ca.fingerprint(HashAlg::Sha256).to_string()));
         let elsewhere = |peer: &str| Err(UserCertError::SourceAddress(peer.into()));
         let peer = Some("10.0.0.1");
         type Row<'a> = (&'a str, &'a str, Certificate, Option<&'a str>, Result<UserRole, UserCertError>);
@@ -500,7 +516,13 @@ mod tests {
             ("master", MASTER, master.make(), peer, Ok(UserRole::Master)),
             ("a person as the master", MASTER, alice.make(), peer, principal(MASTER, &["alice", "ops"])),
             ("the master as a person", "alice", master.make(), peer, principal("alice", &["master-agent"])),
-            ("every principal", "alice", Make { principals: &[], ..alice }.make(), peer, principal("alice", &[])),
+            (
+                "every principal",
+                "alice",
+                Make { principals: &[], ..alice }.make(),
+                peer,
+                principal("alice", &[]),
+            ),
             ("empty login", "", alice.make(), peer, principal("", &["alice", "ops"])),
             ("other CA", "alice", Make { ca: &other_ca, ..alice }.make(), peer, ca_shown(&other_ca)),
             ("host CA", "alice", Make { ca: &host_ca, ..alice }.make(), peer, ca_shown(&host_ca)),
@@ -547,7 +569,13 @@ mod tests {
                 peer,
                 Err(UserCertError::CriticalOption("verify-required".into())),
             ),
-            ("from there", "alice", Make { options: &from("10.0.0.0/24"), ..alice }.make(), peer, person("alice")),
+            (
+                "from there",
+                "alice",
+                Make { options: &from("10.0.0.0/24"), ..alice }.make(),
+                peer,
+                person("alice"),
+            ),
             (
                 "from there, mapped",
                 "alice",

@@ -5,7 +5,11 @@
 //! that the pinned CA certified (a relay in between has another session and no such key), and only then does
 //! this side send the token. The master signs the host key that this very session has proved.
 
-use std::{net::IpAddr, sync::Arc, time::{Duration, SystemTime}};
+use std::{
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use proto::{
     NodeName, Target,
@@ -39,7 +43,9 @@ pub struct Join {
 pub enum JoinError {
     #[error("{0}")]
     Connect(String),
-    #[error("the master at {master} did not prove itself: {reason}. Compare --ca-pin with the line that `master-agent token create` printed; if it is the same, something between this host and the master answers in its place")]
+    #[error(
+        "the master at {master} did not prove itself: {reason}. Compare --ca-pin with the line that `master-agent token create` printed; if it is the same, something between this host and the master answers in its place"
+    )]
     Pin { master: Target, reason: String },
     #[error("the master at {0} did not complete the exchange; its log says why")]
     Incomplete(Target),
@@ -65,13 +71,19 @@ pub async fn join(identity: &mut NodeIdentity, join: Join) -> Result<NodeName, J
     match response {
         JoinResponse::Accepted { .. } => {
             identity.install(&response).map_err(|e| JoinError::Identity(e.to_string()))?;
-            identity.node_name().ok_or_else(|| JoinError::Identity("the certificate names no node".to_owned()))
+            identity
+                .node_name()
+                .ok_or_else(|| JoinError::Identity("the certificate names no node".to_owned()))
         }
         JoinResponse::Refused { reason, hint } => Err(JoinError::Refused { reason, hint }),
     }
 }
 
-async fn exchange(identity: &NodeIdentity, join: &Join, socket: TcpStream) -> Result<JoinResponse, JoinError> {
+async fn exchange(
+    identity: &NodeIdentity,
+    join: &Join,
+    socket: TcpStream,
+) -> Result<JoinResponse, JoinError> {
     let local = socket.local_addr().map(|a| a.ip());
     let addresses = match (join.addresses.as_slice(), local) {
         ([], Ok(local)) => vec![local.to_canonical()],
@@ -90,7 +102,7 @@ async fn exchange(identity: &NodeIdentity, join: &Join, socket: TcpStream) -> Re
     };
     let cut = CancellationToken::new();
     let _cut_on_exit = cut.clone().drop_guard();
-    let (link, _) = Link::new(socket, cut);
+    let (link, _) = Link::new(socket, cut, Arc::default());
     let incomplete = || JoinError::Incomplete(join.master.clone());
     let _session = server::run_stream(Arc::new(config), link, handler).await.map_err(|_| incomplete())?;
     let mut bytes = Vec::new();
@@ -116,7 +128,11 @@ struct Handler {
 impl server::Handler for Handler {
     type Error = russh::Error;
 
-    async fn auth_openssh_certificate(&mut self, user: &str, certificate: &Certificate) -> Result<Auth, russh::Error> {
+    async fn auth_openssh_certificate(
+        &mut self,
+        user: &str,
+        certificate: &Certificate,
+    ) -> Result<Auth, russh::Error> {
         match NodeIdentity::verify_pinned_user(&self.ca_pin, user, certificate, SystemTime::now()) {
             Ok(()) => {
                 self.proved = true;
@@ -152,7 +168,12 @@ impl server::Handler for Handler {
         session.data(channel, std::mem::take(&mut self.request))
     }
 
-    async fn data(&mut self, _channel: ChannelId, data: &[u8], _session: &mut server::Session) -> Result<(), russh::Error> {
+    async fn data(
+        &mut self,
+        _channel: ChannelId,
+        data: &[u8],
+        _session: &mut server::Session,
+    ) -> Result<(), russh::Error> {
         let _ = self.events.send(Event::Bytes(data.to_vec())).await;
         Ok(())
     }

@@ -3,17 +3,25 @@
 
 use std::{sync::Arc, time::Duration};
 
-use proto::{Target, backoff::Backoff, io::admin::accept_error};
+use proto::{
+    Target,
+    backoff::Backoff,
+    io::{admin::accept_error, socket},
+};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::oneshot,
 };
 
-use crate::{agent::Agent, session};
+use crate::{
+    agent::Agent,
+    session::{self, SessionError},
+};
 
 /// Accepts links until the group of sessions is cancelled.
 pub async fn accept(agent: Arc<Agent>, listener: TcpListener) {
     loop {
+        agent.handshakes.admit().await;
         let (socket, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(e) => {
@@ -24,29 +32,16 @@ pub async fn accept(agent: Arc<Agent>, listener: TcpListener) {
         if agent.draining.is_cancelled() {
             continue;
         }
-        let at = agent.metrics.sessions.get();
-        if usize::try_from(at).is_ok_and(|at| at >= agent.config.limits.max_sessions) {
-            tracing::warn!(%peer, sessions = at, "refused a connection: limits.max_sessions reached");
-            continue;
-        }
-        let _ = socket.set_nodelay(true);
-        let place = agent.handshakes.take();
-        let (authenticated, proof) = oneshot::channel();
-        let served = session::serve(agent.clone(), socket, Some(peer), place.evicted.clone(), authenticated);
+        socket::tune(&socket);
+        let place = agent.handshakes.take(peer.ip());
+        let (authenticated, _) = oneshot::channel();
+        let served = session::serve(agent.clone(), socket, Some(peer), Some(place), authenticated);
         agent.sessions.spawn(async move {
-            tokio::pin!(served);
-            // The place is free again once the peer has authenticated, or gone.
-            let early = tokio::select! {
-                result = &mut served => Some(result),
-                _ = proof => None,
-            };
-            drop(place);
-            let result = match early {
-                Some(result) => result,
-                None => served.await,
-            };
-            if let Err(error) = result {
-                tracing::info!(%peer, %error, "session ended");
+            match served.await {
+                Ok(()) => {}
+                // As many as anybody likes to send; they are counted.
+                Err(error @ SessionError::Evicted) => tracing::debug!(%peer, %error, "session ended"),
+                Err(error) => tracing::info!(%peer, %error, "session ended"),
             }
         });
     }
@@ -54,18 +49,27 @@ pub async fn accept(agent: Arc<Agent>, listener: TcpListener) {
 
 /// Keeps one link to a master, for ever.
 pub async fn call_home(agent: Arc<Agent>, master: Target) {
-    let mut backoff = Backoff::new(Duration::from_millis(250), Duration::from_secs(3));
+    let mut backoff = Backoff::new(Duration::from_millis(250), Duration::from_secs(2));
     while !agent.draining.is_cancelled() {
         let started = tokio::time::Instant::now();
         match call_once(&agent, &master).await {
             Ok(()) => tracing::info!(%master, "the master closed the tunnel"),
-            Err(error) => tracing::warn!(%master, %error, "no tunnel to the master"),
+            Err(error) => match agent.expired() {
+                Some(at) => {
+                    let at = humantime::format_rfc3339_seconds(at);
+                    tracing::error!(%master, %error, "this node's certificate expired at {at}: join it again with a new token");
+                }
+                None => tracing::warn!(%master, %error, "no tunnel to the master"),
+            },
         }
         // A session that held proves that the master is well; one that fails at once does not.
         if started.elapsed() > Duration::from_secs(10) {
             backoff.reset();
         }
-        tokio::time::sleep(backoff.next_delay(rand::random())).await;
+        tokio::select! {
+            () = tokio::time::sleep(backoff.next_delay(rand::random())) => {}
+            () = agent.draining.cancelled() => {}
+        }
     }
 }
 
@@ -73,7 +77,7 @@ async fn call_once(agent: &Arc<Agent>, master: &Target) -> Result<(), String> {
     let socket = connect(master, agent.config.limits.dial_timeout).await?;
     let peer = socket.peer_addr().ok();
     let (authenticated, proof) = oneshot::channel();
-    let served = session::serve(agent.clone(), socket, peer, Default::default(), authenticated);
+    let served = session::serve(agent.clone(), socket, peer, None, authenticated);
     tokio::pin!(served);
     tokio::select! {
         result = &mut served => return result.map_err(|e| e.to_string()),
@@ -89,6 +93,6 @@ pub async fn connect(master: &Target, timeout: Duration) -> Result<TcpStream, St
         .await
         .map_err(|_| format!("{master} did not answer within {}", humantime::format_duration(timeout)))?
         .map_err(|e| format!("can't connect to {master}: {e}"))?;
-    let _ = socket.set_nodelay(true);
+    socket::tune(&socket);
     Ok(socket)
 }

@@ -44,7 +44,10 @@ fn main() -> ExitCode {
                 Err(errors) => return bad_config(&errors),
             };
             telemetry::init(config.log.format, &config.log.level);
-            match runtime.block_on(app::run(config)) {
+            let result = runtime.block_on(app::run(config));
+            // A name that is still being looked up keeps nobody waiting.
+            runtime.shutdown_background();
+            match result {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(e) => fail(&e),
             }

@@ -52,7 +52,11 @@ impl Metrics {
         r.register("streams", "Streams that are open", self.streams.clone());
         r.register("dials", "Dials by result", self.dials.clone());
         r.register("policy_refusals", "Dials refused by policy, by rule", self.refusals.clone());
-        r.register("stream_bytes", "Bytes of ended streams: up to targets, down from them", self.bytes.clone());
+        r.register(
+            "stream_bytes",
+            "Bytes of ended streams: up to targets, down from them",
+            self.bytes.clone(),
+        );
         r.register(
             "host_certificate_expiry_timestamp_seconds",
             "When the host certificate expires",

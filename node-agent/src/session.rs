@@ -14,6 +14,7 @@ use proto::{
     DialError, Target,
     io::{
         channel::{Channels, Half},
+        handshake::Place,
         link::{Gate, Link},
         mux::{Events, Feeder, Incoming, Mux, Notice},
         relay::{Counters, relay},
@@ -30,7 +31,7 @@ use russh::{
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::oneshot,
+    sync::{OwnedSemaphorePermit, oneshot},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -39,6 +40,9 @@ use crate::{agent::Agent, dialer::Dialled, identity::UserRole, metrics};
 
 /// How long one stream of a stock SSH client may hold up that client's other streams.
 const CLIENT_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long a session may take to send what is left when the agent stops.
+const FAREWELL: Duration = Duration::from_secs(10);
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
@@ -56,12 +60,12 @@ pub enum SessionError {
 }
 
 /// Serves one SSH session on an established link, until it ends. `authenticated` is told once the peer has
-/// proved who it is; `evicted` cuts a handshake that has to make room.
+/// proved who it is; until then it has a `place`, which it may have to give up.
 pub async fn serve<T>(
     agent: Arc<Agent>,
     link: T,
     peer: Option<SocketAddr>,
-    evicted: CancellationToken,
+    place: Option<Place>,
     authenticated: oneshot::Sender<()>,
 ) -> Result<(), SessionError>
 where
@@ -71,13 +75,16 @@ where
     let limit = agent.config.limits.handshake_timeout;
     let cut = CancellationToken::new();
     let _cut_on_exit = cut.clone().drop_guard();
-    let (link, gate) = Link::new(link, cut.clone());
+    let received = place.as_ref().map(|place| place.received.clone()).unwrap_or_default();
+    let (link, gate) = Link::new(link, cut.clone(), received);
     let tasks = agent.sessions.child();
     let _cancel_on_exit = CancelOnDrop(tasks.clone());
     let (proved, proof) = oneshot::channel();
     let handler = Session {
         peer: peer.map(|p| p.ip()),
         role: None,
+        person: None,
+        valid_before: None,
         proved: Some(proved),
         channels: Channels::new(gate.clone(), tasks.clone(), CLIENT_PATIENCE),
         feeder: None,
@@ -92,8 +99,9 @@ where
     };
     let outcome = tokio::select! {
         r = tokio::time::timeout(limit, handshake) => r.map_err(|_| SessionError::HandshakeTimeout(limit)),
-        () = evicted.cancelled() => Err(SessionError::Evicted),
+        () = evicted(&place) => Err(SessionError::Evicted),
     };
+    drop(place);
     let count = |result| agent.metrics.handshakes.get_or_create(&metrics::Result { result }).inc();
     let session = match outcome.and_then(|r| r) {
         Ok((session, true)) => {
@@ -112,16 +120,27 @@ where
     let _ = authenticated.send(());
     agent.metrics.sessions.inc();
     let handle = session.handle();
+    tokio::pin!(session);
     let ended = tokio::select! {
-        ended = session => ended,
-        () = agent.sessions.cancelled() => {
-            let bye = handle.disconnect(russh::Disconnect::ByApplication, "node-agent is stopping".into(), String::new());
-            let _ = tokio::time::timeout(Duration::from_secs(1), bye).await;
-            Ok(())
+        ended = &mut session => ended,
+        () = agent.stopping.cancelled() => {
+            // The farewell goes behind all that streams have sent.
+            let farewell = async {
+                let _ = handle.disconnect(russh::Disconnect::ByApplication, "node-agent is stopping".into(), String::new()).await;
+                session.await
+            };
+            tokio::time::timeout(FAREWELL, farewell).await.unwrap_or(Ok(()))
         }
     };
     agent.metrics.sessions.dec();
     ended
+}
+
+async fn evicted(place: &Option<Place>) {
+    match place {
+        Some(place) => place.evicted.cancelled().await,
+        None => std::future::pending().await,
+    }
 }
 
 struct CancelOnDrop(Tasks);
@@ -138,18 +157,24 @@ fn server_config(agent: &Agent) -> Result<server::Config, SessionError> {
     Ok(server::Config {
         server_id: SshId::Standard("SSH-2.0-node-agent".into()),
         methods: MethodSet::from(&[MethodKind::PublicKey][..]),
-        auth_rejection_time: Duration::from_secs(1),
+        // ssh may offer its bare key before the certificate, and there is nothing to guess.
+        auth_rejection_time: Duration::from_millis(20),
         auth_rejection_time_initial: Some(Duration::ZERO),
         keys: vec![key],
         certificates: certificate.into_iter().collect(),
-        limits: ssh::limits(),
+        limits: ssh::node_limits(),
         window_size: ssh::CHANNEL_WINDOW,
         maximum_packet_size: ssh::MAX_PACKET,
         channel_buffer_size: 16,
         event_buffer_size: 32,
         preferred: ssh::preferred(),
         max_auth_attempts: 6,
-        inactivity_timeout: None,
+        // Beyond what keep-alives allow: a peer that has said goodbye and does not leave is asked nothing more.
+        inactivity_timeout: Some(
+            limits
+                .keepalive_interval
+                .saturating_mul(u32::try_from(3 * (limits.keepalive_max + 1)).unwrap_or(u32::MAX)),
+        ),
         keepalive_interval: Some(limits.keepalive_interval),
         keepalive_max: limits.keepalive_max,
         nodelay: true,
@@ -160,6 +185,9 @@ struct Session {
     agent: Arc<Agent>,
     peer: Option<IpAddr>,
     role: Option<UserRole>,
+    /// A person's place among people, and when that person's certificate expires.
+    person: Option<OwnedSemaphorePermit>,
+    valid_before: Option<SystemTime>,
     proved: Option<oneshot::Sender<()>>,
     channels: Channels,
     feeder: Option<(ChannelId, Feeder)>,
@@ -179,7 +207,8 @@ impl Session {
             Box::pin(async move { handle.data(channel, frame).await.is_ok() }) as _
         };
         let max_streams = self.agent.config.limits.max_streams;
-        let (mux, feeder, events) = Mux::new(false, max_streams, self.gate.clone(), Box::new(out), &self.tasks);
+        let (mux, feeder, events) =
+            Mux::new(false, max_streams, self.gate.clone(), Box::new(out), &self.tasks);
         self.feeder = Some((channel, feeder));
         self.tasks.spawn(serve_mux(self.agent.clone(), mux, events, self.tasks.clone()));
     }
@@ -202,13 +231,25 @@ impl server::Handler for Session {
         key: server::VerifiedPublicKey<'_>,
     ) -> Result<Auth, SessionError> {
         let fingerprint = PublicKey::fingerprint(key.public_key, Default::default());
-        tracing::warn!(user, %fingerprint, peer = ?self.peer, "refused a key without certificate");
+        tracing::info!(user, %fingerprint, peer = ?self.peer, "refused a key without certificate");
         Ok(Auth::reject())
     }
 
-    async fn auth_openssh_certificate(&mut self, user: &str, certificate: &Certificate) -> Result<Auth, SessionError> {
+    async fn auth_openssh_certificate(
+        &mut self,
+        user: &str,
+        certificate: &Certificate,
+    ) -> Result<Auth, SessionError> {
         match self.agent.verify_user(user, certificate, self.peer, SystemTime::now()) {
             Ok(role) => {
+                if let UserRole::Person { .. } = role {
+                    let Ok(permit) = self.agent.people.clone().try_acquire_owned() else {
+                        tracing::warn!(user, peer = ?self.peer, "refused a person: limits.max_sessions reached");
+                        return Ok(Auth::reject());
+                    };
+                    self.person = Some(permit);
+                    self.valid_before = certificate.valid_before_time();
+                }
                 tracing::info!(user, key_id = certificate.key_id(), serial = certificate.serial(), peer = ?self.peer, "authenticated");
                 self.role = Some(role);
                 Ok(Auth::Accept)
@@ -236,7 +277,9 @@ impl server::Handler for Session {
         if self.is_master() && self.feeder.is_none() {
             reply.accept().await;
         } else {
-            reply.reject(refusal("this node serves port forwarding only: no shell, no commands, no sftp")).await;
+            reply
+                .reject(refusal("this node serves port forwarding only: no shell, no commands, no sftp"))
+                .await;
         }
         Ok(())
     }
@@ -256,7 +299,11 @@ impl server::Handler for Session {
         Ok(())
     }
 
-    async fn shell_request(&mut self, channel: ChannelId, session: &mut server::Session) -> Result<(), SessionError> {
+    async fn shell_request(
+        &mut self,
+        channel: ChannelId,
+        session: &mut server::Session,
+    ) -> Result<(), SessionError> {
         Ok(session.channel_failure(channel)?)
     }
 
@@ -279,11 +326,15 @@ impl server::Handler for Session {
         reply: ChannelOpenHandle,
         _session: &mut server::Session,
     ) -> Result<(), SessionError> {
-        let login = match &self.role {
-            Some(UserRole::Master) => "master-agent".to_owned(),
-            Some(UserRole::Person { login, .. }) => login.clone(),
-            None => return Ok(()),
+        let Some(role) = self.role.clone() else { return Ok(()) };
+        let login = match &role {
+            UserRole::Master => "master-agent".to_owned(),
+            UserRole::Person { login, .. } => login.clone(),
         };
+        if self.valid_before.is_some_and(|at| SystemTime::now() >= at) {
+            reply.reject(refusal("the certificate of this session has expired")).await;
+            return Ok(());
+        }
         let target = proto::Host::parse(host).ok().zip(u16::try_from(port).ok().filter(|p| *p > 0));
         let Some((host, port)) = target else {
             reply.reject(refusal("the target is not HOST:PORT")).await;
@@ -300,7 +351,7 @@ impl server::Handler for Session {
         let origin = format!("ssh {login}");
         self.tasks.spawn(async move {
             let timeout = agent.config.limits.dial_timeout;
-            match agent.dial(&target, timeout).await {
+            match agent.dial(&target, timeout, &role).await {
                 Ok(dialled) => {
                     reply.accept().await;
                     run_stream(&agent, dialled, channels.stream(half), &target, &origin).await;
@@ -334,12 +385,20 @@ impl server::Handler for Session {
         if self.feeder.is_some() { ssh::TUNNEL_WINDOW } else { current }
     }
 
-    async fn channel_eof(&mut self, channel: ChannelId, _session: &mut server::Session) -> Result<(), SessionError> {
+    async fn channel_eof(
+        &mut self,
+        channel: ChannelId,
+        _session: &mut server::Session,
+    ) -> Result<(), SessionError> {
         self.channels.on_eof(channel);
         Ok(())
     }
 
-    async fn channel_close(&mut self, channel: ChannelId, _session: &mut server::Session) -> Result<(), SessionError> {
+    async fn channel_close(
+        &mut self,
+        channel: ChannelId,
+        _session: &mut server::Session,
+    ) -> Result<(), SessionError> {
         if self.feeder.as_ref().is_some_and(|(id, _)| *id == channel) {
             self.feeder = None;
         }
@@ -399,7 +458,7 @@ async fn serve_incoming(agent: Arc<Agent>, incoming: Incoming) {
     let origin = incoming.origin.clone();
     let timeout = incoming.timeout.min(agent.config.limits.dial_timeout);
     let dialled = tokio::select! {
-        dialled = agent.dial(&target, timeout) => dialled,
+        dialled = agent.dial(&target, timeout, &UserRole::Master) => dialled,
         () = incoming.cancelled() => {
             agent.count_dial("cancelled");
             return incoming.refuse(DialError::Cancelled).await;
@@ -415,28 +474,50 @@ async fn serve_incoming(agent: Arc<Agent>, incoming: Incoming) {
     }
 }
 
-/// Relays one stream and leaves its record.
-async fn run_stream(agent: &Agent, dialled: Dialled, stream: Stream, target: &Target, origin: &str) {
+/// Relays one stream.
+async fn run_stream(agent: &Arc<Agent>, dialled: Dialled, stream: Stream, target: &Target, origin: &str) {
     let span = tracing::info_span!("stream", %target, origin);
     async {
-        let began = Instant::now();
-        let counters = Counters::default();
-        agent.metrics.streams.inc();
+        let mut record = Record::new(agent.clone(), dialled.rule);
         let (read, write) = dialled.socket.into_split();
-        let outcome = relay(read, write, stream, &counters.down, &counters.up, agent.config.half_closed_timeout).await;
-        agent.metrics.streams.dec();
-        let (up, down) = (counters.up.into_inner(), counters.down.into_inner());
-        agent.metrics.bytes.get_or_create(&metrics::Direction { direction: "up" }).inc_by(up);
-        agent.metrics.bytes.get_or_create(&metrics::Direction { direction: "down" }).inc_by(down);
-        tracing::info!(
-            rule = dialled.rule,
-            up,
-            down,
-            seconds = began.elapsed().as_secs_f64(),
-            outcome = outcome.kind(),
-            "stream ended"
-        );
+        let (down, up) = (&record.counters.down, &record.counters.up);
+        let outcome = relay(read, write, stream, down, up, agent.config.half_closed_timeout).await;
+        record.outcome = outcome.kind();
     }
     .instrument(span)
     .await;
+}
+
+/// A stream's record, left when it ends in whatever way.
+struct Record {
+    agent: Arc<Agent>,
+    rule: String,
+    began: Instant,
+    counters: Counters,
+    outcome: &'static str,
+}
+
+impl Record {
+    fn new(agent: Arc<Agent>, rule: String) -> Self {
+        agent.metrics.streams.inc();
+        Self { agent, rule, began: Instant::now(), counters: Counters::default(), outcome: "tunnel_lost" }
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        let metrics = &self.agent.metrics;
+        metrics.streams.dec();
+        let (up, down) = (*self.counters.up.get_mut(), *self.counters.down.get_mut());
+        metrics.bytes.get_or_create(&metrics::Direction { direction: "up" }).inc_by(up);
+        metrics.bytes.get_or_create(&metrics::Direction { direction: "down" }).inc_by(down);
+        tracing::info!(
+            rule = self.rule,
+            up,
+            down,
+            seconds = self.began.elapsed().as_secs_f64(),
+            outcome = self.outcome,
+            "stream ended"
+        );
+    }
 }

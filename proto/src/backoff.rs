@@ -19,7 +19,8 @@ impl Backoff {
 
     /// The next delay. `random` is a number in 0..1.
     pub fn next_delay(&mut self, random: f64) -> Duration {
-        let ceiling = self.base.saturating_mul(1u32.checked_shl(self.attempt).unwrap_or(u32::MAX)).min(self.max);
+        let ceiling =
+            self.base.saturating_mul(1u32.checked_shl(self.attempt).unwrap_or(u32::MAX)).min(self.max);
         self.attempt = self.attempt.saturating_add(1).min(30);
         ceiling.mul_f64(0.5 + 0.5 * random.clamp(0.0, 1.0))
     }

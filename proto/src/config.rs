@@ -80,10 +80,23 @@ pub fn parse<T>(
 /// Reads a configuration from a file, with relative paths relative to the file's directory, and checks the
 /// files that it names.
 pub fn load<T>(path: &Path, read: impl FnOnce(&Section<'_>) -> Option<T>) -> Result<T, Errors> {
+    load_with(path, true, read)
+}
+
+/// As [`load`], without looking at the files that the configuration names: for commands that don't need them.
+pub fn load_alone<T>(path: &Path, read: impl FnOnce(&Section<'_>) -> Option<T>) -> Result<T, Errors> {
+    load_with(path, false, read)
+}
+
+fn load_with<T>(
+    path: &Path,
+    check_files: bool,
+    read: impl FnOnce(&Section<'_>) -> Option<T>,
+) -> Result<T, Errors> {
     let origin = path.display().to_string();
     let text = read_text(path).map_err(|message| Errors::whole_file(&origin, message))?;
     let base_dir = path.parent().unwrap_or(Path::new(""));
-    parse(&text, Source { origin: &origin, base_dir, check_files: true }, read)
+    parse(&text, Source { origin: &origin, base_dir, check_files }, read)
 }
 
 fn read_text(path: &Path) -> Result<String, String> {
@@ -470,12 +483,12 @@ impl<'a> Section<'a> {
         address
     }
 
-    /// The path of a Unix socket to listen on, at most 107 bytes (`sun_path` in unix(7)) and different from
-    /// every other one.
+    /// The path of a Unix socket to listen on, different from every other one. `sun_path` in unix(7) has room for
+    /// 107 bytes, and the socket is first made under another name beside it.
     pub fn listen_unix(&self, name: &'static str, default: &str) -> PathBuf {
         let path = self.at(name).and_then(|at| at.path()).unwrap_or_else(|| PathBuf::from(default));
-        if path.as_os_str().len() > 107 {
-            self.error(name, "is longer than the 107 bytes that a Unix socket's path may have");
+        if path.as_os_str().len() > 98 {
+            self.error(name, "is longer than the 98 bytes that a Unix socket's path may have here");
         }
         self.claim(name, Listener::Unix(path.clone()));
         path

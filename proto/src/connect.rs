@@ -82,7 +82,9 @@ pub fn dial_status(error: &DialError) -> u16 {
     match error {
         DialError::BadTarget(_) => 400,
         DialError::Policy { .. } => 403,
-        DialError::NoRoute(_) | DialError::Refused(_) | DialError::Resolve(_) | DialError::Unreachable(_) => 502,
+        DialError::NoRoute(_) | DialError::Refused(_) | DialError::Resolve(_) | DialError::Unreachable(_) => {
+            502
+        }
         DialError::TooManyStreams(_)
         | DialError::NoTunnel { .. }
         | DialError::TunnelLost { .. }
@@ -117,7 +119,11 @@ mod tests {
     #[test]
     fn reads_what_kube_apiserver_sends() {
         for (file, want, rest) in [
-            (&include_bytes!("../../tests/data/captures/http-connect-uds-1.client.bin")[..], "10.77.1.2:8080", "GET / HTTP/1.1\r\n"),
+            (
+                &include_bytes!("../../tests/data/captures/http-connect-uds-1.client.bin")[..],
+                "10.77.1.2:8080",
+                "GET / HTTP/1.1\r\n",
+            ),
             (include_bytes!("../../tests/data/captures/http-connect-uds-2.client.bin"), "10.77.1.2:8081", ""),
         ] {
             let request = parse(file).unwrap().unwrap();
@@ -131,7 +137,10 @@ mod tests {
 
     #[test]
     fn table() {
-        assert_eq!(target("CONNECT [fd00::1]:443 HTTP/1.1\r\nHost: x\r\n\r\n"), Ok(Some("[fd00::1]:443".into())));
+        assert_eq!(
+            target("CONNECT [fd00::1]:443 HTTP/1.1\r\nHost: x\r\n\r\n"),
+            Ok(Some("[fd00::1]:443".into()))
+        );
         assert_eq!(target("CONNECT n1:10250 HTTP/1.0\r\n\r\n"), Ok(Some("n1:10250".into())));
         assert_eq!(target("CONNECT n1:1 HTTP/1.1\r\nContent-Length: 0\r\n\r\n"), Ok(Some("n1:1".into())));
         for (head, status) in [

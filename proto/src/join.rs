@@ -21,7 +21,9 @@ pub struct JoinToken {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("this is not a join token: copy the whole `node-agent join` line that `master-agent token create` printed")]
+#[error(
+    "this is not a join token: copy the whole `node-agent join` line that `master-agent token create` printed"
+)]
 pub struct MalformedToken;
 
 impl JoinToken {
@@ -186,7 +188,15 @@ mod tests {
         let secret = token.reveal().rsplit('.').next().unwrap().to_owned();
         assert!(!format!("{token:?} {:?}", request()).contains(&secret));
         let good = token.reveal();
-        for bad in ["", "mat1", "mat1..", &good[1..], &good[..good.len() - 1], &good.replace("mat1", "mat2"), &good.replace('b', "B")] {
+        for bad in [
+            "",
+            "mat1",
+            "mat1..",
+            &good[1..],
+            &good[..good.len() - 1],
+            &good.replace("mat1", "mat2"),
+            &good.replace('b', "B"),
+        ] {
             assert_eq!(JoinToken::parse(bad), Err(MalformedToken), "{bad}");
         }
     }

@@ -72,7 +72,9 @@ mod tests {
         for good in ["n1", "ip-10-0-0-1.eu.internal", "a", "0abc"] {
             assert_eq!(good.parse::<NodeName>().unwrap().as_str(), good);
         }
-        for bad in ["", "-a", "a-", "A", "a_b", "a..b", "10.0.0.1", "::1", "a b", &"a".repeat(64), &"a.".repeat(127)] {
+        for bad in
+            ["", "-a", "a-", "A", "a_b", "a..b", "10.0.0.1", "::1", "a b", &"a".repeat(64), &"a.".repeat(127)]
+        {
             assert!(bad.parse::<NodeName>().is_err(), "{bad:?}");
         }
     }

@@ -129,6 +129,9 @@ mod tests {
 
     #[test]
     fn an_empty_policy_refuses_everything() {
-        assert!(matches!(Policy::default().decide([10, 0, 0, 1].into(), 80), Verdict::Deny { rule: "default-deny", .. }));
+        assert!(matches!(
+            Policy::default().decide([10, 0, 0, 1].into(), 80),
+            Verdict::Deny { rule: "default-deny", .. }
+        ));
     }
 }

@@ -43,7 +43,9 @@ pub fn create_directory(path: &Path) -> io::Result<()> {
         return Ok(());
     }
     let mut builder = std::fs::DirBuilder::new();
-    std::os::unix::fs::DirBuilderExt::mode(builder.recursive(true), 0o700).create(path).map_err(|e| named(path, e))
+    std::os::unix::fs::DirBuilderExt::mode(builder.recursive(true), 0o700)
+        .create(path)
+        .map_err(|e| named(path, e))
 }
 
 fn write_beside(path: &Path, bytes: &[u8]) -> io::Result<PathBuf> {

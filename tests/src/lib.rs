@@ -3,9 +3,15 @@
 
 pub mod client;
 pub mod cluster;
+pub mod dns;
+pub mod load;
+pub mod netns;
 pub mod openssh;
 pub mod pattern;
+pub mod person;
 pub mod pki;
 pub mod process;
 pub mod relay;
+pub mod rogue;
+pub mod steady;
 pub mod target;

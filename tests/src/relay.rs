@@ -20,13 +20,12 @@ use tokio::{
 /// Bytes that may be on the way in each direction.
 const IN_FLIGHT: usize = 256 * 1024 * 1024;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    Open,
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct State {
     /// Nothing passes and nothing is answered, but no socket is closed.
-    BlackHole,
-    /// Every connection is closed.
-    Cut(u64),
+    black_hole: bool,
+    /// A connection that began at a smaller number is closed.
+    cuts: u64,
 }
 
 /// A running relay. Dropping it leaves existing connections to the runtime.
@@ -41,14 +40,14 @@ impl Relay {
     pub async fn start(listen: SocketAddr, to: SocketAddr, delay: Duration, rate: Option<f64>) -> anyhow::Result<Self> {
         let listener = TcpListener::bind(listen).await?;
         let address = listener.local_addr()?;
-        let (state, watched) = watch::channel(State::Open);
+        let (state, watched) = watch::channel(State::default());
         tokio::spawn(async move {
             while let Ok((near, _)) = listener.accept().await {
                 let state = watched.clone();
                 tokio::spawn(async move {
                     // A relay in a black hole answers no SYN either; loopback can only keep it waiting.
                     let mut waiting = state.clone();
-                    let _ = waiting.wait_for(|s| *s != State::BlackHole).await;
+                    let _ = waiting.wait_for(|s| !s.black_hole).await;
                     if let Ok(far) = TcpStream::connect(to).await {
                         connection(near, far, delay, rate, state).await;
                     }
@@ -60,22 +59,16 @@ impl Relay {
 
     /// Stops everything without closing anything, as a firewall that drops would.
     pub fn black_hole(&self) {
-        let _ = self.state.send(State::BlackHole);
+        self.state.send_modify(|s| s.black_hole = true);
     }
 
     pub fn restore(&self) {
-        let _ = self.state.send(State::Open);
+        self.state.send_modify(|s| s.black_hole = false);
     }
 
-    /// Closes every connection.
+    /// Closes every connection; new ones pass.
     pub fn cut(&self) {
-        self.state.send_modify(|s| {
-            *s = match *s {
-                State::Cut(n) => State::Cut(n + 1),
-                State::Open | State::BlackHole => State::Cut(0),
-            }
-        });
-        let _ = self.state.send(State::Open);
+        self.state.send_modify(|s| *s = State { black_hole: false, cuts: s.cuts + 1 });
     }
 }
 
@@ -85,15 +78,10 @@ async fn connection(near: TcpStream, far: TcpStream, delay: Duration, rate: Opti
     let (far_read, far_write) = far.into_split();
     let up = direction(near_read, far_write, delay, rate, state.clone());
     let down = direction(far_read, near_write, delay, rate, state.clone());
-    state.mark_unchanged();
+    let began = state.borrow_and_update().cuts;
     let cut = async {
-        loop {
-            if state.changed().await.is_err() {
-                return std::future::pending().await;
-            }
-            if matches!(*state.borrow(), State::Cut(_)) {
-                return;
-            }
+        if state.wait_for(|s| s.cuts != began).await.is_err() {
+            std::future::pending::<()>().await;
         }
     };
     tokio::select! {
@@ -115,7 +103,7 @@ async fn direction(
     let mut line_free = Instant::now();
     let mut buffer = vec![0; 256 * 1024];
     loop {
-        if state.wait_for(|s| *s != State::BlackHole).await.is_err() {
+        if state.wait_for(|s| !s.black_hole).await.is_err() {
             return;
         }
         let next = queue.front().map(|(due, _)| *due).or(ended);

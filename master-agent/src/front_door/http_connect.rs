@@ -18,7 +18,9 @@ use proto::{
     io::{
         admin::accept_error,
         dialer::{Connection, Dialer, Origin},
+        handshake::Places,
         relay::relay,
+        socket,
         tasks::Tasks,
     },
 };
@@ -36,6 +38,8 @@ use crate::metrics::{Door, DoorDirection, Metrics, Outcome};
 const EARLY: usize = 64 * 1024;
 /// How long a refused caller has to read its refusal.
 const LINGER: Duration = Duration::from_secs(2);
+/// TLS handshakes at once.
+const HANDSHAKES: usize = 256;
 
 /// What both listeners share.
 pub struct HttpConnect {
@@ -43,7 +47,8 @@ pub struct HttpConnect {
     pub metrics: Metrics,
     pub head_timeout: Duration,
     pub half_closed_timeout: Duration,
-    pub permits: Arc<Semaphore>,
+    /// Callers at once on each listener.
+    pub max_connections: usize,
     /// Connections; drained at the end.
     pub connections: Tasks,
 }
@@ -55,6 +60,7 @@ pub struct AllowedNames(pub Vec<String>);
 impl HttpConnect {
     /// Accepts from a Unix socket for ever; who may connect is the socket file's mode and owner.
     pub async fn serve_unix(self: Arc<Self>, listener: UnixListener) {
+        let permits = Arc::new(Semaphore::new(self.max_connections));
         loop {
             let socket = match listener.accept().await {
                 Ok((socket, _)) => socket,
@@ -63,11 +69,13 @@ impl HttpConnect {
                     continue;
                 }
             };
-            let Some(permit) = self.permit() else { continue };
+            let Some(permit) = permit(&permits) else { continue };
             let door = self.clone();
             self.connections.spawn(async move {
                 let origin = match socket.peer_cred() {
-                    Ok(cred) => Origin(format!("unix uid={} pid={}", cred.uid(), cred.pid().unwrap_or_default())),
+                    Ok(cred) => {
+                        Origin(format!("unix uid={} pid={}", cred.uid(), cred.pid().unwrap_or_default()))
+                    }
                     Err(_) => Origin("unix".to_owned()),
                 };
                 Call { door, name: "connect-unix", origin, _permit: permit }.run(socket).await;
@@ -76,9 +84,18 @@ impl HttpConnect {
     }
 
     /// Accepts TLS connections with client certificates for ever.
-    pub async fn serve_tls(self: Arc<Self>, listener: TcpListener, acceptor: TlsAcceptor, allowed: AllowedNames) {
+    pub async fn serve_tls(
+        self: Arc<Self>,
+        listener: TcpListener,
+        acceptor: TlsAcceptor,
+        allowed: AllowedNames,
+    ) {
         let allowed = Arc::new(allowed);
+        // Who has not shown a certificate can't take the places of those who have.
+        let permits = Arc::new(Semaphore::new(self.max_connections));
+        let handshakes = Places::new(HANDSHAKES);
         loop {
+            handshakes.admit().await;
             let (socket, peer) = match listener.accept().await {
                 Ok(accepted) => accepted,
                 Err(e) => {
@@ -86,38 +103,51 @@ impl HttpConnect {
                     continue;
                 }
             };
-            let _ = socket.set_nodelay(true);
-            let Some(permit) = self.permit() else { continue };
-            let (door, acceptor, allowed) = (self.clone(), acceptor.clone(), allowed.clone());
+            socket::tune(&socket);
+            let place = handshakes.take(peer.ip());
+            let (door, acceptor, allowed, permits) =
+                (self.clone(), acceptor.clone(), allowed.clone(), permits.clone());
             self.connections.spawn(async move {
-                let handshake = Box::pin(tokio::time::timeout(door.head_timeout, acceptor.accept(socket))).await;
-                let tls = match handshake {
-                    Ok(Ok(tls)) => tls,
-                    Ok(Err(error)) => return door.bad_request("connect-tls", &peer, &error),
-                    Err(_) => return door.bad_request("connect-tls", &peer, &"no TLS handshake in time"),
+                let handshake = Box::pin(tokio::time::timeout(door.head_timeout, acceptor.accept(socket)));
+                let tls = tokio::select! {
+                    handshake = handshake => match handshake {
+                        Ok(Ok(tls)) => tls,
+                        Ok(Err(error)) => return door.bad_request("connect-tls", &peer, &error),
+                        Err(_) => return door.bad_request("connect-tls", &peer, &"no TLS handshake in time"),
+                    },
+                    () = place.evicted.cancelled() => {
+                        return door.bad_request("connect-tls", &peer, &"gave its place to a newer handshake");
+                    }
                 };
+                drop(place);
                 let name = match allowed.check(tls.get_ref().1.peer_certificates()) {
                     Ok(name) => name,
                     Err(error) => return door.bad_request("connect-tls", &peer, &error),
                 };
+                let Some(permit) = permit(&permits) else { return };
                 let origin = Origin(format!("tls {name} {peer}"));
                 Call { door, name: "connect-tls", origin, _permit: permit }.run(tls).await;
             });
         }
     }
 
-    fn permit(&self) -> Option<OwnedSemaphorePermit> {
-        let permit = self.permits.clone().try_acquire_owned().ok();
-        if permit.is_none() {
-            tracing::warn!("refused a connection: http_connect.max_connections reached");
-        }
-        permit
-    }
-
-    fn bad_request(&self, front_door: &'static str, caller: &dyn std::fmt::Display, error: &dyn std::fmt::Display) {
+    fn bad_request(
+        &self,
+        front_door: &'static str,
+        caller: &dyn std::fmt::Display,
+        error: &dyn std::fmt::Display,
+    ) {
         self.metrics.bad_requests.get_or_create(&Door { front_door }).inc();
         tracing::info!(front_door, %caller, %error, "refused a caller");
     }
+}
+
+fn permit(permits: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
+    let permit = permits.clone().try_acquire_owned().ok();
+    if permit.is_none() {
+        tracing::warn!("refused a connection: http_connect.max_connections reached");
+    }
+    permit
 }
 
 impl AllowedNames {
@@ -135,9 +165,10 @@ impl AllowedNames {
 /// The common names of the subject, then the DNS names.
 fn certificate_names(der: &CertificateDer<'_>) -> Result<Vec<String>, String> {
     use x509_parser::{extensions::GeneralName, prelude::FromDer};
-    let (_, certificate) =
-        x509_parser::certificate::X509Certificate::from_der(der).map_err(|e| format!("client certificate: {e}"))?;
-    let common = certificate.subject().iter_common_name().filter_map(|cn| cn.as_str().ok().map(str::to_owned));
+    let (_, certificate) = x509_parser::certificate::X509Certificate::from_der(der)
+        .map_err(|e| format!("client certificate: {e}"))?;
+    let common =
+        certificate.subject().iter_common_name().filter_map(|cn| cn.as_str().ok().map(str::to_owned));
     let mut names: Vec<String> = common.collect();
     if let Ok(Some(san)) = certificate.subject_alternative_name() {
         for name in &san.value.general_names {
@@ -248,7 +279,11 @@ impl Call {
         streams.dec();
         let (up, down) = (up.load(Ordering::Relaxed), down.load(Ordering::Relaxed));
         for (direction, bytes) in [("up", up), ("down", down)] {
-            self.door.metrics.bytes.get_or_create(&DoorDirection { front_door: self.name, direction }).inc_by(bytes);
+            self.door
+                .metrics
+                .bytes
+                .get_or_create(&DoorDirection { front_door: self.name, direction })
+                .inc_by(bytes);
         }
         tracing::info!(
             front_door = self.name,
@@ -342,7 +377,11 @@ struct WithEarly<R> {
 }
 
 impl<R: AsyncRead + Unpin> AsyncRead for WithEarly<R> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         if self.early.is_empty() {
             return Pin::new(&mut self.inner).poll_read(cx, buf);
         }

@@ -43,7 +43,10 @@ impl Authorities {
     /// Reads the authorities' keys, or makes them where there are none yet.
     pub fn load_or_create(state_dir: &Path) -> anyhow::Result<Self> {
         secret_file::create_directory(state_dir)?;
-        Ok(Self { host_ca: load_or_create(state_dir, "host_ca")?, user_ca: load_or_create(state_dir, "user_ca")? })
+        Ok(Self {
+            host_ca: load_or_create(state_dir, "host_ca")?,
+            user_ca: load_or_create(state_dir, "user_ca")?,
+        })
     }
 
     pub fn host_ca(&self) -> &PublicKey {

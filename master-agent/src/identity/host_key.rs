@@ -43,7 +43,9 @@ pub enum Expected<'a> {
 /// Why a host key was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HostKeyError {
-    #[error("host key {fingerprint} of {who} has no certificate of this master's host CA: join the host (`master-agent token create`), or for a plain sshd run `master-agent sshd-config`, or pin the key in the inventory")]
+    #[error(
+        "host key {fingerprint} of {who} has no certificate of this master's host CA: join the host (`master-agent token create`), or for a plain sshd run `master-agent sshd-config`, or pin the key in the inventory"
+    )]
     NoCertificate { node: Option<NodeName>, who: String, fingerprint: String },
     #[error("{who} shows a certificate of another CA ({ca}); it must be signed by this master's host CA")]
     WrongCa { node: Option<NodeName>, who: String, ca: String },
@@ -51,7 +53,9 @@ pub enum HostKeyError {
     BadSignature { node: Option<NodeName>, who: String },
     #[error("{who} shows a user certificate in place of a host certificate")]
     NotAHostCertificate { node: Option<NodeName>, who: String },
-    #[error("the host certificate of {who} expired at {at}: join the host again with `master-agent token create --node`")]
+    #[error(
+        "the host certificate of {who} expired at {at}: join the host again with `master-agent token create --node`"
+    )]
     Expired { node: Option<NodeName>, who: String, at: String },
     #[error("the host certificate of {who} is not valid before {at}: check both clocks")]
     NotYetValid { node: Option<NodeName>, who: String, at: String },
@@ -67,13 +71,21 @@ pub enum HostKeyError {
     NotInKnownHosts { node: NodeName, fingerprint: String, file: String },
     #[error("host key {fingerprint} of node {node} is revoked in {file}")]
     Revoked { node: NodeName, fingerprint: String, file: String },
-    #[error("node {node} is recognised by its `host_keys:` in the inventory; a certificate (of key {fingerprint}) does not count for it")]
+    #[error(
+        "node {node} is recognised by its `host_keys:` in the inventory; a certificate (of key {fingerprint}) does not count for it"
+    )]
     OtherTrust { node: NodeName, fingerprint: String },
-    #[error("the host key of node {node} has changed: first seen {first}, now {fingerprint}. If that is right, forget the old one (`master-agent node forget {node}`)")]
+    #[error(
+        "the host key of node {node} has changed: first seen {first}, now {fingerprint}. If that is right, forget the old one (`master-agent node forget {node}`)"
+    )]
     Changed { node: NodeName, first: String, fingerprint: String },
     #[error("node {node} has joined with another key ({current}) since this certificate was made")]
     Superseded { node: NodeName, current: String },
-    #[error("node {node} is not in the inventory and has not joined")]
+    #[error(
+        "no key of node {node} is known here (it was forgotten, or the state was lost): join it anew with `master-agent token create --node {node}`, or run `master-agent sshd-config {node}` again"
+    )]
+    Forgotten { node: NodeName },
+    #[error("node {node} is not in the inventory")]
     UnknownNode { node: NodeName },
     #[error("the store can't be read: {0}")]
     Store(String),
@@ -97,6 +109,7 @@ impl HostKeyError {
             Self::OtherTrust { .. } => "other_trust",
             Self::Changed { .. } => "key_changed",
             Self::Superseded { .. } => "superseded",
+            Self::Forgotten { .. } => "forgotten",
             Self::UnknownNode { .. } => "unknown_node",
             Self::Store(_) => "store",
         }
@@ -119,6 +132,7 @@ impl HostKeyError {
             | Self::OtherTrust { node, .. }
             | Self::Changed { node, .. }
             | Self::Superseded { node, .. }
+            | Self::Forgotten { node }
             | Self::UnknownNode { node } => Some(node),
             Self::NoName { .. } | Self::Store(_) => None,
         }
@@ -196,7 +210,9 @@ pub fn verify_host(
 fn presented_key(presented: &PublicKeyOrCertificate) -> PublicKey {
     match presented {
         PublicKeyOrCertificate::PublicKey { key, .. } => PublicKey::new(key.key_data().clone(), ""),
-        PublicKeyOrCertificate::Certificate(certificate) => PublicKey::new(certificate.public_key().clone(), ""),
+        PublicKeyOrCertificate::Certificate(certificate) => {
+            PublicKey::new(certificate.public_key().clone(), "")
+        }
     }
 }
 
@@ -216,7 +232,9 @@ fn by_certificate(
     let listed = |name: &NodeName| certificate.valid_principals().iter().any(|p| p == name.as_str());
     let node = match expected {
         Some(name) if listed(name) => name.clone(),
-        Some(name) => return Err(HostKeyError::WrongPrincipal { expected: name.clone(), principals: principals() }),
+        Some(name) => {
+            return Err(HostKeyError::WrongPrincipal { expected: name.clone(), principals: principals() });
+        }
         None => certificate
             .key_id()
             .strip_prefix("node:")
@@ -278,14 +296,20 @@ enum Known {
 
 /// As sshd(8) describes the file: a plain line for the host, or a CA's line. A key that any line revokes is
 /// never good, whatever host that line is for and however the rest of it reads.
-fn in_known_hosts(file: &Path, dialled: &Target, presented: &PublicKeyOrCertificate, now: SystemTime) -> Known {
+fn in_known_hosts(
+    file: &Path,
+    dialled: &Target,
+    presented: &PublicKeyOrCertificate,
+    now: SystemTime,
+) -> Known {
     let Ok(text) = std::fs::read_to_string(file) else { return Known::No };
     let key = presented_key(presented);
     let ca = match presented {
         PublicKeyOrCertificate::Certificate(certificate) => Some(certificate.signature_key()),
         PublicKeyOrCertificate::PublicKey { .. } => None,
     };
-    let Some(shown) = std::iter::once(key.key_data()).chain(ca).map(base64_of).collect::<Option<Vec<_>>>() else {
+    let Some(shown) = std::iter::once(key.key_data()).chain(ca).map(base64_of).collect::<Option<Vec<_>>>()
+    else {
         return Known::No;
     };
     if text.lines().any(|line| revokes(line, &shown)) {

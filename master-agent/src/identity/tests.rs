@@ -103,7 +103,9 @@ fn a_host_key_is_accepted_only_as_the_node_that_its_certificate_names() {
     let host_ca = PrivateKey::read_openssh_file(dir.0.join("host_ca")).unwrap();
     let (key, other_ca) = (new_key(), new_key());
     let sign = |node: &str, at: SystemTime| {
-        authorities.sign_host(key.public_key(), &name(node), &["10.0.0.5".parse().unwrap()], at, HOUR).unwrap()
+        authorities
+            .sign_host(key.public_key(), &name(node), &["10.0.0.5".parse().unwrap()], at, HOUR)
+            .unwrap()
     };
     let forge = Forge {
         ca: &host_ca,
@@ -125,7 +127,12 @@ fn a_host_key_is_accepted_only_as_the_node_that_its_certificate_names() {
         ("expires this second", sign("n1", now() - HOUR).into(), Err("expired"), Err("expired")),
         ("last second", sign("n1", now() - HOUR + Duration::from_secs(1)).into(), Ok(()), Ok("n1")),
         ("clock five minutes behind", sign("n1", now() + Duration::from_secs(300)).into(), Ok(()), Ok("n1")),
-        ("not yet", sign("n1", now() + Duration::from_secs(301)).into(), Err("not_yet_valid"), Err("not_yet_valid")),
+        (
+            "not yet",
+            sign("n1", now() + Duration::from_secs(301)).into(),
+            Err("not_yet_valid"),
+            Err("not_yet_valid"),
+        ),
         ("other CA", Forge { ca: &other_ca, ..forge }.make(), Err("wrong_ca"), Err("wrong_ca")),
         ("user CA", user.into(), Err("wrong_ca"), Err("wrong_ca")),
         (
@@ -140,7 +147,12 @@ fn a_host_key_is_accepted_only_as_the_node_that_its_certificate_names() {
             Err("critical_option"),
             Err("critical_option"),
         ),
-        ("every principal", Forge { principals: &[], ..forge }.make(), Err("wrong_principal"), Err("wrong_principal")),
+        (
+            "every principal",
+            Forge { principals: &[], ..forge }.make(),
+            Err("wrong_principal"),
+            Err("wrong_principal"),
+        ),
         (
             "only an address",
             Forge { principals: &["10.0.0.5"], ..forge }.make(),
@@ -149,7 +161,12 @@ fn a_host_key_is_accepted_only_as_the_node_that_its_certificate_names() {
         ),
         ("id is not a principal", Forge { id: "node:n2", ..forge }.make(), Ok(()), Err("wrong_principal")),
         ("id without a node", Forge { id: "n1", ..forge }.make(), Ok(()), Err("wrong_principal")),
-        ("renamed", tampered(&sign("n2", now()), "node:n2", "node:n1"), Err("bad_signature"), Err("bad_signature")),
+        (
+            "renamed",
+            tampered(&sign("n2", now()), "node:n2", "node:n1"),
+            Err("bad_signature"),
+            Err("bad_signature"),
+        ),
         (
             "another CA's name put in",
             tampered(&sign("n3", now()), "10.0.0.5", "10.0.0.9"),
@@ -199,7 +216,8 @@ fn pins_and_the_first_use_decide_about_the_key_alone() {
 
     let pins = HashMap::from([(pin, n1.clone())]);
     let call = |shown| {
-        let got = verify_host(&plain(shown), &Expected::CallHome { pins: &pins }, authorities.host_ca(), now());
+        let got =
+            verify_host(&plain(shown), &Expected::CallHome { pins: &pins }, authorities.host_ca(), now());
         got.map(|h| h.node).map_err(|e| e.kind())
     };
     assert_eq!(call(&key), Ok(n1.clone()));
@@ -222,7 +240,8 @@ fn known_hosts_is_read_as_openssh_reads_it() {
     let text = |key: &PrivateKey| key.public_key().to_openssh().unwrap();
     let (key_text, other_text, ca_text) = (text(&key), text(&other), text(&ca));
     let by_ca = |principals| {
-        Forge { ca: &ca, key: key.public_key(), kind: CertType::Host, id: "h", principals, option: None }.make()
+        Forge { ca: &ca, key: key.public_key(), kind: CertType::Host, id: "h", principals, option: None }
+            .make()
     };
     let hashed = {
         std::fs::write(&file, format!("n1.example {key_text}\n")).unwrap();
@@ -244,11 +263,21 @@ fn known_hosts_is_read_as_openssh_reads_it() {
         (hashed, "n1.example:22", plain(&key), Ok(())),
         // A CA's key is good for signing, not for a host; a host's key not for signing.
         (ca_line("*"), "n1.example:22", plain(&ca), Err("not_in_known_hosts")),
-        (format!("n1.example {ca_text}\n"), "n1.example:22", by_ca(&["n1.example"]), Err("not_in_known_hosts")),
+        (
+            format!("n1.example {ca_text}\n"),
+            "n1.example:22",
+            by_ca(&["n1.example"]),
+            Err("not_in_known_hosts"),
+        ),
         (ca_line("*.example"), "n1.example:22", by_ca(&["n1.example"]), Ok(())),
         (ca_line("n?.example"), "n1.example:22", by_ca(&["n1.example"]), Ok(())),
         (ca_line("*.EXAMPLE"), "n1.example:22", by_ca(&["n1.example"]), Ok(())),
-        (ca_line("*.example,!n?.example"), "n1.example:22", by_ca(&["n1.example"]), Err("not_in_known_hosts")),
+        (
+            ca_line("*.example,!n?.example"),
+            "n1.example:22",
+            by_ca(&["n1.example"]),
+            Err("not_in_known_hosts"),
+        ),
         (ca_line("*.other"), "n1.example:22", by_ca(&["n1.example"]), Err("not_in_known_hosts")),
         (ca_line("*.example"), "n1.example:22", by_ca(&["n2.example"]), Err("not_in_known_hosts")),
         (ca_line("*.example"), "n1.example:22", by_ca(&[]), Err("not_in_known_hosts")),
@@ -267,7 +296,12 @@ fn known_hosts_is_read_as_openssh_reads_it() {
             plain(&key),
             Err("revoked"),
         ),
-        (format!("n1.example {key_text}\n@revoked  * {key_text}\n"), "n1.example:22", plain(&key), Err("revoked")),
+        (
+            format!("n1.example {key_text}\n@revoked  * {key_text}\n"),
+            "n1.example:22",
+            plain(&key),
+            Err("revoked"),
+        ),
         (
             format!("{}@revoked * {ca_text}\n", ca_line("*")),
             "n1.example:22",
@@ -304,7 +338,8 @@ fn the_authorities_keys_are_made_once_and_only_for_their_owner() {
     assert_eq!(mode(&state), 0o700);
     for file in ["host_ca", "user_ca"] {
         assert_eq!(mode(&state.join(file)), 0o600);
-        let shown = Command::new("ssh-keygen").arg("-l").arg("-f").arg(state.join(format!("{file}.pub"))).output();
+        let shown =
+            Command::new("ssh-keygen").arg("-l").arg("-f").arg(state.join(format!("{file}.pub"))).output();
         let shown = String::from_utf8(shown.unwrap().stdout).unwrap();
         let key = PrivateKey::read_openssh_file(state.join(file)).unwrap();
         assert!(shown.contains(&key.fingerprint(HashAlg::Sha256).to_string()), "{shown}");
@@ -323,7 +358,8 @@ fn ssh_keygen_reads_what_we_sign() {
     let list = |certificate: &Certificate| {
         let path = dir.0.join("x-cert.pub");
         std::fs::write(&path, certificate.to_openssh().unwrap()).unwrap();
-        let output = Command::new("ssh-keygen").env("TZ", "UTC").arg("-L").arg("-f").arg(&path).output().unwrap();
+        let output =
+            Command::new("ssh-keygen").env("TZ", "UTC").arg("-L").arg("-f").arg(&path).output().unwrap();
         assert!(output.status.success());
         String::from_utf8(output.stdout).unwrap().split_whitespace().collect::<Vec<_>>().join(" ")
     };
@@ -348,7 +384,10 @@ fn ssh_keygen_reads_what_we_sign() {
         assert!(user.contains(part), "{part} in {user}");
     }
     let alice = authorities.sign_user(key.public_key(), &["alice".to_owned()], "alice", now(), HOUR).unwrap();
-    assert!(list(&alice).contains("Principals: alice Critical Options: (none) Extensions: permit-port-forwarding"));
+    assert!(
+        list(&alice)
+            .contains("Principals: alice Critical Options: (none) Extensions: permit-port-forwarding")
+    );
 }
 
 #[test]
@@ -368,7 +407,8 @@ fn absurd_lifetimes_are_cut_and_never_panic() {
     let dir = TempDir::new();
     let authorities = Authorities::load_or_create(&dir.0).unwrap();
     let key = new_key();
-    let certificate = authorities.sign_host(key.public_key(), &name("n1"), &[], now(), Duration::MAX).unwrap();
+    let certificate =
+        authorities.sign_host(key.public_key(), &name("n1"), &[], now(), Duration::MAX).unwrap();
     assert_eq!(certificate.valid_before(), 253_402_300_799);
     let early = SystemTime::UNIX_EPOCH + Duration::from_secs(1);
     assert_eq!(authorities.issue_user(early, HOUR).unwrap().certificate.valid_after(), 0);

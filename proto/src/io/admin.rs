@@ -14,7 +14,7 @@ use tokio::{
     sync::Semaphore,
 };
 
-use super::tasks::Tasks;
+use super::{socket, tasks::Tasks};
 
 /// Connections served at once.
 const CONNECTIONS: usize = 64;
@@ -46,7 +46,7 @@ impl Endpoints {
             let Ok(permit) = permits.clone().acquire_owned().await else { return };
             match listener.accept().await {
                 Ok((socket, _)) => {
-                    let _ = socket.set_nodelay(true);
+                    socket::tune(&socket);
                     let connection = self.clone().connection(socket);
                     tasks.spawn(async move {
                         connection.await;

@@ -9,7 +9,10 @@
 use std::{
     collections::HashMap,
     future::poll_fn,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     task::{Poll, Waker},
     time::{Duration, Instant},
 };
@@ -30,15 +33,20 @@ const BUFFER: usize = 2 * 1024 * 1024;
 const QUANTUM: usize = 256 * 1024;
 /// The most bytes sent in one message; OpenSSH accepts no more in a packet.
 const CHUNK: usize = 32 * 1024;
+/// The most bytes buffered for all streams of a connection together, but for a little for each.
+const TOTAL: usize = 32 * 1024 * 1024;
+const LITTLE: usize = 64 * 1024;
 /// How long a channel that ended in both directions waits for the peer to close it first, since russh keeps
-/// some 3.5 KB for every channel that its own side closes first.
-const CLOSE_WAIT: Duration = Duration::from_secs(5);
+/// some 3.5 KB for every channel that its own side closes first. `ssh -W` leaves it to the server, and waits.
+const CLIENT_CLOSE_WAIT: Duration = Duration::from_secs(5);
+const SERVER_CLOSE_WAIT: Duration = Duration::from_millis(500);
 
 /// The channels of one SSH connection, by id. Shared between the session's handler, which feeds them, and
 /// whoever opens or accepts them.
 #[derive(Clone)]
 pub struct Channels {
     table: Arc<Mutex<HashMap<ChannelId, Arc<Shared>>>>,
+    buffered: Arc<AtomicUsize>,
     gate: Gate,
     tasks: Tasks,
     patience: Duration,
@@ -53,7 +61,7 @@ pub enum Half {
 impl Channels {
     /// `patience`: how long the connection may be held up by one stream that takes less than 256 KiB.
     pub fn new(gate: Gate, tasks: Tasks, patience: Duration) -> Self {
-        Self { table: Arc::default(), gate, tasks, patience }
+        Self { table: Arc::default(), buffered: Arc::default(), gate, tasks, patience }
     }
 
     fn table(&self) -> MutexGuard<'_, HashMap<ChannelId, Arc<Shared>>> {
@@ -77,7 +85,15 @@ impl Channels {
     /// Makes a stream of an open channel.
     pub fn stream(&self, half: Half) -> Stream {
         let id = half.id();
-        let shared = self.entry(id).unwrap_or_default();
+        let shared = self.entry(id).unwrap_or_else(|| {
+            // It was closed, or the session has ended, before it was asked for.
+            let shared = Arc::<Shared>::default();
+            let mut state = shared.lock();
+            state.received_close = true;
+            state.fail("closed by the peer");
+            drop(state);
+            shared
+        });
         let owner = Arc::new(Owner { id, half: Some(Arc::new(half)), channels: self.clone(), shared });
         Stream {
             reader: stream::Reader::Channel(Reader { owner: owner.clone(), current: BytesMut::new() }),
@@ -104,7 +120,11 @@ impl Channels {
                 if state.failed.is_some() {
                     return true;
                 }
-                if state.inbox.len() + bytes.len() <= BUFFER {
+                let total = self.buffered.load(Ordering::Relaxed);
+                let room =
+                    state.inbox.len() < LITTLE || total < TOTAL && state.inbox.len() + bytes.len() <= BUFFER;
+                if room {
+                    self.buffered.fetch_add(bytes.len(), Ordering::Relaxed);
                     if state.inbox.is_empty() {
                         state.quantum_began = Instant::now();
                         state.quantum_drained = 0;
@@ -133,7 +153,8 @@ impl Channels {
     }
 
     pub fn on_close(&self, id: ChannelId) {
-        let Some(shared) = self.table().remove(&id) else { return };
+        let removed = self.table().remove(&id);
+        let Some(shared) = removed else { return };
         let mut state = shared.lock();
         state.received_close = true;
         if !state.received_eof {
@@ -176,6 +197,7 @@ struct State {
     failed: Option<StreamError>,
     reader: Option<Waker>,
     writer: Option<Waker>,
+    watch: Option<Waker>,
 }
 
 impl Default for State {
@@ -190,6 +212,7 @@ impl Default for State {
             failed: None,
             reader: None,
             writer: None,
+            watch: None,
         }
     }
 }
@@ -199,6 +222,7 @@ impl State {
         self.failed.get_or_insert_with(|| StreamError(reason.to_owned()));
         wake(&mut self.reader);
         wake(&mut self.writer);
+        wake(&mut self.watch);
     }
 }
 
@@ -252,7 +276,8 @@ impl Drop for Owner {
         let (in_order, closed) = {
             let mut state = self.shared.lock();
             state.fail("given up");
-            state.inbox = BytesMut::new();
+            let left = std::mem::take(&mut state.inbox).len();
+            self.channels.buffered.fetch_sub(left, Ordering::Relaxed);
             (state.sent_eof && state.received_eof, state.received_close)
         };
         self.shared.room.notify_one();
@@ -262,12 +287,33 @@ impl Drop for Owner {
         let (id, shared, channels) = (self.id, self.shared.clone(), self.channels.clone());
         self.channels.tasks.spawn(async move {
             if in_order {
-                let _ = tokio::time::timeout(CLOSE_WAIT, shared.closed.notified()).await;
+                let wait = match half.as_ref() {
+                    Half::Client(_) => CLIENT_CLOSE_WAIT,
+                    Half::Server(_) => SERVER_CLOSE_WAIT,
+                };
+                let _ = tokio::time::timeout(wait, shared.closed.notified()).await;
             }
             half.close().await;
             // russh tells nothing more of a channel that this side has closed.
             channels.table().remove(&id);
         });
+    }
+}
+
+/// See [`stream::Watch`].
+pub struct Watch(Arc<Shared>);
+
+impl Watch {
+    pub(super) async fn failed(&self) {
+        poll_fn(|cx| {
+            let mut state = self.0.lock();
+            if state.failed.is_some() {
+                return Poll::Ready(());
+            }
+            state.watch = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
     }
 }
 
@@ -284,6 +330,10 @@ impl std::fmt::Debug for Reader {
 }
 
 impl Reader {
+    pub(super) fn watch(&self) -> Watch {
+        Watch(self.owner.shared.clone())
+    }
+
     pub(super) async fn fill(&mut self) -> Result<&[u8], StreamError> {
         let Self { owner, current } = self;
         let shared = &owner.shared;
@@ -298,11 +348,17 @@ impl Reader {
         current.clear();
         poll_fn(|cx| {
             let mut state = shared.lock();
-            if !state.inbox.is_empty() {
+            if state.inbox.len() > QUANTUM {
+                *current = state.inbox.split_to(QUANTUM);
+                owner.channels.buffered.fetch_sub(QUANTUM, Ordering::Relaxed);
+            } else if !state.inbox.is_empty() {
+                owner.channels.buffered.fetch_sub(state.inbox.len(), Ordering::Relaxed);
                 std::mem::swap(&mut state.inbox, current);
+            } else if state.received_eof {
+                return Poll::Ready(Ok(()));
             } else if let Some(error) = &state.failed {
                 return Poll::Ready(Err(error.clone()));
-            } else if !state.received_eof {
+            } else {
                 *current = BytesMut::new();
                 state.inbox = BytesMut::new();
                 state.reader = Some(cx.waker().clone());
@@ -330,15 +386,14 @@ impl std::fmt::Debug for Writer {
 
 impl Writer {
     pub(super) async fn room(&mut self) -> Result<usize, StreamError> {
-        self.gate.room().await;
         match &self.owner.shared.lock().failed {
             Some(error) => Err(error.clone()),
-            None => Ok(CHUNK),
+            None => Ok(CHUNK.min(self.gate.share())),
         }
     }
 
     pub(super) async fn send(&mut self, bytes: BytesMut) -> Result<(), StreamError> {
-        self.unless_failed(async |half| half.data(bytes).await).await
+        self.unless_failed(async |half| self.gate.reserve(bytes.len()).await && half.data(bytes).await).await
     }
 
     pub(super) async fn finish(&mut self) -> Result<(), StreamError> {

@@ -1,21 +1,41 @@
 //! Room for handshakes that have not proved anything yet.
 //!
-//! Whoever opens connections and says nothing must not keep a real peer out. A handshake takes milliseconds
-//! from a real peer, so when all places are taken the oldest is given to the newcomer.
+//! Whoever opens connections and says nothing must not keep a real peer out. When all places are taken, the
+//! newcomer gets one of the network that holds most of them, of a peer that has said little so far if there is
+//! one, and picked at random, so that nobody who floods can know whose. [`Places::admit`] keeps connections in
+//! the listener's queue while that happens, so that a place lasts as long as a real peer needs.
 
 use std::{
-    collections::VecDeque,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    collections::HashMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
 use tokio_util::sync::CancellationToken;
 
-/// A bounded number of places, the oldest of which is taken away when all are in use.
+/// Bytes that an SSH peer has sent once its version and its offer of algorithms (RFC 4253 §7.1) have come.
+pub const BEGUN: usize = 512;
+/// Between newcomers while all places are taken.
+const PACE: Duration = Duration::from_millis(1);
+
+/// A bounded number of places, one of which is taken away when all are in use.
 #[derive(Clone, Debug)]
 pub struct Places {
     max: usize,
-    taken: Arc<Mutex<VecDeque<(u64, CancellationToken)>>>,
-    counter: Arc<std::sync::atomic::AtomicU64>,
+    taken: Arc<Mutex<Vec<Taken>>>,
+    counter: Arc<AtomicU64>,
+}
+
+#[derive(Debug)]
+struct Taken {
+    id: u64,
+    network: IpAddr,
+    received: Arc<AtomicUsize>,
+    evicted: CancellationToken,
 }
 
 /// One place; dropping it makes it free.
@@ -23,6 +43,8 @@ pub struct Places {
 pub struct Place {
     id: u64,
     places: Places,
+    /// Bytes that the peer has sent, counted by whoever reads them.
+    pub received: Arc<AtomicUsize>,
     /// Cancelled when the place is taken away.
     pub evicted: CancellationToken,
 }
@@ -32,31 +54,66 @@ impl Places {
         Self { max: max.max(1), taken: Arc::default(), counter: Arc::default() }
     }
 
-    pub fn take(&self) -> Place {
-        let id = self.counter.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let evicted = CancellationToken::new();
+    /// A place for a connection from `peer`.
+    pub fn take(&self, peer: IpAddr) -> Place {
+        let id = self.counter.fetch_add(1, Ordering::Relaxed);
+        let (evicted, received) = (CancellationToken::new(), Arc::<AtomicUsize>::default());
         let mut taken = self.lock();
-        if taken.len() >= self.max
-            && let Some((_, oldest)) = taken.pop_front()
-        {
-            oldest.cancel();
+        if taken.len() >= self.max {
+            evict(&mut taken);
         }
-        taken.push_back((id, evicted.clone()));
-        Place { id, places: self.clone(), evicted }
+        taken.push(Taken {
+            id,
+            network: network(peer),
+            received: received.clone(),
+            evicted: evicted.clone(),
+        });
+        Place { id, places: self.clone(), received, evicted }
+    }
+
+    /// To be awaited before each connection is accepted.
+    pub async fn admit(&self) {
+        if self.in_use() >= self.max {
+            tokio::time::sleep(PACE).await;
+        }
     }
 
     pub fn in_use(&self) -> usize {
         self.lock().len()
     }
 
-    fn lock(&self) -> MutexGuard<'_, VecDeque<(u64, CancellationToken)>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Taken>> {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn evict(taken: &mut Vec<Taken>) {
+    let mut counts: HashMap<IpAddr, usize> = HashMap::new();
+    for place in taken.iter() {
+        *counts.entry(place.network).or_default() += 1;
+    }
+    let most = counts.values().copied().max().unwrap_or_default();
+    let crowd = |place: &Taken| counts.get(&place.network) == Some(&most);
+    let begun = |place: &Taken| place.received.load(Ordering::Relaxed) >= BEGUN;
+    let all_begun = taken.iter().filter(|place| crowd(place)).all(begun);
+    let candidates: Vec<usize> = (0..taken.len())
+        .filter(|i| taken.get(*i).is_some_and(|p| crowd(p) && (all_begun || !begun(p))))
+        .collect();
+    let Some(at) = candidates.get(rand::random_range(0..candidates.len().max(1))) else { return };
+    taken.swap_remove(*at).evicted.cancel();
+}
+
+/// The /24 or /64 that an address lies in: what one party commonly has at its disposal.
+fn network(peer: IpAddr) -> IpAddr {
+    match peer.to_canonical() {
+        IpAddr::V4(a) => Ipv4Addr::from_bits(a.to_bits() & !0xff).into(),
+        IpAddr::V6(a) => Ipv6Addr::from_bits(a.to_bits() & !u128::from(u64::MAX)).into(),
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.places.lock().retain(|(id, _)| *id != self.id);
+        self.places.lock().retain(|place| place.id != self.id);
     }
 }
 
@@ -64,18 +121,50 @@ impl Drop for Place {
 mod tests {
     use super::*;
 
+    fn take(places: &Places, peer: &str) -> Place {
+        places.take(peer.parse().unwrap())
+    }
+
     #[test]
-    fn the_oldest_makes_room_for_the_newest() {
+    fn there_are_never_more_than_the_maximum() {
         let places = Places::new(2);
-        let (a, b) = (places.take(), places.take());
-        let c = places.take();
-        assert!(a.evicted.is_cancelled() && !b.evicted.is_cancelled() && !c.evicted.is_cancelled());
-        drop(a);
-        assert_eq!(places.in_use(), 2);
-        drop(b);
-        let d = places.take();
-        assert!(!c.evicted.is_cancelled() && !d.evicted.is_cancelled());
-        drop((c, d));
+        let mut held = Vec::new();
+        for i in 0..50 {
+            held.push(take(&places, &format!("::ffff:10.0.0.{i}")));
+            assert!(places.in_use() <= 2);
+            assert!(!held.last().unwrap().evicted.is_cancelled());
+        }
+        assert_eq!(held.iter().filter(|place| !place.evicted.is_cancelled()).count(), 2);
+        drop(held);
         assert_eq!(places.in_use(), 0);
+    }
+
+    #[test]
+    fn who_holds_most_places_gives_one() {
+        let places = Places::new(8);
+        let slow = take(&places, "10.9.0.1");
+        let slow6 = take(&places, "fd00:9::1");
+        let mut flood: Vec<Place> = Vec::new();
+        for i in 0..100u8 {
+            flood.push(take(&places, &format!("10.0.0.{i}")));
+            flood.push(take(&places, &format!("fd00::{i}")));
+            flood.retain(|place| !place.evicted.is_cancelled());
+        }
+        assert!(!slow.evicted.is_cancelled() && !slow6.evicted.is_cancelled());
+        assert_eq!((places.in_use(), flood.len()), (8, 6));
+    }
+
+    #[test]
+    fn who_has_said_something_stays_while_others_have_not() {
+        let places = Places::new(8);
+        let real = take(&places, "10.0.0.1");
+        real.received.store(BEGUN, Ordering::Relaxed);
+        let flood: Vec<Place> = (0..200).map(|_| take(&places, "10.0.0.2")).collect();
+        assert!(!real.evicted.is_cancelled());
+        for place in &flood {
+            place.received.store(BEGUN, Ordering::Relaxed);
+        }
+        let _more: Vec<Place> = (0..2).map(|_| take(&places, "10.0.0.3")).collect();
+        assert_eq!(places.in_use(), 8);
     }
 }

@@ -3,7 +3,7 @@
 //! russh writes and reads in one loop and does not read while a write waits. With bulk data in both
 //! directions both ends would wait for the other to read: a deadlock. [`Link`] therefore takes every write at
 //! once, keeps what the socket did not take, and hands it over whenever it is polled for either direction.
-//! What bounds that backlog is [`Gate`]: whoever produces data waits there first.
+//! What bounds that backlog is [`Gate`]: whoever produces data reserves room there first.
 
 use std::{
     io,
@@ -12,73 +12,119 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
 };
 
 use bytes::{Buf, BytesMut};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    sync::Notify,
+    sync::{Semaphore, TryAcquireError},
 };
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-/// Bytes of backlog above which producers of data wait.
-const HIGH_WATER: usize = 512 * 1024;
-/// Bytes of backlog at which they go on.
-const LOW_WATER: usize = 128 * 1024;
+/// Bytes of data that may be on their way between the streams and the socket.
+const ROOM: usize = 512 * 1024;
+/// The least that a stream may read at once, however many wait for room.
+const LEAST_SHARE: usize = 4 * 1024;
 /// A backlog that only a fault can reach; the link fails.
 const LIMIT: usize = 64 * 1024 * 1024;
 /// Small reads (an SSH packet's length) are served from a buffer of this size.
 const READ_BUFFER: usize = 8 * 1024;
 
-/// Says when a link has room for more data.
-#[derive(Clone, Debug, Default)]
+/// Room for data on a link, handed out in the order in which it was asked for.
+#[derive(Clone, Debug)]
 pub struct Gate(Arc<GateState>);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct GateState {
-    backlog: AtomicUsize,
-    room: Notify,
+    room: Semaphore,
+    reserved: AtomicUsize,
+    waiting: AtomicUsize,
+}
+
+impl Default for Gate {
+    fn default() -> Self {
+        Self(Arc::new(GateState {
+            room: Semaphore::new(ROOM),
+            reserved: AtomicUsize::new(0),
+            waiting: AtomicUsize::new(0),
+        }))
+    }
 }
 
 impl Gate {
-    /// Waits until the link's backlog is low. Cancel-safe.
-    pub async fn room(&self) {
-        while self.0.backlog.load(Ordering::Acquire) > HIGH_WATER {
-            let notified = self.0.room.notified();
-            if self.0.backlog.load(Ordering::Acquire) <= HIGH_WATER {
-                return;
-            }
-            notified.await;
-        }
+    /// How many bytes one stream should send at once, so that all that wait hold little together.
+    pub fn share(&self) -> usize {
+        (ROOM / (1 + self.0.waiting.load(Ordering::Relaxed))).max(LEAST_SHARE)
     }
 
-    fn set(&self, backlog: usize) {
-        let before = self.0.backlog.swap(backlog, Ordering::AcqRel);
-        if before > LOW_WATER && backlog <= LOW_WATER {
-            self.0.room.notify_waiters();
+    /// Waits for room for `bytes` bytes, which are the caller's to send; `false` once the link is gone.
+    /// Cancel-safe.
+    pub async fn reserve(&self, bytes: usize) -> bool {
+        let permits = u32::try_from(bytes.min(ROOM)).unwrap_or_default();
+        let permit = match self.0.room.try_acquire_many(permits) {
+            Ok(permit) => permit,
+            Err(TryAcquireError::Closed) => return false,
+            Err(TryAcquireError::NoPermits) => {
+                let _waiting = Waiting::new(&self.0.waiting);
+                match self.0.room.acquire_many(permits).await {
+                    Ok(permit) => permit,
+                    Err(_) => return false,
+                }
+            }
+        };
+        permit.forget();
+        self.0.reserved.fetch_add(bytes.min(ROOM), Ordering::AcqRel);
+        true
+    }
+
+    /// Bytes have left. They are a little more than was reserved for them, by what SSH adds.
+    fn release(&self, bytes: usize) {
+        let all = |reserved: usize| Some(reserved.saturating_sub(bytes));
+        let reserved = self.0.reserved.fetch_update(Ordering::AcqRel, Ordering::Acquire, all);
+        let freed = reserved.unwrap_or_else(|reserved| reserved).min(bytes);
+        if freed > 0 {
+            self.0.room.add_permits(freed);
         }
+    }
+}
+
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl<'a> Waiting<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 /// A byte stream between the agents whose writes never wait.
-pub struct Link<T> {
+pub struct Link<T: AsyncRead + AsyncWrite + Unpin> {
     inner: T,
     read: BytesMut,
     backlog: BytesMut,
     gate: Gate,
+    received: Arc<AtomicUsize>,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
-    /// Cancelling `cut` ends the link, and with it the SSH session that russh runs on it.
-    pub fn new(inner: T, cut: CancellationToken) -> (Self, Gate) {
+    /// Cancelling `cut` ends the link, and with it the SSH session that russh runs on it. `received` counts
+    /// bytes from the peer.
+    pub fn new(inner: T, cut: CancellationToken, received: Arc<AtomicUsize>) -> (Self, Gate) {
         let gate = Gate::default();
         let link = Self {
             inner,
             read: BytesMut::new(),
             backlog: BytesMut::new(),
             gate: gate.clone(),
+            received,
             cut: Box::pin(cut.cancelled_owned()),
         };
         (link, gate)
@@ -95,9 +141,34 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
             if self.backlog.is_empty() {
                 self.backlog = BytesMut::new();
             }
-            self.gate.set(self.backlog.len());
+            self.gate.release(n);
         }
         Poll::Ready(Ok(()))
+    }
+
+    fn read_some(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.read.is_empty() {
+            if buf.remaining() >= READ_BUFFER {
+                return Pin::new(&mut self.inner).poll_read(cx, buf);
+            }
+            self.read.reserve(READ_BUFFER);
+            let poll = tokio_util::io::poll_read_buf(Pin::new(&mut self.inner), cx, &mut self.read);
+            match ready!(poll)? {
+                0 => return Poll::Ready(Ok(())),
+                n => self.received.fetch_add(n, Ordering::Relaxed),
+            };
+        }
+        let n = buf.remaining().min(self.read.len());
+        buf.put_slice(&self.read.split_to(n));
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> Drop for Link<T> {
+    fn drop(&mut self) {
+        // A farewell may be all that is left.
+        let _ = self.drain(&mut Context::from_waker(Waker::noop()));
+        self.gate.0.room.close();
     }
 }
 
@@ -105,44 +176,33 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncRead for Link<T> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if this.cut.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the link was cut on purpose")));
+            return Poll::Ready(Err(io::Error::new(
+                io::ErrorKind::ConnectionAborted,
+                "the link was cut on purpose",
+            )));
         }
         if let Poll::Ready(Err(e)) = this.drain(cx) {
             return Poll::Ready(Err(e));
         }
-        if this.read.is_empty() {
-            if buf.remaining() >= READ_BUFFER {
-                return Pin::new(&mut this.inner).poll_read(cx, buf);
-            }
-            this.read.reserve(READ_BUFFER);
-            let stream = &mut this.inner;
-            let poll = tokio_util::io::poll_read_buf(Pin::new(stream), cx, &mut this.read);
-            if ready!(poll)? == 0 {
-                return Poll::Ready(Ok(()));
-            }
-        }
-        let n = buf.remaining().min(this.read.len());
-        buf.put_slice(&this.read.split_to(n));
-        Poll::Ready(Ok(()))
+        this.read_some(cx, buf)
     }
 }
 
 impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Link<T> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        if this.backlog.len() + bytes.len() > LIMIT {
+            return Poll::Ready(Err(io::Error::other("the peer has stopped reading the link")));
+        }
         if let Poll::Ready(Err(e)) = this.drain(cx) {
             return Poll::Ready(Err(e));
         }
         if this.backlog.is_empty()
             && let Poll::Ready(result) = Pin::new(&mut this.inner).poll_write(cx, bytes)
         {
-            return Poll::Ready(result);
-        }
-        if this.backlog.len() + bytes.len() > LIMIT {
-            return Poll::Ready(Err(io::Error::other("the peer has stopped reading the link")));
+            return Poll::Ready(result.inspect(|n| this.gate.release(*n)));
         }
         this.backlog.extend_from_slice(bytes);
-        this.gate.set(this.backlog.len());
         Poll::Ready(Ok(bytes.len()))
     }
 
@@ -155,9 +215,9 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Link<T> {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        // A peer that does not read must not keep a dead link alive, so the backlog gets one try.
-        if let Poll::Ready(Err(e)) = this.drain(cx) {
-            return Poll::Ready(Err(e));
+        // A peer that does not read can't keep a dead link alive: whoever owns it cuts it in the end.
+        if this.cut.as_mut().poll(cx).is_pending() {
+            ready!(this.drain(cx))?;
         }
         Pin::new(&mut this.inner).poll_shutdown(cx)
     }
@@ -165,6 +225,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Link<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
@@ -172,12 +234,12 @@ mod tests {
     #[tokio::test]
     async fn takes_writes_that_the_socket_does_not_and_delivers_them_while_reading() {
         let (near, mut far) = tokio::io::duplex(1000);
-        let (mut link, gate) = Link::new(near, CancellationToken::new());
+        let (mut link, gate) = Link::new(near, CancellationToken::new(), Arc::default());
         let sent: Vec<u8> = (0..1_000_000u32).map(|i| (i / 7) as u8).collect();
+        assert!(gate.reserve(ROOM).await);
         link.write_all(&sent).await.unwrap();
         link.flush().await.unwrap();
-        assert!(gate.0.backlog.load(Ordering::Relaxed) > HIGH_WATER);
-        assert!(tokio::time::timeout(std::time::Duration::from_millis(1), gate.room()).await.is_err());
+        assert!(tokio::time::timeout(Duration::from_millis(1), gate.reserve(ROOM)).await.is_err());
 
         let reader = async {
             let mut got = vec![0; sent.len()];
@@ -190,8 +252,42 @@ mod tests {
             link.read_exact(&mut answer).await.unwrap();
             answer
         };
-        let (got, answer, ()) = tokio::join!(reader, driver, gate.room());
-        assert!(got == sent);
+        let (got, answer, reserved) = tokio::join!(reader, driver, gate.reserve(ROOM));
+        assert!(got == sent && reserved);
         assert_eq!(&answer, b"done");
+    }
+
+    #[tokio::test]
+    async fn what_is_left_leaves_with_the_link() {
+        let (near, mut far) = tokio::io::duplex(10);
+        let (mut link, _gate) = Link::new(near, CancellationToken::new(), Arc::default());
+        link.write_all(b"0123456789bye").await.unwrap();
+        let mut got = [0; 10];
+        far.read_exact(&mut got).await.unwrap();
+        drop(link);
+        assert_eq!(far.read(&mut got).await.unwrap(), 3);
+    }
+
+    #[tokio::test]
+    async fn room_is_bounded_shared_and_gone_with_the_link() {
+        let (near, _far) = tokio::io::duplex(1000);
+        let (link, gate) = Link::new(near, CancellationToken::new(), Arc::default());
+        assert_eq!(gate.share(), ROOM);
+        assert!(gate.reserve(ROOM - 10).await);
+        let waiting = (0..3).map(|_| {
+            let gate = gate.clone();
+            Box::pin(async move { gate.reserve(20).await })
+        });
+        let mut waiting: Vec<_> = waiting.collect();
+        for future in &mut waiting {
+            assert!(tokio::time::timeout(Duration::from_millis(1), future.as_mut()).await.is_err());
+        }
+        assert_eq!(gate.share(), ROOM / 4);
+        gate.release(30);
+        assert!(waiting.remove(0).await, "in the order of asking");
+        drop(waiting.remove(0));
+        assert_eq!(gate.share(), ROOM / 2);
+        drop(link);
+        assert!(!waiting.remove(0).await && !gate.reserve(1).await);
     }
 }

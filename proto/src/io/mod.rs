@@ -8,6 +8,7 @@ pub mod handshake;
 pub mod link;
 pub mod mux;
 pub mod relay;
+pub mod socket;
 pub mod ssh;
 pub mod stream;
 pub mod tasks;

@@ -35,7 +35,7 @@ use crate::{
 
 /// Bytes by which all windows of a tunnel together may exceed their initial size.
 const GROWTH_BUDGET: i64 = 32 * 1024 * 1024;
-/// Answers (PONG, REFUSED, RESET) that may wait to be sent.
+/// Answers (PONG, REFUSED, RESET) that may wait to be sent, beside one for each stream.
 const ANSWERS: usize = 4096;
 /// How often the round trip is measured.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
@@ -50,7 +50,9 @@ pub struct Mux(Arc<Inner>);
 struct Inner {
     out: Out,
     gate: Gate,
-    answers: mpsc::Sender<Bytes>,
+    answers: mpsc::UnboundedSender<Bytes>,
+    /// Their number. What a peer causes is bounded by [`Feeder::feed`]; a RESET must never be lost.
+    waiting_answers: AtomicUsize,
     streams: Mutex<Streams>,
     max_streams: usize,
     count: AtomicUsize,
@@ -106,14 +108,21 @@ pub struct Events {
 impl Mux {
     /// `initiator` opens streams (the master); the other side gets them as [`Events::incoming`]. The tasks
     /// that send answers and measure the round trip belong to `tasks`.
-    pub fn new(initiator: bool, max_streams: usize, gate: Gate, out: Out, tasks: &Tasks) -> (Self, Feeder, Events) {
-        let (answers, answer_queue) = mpsc::channel(ANSWERS);
-        let (incoming_tx, incoming) = mpsc::channel(1024);
+    pub fn new(
+        initiator: bool,
+        max_streams: usize,
+        gate: Gate,
+        out: Out,
+        tasks: &Tasks,
+    ) -> (Self, Feeder, Events) {
+        let (answers, answer_queue) = mpsc::unbounded_channel();
+        let (incoming_tx, incoming) = mpsc::channel(max_streams.max(1));
         let (notices_tx, notices) = mpsc::channel(16);
         let mux = Self(Arc::new(Inner {
             out,
             gate,
             answers,
+            waiting_answers: AtomicUsize::new(0),
             streams: Mutex::default(),
             max_streams,
             count: AtomicUsize::new(0),
@@ -246,10 +255,9 @@ impl Mux {
         (self.0.out)(frame).await
     }
 
-    fn answer(&self, frame: &Frame<'_>) -> Result<(), ProtocolError> {
-        match self.0.answers.try_send(frame::encode(frame)) {
-            Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => Ok(()),
-            Err(mpsc::error::TrySendError::Full(_)) => Err(ProtocolError::Flood),
+    fn answer(&self, frame: &Frame<'_>) {
+        if self.0.answers.send(frame::encode(frame)).is_ok() {
+            self.0.waiting_answers.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -281,15 +289,16 @@ impl Mux {
 }
 
 /// Sends queued answers, and pings.
-async fn housekeeping(mux: std::sync::Weak<Inner>, mut answers: mpsc::Receiver<Bytes>) {
+async fn housekeeping(mux: std::sync::Weak<Inner>, mut answers: mpsc::UnboundedReceiver<Bytes>) {
     let mut ping = tokio::time::interval(PING_INTERVAL);
     ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         let frame = tokio::select! {
-            answer = answers.recv() => match answer {
-                Some(answer) => answer,
-                None => return,
-            },
+            answer = answers.recv() => {
+                let (Some(answer), Some(mux)) = (answer, mux.upgrade()) else { return };
+                mux.waiting_answers.fetch_sub(1, Ordering::Relaxed);
+                answer
+            }
             _ = ping.tick() => {
                 let Some(mux) = mux.upgrade() else { return };
                 let now = u64::try_from(mux.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
@@ -310,6 +319,9 @@ impl Feeder {
         // Consecutive parts of one stream's data need but one look-up.
         let mut last: Option<(u32, Arc<Shared>)> = None;
         while let Some(frame) = decoder.decode(&mut bytes)? {
+            if mux.0.waiting_answers.load(Ordering::Relaxed) > ANSWERS + mux.0.max_streams {
+                return Err(ProtocolError::Flood);
+            }
             match frame {
                 Frame::Data { stream, bytes } => {
                     if last.as_ref().is_none_or(|(id, _)| *id != stream) {
@@ -354,7 +366,7 @@ impl Feeder {
                     let Some(incoming) = incoming else { return Err(ProtocolError::Open(stream)) };
                     on_open(mux, incoming, stream, timeout_ms, &target, origin)?;
                 }
-                Frame::Ping(id) => mux.answer(&Frame::Pong(id))?,
+                Frame::Ping(id) => mux.answer(&Frame::Pong(id)),
                 Frame::Pong(id) => mux.on_pong(id),
                 Frame::GoAway { reason } => {
                     mux.streams().going_away = Some(reason.clone());
@@ -387,7 +399,10 @@ fn on_open(
     target: &str,
     origin: String,
 ) -> Result<(), ProtocolError> {
-    let refuse = |error| mux.answer(&Frame::Refused { stream, error });
+    let refuse = |error| {
+        mux.answer(&Frame::Refused { stream, error });
+        Ok(())
+    };
     let target: Target = match target.parse() {
         Ok(target) => target,
         Err(e) => return refuse(DialError::BadTarget(e.to_string())),
@@ -467,8 +482,9 @@ impl Drop for Incoming {
     fn drop(&mut self) {
         if let Some(entry) = self.entry.take() {
             entry.shared.lock().ended = true;
-            let error = DialError::TunnelLost { node: String::new(), reason: "the node is shutting down".into() };
-            let _ = entry.mux.answer(&Frame::Refused { stream: entry.id, error });
+            let error =
+                DialError::TunnelLost { node: String::new(), reason: "the node is shutting down".into() };
+            entry.mux.answer(&Frame::Refused { stream: entry.id, error });
         }
     }
 }
@@ -498,7 +514,7 @@ impl Drop for Entry {
         if !state.ended && state.failed.is_none() {
             let reason = state.reset_reason.take().unwrap_or_else(|| "closed by the other agent".to_owned());
             drop(state);
-            let _ = self.mux.answer(&Frame::Reset { stream: self.id, reason });
+            self.mux.answer(&Frame::Reset { stream: self.id, reason });
         }
     }
 }
@@ -524,6 +540,7 @@ struct State {
     answered: Option<oneshot::Sender<Result<(), DialError>>>,
     reader: Option<Waker>,
     writer: Option<Waker>,
+    watch: Option<Waker>,
 }
 
 impl State {
@@ -539,6 +556,7 @@ impl State {
             answered,
             reader: None,
             writer: None,
+            watch: None,
         }
     }
 
@@ -570,12 +588,30 @@ impl State {
         self.failed.get_or_insert(error);
         wake(&mut self.reader);
         wake(&mut self.writer);
+        wake(&mut self.watch);
     }
 }
 
 fn wake(waker: &mut Option<Waker>) {
     if let Some(waker) = waker.take() {
         waker.wake();
+    }
+}
+
+/// See [`stream::Watch`].
+pub struct Watch(Arc<Shared>);
+
+impl Watch {
+    pub(super) async fn failed(&self) {
+        poll_fn(|cx| {
+            let mut state = self.0.lock();
+            if state.failed.is_some() {
+                return Poll::Ready(());
+            }
+            state.watch = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
     }
 }
 
@@ -592,6 +628,10 @@ impl std::fmt::Debug for Reader {
 }
 
 impl Reader {
+    pub(super) fn watch(&self) -> Watch {
+        Watch(self.entry.shared.clone())
+    }
+
     pub(super) async fn fill(&mut self) -> Result<&[u8], StreamError> {
         let Self { entry, current } = self;
         current.clear();
@@ -599,9 +639,11 @@ impl Reader {
             let mut state = entry.shared.lock();
             if !state.inbox.is_empty() {
                 std::mem::swap(&mut state.inbox, current);
+            } else if state.received_eof {
+                return Poll::Ready(Ok(()));
             } else if let Some(error) = &state.failed {
                 return Poll::Ready(Err(error.clone()));
-            } else if !state.received_eof {
+            } else {
                 // Idle: hold no memory.
                 *current = BytesMut::new();
                 state.inbox = BytesMut::new();
@@ -645,14 +687,13 @@ impl std::fmt::Debug for Writer {
 
 impl Writer {
     pub(super) async fn room(&mut self) -> Result<usize, StreamError> {
-        self.entry.mux.0.gate.room().await;
         poll_fn(|cx| {
             let mut state = self.entry.shared.lock();
             if let Some(error) = &state.failed {
                 return Poll::Ready(Err(error.clone()));
             }
             if state.credit > 0 {
-                return Poll::Ready(Ok(state.credit));
+                return Poll::Ready(Ok(state.credit.min(self.entry.mux.0.gate.share())));
             }
             state.writer = Some(cx.waker().clone());
             Poll::Pending
@@ -662,11 +703,15 @@ impl Writer {
 
     pub(super) async fn send(&mut self, buffer: BytesMut) -> Result<(), StreamError> {
         let payload = buffer.len().saturating_sub(frame::HEADER);
+        let room = self.entry.mux.0.gate.reserve(buffer.len()).await;
         {
             let mut state = self.entry.shared.lock();
+            if let Some(error) = &state.failed {
+                return Err(error.clone());
+            }
             state.credit = state.credit.saturating_sub(payload);
         }
-        if self.entry.mux.send(frame::finish_data(buffer, self.entry.id)).await {
+        if room && self.entry.mux.send(frame::finish_data(buffer, self.entry.id)).await {
             return Ok(());
         }
         Err(StreamError(self.entry.mux.closed_reason()))
@@ -794,7 +839,8 @@ mod tests {
             let filled = pair.tasks.spawn(async move {
                 let mut sent = 0usize;
                 // Tiny writes, as many as the window takes.
-                while let Ok(room) = tokio::time::timeout(Duration::from_millis(200), far.writer.room()).await {
+                while let Ok(room) = tokio::time::timeout(Duration::from_millis(200), far.writer.room()).await
+                {
                     let n = room.unwrap().min(100);
                     let mut buffer = far.writer.buffer(n);
                     buffer.resize(buffer.len() + n, 1);
@@ -886,7 +932,7 @@ mod tests {
         assert!(matches!(fed, Err(ProtocolError::Window { .. })), "{fed:?}");
 
         let mut fed = Ok(());
-        for _ in 0..=ANSWERS + 10 {
+        for _ in 0..=ANSWERS + 20 {
             fed = fed.and(feeder.feed(&frame::encode(&Frame::Ping([0; 8]))));
         }
         assert!(matches!(fed, Err(ProtocolError::Flood)), "{fed:?}");

@@ -16,11 +16,15 @@ use crate::mux::frame::MAX_DATA;
 
 /// A read of fewer bytes is small.
 const SMALL: usize = 2 * 1024;
+/// The least that is read at once; whoever has more to send gets more room.
+const LEAST_READ: usize = 4 * 1024;
 /// Small reads, each at once after the one before and none answered, that make a flood.
 const FLOOD: u32 = 32;
 const AT_ONCE: Duration = Duration::from_micros(500);
 /// How long a flood of small writes is gathered before the next read.
 const GATHER: Duration = Duration::from_millis(5);
+/// After its stream has failed, a socket that takes nothing of what had arrived for so long is given up.
+const LAST_BYTES: Duration = Duration::from_secs(2);
 
 /// Bytes carried so far, by direction as seen from the master: `up` to the target, `down` from it.
 #[derive(Debug, Default)]
@@ -80,19 +84,35 @@ where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
+    let watch = stream.watch();
     let Stream { reader, mut writer } = stream;
     let outcome = {
         let outbound = outbound(socket_read, &mut writer, from_socket, to_socket);
         let inbound = inbound(reader, socket_write, to_socket);
         tokio::pin!(outbound, inbound);
-        let first = tokio::select! {
-            r = &mut outbound => r.map(|()| true),
-            r = &mut inbound => r.map(|()| false),
+        let both = async {
+            let first = tokio::select! {
+                r = &mut outbound => r.map(|()| true),
+                r = &mut inbound => r.map(|()| false),
+            };
+            match first {
+                Err(e) => Err(e),
+                Ok(true) => quiet(inbound, to_socket, half_closed_timeout).await,
+                Ok(false) => quiet(outbound, from_socket, half_closed_timeout).await,
+            }
         };
-        match first {
-            Err(e) => Err(e),
-            Ok(true) => quiet(inbound, to_socket, half_closed_timeout).await,
-            Ok(false) => quiet(outbound, from_socket, half_closed_timeout).await,
+        // A socket that is neither read nor written to would not let either direction notice.
+        let abandoned = async {
+            watch.failed().await;
+            let mut taken = None;
+            while taken != Some(to_socket.load(Ordering::Relaxed)) {
+                taken = Some(to_socket.load(Ordering::Relaxed));
+                tokio::time::sleep(LAST_BYTES).await;
+            }
+        };
+        tokio::select! {
+            outcome = both => outcome,
+            () = abandoned => Err(Broken::Stream(StreamError("the stream was reset".to_owned()))),
         }
     };
     let outcome = match outcome {
@@ -132,11 +152,17 @@ async fn outbound<R: AsyncRead + Unpin>(
     answered: &AtomicU64,
 ) -> Result<(), Broken> {
     let mut flood = Flood::default();
+    let mut size = LEAST_READ;
     loop {
-        let room = writer.room().await?;
+        let room = writer.room().await?.min(size);
         let began = Instant::now();
         let frame = std::future::poll_fn(|cx| read_frame(&mut socket, writer, room, cx)).await;
         let Some((frame, n)) = frame.map_err(Broken::Socket)? else { return Ok(writer.finish().await?) };
+        if n == size {
+            size = (size * 2).min(MAX_DATA);
+        } else if n < size / 4 {
+            size = (size / 2).max(LEAST_READ);
+        }
         writer.send(frame).await?;
         carried.fetch_add(n as u64, Ordering::Relaxed);
         if flood.after(n, began.elapsed(), answered.load(Ordering::Relaxed)) {

@@ -1,7 +1,7 @@
 //! What both agents offer in an SSH handshake: post-quantum key exchange first, AEAD ciphers first, nothing
 //! weaker than OpenSSH's own defaults.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, time::Duration};
 
 use russh::{
     Limits, Preferred, cipher, compression, kex,
@@ -10,8 +10,9 @@ use russh::{
 };
 
 /// SSH's own window for a tunnel's channel. The multiplexer's windows bound what is on the way; this one
-/// only must never be the one that closes.
-pub const TUNNEL_WINDOW: u32 = 1 << 30;
+/// only must never be the one that closes. It also bounds what a peer can send during a key exchange, when
+/// nothing is answered.
+pub const TUNNEL_WINDOW: u32 = 64 << 20;
 /// The window of an ordinary channel, as OpenSSH has it.
 pub const CHANNEL_WINDOW: u32 = 2 * 1024 * 1024;
 /// The largest packet, bytes: one full DATA frame fits.
@@ -21,8 +22,10 @@ const KEY_EXCHANGES: &[kex::Name] = &[
     kex::MLKEM768X25519_SHA256,
     kex::CURVE25519,
     kex::CURVE25519_PRE_RFC_8731,
-    kex::DH_G18_SHA512,
-    kex::DH_G16_SHA512,
+    // For an sshd in FIPS mode. Finite-field groups are left out: one exchange of group 18 takes a core for a
+    // good part of a second, before the peer has proved anything.
+    kex::ECDH_SHA2_NISTP256,
+    kex::ECDH_SHA2_NISTP384,
     kex::EXTENSION_SUPPORT_AS_CLIENT,
     kex::EXTENSION_SUPPORT_AS_SERVER,
     kex::EXTENSION_OPENSSH_STRICT_KEX_AS_CLIENT,
@@ -59,12 +62,18 @@ pub fn preferred() -> Preferred {
     }
 }
 
-/// When keys are exchanged anew: after an hour, or as many bytes as OpenSSH allows AES-GCM (2^32 blocks would
-/// be 64 GiB).
-pub fn limits() -> Limits {
+/// When the master exchanges keys anew: after `time`, or as many bytes as OpenSSH allows AES-GCM (2^32 blocks
+/// would be 64 GiB).
+pub fn master_limits(time: Duration) -> Limits {
+    Limits { rekey_write_limit: 32 << 30, rekey_read_limit: 32 << 30, rekey_time_limit: time }
+}
+
+/// When the node does. Later than the master, so that it is always the master who begins: what is on its way to
+/// the side that begins has to fit into that side's window, and the node's is small.
+pub fn node_limits() -> Limits {
     Limits {
-        rekey_write_limit: 32 << 30,
-        rekey_read_limit: 32 << 30,
-        rekey_time_limit: std::time::Duration::from_secs(3600),
+        rekey_write_limit: 48 << 30,
+        rekey_read_limit: 48 << 30,
+        rekey_time_limit: Duration::from_secs(26 * 3600),
     }
 }

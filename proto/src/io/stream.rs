@@ -39,6 +39,34 @@ pub enum Writer {
     Tcp(OwnedWriteHalf),
 }
 
+/// Tells when a stream has failed, also while its socket keeps both directions waiting.
+pub enum Watch {
+    Mux(mux::Watch),
+    Channel(channel::Watch),
+    Tcp,
+}
+
+impl Watch {
+    /// Completes once the stream was reset or its tunnel was lost.
+    pub async fn failed(&self) {
+        match self {
+            Self::Mux(watch) => watch.failed().await,
+            Self::Channel(watch) => watch.failed().await,
+            Self::Tcp => std::future::pending().await,
+        }
+    }
+}
+
+impl Stream {
+    pub fn watch(&self) -> Watch {
+        match &self.reader {
+            Reader::Mux(r) => Watch::Mux(r.watch()),
+            Reader::Channel(r) => Watch::Channel(r.watch()),
+            Reader::Tcp(..) => Watch::Tcp,
+        }
+    }
+}
+
 /// A connection without a tunnel: what a dialer on the spot gives.
 impl From<TcpStream> for Stream {
     fn from(socket: TcpStream) -> Self {
@@ -63,7 +91,10 @@ impl Reader {
             Self::Tcp(socket, buffer) => {
                 buffer.clear();
                 socket.readable().await?;
-                std::future::poll_fn(|cx| tokio_util::io::poll_read_buf(std::pin::Pin::new(&mut *socket), cx, buffer)).await?;
+                std::future::poll_fn(|cx| {
+                    tokio_util::io::poll_read_buf(std::pin::Pin::new(&mut *socket), cx, buffer)
+                })
+                .await?;
                 Ok(buffer)
             }
         }

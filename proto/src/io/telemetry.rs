@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use tracing_subscriber::EnvFilter;
 
+const QUIET: &str = "russh=error,russh::server::encrypted=warn,hyper=warn,rustls=warn";
+
 /// How log records are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -13,15 +15,23 @@ pub enum LogFormat {
 }
 
 /// Starts logging for the process. `level` is a word such as `info`, or a filter such as
-/// `info,master_agent=debug`; the libraries below (russh above all) stay at `warn` unless named.
+/// `info,master_agent=debug`; the libraries below stay quiet unless named. What russh warns of is what any peer
+/// may send as often as it likes; the one exception says why a certificate was refused.
 pub fn init(format: LogFormat, level: &str) {
     let filter = EnvFilter::builder()
-        .parse(format!("{level},russh=warn,hyper=warn,rustls=warn"))
-        .unwrap_or_else(|_| EnvFilter::new("info,russh=warn"));
+        .parse(format!("{QUIET},{level}"))
+        .unwrap_or_else(|_| EnvFilter::new(format!("{QUIET},info")));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let started = match format {
         LogFormat::Text => builder.with_ansi(false).try_init(),
-        LogFormat::Json => builder.json().flatten_event(true).with_current_span(true).with_span_list(false).try_init(),
+        // The module's name would be a second "target".
+        LogFormat::Json => builder
+            .json()
+            .with_target(false)
+            .flatten_event(true)
+            .with_current_span(true)
+            .with_span_list(false)
+            .try_init(),
     };
     if started.is_err() {
         tracing::debug!("logging had been started before");

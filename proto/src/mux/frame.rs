@@ -350,7 +350,12 @@ mod tests {
         ];
         let mut all: Vec<_> = errors.into_iter().map(|error| Frame::Refused { stream: 3, error }).collect();
         all.extend([
-            Frame::Open { stream: 1, timeout_ms: 10_000, target: "10.0.0.1:80".into(), origin: "uid=0".into() },
+            Frame::Open {
+                stream: 1,
+                timeout_ms: 10_000,
+                target: "10.0.0.1:80".into(),
+                origin: "uid=0".into(),
+            },
             Frame::Opened { stream: u32::MAX },
             Frame::Data { stream: 7, bytes: b"hello" },
             Frame::Credit { stream: 1, bytes: 65536 },
@@ -395,7 +400,8 @@ mod tests {
     #[test]
     fn the_wire_form_is_fixed() {
         assert_eq!(
-            encode(&Frame::Open { stream: 1, timeout_ms: 256, target: "a:1".into(), origin: String::new() })[..],
+            encode(&Frame::Open { stream: 1, timeout_ms: 256, target: "a:1".into(), origin: String::new() })
+                [..],
             *b"\x01\0\0\0\x01\0\0\0\x0b\0\0\x01\0\0\x03a:1\0\0"
         );
         let mut data = start_data(2);

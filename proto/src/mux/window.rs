@@ -59,7 +59,8 @@ impl Receive {
         }
         let mut grant = self.taken;
         let round_trip = round_trip.max(SHORTEST_ROUND_TRIP);
-        let took = now.duration_since(self.last_grant).mul_f64(f64::from(self.size) / 2.0 / f64::from(self.taken));
+        let took =
+            now.duration_since(self.last_grant).mul_f64(f64::from(self.size) / 2.0 / f64::from(self.taken));
         if took < round_trip && self.size < MAX && may_grow(self.size) {
             grant = grant.saturating_add(self.size);
             self.size *= 2;

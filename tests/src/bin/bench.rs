@@ -102,7 +102,7 @@ fn print_table(figures: &BTreeMap<&str, Figure>) {
 /// The three ways to one target.
 struct Bench {
     cluster: Cluster,
-    _target: Process,
+    target_process: Process,
     target: SocketAddr,
     ssh: Process,
     sshd: Process,
@@ -155,7 +155,7 @@ impl Bench {
         let cluster = Cluster::start(options).await?;
         Ok(Self {
             cluster,
-            _target: target_process,
+            target_process,
             target,
             ssh,
             sshd,
@@ -179,6 +179,22 @@ impl Bench {
 
     fn door(&self) -> &Door {
         &self.cluster.unix
+    }
+
+    /// Waits until neither the target nor the agents have work: the stalled streams have filled what there is to
+    /// fill. Until then the writers themselves take a core from everybody.
+    async fn until_idle(&self, path: Path) {
+        let cpu = || self.target_process.usage().cpu + self.usage(path).cpu;
+        let mut before = cpu();
+        for _ in 0..100 {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            let now = cpu();
+            if now - before < 0.03 {
+                return;
+            }
+            before = now;
+        }
+        eprintln!("the stalled streams never came to rest");
     }
 
     /// What both ends of a tunnel use.
@@ -471,7 +487,7 @@ async fn isolation(bench: &Bench, n: usize, figures: &mut BTreeMap<&'static str,
             stream.write_all(if i % 2 == 0 { b"firehose\n" } else { b"tiny\n" }).await?;
             stalled.push(stream);
         }
-        tokio::time::sleep(Duration::from_secs(2)).await;
+        bench.until_idle(path).await;
         let rate = kept_get_rate(bench, path, Duration::from_millis(500)).await?;
         let speed = download(bench, path, 128 << 20).await?;
         grown.push((bench.usage(path).memory as f64 - before as f64) / 1e6);

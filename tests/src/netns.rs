@@ -1,0 +1,117 @@
+//! A network namespace with one veth pair to it: a host of its own that can lose its link.
+
+use std::{
+    ffi::OsStr,
+    io::Write,
+    net::Ipv4Addr,
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, bail};
+
+use crate::openssh::run;
+
+/// Exists until it is dropped. Processes in it have to end before.
+#[derive(Debug)]
+pub struct Namespace {
+    pub name: String,
+    /// This host's end of the pair.
+    pub outside: Ipv4Addr,
+    /// The namespace's end.
+    pub inside: Ipv4Addr,
+    outside_link: String,
+    inside_link: String,
+}
+
+impl Namespace {
+    pub fn new() -> anyhow::Result<Self> {
+        let id: u32 = rand::random();
+        let [a, b, c, _] = id.to_be_bytes();
+        // Of 10.0.0.0/8 the upper half, so that a container network's usual places stay free.
+        let net = |last| Ipv4Addr::new(10, a | 128, b, (c & 0xfc) + last);
+        let namespace = Self {
+            name: format!("test-{id:08x}"),
+            outside: net(1),
+            inside: net(2),
+            outside_link: format!("to-{id:08x}"),
+            inside_link: format!("in-{id:08x}"),
+        };
+        namespace.create()?;
+        Ok(namespace)
+    }
+
+    fn create(&self) -> anyhow::Result<()> {
+        let (near, far) = (self.outside_link.as_str(), self.inside_link.as_str());
+        let (outside, inside) = (format!("{}/30", self.outside), format!("{}/30", self.inside));
+        ip(&["netns", "add", &self.name])?;
+        ip(&["link", "add", near, "type", "veth", "peer", "name", far, "netns", &self.name])?;
+        ip(&["address", "add", &outside, "dev", near])?;
+        ip(&["link", "set", near, "up"])?;
+        ip(&["-n", &self.name, "address", "add", &inside, "dev", far])?;
+        ip(&["-n", &self.name, "link", "set", far, "up"])?;
+        ip(&["-n", &self.name, "link", "set", "lo", "up"])
+    }
+
+    /// A new kernel state under the old name and addresses, as after a reboot.
+    pub fn recreate(&self) -> anyhow::Result<()> {
+        self.remove()?;
+        self.create()
+    }
+
+    /// The link goes first: with its namespace alone it would vanish some time later.
+    fn remove(&self) -> anyhow::Result<()> {
+        ip(&["link", "delete", &self.outside_link])?;
+        ip(&["netns", "delete", &self.name])
+    }
+
+    /// A command that runs inside; the process is the program's own.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.name]).arg(program);
+        command
+    }
+
+    pub fn set_link(&self, up: bool) -> anyhow::Result<()> {
+        ip(&["link", "set", &self.outside_link, if up { "up" } else { "down" }])
+    }
+
+    /// Drops every packet of the link, in both directions and without a word.
+    pub fn drop_packets(&self) -> anyhow::Result<()> {
+        let link = &self.inside_link;
+        self.nft(&format!(
+            "table inet cut {{\n\
+             chain in {{\ntype filter hook input priority 0;\niifname \"{link}\" drop\n}}\n\
+             chain out {{\ntype filter hook output priority 0;\noifname \"{link}\" drop\n}}\n}}\n"
+        ))
+    }
+
+    pub fn pass_packets(&self) -> anyhow::Result<()> {
+        self.nft("delete table inet cut\n")
+    }
+
+    fn nft(&self, script: &str) -> anyhow::Result<()> {
+        let mut command = self.command("nft");
+        let mut child = command
+            .args(["-f", "-"])
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("can't run {command:?}"))?;
+        child.stdin.take().context("no input")?.write_all(script.as_bytes())?;
+        let output = child.wait_with_output()?;
+        if !output.status.success() {
+            bail!("{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = self.remove();
+    }
+}
+
+fn ip(args: &[&str]) -> anyhow::Result<()> {
+    run(Command::new("ip").args(args))
+}
