@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc};
 use anyhow::{Context, bail};
 use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
     net::{TcpStream, UnixStream},
 };
 
@@ -13,6 +13,9 @@ use tokio::{
 pub trait Io: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Io for T {}
 pub type Stream = Box<dyn Io>;
+
+/// Room for a response's head, so that it is read at once.
+const HEAD: usize = 1024;
 
 /// A front door, and how to enter it.
 #[derive(Clone, Debug)]
@@ -38,12 +41,13 @@ impl Door {
 
     pub async fn enter(&self) -> anyhow::Result<Stream> {
         Ok(match self {
-            Self::Unix(path) => Box::new(UnixStream::connect(path).await?),
+            Self::Unix(path) => Box::new(BufReader::with_capacity(HEAD, UnixStream::connect(path).await?)),
             Self::Tls(address, config) => {
                 let socket = TcpStream::connect(address).await?;
                 socket.set_nodelay(true)?;
                 let name = ServerName::try_from("localhost")?;
-                Box::new(tokio_rustls::TlsConnector::from(config.clone()).connect(name, socket).await?)
+                let tls = tokio_rustls::TlsConnector::from(config.clone()).connect(name, socket).await?;
+                Box::new(BufReader::with_capacity(HEAD, tls))
             }
         })
     }

@@ -287,7 +287,8 @@ impl Cluster {
 
     /// What `node list -o json` says of a node.
     pub fn node_status(&self, node: &str) -> anyhow::Result<serde_json::Value> {
-        let all: Vec<serde_json::Value> = serde_json::from_str(&self.command(&["node", "list", "-o", "json"])?)?;
+        let all: Vec<serde_json::Value> =
+            serde_json::from_str(&self.command(&["node", "list", "-o", "json"])?)?;
         all.into_iter().find(|n| n["name"] == node).context("no such node")
     }
 
@@ -298,7 +299,8 @@ impl Cluster {
         socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await?;
         let mut text = String::new();
         socket.read_to_string(&mut text).await?;
-        let line = text.lines().find(|l| l.starts_with(prefix)).with_context(|| format!("no metric {prefix}"))?;
+        let line =
+            text.lines().find(|l| l.starts_with(prefix)).with_context(|| format!("no metric {prefix}"))?;
         Ok(line.rsplit(' ').next().unwrap_or_default().parse()?)
     }
 }
@@ -319,7 +321,13 @@ fn write_inventory(path: &Path, nodes: &[Node], options: &Options) -> anyhow::Re
     let mut text = "nodes:\n".to_owned();
     for (i, node) in nodes.iter().enumerate() {
         let addresses: Vec<String> = addresses(i).iter().map(|a| format!("'{a}'")).collect();
-        write!(text, "  - name: {}\n    addresses: [{}]\n    {}\n", node.name, addresses.join(", "), options.inventory)?;
+        write!(
+            text,
+            "  - name: {}\n    addresses: [{}]\n    {}\n",
+            node.name,
+            addresses.join(", "),
+            options.inventory
+        )?;
         if node.kind != Kind::CallHome {
             let dial = options.dial.iter().find(|(name, _)| *name == node.name);
             let dial = dial.map_or_else(|| local(node.port), |(_, address)| *address);

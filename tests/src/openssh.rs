@@ -19,7 +19,11 @@ pub fn keygen(path: &Path) -> anyhow::Result<()> {
 pub fn run(command: &mut Command) -> anyhow::Result<()> {
     let output = command.output().with_context(|| format!("can't run {command:?}"))?;
     if !output.status.success() {
-        bail!("{command:?}: {}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        bail!(
+            "{command:?}: {}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
     Ok(())
 }
@@ -29,7 +33,15 @@ pub fn create_account(name: &str) -> anyhow::Result<()> {
     if Command::new("id").arg(name).output()?.status.success() {
         return Ok(());
     }
-    run(Command::new("useradd").args(["--system", "--password", "*", "--no-create-home", "--shell", "/usr/sbin/nologin", name]))
+    run(Command::new("useradd").args([
+        "--system",
+        "--password",
+        "*",
+        "--no-create-home",
+        "--shell",
+        "/usr/sbin/nologin",
+        name,
+    ]))
 }
 
 /// Starts sshd in the foreground on a loopback port. `config` follows the lines that a test needs anyway.
@@ -43,7 +55,11 @@ pub fn sshd(directory: &Path, port: u16, config: &str) -> anyhow::Result<Process
         ),
     )?;
     let sshd = PathBuf::from("/usr/sbin/sshd");
-    let process = Process::start("sshd", Command::new(sshd).args(["-D", "-e", "-f"]).arg(&file), &directory.join("sshd.log"))?;
+    let process = Process::start(
+        "sshd",
+        Command::new(sshd).args(["-D", "-e", "-f"]).arg(&file),
+        &directory.join("sshd.log"),
+    )?;
     wait_for_port(port)?;
     Ok(process)
 }

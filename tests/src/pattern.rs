@@ -48,7 +48,9 @@ mod tests {
             checker.check(piece);
         }
         assert_eq!(checker.offset(), bytes.len() as u64);
-        for broken in [[&bytes[..5000], &bytes[5001..]].concat(), [&bytes[8..16], &bytes[..8], &bytes[16..]].concat()] {
+        for broken in
+            [[&bytes[..5000], &bytes[5001..]].concat(), [&bytes[8..16], &bytes[..8], &bytes[16..]].concat()]
+        {
             assert!(std::panic::catch_unwind(|| Checker::default().check(&broken)).is_err());
         }
     }

@@ -2,7 +2,9 @@
 
 use std::{path::Path, sync::Arc};
 
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+};
 use rustls::{
     ClientConfig, RootCertStore,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
@@ -33,7 +35,13 @@ impl Authority {
         self.issue(directory, name, &[], ExtendedKeyUsagePurpose::ClientAuth)
     }
 
-    fn issue(&self, directory: &Path, name: &str, names: &[&str], usage: ExtendedKeyUsagePurpose) -> anyhow::Result<()> {
+    fn issue(
+        &self,
+        directory: &Path,
+        name: &str,
+        names: &[&str],
+        usage: ExtendedKeyUsagePurpose,
+    ) -> anyhow::Result<()> {
         let mut params = CertificateParams::new(names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>())?;
         params.distinguished_name.push(DnType::CommonName, name);
         params.extended_key_usages = vec![usage];
@@ -52,10 +60,13 @@ pub fn client_config(ca: &Path, identity: Option<(&Path, &str)>) -> anyhow::Resu
         roots.add(certificate?)?;
     }
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?.with_root_certificates(roots);
+    let builder = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots);
     Ok(Arc::new(match identity {
         Some((directory, name)) => {
-            let chain = CertificateDer::pem_file_iter(directory.join(format!("{name}.crt")))?.collect::<Result<_, _>>()?;
+            let chain = CertificateDer::pem_file_iter(directory.join(format!("{name}.crt")))?
+                .collect::<Result<_, _>>()?;
             let key = PrivateKeyDer::from_pem_file(directory.join(format!("{name}.key")))?;
             builder.with_client_auth_cert(chain, key)?
         }

@@ -105,8 +105,12 @@ impl Usage {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
         let ticks: f64 = fields.get(11..15)?.iter().filter_map(|f| f.parse::<f64>().ok()).sum();
-        let pages: u64 =
-            std::fs::read_to_string(format!("/proc/{pid}/statm")).ok()?.split_whitespace().nth(1)?.parse().ok()?;
+        let pages: u64 = std::fs::read_to_string(format!("/proc/{pid}/statm"))
+            .ok()?
+            .split_whitespace()
+            .nth(1)?
+            .parse()
+            .ok()?;
         let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, |d| d.count() as u64);
         Some(Self { memory: pages * 4096, descriptors, cpu: ticks / 100.0 })
     }
@@ -162,7 +166,9 @@ pub fn free_port() -> u16 {
     // Below the ephemeral range, so that no outgoing connection takes it meanwhile.
     loop {
         let port = rand::random_range(10_000..32_000);
-        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() && std::net::TcpListener::bind(("::1", port)).is_ok() {
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok()
+            && std::net::TcpListener::bind(("::1", port)).is_ok()
+        {
             return port;
         }
     }

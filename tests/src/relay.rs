@@ -1,11 +1,6 @@
 //! A TCP relay that delays, limits, stops or cuts what passes: the network that this kernel does not emulate.
 
-use std::{
-    collections::VecDeque,
-    net::SocketAddr,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::VecDeque, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -37,7 +32,12 @@ pub struct Relay {
 
 impl Relay {
     /// Relays from `listen` to `to`; each direction takes `delay`, and carries at most `rate` bytes a second.
-    pub async fn start(listen: SocketAddr, to: SocketAddr, delay: Duration, rate: Option<f64>) -> anyhow::Result<Self> {
+    pub async fn start(
+        listen: SocketAddr,
+        to: SocketAddr,
+        delay: Duration,
+        rate: Option<f64>,
+    ) -> anyhow::Result<Self> {
         let listener = TcpListener::bind(listen).await?;
         let address = listener.local_addr()?;
         let (state, watched) = watch::channel(State::default());
@@ -72,7 +72,13 @@ impl Relay {
     }
 }
 
-async fn connection(near: TcpStream, far: TcpStream, delay: Duration, rate: Option<f64>, mut state: watch::Receiver<State>) {
+async fn connection(
+    near: TcpStream,
+    far: TcpStream,
+    delay: Duration,
+    rate: Option<f64>,
+    mut state: watch::Receiver<State>,
+) {
     let _ = (near.set_nodelay(true), far.set_nodelay(true));
     let (near_read, near_write) = near.into_split();
     let (far_read, far_write) = far.into_split();

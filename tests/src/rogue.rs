@@ -173,7 +173,7 @@ pub async fn serve(
     // russh runs the session in a task of its own, which this ends.
     let cut = CancellationToken::new();
     let _cut_on_exit = cut.clone().drop_guard();
-    let (link, _) = Link::new(socket, cut);
+    let (link, _) = Link::new(socket, cut, Arc::default());
     server::run_stream(Arc::new(config), link, handler).await?.await
 }
 

@@ -51,9 +51,13 @@ async fn connection(socket: TcpStream) -> std::io::Result<()> {
         ("sink", _) => sink(socket, true).await,
         ("drain", _) => sink(socket, false).await,
         ("echo", _) => echo(socket).await,
-        ("tiny", _) => loop {
-            socket.get_mut().write_all(b"x").await?;
-        },
+        ("tiny", _) => {
+            // With more room it would take minutes to fill, byte by byte.
+            socket2::SockRef::from(socket.get_ref()).set_send_buffer_size(4096)?;
+            loop {
+                socket.get_mut().write_all(b"x").await?;
+            }
+        }
         ("firehose", _) => source(socket.get_mut(), u64::MAX).await,
         ("hold", _) => socket.read_u8().await.map(drop),
         ("GET", _) => http(socket).await,

@@ -81,7 +81,10 @@ fn main() -> anyhow::Result<()> {
 }
 
 fn print_table(figures: &BTreeMap<&str, Figure>) {
-    println!("{:<28} {:>10} {:>12} {:>12} {:>12} {:>8}", "figure", "unit", "direct", "openssh", "ours", "ratio");
+    println!(
+        "{:<28} {:>10} {:>12} {:>12} {:>12} {:>8}",
+        "figure", "unit", "direct", "openssh", "ours", "ratio"
+    );
     let show = |v: Option<f64>| match v {
         None => "-".to_owned(),
         Some(v) if v.abs() >= 100.0 => format!("{v:.0}"),
@@ -132,14 +135,26 @@ impl Bench {
         let user = dir.path().join("user_key");
         openssh::keygen(&key)?;
         openssh::keygen(&user)?;
-        let config = format!("HostKey {}\nAuthorizedKeysFile {}\nMaxSessions 10000", key.display(), user.with_extension("pub").display());
+        let config = format!(
+            "HostKey {}\nAuthorizedKeysFile {}\nMaxSessions 10000",
+            key.display(),
+            user.with_extension("pub").display()
+        );
         let sshd = openssh::sshd(dir.path(), sshd_port, &config)?;
         let mut ssh = Command::new("ssh");
-        ssh.args(["-N", "-F", "none", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"])
-            .args(["-o", "ExitOnForwardFailure=yes", "-o", "LogLevel=ERROR", "-o", "IdentitiesOnly=yes", "-i"])
-            .arg(&user)
-            .args(["-L", &format!("127.0.0.1:{forward_port}:{target}"), "-p", &ssh_to.to_string()])
-            .arg(format!("{}@127.0.0.1", whoami()?));
+        ssh.args([
+            "-N",
+            "-F",
+            "none",
+            "-o",
+            "StrictHostKeyChecking=no",
+            "-o",
+            "UserKnownHostsFile=/dev/null",
+        ])
+        .args(["-o", "ExitOnForwardFailure=yes", "-o", "LogLevel=ERROR", "-o", "IdentitiesOnly=yes", "-i"])
+        .arg(&user)
+        .args(["-L", &format!("127.0.0.1:{forward_port}:{target}"), "-p", &ssh_to.to_string()])
+        .arg(format!("{}@127.0.0.1", whoami()?));
         let ssh = Process::start("ssh", &mut ssh, &dir.path().join("ssh.log"))?;
         openssh::wait_for_port(forward_port).context("ssh -L did not start")?;
 
@@ -239,7 +254,11 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
 }
 
 /// Measures `work` on each path in turn, for a number of rounds.
-async fn rounds(paths: &[Path], rounds: usize, mut work: impl AsyncFnMut(Path) -> anyhow::Result<f64>) -> BTreeMap<Path, f64> {
+async fn rounds(
+    paths: &[Path],
+    rounds: usize,
+    mut work: impl AsyncFnMut(Path) -> anyhow::Result<f64>,
+) -> BTreeMap<Path, f64> {
     let mut values: BTreeMap<Path, Vec<f64>> = BTreeMap::new();
     for _ in 0..rounds {
         for path in paths {
@@ -266,9 +285,17 @@ async fn measure(args: &Args) -> anyhow::Result<BTreeMap<&'static str, Figure>> 
     let n = if args.quick { 3 } else { 5 };
     let megabytes: u64 = if args.quick { 256 } else { 1024 };
 
-    if ["download_throughput", "upload_throughput", "cpu_per_gb", "new_connection", "kept_get", "idle_stream", "isolation"]
-        .iter()
-        .any(|name| wanted(name))
+    if [
+        "download_throughput",
+        "upload_throughput",
+        "cpu_per_gb",
+        "new_connection",
+        "kept_get",
+        "idle_stream",
+        "isolation",
+    ]
+    .iter()
+    .any(|name| wanted(name))
     {
         let bench = Bench::start(None).await?;
         if wanted("download_throughput") || wanted("cpu_per_gb") {
@@ -299,7 +326,8 @@ async fn measure(args: &Args) -> anyhow::Result<BTreeMap<&'static str, Figure>> 
             let mut one = figure("us", &values);
             one.ratio = one.ours.zip(one.direct).map(|(ours, direct)| ours / direct);
             figures.insert("new_connection_get_p50", one);
-            let values = rounds(&ALL, n, async |path| new_connection_rate(&bench, path, count * 2).await).await;
+            let values =
+                rounds(&ALL, n, async |path| new_connection_rate(&bench, path, count * 2).await).await;
             figures.insert("new_connection_rate_32", figure("1/s", &values));
         }
         if wanted("kept_get") {
@@ -320,7 +348,9 @@ async fn measure(args: &Args) -> anyhow::Result<BTreeMap<&'static str, Figure>> 
         }
         if wanted("idle_stream") {
             eprintln!("idle streams");
-            let values = rounds(&[Path::Ours, Path::OpenSsh], 1, async |path| idle_memory(&bench, path, 2000).await).await;
+            let values =
+                rounds(&[Path::Ours, Path::OpenSsh], 1, async |path| idle_memory(&bench, path, 2000).await)
+                    .await;
             figures.insert("idle_stream_memory", figure("KB", &values));
         }
     }
@@ -433,7 +463,9 @@ async fn kept_get_rate(bench: &Bench, path: Path, time: Duration) -> anyhow::Res
 }
 
 /// Runs all at once on this thread.
-async fn try_all(futures: impl Iterator<Item = impl Future<Output = anyhow::Result<()>>>) -> anyhow::Result<()> {
+async fn try_all(
+    futures: impl Iterator<Item = impl Future<Output = anyhow::Result<()>>>,
+) -> anyhow::Result<()> {
     let mut pending: Vec<_> = futures.map(Box::pin).collect();
     std::future::poll_fn(|cx| {
         let mut error = None;
@@ -474,7 +506,11 @@ async fn idle_memory(bench: &Bench, path: Path, count: usize) -> anyhow::Result<
 }
 
 /// The others' rate and throughput while 8 readers are stalled, by what they were before.
-async fn isolation(bench: &Bench, n: usize, figures: &mut BTreeMap<&'static str, Figure>) -> anyhow::Result<()> {
+async fn isolation(
+    bench: &Bench,
+    n: usize,
+    figures: &mut BTreeMap<&'static str, Figure>,
+) -> anyhow::Result<()> {
     let path = Path::Ours;
     let (mut rates, mut speeds, mut grown) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..n {

@@ -73,7 +73,12 @@ async fn every_kind_of_node_and_door_carries_a_gigabyte_each_way_and_half_closes
             download(&door, &target, volume()).await;
             let down = began.elapsed();
             upload(&door, &target, volume()).await;
-            println!("{node} {}: {} bytes each way, {down:.1?} down, {:.1?} up", door.name(), volume(), began.elapsed() - down);
+            println!(
+                "{node} {}: {} bytes each way, {down:.1?} down, {:.1?} up",
+                door.name(),
+                volume(),
+                began.elapsed() - down
+            );
         }
     }
 }

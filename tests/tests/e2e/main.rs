@@ -1,0 +1,14 @@
+//! Whole agents against real peers: one module for each thing that has to hold.
+#![allow(clippy::disallowed_methods, reason = "a test owns its tasks by its runtime")]
+
+mod chaos;
+mod commands;
+mod hostile;
+mod impostor;
+mod interop;
+mod isolation;
+mod joining;
+mod memory;
+mod operate;
+mod policy;
+mod traffic;
