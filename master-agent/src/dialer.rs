@@ -65,7 +65,10 @@ impl TunnelDialer {
         let route = routes.find(target)?;
         let mut failed = None;
         for node in self.candidates(&route)? {
-            let left = self.timeout.saturating_sub(began.elapsed());
+            let left = match failed {
+                None => self.timeout,
+                Some(_) => self.timeout.saturating_sub(began.elapsed()),
+            };
             let error = match self.dial_node(&node, &routes, target, origin, left).await {
                 Ok((stream, permit)) => {
                     let permit = Some(Box::new(permit) as _);

@@ -144,7 +144,6 @@ async fn dial_once(
 /// Accepts nodes that call home until the group of sessions is cancelled.
 pub async fn accept(agent: Arc<Agent>, listener: TcpListener) {
     loop {
-        agent.handshakes.admit().await;
         let (socket, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(e) => {

@@ -58,6 +58,8 @@ pub enum TokenError {
     WrongNode { bound: NodeName, asked: NodeName },
     #[error("the token is not bound to a node: say which with `--node`")]
     NoName,
+    #[error("node {0} is not in the master's inventory: add it there first; the token was not used up")]
+    NotListed(NodeName),
     #[error(
         "node {0} has joined before: to join it anew, make a token bound to it with `master-agent token create --node {0}`"
     )]
@@ -89,13 +91,14 @@ pub trait Store: Send + Sync {
     fn remove_token(&self, id: &str) -> anyhow::Result<bool>;
 
     /// Uses a token up, in one step: of any number of hosts that try at the same time, one succeeds. Gives the
-    /// node's name.
+    /// node's name. `listed` says which names a token that is bound to none is good for.
     fn redeem(
         &self,
         id: &str,
         hash: &[u8; 32],
         asked: Option<&NodeName>,
         now: SystemTime,
+        listed: &dyn Fn(&NodeName) -> bool,
     ) -> Result<NodeName, TokenError>;
 
     fn node(&self, name: &NodeName) -> anyhow::Result<Option<NodeRecord>>;
@@ -233,6 +236,7 @@ impl Store for SqliteStore {
         hash: &[u8; 32],
         asked: Option<&NodeName>,
         now: SystemTime,
+        listed: &dyn Fn(&NodeName) -> bool,
     ) -> Result<NodeName, TokenError> {
         let mut db = self.db();
         let transaction = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -265,6 +269,7 @@ impl Store for SqliteStore {
                 return Err(TokenError::WrongNode { bound, asked: asked.clone() });
             }
             (Some(bound), _) => bound,
+            (None, Some(asked)) if !listed(asked) => return Err(TokenError::NotListed(asked.clone())),
             (None, Some(asked)) => {
                 let joined: Option<i64> = transaction
                     .query_row("SELECT 1 FROM nodes WHERE name = ?1", [asked.as_str()], |row| row.get(0))
@@ -382,7 +387,7 @@ mod tests {
                         scope.spawn(move || {
                             let asked = node(&format!("n{round}-{i}"));
                             let own = (i % 2 == 0).then(|| SqliteStore::open(dir).unwrap());
-                            own.as_ref().unwrap_or(store).redeem(id, &[7; 32], Some(&asked), at(0))
+                            own.as_ref().unwrap_or(store).redeem(id, &[7; 32], Some(&asked), at(0), &|_| true)
                         })
                     })
                     .collect();
@@ -433,10 +438,10 @@ mod tests {
         store.add_token("a", &[1; 32], Some(&node("n1")), at(60)).unwrap();
         assert_eq!(store.tokens(at(59)).unwrap().len(), 1);
         assert_eq!(store.tokens(at(60)).unwrap(), []);
-        let late = store.redeem("a", &[1; 32], None, at(60));
+        let late = store.redeem("a", &[1; 32], None, at(60), &|_| true);
         assert!(matches!(late, Err(TokenError::Expired)), "{late:?}");
         store.tokens(at(60 + 7 * 24 * 3600)).unwrap();
-        let gone = store.redeem("a", &[1; 32], None, at(60 + 7 * 24 * 3600));
+        let gone = store.redeem("a", &[1; 32], None, at(60 + 7 * 24 * 3600), &|_| true);
         assert!(matches!(gone, Err(TokenError::Unknown)), "{gone:?}");
     }
 
@@ -446,7 +451,7 @@ mod tests {
         let store = SqliteStore::open(&dir.0).unwrap();
         store.add_token("a", &[1; 32], Some(&node("n1")), at(60)).unwrap();
         store.db().execute("UPDATE tokens SET node = 'N_1'", []).unwrap();
-        let got = store.redeem("a", &[1; 32], Some(&node("n2")), at(0));
+        let got = store.redeem("a", &[1; 32], Some(&node("n2")), at(0), &|_| true);
         assert!(matches!(got, Err(TokenError::Store(_))), "{got:?}");
     }
 

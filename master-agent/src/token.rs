@@ -114,20 +114,16 @@ fn decide(
             "Give the node's own addresses with --address.".to_owned(),
         ));
     }
-    if let Some(node) = &request.node
-        && listed.addresses(node).is_none()
-    {
-        let hint = "Add it to the inventory first. The token was not used up.".to_owned();
-        return Err((format!("node {node} is not in the master's inventory"), hint));
-    }
+    let is_listed = |node: &NodeName| listed.addresses(node).is_some();
     let _one_at_a_time = JOINING.lock().unwrap_or_else(PoisonError::into_inner);
-    let node = store.redeem(&token.id, &token.hash(), request.node.as_ref(), now).map_err(|e| {
+    let node = store.redeem(&token.id, &token.hash(), request.node.as_ref(), now, &is_listed).map_err(|e| {
         let hint = match &e {
             TokenError::Store(_) => "The master's log says more.",
             TokenError::Unknown
             | TokenError::Expired
             | TokenError::Used
             | TokenError::WrongNode { .. }
+            | TokenError::NotListed(_)
             | TokenError::NoName
             | TokenError::Joined(_) => "Tokens are made on the master.",
         };

@@ -21,7 +21,6 @@ use crate::{
 /// Accepts links until the group of sessions is cancelled.
 pub async fn accept(agent: Arc<Agent>, listener: TcpListener) {
     loop {
-        agent.handshakes.admit().await;
         let (socket, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(e) => {

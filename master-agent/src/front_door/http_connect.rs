@@ -95,7 +95,6 @@ impl HttpConnect {
         let permits = Arc::new(Semaphore::new(self.max_connections));
         let handshakes = Places::new(HANDSHAKES);
         loop {
-            handshakes.admit().await;
             let (socket, peer) = match listener.accept().await {
                 Ok(accepted) => accepted,
                 Err(e) => {
@@ -103,7 +102,7 @@ impl HttpConnect {
                     continue;
                 }
             };
-            socket::tune(&socket);
+            socket::tune_caller(&socket);
             let place = handshakes.take(peer.ip());
             let (door, acceptor, allowed, permits) =
                 (self.clone(), acceptor.clone(), allowed.clone(), permits.clone());

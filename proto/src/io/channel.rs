@@ -40,6 +40,8 @@ const LITTLE: usize = 64 * 1024;
 /// some 3.5 KB for every channel that its own side closes first. `ssh -W` leaves it to the server, and waits.
 const CLIENT_CLOSE_WAIT: Duration = Duration::from_secs(5);
 const SERVER_CLOSE_WAIT: Duration = Duration::from_millis(500);
+/// The same for a channel that is given up before: most peers close when they are told that nothing more comes.
+const ABORT_WAIT: Duration = Duration::from_secs(1);
 
 /// The channels of one SSH connection, by id. Shared between the session's handler, which feeds them, and
 /// whoever opens or accepts them.
@@ -138,6 +140,7 @@ impl Channels {
             if tokio::time::timeout(wait, room).await.is_err() {
                 let mut state = shared.lock();
                 if state.quantum_began.elapsed() >= self.patience {
+                    state.overrun = true;
                     state.fail("too slow: it holds up the other streams of an SSH connection without flow control per stream");
                     return false;
                 }
@@ -194,6 +197,9 @@ struct State {
     received_eof: bool,
     received_close: bool,
     sent_eof: bool,
+    aborted: bool,
+    /// It was closed by the session, for being too slow.
+    overrun: bool,
     failed: Option<StreamError>,
     reader: Option<Waker>,
     writer: Option<Waker>,
@@ -209,6 +215,8 @@ impl Default for State {
             received_eof: false,
             received_close: false,
             sent_eof: false,
+            aborted: false,
+            overrun: false,
             failed: None,
             reader: None,
             writer: None,
@@ -273,12 +281,14 @@ struct Owner {
 impl Drop for Owner {
     fn drop(&mut self) {
         let Some(half) = self.half.take() else { return };
-        let (in_order, closed) = {
+        let (sent_eof, in_order, closed, overrun) = {
             let mut state = self.shared.lock();
+            let overrun = state.overrun;
             state.fail("given up");
             let left = std::mem::take(&mut state.inbox).len();
             self.channels.buffered.fetch_sub(left, Ordering::Relaxed);
-            (state.sent_eof && state.received_eof, state.received_close)
+            let in_order = state.sent_eof && state.received_eof && !state.aborted;
+            (state.sent_eof, in_order, state.received_close, overrun)
         };
         self.shared.room.notify_one();
         if closed {
@@ -286,14 +296,20 @@ impl Drop for Owner {
         }
         let (id, shared, channels) = (self.id, self.shared.clone(), self.channels.clone());
         self.channels.tasks.spawn(async move {
-            if in_order {
+            if !overrun {
                 let wait = match half.as_ref() {
+                    _ if !in_order => ABORT_WAIT,
                     Half::Client(_) => CLIENT_CLOSE_WAIT,
                     Half::Server(_) => SERVER_CLOSE_WAIT,
                 };
-                let _ = tokio::time::timeout(wait, shared.closed.notified()).await;
+                if !sent_eof {
+                    half.eof().await;
+                }
+                let closed = tokio::time::timeout(wait, shared.closed.notified()).await;
+                if closed.is_err() {
+                    half.close().await;
+                }
             }
-            half.close().await;
             // russh tells nothing more of a channel that this side has closed.
             channels.table().remove(&id);
         });
@@ -403,7 +419,7 @@ impl Writer {
     }
 
     pub(super) fn reset(&mut self) {
-        self.owner.shared.lock().sent_eof = false;
+        self.owner.shared.lock().aborted = true;
     }
 
     /// russh waits for a window for ever, also when the channel is closed meanwhile.

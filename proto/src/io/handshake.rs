@@ -2,8 +2,8 @@
 //!
 //! Whoever opens connections and says nothing must not keep a real peer out. When all places are taken, the
 //! newcomer gets one of the network that holds most of them, of a peer that has said little so far if there is
-//! one, and picked at random, so that nobody who floods can know whose. [`Places::admit`] keeps connections in
-//! the listener's queue while that happens, so that a place lasts as long as a real peer needs.
+//! one, and picked at random: whoever floods mostly takes places from itself, and a real peer that lost its own
+//! has a chance each time it comes again.
 
 use std::{
     collections::HashMap,
@@ -12,15 +12,12 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
-    time::Duration,
 };
 
 use tokio_util::sync::CancellationToken;
 
 /// Bytes that an SSH peer has sent once its version and its offer of algorithms (RFC 4253 §7.1) have come.
 pub const BEGUN: usize = 512;
-/// Between newcomers while all places are taken.
-const PACE: Duration = Duration::from_millis(1);
 
 /// A bounded number of places, one of which is taken away when all are in use.
 #[derive(Clone, Debug)]
@@ -69,13 +66,6 @@ impl Places {
             evicted: evicted.clone(),
         });
         Place { id, places: self.clone(), received, evicted }
-    }
-
-    /// To be awaited before each connection is accepted.
-    pub async fn admit(&self) {
-        if self.in_use() >= self.max {
-            tokio::time::sleep(PACE).await;
-        }
     }
 
     pub fn in_use(&self) -> usize {

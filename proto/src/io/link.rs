@@ -13,12 +13,14 @@ use std::{
         atomic::{AtomicUsize, Ordering},
     },
     task::{Context, Poll, Waker, ready},
+    time::Duration,
 };
 
 use bytes::{Buf, BytesMut};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::{Semaphore, TryAcquireError},
+    time::Sleep,
 };
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
@@ -26,6 +28,8 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 const ROOM: usize = 512 * 1024;
 /// The least that a stream may read at once, however many wait for room.
 const LEAST_SHARE: usize = 4 * 1024;
+/// How long a link that is to be closed waits for the socket to take more of the backlog.
+const CLOSING: Duration = Duration::from_secs(1);
 /// A backlog that only a fault can reach; the link fails.
 const LIMIT: usize = 64 * 1024 * 1024;
 /// Small reads (an SSH packet's length) are served from a buffer of this size.
@@ -111,6 +115,8 @@ pub struct Link<T: AsyncRead + AsyncWrite + Unpin> {
     backlog: BytesMut,
     gate: Gate,
     received: Arc<AtomicUsize>,
+    /// Runs while the link is to be closed and the socket takes nothing.
+    closing: Option<(usize, Pin<Box<Sleep>>)>,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
@@ -125,6 +131,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
             backlog: BytesMut::new(),
             gate: gate.clone(),
             received,
+            closing: None,
             cut: Box::pin(cut.cancelled_owned()),
         };
         (link, gate)
@@ -215,9 +222,16 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Link<T> {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        // A peer that does not read can't keep a dead link alive: whoever owns it cuts it in the end.
-        if this.cut.as_mut().poll(cx).is_pending() {
-            ready!(this.drain(cx))?;
+        // A peer that is dead or does not read must not keep the link alive.
+        while this.cut.as_mut().poll(cx).is_pending() && this.drain(cx)?.is_pending() {
+            let left = this.backlog.len();
+            match &mut this.closing {
+                Some((before, timer)) if *before == left => {
+                    ready!(timer.as_mut().poll(cx));
+                    break;
+                }
+                closing => *closing = Some((left, Box::pin(tokio::time::sleep(CLOSING)))),
+            }
         }
         Pin::new(&mut this.inner).poll_shutdown(cx)
     }
@@ -225,8 +239,6 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Link<T> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
@@ -266,6 +278,26 @@ mod tests {
         far.read_exact(&mut got).await.unwrap();
         drop(link);
         assert_eq!(far.read(&mut got).await.unwrap(), 3);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn closing_waits_for_a_peer_that_reads_and_not_for_one_that_does_not() {
+        let (near, mut far) = tokio::io::duplex(10);
+        let (mut link, _gate) = Link::new(near, CancellationToken::new(), Arc::default());
+        link.write_all(&[7; 100]).await.unwrap();
+        let slow = async {
+            let mut got = Vec::new();
+            while got.len() < 50 {
+                tokio::time::sleep(CLOSING / 2).await;
+                got.push(far.read_u8().await.unwrap());
+            }
+            got.len()
+        };
+        let began = tokio::time::Instant::now();
+        let (closed, got) = tokio::join!(link.shutdown(), slow);
+        closed.unwrap();
+        assert_eq!(got, 50);
+        assert!(began.elapsed() >= CLOSING * 25 && began.elapsed() < CLOSING * 28, "{:?}", began.elapsed());
     }
 
     #[tokio::test]

@@ -312,32 +312,6 @@ async fn nothing_but_local_forwarding_is_served() {
     the_masters_tunnel_carries(&cluster, port).await;
 }
 
-/// RFC 4254 §5.1 has one answer to a channel of unknown type; stock ssh disconnects at a second one.
-#[tokio::test]
-async fn a_refused_tunnel_device_leaves_the_clients_forwards_alone() {
-    let (cluster, port) = node(&[]).await;
-    let alice = Person::certified(&cluster, "alice", "").unwrap();
-    let local = free_port();
-    let forward = format!("{local}:127.0.0.1:{port}");
-    let mut client = alice.start("tunnel-device", &["-N", "-w", "any:any", "-L", &forward, "node"]).unwrap();
-    listens(&mut client, local).await;
-    let log = client.log.clone();
-    eventually("the tunnel device is refused", SOON, async || {
-        std::fs::read_to_string(&log).ok()?.contains("open failed: ").then_some(())
-    })
-    .await;
-    for _ in 0..3 {
-        let exchange = async {
-            let mut stream = TcpStream::connect(("127.0.0.1", local)).await?;
-            stream.write_all(b"source 1000\n").await?;
-            stream.read_to_end(&mut Vec::new()).await
-        };
-        let read = within("a download", exchange).await;
-        assert!(matches!(read, Ok(1000)), "{read:?} after:\n{}", client.log_text());
-    }
-    assert!(client.is_running(), "{}", client.log_text());
-}
-
 #[tokio::test]
 async fn other_identities_are_refused() {
     let (cluster, port) = node(&[]).await;

@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# Runs every test: format, lints, dependencies, unit tests, and whole agents against real peers.
+#
+#   tests/run.sh             everything
+#   tests/run.sh STEP...     only these: fmt clippy deny unit e2e quickstart bench
+#
+# It installs what it needs (as root, with apt and cargo) and needs root for what it tests: network namespaces, a
+# DNS server on port 53, accounts. Nothing is skipped: what can't be run fails. TEST_BYTES and TEST_STREAMS make the
+# longest end-to-end tests shorter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH=$PATH:/usr/sbin:/sbin:$HOME/.cargo/bin
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}
+tools=$CARGO_TARGET_DIR/tools
+
+die() {
+    printf 'tests/run.sh: %s\n' "$*" >&2
+    exit 1
+}
+
+install_missing() {
+    local pair missing=()
+    for pair in cc:build-essential sshd:openssh-server ssh:openssh-client ip:iproute2 nft:nftables curl:curl \
+        openssl:openssl setpriv:util-linux useradd:passwd python3:python3 systemd-analyze:systemd; do
+        command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
+    done
+    if [ ${#missing[@]} -gt 0 ]; then
+        [ "$(id -u)" = 0 ] || die "install these first: ${missing[*]}"
+        DEBIAN_FRONTEND=noninteractive apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+    fi
+    command -v cargo >/dev/null || die "cargo is missing: install stable Rust from https://rustup.rs"
+}
+
+fmt() { cargo fmt --all --check; }
+
+clippy() { cargo clippy --locked --workspace --all-targets -- -D warnings; }
+
+# Licences, bans and sources, which this tree alone decides. New advisories are no property of a commit: they need
+# the advisory database from the network, and a run of their own (`cargo deny check advisories`).
+deny() {
+    if [ ! -x "$tools/bin/cargo-deny" ]; then
+        cargo install --quiet --locked --debug --root "$tools" --target-dir "$tools/target" cargo-deny --version "^0.20"
+        rm -rf "$tools/target"
+    fi
+    "$tools/bin/cargo-deny" --locked check bans licenses sources
+}
+
+unit() { cargo test --locked --workspace --lib --bins; }
+
+release() {
+    cargo build --locked --release -p master-agent -p node-agent -p tests --bins
+}
+
+e2e() {
+    [ "$(id -u)" = 0 ] || die "the end-to-end tests need root (network namespaces, accounts, port 53)"
+    release
+    # One at a time: they measure memory and descriptors, and load two cores well.
+    TEST_BIN_DIR=$CARGO_TARGET_DIR/release cargo test --locked -p tests --test e2e -- --test-threads=1
+}
+
+quickstart() {
+    release
+    local dir
+    dir=$(mktemp -d /tmp/quickstart-test.XXXXXX)
+    chmod 0755 "$dir"
+    deploy/quickstart.sh --once --dir "$dir" --bin "$CARGO_TARGET_DIR/release"
+    python3 - "$dir/endpoints.json" <<'END'
+import json, os, sys
+e = json.load(open(sys.argv[1]))
+assert e["mode"] == "namespaces", "network namespaces can't be made here: " + e["mode"]
+assert [n["name"] for n in e["nodes"]] == ["n1", "n2", "n3"], e["nodes"]
+for n in e["nodes"]:
+    assert len(n["targets"]) >= 3 and os.path.exists(n["kubelet"]["ca"]), n
+END
+    rm -rf "$dir"
+}
+
+# That every figure can be taken; what the figures are is for people to read.
+bench() {
+    release
+    "$CARGO_TARGET_DIR/release/bench" --quick --json >"$CARGO_TARGET_DIR/bench.json"
+    python3 - "$CARGO_TARGET_DIR/bench.json" <<'END'
+import json, sys
+figures = json.load(open(sys.argv[1]))
+wanted = {
+    "download_throughput", "upload_throughput", "cpu_per_gb", "new_connection_get_p50", "new_connection_rate_32",
+    "kept_get_p50", "kept_get_rate_32", "idle_stream_memory", "download_100ms_rtt", "isolation_rate",
+    "isolation_throughput", "isolation_memory",
+}
+assert set(figures) == wanted, set(figures) ^ wanted
+for name, figure in figures.items():
+    assert set(figure) == {"unit", "direct", "openssh", "ours", "ratio"} and figure["ours"] is not None, (name, figure)
+    print(f"{name}: {figure}")
+END
+}
+
+install_missing
+for step in "${@:-fmt}"; do
+    case $step in fmt | clippy | deny | unit | e2e | quickstart | bench) ;; *) die "there is no step $step" ;; esac
+done
+[ $# -gt 0 ] || set -- fmt clippy deny unit e2e quickstart bench
+for step in "$@"; do
+    printf '\n==== %s\n' "$step"
+    "$step"
+done
+printf '\n%d passed, 0 failed\n' $#
