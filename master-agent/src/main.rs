@@ -28,12 +28,17 @@ fn main() -> ExitCode {
         cli::completions(shell);
         return ExitCode::SUCCESS;
     }
-    let config = match cli.command {
-        Command::Run | Command::CheckConfig => Config::load(&cli.config),
-        // A mistake in the inventory is no reason not to answer what the running agent does.
-        _ => Config::load_alone(&cli.config),
+    // A mistake in the inventory is no reason not to answer what the running agent does.
+    let load = match cli.command {
+        Command::Run | Command::CheckConfig => Config::load,
+        Command::Token(_)
+        | Command::Node(_)
+        | Command::SshdConfig(_)
+        | Command::Explain { .. }
+        | Command::SignUser(_)
+        | Command::Completions { .. } => Config::load_alone,
     };
-    let config = match config {
+    let config = match load(&cli.config) {
         Ok(config) => config,
         Err(errors) => {
             eprintln!("{errors}");

@@ -116,19 +116,20 @@ fn decide(
     }
     let is_listed = |node: &NodeName| listed.addresses(node).is_some();
     let _one_at_a_time = JOINING.lock().unwrap_or_else(PoisonError::into_inner);
-    let node = store.redeem(&token.id, &token.hash(), request.node.as_ref(), now, &is_listed).map_err(|e| {
-        let hint = match &e {
-            TokenError::Store(_) => "The master's log says more.",
-            TokenError::Unknown
-            | TokenError::Expired
-            | TokenError::Used
-            | TokenError::WrongNode { .. }
-            | TokenError::NotListed(_)
-            | TokenError::NoName
-            | TokenError::Joined(_) => "Tokens are made on the master.",
-        };
-        (e.to_string(), hint.to_owned())
-    })?;
+    let node =
+        store.redeem(&token.id, &token.hash(), request.node.as_ref(), now, &is_listed).map_err(|e| {
+            let hint = match &e {
+                TokenError::Store(_) => "The master's log says more.",
+                TokenError::Unknown
+                | TokenError::Expired
+                | TokenError::Used
+                | TokenError::WrongNode { .. }
+                | TokenError::NotListed(_)
+                | TokenError::NoName
+                | TokenError::Joined(_) => "Tokens are made on the master.",
+            };
+            (e.to_string(), hint.to_owned())
+        })?;
     let addresses = match listed.addresses(&node) {
         Some(addresses) if !addresses.is_empty() => addresses,
         Some(_) | None => unclaimed(&request.addresses, peer, &node, store, listed).map_err(internal)?,

@@ -410,12 +410,12 @@ const WAYS_OUT: &str = "If another service holds this port, let the node call ho
 
 /// What stands on a port that does not speak as expected is worth a word to whoever set it up.
 fn not_ssh(error: russh::Error) -> TunnelError {
-    match &error {
-        russh::Error::Disconnect | russh::Error::Version | russh::Error::IO(_) => {
-            TunnelError::NotSsh(format!("no SSH server completed a handshake there ({error}). {WAYS_OUT}"))
-        }
-        _ => TunnelError::Ssh(error),
+    if matches!(error, russh::Error::Disconnect | russh::Error::Version | russh::Error::IO(_)) {
+        return TunnelError::NotSsh(format!(
+            "no SSH server completed a handshake there ({error}). {WAYS_OUT}"
+        ));
     }
+    TunnelError::Ssh(error)
 }
 
 /// What carries a tunnel's streams.

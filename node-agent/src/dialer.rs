@@ -116,11 +116,15 @@ async fn resolve(scope: &Scope, target: &Target, lookups: &Arc<Semaphore>) -> Re
 
 fn connect_error(target: &Target, error: &io::Error) -> DialError {
     let text = |what: &str| format!("dial tcp {target}: {what}");
-    match error.kind() {
-        io::ErrorKind::ConnectionRefused => DialError::Refused(text("connection refused")),
-        io::ErrorKind::ConnectionReset => DialError::Refused(text("connection reset")),
-        io::ErrorKind::TimedOut => DialError::TimedOut(text("connection timed out")),
-        _ => DialError::Unreachable(text(&error.to_string())),
+    let kind = error.kind();
+    if kind == io::ErrorKind::ConnectionRefused {
+        DialError::Refused(text("connection refused"))
+    } else if kind == io::ErrorKind::ConnectionReset {
+        DialError::Refused(text("connection reset"))
+    } else if kind == io::ErrorKind::TimedOut {
+        DialError::TimedOut(text("connection timed out"))
+    } else {
+        DialError::Unreachable(text(&error.to_string()))
     }
 }
 

@@ -401,7 +401,7 @@ impl std::fmt::Debug for Writer {
 }
 
 impl Writer {
-    pub(super) async fn room(&mut self) -> Result<usize, StreamError> {
+    pub(super) fn room(&mut self) -> Result<usize, StreamError> {
         match &self.owner.shared.lock().failed {
             Some(error) => Err(error.clone()),
             None => Ok(CHUNK.min(self.gate.share())),

@@ -115,7 +115,7 @@ impl Writer {
     pub async fn room(&mut self) -> Result<usize, StreamError> {
         match self {
             Self::Mux(w) => w.room().await,
-            Self::Channel(w) => w.room().await,
+            Self::Channel(w) => w.room(),
             Self::Tcp(_) => Ok(crate::mux::frame::MAX_DATA),
         }
     }

@@ -231,7 +231,7 @@ async fn streams_of_stalled_readers_end_with_their_tunnel() {
             stalled.push(stream);
         }
         cluster.nodes[0].process.as_mut().unwrap().kill();
-        kill_sshd_sessions(&cluster).await;
+        kill_sshd_sessions(&cluster);
         not_connected(&cluster, "n1", Instant::now()).await;
         master_holds_no_stream(&cluster).await;
         drop(stalled);
@@ -239,7 +239,7 @@ async fn streams_of_stalled_readers_end_with_their_tunnel() {
 }
 
 /// sshd serves each connection with a process that outlives the listener.
-async fn kill_sshd_sessions(cluster: &Cluster) {
+fn kill_sshd_sessions(cluster: &Cluster) {
     let node = &cluster.nodes[0];
     if node.kind == Kind::Sshd {
         let sockets = Command::new("ss").args(["-tnpH", "state", "established"]).output().unwrap();

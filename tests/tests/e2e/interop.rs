@@ -200,7 +200,8 @@ async fn standard_input_and_output_lead_to_a_target_and_end_one_by_one() {
         let (sent, received) =
             within("an echo", async { tokio::join!(stdin.write_all(text), stdout.read_exact(&mut answer)) })
                 .await;
-        (sent.unwrap(), received.unwrap());
+        sent.unwrap();
+        received.unwrap();
         assert_eq!(answer, text);
     }
     drop(stdin);

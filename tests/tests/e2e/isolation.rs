@@ -208,7 +208,7 @@ async fn others_work(cluster: &Cluster, port: u16) {
     }
 }
 
-async fn streams_of(cluster: &Cluster) -> Option<u64> {
+fn streams_of(cluster: &Cluster) -> Option<u64> {
     let status = cluster.node_status("n1").ok()?;
     status["tunnels"].as_array()?.iter().map(|tunnel| tunnel["streams"].as_u64()).sum()
 }
@@ -349,7 +349,7 @@ async fn stalled_readers_on_an_sshd_are_reset_and_the_others_complete() {
         let ended = completes("a reset stream ends", caller.read_on(64 * MB)).await;
         assert!(!ended, "a stalled reader was not reset");
     }
-    eventually("no stream is left", SOON, async || (streams_of(&cluster).await? == 0).then_some(())).await;
+    eventually("no stream is left", SOON, async || (streams_of(&cluster)? == 0).then_some(())).await;
     others_work(&cluster, port).await;
     let tunnels = cluster.metric(cluster.admin, "master_agent_tunnels_established_total").await.unwrap();
     assert_eq!(tunnels, 1.0, "the tunnel was lost");
@@ -459,7 +459,7 @@ async fn a_cap_answers_503_and_names_itself(kind: Kind, setting: &str) {
         assert!(refused.reason.contains(setting), "{refused:?}");
         drop(held);
     }
-    eventually("no stream is left", SOON, async || (streams_of(&cluster).await? == 0).then_some(())).await;
+    eventually("no stream is left", SOON, async || (streams_of(&cluster)? == 0).then_some(())).await;
 
     let mut callers = JoinSet::new();
     for door in cluster.doors().into_iter().cycle().take(60) {
@@ -474,7 +474,7 @@ async fn a_cap_answers_503_and_names_itself(kind: Kind, setting: &str) {
     let opened = results.iter().filter(|r| r.is_ok()).count();
     assert_eq!(opened, 5, "of 60 callers at once");
     drop(results);
-    eventually("no stream is left", SOON, async || (streams_of(&cluster).await? == 0).then_some(())).await;
+    eventually("no stream is left", SOON, async || (streams_of(&cluster)? == 0).then_some(())).await;
     download(&cluster.unix, &target, MB).await;
 }
 
@@ -538,7 +538,7 @@ async fn nothing_is_left(cluster: &Cluster, before: (u64, u64)) {
     let mut last = None;
     let node = cluster.nodes[0].admin;
     eventually("nothing is left", SOON, async || {
-        let streams = (streams_of(cluster).await?, door_streams(cluster).await);
+        let streams = (streams_of(cluster)?, door_streams(cluster).await);
         let on_node = cluster.metric(node, "node_agent_streams").await.ok()?;
         let descriptors = descriptors(cluster);
         let now = Some((streams, on_node, descriptors));
@@ -570,10 +570,8 @@ async fn dials_given_up_are_cancelled(kind: Kind) {
             caller.write_all(format!("CONNECT {target} HTTP/1.1\r\n\r\n").as_bytes()).await.unwrap();
             callers.push(caller);
         }
-        eventually("all dials are under way", SOON, async || {
-            (streams_of(&cluster).await? == DIALS).then_some(())
-        })
-        .await;
+        eventually("all dials are under way", SOON, async || (streams_of(&cluster)? == DIALS).then_some(()))
+            .await;
         eventually("the node dials", SOON, async || {
             (descriptors(&cluster).1 >= before.1 + DIALS).then_some(())
         })
@@ -646,8 +644,7 @@ async fn a_dial_given_up_on_an_sshd_is_closed_when_it_is_answered() {
     };
     drop(stream);
     drop(listener);
-    eventually("no channel is left", SOON * 2, async || (streams_of(&cluster).await? == 0).then_some(()))
-        .await;
+    eventually("no channel is left", SOON * 2, async || (streams_of(&cluster)? == 0).then_some(())).await;
     eventually("no descriptor is left", SOON, async || {
         (cluster.master.usage().descriptors <= before).then_some(())
     })

@@ -245,12 +245,15 @@ async fn one_line_on_each_side_makes_a_fresh_host_a_node() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bad_tokens_and_pins_are_refused_and_use_no_good_token_up() {
     let cluster = master("").await;
+    list(&cluster, &[("n1", None), ("n2", None)]).await;
     let host = Host::calling(&cluster, "n1", cluster.call_home);
     let good = token(&cluster, &["--node", "n1"]);
     let unbound = token(&cluster, &[]);
 
     host.join(&good, &["--node", "n2"]).refused(&["bound to node n1", "master-agent token create --node n2"]);
     host.join(&unbound, &[]).refused(&["not bound to a node", "--node"]);
+    host.join(&unbound, &["--node", "n9"])
+        .refused(&["node n9 is not in the master's inventory", "not used up"]);
     let pin = good.split_whitespace().nth(4).unwrap();
     let wrong_pin = good.replace(pin, "SHA256:jDvYqkuiVBuJYzQPVwlVyZTdIAbEPi9vmP4kq1pPkW8");
     host.join(&wrong_pin, &[]).refused(&["did not prove itself", "Compare --ca-pin", "token create"]);
@@ -505,7 +508,7 @@ async fn a_man_in_the_middle_never_gets_the_token() {
         "false_key.pub",
     ];
     openssh::run(Command::new("ssh-keygen").args(sign).current_dir(cluster.path())).unwrap();
-    let key = PrivateKey::read_openssh_file(&file("false_key")).unwrap();
+    let key = PrivateKey::read_openssh_file(file("false_key")).unwrap();
     let false_certificate = Certificate::read_file(&file("false_key-cert.pub")).unwrap();
     let true_certificate = true_certificate(cluster.call_home, key.clone()).await;
     assert!(true_certificate.valid_principals().contains(&"master-agent".to_owned()));

@@ -468,7 +468,7 @@ async fn json_logs_have_one_record_for_each_stream() {
                     (Some(up), Some(down)),
                     "{record:?}"
                 );
-                assert_eq!(*record.field("outcome"), "closed");
+                assert_eq!(*record.field("outcome"), "closed", "{record:?}");
                 assert!(record.field("seconds").as_f64().unwrap() < 60.0);
                 assert!(record.field("origin").as_str().is_some_and(|o| !o.is_empty()), "{record:?}");
                 assert!(record.field("timestamp").is_string() && record.field("level") == "INFO");
