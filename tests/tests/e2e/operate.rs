@@ -121,6 +121,8 @@ impl Download {
             self.checker.check(&buffer[..n]);
         }
         assert_eq!(self.checker.offset(), self.bytes, "the download is cut short");
+        // A TLS caller that just left would count as cut off.
+        let _ = self.stream.shutdown().await;
     }
 }
 
