@@ -285,17 +285,17 @@ async fn measure(args: &Args) -> anyhow::Result<BTreeMap<&'static str, Figure>> 
     let n = if args.quick { 3 } else { 5 };
     let megabytes: u64 = if args.quick { 256 } else { 1024 };
 
-    if [
-        "download_throughput",
-        "upload_throughput",
-        "cpu_per_gb",
-        "new_connection",
-        "kept_get",
-        "idle_stream",
-        "isolation",
-    ]
-    .iter()
-    .any(|name| wanted(name))
+    if wanted("idle_stream") {
+        eprintln!("idle streams");
+        // Agents that have carried something before have memory left over from it.
+        let bench = Bench::start(None).await?;
+        let values =
+            rounds(&[Path::Ours, Path::OpenSsh], 1, async |path| idle_memory(&bench, path, 2000).await).await;
+        figures.insert("idle_stream_memory", figure("KB", &values));
+    }
+    if ["download_throughput", "upload_throughput", "cpu_per_gb", "new_connection", "kept_get", "isolation"]
+        .iter()
+        .any(|name| wanted(name))
     {
         let bench = Bench::start(None).await?;
         if wanted("download_throughput") || wanted("cpu_per_gb") {
@@ -345,13 +345,6 @@ async fn measure(args: &Args) -> anyhow::Result<BTreeMap<&'static str, Figure>> 
         if wanted("isolation") {
             eprintln!("isolation");
             isolation(&bench, n, &mut figures).await?;
-        }
-        if wanted("idle_stream") {
-            eprintln!("idle streams");
-            let values =
-                rounds(&[Path::Ours, Path::OpenSsh], 1, async |path| idle_memory(&bench, path, 2000).await)
-                    .await;
-            figures.insert("idle_stream_memory", figure("KB", &values));
         }
     }
     if wanted("download_100ms_rtt") {
