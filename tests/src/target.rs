@@ -20,7 +20,10 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-use crate::pattern::{Checker, fill};
+use crate::{
+    pattern::{Checker, fill},
+    process::free_port,
+};
 
 const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
 
@@ -30,6 +33,13 @@ pub async fn serve(address: SocketAddr) -> anyhow::Result<SocketAddr> {
     let bound = listener.local_addr()?;
     tokio::spawn(accept(listener));
     Ok(bound)
+}
+
+/// Serves on all addresses of this host, IPv6 included; gives the port.
+pub async fn start() -> u16 {
+    let port = free_port();
+    serve(SocketAddr::from(([0u16; 8], port))).await.expect("a free port");
+    port
 }
 
 pub async fn accept(listener: TcpListener) {

@@ -29,12 +29,6 @@ use tokio::{
 
 const AGENTS: [Kind; 2] = [Kind::Dialled, Kind::CallHome];
 
-async fn start_target() -> u16 {
-    let port = free_port();
-    target::serve(SocketAddr::from(([0u16; 8], port))).await.unwrap();
-    port
-}
-
 fn local(port: u16) -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], port))
 }
@@ -198,7 +192,7 @@ async fn one_node(kind: Kind, port: u16) -> Cluster {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_node_agent_that_is_killed_comes_back() {
-    let port = start_target().await;
+    let port = target::start().await;
     for kind in AGENTS {
         println!("{kind:?}");
         let mut cluster = one_node(kind, port).await;
@@ -218,7 +212,7 @@ async fn a_node_agent_that_is_killed_comes_back() {
 /// Also a caller who reads nothing is told, and what its stream held is free.
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn streams_of_stalled_readers_end_with_their_tunnel() {
-    let port = start_target().await;
+    let port = target::start().await;
     for kind in [Kind::Dialled, Kind::CallHome, Kind::Sshd] {
         println!("{kind:?}");
         let mut cluster = one_node(kind, port).await;
@@ -255,7 +249,7 @@ fn kill_sshd_sessions(cluster: &Cluster) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_master_agent_that_is_killed_comes_back() {
-    let port = start_target().await;
+    let port = target::start().await;
     let nodes = [("n1", Kind::Dialled), ("n2", Kind::CallHome), ("n3", Kind::Sshd)];
     let nodes = nodes.map(|(name, kind)| (name.to_owned(), kind)).to_vec();
     let mut cluster =
@@ -365,7 +359,7 @@ async fn behind_a_relay(kind: Kind, port: u16, master_config: &str) -> (Cluster,
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_link_that_falls_silent_is_noticed_and_comes_back() {
-    let port = start_target().await;
+    let port = target::start().await;
     for kind in AGENTS {
         println!("{kind:?}");
         let (cluster, relay) = behind_a_relay(kind, port, "").await;
@@ -386,7 +380,7 @@ async fn a_link_that_falls_silent_is_noticed_and_comes_back() {
 /// Idle from the first moment, so that nothing but keep-alives can tell.
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_silent_link_without_streams_is_noticed_too() {
-    let port = start_target().await;
+    let port = target::start().await;
     for kind in AGENTS {
         println!("{kind:?}");
         let (cluster, relay) = behind_a_relay(kind, port, "").await;
@@ -407,7 +401,7 @@ fn flaps() -> usize {
 
 /// Cuts the link again and again under open streams.
 async fn flap(kind: Kind) {
-    let port = start_target().await;
+    let port = target::start().await;
     let (cluster, relay) =
         behind_a_relay(kind, port, "tunnels: {backoff_min: 20ms, backoff_max: 100ms}").await;
     let target = format!("n1:{port}");
@@ -464,7 +458,7 @@ async fn a_node_that_calls_home_and_flaps_ends_connected_and_leaks_nothing() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_frozen_node_agent_is_noticed_and_recovers() {
-    let port = start_target().await;
+    let port = target::start().await;
     for kind in AGENTS {
         println!("{kind:?}");
         let cluster = one_node(kind, port).await;
@@ -492,7 +486,7 @@ async fn a_frozen_node_agent_is_noticed_and_recovers() {
 /// 3 nodes that are down and dialled, and 2 that call a master that is down.
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_master_that_restarts_while_nodes_are_retrying_gets_them_all() {
-    let port = start_target().await;
+    let port = target::start().await;
     let nodes: Vec<_> =
         (1..=5).map(|i| (format!("n{i}"), if i <= 3 { Kind::Dialled } else { Kind::CallHome })).collect();
     let mut cluster =

@@ -381,12 +381,6 @@ fn the_sample_files_load() {
     }
 }
 
-async fn start_target() -> u16 {
-    let port = free_port();
-    target::serve(SocketAddr::from(([0u16; 8], port))).await.unwrap();
-    port
-}
-
 /// Two nodes with CIDRs of their own and a service CIDR; the second is down.
 async fn asked_cluster() -> Cluster {
     let nodes = vec![("n1".to_owned(), Kind::Dialled), ("n2".to_owned(), Kind::CallHome)];
@@ -786,7 +780,7 @@ async fn dialling_an_sshd_that_knows_no_master_says_what_it_lacks() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_second_agent_does_not_take_the_sockets_of_the_first() {
-    let port = start_target().await;
+    let port = target::start().await;
     let nodes = vec![("n1".to_owned(), Kind::Dialled)];
     let cluster = Cluster::start(Options { nodes, ports: vec![port], ..Options::default() }).await.unwrap();
     let config = cluster.path().join("master.yaml");

@@ -23,7 +23,7 @@ use tests::{
     cluster::{Cluster, Kind, Options, SOON},
     load::completes,
     openssh::wait_for_port,
-    process::{eventually, free_port},
+    process::eventually,
     rogue::{self, Deaf, Identity, MasterSession, NodeMux, RogueNode},
     steady::{Echo, Health, Steady, raise_descriptor_limit},
     target,
@@ -39,12 +39,6 @@ const SEED: u64 = 20_240_601;
 /// Connections at a time.
 const AT_ONCE: usize = 16;
 const MB: u64 = 1024 * 1024;
-
-async fn start_target() -> u16 {
-    let port = free_port();
-    target::serve(SocketAddr::from(([0u16; 8], port))).await.unwrap();
-    port
-}
 
 fn options(nodes: &[(&str, Kind)], port: u16) -> Options {
     let nodes = nodes.iter().map(|(name, kind)| ((*name).to_owned(), *kind)).collect();
@@ -164,7 +158,7 @@ fn judge_head(head: &[u8], answer: &[u8]) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn malformed_connect_heads_are_refused() {
-    let port = start_target().await;
+    let port = target::start().await;
     let cluster = Cluster::start(options(&[("n1", Kind::Dialled)], port)).await.unwrap();
     let Door::Unix(path) = cluster.unix.clone() else { unreachable!() };
     let mut steady = Steady::start(&cluster, "n1", port).await.unwrap();
@@ -323,7 +317,7 @@ fn ssh_bytes(rng: &mut StdRng, beginning: &[u8]) -> Vec<u8> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn malformed_ssh_is_refused_by_both_agents() {
-    let port = start_target().await;
+    let port = target::start().await;
     let mut options = options(&[("n1", Kind::Dialled), ("n2", Kind::CallHome)], port);
     options.master_config = "tunnels: {handshake_timeout: 5s}".to_owned();
     options.node_config = "limits: {handshake_timeout: 5s}".to_owned();
@@ -497,7 +491,7 @@ impl FromMaster {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_node_that_turns_harms_only_its_own_tunnel() {
-    let port = start_target().await;
+    let port = target::start().await;
     let mut options = options(&[("n1", Kind::Dialled), ("n2", Kind::Dialled)], port);
     options.nodes_down = true;
     options.master_config = "tunnels: {backoff_min: 10ms, backoff_max: 50ms}".to_owned();
@@ -731,7 +725,7 @@ struct Turned {
 /// A node with a tunnel to its real master, and a rogue one that knows it.
 async fn turned_master() -> Turned {
     raise_descriptor_limit(20_000).unwrap();
-    let port = start_target().await;
+    let port = target::start().await;
     let cluster = Cluster::start(options(&[("n1", Kind::Dialled)], port)).await.unwrap();
     let steady = Steady::start(&cluster, "n1", port).await.unwrap();
     let master = RogueMaster::new(&cluster);
@@ -961,7 +955,7 @@ async fn dawdle(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> Option<u16> 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn callers_that_dawdle_are_cut_and_keep_nobody_out() {
     raise_descriptor_limit(4096).unwrap();
-    let port = start_target().await;
+    let port = target::start().await;
     let cluster =
         start_with_front_door(options(&[("n1", Kind::Dialled)], port), "  head_timeout: 1s\n").await;
     let mut steady = Steady::start(&cluster, "n1", port).await.unwrap();
@@ -1039,7 +1033,7 @@ async fn start_with_front_door(options: Options, lines: &str) -> Cluster {
 
 #[tokio::test]
 async fn callers_beyond_max_connections_are_turned_away() {
-    let port = start_target().await;
+    let port = target::start().await;
     let cluster =
         start_with_front_door(options(&[("n1", Kind::Dialled)], port), "  max_connections: 4\n").await;
     let target = format!("n1:{port}");
@@ -1122,7 +1116,7 @@ impl Drop for HalfOpen {
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn half_open_handshakes_at_the_master_keep_no_node_out() {
     raise_descriptor_limit(10_000).unwrap();
-    let port = start_target().await;
+    let port = target::start().await;
     let mut options = options(&[("n1", Kind::CallHome)], port);
     options.nodes_down = true;
     let mut cluster = Cluster::start(options).await.unwrap();
@@ -1142,7 +1136,7 @@ async fn half_open_handshakes_at_the_master_keep_no_node_out() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn half_open_handshakes_at_a_node_keep_no_master_out() {
     raise_descriptor_limit(10_000).unwrap();
-    let port = start_target().await;
+    let port = target::start().await;
     let mut options = options(&[("n1", Kind::Dialled)], port);
     options.nodes_down = true;
     let mut cluster = Cluster::start(options).await.unwrap();

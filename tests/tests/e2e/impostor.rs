@@ -24,12 +24,6 @@ use tokio::{
     task::JoinSet,
 };
 
-async fn start_target() -> u16 {
-    let port = free_port();
-    target::serve(SocketAddr::from(([0u16; 8], port))).await.unwrap();
-    port
-}
-
 async fn cluster(kind: Kind, port: u16) -> (Cluster, Steady) {
     let nodes = vec![("n1".to_owned(), kind)];
     let cluster = Cluster::start(Options { nodes, ports: vec![port], ..Options::default() }).await.unwrap();
@@ -198,7 +192,7 @@ fn dialled_impostors(cluster: &Cluster) -> Vec<Dialled> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn an_impostor_that_the_master_dials_is_refused() {
-    let port = start_target().await;
+    let port = target::start().await;
     let (cluster, mut steady) = cluster(Kind::Dialled, port).await;
     let impostors = dialled_impostors(&cluster);
     let mut rogues = Vec::new();
@@ -262,7 +256,7 @@ async fn an_impostor_that_the_master_dials_is_refused() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_key_that_changed_after_its_first_use_is_refused() {
-    let port = start_target().await;
+    let port = target::start().await;
     let (cluster, mut steady) = cluster(Kind::Dialled, port).await;
     let at = free_port();
     let first = RogueNode::listen(at, papers(&cluster, "first", Papers::None), false).await.unwrap();
@@ -316,7 +310,7 @@ async fn call_home(cluster: &Cluster, identity: &Identity) -> Arc<Seen> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn an_impostor_that_calls_home_is_refused() {
-    let port = start_target().await;
+    let port = target::start().await;
     let (cluster, mut steady) = cluster(Kind::CallHome, port).await;
     let pinned = papers(&cluster, "pinned", Papers::None);
     let entries =
@@ -496,7 +490,7 @@ fn start_agent(directory: &Path, name: &str, like: &Path, master: SocketAddr) ->
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_stolen_certificate_proves_nothing_without_its_key() {
-    let port = start_target().await;
+    let port = target::start().await;
     let (cluster, _) = cluster(Kind::CallHome, port).await;
     let recorded = record_handshake(&cluster).await;
     eventually("the recorded tunnel is gone", SOON, async || {
@@ -550,7 +544,7 @@ async fn a_stolen_certificate_proves_nothing_without_its_key() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn the_key_that_a_node_had_before_it_joined_anew_is_worthless() {
-    let port = start_target().await;
+    let port = target::start().await;
     let (mut cluster, before) = cluster(Kind::CallHome, port).await;
     drop(before);
     let state = cluster.nodes[0].dir.join("state");
@@ -583,7 +577,7 @@ async fn the_key_that_a_node_had_before_it_joined_anew_is_worthless() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn an_agent_with_another_clusters_identity_is_refused_by_this_master() {
-    let port = start_target().await;
+    let port = target::start().await;
     let (ours, mut steady) = cluster(Kind::CallHome, port).await;
     let (theirs, mut their_steady) = cluster(Kind::CallHome, port).await;
     let before = refused_total(&ours, "wrong_ca").await;
@@ -606,7 +600,7 @@ async fn an_agent_with_another_clusters_identity_is_refused_by_this_master() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_second_connection_of_the_same_node_stands_by_and_takes_over() {
-    let port = start_target().await;
+    let port = target::start().await;
     let (mut cluster, mut steady) = cluster(Kind::CallHome, port).await;
     let (second, _) =
         second_agent(&cluster, "second", &cluster.nodes[0].dir.join("state"), cluster.call_home);
@@ -707,7 +701,7 @@ fn masters(cluster: &Cluster) -> Vec<(&'static str, &'static str, &'static str, 
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn an_impostor_master_that_dials_a_node_is_refused() {
-    let port = start_target().await;
+    let port = target::start().await;
     let (cluster, mut steady) = cluster(Kind::Dialled, port).await;
     let node = cluster.nodes[0].process.as_ref().unwrap();
     let address = SocketAddr::from(([127, 0, 0, 1], cluster.nodes[0].port));
@@ -736,7 +730,7 @@ async fn an_impostor_master_that_dials_a_node_is_refused() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn an_impostor_master_that_is_called_is_refused() {
-    let port = start_target().await;
+    let port = target::start().await;
     let (cluster, mut steady) = cluster(Kind::CallHome, port).await;
     let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
     let at = listener.local_addr().unwrap();
@@ -758,7 +752,7 @@ async fn an_impostor_master_that_is_called_is_refused() {
 /// A master whose host CA is its own, and which n1's port is given to.
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn another_clusters_master_gets_no_tunnel_to_this_node() {
-    let port = start_target().await;
+    let port = target::start().await;
     let (ours, mut steady) = cluster(Kind::Dialled, port).await;
     let (theirs, _) = cluster(Kind::Dialled, port).await;
     let ours_at = ours.nodes[0].port;
@@ -791,7 +785,7 @@ async fn another_clusters_master_gets_no_tunnel_to_this_node() {
 /// Many impostors at once: each is refused, whatever the others do.
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_crowd_of_impostors_changes_nothing() {
-    let port = start_target().await;
+    let port = target::start().await;
     let (cluster, mut steady) = cluster(Kind::CallHome, port).await;
     let identity = papers(
         &cluster,

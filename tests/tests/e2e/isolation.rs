@@ -171,12 +171,6 @@ impl Caller {
     }
 }
 
-async fn start_target() -> u16 {
-    let port = free_port();
-    target::serve(SocketAddr::from(([0u16; 8], port))).await.unwrap();
-    port
-}
-
 async fn one_node(kind: Kind, ports: &[u16], master_config: &str) -> Cluster {
     let options = Options {
         nodes: vec![("n1".to_owned(), kind)],
@@ -226,7 +220,7 @@ async fn door_streams(cluster: &Cluster) -> f64 {
 
 async fn stalled_readers_hold_up_nobody(kind: Kind) {
     println!("{kind:?}");
-    let (port, staller) = (start_target().await, Staller::start());
+    let (port, staller) = (target::start().await, Staller::start());
     let cluster = one_node(kind, &[port, staller.port], "").await;
     let before = memory(&cluster);
     let mut stalled = Vec::new();
@@ -276,7 +270,7 @@ fn writer(door: &Door, staller: &Staller, size: usize) -> JoinHandle<(u64, Strin
 
 async fn targets_that_do_not_read_hold_up_nobody(kind: Kind) {
     println!("{kind:?}");
-    let (port, staller) = (start_target().await, Staller::start());
+    let (port, staller) = (target::start().await, Staller::start());
     let cluster = one_node(kind, &[port, staller.port], "").await;
     let before = memory(&cluster);
     let mut writers = Vec::new();
@@ -322,7 +316,7 @@ struct SshdWithStalledReaders {
 }
 
 async fn sshd_with_stalled_readers() -> SshdWithStalledReaders {
-    let (port, staller) = (start_target().await, Staller::start());
+    let (port, staller) = (target::start().await, Staller::start());
     let cluster = one_node(Kind::Sshd, &[port, staller.port], "").await;
     let memory_before = cluster.master.usage().memory;
     let mut stalled = Vec::new();
@@ -373,7 +367,7 @@ async fn a_reset_stream_s_socket_is_closed_although_its_reader_does_not_read() {
 /// A stalled reader whose stream fits into its buffer holds up nobody, and is left alone.
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_stalled_reader_on_an_sshd_that_holds_up_nobody_is_not_reset() {
-    let port = start_target().await;
+    let port = target::start().await;
     let cluster = one_node(Kind::Sshd, &[port], "").await;
     let target = format!("n1:{port}");
     let bytes = 2 * 1024 * 1024;
@@ -445,7 +439,7 @@ async fn hold(door: &Door, target: &str) -> Result<Stream, Refused> {
 
 async fn a_cap_answers_503_and_names_itself(kind: Kind, setting: &str) {
     println!("{kind:?} {setting}");
-    let port = start_target().await;
+    let port = target::start().await;
     let cluster = one_node(kind, &[port], &format!("tunnels: {{{setting}: 5}}")).await;
     let target = format!("n1:{port}");
     for door in cluster.doors() {

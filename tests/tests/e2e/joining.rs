@@ -62,12 +62,6 @@ async fn list(cluster: &Cluster, nodes: &[(&str, Option<SocketAddr>)]) {
     .await;
 }
 
-async fn start_target() -> u16 {
-    let port = free_port();
-    target::serve(SocketAddr::from(([0u16; 8], port))).await.unwrap();
-    port
-}
-
 struct Ran {
     code: Option<i32>,
     out: String,
@@ -212,7 +206,7 @@ async fn until_past(seconds: u64) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_line_on_each_side_makes_a_fresh_host_a_node() {
-    let port = start_target().await;
+    let port = target::start().await;
     let cluster = master("").await;
     let node_port = free_port();
     list(&cluster, &[("n1", Some(local(node_port))), ("n2", None), ("n3", None)]).await;
@@ -326,7 +320,7 @@ async fn a_name_that_has_joined_is_taken_over_only_with_a_token_bound_to_it() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_relay_in_between_changes_nothing() {
-    let port = start_target().await;
+    let port = target::start().await;
     let cluster = master("").await;
     let node_port = free_port();
     let delay = Duration::from_millis(20);
@@ -599,7 +593,7 @@ fn private(file: &Path) -> Vec<String> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_secret_is_in_a_log_or_an_answer_or_an_error() {
-    let port = start_target().await;
+    let port = target::start().await;
     let trace = "log: {level: 'trace,russh=trace'}";
     let cluster = master(trace).await;
     let node_port = free_port();
@@ -710,7 +704,7 @@ async fn the_token_can_come_by_the_environment() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn host_certificates_renew_themselves_under_open_streams() {
-    let port = start_target().await;
+    let port = target::start().await;
     let cluster = master("certificates: {host_ttl: 15s}").await;
     let node_port = free_port();
     let relays = [
@@ -797,7 +791,7 @@ async fn node_list_shows_when_the_renewed_certificate_expires() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_masters_certificate_is_replaced_before_it_expires() {
-    let port = start_target().await;
+    let port = target::start().await;
     let cluster = master("certificates: {user_ttl: 6s}").await;
     // The certificate that the first tunnels were made with is no younger than the master.
     let last_of_first = now() + 6;
@@ -847,7 +841,7 @@ async fn the_masters_certificate_is_replaced_before_it_expires() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_expired_certificate_is_refused_with_the_way_back() {
-    let port = start_target().await;
+    let port = target::start().await;
     let mut cluster = master("certificates: {host_ttl: 2s}").await;
     let node_port = free_port();
     list(&cluster, &[("n1", Some(local(node_port))), ("n2", None)]).await;

@@ -28,12 +28,6 @@ use tokio::{
 /// Longer than any drain here takes on a machine that does other things as well.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-async fn start_target() -> u16 {
-    let port = free_port();
-    target::serve(SocketAddr::from(([0u16; 8], port))).await.unwrap();
-    port
-}
-
 fn local(port: u16) -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], port))
 }
@@ -253,7 +247,7 @@ fn exported(answer: &Answer) -> BTreeMap<String, BTreeSet<String>> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_metrics_are_those_of_the_readme() {
-    let (port, closed_port) = (start_target().await, free_port());
+    let (port, closed_port) = (target::start().await, free_port());
     let mut cluster = Cluster::start(Options {
         nodes: nodes(&[("n1", Kind::Dialled), ("n2", Kind::CallHome)]),
         ports: vec![port, closed_port],
@@ -395,7 +389,7 @@ fn records(process: &Process) -> Vec<Record> {
 
 /// Streams through two nodes and both doors, and the processes that carried them, which have ended.
 async fn recorded() -> (u16, Cluster) {
-    let port = start_target().await;
+    let port = target::start().await;
     let json = "log: {format: json}\nshutdown_grace: 1s".to_owned();
     let mut cluster = Cluster::start(Options {
         nodes: nodes(&[("n1", Kind::Dialled), ("n2", Kind::CallHome)]),
@@ -523,7 +517,7 @@ async fn no_json_record_names_a_field_twice() {
 }
 
 async fn the_master_drains(terms: usize) {
-    let port = start_target().await;
+    let port = target::start().await;
     let kinds = [("n1", Kind::Dialled), ("n2", Kind::CallHome), ("n3", Kind::Sshd)];
     let mut cluster =
         Cluster::start(Options { nodes: nodes(&kinds), ports: vec![port], ..Options::default() })
@@ -586,7 +580,7 @@ async fn a_second_sigterm_does_not_hurry_the_masters_drain() {
 }
 
 async fn a_node_drains(terms: usize, kind: Kind) {
-    let port = start_target().await;
+    let port = target::start().await;
     let kinds = [("n1", kind), ("n2", Kind::CallHome)];
     let mut cluster =
         Cluster::start(Options { nodes: nodes(&kinds), ports: vec![port], ..Options::default() })
@@ -673,7 +667,7 @@ async fn narrow(to: SocketAddr) -> SocketAddr {
 /// Of what the target has sent, much is on the way when the node's own part in the stream is over.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_on_the_way_when_a_node_drains_arrives() {
-    let (port, node_port) = (start_target().await, free_port());
+    let (port, node_port) = (target::start().await, free_port());
     let mut cluster = Cluster::start(Options {
         nodes: nodes(&[("n1", Kind::Dialled)]),
         ports: vec![port],
@@ -699,7 +693,7 @@ async fn what_is_on_the_way_when_a_node_drains_arrives() {
 /// What a caller has sent arrives, also when it is the last thing that it does.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_on_the_way_when_the_master_drains_arrives() {
-    let (port, node_port) = (start_target().await, free_port());
+    let (port, node_port) = (target::start().await, free_port());
     let slow = Relay::start(local(0), local(node_port), Duration::from_millis(20), Some(5e6)).await.unwrap();
     let mut cluster = Cluster::start(Options {
         nodes: nodes(&[("n1", Kind::Dialled)]),
@@ -726,7 +720,7 @@ async fn what_is_on_the_way_when_the_master_drains_arrives() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_that_never_ends_is_cut_after_the_grace() {
-    let port = start_target().await;
+    let port = target::start().await;
     let kinds = [("n1", Kind::Dialled), ("n2", Kind::CallHome)];
     let grace = "shutdown_grace: 1s".to_owned();
     let mut cluster = Cluster::start(Options {
@@ -808,7 +802,7 @@ async fn change(cluster: &Cluster, text: &str, hang_up: bool, result: &str) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_changed_inventory_adds_and_takes_out_nodes_and_disturbs_no_other() {
-    let port = start_target().await;
+    let port = target::start().await;
     let kinds =
         [("n1", Kind::Dialled), ("n2", Kind::CallHome), ("n3", Kind::Dialled), ("n4", Kind::CallHome)];
     let cluster = Cluster::start(Options { nodes: nodes(&kinds), ports: vec![port], ..Options::default() })
@@ -862,7 +856,7 @@ async fn a_changed_inventory_adds_and_takes_out_nodes_and_disturbs_no_other() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_broken_inventory_leaves_the_old_one() {
-    let port = start_target().await;
+    let port = target::start().await;
     let kinds = [("n1", Kind::Dialled), ("n2", Kind::CallHome)];
     let cluster = Cluster::start(Options { nodes: nodes(&kinds), ports: vec![port], ..Options::default() })
         .await
@@ -911,7 +905,7 @@ async fn the_running_agent_can_be_asked_while_the_inventory_is_broken() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_new_cidr_of_a_node_does_not_cut_its_streams() {
-    let port = start_target().await;
+    let port = target::start().await;
     let kinds = [("n1", Kind::Dialled)];
     let cluster = Cluster::start(Options { nodes: nodes(&kinds), ports: vec![port], ..Options::default() })
         .await
@@ -1030,7 +1024,7 @@ fn check_rights(directory: &Path) -> usize {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_agents_run_without_root() {
-    let port = start_target().await;
+    let port = target::start().await;
     let dir = TempDir::new("unprivileged").unwrap();
     let path = dir.path();
     let home = path.join("home");

@@ -1,26 +1,20 @@
 //! Bytes through every kind of node and both kinds of front door.
 
-use std::{net::SocketAddr, time::Duration};
+use std::time::Duration;
 
 use tests::{
     client::{Door, read_head},
     cluster::{Cluster, Kind, Options},
-    pattern::{Checker, fill},
+    load::{download, upload},
+    pattern::fill,
     process::free_port,
     target,
 };
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 /// Bytes sent each way through each cell: 1 GB, or what TEST_BYTES says.
 fn volume() -> u64 {
     std::env::var("TEST_BYTES").ok().and_then(|v| v.parse().ok()).unwrap_or(1_000_000_000)
-}
-
-/// A target on all addresses of this host, IPv6 included.
-async fn start_target() -> u16 {
-    let port = free_port();
-    target::serve(SocketAddr::from(([0u16; 8], port))).await.unwrap();
-    port
 }
 
 async fn three_nodes(port: u16) -> Cluster {
@@ -29,42 +23,9 @@ async fn three_nodes(port: u16) -> Cluster {
     Cluster::start(Options { nodes, ports: vec![port], ..Options::default() }).await.unwrap()
 }
 
-async fn download(door: &Door, target: &str, bytes: u64) {
-    let mut stream = door.stream(target).await.unwrap();
-    stream.write_all(format!("source {bytes}\n").as_bytes()).await.unwrap();
-    let mut checker = Checker::default();
-    let mut buffer = vec![0; 256 * 1024];
-    loop {
-        let n = stream.read(&mut buffer).await.unwrap();
-        if n == 0 {
-            break;
-        }
-        checker.check(&buffer[..n]);
-    }
-    assert_eq!(checker.offset(), bytes);
-}
-
-/// Sends, closes the sending half, then reads the answer.
-async fn upload(door: &Door, target: &str, bytes: u64) {
-    let mut stream = door.stream(target).await.unwrap();
-    stream.write_all(b"sink\n").await.unwrap();
-    let mut buffer = vec![0; 256 * 1024];
-    let mut offset = 0;
-    while offset < bytes {
-        let n = (bytes - offset).min(buffer.len() as u64) as usize;
-        fill(&mut buffer[..n], offset);
-        stream.write_all(&buffer[..n]).await.unwrap();
-        offset += n as u64;
-    }
-    stream.shutdown().await.unwrap();
-    let mut answer = String::new();
-    BufReader::new(stream).read_line(&mut answer).await.unwrap();
-    assert_eq!(answer.trim(), bytes.to_string());
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn every_kind_of_node_and_door_carries_a_gigabyte_each_way_and_half_closes() {
-    let port = start_target().await;
+    let port = target::start().await;
     let cluster = three_nodes(port).await;
     for node in ["n1", "n2", "n3"] {
         for door in cluster.doors() {
@@ -85,7 +46,7 @@ async fn every_kind_of_node_and_door_carries_a_gigabyte_each_way_and_half_closes
 
 #[tokio::test]
 async fn the_recorded_requests_of_kube_apiserver_are_answered() {
-    let port = start_target().await;
+    let port = target::start().await;
     let cluster = three_nodes(port).await;
     // The recording names 10.77.1.2; the same bytes with the address of a target here.
     let recorded = |file: &str, to: u16| {
@@ -117,7 +78,7 @@ async fn the_recorded_requests_of_kube_apiserver_are_answered() {
 
 #[tokio::test]
 async fn ipv6_targets_work() {
-    let port = start_target().await;
+    let port = target::start().await;
     let cluster = three_nodes(port).await;
     for door in cluster.doors() {
         download(&door, &format!("[::1]:{port}"), 1_000_000).await;
@@ -126,7 +87,7 @@ async fn ipv6_targets_work() {
 
 #[tokio::test]
 async fn early_bytes_reach_the_target_and_nothing_comes_before_it_speaks() {
-    let port = start_target().await;
+    let port = target::start().await;
     let cluster = three_nodes(port).await;
     let mut stream = cluster.unix.enter().await.unwrap();
     let request = format!("CONNECT n1:{port} HTTP/1.1\r\n\r\nsource 1000\n");
