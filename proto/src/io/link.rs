@@ -83,7 +83,7 @@ impl Gate {
     }
 
     /// Bytes have left. They are a little more than was reserved for them, by what SSH adds.
-    fn release(&self, bytes: usize) {
+    pub(super) fn release(&self, bytes: usize) {
         let all = |reserved: usize| Some(reserved.saturating_sub(bytes));
         let reserved = self.0.reserved.fetch_update(Ordering::AcqRel, Ordering::Acquire, all);
         let freed = reserved.unwrap_or_else(|reserved| reserved).min(bytes);

@@ -756,11 +756,16 @@ mod tests {
         let tasks = Tasks::new();
         let end = |initiator| {
             let (tx, rx) = mpsc::channel::<Bytes>(16);
+            let gate = Gate::default();
+            let link = gate.clone();
             let out: Out = Box::new(move |frame| {
-                let tx = tx.clone();
-                Box::pin(async move { tx.send(frame).await.is_ok() })
+                let (tx, link) = (tx.clone(), link.clone());
+                Box::pin(async move {
+                    link.release(frame.len());
+                    tx.send(frame).await.is_ok()
+                })
             });
-            (Mux::new(initiator, max_streams, Gate::default(), out, &tasks), rx)
+            (Mux::new(initiator, max_streams, gate, out, &tasks), rx)
         };
         let ((master, mut master_feeder, _), mut to_node) = end(true);
         let ((node, mut node_feeder, events), mut to_master) = end(false);
