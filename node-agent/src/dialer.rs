@@ -12,7 +12,6 @@ use std::{
 
 use proto::{
     DialError, Host, NodeName, Target,
-    io::socket,
     policy::{Policy, Verdict},
 };
 use tokio::{net::TcpStream, sync::Semaphore};
@@ -76,10 +75,7 @@ async fn dial(scope: &Scope, target: &Target, lookups: &Arc<Semaphore>) -> Resul
         match scope.policy.decide(address, target.port) {
             Verdict::Allow { rule } => {
                 match TcpStream::connect(SocketAddr::new(address, target.port)).await {
-                    Ok(socket) => {
-                        socket::tune(&socket);
-                        return Ok(Dialled { socket, rule: rule.to_owned() });
-                    }
+                    Ok(socket) => return Ok(Dialled { socket, rule: rule.to_owned() }),
                     Err(e) => failure = Some(connect_error(target, &e)),
                 }
             }

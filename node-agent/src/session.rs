@@ -18,7 +18,7 @@ use proto::{
         link::{Gate, Link},
         mux::{Events, Feeder, Incoming, Mux, Notice},
         relay::{Counters, relay},
-        ssh,
+        socket, ssh,
         stream::Stream,
         tasks::Tasks,
     },
@@ -478,6 +478,8 @@ async fn serve_incoming(agent: Arc<Agent>, incoming: Incoming) {
 async fn run_stream(agent: &Arc<Agent>, dialled: Dialled, stream: Stream, target: &Target, origin: &str) {
     let span = tracing::info_span!("stream", %target, origin);
     async {
+        // Only now, as the caller has been told already that the target is there.
+        socket::tune(&dialled.socket);
         let mut record = Record::new(agent.clone(), dialled.rule);
         let (read, write) = dialled.socket.into_split();
         let (down, up) = (&record.counters.down, &record.counters.up);

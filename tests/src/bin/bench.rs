@@ -504,11 +504,14 @@ async fn isolation(
     n: usize,
     figures: &mut BTreeMap<&'static str, Figure>,
 ) -> anyhow::Result<()> {
+    // Short ones differ by more than what is to be seen.
+    const TIME: Duration = Duration::from_millis(1500);
+    const VOLUME: u64 = 512 << 20;
     let path = Path::Ours;
     let (mut rates, mut speeds, mut grown) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..n {
-        let quiet = kept_get_rate(bench, path, Duration::from_millis(500)).await?;
-        let quiet_speed = download(bench, path, 128 << 20).await?;
+        let quiet = kept_get_rate(bench, path, TIME).await?;
+        let quiet_speed = download(bench, path, VOLUME).await?;
         let before = bench.usage(path).memory;
         let mut stalled = Vec::new();
         for i in 0..8 {
@@ -517,8 +520,8 @@ async fn isolation(
             stalled.push(stream);
         }
         bench.until_idle(path).await;
-        let rate = kept_get_rate(bench, path, Duration::from_millis(500)).await?;
-        let speed = download(bench, path, 128 << 20).await?;
+        let rate = kept_get_rate(bench, path, TIME).await?;
+        let speed = download(bench, path, VOLUME).await?;
         grown.push((bench.usage(path).memory as f64 - before as f64) / 1e6);
         rates.push(rate / quiet);
         speeds.push(speed / quiet_speed);
