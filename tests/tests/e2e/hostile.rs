@@ -688,7 +688,16 @@ impl RogueMaster {
 impl Attack {
     /// `false` once the node has closed the session.
     async fn send(&self, bytes: impl Into<Bytes>) -> bool {
-        self.channel.data_bytes(bytes).await.is_ok() && !self.session.is_closed()
+        // russh goes on waiting for room in a channel whose session has ended meanwhile.
+        let closed = async {
+            while !self.session.is_closed() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        tokio::select! {
+            sent = self.channel.data_bytes(bytes) => sent.is_ok() && !self.session.is_closed(),
+            () = closed => false,
+        }
     }
 
     async fn frame(&self, frame: Frame<'_>) -> bool {
@@ -774,6 +783,23 @@ async fn a_master_that_sends_malformed_frames_is_cut_off() {
     }
     attack.closed().await;
     turned.log_says("stream 1 opened twice").await;
+
+    // A target that never reads, and more data than the node granted.
+    let attack = turned.master.attack(1 << 30).await;
+    attack.frame(open(1, &turned.target)).await;
+    attack.frame(Frame::Data { stream: 1, bytes: b"tiny\n" }).await;
+    let data = encode(&Frame::Data { stream: 1, bytes: &[0; 60_000] });
+    let mut left = 5000;
+    attack
+        .flood(&data, || {
+            left -= 1;
+            turned.bounded("an overrun window");
+            left > 0
+        })
+        .await;
+    assert!(left > 0, "300 MB were taken for a target that does not read");
+    attack.closed().await;
+    turned.log_says("stream 1: the peer sent more than its window").await;
 
     // Streams that nobody opened.
     let mut attack = turned.master.attack(1 << 30).await;
