@@ -24,7 +24,11 @@ use tokio_rustls::TlsAcceptor;
 use crate::{
     agent::Agent,
     config::{Config, TlsConfig, UnixConfig},
-    front_door::http_connect::{AllowedNames, HttpConnect},
+    front_door::{
+        Common,
+        http_connect::HttpConnect,
+        listen::{self, AllowedNames},
+    },
     identity::Authorities,
     inventory::Inventory,
     links::{self, DialLinks},
@@ -57,15 +61,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 
     let background = Tasks::new();
     let listeners = Tasks::new();
-    let door = Arc::new(HttpConnect {
-        dialer: agent.dialer.clone(),
-        metrics: agent.metrics.clone(),
-        head_timeout: agent.config.http_connect.head_timeout,
-        half_closed_timeout: agent.config.http_connect.half_closed_timeout,
-        max_connections: agent.config.http_connect.max_connections,
-        connections: Tasks::new(),
-    });
-    serve(&agent, sockets, &door, &listeners, &background);
+    let callers = Tasks::new();
+    serve(&agent, sockets, &callers, &listeners, &background);
     let mut links = DialLinks::default();
     links.follow(&agent);
     background.spawn(agent.clone().renew_user());
@@ -80,12 +77,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 
     // Stop accepting, tell the peers, let streams finish, end the tunnels.
     notify(&[sd_notify::NotifyState::Stopping]);
-    tracing::info!(streams = door.connections.len(), "stopping");
+    tracing::info!(streams = callers.len(), "stopping");
     agent.draining.cancel();
     listeners.cancel();
     let reason = "the master-agent is stopping";
     for_all(&agent, move |tunnel| async move { tunnel.go_away(reason).await }).await;
-    let cut = door.connections.drain(agent.config.shutdown_grace).await;
+    let cut = callers.drain(agent.config.shutdown_grace).await;
     for_all(&agent, move |tunnel| async move { tunnel.close(reason).await }).await;
     agent.sessions.cancel();
     agent.sessions.drain(Duration::from_secs(2)).await;
@@ -132,19 +129,21 @@ async fn bind(config: &Config) -> anyhow::Result<Sockets> {
     })
 }
 
-fn serve(
-    agent: &Arc<Agent>,
-    sockets: Sockets,
-    door: &Arc<HttpConnect>,
-    listeners: &Tasks,
-    background: &Tasks,
-) {
+fn serve(agent: &Arc<Agent>, sockets: Sockets, callers: &Tasks, listeners: &Tasks, background: &Tasks) {
     let Sockets { connect_unix, connect_tls, call_home, admin, admin_unix } = sockets;
+    let door = Arc::new(HttpConnect(Common {
+        dialer: agent.dialer.clone(),
+        metrics: agent.metrics.clone(),
+        head_timeout: agent.config.http_connect.head_timeout,
+        half_closed_timeout: agent.config.http_connect.half_closed_timeout,
+        max_connections: agent.config.http_connect.max_connections,
+        connections: callers.clone(),
+    }));
     if let Some(listener) = connect_unix {
-        listeners.spawn(door.clone().serve_unix(listener));
+        listeners.spawn(listen::unix(door.clone(), "connect-unix", listener));
     }
     if let Some((listener, acceptor, allowed)) = connect_tls {
-        listeners.spawn(door.clone().serve_tls(listener, acceptor, allowed));
+        listeners.spawn(listen::tls(door, "connect-tls", listener, acceptor, allowed));
     }
     if let Some(listener) = call_home {
         listeners.spawn(links::accept(agent.clone(), listener));

@@ -165,8 +165,8 @@ impl AdminConfig {
 impl HttpConnectConfig {
     fn read(s: &Section<'_>) -> Self {
         Self {
-            unix: s.section("unix", |s| Some(UnixConfig::read(s))),
-            tls: s.section("tls", TlsConfig::read),
+            unix: s.section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent/connect.sock"))),
+            tls: s.section("tls", |s| TlsConfig::read(s, 8131)),
             head_timeout: s.duration("head_timeout", secs(10), WAIT),
             half_closed_timeout: s.duration("half_closed_timeout", secs(600), WAIT),
             max_connections: s.number("max_connections", 16384, COUNT),
@@ -175,9 +175,9 @@ impl HttpConnectConfig {
 }
 
 impl UnixConfig {
-    fn read(s: &Section<'_>) -> Self {
+    fn read(s: &Section<'_>, default_path: &str) -> Self {
         Self {
-            path: s.listen_unix("path", "/run/master-agent/connect.sock"),
+            path: s.listen_unix("path", default_path),
             mode: s.or("mode", Mode(0o660)).0,
             owner: s.at("owner").and_then(|at| account(&at, "/etc/passwd", "user")),
             group: s.at("group").and_then(|at| account(&at, "/etc/group", "group")),
@@ -186,8 +186,8 @@ impl UnixConfig {
 }
 
 impl TlsConfig {
-    fn read(s: &Section<'_>) -> Option<Self> {
-        let listen = s.listen("listen", Some(any(8131)));
+    fn read(s: &Section<'_>, default_port: u16) -> Option<Self> {
+        let listen = s.listen("listen", Some(any(default_port)));
         let cert = s.required_file("cert");
         let key = s.required_private_file("key");
         let client_ca = s.required_file("client_ca");

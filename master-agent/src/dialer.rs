@@ -16,12 +16,15 @@ use proto::{
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::{
+    directory::{Directory, Pod},
     registry::Registry,
     routing::{Route, Routes, Via},
 };
 
 /// Nodes that are tried for a target that any node may reach.
 const ATTEMPTS: usize = 3;
+/// Where kubelets listen unless their Node says otherwise.
+const KUBELET_PORT: u16 = 10250;
 
 /// Dials through tunnels only; there is no direct path to fall back to.
 pub struct TunnelDialer {
@@ -113,5 +116,25 @@ fn as_seen_by_sshd(target: &Target, node: &NodeName, address: IpAddr) -> Target 
 impl Dialer for TunnelDialer {
     fn dial<'a>(&'a self, target: &'a Target, origin: &'a Origin) -> DialFuture<'a> {
         Box::pin(self.dial_tunnel(target, origin))
+    }
+}
+
+/// What is known without a watch of the cluster.
+impl Directory for TunnelDialer {
+    fn kubelet_port(&self, node: &str) -> Result<u16, DialError> {
+        match self.routes().has_node(node) {
+            true => Ok(KUBELET_PORT),
+            false => Err(DialError::NoRoute(format!("node {node}: it is not known"))),
+        }
+    }
+
+    fn pod(&self, namespace: &str, name: &str) -> Result<Pod, DialError> {
+        Err(DialError::NoRoute(format!("pod {namespace}/{name}: pods are known from a Kubernetes API only")))
+    }
+
+    fn service_port(&self, namespace: &str, name: &str, _port: &str) -> Result<u16, DialError> {
+        Err(DialError::NoRoute(format!(
+            "service {namespace}/{name}: services are known from a Kubernetes API only"
+        )))
     }
 }

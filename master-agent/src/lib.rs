@@ -5,6 +5,7 @@ pub mod app;
 pub mod cli;
 pub mod config;
 pub mod dialer;
+pub mod directory;
 pub mod front_door;
 pub mod identity;
 pub mod inventory;

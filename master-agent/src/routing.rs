@@ -95,6 +95,10 @@ impl Routes {
         }
     }
 
+    pub fn has_node(&self, name: &str) -> bool {
+        NodeName::from_str(name).is_ok_and(|node| self.names.contains(&node))
+    }
+
     fn by_default(&self) -> Option<Route> {
         let node = self.default_route.clone()?;
         Some(Route { reason: format!("default route {node}"), via: Via::Node(node) })

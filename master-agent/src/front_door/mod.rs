@@ -1,3 +1,120 @@
-//! What accepts callers on the master. Each front door holds a dialer and nothing else of the rest.
+//! What accepts callers on the master. Each front door holds a [`Dialer`] and nothing else of the rest; how
+//! callers are accepted ([`listen`]) and what is counted and recorded of them is the same for all.
 
 pub mod http_connect;
+pub mod listen;
+mod record;
+
+use std::{sync::Arc, time::Duration};
+
+use proto::{
+    DialError, Fault, Target,
+    io::{
+        dialer::{Connection, Dialer, Origin},
+        relay::relay,
+        tasks::Tasks,
+    },
+};
+use tokio::io::{AsyncRead, AsyncWrite, DuplexStream};
+
+use crate::metrics::{Door, Metrics, Outcome};
+use listen::Socket;
+use record::Record;
+
+/// Bytes that wait between a stream and code that wants a socket of it.
+const PIPE: usize = 64 * 1024;
+
+/// One way in. Its callers are served each by a task of its own.
+pub trait FrontDoor: Send + Sync + 'static {
+    fn common(&self) -> &Common;
+
+    /// Serves one caller to its end.
+    fn serve<S: Socket>(self: Arc<Self>, socket: S, caller: Caller) -> impl Future<Output = ()> + Send;
+}
+
+/// Who has come, and through which listener.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    /// The listener's name in records and metrics, for instance `connect-unix`.
+    pub door: &'static str,
+    pub origin: Origin,
+}
+
+/// What every front door holds.
+#[derive(Clone)]
+pub struct Common {
+    pub dialer: Arc<dyn Dialer>,
+    pub metrics: Metrics,
+    /// How long a caller may take to say what it wants, a TLS handshake included.
+    pub head_timeout: Duration,
+    pub half_closed_timeout: Duration,
+    /// Callers at once on each listener.
+    pub max_connections: usize,
+    /// Callers and their streams; drained at the end.
+    pub connections: Tasks,
+}
+
+impl Common {
+    /// Dials, and counts and records a failure. Dropping the future cancels the dial.
+    pub async fn dial(&self, target: &Target, caller: &Caller) -> Result<Connection, DialError> {
+        let began = std::time::Instant::now();
+        let connection = self.dialer.dial(target, &caller.origin).await?;
+        self.metrics.dial_seconds.observe(began.elapsed().as_secs_f64());
+        self.count(caller, "ok", "none".to_owned());
+        Ok(connection)
+    }
+
+    /// Counts and records a dial that failed, or that the caller gave up.
+    pub fn dial_failed(&self, target: &Target, caller: &Caller, error: &DialError) {
+        let Caller { door: front_door, origin } = caller;
+        let fault = error.fault();
+        self.count(caller, error.kind(), fault.to_string());
+        match fault {
+            Fault::Caller | Fault::Policy | Fault::Target => {
+                tracing::info!(front_door, %origin, %target, %error, %fault, "dial failed");
+            }
+            Fault::Route | Fault::Tunnel => {
+                tracing::warn!(front_door, %origin, %target, %error, %fault, "dial failed");
+            }
+        }
+    }
+
+    /// Counts and records a caller that no dial was made for.
+    pub fn bad_request(
+        &self,
+        front_door: &'static str,
+        caller: &dyn std::fmt::Display,
+        error: &dyn std::fmt::Display,
+    ) {
+        self.metrics.bad_requests.get_or_create(&Door { front_door }).inc();
+        tracing::info!(front_door, %caller, %error, "refused a caller");
+    }
+
+    /// Relays between a caller's socket and its connection, and leaves a record at the end.
+    pub async fn relay<R, W>(&self, read: R, write: W, connection: Connection, target: Target, caller: Caller)
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        let Connection { stream, node, reason, permit } = connection;
+        let mut record = Record::new(self.metrics.clone(), caller, target, node, reason);
+        let outcome = relay(read, write, stream, &record.up, &record.down, self.half_closed_timeout).await;
+        drop(permit);
+        record.outcome = outcome.kind();
+    }
+
+    /// A socket for code that speaks a protocol of its own with the target. Closing it closes the connection.
+    pub fn socket(&self, connection: Connection, target: Target, caller: Caller) -> DuplexStream {
+        let (near, far) = tokio::io::duplex(PIPE);
+        let common = self.clone();
+        self.connections.spawn(async move {
+            let (read, write) = tokio::io::split(far);
+            common.relay(read, write, connection, target, caller).await;
+        });
+        near
+    }
+
+    fn count(&self, caller: &Caller, result: &'static str, fault: String) {
+        self.metrics.dials.get_or_create(&Outcome { front_door: caller.door, result, fault }).inc();
+    }
+}

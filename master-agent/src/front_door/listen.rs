@@ -1,0 +1,194 @@
+//! Accepting callers: on Unix sockets, on TCP with mutual TLS, and on loopback TCP.
+
+use std::{sync::Arc, time::Duration};
+
+use proto::io::{admin::accept_error, dialer::Origin, handshake::Places, socket};
+use rustls::pki_types::CertificateDer;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, Interest},
+    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+
+use super::{Caller, FrontDoor};
+
+/// TLS handshakes at once.
+const HANDSHAKES: usize = 256;
+
+/// Names in a client certificate that may call; empty allows every certificate of the client CA.
+#[derive(Clone, Debug, Default)]
+pub struct AllowedNames(pub Vec<String>);
+
+/// Accepts from a Unix socket for ever; who may connect is the socket file's mode and owner.
+pub async fn unix<D: FrontDoor>(door: Arc<D>, name: &'static str, listener: UnixListener) {
+    let permits = Arc::new(Semaphore::new(door.common().max_connections));
+    loop {
+        let socket = match listener.accept().await {
+            Ok((socket, _)) => socket,
+            Err(e) => {
+                accept_error(&e).await;
+                continue;
+            }
+        };
+        let Some(permit) = permit(&permits, name) else { continue };
+        let served = door.clone();
+        door.common().connections.spawn(async move {
+            let origin = match socket.peer_cred() {
+                Ok(cred) => Origin(format!("unix uid={} pid={}", cred.uid(), cred.pid().unwrap_or_default())),
+                Err(_) => Origin("unix".to_owned()),
+            };
+            served.serve(socket, Caller { door: name, origin }).await;
+            drop(permit);
+        });
+    }
+}
+
+/// Accepts plain TCP connections for ever, from whoever can reach the address.
+pub async fn tcp<D: FrontDoor>(door: Arc<D>, name: &'static str, listener: TcpListener) {
+    let permits = Arc::new(Semaphore::new(door.common().max_connections));
+    loop {
+        let (socket, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(e) => {
+                accept_error(&e).await;
+                continue;
+            }
+        };
+        let Some(permit) = permit(&permits, name) else { continue };
+        socket::tune_caller(&socket);
+        let served = door.clone();
+        door.common().connections.spawn(async move {
+            served.serve(socket, Caller { door: name, origin: Origin(format!("tcp {peer}")) }).await;
+            drop(permit);
+        });
+    }
+}
+
+/// Accepts TLS connections with client certificates for ever.
+pub async fn tls<D: FrontDoor>(
+    door: Arc<D>,
+    name: &'static str,
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+    allowed: AllowedNames,
+) {
+    let allowed = Arc::new(allowed);
+    // Who has not shown a certificate can't take the places of those who have.
+    let permits = Arc::new(Semaphore::new(door.common().max_connections));
+    let handshakes = Places::new(HANDSHAKES);
+    loop {
+        let (socket, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(e) => {
+                accept_error(&e).await;
+                continue;
+            }
+        };
+        socket::tune_caller(&socket);
+        let place = handshakes.take(peer.ip());
+        let (served, acceptor, allowed, permits) =
+            (door.clone(), acceptor.clone(), allowed.clone(), permits.clone());
+        door.common().connections.spawn(async move {
+            let common = served.common();
+            let handshake = Box::pin(tokio::time::timeout(common.head_timeout, acceptor.accept(socket)));
+            let tls = tokio::select! {
+                handshake = handshake => match handshake {
+                    Ok(Ok(tls)) => tls,
+                    Ok(Err(error)) => return common.bad_request(name, &peer, &error),
+                    Err(_) => return common.bad_request(name, &peer, &"no TLS handshake in time"),
+                },
+                () = place.evicted.cancelled() => {
+                    return common.bad_request(name, &peer, &"gave its place to a newer handshake");
+                }
+            };
+            drop(place);
+            let caller = match allowed.check(tls.get_ref().1.peer_certificates()) {
+                Ok(caller) => caller,
+                Err(error) => return common.bad_request(name, &peer, &error),
+            };
+            let Some(_permit) = permit(&permits, name) else { return };
+            served.serve(tls, Caller { door: name, origin: Origin(format!("tls {caller} {peer}")) }).await;
+        });
+    }
+}
+
+fn permit(permits: &Arc<Semaphore>, front_door: &'static str) -> Option<OwnedSemaphorePermit> {
+    let permit = permits.clone().try_acquire_owned().ok();
+    if permit.is_none() {
+        tracing::warn!(front_door, "refused a connection: max_connections reached");
+    }
+    permit
+}
+
+/// What differs between the kinds of socket.
+pub trait Socket: AsyncRead + AsyncWrite + Unpin + Send + 'static {
+    /// Reading and writing halves without a lock where the kind has them.
+    fn halves(self) -> (impl AsyncRead + Unpin + Send, impl AsyncWrite + Unpin + Send);
+
+    /// After the end of what the caller sends: completes once it has closed the other direction too.
+    fn closed_after_eof(&self) -> impl Future<Output = ()> + Send;
+}
+
+impl Socket for UnixStream {
+    fn halves(self) -> (impl AsyncRead + Unpin + Send, impl AsyncWrite + Unpin + Send) {
+        self.into_split()
+    }
+
+    async fn closed_after_eof(&self) {
+        loop {
+            match self.ready(Interest::WRITABLE).await {
+                Ok(ready) if !ready.is_write_closed() => tokio::time::sleep(Duration::from_millis(100)).await,
+                Ok(_) | Err(_) => return,
+            }
+        }
+    }
+}
+
+impl Socket for TlsStream<TcpStream> {
+    fn halves(self) -> (impl AsyncRead + Unpin + Send, impl AsyncWrite + Unpin + Send) {
+        tokio::io::split(self)
+    }
+
+    /// TCP does not tell; a caller that ends its TLS session before the answer has left.
+    async fn closed_after_eof(&self) {}
+}
+
+impl Socket for TcpStream {
+    fn halves(self) -> (impl AsyncRead + Unpin + Send, impl AsyncWrite + Unpin + Send) {
+        self.into_split()
+    }
+
+    /// TCP does not tell; a caller that ends its half before the answer has left.
+    async fn closed_after_eof(&self) {}
+}
+
+impl AllowedNames {
+    /// Gives the caller's name for the records.
+    fn check(&self, certificates: Option<&[CertificateDer<'_>]>) -> Result<String, String> {
+        let first = certificates.and_then(<[_]>::first).ok_or("no client certificate")?;
+        let names = certificate_names(first)?;
+        if self.0.is_empty() || names.iter().any(|name| self.0.contains(name)) {
+            return Ok(names.into_iter().next().unwrap_or_else(|| "without a name".to_owned()));
+        }
+        Err(format!("certificate for {} is not in allowed_names", names.join(", ")))
+    }
+}
+
+/// The common names of the subject, then the DNS names.
+fn certificate_names(der: &CertificateDer<'_>) -> Result<Vec<String>, String> {
+    use x509_parser::{extensions::GeneralName, prelude::FromDer};
+    let (_, certificate) = x509_parser::certificate::X509Certificate::from_der(der)
+        .map_err(|e| format!("client certificate: {e}"))?;
+    let common =
+        certificate.subject().iter_common_name().filter_map(|cn| cn.as_str().ok().map(str::to_owned));
+    let mut names: Vec<String> = common.collect();
+    if let Ok(Some(san)) = certificate.subject_alternative_name() {
+        for name in &san.value.general_names {
+            if let GeneralName::DNSName(dns) = name {
+                names.push((*dns).to_owned());
+            }
+        }
+    }
+    Ok(names)
+}
