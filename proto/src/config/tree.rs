@@ -87,15 +87,18 @@ struct Builder<'a> {
 
 impl<'a> Builder<'a> {
     fn next(&mut self) -> Option<(Event<'a>, Place)> {
-        match self.parser.next_event()? {
-            Ok((event, span)) => Some((event, place(&span))),
-            Err(error) => {
-                let at = error.marker();
-                (self.report)(
-                    Place { line: at.line(), column: at.col() + 1 },
-                    format!("not YAML: {}", error.info()),
-                );
-                None
+        loop {
+            match self.parser.next_event()? {
+                Ok((Event::Comment(..), _)) => {}
+                Ok((event, span)) => return Some((event, place(&span))),
+                Err(error) => {
+                    let at = error.marker();
+                    (self.report)(
+                        Place { line: at.line(), column: at.col() + 1 },
+                        format!("not YAML: {}", error.info()),
+                    );
+                    return None;
+                }
             }
         }
     }
