@@ -1,15 +1,20 @@
 //! What all parts of a running master-agent share.
 
 use std::{
-    collections::HashMap,
+    collections::HashSet,
     sync::{Arc, PoisonError, RwLock},
-    time::SystemTime,
+    time::{Duration, Instant, SystemTime},
 };
 
 use percent_encoding::percent_decode_str;
 use proto::{
     NodeName, Target,
-    io::{admin, handshake::Places, tasks::Tasks},
+    io::{
+        admin,
+        dialer::{Dialer as _, Origin},
+        handshake::Places,
+        tasks::Tasks,
+    },
 };
 use tokio_util::sync::CancellationToken;
 
@@ -18,9 +23,10 @@ use crate::{
     dialer::TunnelDialer,
     identity::{Authorities, UserIdentity},
     inventory::Inventory,
+    kubernetes::Watches,
     metrics::{Metrics, Reason},
-    registry::{Absent, NodeStatus, Registry},
-    routing::Routes,
+    registry::{Absent, Registry},
+    routing::InventoryRoutes,
     store::Store,
 };
 
@@ -30,6 +36,8 @@ pub struct Agent {
     pub metrics: Metrics,
     pub registry: Arc<Registry>,
     pub dialer: Arc<TunnelDialer>,
+    /// What follows the Kubernetes API.
+    pub watches: Option<Arc<Watches>>,
     pub store: Arc<dyn Store>,
     pub authorities: Authorities,
     /// Every SSH session, and what runs for it.
@@ -38,6 +46,7 @@ pub struct Agent {
     pub draining: CancellationToken,
     pub handshakes: Places,
     user: RwLock<Arc<UserIdentity>>,
+    of_file: RwLock<Arc<Inventory>>,
     inventory: RwLock<Arc<Inventory>>,
 }
 
@@ -49,10 +58,13 @@ impl Agent {
         authorities: Authorities,
     ) -> anyhow::Result<Self> {
         let registry = Arc::new(Registry::new(config.tunnels.max_streams_per_node));
+        let domain = config.kubernetes.as_ref().map(|k| k.cluster_domain.clone()).unwrap_or_default();
+        let dialer = Arc::new(TunnelDialer::new(registry.clone(), config.tunnels.dial_timeout, domain));
         let user = authorities.issue_user(SystemTime::now(), config.certificates.user_ttl)?;
         let agent = Self {
             metrics: Metrics::default(),
-            dialer: Arc::new(TunnelDialer::new(registry.clone(), config.tunnels.dial_timeout)),
+            watches: config.kubernetes.as_ref().map(|k| Watches::new(dialer.clone(), k.stale_after)),
+            dialer,
             registry,
             store,
             authorities,
@@ -60,6 +72,7 @@ impl Agent {
             draining: CancellationToken::new(),
             handshakes: Places::new(config.call_home.as_ref().map_or(1, |c| c.max_handshakes)),
             user: RwLock::new(Arc::new(user)),
+            of_file: RwLock::default(),
             inventory: RwLock::default(),
             config,
         };
@@ -86,13 +99,30 @@ impl Agent {
         }
     }
 
+    /// The nodes of the inventory file, then those of the cluster that it does not have.
     pub fn inventory(&self) -> Arc<Inventory> {
         self.inventory.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Takes a new inventory: routes and the set of expected nodes. Tunnels of nodes that are gone are closed.
+    /// Takes a new inventory file: routes and the set of expected nodes.
     pub fn set_inventory(&self, inventory: Inventory) {
-        self.dialer.set_routes(Routes::new(&inventory));
+        self.dialer.set_inventory(InventoryRoutes::new(&inventory));
+        *self.of_file.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(inventory);
+        self.expect_nodes();
+    }
+
+    /// Makes the nodes of the inventory file and of the cluster known. Tunnels of nodes that are gone are closed.
+    pub fn expect_nodes(&self) {
+        let of_file = self.of_file.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut inventory = Inventory::clone(&of_file);
+        if let Some(template) = self.config.kubernetes.as_ref().and_then(|k| k.nodes.as_ref()) {
+            let listed: HashSet<&NodeName> = of_file.nodes.iter().map(|node| &node.name).collect();
+            let watched = self.dialer.with_routes(|routes| {
+                let nodes = routes.cluster.nodes().filter(|node| !listed.contains(&node.name));
+                nodes.map(|node| template.node(node)).collect::<Vec<_>>()
+            });
+            inventory.nodes.extend(watched);
+        }
         let expected = inventory.nodes.iter().map(|node| {
             let absent = if node.dial.is_some() { Absent::New } else { Absent::WaitingForCallHome };
             (node.name.clone(), (node.connections, absent))
@@ -108,69 +138,112 @@ impl Agent {
         self.metrics.refused.get_or_create(&Reason { reason }).inc();
     }
 
-    fn explain(&self, target: &str) -> Result<Explanation, String> {
+    /// Finds the ways to a target, then takes them: the time of each hop, and the verdict of the node's policy,
+    /// are those of a real dial, whose connection is closed at once.
+    async fn explain(&self, target: &str) -> Result<Explanation, String> {
         let target: Target = target.parse().map_err(|e| format!("{target:?} is no target: {e}"))?;
-        let routes = self.dialer.routes();
         let mut explanation = Explanation { target: target.to_string(), ..Explanation::default() };
-        let route = match routes.find(&target) {
+        let began = Instant::now();
+        let route = match self.dialer.with_routes(|routes| routes.find(&target)) {
             Ok(route) => route,
             Err(e) => {
                 explanation.verdict = e.to_string();
                 return Ok(explanation);
             }
         };
+        explanation.route_microseconds = micros(began.elapsed());
         explanation.reason = route.reason.clone();
-        let candidates = self.dialer.candidates(&route);
-        let Some(node) = candidates.as_ref().ok().and_then(|nodes| nodes.first()).cloned() else {
-            explanation.verdict = candidates.err().map(|e| e.to_string()).unwrap_or_default();
-            return Ok(explanation);
-        };
-        explanation.node = Some(node.clone());
-        explanation.verdict = match self.registry.pick(&node) {
-            Ok((tunnel, _)) => {
-                explanation.round_trip_microseconds =
-                    tunnel.round_trip().map(|d| u64::try_from(d.as_micros()).unwrap_or(u64::MAX));
-                "would be dialled through this node; the node's policy decides".to_owned()
+        let candidates = match self.dialer.candidates(&route) {
+            Ok(candidates) => candidates,
+            Err(e) => {
+                explanation.verdict = e.to_string();
+                return Ok(explanation);
             }
-            Err(e) => e.to_string(),
         };
-        let status: HashMap<NodeName, NodeStatus> =
-            self.registry.status().into_iter().map(|s| (s.name.clone(), s)).collect();
-        explanation.state = status.get(&node).map(|s| s.state.clone());
+        let status = self.registry.status();
+        explanation.candidates = candidates
+            .into_iter()
+            .map(|candidate| Way {
+                state: status.iter().find(|s| s.name == candidate.node).map(|s| s.state.clone()),
+                round_trip_microseconds: self.registry.round_trip(&candidate.node).map(micros),
+                node: candidate.node,
+                target: candidate.target.to_string(),
+            })
+            .collect();
+        let began = Instant::now();
+        match self.dialer.dial(&target, &Origin("explain".to_owned())).await {
+            Ok(connection) => {
+                explanation.dial_microseconds = Some(micros(began.elapsed()));
+                explanation.node = connection.node;
+                "the node allows it and the target answers".clone_into(&mut explanation.verdict);
+            }
+            Err(e) => explanation.verdict = format!("{} is at fault: {e}", e.fault()),
+        }
         Ok(explanation)
     }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// What `explain` answers.
 #[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
 pub struct Explanation {
     pub target: String,
-    pub node: Option<NodeName>,
+    /// Why the candidates are such.
     pub reason: String,
-    pub state: Option<String>,
-    pub round_trip_microseconds: Option<u64>,
+    /// In the order in which they are tried.
+    pub candidates: Vec<Way>,
+    /// The one that reached the target.
+    pub node: Option<NodeName>,
     pub verdict: String,
+    /// To find the route.
+    pub route_microseconds: u64,
+    /// From the request for a stream to the target's answer, the tunnel's round trip included.
+    pub dial_microseconds: Option<u64>,
+}
+
+/// One candidate.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub struct Way {
+    pub node: NodeName,
+    /// What that node is asked for.
+    pub target: String,
+    pub state: Option<String>,
+    /// Of its tunnel.
+    pub round_trip_microseconds: Option<u64>,
 }
 
 impl admin::Admin for Agent {
-    fn ready(&self) -> Result<(), String> {
+    fn ready(&self) -> Result<Vec<String>, String> {
         if self.draining.is_cancelled() {
             return Err("stopping".to_owned());
         }
+        let stale = self.watches.as_ref().map_or(Ok(Vec::new()), |watches| watches.ready())?;
         match self.registry.count() {
             (0, known) if known > 0 => Err(format!("none of {known} nodes is connected")),
-            _ => Ok(()),
+            _ => Ok(stale),
         }
     }
 
-    fn get(&self, path: &str, query: &str) -> Option<admin::Answer> {
+    fn get<'a>(&'a self, path: &'a str, query: &'a str) -> admin::AnswerFuture<'a> {
+        Box::pin(self.answer(path, query))
+    }
+}
+
+impl Agent {
+    async fn answer(&self, path: &str, query: &str) -> Option<admin::Answer> {
         let json = |value: Result<String, serde_json::Error>| match value {
             Ok(text) => (hyper::StatusCode::OK, "application/json", text),
             Err(e) => (hyper::StatusCode::INTERNAL_SERVER_ERROR, "text/plain", e.to_string()),
         };
         match path {
+            "/watches" => Some(json(serde_json::to_string(
+                &self.watches.as_ref().map(|watches| watches.status()).unwrap_or_default(),
+            ))),
             "/nodes" => Some(json(serde_json::to_string(&self.registry.status()))),
-            "/explain" => Some(match self.explain(&percent_decode_str(query).decode_utf8_lossy()) {
+            "/explain" => Some(match self.explain(&percent_decode_str(query).decode_utf8_lossy()).await {
                 Ok(explanation) => json(serde_json::to_string(&explanation)),
                 Err(error) => (hyper::StatusCode::BAD_REQUEST, "text/plain", error),
             }),

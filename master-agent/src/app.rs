@@ -31,6 +31,7 @@ use crate::{
     },
     identity::Authorities,
     inventory::Inventory,
+    kubernetes,
     links::{self, DialLinks},
     metrics::Reason,
     store::SqliteStore,
@@ -56,6 +57,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let inventory = load_inventory(&config)?;
     let authorities = Authorities::load_or_create(&config.state_dir)?;
     let store = Arc::new(SqliteStore::open(&config.state_dir)?);
+    let cluster = match &config.kubernetes {
+        Some(config) => Some(kubernetes::client(config).await?),
+        None => None,
+    };
     let sockets = bind(&config).await?;
     let agent = Arc::new(Agent::new(config, inventory, store, authorities)?);
 
@@ -63,6 +68,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let listeners = Tasks::new();
     let callers = Tasks::new();
     serve(&agent, sockets, &callers, &listeners, &background);
+    if let (Some(watches), Some(cluster)) = (&agent.watches, &cluster) {
+        watches.start(cluster, &background);
+    }
     let mut links = DialLinks::default();
     links.follow(&agent);
     background.spawn(agent.clone().renew_user());
@@ -163,6 +171,7 @@ async fn until_terminated(agent: &Arc<Agent>, links: &mut DialLinks) -> anyhow::
     let mut watch = tokio::time::interval(WATCH_INTERVAL);
     let file = agent.config.inventory.as_deref();
     let (mut read, mut last) = (fingerprint(file), fingerprint(file));
+    let mut nodes_changed = agent.watches.as_ref().map(|watches| watches.nodes_changed());
     loop {
         let asked = tokio::select! {
             _ = terminate.recv() => return Ok(()),
@@ -170,6 +179,12 @@ async fn until_terminated(agent: &Arc<Agent>, links: &mut DialLinks) -> anyhow::
             _ = hangup.recv() => true,
             _ = watch.tick() => false,
         };
+        // Once a second at most, as one change of a cluster seldom comes alone.
+        if nodes_changed.as_mut().is_some_and(|changed| changed.has_changed().unwrap_or_default()) {
+            nodes_changed.as_mut().map(|changed| changed.mark_unchanged());
+            agent.expect_nodes();
+            links.follow(agent);
+        }
         let now = fingerprint(file);
         // A file that still changes may be half-written.
         if asked || now != read && now == last {

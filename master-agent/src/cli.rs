@@ -243,16 +243,29 @@ pub async fn explain(config: &Config, target: &str, output: Output) -> anyhow::R
         Output::Table => {
             let e: Explanation = serde_json::from_str(&body)?;
             let none = || "-".to_owned();
-            let round_trip =
-                e.round_trip_microseconds.map_or_else(none, |us| format!("{:.1}ms", us as f64 / 1000.0));
-            print_table(&[
+            let ms = |us: u64| format!("{:.2}ms", us as f64 / 1000.0);
+            let mut rows = vec![
                 ["target".to_owned(), e.target],
-                ["node".to_owned(), e.node.map_or_else(none, |n| n.to_string())],
                 ["reason".to_owned(), if e.reason.is_empty() { none() } else { e.reason }],
-                ["state".to_owned(), e.state.unwrap_or_else(none)],
-                ["round trip".to_owned(), round_trip],
+            ];
+            for way in e.candidates {
+                let round_trip = way.round_trip_microseconds.map(|us| format!(", round trip {}", ms(us)));
+                let text = format!(
+                    "{} for {}, {}{}",
+                    way.node,
+                    way.target,
+                    way.state.unwrap_or_else(|| "not known here".to_owned()),
+                    round_trip.unwrap_or_default()
+                );
+                rows.push(["candidate".to_owned(), text]);
+            }
+            rows.extend([
+                ["node".to_owned(), e.node.map_or_else(none, |n| n.to_string())],
                 ["verdict".to_owned(), e.verdict],
+                ["route".to_owned(), ms(e.route_microseconds)],
+                ["dial".to_owned(), e.dial_microseconds.map_or_else(none, ms)],
             ]);
+            print_table(&rows);
         }
     }
     Ok(())

@@ -8,9 +8,15 @@ use std::{
     time::Duration,
 };
 
-use proto::config::{self, At, Errors, Log, Mode, Section, Source};
+use proto::{
+    Host, Target,
+    config::{self, At, Errors, Log, Mode, Section, Source},
+};
 
-use crate::inventory::Inventory;
+use crate::{
+    inventory::{DEFAULT_USER, HostTrust, Inventory, InventoryNode, login_name},
+    routing::cluster::Node,
+};
 
 /// A configuration without mistakes, its defaults filled in and its paths usable from the working directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +34,32 @@ pub struct Config {
     pub shutdown_grace: Duration,
     /// The file of [`crate::inventory::Inventory`].
     pub inventory: Option<PathBuf>,
+    /// The API server whose cluster is followed; `None` knows the inventory only.
+    pub kubernetes: Option<KubernetesConfig>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KubernetesConfig {
+    /// `None` uses the service account of the pod that this runs in.
+    pub kubeconfig: Option<PathBuf>,
+    /// What cluster DNS appends to the names of services.
+    pub cluster_domain: String,
+    /// After how long without a word from the API server the agent is not ready any more.
+    pub stale_after: Duration,
+    /// How nodes are reached that the inventory does not have; `None` leaves them alone.
+    pub nodes: Option<WatchedNodes>,
+}
+
+/// What every Node of the cluster is taken for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WatchedNodes {
+    /// The port of their SSH server; `None` for nodes that call home.
+    pub dial_port: Option<u16>,
+    pub user: String,
+    /// A private key to log in with, in place of the master's certificate.
+    pub key_file: Option<PathBuf>,
+    pub connections: usize,
+    pub trust: HostTrust,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -148,7 +180,35 @@ impl Config {
             certificates: s.section_or_default("certificates", CertificatesConfig::read),
             shutdown_grace: s.duration("shutdown_grace", secs(30), Duration::ZERO..=DAY),
             inventory: s.file("inventory"),
+            kubernetes: s.section("kubernetes", |s| Some(KubernetesConfig::read(s))),
         })
+    }
+}
+
+impl KubernetesConfig {
+    fn read(s: &Section<'_>) -> Self {
+        Self {
+            kubeconfig: s.file("kubeconfig"),
+            cluster_domain: s.or("cluster_domain", "cluster.local".to_owned()),
+            stale_after: s.duration("stale_after", secs(600), WAIT),
+            nodes: s.section("nodes", |s| Some(WatchedNodes::read(s))),
+        }
+    }
+}
+
+impl WatchedNodes {
+    fn read(s: &Section<'_>) -> Self {
+        let dial_port = s.number("dial_port", 22, 0..=65535);
+        let dial_port = u16::try_from(dial_port).ok().filter(|port| *port > 0);
+        let user = s.at("user").and_then(|at| login_name(&at)).unwrap_or_else(|| DEFAULT_USER.to_owned());
+        let trust = s.section("host_keys", |s| HostTrust::read_for_all(s, dial_port.is_some()));
+        Self {
+            dial_port,
+            user,
+            key_file: s.at("key_file").and_then(|_| s.required_private_file("key_file")),
+            connections: s.number("connections", 1, 1..=16),
+            trust: trust.unwrap_or(HostTrust::HostCa),
+        }
     }
 }
 
@@ -233,6 +293,25 @@ impl CertificatesConfig {
         Self {
             user_ttl: s.duration("user_ttl", DAY, secs(1)..=30 * DAY),
             host_ttl: s.duration("host_ttl", 30 * DAY, secs(1)..=3660 * DAY),
+        }
+    }
+}
+
+impl WatchedNodes {
+    /// What a Node of the cluster is as an entry of the inventory.
+    pub fn node(&self, node: &Node) -> InventoryNode {
+        let address = node.addresses.first().copied();
+        InventoryNode {
+            name: node.name.clone(),
+            dial: self.dial_port.zip(address).map(|(port, address)| Target::new(Host::Addr(address), port)),
+            user: self.user.clone(),
+            // Routes to it come from the cluster.
+            addresses: Vec::new(),
+            cidrs: Vec::new(),
+            default_route: false,
+            connections: self.connections,
+            trust: self.trust.clone(),
+            key_file: self.key_file.clone(),
         }
     }
 }

@@ -1,7 +1,6 @@
 //! Route, registry, tunnel: the dialer behind every front door.
 
 use std::{
-    net::IpAddr,
     sync::{Arc, PoisonError, RwLock},
     time::{Duration, Instant},
 };
@@ -13,74 +12,134 @@ use proto::{
         stream::Stream,
     },
 };
+use rand::seq::SliceRandom;
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::{
     directory::{Directory, Pod},
     registry::Registry,
-    routing::{Route, Routes, Via},
+    routing::{Hop, InventoryRoutes, Route, Routes, Via},
 };
 
-/// Nodes that are tried for a target that any node may reach.
+/// Ways that are tried for one dial, besides the last one.
 const ATTEMPTS: usize = 3;
 /// Where kubelets listen unless their Node says otherwise.
 const KUBELET_PORT: u16 = 10250;
+/// Round trips that differ by less are the same.
+const NEAR: Duration = Duration::from_micros(500);
 
 /// Dials through tunnels only; there is no direct path to fall back to.
 pub struct TunnelDialer {
     registry: Arc<Registry>,
-    routes: RwLock<Arc<Routes>>,
+    routes: RwLock<Routes>,
     timeout: Duration,
 }
 
+/// One node to try, and what to ask it for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    pub node: NodeName,
+    pub target: Target,
+    /// `None` without a tunnel, and where it can't be measured (a plain sshd).
+    pub round_trip: Option<Duration>,
+}
+
 impl TunnelDialer {
-    pub fn new(registry: Arc<Registry>, timeout: Duration) -> Self {
-        Self { registry, routes: RwLock::default(), timeout }
+    pub fn new(registry: Arc<Registry>, timeout: Duration, cluster_domain: String) -> Self {
+        let routes = Routes { cluster_domain, ..Routes::default() };
+        Self { registry, routes: RwLock::new(routes), timeout }
     }
 
-    pub fn routes(&self) -> Arc<Routes> {
-        self.routes.read().unwrap_or_else(PoisonError::into_inner).clone()
+    /// Asks the routes. What `ask` does has to be quick: changes wait for it.
+    pub fn with_routes<R>(&self, ask: impl FnOnce(&Routes) -> R) -> R {
+        ask(&self.routes.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    pub fn set_routes(&self, routes: Routes) {
-        *self.routes.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(routes);
+    /// Changes the routes. Dials wait for it.
+    pub fn change_routes<R>(&self, change: impl FnOnce(&mut Routes) -> R) -> R {
+        change(&mut self.routes.write().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The nodes that a route leads to now, the best first; at least one.
-    pub fn candidates(&self, route: &Route) -> Result<Vec<NodeName>, DialError> {
-        match &route.via {
-            Via::Node(node) => Ok(vec![node.clone()]),
+    pub fn set_inventory(&self, inventory: InventoryRoutes) {
+        self.change_routes(|routes| routes.inventory = inventory);
+    }
+
+    /// What to try for a route now, in this order; at least one.
+    pub fn candidates(&self, route: &Route) -> Result<Vec<Candidate>, DialError> {
+        let mut found: Vec<Candidate> = route.hops.iter().flat_map(|hop| self.expand(hop)).collect();
+        if found.len() > 1 {
+            self.order(&mut found);
+        }
+        found.truncate(ATTEMPTS);
+        if let Some(last) = &route.last {
+            found.extend(self.expand(last).into_iter().take(1));
+        }
+        if found.is_empty() {
+            let state = "no node with a node-agent is connected".to_owned();
+            return Err(DialError::NoTunnel { node: "any".to_owned(), state });
+        }
+        Ok(found)
+    }
+
+    fn expand(&self, hop: &Hop) -> Vec<Candidate> {
+        let candidate = |node| Candidate { node, target: hop.target.clone(), round_trip: None };
+        match &hop.via {
+            Via::Node(node) => vec![candidate(node.clone())],
             Via::AnyNode => {
-                let mut nodes = self.registry.least_busy_agents();
-                nodes.truncate(ATTEMPTS);
-                if nodes.is_empty() {
-                    let state = "no node with a node-agent is connected".to_owned();
-                    return Err(DialError::NoTunnel { node: "any".to_owned(), state });
-                }
-                Ok(nodes)
+                self.registry.least_busy_agents().into_iter().take(ATTEMPTS).map(candidate).collect()
             }
+        }
+    }
+
+    /// Connected nodes first, the nearest of them in random order, then the others by distance.
+    fn order(&self, candidates: &mut [Candidate]) {
+        let reach = self.registry.round_trips(candidates.iter().map(|c| &c.node));
+        for (candidate, reach) in candidates.iter_mut().zip(&reach) {
+            candidate.round_trip = reach.flatten();
+        }
+        let nearest = reach.iter().flatten().flatten().min().copied().unwrap_or_default();
+        let near = nearest * 2 + NEAR;
+        let mut ranked: Vec<_> = candidates.iter().cloned().zip(reach).collect();
+        ranked.shuffle(&mut rand::rng());
+        ranked.sort_by_key(|(_, reach)| match reach {
+            Some(Some(round_trip)) if *round_trip > near => (1, *round_trip),
+            Some(_) => (0, Duration::ZERO),
+            None => (2, Duration::ZERO),
+        });
+        for (place, (candidate, _)) in candidates.iter_mut().zip(ranked) {
+            *place = candidate;
         }
     }
 
     async fn dial_tunnel(&self, target: &Target, origin: &Origin) -> Result<Connection, DialError> {
         let began = Instant::now();
-        let routes = self.routes();
-        let route = routes.find(target)?;
+        let route = self.with_routes(|routes| routes.find(target))?;
+        let several = route.hops.len() > 1;
         let mut failed = None;
-        for node in self.candidates(&route)? {
+        for Candidate { node, target: asked, .. } in self.candidates(&route)? {
             let left = match failed {
                 None => self.timeout,
                 Some(_) => self.timeout.saturating_sub(began.elapsed()),
             };
-            let error = match self.dial_node(&node, &routes, target, origin, left).await {
+            let error = match self.dial_node(&node, &asked, origin, left).await {
                 Ok((stream, permit)) => {
                     let permit = Some(Box::new(permit) as _);
-                    return Ok(Connection { stream, node: Some(node), reason: route.reason, permit });
+                    let reason = if asked == *target {
+                        route.reason
+                    } else {
+                        format!("{}, endpoint {asked}", route.reason)
+                    };
+                    return Ok(Connection { stream, node: Some(node), reason, permit });
                 }
                 Err(error) => error,
             };
-            // Another node's policy may allow what this one's does not.
-            if !error.retry_elsewhere() && error.fault() != Fault::Policy {
+            // Another node's policy may allow what this one's does not; another endpoint may be there.
+            let elsewhere = match error.fault() {
+                Fault::Policy => true,
+                Fault::Target => several && left > began.elapsed(),
+                Fault::Caller | Fault::Route | Fault::Tunnel => error.retry_elsewhere(),
+            };
+            if !elsewhere {
                 return Err(error);
             }
             failed.get_or_insert(error);
@@ -91,25 +150,20 @@ impl TunnelDialer {
     async fn dial_node(
         &self,
         node: &NodeName,
-        routes: &Routes,
         target: &Target,
         origin: &Origin,
         timeout: Duration,
     ) -> Result<(Stream, OwnedSemaphorePermit), DialError> {
         let (tunnel, permit) = self.registry.pick(node)?;
-        let asked = match routes.node_address(node) {
-            Some(address) if !tunnel.is_node_agent() => as_seen_by_sshd(target, node, address),
-            Some(_) | None => target.clone(),
+        let asked = match &target.host {
+            // An sshd may not know the name that its node has here.
+            Host::Name(name) if !tunnel.is_node_agent() && name == node.as_str() => {
+                let address = self.with_routes(|routes| routes.node_address(node));
+                Target::new(address.map_or_else(|| target.host.clone(), Host::Addr), target.port)
+            }
+            Host::Name(_) | Host::Addr(_) => target.clone(),
         };
         Ok((tunnel.open(&asked, &origin.0, timeout).await?, permit))
-    }
-}
-
-/// An sshd may not know the name the inventory gives its node.
-fn as_seen_by_sshd(target: &Target, node: &NodeName, address: IpAddr) -> Target {
-    match &target.host {
-        Host::Name(name) if name == node.as_str() => Target::new(Host::Addr(address), target.port),
-        Host::Name(_) | Host::Addr(_) => target.clone(),
     }
 }
 
@@ -119,22 +173,52 @@ impl Dialer for TunnelDialer {
     }
 }
 
-/// What is known without a watch of the cluster.
 impl Directory for TunnelDialer {
     fn kubelet_port(&self, node: &str) -> Result<u16, DialError> {
-        match self.routes().has_node(node) {
-            true => Ok(KUBELET_PORT),
-            false => Err(DialError::NoRoute(format!("node {node}: it is not known"))),
-        }
+        self.with_routes(|routes| match routes.cluster.node(node) {
+            Some(node) => Ok(node.kubelet_port),
+            None if routes.has_node(node) => Ok(KUBELET_PORT),
+            None => Err(DialError::NoRoute(format!("node {node}: it is not known"))),
+        })
     }
 
     fn pod(&self, namespace: &str, name: &str) -> Result<Pod, DialError> {
-        Err(DialError::NoRoute(format!("pod {namespace}/{name}: pods are known from a Kubernetes API only")))
+        let key = format!("{namespace}/{name}");
+        self.with_routes(|routes| {
+            let pod = routes.cluster.pod(&key).ok_or_else(|| unknown("pod", &key))?;
+            match pod.addresses.first() {
+                Some(address) if !pod.ended => Ok(Pod { address: *address, first_port: pod.first_port }),
+                Some(_) => Err(DialError::Unreachable(format!("pod {key} has ended"))),
+                None => Err(DialError::Unreachable(format!("pod {key} has no address yet"))),
+            }
+        })
     }
 
-    fn service_port(&self, namespace: &str, name: &str, _port: &str) -> Result<u16, DialError> {
-        Err(DialError::NoRoute(format!(
-            "service {namespace}/{name}: services are known from a Kubernetes API only"
-        )))
+    fn service_port(&self, namespace: &str, name: &str, port: &str) -> Result<u16, DialError> {
+        let key = format!("{namespace}/{name}");
+        self.with_routes(|routes| {
+            let service = routes.cluster.service(&key).ok_or_else(|| unknown("service", &key))?;
+            let found = match (port, service.ports.as_slice()) {
+                ("", [only]) => Some(only),
+                (port, all) => all
+                    .iter()
+                    .find(|p| p.name == port)
+                    .or_else(|| all.iter().find(|p| !port.is_empty() && p.port.to_string() == port)),
+            };
+            found.map(|p| p.port).ok_or_else(|| {
+                let ports: Vec<_> =
+                    service.ports.iter().map(|p| format!("{} ({})", p.port, p.name)).collect();
+                DialError::NoRoute(format!(
+                    "service {key} has no TCP port {port:?}; it has {}",
+                    ports.join(", ")
+                ))
+            })
+        })
     }
+}
+
+fn unknown(kind: &str, key: &str) -> DialError {
+    DialError::NoRoute(format!(
+        "{kind} {key} is not known; pods and services come from the Kubernetes API (kubernetes:)"
+    ))
 }

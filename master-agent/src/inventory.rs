@@ -35,6 +35,8 @@ pub struct InventoryNode {
     /// Tunnels to keep at once.
     pub connections: usize,
     pub trust: HostTrust,
+    /// A private key to log in with, in place of the master's certificate.
+    pub key_file: Option<PathBuf>,
 }
 
 /// What a node's host key is verified against. There is no way to accept any key.
@@ -106,7 +108,8 @@ impl InventoryNode {
         let connections = s.number("connections", 1, 1..=16);
         let trust = s.section("host_keys", |s| HostTrust::read(s, dial.is_some(), &owner, claims));
         let trust = trust.unwrap_or(HostTrust::HostCa);
-        Some(Self { name: name?, dial, user, addresses, cidrs, default_route, connections, trust })
+        let key_file = s.at("key_file").and_then(|_| s.required_private_file("key_file"));
+        Some(Self { name: name?, dial, user, addresses, cidrs, default_route, connections, trust, key_file })
     }
 }
 
@@ -136,6 +139,16 @@ impl HostTrust {
                 None
             }
         }
+    }
+}
+
+impl HostTrust {
+    /// For many nodes at once, which can't all have the same pin.
+    pub fn read_for_all(s: &Section<'_>, dialled: bool) -> Option<Self> {
+        if s.at("pins").is_some() {
+            s.error("pins", "a key is one node's: pins belong into the inventory");
+        }
+        Self::read(s, dialled, "every node", &mut Claims::default())
     }
 }
 
@@ -206,7 +219,7 @@ impl Claims {
     }
 }
 
-fn login_name(at: &At<'_>) -> Option<String> {
+pub fn login_name(at: &At<'_>) -> Option<String> {
     let text = at.text()?;
     let allowed = |c: char| c.is_ascii_graphic() && !matches!(c, ':' | '/' | '"' | '\'' | '\\');
     if text.is_empty() || text.len() > 64 || text.starts_with('-') || !text.chars().all(allowed) {
@@ -237,6 +250,7 @@ mod tests {
             default_route: false,
             connections: 1,
             trust: HostTrust::HostCa,
+            key_file: None,
         };
         assert_eq!(inventory, Inventory { nodes: vec![expected], service_cidrs: vec![] });
         assert_eq!(parse("").unwrap(), Inventory::default());

@@ -10,6 +10,7 @@ pub mod front_door;
 pub mod identity;
 pub mod inventory;
 pub mod join;
+pub mod kubernetes;
 pub mod links;
 pub mod metrics;
 pub mod registry;

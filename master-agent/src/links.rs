@@ -26,7 +26,7 @@ use tokio::{
 
 use crate::{
     agent::Agent,
-    identity::HostKeyError,
+    identity::{HostKeyError, UserIdentity},
     inventory::InventoryNode,
     join,
     registry::{Absent, Registration},
@@ -53,8 +53,9 @@ impl DialLinks {
     /// Starts loops for new nodes, ends those of nodes that are gone, restarts those that changed.
     pub fn follow(&mut self, agent: &Arc<Agent>) {
         let inventory = agent.inventory();
+        let now: HashMap<&NodeName, &InventoryNode> = inventory.nodes.iter().map(|n| (&n.name, n)).collect();
         self.loops.retain(|name, (was, tasks)| {
-            let stays = inventory.nodes.iter().any(|node| node.name == *name && same_link(node, was));
+            let stays = now.get(name).is_some_and(|node| same_link(node, was));
             if !stays {
                 tasks.cancel();
             }
@@ -76,7 +77,10 @@ impl DialLinks {
 
 /// Whether a tunnel made for one entry of the inventory is as good for the other.
 fn same_link(a: &InventoryNode, b: &InventoryNode) -> bool {
-    (&a.dial, &a.user, &a.trust, a.connections) == (&b.dial, &b.user, &b.trust, b.connections)
+    let link = |n: &InventoryNode| {
+        (n.dial.clone(), n.user.clone(), n.trust.clone(), n.key_file.clone(), n.connections)
+    };
+    link(a) == link(b)
 }
 
 async fn dial_loop(agent: Arc<Agent>, node: InventoryNode, address: Target, tasks: Tasks) {
@@ -133,7 +137,11 @@ async fn dial_once(
     socket::tune(&socket);
     let peer = socket.peer_addr().ok();
     let verify = trust::dialled(agent, node, address);
-    let session = shake(agent, socket, verify, &node.user, tasks, None).await?;
+    let user = match &node.key_file {
+        Some(path) => Arc::new(UserIdentity::read(path).map_err(|e| TunnelError::Connect(e.to_string()))?),
+        None => agent.user(),
+    };
+    let session = shake(agent, socket, verify, (&node.user, &user), tasks, None).await?;
     let HostIdentity::Verified(host) = session.identity.clone() else {
         return Err(TunnelError::Ssh(russh::Error::UnknownKey));
     };
@@ -185,8 +193,15 @@ async fn called(
     peer: SocketAddr,
     place: &Place,
 ) -> Result<Option<(Registration, Option<Events>)>, TunnelError> {
-    let session =
-        shake(agent, socket, trust::call_home(agent), join::LOGIN, &agent.sessions, Some(place)).await?;
+    let session = shake(
+        agent,
+        socket,
+        trust::call_home(agent),
+        (join::LOGIN, &agent.user()),
+        &agent.sessions,
+        Some(place),
+    )
+    .await?;
     match session.identity.clone() {
         HostIdentity::Verified(host) => {
             let tunnels = &agent.config.tunnels;
@@ -212,15 +227,14 @@ async fn shake<T>(
     agent: &Arc<Agent>,
     link: T,
     verify: Verify,
-    login: &str,
+    (login, user): (&str, &UserIdentity),
     tasks: &Tasks,
     place: Option<&Place>,
 ) -> Result<Session, TunnelError>
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let user = agent.user();
-    let shaken = handshake(link, verify, login, &user, &agent.config.tunnels, tasks, place).await;
+    let shaken = handshake(link, verify, login, user, &agent.config.tunnels, tasks, place).await;
     shaken.map_err(|error| match &error {
         TunnelError::HostKey(why) => {
             if let Some(node) = why.node() {

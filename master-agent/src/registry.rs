@@ -181,6 +181,23 @@ impl Registry {
         found.into_iter().map(|(_, name)| name.clone()).collect()
     }
 
+    pub fn round_trip(&self, name: &NodeName) -> Option<Duration> {
+        self.round_trips(std::iter::once(name)).pop()??
+    }
+
+    /// For each node: `None` when it is not connected, else its measured round trip if there is one.
+    pub fn round_trips<'a>(
+        &self,
+        names: impl Iterator<Item = &'a NodeName>,
+    ) -> Vec<Option<Option<Duration>>> {
+        let nodes = self.nodes();
+        let round_trip = |name| {
+            let tunnel = nodes.get(name)?.tunnels.iter().find(|t| t.is_usable())?;
+            Some(tunnel.round_trip())
+        };
+        names.map(round_trip).collect()
+    }
+
     /// The least busy of the node's active tunnels, and the right to one stream to that node. A tunnel that
     /// did not answer when it was last asked is the last choice.
     pub fn pick(&self, name: &NodeName) -> Result<(Arc<Tunnel>, OwnedSemaphorePermit), DialError> {

@@ -230,6 +230,7 @@ mod tests {
             cidrs: cidrs.iter().map(|c| c.parse().unwrap()).collect(),
             default_route: false,
             connections: 1,
+            key_file: None,
             trust: HostTrust::HostCa,
         }
     }

@@ -30,8 +30,7 @@ use proto::{
 use russh::{
     ChannelId, ChannelMsg, ChannelOpenFailure, SshId,
     client::{self, DisconnectReason, Handle},
-    keys::PublicKey,
-    keys::PublicKeyOrCertificate,
+    keys::{PrivateKeyWithHashAlg, PublicKey, PublicKeyOrCertificate},
 };
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -367,9 +366,14 @@ where
                 });
             }
         };
-        let auth = handle
-            .authenticate_openssh_cert(login, Arc::new(user.key.clone()), user.certificate.clone())
-            .await?;
+        let key = Arc::new(user.key.clone());
+        let auth = match &user.certificate {
+            Some(certificate) => handle.authenticate_openssh_cert(login, key, certificate.clone()).await?,
+            None => {
+                let hash = handle.best_supported_rsa_hash().await?.flatten();
+                handle.authenticate_publickey(login, PrivateKeyWithHashAlg::new(key, hash)).await?
+            }
+        };
         match auth.success() {
             true => Ok(handle),
             // russh tells a session that ended from a refusal in no other way.

@@ -163,17 +163,17 @@ impl Agent {
 }
 
 impl admin::Admin for Agent {
-    fn ready(&self) -> Result<(), String> {
+    fn ready(&self) -> Result<Vec<String>, String> {
         if self.draining.is_cancelled() {
             return Err("stopping".to_owned());
         }
         if self.config.listen.is_none() && self.metrics.sessions.get() == 0 {
             return Err("no master is connected".to_owned());
         }
-        Ok(())
+        Ok(Vec::new())
     }
 
-    fn get(&self, _path: &str, _query: &str) -> Option<admin::Answer> {
-        None
+    fn get<'a>(&'a self, _path: &'a str, _query: &'a str) -> admin::AnswerFuture<'a> {
+        Box::pin(std::future::ready(None))
     }
 }

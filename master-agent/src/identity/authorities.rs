@@ -36,7 +36,18 @@ pub struct Authorities {
 #[derive(Debug)]
 pub struct UserIdentity {
     pub key: PrivateKey,
-    pub certificate: Certificate,
+    /// `None` for a key that nodes know by itself (authorized_keys).
+    pub certificate: Option<Certificate>,
+}
+
+impl UserIdentity {
+    /// A key from a file that only its owner can read, with no certificate.
+    pub fn read(path: &Path) -> anyhow::Result<Self> {
+        let text = secret_file::read(path)?;
+        let key = PrivateKey::from_openssh(&*text)
+            .with_context(|| format!("{} is no usable key: it has to be an Ed25519 or ECDSA key without a passphrase, as ssh-keygen writes it", path.display()))?;
+        Ok(Self { key, certificate: None })
+    }
 }
 
 impl Authorities {
@@ -112,7 +123,7 @@ impl Authorities {
     pub fn issue_user(&self, now: SystemTime, ttl: Duration) -> anyhow::Result<UserIdentity> {
         let key = PrivateKey::random(&mut rand::rng(), Algorithm::Ed25519)?;
         let certificate = self.user_certificate(key.public_key(), &[LOGIN.to_owned()], LOGIN, now, ttl)?;
-        Ok(UserIdentity { key, certificate })
+        Ok(UserIdentity { key, certificate: Some(certificate) })
     }
 }
 

@@ -1,7 +1,7 @@
 //! Small HTTP/1.1 endpoints for people and monitoring: `/livez`, `/readyz`, `/metrics`, and what an agent
 //! adds. Loopback or a Unix socket only; there is no authentication here.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{convert::Infallible, pin::Pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -22,13 +22,15 @@ const CONNECTIONS: usize = 64;
 /// An answer: status, content type, body.
 pub type Answer = (StatusCode, &'static str, String);
 
+pub type AnswerFuture<'a> = Pin<Box<dyn Future<Output = Option<Answer>> + Send + 'a>>;
+
 /// What an agent serves beside metrics.
 pub trait Admin: Send + Sync + 'static {
-    /// `Err` says why the agent is not ready.
-    fn ready(&self) -> Result<(), String>;
+    /// `Err` says why the agent is not ready, `Ok` what is amiss all the same.
+    fn ready(&self) -> Result<Vec<String>, String>;
 
     /// Further paths; `None` is 404.
-    fn get(&self, path: &str, query: &str) -> Option<Answer>;
+    fn get<'a>(&'a self, path: &'a str, query: &'a str) -> AnswerFuture<'a>;
 }
 
 /// The endpoints, and what they show.
@@ -78,8 +80,8 @@ impl Endpoints {
 
     async fn connection<S: AsyncRead + AsyncWrite + Unpin>(self, socket: S) {
         let service = service_fn(|request: Request<Incoming>| {
-            let response = self.respond(&request);
-            async move { Ok::<_, Infallible>(response) }
+            let endpoints = self.clone();
+            async move { Ok::<_, Infallible>(endpoints.respond(&request).await) }
         });
         let served = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
@@ -92,7 +94,7 @@ impl Endpoints {
         }
     }
 
-    fn respond(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+    async fn respond(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
         let text = "text/plain; charset=utf-8";
         let path = request.uri().path();
         let (status, content_type, body) = if request.method() != hyper::Method::GET {
@@ -101,13 +103,17 @@ impl Endpoints {
             match path {
                 "/livez" => (StatusCode::OK, text, "ok\n".to_owned()),
                 "/readyz" => match self.admin.ready() {
-                    Ok(()) => (StatusCode::OK, text, "ok\n".to_owned()),
+                    Ok(amiss) => {
+                        let lines = std::iter::once("ok".to_owned()).chain(amiss);
+                        (StatusCode::OK, text, lines.map(|line| line + "\n").collect())
+                    }
                     Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, text, format!("not ready: {reason}\n")),
                 },
                 "/metrics" => self.metrics(),
                 _ => self
                     .admin
                     .get(path, request.uri().query().unwrap_or_default())
+                    .await
                     .unwrap_or_else(|| (StatusCode::NOT_FOUND, text, "no such path\n".to_owned())),
             }
         };

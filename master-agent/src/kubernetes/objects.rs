@@ -1,0 +1,141 @@
+//! From the API's objects to what routing knows of them. What is not usable in an object (an address that is
+//! none, a port of another protocol) is left out; an object of which nothing is usable is `None`.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use k8s_openapi::{
+    api::{core::v1 as core, discovery::v1 as discovery},
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
+
+use crate::routing::cluster::{Endpoint, EndpointSlice, Key, Node, Object, Pod, Service, ServicePort};
+
+/// Where kubelets listen unless their Node says otherwise.
+const KUBELET_PORT: u16 = 10250;
+/// Which service an EndpointSlice belongs to.
+const SERVICE_NAME: &str = "kubernetes.io/service-name";
+
+pub fn node(node: core::Node) -> Option<Object> {
+    let status = node.status.unwrap_or_default();
+    let spec = node.spec.unwrap_or_default();
+    let created = age(&node.metadata);
+    let mut addresses: Vec<(bool, IpAddr)> = status
+        .addresses
+        .unwrap_or_default()
+        .iter()
+        .filter(|a| matches!(a.type_.as_str(), "InternalIP" | "ExternalIP"))
+        .filter_map(|a| Some((a.type_ == "ExternalIP", address(&a.address)?)))
+        .collect();
+    addresses.sort_by_key(|(external, _)| *external);
+    let cidrs = match spec.pod_cidrs {
+        Some(cidrs) if !cidrs.is_empty() => cidrs,
+        Some(_) | None => spec.pod_cidr.into_iter().collect(),
+    };
+    let kubelet = status.daemon_endpoints.and_then(|d| d.kubelet_endpoint).map(|e| e.port);
+    Some(Object::Node(Node {
+        name: node.metadata.name?.parse().ok()?,
+        created,
+        addresses: addresses.into_iter().map(|(_, address)| address).collect(),
+        cidrs: cidrs.iter().filter_map(|net| net.parse::<IpNet>().ok()).map(|net| net.trunc()).collect(),
+        kubelet_port: kubelet.and_then(port).unwrap_or(KUBELET_PORT),
+    }))
+}
+
+pub fn pod(pod: core::Pod) -> Option<Object> {
+    let status = pod.status.unwrap_or_default();
+    let spec = pod.spec.unwrap_or_default();
+    let mut addresses: Vec<IpAddr> = status.pod_ip.iter().filter_map(|ip| address(ip)).collect();
+    for ip in status.pod_ips.unwrap_or_default().iter().filter_map(|ip| address(&ip.ip)) {
+        if !addresses.contains(&ip) {
+            addresses.push(ip);
+        }
+    }
+    let ports = spec.containers.iter().flat_map(|c| c.ports.iter().flatten());
+    let mut tcp = ports.filter(|p| is_tcp(p.protocol.as_deref()));
+    Some(Object::Pod(Pod {
+        key: key(&pod.metadata)?,
+        created: age(&pod.metadata),
+        node: spec.node_name.and_then(|name| name.parse().ok()),
+        addresses,
+        host_network: spec.host_network.unwrap_or_default(),
+        ended: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
+        first_port: tcp.next().and_then(|p| port(p.container_port)),
+    }))
+}
+
+pub fn service(service: core::Service) -> Option<Object> {
+    let spec = service.spec.unwrap_or_default();
+    let cluster_ips = match spec.cluster_ips {
+        Some(ips) if !ips.is_empty() => ips,
+        Some(_) | None => spec.cluster_ip.into_iter().collect(),
+    };
+    let is_name = spec.type_.as_deref() == Some("ExternalName");
+    let ports = spec.ports.unwrap_or_default();
+    Some(Object::Service(Service {
+        key: key(&service.metadata)?,
+        created: age(&service.metadata),
+        addresses: cluster_ips.iter().filter_map(|ip| address(ip)).collect(),
+        ports: ports
+            .into_iter()
+            .filter(|p| is_tcp(p.protocol.as_deref()))
+            .filter_map(|p| Some(ServicePort { port: port(p.port)?, name: p.name.unwrap_or_default() }))
+            .collect(),
+        external_name: is_name.then(|| spec.external_name.unwrap_or_default()),
+    }))
+}
+
+pub fn endpoint_slice(slice: discovery::EndpointSlice) -> Option<Object> {
+    let namespace = slice.metadata.namespace.as_deref()?;
+    let service = slice.metadata.labels.as_ref()?.get(SERVICE_NAME)?;
+    let service = format!("{namespace}/{service}").into();
+    let ports = slice.ports.unwrap_or_default();
+    let ports = ports.into_iter().filter(|p| is_tcp(p.protocol.as_deref()));
+    let endpoints = slice.endpoints.unwrap_or_default().into_iter().filter_map(|endpoint| {
+        Some(Endpoint {
+            // All addresses of an endpoint are the same for whoever connects.
+            address: endpoint.addresses.iter().find_map(|ip| address(ip))?,
+            node: endpoint.node_name.and_then(|name| name.parse().ok()),
+            hostname: endpoint.hostname,
+            // Unknown is to be taken as ready.
+            ready: endpoint.conditions.and_then(|c| c.ready).unwrap_or(true),
+        })
+    });
+    Some(Object::EndpointSlice(EndpointSlice {
+        key: key(&slice.metadata)?,
+        service,
+        endpoints: endpoints.collect(),
+        ports: ports.map(|p| (p.name.unwrap_or_default(), p.port.and_then(port))).collect(),
+    }))
+}
+
+pub fn key(metadata: &ObjectMeta) -> Option<Key> {
+    let name = metadata.name.as_deref()?;
+    Some(match metadata.namespace.as_deref() {
+        Some(namespace) => format!("{namespace}/{name}").into(),
+        None => name.into(),
+    })
+}
+
+fn age(metadata: &ObjectMeta) -> i64 {
+    metadata.creation_timestamp.as_ref().map_or(i64::MAX, |time| time.0.as_second())
+}
+
+/// Nobody's pod or node is at these, whatever an object says.
+fn address(text: &str) -> Option<IpAddr> {
+    let address = text.parse::<IpAddr>().ok()?.to_canonical();
+    let link_local = match address {
+        IpAddr::V4(a) => a.is_link_local(),
+        IpAddr::V6(a) => a.is_unicast_link_local(),
+    };
+    let usable = !(address.is_unspecified() || address.is_loopback() || address.is_multicast() || link_local);
+    usable.then_some(address)
+}
+
+fn port(number: i32) -> Option<u16> {
+    u16::try_from(number).ok().filter(|port| *port > 0)
+}
+
+fn is_tcp(protocol: Option<&str>) -> bool {
+    protocol.is_none_or(|p| p == "TCP")
+}

@@ -1,0 +1,277 @@
+//! What is known of a cluster: nodes, pods, services and their endpoints, kept as indices that are changed
+//! object by object and asked in constant time.
+//!
+//! What an object says of itself is not believed against an older one: of two nodes (or two pods) that claim an
+//! address or a network, the one that was made first has it.
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use ipnet::IpNet;
+use proto::NodeName;
+
+use super::claims::{Age, Claims, Prefixes};
+
+/// `NAMESPACE/NAME`; for a node its name.
+pub type Key = Arc<str>;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    Nodes,
+    Pods,
+    Services,
+    EndpointSlices,
+}
+
+impl Kind {
+    pub const ALL: [Self; 4] = [Self::Nodes, Self::Pods, Self::Services, Self::EndpointSlices];
+
+    /// As in the API's paths.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Nodes => "nodes",
+            Self::Pods => "pods",
+            Self::Services => "services",
+            Self::EndpointSlices => "endpointslices",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    pub name: NodeName,
+    pub created: Age,
+    pub addresses: Vec<IpAddr>,
+    pub cidrs: Vec<IpNet>,
+    pub kubelet_port: u16,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pod {
+    pub key: Key,
+    pub created: Age,
+    /// Where it runs, or is to run.
+    pub node: Option<NodeName>,
+    pub addresses: Vec<IpAddr>,
+    /// Its addresses are its node's.
+    pub host_network: bool,
+    /// It has ended, and its addresses may be another's by now.
+    pub ended: bool,
+    /// The first port that its containers declare.
+    pub first_port: Option<u16>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    pub key: Key,
+    pub created: Age,
+    /// Cluster IPs; none for a headless service.
+    pub addresses: Vec<IpAddr>,
+    /// TCP ports.
+    pub ports: Vec<ServicePort>,
+    /// It is but another name for this host.
+    pub external_name: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePort {
+    pub name: String,
+    pub port: u16,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointSlice {
+    pub key: Key,
+    pub service: Key,
+    /// TCP ports; the number is `None` for all ports.
+    pub ports: Vec<(String, Option<u16>)>,
+    pub endpoints: Vec<Endpoint>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    pub address: IpAddr,
+    pub node: Option<NodeName>,
+    pub hostname: Option<String>,
+    pub ready: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Object {
+    Node(Node),
+    Pod(Pod),
+    Service(Service),
+    EndpointSlice(EndpointSlice),
+}
+
+impl Object {
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Node(_) => Kind::Nodes,
+            Self::Pod(_) => Kind::Pods,
+            Self::Service(_) => Kind::Services,
+            Self::EndpointSlice(_) => Kind::EndpointSlices,
+        }
+    }
+
+    pub fn key(&self) -> Key {
+        match self {
+            Self::Node(node) => node.name.as_str().into(),
+            Self::Pod(pod) => pod.key.clone(),
+            Self::Service(service) => service.key.clone(),
+            Self::EndpointSlice(slice) => slice.key.clone(),
+        }
+    }
+}
+
+/// The indices.
+#[derive(Clone, Debug, Default)]
+pub struct Cluster {
+    nodes: HashMap<Key, Node>,
+    node_addresses: Claims<IpAddr, NodeName>,
+    node_cidrs: Prefixes<NodeName>,
+    pods: HashMap<Key, Pod>,
+    pod_addresses: Claims<IpAddr, Key>,
+    services: HashMap<Key, Service>,
+    service_addresses: Claims<IpAddr, Key>,
+    slices: HashMap<Key, EndpointSlice>,
+    slices_of: HashMap<Key, BTreeSet<Key>>,
+}
+
+impl Cluster {
+    /// Adds an object or puts it in the place of its former version.
+    pub fn apply(&mut self, object: Object) {
+        self.remove(object.kind(), &object.key());
+        match object {
+            Object::Node(node) => {
+                for address in &node.addresses {
+                    self.node_addresses.claim(*address, node.created, node.name.clone());
+                }
+                for net in &node.cidrs {
+                    self.node_cidrs.claim(*net, node.created, node.name.clone());
+                }
+                self.nodes.insert(node.name.as_str().into(), node);
+            }
+            Object::Pod(pod) => {
+                for address in addresses_of_its_own(&pod) {
+                    self.pod_addresses.claim(*address, pod.created, pod.key.clone());
+                }
+                self.pods.insert(pod.key.clone(), pod);
+            }
+            Object::Service(service) => {
+                for address in &service.addresses {
+                    self.service_addresses.claim(*address, service.created, service.key.clone());
+                }
+                self.services.insert(service.key.clone(), service);
+            }
+            Object::EndpointSlice(slice) => {
+                self.slices_of.entry(slice.service.clone()).or_default().insert(slice.key.clone());
+                self.slices.insert(slice.key.clone(), slice);
+            }
+        }
+    }
+
+    pub fn remove(&mut self, kind: Kind, key: &str) {
+        match kind {
+            Kind::Nodes => {
+                let Some(node) = self.nodes.remove(key) else { return };
+                for address in &node.addresses {
+                    self.node_addresses.release(address, &node.name);
+                }
+                for net in &node.cidrs {
+                    self.node_cidrs.release(net, &node.name);
+                }
+            }
+            Kind::Pods => {
+                let Some(pod) = self.pods.remove(key) else { return };
+                for address in addresses_of_its_own(&pod) {
+                    self.pod_addresses.release(address, &pod.key);
+                }
+            }
+            Kind::Services => {
+                let Some(service) = self.services.remove(key) else { return };
+                for address in &service.addresses {
+                    self.service_addresses.release(address, &service.key);
+                }
+            }
+            Kind::EndpointSlices => {
+                let Some(slice) = self.slices.remove(key) else { return };
+                if let Some(slices) = self.slices_of.get_mut(&slice.service) {
+                    slices.remove(key);
+                    if slices.is_empty() {
+                        self.slices_of.remove(&slice.service);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Removes what a new list of all objects of a kind no longer has.
+    pub fn retain(&mut self, kind: Kind, listed: &HashSet<Key>) {
+        let keys: Vec<Key> = match kind {
+            Kind::Nodes => self.nodes.keys().cloned().collect(),
+            Kind::Pods => self.pods.keys().cloned().collect(),
+            Kind::Services => self.services.keys().cloned().collect(),
+            Kind::EndpointSlices => self.slices.keys().cloned().collect(),
+        };
+        for key in keys.iter().filter(|key| !listed.contains(*key)) {
+            self.remove(kind, key);
+        }
+    }
+
+    pub fn count(&self, kind: Kind) -> usize {
+        match kind {
+            Kind::Nodes => self.nodes.len(),
+            Kind::Pods => self.pods.len(),
+            Kind::Services => self.services.len(),
+            Kind::EndpointSlices => self.slices.len(),
+        }
+    }
+
+    pub fn nodes(&self) -> impl Iterator<Item = &Node> {
+        self.nodes.values()
+    }
+
+    pub fn node(&self, name: &str) -> Option<&Node> {
+        self.nodes.get(name)
+    }
+
+    pub fn pod(&self, key: &str) -> Option<&Pod> {
+        self.pods.get(key)
+    }
+
+    pub fn service(&self, key: &str) -> Option<&Service> {
+        self.services.get(key)
+    }
+
+    pub fn node_of_address(&self, address: IpAddr) -> Option<&NodeName> {
+        self.node_addresses.get(&address)
+    }
+
+    pub fn cidr_of_address(&self, address: IpAddr) -> Option<(IpNet, &NodeName)> {
+        self.node_cidrs.longest(address)
+    }
+
+    /// The pod that has this address, if its node is known.
+    pub fn pod_of_address(&self, address: IpAddr) -> Option<(&Pod, &NodeName)> {
+        let pod = self.pods.get(self.pod_addresses.get(&address)?)?;
+        Some((pod, pod.node.as_ref()?))
+    }
+
+    pub fn service_of_address(&self, address: IpAddr) -> Option<&Service> {
+        self.services.get(self.service_addresses.get(&address)?)
+    }
+
+    /// The slices of a service, in a fixed order.
+    pub fn slices(&self, service: &str) -> impl Iterator<Item = &EndpointSlice> + Clone {
+        let keys = self.slices_of.get(service);
+        keys.into_iter().flatten().filter_map(|key| self.slices.get(key))
+    }
+}
+
+fn addresses_of_its_own(pod: &Pod) -> &[IpAddr] {
+    if pod.host_network || pod.ended { &[] } else { &pod.addresses }
+}

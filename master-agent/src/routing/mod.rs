@@ -1,0 +1,265 @@
+//! Which node reaches a target, and why. Pure: what the inventory and the cluster say, asked with a target.
+//!
+//! Exact before general: a node's name or address, a pod's address, a service's, then the longest CIDR of a node
+//! or of services, then the node marked `default_route`. At each step the inventory comes before the cluster, as
+//! nobody but the operator writes it. Never a direct connection.
+
+mod claims;
+pub mod cluster;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::IpAddr,
+    str::FromStr,
+};
+
+use ipnet::IpNet;
+use proto::{DialError, Host, NodeName, Target};
+
+use crate::inventory::Inventory;
+use claims::Prefixes;
+use cluster::{Cluster, Endpoint, Service};
+
+/// Endpoints of a service that are considered for one dial.
+const ENDPOINTS: usize = 16;
+
+/// All that routes come from.
+#[derive(Clone, Debug, Default)]
+pub struct Routes {
+    pub inventory: InventoryRoutes,
+    pub cluster: Cluster,
+    /// What cluster DNS appends to the names of services, for instance `cluster.local`.
+    pub cluster_domain: String,
+}
+
+/// What the inventory says; replaced as a whole.
+#[derive(Clone, Debug, Default)]
+pub struct InventoryRoutes {
+    names: BTreeSet<NodeName>,
+    addresses: HashMap<IpAddr, NodeName>,
+    first_address: HashMap<NodeName, IpAddr>,
+    cidrs: Prefixes<NodeName>,
+    services: Prefixes<()>,
+    default_route: Option<NodeName>,
+}
+
+/// Where a target leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// Ways to it, at least one, none better than the other as far as routing knows.
+    pub hops: Vec<Hop>,
+    /// To be tried when all others have failed.
+    pub last: Option<Hop>,
+    /// For `explain`, logs and metrics.
+    pub reason: String,
+}
+
+/// One way to a target.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hop {
+    pub via: Via,
+    /// What the node is asked for: a service is resolved to one of its endpoints.
+    pub target: Target,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Via {
+    Node(NodeName),
+    /// Any node with a tunnel will do.
+    AnyNode,
+}
+
+impl InventoryRoutes {
+    pub fn new(inventory: &Inventory) -> Self {
+        let mut routes = Self::default();
+        for node in &inventory.nodes {
+            routes.names.insert(node.name.clone());
+            if let Some(first) = node.addresses.first() {
+                routes.first_address.insert(node.name.clone(), first.to_canonical());
+            }
+            routes.addresses.extend(node.addresses.iter().map(|a| (a.to_canonical(), node.name.clone())));
+            for net in &node.cidrs {
+                routes.cidrs.claim(*net, 0, node.name.clone());
+            }
+            if node.default_route {
+                routes.default_route = Some(node.name.clone());
+            }
+        }
+        for net in &inventory.service_cidrs {
+            routes.services.claim(*net, 0, ());
+        }
+        routes
+    }
+}
+
+impl Routes {
+    /// Finds the way to `target`.
+    pub fn find(&self, target: &Target) -> Result<Route, DialError> {
+        let found = match &target.host {
+            Host::Name(name) => self.by_name(name, target)?,
+            Host::Addr(addr) => self.by_address(addr.to_canonical(), target)?,
+        };
+        found.or_else(|| self.by_default(target)).ok_or_else(|| {
+            DialError::NoRoute(format!(
+                "{target}: no node, pod or service has this name or address, no CIDR holds it, and no node is the default route"
+            ))
+        })
+    }
+
+    pub fn has_node(&self, name: &str) -> bool {
+        NodeName::from_str(name).is_ok_and(|node| self.inventory.names.contains(&node))
+            || self.cluster.node(name).is_some()
+    }
+
+    /// The address that stands for a node's name where the node can't resolve it itself (a plain sshd).
+    pub fn node_address(&self, name: &NodeName) -> Option<IpAddr> {
+        let of_cluster = || self.cluster.node(name.as_str())?.addresses.first().copied();
+        self.inventory.first_address.get(name).copied().or_else(of_cluster)
+    }
+
+    fn by_name(&self, name: &str, target: &Target) -> Result<Option<Route>, DialError> {
+        if self.has_node(name)
+            && let Ok(node) = NodeName::from_str(name)
+        {
+            return Ok(Some(one(format!("node name {node}"), Via::Node(node), target)));
+        }
+        let domain = format!(".{}", self.cluster_domain);
+        let short = name.strip_suffix(&domain).filter(|_| !self.cluster_domain.is_empty()).unwrap_or(name);
+        let mut labels = short.rsplit('.');
+        match (labels.next(), labels.next(), labels.next(), labels.next(), labels.next()) {
+            (Some("svc"), Some(namespace), Some(service), hostname, None) => {
+                let Some(service) = self.cluster.service(&format!("{namespace}/{service}")) else {
+                    return Ok(None);
+                };
+                self.by_service(service, hostname, target).map(Some)
+            }
+            (Some("pod"), Some(_namespace), Some(dashed), None, None) => {
+                // As in cluster DNS: 10-0-0-1, fd00--1.
+                let address = dashed.replace('-', ".").parse().or_else(|_| dashed.replace('-', ":").parse());
+                match address {
+                    Ok(address) => self.by_address(address, &Target::new(Host::Addr(address), target.port)),
+                    Err(_) => Ok(None),
+                }
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn by_address(&self, addr: IpAddr, target: &Target) -> Result<Option<Route>, DialError> {
+        let node = self.inventory.addresses.get(&addr).or_else(|| self.cluster.node_of_address(addr));
+        if let Some(node) = node {
+            return Ok(Some(one(format!("address of node {node}"), Via::Node(node.clone()), target)));
+        }
+        if let Some((pod, node)) = self.cluster.pod_of_address(addr) {
+            return Ok(Some(one(format!("pod {} on node {node}", pod.key), Via::Node(node.clone()), target)));
+        }
+        if let Some(service) = self.cluster.service_of_address(addr) {
+            return self.by_service(service, None, target).map(Some);
+        }
+        let node = self.cidr_of(addr);
+        let service = self.inventory.services.longest(addr).map(|(net, ())| net);
+        let via_any =
+            |net: IpNet| one(format!("service CIDR {net}, any connected node"), Via::AnyNode, target);
+        Ok(match (node, service) {
+            (Some((net, _)), Some(service)) if service.prefix_len() > net.prefix_len() => {
+                Some(via_any(service))
+            }
+            (Some((net, node)), _) => {
+                Some(one(format!("CIDR {net} of node {node}"), Via::Node(node.clone()), target))
+            }
+            (None, Some(service)) => Some(via_any(service)),
+            (None, None) => None,
+        })
+    }
+
+    fn cidr_of(&self, addr: IpAddr) -> Option<(IpNet, &NodeName)> {
+        match (self.inventory.cidrs.longest(addr), self.cluster.cidr_of_address(addr)) {
+            (Some(a), Some(b)) if b.0.prefix_len() > a.0.prefix_len() => Some(b),
+            (a, b) => a.or(b),
+        }
+    }
+
+    fn by_default(&self, target: &Target) -> Option<Route> {
+        let node = self.inventory.default_route.clone()?;
+        Some(one(format!("default route {node}"), Via::Node(node), target))
+    }
+
+    /// The ready endpoints of a service (those named `hostname`, if given), beginning at a random one.
+    fn by_service(
+        &self,
+        service: &Service,
+        hostname: Option<&str>,
+        target: &Target,
+    ) -> Result<Route, DialError> {
+        let key = &service.key;
+        if let Some(other) = &service.external_name {
+            return Err(DialError::NoRoute(format!("{target}: service {key} is but a name for {other}")));
+        }
+        let headless = service.addresses.is_empty();
+        let port = service.ports.iter().find(|port| port.port == target.port);
+        let reason = match port {
+            Some(port) if port.name.is_empty() => format!("service {key}"),
+            Some(port) => format!("service {key} port {}", port.name),
+            // Who resolves a headless service's name connects to its pods at any port.
+            None if headless => format!("headless service {key}"),
+            None => return Err(DialError::NoRoute(format!("{target}: service {key} has no such TCP port"))),
+        };
+        let ready = self.cluster.slices(key).flat_map(|slice| {
+            let number = match port {
+                Some(port) => {
+                    slice.ports.iter().find(|(name, _)| *name == port.name).map(|(_, number)| *number)
+                }
+                None => Some(None),
+            };
+            let endpoints = slice.endpoints.iter().filter(move |endpoint| {
+                endpoint.ready && (hostname.is_none() || endpoint.hostname.as_deref() == hostname)
+            });
+            number.into_iter().flat_map(move |number| {
+                endpoints.clone().map(move |endpoint| (endpoint, number.unwrap_or(target.port)))
+            })
+        });
+        let count = ready.clone().count();
+        if count == 0 {
+            return Err(DialError::Unreachable(format!("{target}: service {key} has no ready endpoint")));
+        }
+        let start = if count > ENDPOINTS { rand::random_range(0..count) } else { 0 };
+        let hops = ready.clone().chain(ready).skip(start).take(count.min(ENDPOINTS));
+        let hops: Vec<Hop> = hops.filter_map(|(endpoint, port)| self.endpoint_hop(endpoint, port)).collect();
+        // Where a node forwards to services itself, it reaches endpoints that are on no node, too.
+        let last = service.addresses.first().map(|address| Hop {
+            via: Via::AnyNode,
+            target: Target::new(
+                match target.host {
+                    Host::Addr(asked) => Host::Addr(asked),
+                    Host::Name(_) => Host::Addr(*address),
+                },
+                target.port,
+            ),
+        });
+        match (hops.is_empty(), last) {
+            (false, last) => Ok(Route { hops, last, reason }),
+            (true, Some(last)) => Ok(Route { hops: vec![last], last: None, reason }),
+            (true, None) => {
+                Err(DialError::NoRoute(format!("{target}: the endpoints of service {key} are on no node")))
+            }
+        }
+    }
+
+    fn endpoint_hop(&self, endpoint: &Endpoint, port: u16) -> Option<Hop> {
+        let target = Target::new(Host::Addr(endpoint.address), port);
+        if let Some(node) = &endpoint.node {
+            return Some(Hop { via: Via::Node(node.clone()), target });
+        }
+        let addr = endpoint.address;
+        let node = self.inventory.addresses.get(&addr).or_else(|| self.cluster.node_of_address(addr));
+        let node = node.or_else(|| self.cluster.pod_of_address(addr).map(|(_, node)| node));
+        let node = node.or_else(|| self.cidr_of(addr).map(|(_, node)| node))?;
+        Some(Hop { via: Via::Node(node.clone()), target })
+    }
+}
+
+fn one(reason: String, via: Via, target: &Target) -> Route {
+    Route { hops: vec![Hop { via, target: target.clone() }], last: None, reason }
+}
