@@ -220,7 +220,9 @@ impl admin::Admin for Agent {
         if self.draining.is_cancelled() {
             return Err("stopping".to_owned());
         }
-        let stale = self.watches.as_ref().map_or(Ok(Vec::new()), |watches| watches.ready())?;
+        let legacy = self.config.kubernetes.as_ref().is_some_and(|config| config.legacy_names);
+        let name = |error| if legacy { format!("SSH Tunnel Check: {error}") } else { error };
+        let stale = self.watches.as_ref().map_or(Ok(Vec::new()), |watches| watches.ready()).map_err(name)?;
         match self.registry.count() {
             (0, known) if known > 0 => Err(format!("none of {known} nodes is connected")),
             _ => Ok(stale),

@@ -156,10 +156,7 @@ fn serve(agent: &Arc<Agent>, sockets: Sockets, callers: &Tasks, listeners: &Task
     if let Some(listener) = call_home {
         listeners.spawn(links::accept(agent.clone(), listener));
     }
-    let endpoints = Endpoints {
-        registry: Arc::new(agent.metrics.register(agent.registry.clone())),
-        admin: agent.clone(),
-    };
+    let endpoints = Endpoints { registry: Arc::new(agent.metrics.register(agent)), admin: agent.clone() };
     background.spawn(endpoints.clone().serve_tcp(admin, background.clone()));
     background.spawn(endpoints.serve_unix(admin_unix, background.clone()));
 }
@@ -180,8 +177,8 @@ async fn until_terminated(agent: &Arc<Agent>, links: &mut DialLinks) -> anyhow::
             _ = watch.tick() => false,
         };
         // Once a second at most, as one change of a cluster seldom comes alone.
-        if nodes_changed.as_mut().is_some_and(|changed| changed.has_changed().unwrap_or_default()) {
-            nodes_changed.as_mut().map(|changed| changed.mark_unchanged());
+        if let Some(changed) = nodes_changed.as_mut().filter(|c| c.has_changed().unwrap_or_default()) {
+            changed.mark_unchanged();
             agent.expect_nodes();
             links.follow(agent);
         }

@@ -46,6 +46,8 @@ pub struct KubernetesConfig {
     pub cluster_domain: String,
     /// After how long without a word from the API server the agent is not ready any more.
     pub stale_after: Duration,
+    /// Also serve the metrics, and name the health check, as kube-apiserver's own SSH tunneler did.
+    pub legacy_names: bool,
     /// How nodes are reached that the inventory does not have; `None` leaves them alone.
     pub nodes: Option<WatchedNodes>,
 }
@@ -191,6 +193,7 @@ impl KubernetesConfig {
             kubeconfig: s.file("kubeconfig"),
             cluster_domain: s.or("cluster_domain", "cluster.local".to_owned()),
             stale_after: s.duration("stale_after", secs(600), WAIT),
+            legacy_names: s.or("legacy_names", false),
             nodes: s.section("nodes", |s| Some(WatchedNodes::read(s))),
         }
     }
@@ -403,6 +406,16 @@ mod tests {
             CallHomeConfig { listen: any(2222), max_handshakes: 256 }
         );
         assert_eq!(sample.inventory.take().unwrap(), Path::new("/etc/master-agent/inventory.yaml"));
+        let kubernetes = sample.kubernetes.take().unwrap();
+        assert_eq!(kubernetes.kubeconfig.unwrap(), Path::new("/etc/master-agent/kubeconfig"));
+        let nodes = kubernetes.nodes.unwrap();
+        assert_eq!(nodes.key_file.as_deref(), Some(Path::new("/etc/master-agent/id_ed25519")));
+        let defaults = parse("kubernetes: {nodes: {}}").unwrap().kubernetes.unwrap();
+        assert_eq!(WatchedNodes { key_file: None, ..nodes }, defaults.nodes.clone().unwrap());
+        assert_eq!(
+            KubernetesConfig { kubeconfig: None, nodes: None, ..kubernetes },
+            KubernetesConfig { nodes: None, ..defaults }
+        );
         assert_eq!(sample, parse("").unwrap());
     }
 
@@ -453,6 +466,17 @@ mod tests {
             "host_ttl",
             "shutdown_grace",
             "inventory",
+            "kubernetes",
+            "kubeconfig",
+            "cluster_domain",
+            "stale_after",
+            "legacy_names",
+            "nodes",
+            "dial_port",
+            "user",
+            "key_file",
+            "connections",
+            "host_keys",
         ] {
             assert!(sample.contains(&format!("{field}:")), "{field}");
         }
@@ -471,6 +495,15 @@ mod tests {
     fn mistakes_are_shown_with_their_place() {
         let tls = "http_connect:\n  tls: {cert: a, key: b, client_ca: c, listen: ";
         let table: &[(&str, &str)] = &[
+            (
+                "kubernetes: {nodes: {dial_port: 99999}}",
+                "1:33: kubernetes.nodes.dial_port: 99999 is not in the range",
+            ),
+            (
+                "kubernetes: {nodes: {host_keys: {pins: [x]}}}",
+                "1:40: kubernetes.nodes.host_keys.pins: a key is one node's",
+            ),
+            ("kubernetes: {node: {}}", "1:14: kubernetes.node: unknown field; did you mean nodes?"),
             ("stat_dir: /x", "1:1: stat_dir: unknown field; did you mean state_dir?"),
             (
                 "log:\n  level: info\n  color: true",

@@ -296,6 +296,7 @@ mod tests {
             "known_hosts",
             "first_use",
             "service_cidrs",
+            "key_file",
         ] {
             assert!(text.contains(&format!("{field}:")), "{field}");
         }

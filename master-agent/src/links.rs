@@ -90,6 +90,7 @@ async fn dial_loop(agent: Arc<Agent>, node: InventoryNode, address: Target, task
         if !agent.registry.is_connected(&node.name) {
             agent.registry.set_absent(&node.name, Absent::Connecting);
         }
+        agent.metrics.tunnel_dials.inc();
         match dial_once(&agent, &node, &address, &tasks).await {
             Ok((registration, events)) => {
                 let began = registration.tunnel().established;
@@ -102,6 +103,7 @@ async fn dial_loop(agent: Arc<Agent>, node: InventoryNode, address: Target, task
                 }
             }
             Err(error) => {
+                agent.metrics.tunnel_dials_failed.inc();
                 tracing::warn!(node = %node.name, %address, %error, "no tunnel");
                 agent.registry.set_absent(
                     &node.name,

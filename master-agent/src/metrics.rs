@@ -6,6 +6,7 @@ use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric},
     metrics::{
+        MetricType,
         counter::Counter,
         family::Family,
         gauge::{ConstGauge, Gauge},
@@ -14,7 +15,11 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::registry::Registry as Nodes;
+use crate::{
+    agent::Agent,
+    kubernetes::{WatchStatus, Watches},
+    registry::Registry as Nodes,
+};
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Outcome {
@@ -48,6 +53,8 @@ pub struct Metrics {
     pub streams: Family<Door, Gauge>,
     pub bytes: Family<DoorDirection, Counter>,
     pub bad_requests: Family<Door, Counter>,
+    pub tunnel_dials: Counter,
+    pub tunnel_dials_failed: Counter,
     pub tunnels_established: Counter,
     pub tunnels_lost: Counter,
     /// Links and handshakes that did not become a tunnel, by reason.
@@ -67,6 +74,8 @@ impl Default for Metrics {
             streams: Family::default(),
             bytes: Family::default(),
             bad_requests: Family::default(),
+            tunnel_dials: Counter::default(),
+            tunnel_dials_failed: Counter::default(),
             tunnels_established: Counter::default(),
             tunnels_lost: Counter::default(),
             refused: Family::default(),
@@ -78,8 +87,9 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    pub fn register(&self, nodes: Arc<Nodes>) -> Registry {
-        let mut r = Registry::with_prefix("master_agent");
+    pub fn register(&self, agent: &Arc<Agent>) -> Registry {
+        let mut root = Registry::default();
+        let r = root.sub_registry_with_prefix("master_agent");
         r.register("dials", "Dials by front door, result and who is at fault", self.dials.clone());
         r.register("dial_duration_seconds", "Time to a successful dial", self.dial_seconds.clone());
         r.register("streams", "Streams that are open, by front door", self.streams.clone());
@@ -103,8 +113,93 @@ impl Metrics {
             self.certificates_renewed.clone(),
         );
         r.register("inventory_reloads", "Inventory reloads, by result", self.inventory_reloads.clone());
-        r.register_collector(Box::new(NodeGauges(nodes)));
-        r
+        r.register("tunnel_dials", "Attempts to dial a node", self.tunnel_dials.clone());
+        r.register(
+            "tunnel_dials_failed",
+            "Those of them that gave no tunnel",
+            self.tunnel_dials_failed.clone(),
+        );
+        r.register_collector(Box::new(NodeGauges(agent.registry.clone())));
+        if let (Some(watches), Some(config)) = (&agent.watches, &agent.config.kubernetes) {
+            r.register_collector(Box::new(WatchGauges(watches.clone())));
+            if config.legacy_names {
+                root.register_collector(Box::new(LegacyNames(self.clone(), watches.clone())));
+            }
+        }
+        root
+    }
+}
+
+/// How the API server is followed, read off the watches when asked.
+struct WatchGauges(Arc<Watches>);
+
+impl std::fmt::Debug for WatchGauges {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("WatchGauges")
+    }
+}
+
+impl Collector for WatchGauges {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        type Value = fn(&WatchStatus) -> u64;
+        let gauges: [(&str, &str, Value); 3] = [
+            ("kubernetes_objects", "Objects known from the Kubernetes API, by kind", |s| s.objects as u64),
+            (
+                "kubernetes_stale_seconds",
+                "For how long the Kubernetes API has not been heard, by kind",
+                |s| s.stale_seconds.unwrap_or_default(),
+            ),
+            ("kubernetes_errors", "Lists and watches that failed, by kind", |s| s.errors),
+        ];
+        let status = self.0.status();
+        for (name, help, value) in gauges {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            for kind in &status {
+                let labels = [("kind", kind.kind)];
+                let gauge = ConstGauge::new(i64::try_from(value(kind)).unwrap_or(i64::MAX));
+                gauge.encode(family.encode_family(&labels)?)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The names that kube-apiserver's own SSH tunneler had.
+struct LegacyNames(Metrics, Arc<Watches>);
+
+impl std::fmt::Debug for LegacyNames {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("LegacyNames")
+    }
+}
+
+impl Collector for LegacyNames {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let Self(metrics, watches) = self;
+        let nodes = watches.status().into_iter().next();
+        let stale = nodes.and_then(|nodes| nodes.stale_seconds).unwrap_or_default();
+        for (name, help, value) in [
+            (
+                "ssh_tunnel_open_count",
+                "Counter of ssh tunnel total open attempts",
+                metrics.tunnel_dials.get(),
+            ),
+            (
+                "ssh_tunnel_open_fail_count",
+                "Counter of ssh tunnel failed open attempts",
+                metrics.tunnel_dials_failed.get(),
+            ),
+            (
+                "apiserver_proxy_tunnel_sync_latency_secs",
+                "The time since the last successful synchronization of the SSH tunnels for proxy requests",
+                stale,
+            ),
+        ] {
+            // As gauges, since a counter's name would get another ending.
+            let gauge = ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
+            gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
+        }
+        Ok(())
     }
 }
 
