@@ -69,6 +69,20 @@ impl Door {
     }
 }
 
+/// The body of an answer to a plain GET; any status but 200 is an error.
+pub async fn http_get(server: SocketAddr, path: &str) -> anyhow::Result<String> {
+    let mut socket = TcpStream::connect(server).await?;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: {server}\r\nConnection: close\r\n\r\n");
+    socket.write_all(request.as_bytes()).await?;
+    let (status, reason) = read_head(&mut socket).await?;
+    let mut body = String::new();
+    socket.read_to_string(&mut body).await?;
+    if status != 200 {
+        bail!("GET {path}: {status} {reason}: {body}");
+    }
+    Ok(body)
+}
+
 /// Reads a response's head, byte for byte so that nothing of what follows is taken.
 pub async fn read_head(stream: &mut (impl AsyncRead + Unpin + ?Sized)) -> anyhow::Result<(u16, String)> {
     let mut head = Vec::new();

@@ -4,6 +4,8 @@
 //! is off never makes this fail.
 #![allow(clippy::disallowed_methods, reason = "a benchmark owns its tasks by its runtime")]
 
+mod kubernetes;
+
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
@@ -38,6 +40,9 @@ struct Args {
     /// Only figures whose name contains this.
     #[arg(long)]
     only: Option<String>,
+    /// Serve as the API server of a large cluster on this port; used by the benchmark itself.
+    #[arg(long, hide = true)]
+    apiserver: Option<u16>,
     /// Serve as the target on this port; used by the benchmark itself.
     #[arg(long, hide = true)]
     serve: Option<u16>,
@@ -69,6 +74,9 @@ fn main() -> anyhow::Result<()> {
         if let Some(port) = args.serve {
             target::serve(SocketAddr::from(([127, 0, 0, 1], port))).await?;
             return std::future::pending().await;
+        }
+        if let Some(port) = args.apiserver {
+            return kubernetes::serve(port).await;
         }
         let figures = measure(&args).await?;
         if args.json {
@@ -346,6 +354,14 @@ async fn measure(args: &Args) -> anyhow::Result<BTreeMap<&'static str, Figure>> 
             eprintln!("isolation");
             isolation(&bench, n, &mut figures).await?;
         }
+    }
+    if ["route_lookup_p99", "route_update_p99", "route_memory"].iter().any(|name| wanted(name)) {
+        eprintln!("routes of a large cluster");
+        figures.extend(kubernetes::table());
+    }
+    if ["dial_p99_100_updates", "watch_memory"].iter().any(|name| wanted(name)) {
+        eprintln!("dials while the cluster changes");
+        figures.extend(kubernetes::dials(n, if args.quick { 1000 } else { 3000 }).await?);
     }
     if wanted("download_100ms_rtt") {
         eprintln!("100 ms round trip");
