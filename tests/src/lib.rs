@@ -1,6 +1,7 @@
 //! Support for the test suites: clusters of real agents on loopback, processes, relays, certificates, clients.
 #![allow(clippy::disallowed_methods, reason = "a test owns its tasks by its runtime")]
 
+pub mod apiserver;
 pub mod client;
 pub mod cluster;
 pub mod dns;

@@ -1,0 +1,687 @@
+//! A stub kube-apiserver: TLS with a CA of its own, a bearer token, and answers that a real one gave.
+//!
+//! | request | answer |
+//! | --- | --- |
+//! | `GET` of a [`Kind`]'s list | the recorded list, with what has happened since |
+//! | the same with `?watch=1` | one event a line, as the test sends them |
+//!
+//! A test says what happens next, and asks what was requested:
+//!
+//! ```no_run
+//! # async fn example() -> anyhow::Result<()> {
+//! use serde_json::json;
+//! use tests::apiserver::{ApiServer, Fault, Kind, Verb};
+//!
+//! let api = ApiServer::start().await?;
+//! api.write_kubeconfig(&api.directory().join("kubeconfig"))?;
+//! // ... start what reads the kubeconfig ...
+//! api.wait_watched(Kind::Nodes).await;
+//! while api.step(Kind::Nodes).is_some() {}
+//! api.send(Kind::Nodes, "ADDED", json!({"metadata": {"name": "n9"}}));
+//! api.send_bytes(Kind::Nodes, "no JSON\n");
+//! api.fail(Kind::Nodes, Verb::List, Some(Fault::Silence));
+//! api.refuse().await;
+//! api.accept().await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Lists and watches fit together as a real one's do: a watch from a list's resourceVersion first sees what has
+//! happened since, so that no event is lost between the two or across a cut. Versions are opaque here, as the
+//! Kubernetes API says they are: one that this server has never given, or has forgotten, is answered with 410.
+
+mod resources;
+
+use std::{
+    collections::BTreeMap,
+    convert::Infallible,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use futures_util::StreamExt;
+use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
+use hyper::{
+    Method, Request, Response, StatusCode,
+    body::{Frame, Incoming},
+    header,
+    server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::rt::TokioIo;
+use proto::io::tasks::Tasks;
+use serde_json::{Value, json};
+use tokio::{net::TcpListener, sync::mpsc};
+use tokio_rustls::TlsAcceptor;
+
+pub use self::resources::Kind;
+use self::resources::Resource;
+use crate::{
+    cluster::SOON,
+    pki::{Authority, server_config},
+    process::{TempDir, eventually, free_port},
+};
+
+type Body = UnsyncBoxBody<Bytes, std::io::Error>;
+
+/// What is asked of a [`Kind`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verb {
+    List,
+    Watch,
+}
+
+/// What a request is answered with in place of what it asks for.
+#[derive(Clone, Debug)]
+pub enum Fault {
+    /// An error, with a Status that says so.
+    Status(StatusCode),
+    /// 200 with this body.
+    Body(Bytes),
+    /// Nothing, ever.
+    Silence,
+}
+
+/// A request that came.
+#[derive(Clone, Debug)]
+pub struct Asked {
+    pub method: Method,
+    pub path: String,
+    /// Parameters, decoded; of several with one name the last.
+    pub query: BTreeMap<String, String>,
+    /// Whether it showed the right token.
+    pub authorized: bool,
+}
+
+impl Asked {
+    pub fn is_watch(&self) -> bool {
+        matches!(self.query.get("watch").map(String::as_str), Some("1" | "true"))
+    }
+}
+
+/// The server. It ends with its owner.
+pub struct ApiServer {
+    directory: TempDir,
+    address: SocketAddr,
+    server: Server,
+    /// Who listens and serves; none while connections are refused.
+    serving: Mutex<Option<Tasks>>,
+}
+
+impl ApiServer {
+    /// Serves the recorded answers of `tests/data/kubernetes`.
+    pub async fn start() -> anyhow::Result<Self> {
+        Self::with_answers(&Path::new(env!("CARGO_MANIFEST_DIR")).join("data/kubernetes")).await
+    }
+
+    /// Serves `KIND.list.json`, `KIND.watch.jsonl` and `version.json` of a directory.
+    pub async fn with_answers(answers: &Path) -> anyhow::Result<Self> {
+        let directory = TempDir::new("apiserver")?;
+        let authority = Authority::new("apiserver CA")?;
+        std::fs::write(directory.path().join("ca.crt"), authority.pem())?;
+        authority.server(
+            directory.path(),
+            "apiserver",
+            &["localhost", "127.0.0.1", "kubernetes.default.svc"],
+        )?;
+        let mut resources = BTreeMap::new();
+        for kind in Kind::ALL {
+            resources.insert(kind, Resource::read(answers, kind)?);
+        }
+        let server = Server {
+            acceptor: TlsAcceptor::from(server_config(directory.path(), "apiserver")?),
+            shared: Arc::new(Mutex::new(Shared {
+                version: serde_json::from_slice(&read(&answers.join("version.json"))?)?,
+                resources,
+                token: String::new(),
+                asked: Vec::new(),
+            })),
+        };
+        let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
+        let this = Self { directory, address, server, serving: Mutex::new(None) };
+        this.set_token(&format!("token-{:032x}", rand::random::<u128>()))?;
+        this.accept().await?;
+        Ok(this)
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    pub fn url(&self) -> String {
+        format!("https://{}", self.address)
+    }
+
+    /// Where its files are: `ca.crt`, and `token` as a ServiceAccount's volume has them.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    pub fn ca(&self) -> PathBuf {
+        self.directory().join("ca.crt")
+    }
+
+    pub fn token(&self) -> String {
+        self.shared().token.clone()
+    }
+
+    /// From now on only this token is right. It is written to `token`, not to kubeconfig files.
+    pub fn set_token(&self, token: &str) -> anyhow::Result<()> {
+        proto::secret_file::replace(&self.directory().join("token"), token.as_bytes())?;
+        token.clone_into(&mut self.shared().token);
+        Ok(())
+    }
+
+    /// Writes a kubeconfig with the CA, the address and the token.
+    pub fn write_kubeconfig(&self, path: &Path) -> anyhow::Result<()> {
+        let config = json!({
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{
+                "name": "stub",
+                "cluster": {"server": self.url(), "certificate-authority": self.ca()},
+            }],
+            "users": [{"name": "tester", "user": {"token": self.token()}}],
+            "contexts": [{"name": "stub", "context": {"cluster": "stub", "user": "tester"}}],
+            "current-context": "stub",
+        });
+        proto::secret_file::replace(path, config.to_string().as_bytes())?;
+        Ok(())
+    }
+
+    /// The next recorded event happens; gives it, or `None` after the last.
+    pub fn step(&self, kind: Kind) -> Option<Value> {
+        self.resource(kind, Resource::step)
+    }
+
+    /// An event happens: `ADDED`, `MODIFIED` or `DELETED`, with an object that needs no more than what matters
+    /// (its kind, apiVersion and resourceVersion are filled in). Gives the object as it was sent.
+    pub fn send(&self, kind: Kind, event: &str, object: Value) -> Value {
+        self.resource(kind, |r| r.happen(event, object))
+    }
+
+    /// Tells the open watches the current version, as a BOOKMARK does.
+    pub fn bookmark(&self, kind: Kind) {
+        self.resource(kind, Resource::bookmark);
+    }
+
+    /// Sends bytes as they are down the open watches. Nothing has happened by them.
+    pub fn send_bytes(&self, kind: Kind, bytes: impl Into<Bytes>) {
+        let bytes = bytes.into();
+        self.resource(kind, |r| r.tell(&bytes));
+    }
+
+    /// Forgets what happened, as etcd's compaction does: open watches get an ERROR event with code 410 and end, and
+    /// so does a watch from any version but the current one.
+    pub fn compact(&self, kind: Kind) {
+        self.resource(kind, Resource::compact);
+    }
+
+    /// The list is another from now on, without an event: open watches end. Its version must be new.
+    pub fn set_list(&self, kind: Kind, list: &Value) -> anyhow::Result<()> {
+        self.resource(kind, |r| r.replace(&serde_json::to_vec(list)?))
+    }
+
+    /// Ends all open watches in good order, as a server does after a watch's time.
+    pub fn end_watches(&self) {
+        for kind in Kind::ALL {
+            self.resource(kind, Resource::end);
+        }
+    }
+
+    /// Breaks all open watches off, in the middle of the answer.
+    pub fn cut_watches(&self) {
+        for kind in Kind::ALL {
+            self.resource(kind, Resource::cut);
+        }
+    }
+
+    /// New requests of this sort meet the fault; `None` heals it.
+    pub fn fail(&self, kind: Kind, verb: Verb, fault: Option<Fault>) {
+        self.resource(kind, |r| match verb {
+            Verb::List => r.list_fault = fault,
+            Verb::Watch => r.watch_fault = fault,
+        });
+    }
+
+    /// Nobody listens any more, and all connections are closed.
+    pub async fn refuse(&self) {
+        let serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(tasks) = serving {
+            tasks.cancel();
+            tasks.drain(Duration::from_secs(5)).await;
+        }
+    }
+
+    /// Listens again, at the same address.
+    pub async fn accept(&self) -> anyhow::Result<()> {
+        self.refuse().await;
+        let listener = TcpListener::bind(self.address)
+            .await
+            .with_context(|| format!("can't listen on {}", self.address))?;
+        let tasks = Tasks::new();
+        tasks.spawn(self.server.clone().serve(listener, tasks.clone()));
+        *self.serving.lock().unwrap_or_else(PoisonError::into_inner) = Some(tasks);
+        Ok(())
+    }
+
+    /// What was asked, in order, since the last time this was called.
+    pub fn take_asked(&self) -> Vec<Asked> {
+        std::mem::take(&mut self.shared().asked)
+    }
+
+    /// What was asked so far.
+    pub fn asked(&self) -> Vec<Asked> {
+        self.shared().asked.clone()
+    }
+
+    /// How often this was asked so far.
+    pub fn count(&self, kind: Kind, verb: Verb) -> usize {
+        let of_kind = |a: &&Asked| a.path == kind.path() && a.is_watch() == (verb == Verb::Watch);
+        self.shared().asked.iter().filter(of_kind).count()
+    }
+
+    /// The number of open watches.
+    pub fn watches(&self, kind: Kind) -> usize {
+        self.resource(kind, Resource::watches)
+    }
+
+    /// Waits until somebody watches.
+    pub async fn wait_watched(&self, kind: Kind) {
+        let what = format!("{kind:?} are watched");
+        eventually(&what, SOON, async || (self.watches(kind) > 0).then_some(())).await;
+    }
+
+    fn resource<T>(&self, kind: Kind, act: impl FnOnce(&mut Resource) -> T) -> T {
+        act(self.shared().resources.get_mut(&kind).expect("every kind is there"))
+    }
+
+    fn shared(&self) -> MutexGuard<'_, Shared> {
+        self.server.shared()
+    }
+}
+
+impl Drop for ApiServer {
+    fn drop(&mut self) {
+        let serving = self.serving.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tasks) = serving {
+            tasks.cancel();
+        }
+    }
+}
+
+/// What a connection needs.
+#[derive(Clone)]
+struct Server {
+    acceptor: TlsAcceptor,
+    shared: Arc<Mutex<Shared>>,
+}
+
+struct Shared {
+    version: Value,
+    resources: BTreeMap<Kind, Resource>,
+    token: String,
+    asked: Vec<Asked>,
+}
+
+impl Server {
+    fn shared(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn serve(self, listener: TcpListener, tasks: Tasks) {
+        loop {
+            let Ok((socket, _)) = listener.accept().await else {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            };
+            let _ = socket.set_nodelay(true);
+            let server = self.clone();
+            tasks.spawn(async move {
+                let Ok(socket) = server.acceptor.accept(socket).await else { return };
+                let service = service_fn(|request| {
+                    let server = server.clone();
+                    async move { Ok::<_, Infallible>(server.answer(request).await) }
+                });
+                let connection = http1::Builder::new().serve_connection(TokioIo::new(socket), service);
+                // A client that leaves is not the server's failure.
+                let _ = connection.with_upgrades().await;
+            });
+        }
+    }
+
+    async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
+        let asked = self.record(&request);
+        if !asked.authorized {
+            return failure(StatusCode::UNAUTHORIZED, "Unauthorized", "Unauthorized");
+        }
+        if asked.path == "/version" {
+            return json_body(StatusCode::OK, &self.shared().version);
+        }
+        match Kind::ALL.into_iter().find(|kind| kind.path() == asked.path) {
+            Some(kind) if asked.method == Method::GET => self.collection(kind, &asked).await,
+            Some(_) => failure(StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowed", "only reads are served"),
+            None => not_found(),
+        }
+    }
+
+    fn record(&self, request: &Request<Incoming>) -> Asked {
+        let mut shared = self.shared();
+        let bearer = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let asked = Asked {
+            method: request.method().clone(),
+            path: request.uri().path().to_owned(),
+            query: parameters(request.uri().query().unwrap_or_default()).into_iter().collect(),
+            authorized: bearer.and_then(|value| value.strip_prefix("Bearer ")) == Some(&shared.token),
+        };
+        shared.asked.push(asked.clone());
+        asked
+    }
+
+    async fn collection(&self, kind: Kind, asked: &Asked) -> Response<Body> {
+        let fault = {
+            let mut shared = self.shared();
+            let resource = shared.resources.get_mut(&kind).expect("every kind is there");
+            let fault = if asked.is_watch() { &resource.watch_fault } else { &resource.list_fault };
+            match fault {
+                Some(fault) => fault.clone(),
+                None if asked.is_watch() => return watch(resource.watch(&asked.query)),
+                None => return bytes_body(StatusCode::OK, resource.list()),
+            }
+        };
+        match fault {
+            Fault::Status(status) => {
+                let reason = status.canonical_reason().unwrap_or_default().replace(' ', "");
+                let reason = if status == StatusCode::GONE { "Expired".to_owned() } else { reason };
+                failure(status, &reason, "this failure was ordered by a test")
+            }
+            Fault::Body(body) => bytes_body(StatusCode::OK, body),
+            Fault::Silence => std::future::pending().await,
+        }
+    }
+}
+
+/// The parameters of a query, decoded.
+fn parameters(query: &str) -> Vec<(String, String)> {
+    let decode = |text: &str| {
+        let text = text.replace('+', " ");
+        percent_encoding::percent_decode_str(&text).decode_utf8_lossy().into_owned()
+    };
+    let pairs = query.split('&').filter(|pair| !pair.is_empty());
+    pairs
+        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
+        .map(|(k, v)| (decode(k), decode(v)))
+        .collect()
+}
+
+fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
+    std::fs::read(path).with_context(|| format!("can't read {}", path.display()))
+}
+
+/// An answer that goes on until the other end of the channel is dropped, and breaks off at an error.
+fn watch(mut events: mpsc::UnboundedReceiver<std::io::Result<Bytes>>) -> Response<Body> {
+    let events = futures_util::stream::poll_fn(move |context| events.poll_recv(context));
+    body(StatusCode::OK, "application/json", StreamBody::new(events.map(|event| event.map(Frame::data))))
+}
+
+fn json_body(status: StatusCode, value: &Value) -> Response<Body> {
+    bytes_body(status, value.to_string().into())
+}
+
+fn bytes_body(status: StatusCode, bytes: Bytes) -> Response<Body> {
+    body(status, "application/json", Full::new(bytes).map_err(|never| match never {}))
+}
+
+fn body<B>(status: StatusCode, kind: &'static str, body: B) -> Response<Body>
+where
+    B: hyper::body::Body<Data = Bytes, Error = std::io::Error> + Send + 'static,
+{
+    let mut response = Response::new(Body::new(body));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(kind));
+    response
+}
+
+fn not_found() -> Response<Body> {
+    failure(StatusCode::NOT_FOUND, "NotFound", "the server could not find the requested resource")
+}
+
+fn failure(status: StatusCode, reason: &str, message: &str) -> Response<Body> {
+    json_body(status, &status_object(status, reason, message))
+}
+
+/// A `v1.Status` that tells of a failure.
+fn status_object(status: StatusCode, reason: &str, message: &str) -> Value {
+    json!({
+        "kind": "Status",
+        "apiVersion": "v1",
+        "metadata": {},
+        "status": "Failure",
+        "message": message,
+        "reason": reason,
+        "code": status.as_u16(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use hyper::body::Incoming;
+    use rustls::pki_types::ServerName;
+    use tokio::net::TcpStream;
+
+    use super::*;
+    use crate::pki::client_config;
+
+    /// A request on a connection of its own.
+    async fn ask(api: &ApiServer, uri: &str, token: &str) -> anyhow::Result<Response<Incoming>> {
+        let config = client_config(&api.ca(), None)?;
+        let socket = TcpStream::connect(api.address()).await?;
+        let name = ServerName::try_from("localhost")?;
+        let socket = tokio_rustls::TlsConnector::from(config).connect(name, socket).await?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(socket)).await?;
+        tokio::spawn(connection);
+        let request = Request::get(uri)
+            .header(header::HOST, "localhost")
+            .header(header::AUTHORIZATION, format!("Bearer {token}"))
+            .body(Full::<Bytes>::default())?;
+        Ok(sender.send_request(request).await?)
+    }
+
+    async fn get(api: &ApiServer, uri: &str) -> (StatusCode, Value) {
+        let response = ask(api, uri, &api.token()).await.unwrap();
+        let status = response.status();
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        (status, serde_json::from_slice(&body).unwrap())
+    }
+
+    async fn list(api: &ApiServer, kind: Kind) -> (Vec<String>, String) {
+        let (status, list) = get(api, kind.path()).await;
+        assert_eq!(status, StatusCode::OK, "{list}");
+        assert_eq!(list["kind"], format!("{}List", kind.singular()));
+        let names = list["items"].as_array().unwrap().iter().map(|i| text(&i["metadata"]["name"])).collect();
+        (names, text(&list["metadata"]["resourceVersion"]))
+    }
+
+    fn text(value: &Value) -> String {
+        value.as_str().unwrap().to_owned()
+    }
+
+    /// A watch, read event by event.
+    struct Events {
+        body: Incoming,
+        read: Vec<u8>,
+    }
+
+    impl Events {
+        async fn from(api: &ApiServer, kind: Kind, version: &str) -> Self {
+            let uri = format!("{}?watch=1&resourceVersion={version}&allowWatchBookmarks=true", kind.path());
+            let response = ask(api, &uri, &api.token()).await.unwrap();
+            assert_eq!(response.status(), StatusCode::OK);
+            Self { body: response.into_body(), read: Vec::new() }
+        }
+
+        /// `None` at the end in good order, an error where the answer breaks off.
+        async fn line(&mut self) -> Result<Option<Vec<u8>>, hyper::Error> {
+            loop {
+                if let Some(end) = self.read.iter().position(|byte| *byte == b'\n') {
+                    return Ok(Some(self.read.drain(..=end).collect()));
+                }
+                match self.body.frame().await {
+                    Some(frame) => self.read.extend_from_slice(&frame?.into_data().unwrap()),
+                    None => return Ok(None),
+                }
+            }
+        }
+
+        /// An event's type, and its object's name.
+        async fn next(&mut self) -> (String, String) {
+            let event: Value = serde_json::from_slice(&self.line().await.unwrap().unwrap()).unwrap();
+            let name = event["object"]["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+            (text(&event["type"]), name)
+        }
+    }
+
+    fn event(kind: &str, name: &str) -> (String, String) {
+        (kind.to_owned(), name.to_owned())
+    }
+
+    #[tokio::test]
+    async fn recorded_lists_and_events_are_served_as_they_were_recorded() {
+        let api = ApiServer::start().await.unwrap();
+        for kind in Kind::ALL {
+            let file =
+                |end: &str| format!("{}/data/kubernetes/{}.{end}", env!("CARGO_MANIFEST_DIR"), kind.plural());
+            let response = ask(&api, kind.path(), &api.token()).await.unwrap();
+            let body = response.into_body().collect().await.unwrap().to_bytes();
+            assert_eq!(body, std::fs::read(file("list.json")).unwrap());
+
+            let mut events = Events::from(&api, kind, "239").await;
+            for line in std::fs::read(file("watch.jsonl")).unwrap().split_inclusive(|b| *b == b'\n') {
+                let sent = api.step(kind).unwrap();
+                assert_eq!(events.line().await.unwrap().unwrap(), line);
+                assert_eq!(serde_json::from_slice::<Value>(line).unwrap(), sent);
+            }
+            assert_eq!(api.step(kind), None);
+            assert_eq!(
+                (api.count(kind, Verb::List), api.count(kind, Verb::Watch), api.watches(kind)),
+                (1, 1, 1)
+            );
+        }
+        assert_eq!(get(&api, "/version").await.1["minor"], "36");
+    }
+
+    #[tokio::test]
+    async fn a_list_shows_what_has_happened_and_a_watch_goes_on_from_any_version() {
+        let api = ApiServer::start().await.unwrap();
+        assert_eq!(list(&api, Kind::Nodes).await, (vec!["n1".to_owned()], "239".to_owned()));
+        api.step(Kind::Nodes);
+        assert_eq!(list(&api, Kind::Nodes).await.0, ["n1", "n2"]);
+        let sent = api.send(Kind::Nodes, "ADDED", json!({"metadata": {"name": "n3"}}));
+        assert_eq!(sent["kind"], "Node");
+        api.send(Kind::Nodes, "DELETED", json!({"metadata": {"name": "n2"}}));
+        let (names, version) = list(&api, Kind::Nodes).await;
+        assert_eq!(names, ["n1", "n3"]);
+
+        let mut old = Events::from(&api, Kind::Nodes, "239").await;
+        assert_eq!(old.next().await, event("ADDED", "n2"));
+        let mut new = Events::from(&api, Kind::Nodes, "242").await;
+        let mut current = Events::from(&api, Kind::Nodes, &version).await;
+        let mut all = Events::from(&api, Kind::Nodes, "0").await;
+        assert_eq!(all.next().await, event("ADDED", "n1"));
+        assert_eq!(all.next().await, event("ADDED", "n3"));
+        for events in [&mut old, &mut new] {
+            assert_eq!(events.next().await, event("ADDED", "n3"));
+            assert_eq!(events.next().await, event("DELETED", "n2"));
+        }
+        api.bookmark(Kind::Nodes);
+        api.send(Kind::Nodes, "MODIFIED", json!({"metadata": {"name": "n1"}}));
+        api.send_bytes(Kind::Nodes, "no JSON\n");
+        for events in [&mut old, &mut new, &mut current, &mut all] {
+            assert_eq!(events.next().await, event("BOOKMARK", ""));
+            assert_eq!(events.next().await, event("MODIFIED", "n1"));
+            assert_eq!(events.line().await.unwrap().unwrap(), b"no JSON\n");
+        }
+
+        // What is forgotten is 410, within the answer.
+        api.compact(Kind::Nodes);
+        for mut events in [old, new, current, all, Events::from(&api, Kind::Nodes, "239").await] {
+            let error: Value = serde_json::from_slice(&events.line().await.unwrap().unwrap()).unwrap();
+            assert_eq!((&error["type"], &error["object"]["code"]), (&json!("ERROR"), &json!(410)));
+            assert_eq!(events.line().await.unwrap(), None);
+        }
+        let other = json!({"metadata": {"resourceVersion": "7"}, "items": [{"metadata": {"name": "x"}}],
+            "kind": "NodeList", "apiVersion": "v1"});
+        api.set_list(Kind::Nodes, &other).unwrap();
+        assert_eq!(list(&api, Kind::Nodes).await, (vec!["x".to_owned()], "7".to_owned()));
+        assert!(api.set_list(Kind::Nodes, &other).is_err());
+    }
+
+    #[tokio::test]
+    async fn watches_end_break_off_and_are_gone_with_their_client() {
+        let api = ApiServer::start().await.unwrap();
+        let mut ended = Events::from(&api, Kind::Pods, "239").await;
+        api.end_watches();
+        assert_eq!(ended.line().await.unwrap(), None);
+        let mut cut = Events::from(&api, Kind::Pods, "239").await;
+        api.wait_watched(Kind::Pods).await;
+        api.cut_watches();
+        assert!(cut.line().await.is_err());
+        let mut initial = Events::from(&api, Kind::Pods, "&sendInitialEvents=true").await;
+        assert_eq!(initial.next().await, event("ADDED", "web"));
+        assert_eq!(initial.next().await, event("BOOKMARK", ""));
+        assert_eq!(api.watches(Kind::Pods), 1);
+        drop(initial);
+        eventually("the watch has ended", SOON, async || (api.watches(Kind::Pods) == 0).then_some(())).await;
+    }
+
+    #[tokio::test]
+    async fn failures_are_as_ordered_and_no_token_no_answer() {
+        let api = ApiServer::start().await.unwrap();
+        let watch = format!("{}?watch=true&resourceVersion=239", Kind::Services.path());
+        api.fail(Kind::Services, Verb::Watch, Some(Fault::Status(StatusCode::GONE)));
+        let (status, body) = get(&api, &watch).await;
+        assert_eq!(
+            (status, &body["reason"], &body["code"]),
+            (StatusCode::GONE, &json!("Expired"), &json!(410))
+        );
+        assert_eq!(list(&api, Kind::Services).await.0, ["kubernetes", "web"]);
+        api.fail(Kind::Services, Verb::List, Some(Fault::Body("[]".into())));
+        assert_eq!(get(&api, Kind::Services.path()).await, (StatusCode::OK, json!([])));
+        api.fail(Kind::Services, Verb::List, Some(Fault::Silence));
+        let token = api.token();
+        let silent = ask(&api, Kind::Services.path(), &token);
+        assert!(tokio::time::timeout(Duration::from_millis(200), silent).await.is_err());
+        api.fail(Kind::Services, Verb::List, None);
+        assert_eq!(list(&api, Kind::Services).await.0, ["kubernetes", "web"]);
+
+        let old = api.token();
+        api.set_token("new").unwrap();
+        assert_eq!(std::fs::read_to_string(api.directory().join("token")).unwrap(), "new");
+        assert_eq!(list(&api, Kind::Services).await.0, ["kubernetes", "web"]);
+        let refused = ask(&api, Kind::Services.path(), &old).await.unwrap();
+        assert_eq!(refused.status(), StatusCode::UNAUTHORIZED);
+        let asked = api.take_asked();
+        assert_eq!(asked.iter().filter(|a| !a.authorized).count(), 1);
+        assert_eq!(asked[0].query["resourceVersion"], "239");
+        assert!(asked[0].is_watch() && api.asked().is_empty());
+        assert_eq!(get(&api, "/nothing").await.0, StatusCode::NOT_FOUND);
+    }
+
+    #[tokio::test]
+    async fn refused_connections_are_refused_and_open_ones_closed_until_it_listens_again() {
+        let api = ApiServer::start().await.unwrap();
+        let mut events = Events::from(&api, Kind::Nodes, "239").await;
+        api.refuse().await;
+        assert!(events.line().await.is_err());
+        let error = TcpStream::connect(api.address()).await.unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
+        api.step(Kind::Nodes);
+        api.accept().await.unwrap();
+        let mut events = Events::from(&api, Kind::Nodes, "239").await;
+        assert_eq!(events.next().await, event("ADDED", "n2"));
+    }
+}
