@@ -318,7 +318,7 @@ pub fn addresses(index: usize) -> Vec<IpAddr> {
 }
 
 fn write_inventory(path: &Path, nodes: &[Node], options: &Options) -> anyhow::Result<()> {
-    let mut text = "nodes:\n".to_owned();
+    let mut text = if nodes.is_empty() { String::new() } else { "nodes:\n".to_owned() };
     for (i, node) in nodes.iter().enumerate() {
         let addresses: Vec<String> = addresses(i).iter().map(|a| format!("'{a}'")).collect();
         write!(

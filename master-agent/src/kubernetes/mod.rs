@@ -190,7 +190,10 @@ impl Watches {
                 Err(error) => Err(Broken { version: None, error }),
             };
             match followed {
-                Ok(next) => version = Some(next),
+                Ok(next) => {
+                    backoff.reset();
+                    version = Some(next);
+                }
                 Err(broken) => {
                     self.failed(K::KIND, &broken.error);
                     version = broken.version;
@@ -251,10 +254,7 @@ impl Watches {
                 Ok(Some(Ok(event))) => event,
                 Ok(Some(Err(error))) => return Err(broken(&version, show(&error))),
                 // The API server ends watches; one that ends at once does not want to be asked again at once.
-                Ok(None) if began.elapsed() > Duration::from_secs(1) => {
-                    backoff.reset();
-                    return Ok(version);
-                }
+                Ok(None) if began.elapsed() > Duration::from_secs(1) => return Ok(version),
                 Ok(None) => {
                     return Err(broken(&version, "the watch ended as soon as it had begun".to_owned()));
                 }
@@ -282,6 +282,7 @@ impl Watches {
                 WatchEvent::Error(status) if status.code == 410 => return Err(Broken::gone()),
                 WatchEvent::Error(status) => return Err(broken(&version, status.message)),
             }
+            backoff.reset();
             self.heard(K::KIND, false);
         }
     }
