@@ -28,6 +28,7 @@ use crate::{
         Common,
         http_connect::HttpConnect,
         listen::{self, AllowedNames},
+        proxy_url::{ProxyUrls, TargetTls},
     },
     identity::Authorities,
     inventory::Inventory,
@@ -46,9 +47,16 @@ const FAREWELL: Duration = Duration::from_secs(1);
 struct Sockets {
     connect_unix: Option<UnixListener>,
     connect_tls: Option<(TcpListener, TlsAcceptor, AllowedNames)>,
+    proxy_urls: Option<ProxyUrlSockets>,
     call_home: Option<TcpListener>,
     admin: TcpListener,
     admin_unix: UnixListener,
+}
+
+struct ProxyUrlSockets {
+    unix: Option<UnixListener>,
+    tcp: Option<TcpListener>,
+    tls: TargetTls,
 }
 
 /// Runs the agent until SIGTERM or SIGINT, then drains it.
@@ -115,6 +123,14 @@ async fn bind(config: &Config) -> anyhow::Result<Sockets> {
             }
             None => None,
         },
+        proxy_urls: match &config.proxy_urls {
+            Some(proxy_urls) => Some(ProxyUrlSockets {
+                unix: proxy_urls.unix.as_ref().map(bind_unix).transpose()?,
+                tcp: bind_tcp_if(proxy_urls.tcp).await?,
+                tls: TargetTls::load(proxy_urls)?,
+            }),
+            None => None,
+        },
         call_home: match &config.call_home {
             Some(call_home) => Some(bind_tcp(call_home.listen).await?),
             None => None,
@@ -130,7 +146,7 @@ async fn bind(config: &Config) -> anyhow::Result<Sockets> {
 }
 
 fn serve(agent: &Arc<Agent>, sockets: Sockets, callers: &Tasks, listeners: &Tasks, background: &Tasks) {
-    let Sockets { connect_unix, connect_tls, call_home, admin, admin_unix } = sockets;
+    let Sockets { connect_unix, connect_tls, proxy_urls, call_home, admin, admin_unix } = sockets;
     let door = Arc::new(HttpConnect(Common {
         dialer: agent.dialer.clone(),
         metrics: agent.metrics.clone(),
@@ -144,6 +160,28 @@ fn serve(agent: &Arc<Agent>, sockets: Sockets, callers: &Tasks, listeners: &Task
     }
     if let Some((listener, acceptor, allowed)) = connect_tls {
         listeners.spawn(listen::tls(door, "connect-tls", listener, acceptor, allowed));
+    }
+    if let (Some(sockets), Some(config)) = (proxy_urls, &agent.config.proxy_urls) {
+        let door = Arc::new(ProxyUrls {
+            common: Common {
+                dialer: agent.dialer.clone(),
+                metrics: agent.metrics.clone(),
+                head_timeout: config.head_timeout,
+                half_closed_timeout: config.half_closed_timeout,
+                max_connections: config.max_connections,
+                connections: callers.clone(),
+            },
+            directory: agent.dialer.clone(),
+            tls: sockets.tls,
+            idle_timeout: config.idle_timeout,
+            draining: agent.draining.clone(),
+        });
+        if let Some(listener) = sockets.unix {
+            listeners.spawn(listen::unix(door.clone(), "proxy-url-unix", listener));
+        }
+        if let Some(listener) = sockets.tcp {
+            listeners.spawn(listen::tcp(door, "proxy-url-tcp", listener));
+        }
     }
     if let Some(listener) = call_home {
         listeners.spawn(links::accept(agent.clone(), listener));
@@ -212,6 +250,13 @@ fn reload_inventory(agent: &Agent, asked: bool) {
         }
     };
     agent.metrics.inventory_reloads.get_or_create(&Reason { reason: result }).inc();
+}
+
+async fn bind_tcp_if(address: Option<std::net::SocketAddr>) -> anyhow::Result<Option<TcpListener>> {
+    match address {
+        Some(address) => Ok(Some(bind_tcp(address).await?)),
+        None => Ok(None),
+    }
 }
 
 async fn bind_tcp(address: std::net::SocketAddr) -> anyhow::Result<TcpListener> {

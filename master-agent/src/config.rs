@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use proto::config::{self, At, Errors, Log, Mode, Section, Source};
+use proto::config::{self, At, Errors, Log, Mode, Section, Source, Value};
 
 use crate::inventory::Inventory;
 
@@ -20,6 +20,8 @@ pub struct Config {
     pub log: Log,
     pub admin: AdminConfig,
     pub http_connect: HttpConnectConfig,
+    /// `None` serves no proxy URLs.
+    pub proxy_urls: Option<ProxyUrlsConfig>,
     /// Where nodes call home; `None` accepts none.
     pub call_home: Option<CallHomeConfig>,
     pub tunnels: TunnelsConfig,
@@ -48,6 +50,45 @@ pub struct HttpConnectConfig {
     pub half_closed_timeout: Duration,
     /// Callers at once, over both listeners.
     pub max_connections: usize,
+}
+
+/// Front door for apiserver-style proxy URLs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProxyUrlsConfig {
+    pub unix: Option<UnixConfig>,
+    /// A loopback address.
+    pub tcp: Option<SocketAddr>,
+    /// The CA of kubelets' serving certificates.
+    pub kubelet_ca: Option<PathBuf>,
+    /// The certificate that kubelets are shown, and its key.
+    pub kubelet_client: Option<(PathBuf, PathBuf)>,
+    /// The CA of certificates of pods, services and other ports of nodes.
+    pub target_ca: Option<PathBuf>,
+    pub insecure_skip_verify: Vec<Unverified>,
+    /// How long a caller may take to send a request's head.
+    pub head_timeout: Duration,
+    /// How long a connection may wait for its next request.
+    pub idle_timeout: Duration,
+    pub half_closed_timeout: Duration,
+    /// Callers at once on each of the two.
+    pub max_connections: usize,
+}
+
+/// Whose certificates are not verified.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unverified {
+    Kubelet,
+    Targets,
+}
+
+impl Value for Unverified {
+    fn read(at: &At<'_>) -> Option<Self> {
+        match at.text()? {
+            "kubelet" => Some(Self::Kubelet),
+            "targets" => Some(Self::Targets),
+            other => at.complain(other, "expected kubelet or targets"),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -143,6 +184,7 @@ impl Config {
             log: s.section_or_default("log", Log::read),
             admin: s.section_or_default("admin", AdminConfig::read),
             http_connect: s.section_or_default("http_connect", HttpConnectConfig::read),
+            proxy_urls: s.section("proxy_urls", ProxyUrlsConfig::read),
             call_home: s.section("call_home", |s| Some(CallHomeConfig::read(s))),
             tunnels: s.section_or_default("tunnels", TunnelsConfig::read),
             certificates: s.section_or_default("certificates", CertificatesConfig::read),
@@ -171,6 +213,32 @@ impl HttpConnectConfig {
             half_closed_timeout: s.duration("half_closed_timeout", secs(600), WAIT),
             max_connections: s.number("max_connections", 16384, COUNT),
         }
+    }
+}
+
+impl ProxyUrlsConfig {
+    fn read(s: &Section<'_>) -> Option<Self> {
+        let client_cert = s.file("kubelet_client_cert");
+        let client_key = s.private_file("kubelet_client_key");
+        if client_cert.is_some() != client_key.is_some() {
+            s.section_error("kubelet_client_cert and kubelet_client_key go together: give both or none");
+        }
+        let config = Self {
+            unix: s.section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent/proxy-urls.sock"))),
+            tcp: s.section("tcp", |s| Some(listen_loopback(s, 8130))),
+            kubelet_ca: s.file("kubelet_ca"),
+            kubelet_client: client_cert.zip(client_key),
+            target_ca: s.file("target_ca"),
+            insecure_skip_verify: s.list("insecure_skip_verify"),
+            head_timeout: s.duration("head_timeout", secs(10), WAIT),
+            idle_timeout: s.duration("idle_timeout", secs(120), WAIT),
+            half_closed_timeout: s.duration("half_closed_timeout", secs(600), WAIT),
+            max_connections: s.number("max_connections", 4096, COUNT),
+        };
+        if config.unix.is_none() && config.tcp.is_none() {
+            s.section_error(NO_LISTENER);
+        }
+        Some(config)
     }
 }
 
@@ -235,6 +303,17 @@ impl CertificatesConfig {
             host_ttl: s.duration("host_ttl", 30 * DAY, secs(1)..=3660 * DAY),
         }
     }
+}
+
+const NO_LISTENER: &str = "has no listener: give it unix, tcp or both";
+
+fn listen_loopback(s: &Section<'_>, default_port: u16) -> SocketAddr {
+    let default = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), default_port);
+    let address = s.listen("listen", Some(default)).unwrap_or(default);
+    if !address.ip().to_canonical().is_loopback() {
+        s.error("listen", format!("{address} has no authentication, so it must be a loopback address"));
+    }
+    address
 }
 
 fn secs(seconds: u64) -> Duration {

@@ -11,4 +11,5 @@ mod joining;
 mod memory;
 mod operate;
 mod policy;
+mod proxy_urls;
 mod traffic;
