@@ -6,6 +6,7 @@ pub mod http_connect;
 pub mod listen;
 pub mod proxy_url;
 mod record;
+pub mod socks5;
 pub mod target_socket;
 
 use std::{sync::Arc, time::Duration};

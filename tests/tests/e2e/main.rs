@@ -12,4 +12,5 @@ mod memory;
 mod operate;
 mod policy;
 mod proxy_urls;
+mod socks5;
 mod traffic;

@@ -19,11 +19,11 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tests::{
-    client::{Io, read_head},
+    client::Io,
     cluster::{Cluster, Kind, Options, SOON, binary},
     load::completes,
     pki::Authority,
-    process::{Process, TempDir, free_port},
+    process::{Process, TempDir, eventually, free_port},
     steady::Health,
 };
 use tokio::{
@@ -54,7 +54,7 @@ struct Pki {
 impl Pki {
     fn new() -> Self {
         let dir = TempDir::new("pki").unwrap();
-        let ca = Authority::new("kubelet CA").unwrap();
+        let ca = Authority::new(&format!("kubelet CA {:08x}", rand::random::<u32>())).unwrap();
         std::fs::write(dir.path().join("ca.crt"), ca.pem()).unwrap();
         ca.client(dir.path(), "master").unwrap();
         Self { dir, ca }
@@ -366,4 +366,363 @@ async fn any_protocol_can_be_upgraded_to_over_tls_and_halves_close_alone() {
         head.contains("x-stream-protocol-version: v4.channel.k8s.io") && !head.contains("secret"),
         "{head}"
     );
+}
+
+/// What a target gets of a request, and the caller of a fixed answer.
+async fn exchange(site: &Site, listener: &TcpListener, raw: &str, answer: &str) -> (String, String) {
+    let mut socket = site.unix().await;
+    socket.write_all(raw.as_bytes()).await.unwrap();
+    let (got, mut target) = one(listener).await;
+    target.write_all(answer.as_bytes()).await.unwrap();
+    target.shutdown().await.unwrap();
+    let mut heard = Vec::new();
+    completes("an answer", socket.read_to_end(&mut heard)).await.unwrap();
+    (got, String::from_utf8(heard).unwrap())
+}
+
+#[tokio::test]
+async fn methods_paths_queries_and_headers_arrive_as_they_are() {
+    let site = Site::start().await;
+    let listener = site.listen().await;
+    let rest = "/..%2f..%2Fetc/%20a;b=c//d/./e?x=%2F&y=a+b&&z";
+    for method in ["GET", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND", "X-OWN"] {
+        let raw = format!(
+            "{method} {} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer secret\r\nCookie: a=b\r\n\
+             X-Own: 1\r\nX-Hop: 2\r\nConnection: close, X-Hop\r\n\r\n",
+            site.own(rest)
+        );
+        let (got, heard) = exchange(
+            &site,
+            &listener,
+            &raw,
+            "HTTP/1.1 299 Fine\r\nX-Target: 1\r\nKeep-Alive: 5\r\nLocation: /login/\r\nSet-Cookie: c=d\r\n\r\nbody",
+        )
+        .await;
+        assert!(got.starts_with(&format!("{method} {rest} HTTP/1.1\r\n")), "{got}");
+        let head = got.to_lowercase();
+        for line in [
+            "cookie: a=b".to_owned(),
+            "x-own: 1".to_owned(),
+            "connection: close".to_owned(),
+            format!("host: n1:{}", site.port),
+            "x-forwarded-host: localhost".to_owned(),
+            "x-forwarded-proto: http".to_owned(),
+            format!("x-forwarded-uri: {}", site.own(rest.split('?').next().unwrap()).to_lowercase()),
+        ] {
+            assert_eq!(head.matches(&format!("\r\n{line}\r\n")).count(), 1, "{line}:\n{got}");
+        }
+        assert!(!got.contains("secret") && !head.contains("x-hop"), "{got}");
+        let head = heard.to_lowercase();
+        assert!(heard.starts_with("HTTP/1.1 299 ") && heard.contains("body"), "{heard}");
+        let location = format!("location: {}\r\n", site.own("/login/"));
+        assert!(
+            head.contains("x-target: 1") && head.contains("set-cookie: c=d") && head.contains(&location),
+            "{heard}"
+        );
+        assert!(!head.contains("keep-alive"), "{heard}");
+    }
+}
+
+#[tokio::test]
+async fn trailers_pass_both_ways() {
+    let site = Site::start().await;
+    let listener = site.listen().await;
+    let mut socket = site.unix().await;
+    let raw = format!(
+        "POST {} HTTP/1.1\r\nHost: localhost\r\nTE: trailers\r\nConnection: TE\r\nTransfer-Encoding: chunked\r\nTrailer: X-Up\r\n\r\n2\r\nhi\r\n0\r\nX-Up: 1\r\n\r\n",
+        site.own("/")
+    );
+    socket.write_all(raw.as_bytes()).await.unwrap();
+    let (got, mut target) = one(&listener).await;
+    assert!(got.to_lowercase().contains("te: trailers"), "{got}");
+    let body = completes("a body with trailers", head(&mut target)).await.to_lowercase();
+    assert_eq!(body, "2\r\nhi\r\n0\r\nx-up: 1\r\n\r\n");
+    let answer = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: X-Down\r\n\r\n2\r\nho\r\n0\r\nX-Down: 2\r\n\r\n";
+    target.write_all(answer.as_bytes()).await.unwrap();
+    let answer = completes("a head", head(&mut socket)).await.to_lowercase();
+    assert!(answer.contains("trailer: x-down"), "{answer}");
+    let body = completes("a body with trailers", head(&mut socket)).await.to_lowercase();
+    assert_eq!(body, "2\r\nho\r\n0\r\nx-down: 2\r\n\r\n");
+}
+
+#[tokio::test]
+async fn what_fails_is_a_status_object() {
+    let site = Site::start().await;
+    for (path, code, said) in [
+        (site.own("/"), 502, "connection refused"),
+        (format!("/api/v1/nodes/n1:{}/proxy/", free_port()), 403, "refused by node policy"),
+        ("/api/v1/nodes/n9/proxy/".to_owned(), 404, "n9"),
+        ("/api/v1/nodes/n1:0/proxy/".to_owned(), 400, "port"),
+        ("/api/v1/nodes/N1/proxy/".to_owned(), 400, "node name"),
+        ("/api/v1/namespaces/default/pods/web/proxy/".to_owned(), 404, "default/web"),
+        ("/api/v1/namespaces/default/services/web:http/proxy/".to_owned(), 404, "default/web"),
+        ("/api/v1/nodes/n1".to_owned(), 404, "no such path"),
+        ("/".to_owned(), 404, "no such path"),
+    ] {
+        let (status, failure) = site.get(&path).await;
+        assert_eq!(status.as_u16(), code, "{path}: {failure}");
+        assert_eq!(
+            (&failure["kind"], &failure["status"]),
+            (&Value::from("Status"), &Value::from("Failure")),
+            "{path}"
+        );
+        assert_eq!(failure["code"], code, "{path}");
+        assert!(message(&failure).contains(said), "{path}: {failure}");
+    }
+    // What is no HTTP is no answer of a target either.
+    let listener = site.listen().await;
+    tokio::spawn(async move {
+        let (_, mut socket) = one(&listener).await;
+        socket.write_all(b"\x15\x03\x01 what?\r\n\r\n").await.unwrap();
+    });
+    let (status, failure) = site.get(&site.own("/")).await;
+    assert_eq!((status.as_u16(), &failure["kind"]), (502, &Value::from("Status")), "{failure}");
+
+    let moved = site.send(get(&site.own("?a=b%20c"))).await;
+    assert_eq!(moved.status(), StatusCode::MOVED_PERMANENTLY);
+    assert_eq!(moved.headers()["location"], site.own("/?a=b%20c"));
+    assert_eq!(site.send(request(Method::HEAD, &site.own(""), Full::default().boxed())).await.status(), 301);
+}
+
+#[tokio::test]
+async fn a_page_of_another_origin_gets_nothing() {
+    let site = Site::start().await.with_kubelet(&["n1"]).await;
+    let ask = async |lines: &str| {
+        let mut socket = TcpStream::connect(site.tcp).await.unwrap();
+        let raw = format!("GET /api/v1/nodes/n1/proxy/healthz HTTP/1.1\r\nConnection: close\r\n{lines}\r\n");
+        socket.write_all(raw.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        completes("an answer", socket.read_to_string(&mut answer)).await.unwrap();
+        answer
+    };
+    let here = site.tcp.to_string();
+    let good = format!("Host: {here}\r\n");
+    for lines in ["", &good, &format!("{good}Origin: http://{here}\r\nSec-Fetch-Site: same-origin\r\n")] {
+        assert!(ask(lines).await.starts_with("HTTP/1.1 200 "), "{lines}");
+    }
+    for lines in [
+        "Host: rebound.example\r\n".to_owned(),
+        format!("Host: rebound.example:{}\r\n", site.tcp.port()),
+        format!("{good}Origin: http://evil.example\r\n"),
+        format!("{good}Origin: null\r\n"),
+        format!("{good}Sec-Fetch-Site: cross-site\r\n"),
+        format!("{good}Connection: Upgrade\r\nUpgrade: websocket\r\nOrigin: http://evil.example\r\n"),
+    ] {
+        let answer = ask(&lines).await;
+        assert!(
+            answer.starts_with("HTTP/1.1 403 ") && answer.contains("\"kind\":\"Status\""),
+            "{lines}: {answer}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_request_has_one_meaning_only() {
+    let site = Site::start().await;
+    let listener = site.listen().await;
+    let path = site.own("/first");
+    let second = format!("GET {} HTTP/1.1\r\nHost: x\r\n\r\n", site.own("/smuggled"));
+    // Refused outright; the target sees nothing of any.
+    for headers in [
+        "Content-Length: 3\r\nContent-Length: 4",
+        "Content-Length: 3, 4",
+        "Content-Length: +3",
+        "Content-Length: -1",
+        "Content-Length: 0x3",
+        "Transfer-Encoding: gzip, chunked",
+        "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+        "Transfer-Encoding: xchunked",
+        "Transfer-Encoding: identity",
+        "Transfer-Encoding : chunked",
+        "X: a\r\n folded: b\r\nContent-Length: 3",
+        "X: a\0b",
+    ] {
+        let mut socket = site.unix().await;
+        let raw = format!("POST {path} HTTP/1.1\r\nHost: x\r\n{headers}\r\n\r\nabc{second}");
+        socket.write_all(raw.as_bytes()).await.unwrap();
+        // What is left unread may reset the connection.
+        let mut answer = Vec::new();
+        socket.shutdown().await.unwrap();
+        let _ = completes("an answer", socket.read_to_end(&mut answer)).await;
+        let answer = String::from_utf8_lossy(&answer);
+        assert!(
+            answer.starts_with("HTTP/1.1 400 ") || answer.starts_with("HTTP/1.1 501 "),
+            "{headers}: {answer}"
+        );
+    }
+    assert!(tokio::time::timeout(Duration::from_millis(300), listener.accept()).await.is_err());
+    // With both lengths the chunks count (RFC 9112 §6.3), and the connection ends after it.
+    for lengths in
+        ["Content-Length: 6\r\nTransfer-Encoding: chunked", "Transfer-Encoding: chunked\r\nContent-Length: 6"]
+    {
+        let raw = format!("POST {path} HTTP/1.1\r\nHost: x\r\n{lengths}\r\n\r\n0\r\n\r\n{second}");
+        let mut socket = site.unix().await;
+        socket.write_all(raw.as_bytes()).await.unwrap();
+        let (got, mut target) = one(&listener).await;
+        assert!(got.starts_with("POST /first ") && !got.to_lowercase().contains("content-length"), "{got}");
+        let mut body = [0; 5];
+        completes("the last chunk", target.read_exact(&mut body)).await.unwrap();
+        assert_eq!(&body, b"0\r\n\r\n");
+        target.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").await.unwrap();
+        let mut answer = Vec::new();
+        let _ = completes("the end", socket.read_to_end(&mut answer)).await;
+        assert_eq!(String::from_utf8_lossy(&answer).matches("HTTP/1.1").count(), 1);
+        let mut rest = Vec::new();
+        completes("the target's end", target.read_to_end(&mut rest)).await.unwrap();
+        assert_eq!(rest, b"");
+    }
+}
+
+#[tokio::test]
+async fn slow_large_and_idle_heads_end() {
+    let site =
+        Site::start_with("  head_timeout: 500ms\n  idle_timeout: 3s").await.with_kubelet(&["n1"]).await;
+    let health = Health::of(&site.cluster.master);
+    let start = b"GET /api/v1/nodes/n1/proxy/healthz HTTP/1.1\r\nHost: x\r\n";
+    // Nothing, a part, and a line now and then.
+    for said in [&b""[..], b"GET /", start] {
+        let mut socket = site.unix().await;
+        socket.write_all(said).await.unwrap();
+        let _ = completes("the end", socket.read_to_end(&mut Vec::new())).await;
+    }
+    let mut socket = site.unix().await;
+    socket.write_all(start).await.unwrap();
+    eventually("the slow one is cut off", SOON, async || {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        socket.write_all(b"X: y\r\n").await.is_err().then_some(())
+    })
+    .await;
+    // A kept connection may wait for longer than a head, between requests.
+    let mut socket = site.unix().await;
+    for _ in 0..3 {
+        socket.write_all(&[&start[..], b"\r\n"].concat()).await.unwrap();
+        assert!(head(&mut socket).await.starts_with("HTTP/1.1 200 "));
+        let mut ok = [0; 2];
+        socket.read_exact(&mut ok).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(800)).await;
+    }
+    socket.write_all(start).await.unwrap();
+    let _ = completes("the end of a slow later head", socket.read_to_end(&mut Vec::new())).await;
+    for more in ["X: y\r\n".repeat(200), format!("X: {}\r\n", "y".repeat(200_000))] {
+        let mut socket = site.unix().await;
+        let raw = [&start[..], more.as_bytes(), b"\r\n"].concat();
+        // It may be refused in the middle.
+        let _ = socket.write_all(&raw).await;
+        let mut answer = Vec::new();
+        let _ = completes("the end", socket.read_to_end(&mut answer)).await;
+        assert!(
+            answer.is_empty() || answer.starts_with(b"HTTP/1.1 431 "),
+            "{}",
+            String::from_utf8_lossy(&answer)
+        );
+    }
+    health.check(20_000_000).await;
+}
+
+#[tokio::test]
+async fn who_leaves_takes_the_target_along_and_what_is_cut_short_does_not_look_whole() {
+    let site = Site::start().await;
+    let listener = site.listen().await;
+    let raw = format!("GET {} HTTP/1.1\r\nHost: x\r\n\r\n", site.own("/follow"));
+    for answer in [
+        "",
+        "HTTP/1.1 200 OK\r\n\r\nfirst\n",
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n",
+    ] {
+        let mut socket = site.unix().await;
+        socket.write_all(raw.as_bytes()).await.unwrap();
+        let (_, mut target) = one(&listener).await;
+        target.write_all(answer.as_bytes()).await.unwrap();
+        if !answer.is_empty() {
+            head(&mut socket).await;
+        }
+        drop(socket);
+        // A reset is an end, too.
+        let _ = completes("the target's end", target.read_to_end(&mut Vec::new())).await;
+    }
+    // Without a length, the end of the connection is the end of the body: unless it was no end in order.
+    let mut response = {
+        let sent = site.send(get(&site.own("/")));
+        let target = async {
+            let (_, mut target) = one(&listener).await;
+            target.write_all(b"HTTP/1.1 200 OK\r\n\r\nhalf").await.unwrap();
+            target
+        };
+        let (response, target) = tokio::join!(sent, target);
+        let mut response = response.into_body();
+        let half = completes("a half", response.frame()).await.unwrap().unwrap();
+        assert_eq!(half.into_data().unwrap(), &b"half"[..]);
+        socket2::SockRef::from(&target).set_linger(Some(Duration::ZERO)).unwrap();
+        response
+    };
+    assert!(completes("an error", response.frame()).await.unwrap().is_err());
+}
+
+#[tokio::test]
+async fn thousands_of_requests_leave_nothing() {
+    let site = Site::start().await.with_kubelet(&["n1"]).await;
+    let kept = async |path: String, requests: usize| {
+        let (mut sender, connection) = http1::handshake(TokioIo::new(site.unix().await)).await.unwrap();
+        tokio::spawn(connection);
+        for _ in 0..requests {
+            sender.ready().await.unwrap();
+            let response = sender.send_request(get(&path)).await.unwrap();
+            response.into_body().collect().await.unwrap();
+        }
+    };
+    let (good, bad) = ("/api/v1/nodes/n1/proxy/healthz".to_owned(), "/api/v1/nodes/n9/proxy/".to_owned());
+    completes("a warm-up", kept(good.clone(), 300)).await;
+    let master = Health::of(&site.cluster.master);
+    let node = Health::of(site.cluster.nodes[0].process.as_ref().unwrap());
+    for _ in 0..4 {
+        completes("requests", async {
+            tokio::join!(kept(good.clone(), 400), kept(good.clone(), 400), kept(bad.clone(), 400))
+        })
+        .await;
+        for _ in 0..100 {
+            completes("one that leaves", async {
+                let mut socket = site.unix().await;
+                let raw = "GET /api/v1/nodes/n1/proxy/bytes/1000000 HTTP/1.1\r\nHost: x\r\n\r\n";
+                socket.write_all(raw.as_bytes()).await.unwrap();
+                socket.read_u8().await.unwrap();
+            })
+            .await;
+        }
+    }
+    master.check(10_000_000).await;
+    node.check(10_000_000).await;
+}
+
+#[tokio::test]
+async fn an_idle_connection_does_not_hold_up_the_end() {
+    let mut site = Site::start().await.with_kubelet(&["n1"]).await;
+    let mut socket = site.unix().await;
+    socket.write_all(b"GET /api/v1/nodes/n1/proxy/healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    assert!(head(&mut socket).await.starts_with("HTTP/1.1 200 "));
+    site.cluster.master.signal("TERM");
+    assert_eq!(site.cluster.master.wait(SOON).unwrap(), Some(0));
+    let log = site.cluster.master.log_text();
+    assert!(log.contains("cut=0"), "{log}");
+}
+
+#[tokio::test]
+async fn what_is_not_verified_is_said() {
+    let site = Site::start_with("  insecure_skip_verify: [kubelet]").await.with_kubelet(&["n2"]).await;
+    assert_eq!(site.get("/api/v1/nodes/n1/proxy/healthz").await, (StatusCode::OK, Value::from("ok")));
+    let log = site.cluster.master.log_text();
+    assert!(
+        log.contains("believe any certificate of kubelets")
+            && log.contains("the kubelet of node n1 is not verified"),
+        "{log}"
+    );
+    // Another port of the node is no kubelet.
+    let acceptor = site.pki.acceptor("other", &["n3"]);
+    let listener = site.listen().await;
+    tokio::spawn(async move {
+        let (socket, _) = listener.accept().await.unwrap();
+        assert!(acceptor.accept(socket).await.is_err());
+    });
+    let (status, failure) = site.get(&format!("/api/v1/nodes/https:n1:{}/proxy/", site.port)).await;
+    assert_eq!(status, StatusCode::BAD_GATEWAY);
+    assert!(message(&failure).contains("is for n3, and must be for n1 or "), "{failure}");
 }

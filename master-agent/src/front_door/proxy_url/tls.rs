@@ -218,7 +218,7 @@ impl ServerCertVerifier for OneOfNames {
             }
             other => {
                 let expected = server_name.to_str();
-                format!("the certificate that it shows for {expected} is for {}: {other}", presented())
+                format!("its certificate, for {}, does not prove that it is {expected}: {other}", presented())
             }
         };
         let _ = self.verdict.set(message);
