@@ -1,6 +1,7 @@
 //! Route, registry, tunnel: the dialer behind every front door.
 
 use std::{
+    net::IpAddr,
     sync::{Arc, PoisonError, RwLock},
     time::{Duration, Instant},
 };
@@ -180,6 +181,10 @@ impl Directory for TunnelDialer {
             None if routes.has_node(node) => Ok(KUBELET_PORT),
             None => Err(DialError::NoRoute(format!("node {node}: it is not known"))),
         })
+    }
+
+    fn node_addresses(&self, node: &str) -> Vec<IpAddr> {
+        self.with_routes(|routes| routes.node_addresses(node))
     }
 
     fn pod(&self, namespace: &str, name: &str) -> Result<Pod, DialError> {

@@ -119,6 +119,18 @@ impl Routes {
         self.inventory.first_address.get(name).copied().or_else(of_cluster)
     }
 
+    /// All addresses of a node.
+    pub fn node_addresses(&self, name: &str) -> Vec<IpAddr> {
+        let of_inventory = self.inventory.addresses.iter().filter(|(_, node)| node.as_str() == name);
+        let mut addresses: Vec<IpAddr> = of_inventory.map(|(address, _)| *address).collect();
+        let of_cluster = self.cluster.node(name).into_iter().flat_map(|node| &node.addresses);
+        // What two nodes claim proves nothing of the younger one.
+        addresses.extend(
+            of_cluster.filter(|a| self.cluster.node_of_address(**a).is_some_and(|n| n.as_str() == name)),
+        );
+        addresses
+    }
+
     fn by_name(&self, name: &str, target: &Target) -> Result<Option<Route>, DialError> {
         if self.has_node(name)
             && let Ok(node) = NodeName::from_str(name)
