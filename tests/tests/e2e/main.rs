@@ -3,6 +3,7 @@
 
 mod chaos;
 mod commands;
+mod examples;
 mod hostile;
 mod impostor;
 mod interop;
