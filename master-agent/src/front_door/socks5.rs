@@ -289,8 +289,11 @@ impl Users {
     }
 }
 
+/// A name, and the SHA-256 of the password.
+type User = (String, [u8; 32]);
+
 /// The error has the line's number and never its text.
-fn parse_users(text: &str) -> Result<Vec<(String, [u8; 32])>, (usize, &'static str)> {
+fn parse_users(text: &str) -> Result<Vec<User>, (usize, &'static str)> {
     let mut users: Vec<(String, [u8; 32])> = Vec::new();
     for (i, line) in text.lines().enumerate() {
         let line = line.trim();

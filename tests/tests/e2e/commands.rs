@@ -373,7 +373,14 @@ fn the_sample_files_load() {
     }
     let pki = tests::pki::Authority::new("sample").unwrap();
     pki.server(dir.path(), "tls", &["localhost"]).unwrap();
-    std::fs::write(dir.path().join("client-ca.crt"), pki.pem()).unwrap();
+    pki.client(dir.path(), "kubelet-client").unwrap();
+    for ca in ["client-ca.crt", "kubelet-ca.crt", "target-ca.crt"] {
+        std::fs::write(dir.path().join(ca), pki.pem()).unwrap();
+    }
+    std::fs::write(dir.path().join("kubeconfig"), "").unwrap();
+    openssh::keygen(&dir.path().join("id_ed25519")).unwrap();
+    let user = format!("alice:{}\n", "0".repeat(64));
+    proto::secret_file::write_new(&dir.path().join("socks5-users"), user.as_bytes()).unwrap();
     for agent in AGENTS {
         let config = dir.path().join(format!("{agent}.yaml"));
         let said = ran(agent, Some(&config), &["check-config"]).succeeded();
@@ -412,14 +419,15 @@ fn explained(cluster: &Cluster, target: &str) -> Value {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn explain_says_which_way_and_why() {
     let cluster = asked_cluster().await;
-    let dialled = "would be dialled through this node; the node's policy decides";
+    let policy = "policy is at fault: refused by node policy (rule ";
+    let closed = "target is at fault: ";
     for (target, node, reason, state, verdict) in [
-        ("n1:10250", "n1", "node name n1", "connected", dialled),
-        ("127.0.0.1:80", "n1", "address of node n1", "connected", dialled),
-        ("[::1]:80", "n1", "address of node n1", "connected", dialled),
-        ("10.244.1.7:8080", "n1", "CIDR 10.244.1.0/24 of node n1", "connected", dialled),
-        ("[fd00:1::7]:8080", "n1", "CIDR fd00:1::/64 of node n1", "connected", dialled),
-        ("10.96.0.1:443", "n1", "service CIDR 10.96.0.0/12, any connected node", "connected", dialled),
+        ("n1:10250", "n1", "node name n1", "connected", closed),
+        ("127.0.0.1:80", "n1", "address of node n1", "connected", policy),
+        ("[::1]:80", "n1", "address of node n1", "connected", policy),
+        ("10.244.1.7:8080", "n1", "CIDR 10.244.1.0/24 of node n1", "connected", policy),
+        ("[fd00:1::7]:8080", "n1", "CIDR fd00:1::/64 of node n1", "connected", policy),
+        ("10.96.0.1:443", "n1", "service CIDR 10.96.0.0/12, any connected node", "connected", policy),
         ("n2:10250", "n2", "node name n2", "waiting", "no tunnel to node n2"),
         (
             "10.244.2.1:80",
@@ -430,26 +438,43 @@ async fn explain_says_which_way_and_why() {
         ),
     ] {
         let json = explained(&cluster, target);
-        assert_eq!((json["target"].as_str(), json["node"].as_str()), (Some(target), Some(node)), "{json}");
-        assert_eq!((json["reason"].as_str(), json["state"].as_str()), (Some(reason), Some(state)), "{json}");
+        let way = &json["candidates"][0];
+        assert_eq!((json["target"].as_str(), way["node"].as_str()), (Some(target), Some(node)), "{json}");
+        assert_eq!((json["reason"].as_str(), way["state"].as_str()), (Some(reason), Some(state)), "{json}");
+        assert_eq!((&json["node"], &json["dial_microseconds"]), (&Value::Null, &Value::Null), "{json}");
         assert!(json["verdict"].as_str().unwrap().contains(verdict), "{json}");
 
         let table = cluster.command(&["explain", target]).unwrap();
         let row = |name: &str| {
             let line =
                 table.lines().find(|l| l.starts_with(name)).unwrap_or_else(|| panic!("no {name}: {table}"));
-            line[12..].to_owned()
+            line[11..].to_owned()
         };
         assert_eq!(
-            (row("target"), row("node"), row("reason"), row("state")),
-            (target.into(), node.into(), reason.into(), state.into())
+            (row("target"), row("reason"), row("node"), row("dial")),
+            (target.into(), reason.into(), "-".into(), "-".into())
         );
+        assert!(row("candidate").starts_with(&format!("{node} for {target}, {state}")), "{table}");
         assert!(row("verdict").contains(verdict), "{table}");
-        assert!(!row("round trip").is_empty());
+        assert!(row("route").ends_with("ms"), "{table}");
     }
 
+    // The one thing on n1's own addresses that answers and is allowed: a kubelet.
+    let kubelet = tokio::net::TcpListener::bind("127.0.0.1:10250").await.unwrap();
+    let reached = explained(&cluster, "127.0.0.1:10250");
+    assert_eq!(
+        (reached["node"].as_str(), &reached["candidates"][1]),
+        (Some("n1"), &Value::Null),
+        "{reached}"
+    );
+    assert_eq!(reached["verdict"], "the node allows it and the target answers");
+    assert!(reached["dial_microseconds"].as_u64().unwrap() > 0, "{reached}");
+    assert!(reached["candidates"][0]["round_trip_microseconds"].as_u64().unwrap() > 0, "{reached}");
+    let (mut dialled, _) = kubelet.accept().await.unwrap();
+    assert_eq!(dialled.read(&mut [0; 8]).await.unwrap_or(0), 0, "explain sends nothing and leaves");
+
     let unknown = explained(&cluster, "192.0.2.1:80");
-    assert_eq!(unknown["node"], Value::Null);
+    assert_eq!((&unknown["node"], &unknown["candidates"][0]), (&Value::Null, &Value::Null));
     assert!(unknown["verdict"].as_str().unwrap().contains("no route to 192.0.2.1:80"), "{unknown}");
     let table = cluster.command(&["explain", "nonesuch:80"]).unwrap();
     assert!(table.contains("no route to nonesuch:80"), "{table}");

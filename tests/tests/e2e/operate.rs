@@ -248,11 +248,17 @@ fn exported(answer: &Answer) -> BTreeMap<String, BTreeSet<String>> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_metrics_are_those_of_the_readme() {
     let (port, closed_port) = (target::start().await, free_port());
+    let api = tests::apiserver::ApiServer::start().await.unwrap();
+    let kubeconfig = api.directory().join("kubeconfig");
+    api.write_kubeconfig(&kubeconfig).unwrap();
     let mut cluster = Cluster::start(Options {
         nodes: nodes(&[("n1", Kind::Dialled), ("n2", Kind::CallHome)]),
         ports: vec![port, closed_port],
         // Certificates are renewed when a third of this is left.
-        master_config: "certificates: {host_ttl: 20s}".to_owned(),
+        master_config: format!(
+            "certificates: {{host_ttl: 20s}}\nkubernetes: {{kubeconfig: '{}'}}",
+            kubeconfig.display()
+        ),
         nodes_down: true,
         ..Options::default()
     })

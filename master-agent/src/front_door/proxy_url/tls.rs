@@ -204,22 +204,23 @@ impl ServerCertVerifier for OneOfNames {
             Err(error) => error,
         };
         let presented = || Names(names(end_entity));
-        let message = match &error {
-            // The name is looked at last: the rest of the certificate is good.
+        // The name is looked at last: if only that is wrong, the rest of the certificate is good.
+        let another_name = matches!(
+            &error,
             rustls::Error::InvalidCertificate(
-                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
-            ) => {
-                let certificate = ParsedCertificate::try_from(end_entity)?;
-                if self.names.iter().any(|name| verify_server_name(&certificate, name).is_ok()) {
-                    return Ok(ServerCertVerified::assertion());
-                }
-                let expected = Names(self.names.iter().map(|n| n.to_str().into_owned()).collect());
-                format!("its certificate is for {}, and must be for {expected}", presented())
+                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. }
+            )
+        );
+        let message = if another_name {
+            let certificate = ParsedCertificate::try_from(end_entity)?;
+            if self.names.iter().any(|name| verify_server_name(&certificate, name).is_ok()) {
+                return Ok(ServerCertVerified::assertion());
             }
-            other => {
-                let expected = server_name.to_str();
-                format!("its certificate, for {}, does not prove that it is {expected}: {other}", presented())
-            }
+            let expected = Names(self.names.iter().map(|n| n.to_str().into_owned()).collect());
+            format!("its certificate is for {}, and must be for {expected}", presented())
+        } else {
+            let expected = server_name.to_str();
+            format!("its certificate, for {}, does not prove that it is {expected}: {error}", presented())
         };
         let _ = self.verdict.set(message);
         Err(error)
