@@ -735,7 +735,7 @@ mod tests {
             ),
             (
                 "socks5:\n  tcp: {listen: \"[::]:1080\", allow_remote: true}",
-                "2:33: socks5.tcp.allow_remote: unknown field",
+                "2:30: socks5.tcp.allow_remote: unknown field",
             ),
             ("proxy_urls: {}", "1:1: proxy_urls: has no listener: give it unix, tcp or both"),
             (

@@ -1,4 +1,4 @@
-//! SOCKS5: curl and bytes of our own against a node's targets.
+//! SOCKS5: curl and bytes of our own against a node's targets. curl blocks its thread, so the targets have another.
 
 use std::{
     fmt::Write,
@@ -110,7 +110,7 @@ async fn closed(socket: &mut (impl Io + ?Sized)) {
     assert_eq!(rest, b"");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn curl_fetches_by_name_and_by_address_of_both_families() {
     let site = Site::start(&[], "").await;
     let tcp = format!("socks5h://{}", site.tcp);
@@ -137,7 +137,7 @@ async fn curl_fetches_by_name_and_by_address_of_both_families() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn with_a_users_file_only_its_users_get_in() {
     let site = Site::start(&[("alice", "wonder:land"), ("bob", "b")], "").await;
     site.fetches(&format!("socks5h://alice:wonder%3Aland@{}", site.tcp), "n1");
@@ -159,7 +159,7 @@ async fn with_a_users_file_only_its_users_get_in() {
     assert!(!log.contains("wonder") && !log.contains("user=eve"), "{log}");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn passwords_are_not_logged_at_any_level() {
     let site = Site::start(&[("alice", "wonderland")], "log: {level: trace}").await;
     site.fetches(&format!("socks5h://alice:wonderland@{}", site.tcp), "n1");
@@ -172,7 +172,7 @@ async fn passwords_are_not_logged_at_any_level() {
     );
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn what_fails_has_its_code() {
     let site = Site::start(&[], "").await;
     let closed_port = free_port();
@@ -199,7 +199,7 @@ async fn what_fails_has_its_code() {
     assert!(log.contains("refused by node policy"), "{log}");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn halves_close_alone_and_early_bytes_arrive() {
     let site = Site::start(&[], "").await;
     let mut socket = site.unix().await;
@@ -218,7 +218,7 @@ async fn halves_close_alone_and_early_bytes_arrive() {
     assert_eq!(&answer[12..], format!("{bytes}\n").as_bytes());
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn slow_and_half_open_handshakes_end_and_leave_nothing() {
     let users = [("alice", "a")];
     let site = Site::start(&users, "  head_timeout: 700ms").await;
@@ -252,7 +252,7 @@ async fn slow_and_half_open_handshakes_end_and_leave_nothing() {
     assert!(site.cluster.master.log_text().contains("the handshake did not end in time"));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn no_bytes_harm_it() {
     let site = Site::start(&[("alice", "a")], "  head_timeout: 200ms").await;
     let health = Health::of(&site.cluster.master);
