@@ -204,14 +204,11 @@ impl ServerCertVerifier for OneOfNames {
             Err(error) => error,
         };
         let presented = || Names(names(end_entity));
-        // The name is looked at last: if only that is wrong, the rest of the certificate is good.
-        let another_name = matches!(
-            &error,
-            rustls::Error::InvalidCertificate(
-                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. }
-            )
-        );
-        let message = if another_name {
+        // The name is looked at last: where it alone is wrong, the rest of the certificate is good.
+        let message = if let rustls::Error::InvalidCertificate(
+            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
+        ) = &error
+        {
             let certificate = ParsedCertificate::try_from(end_entity)?;
             if self.names.iter().any(|name| verify_server_name(&certificate, name).is_ok()) {
                 return Ok(ServerCertVerified::assertion());
