@@ -14,5 +14,6 @@ pub mod pki;
 pub mod process;
 pub mod relay;
 pub mod rogue;
+pub mod spdy;
 pub mod steady;
 pub mod target;
