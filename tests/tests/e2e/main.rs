@@ -8,6 +8,7 @@ mod impostor;
 mod interop;
 mod isolation;
 mod joining;
+mod kubectl;
 mod memory;
 mod operate;
 mod policy;
