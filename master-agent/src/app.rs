@@ -23,11 +23,13 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::{
     agent::Agent,
-    config::{Config, TlsConfig, UnixConfig},
+    config::{Config, ProxyUrlsConfig, Socks5Config, TlsConfig, UnixConfig},
     front_door::{
         Common,
         http_connect::HttpConnect,
         listen::{self, AllowedNames},
+        proxy_url::{ProxyUrls, TargetTls},
+        socks5::{Socks5, Users},
     },
     identity::Authorities,
     inventory::Inventory,
@@ -46,9 +48,22 @@ const FAREWELL: Duration = Duration::from_secs(1);
 struct Sockets {
     connect_unix: Option<UnixListener>,
     connect_tls: Option<(TcpListener, TlsAcceptor, AllowedNames)>,
+    socks5: Option<Socks5Sockets>,
+    proxy_urls: Option<ProxyUrlSockets>,
     call_home: Option<TcpListener>,
     admin: TcpListener,
     admin_unix: UnixListener,
+}
+
+struct Socks5Sockets {
+    unix: Option<UnixListener>,
+    tcp: Option<(TcpListener, Option<Users>)>,
+}
+
+struct ProxyUrlSockets {
+    unix: Option<UnixListener>,
+    tcp: Option<TcpListener>,
+    tls: TargetTls,
 }
 
 /// Runs the agent until SIGTERM or SIGINT, then drains it.
@@ -115,6 +130,14 @@ async fn bind(config: &Config) -> anyhow::Result<Sockets> {
             }
             None => None,
         },
+        socks5: match &config.socks5 {
+            Some(socks5) => Some(bind_socks5(socks5).await?),
+            None => None,
+        },
+        proxy_urls: match &config.proxy_urls {
+            Some(proxy_urls) => Some(bind_proxy_urls(proxy_urls).await?),
+            None => None,
+        },
         call_home: match &config.call_home {
             Some(call_home) => Some(bind_tcp(call_home.listen).await?),
             None => None,
@@ -130,7 +153,7 @@ async fn bind(config: &Config) -> anyhow::Result<Sockets> {
 }
 
 fn serve(agent: &Arc<Agent>, sockets: Sockets, callers: &Tasks, listeners: &Tasks, background: &Tasks) {
-    let Sockets { connect_unix, connect_tls, call_home, admin, admin_unix } = sockets;
+    let Sockets { connect_unix, connect_tls, socks5, proxy_urls, call_home, admin, admin_unix } = sockets;
     let door = Arc::new(HttpConnect(Common {
         dialer: agent.dialer.clone(),
         metrics: agent.metrics.clone(),
@@ -145,6 +168,12 @@ fn serve(agent: &Arc<Agent>, sockets: Sockets, callers: &Tasks, listeners: &Task
     if let Some((listener, acceptor, allowed)) = connect_tls {
         listeners.spawn(listen::tls(door, "connect-tls", listener, acceptor, allowed));
     }
+    if let (Some(sockets), Some(config)) = (socks5, &agent.config.socks5) {
+        serve_socks5(agent, sockets, config, callers, listeners);
+    }
+    if let (Some(sockets), Some(config)) = (proxy_urls, &agent.config.proxy_urls) {
+        serve_proxy_urls(agent, sockets, config, callers, listeners);
+    }
     if let Some(listener) = call_home {
         listeners.spawn(links::accept(agent.clone(), listener));
     }
@@ -154,6 +183,58 @@ fn serve(agent: &Arc<Agent>, sockets: Sockets, callers: &Tasks, listeners: &Task
     };
     background.spawn(endpoints.clone().serve_tcp(admin, background.clone()));
     background.spawn(endpoints.serve_unix(admin_unix, background.clone()));
+}
+
+fn serve_socks5(
+    agent: &Agent,
+    sockets: Socks5Sockets,
+    config: &Socks5Config,
+    callers: &Tasks,
+    listeners: &Tasks,
+) {
+    let common = Common {
+        dialer: agent.dialer.clone(),
+        metrics: agent.metrics.clone(),
+        head_timeout: config.head_timeout,
+        half_closed_timeout: config.half_closed_timeout,
+        max_connections: config.max_connections,
+        connections: callers.clone(),
+    };
+    if let Some(listener) = sockets.unix {
+        listeners.spawn(listen::unix(Arc::new(Socks5::new(common.clone(), None)), "socks5-unix", listener));
+    }
+    if let Some((listener, users)) = sockets.tcp {
+        listeners.spawn(listen::tcp(Arc::new(Socks5::new(common, users)), "socks5-tcp", listener));
+    }
+}
+
+fn serve_proxy_urls(
+    agent: &Agent,
+    sockets: ProxyUrlSockets,
+    config: &ProxyUrlsConfig,
+    callers: &Tasks,
+    listeners: &Tasks,
+) {
+    let door = Arc::new(ProxyUrls {
+        common: Common {
+            dialer: agent.dialer.clone(),
+            metrics: agent.metrics.clone(),
+            head_timeout: config.head_timeout,
+            half_closed_timeout: config.half_closed_timeout,
+            max_connections: config.max_connections,
+            connections: callers.clone(),
+        },
+        directory: agent.dialer.clone(),
+        tls: sockets.tls,
+        idle_timeout: config.idle_timeout,
+        draining: agent.draining.clone(),
+    });
+    if let Some(listener) = sockets.unix {
+        listeners.spawn(listen::unix(door.clone(), "proxy-url-unix", listener));
+    }
+    if let Some(listener) = sockets.tcp {
+        listeners.spawn(listen::tcp(door, "proxy-url-tcp", listener));
+    }
 }
 
 async fn until_terminated(agent: &Arc<Agent>, links: &mut DialLinks) -> anyhow::Result<()> {
@@ -212,6 +293,30 @@ fn reload_inventory(agent: &Agent, asked: bool) {
         }
     };
     agent.metrics.inventory_reloads.get_or_create(&Reason { reason: result }).inc();
+}
+
+async fn bind_socks5(config: &Socks5Config) -> anyhow::Result<Socks5Sockets> {
+    Ok(Socks5Sockets {
+        unix: config.unix.as_ref().map(bind_unix).transpose()?,
+        tcp: match &config.tcp {
+            Some(tcp) => {
+                let users = tcp.users_file.as_deref().map(Users::load).transpose()?;
+                Some((bind_tcp(tcp.listen).await?, users))
+            }
+            None => None,
+        },
+    })
+}
+
+async fn bind_proxy_urls(config: &ProxyUrlsConfig) -> anyhow::Result<ProxyUrlSockets> {
+    Ok(ProxyUrlSockets {
+        unix: config.unix.as_ref().map(bind_unix).transpose()?,
+        tcp: match config.tcp {
+            Some(address) => Some(bind_tcp(address).await?),
+            None => None,
+        },
+        tls: TargetTls::load(config)?,
+    })
 }
 
 async fn bind_tcp(address: std::net::SocketAddr) -> anyhow::Result<TcpListener> {

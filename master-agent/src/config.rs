@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use proto::config::{self, At, Errors, Log, Mode, Section, Source};
+use proto::config::{self, At, Errors, Log, Mode, Section, Source, Value};
 
 use crate::inventory::Inventory;
 
@@ -20,6 +20,10 @@ pub struct Config {
     pub log: Log,
     pub admin: AdminConfig,
     pub http_connect: HttpConnectConfig,
+    /// `None` serves no SOCKS5.
+    pub socks5: Option<Socks5Config>,
+    /// `None` serves no proxy URLs.
+    pub proxy_urls: Option<ProxyUrlsConfig>,
     /// Where nodes call home; `None` accepts none.
     pub call_home: Option<CallHomeConfig>,
     pub tunnels: TunnelsConfig,
@@ -48,6 +52,64 @@ pub struct HttpConnectConfig {
     pub half_closed_timeout: Duration,
     /// Callers at once, over both listeners.
     pub max_connections: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Socks5Config {
+    pub unix: Option<UnixConfig>,
+    pub tcp: Option<Socks5TcpConfig>,
+    /// How long a caller may take for the handshake.
+    pub head_timeout: Duration,
+    pub half_closed_timeout: Duration,
+    /// Callers at once on each of the two.
+    pub max_connections: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Socks5TcpConfig {
+    /// A loopback address, unless there is a users file.
+    pub listen: SocketAddr,
+    /// The file of [`crate::front_door::socks5::Users`].
+    pub users_file: Option<PathBuf>,
+}
+
+/// Front door for apiserver-style proxy URLs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProxyUrlsConfig {
+    pub unix: Option<UnixConfig>,
+    /// A loopback address.
+    pub tcp: Option<SocketAddr>,
+    /// The CA of kubelets' serving certificates.
+    pub kubelet_ca: Option<PathBuf>,
+    /// The certificate that kubelets are shown, and its key.
+    pub kubelet_client: Option<(PathBuf, PathBuf)>,
+    /// The CA of certificates of pods, services and other ports of nodes.
+    pub target_ca: Option<PathBuf>,
+    pub insecure_skip_verify: Vec<Unverified>,
+    /// How long a caller may take to send a request's head.
+    pub head_timeout: Duration,
+    /// How long a connection may wait for its next request.
+    pub idle_timeout: Duration,
+    pub half_closed_timeout: Duration,
+    /// Callers at once on each of the two.
+    pub max_connections: usize,
+}
+
+/// Whose certificates are not verified.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unverified {
+    Kubelet,
+    Targets,
+}
+
+impl Value for Unverified {
+    fn read(at: &At<'_>) -> Option<Self> {
+        match at.text()? {
+            "kubelet" => Some(Self::Kubelet),
+            "targets" => Some(Self::Targets),
+            other => at.complain(other, "expected kubelet or targets"),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -143,6 +205,8 @@ impl Config {
             log: s.section_or_default("log", Log::read),
             admin: s.section_or_default("admin", AdminConfig::read),
             http_connect: s.section_or_default("http_connect", HttpConnectConfig::read),
+            socks5: s.section("socks5", Socks5Config::read),
+            proxy_urls: s.section("proxy_urls", ProxyUrlsConfig::read),
             call_home: s.section("call_home", |s| Some(CallHomeConfig::read(s))),
             tunnels: s.section_or_default("tunnels", TunnelsConfig::read),
             certificates: s.section_or_default("certificates", CertificatesConfig::read),
@@ -154,9 +218,8 @@ impl Config {
 
 impl AdminConfig {
     fn read(s: &Section<'_>) -> Self {
-        let loopback = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9070);
         Self {
-            listen: s.listen_local("listen", loopback),
+            listen: s.listen_local("listen", loopback(9070)),
             socket: s.listen_unix("socket", "/run/master-agent/admin.sock"),
         }
     }
@@ -171,6 +234,60 @@ impl HttpConnectConfig {
             half_closed_timeout: s.duration("half_closed_timeout", secs(600), WAIT),
             max_connections: s.number("max_connections", 16384, COUNT),
         }
+    }
+}
+
+impl Socks5Config {
+    fn read(s: &Section<'_>) -> Option<Self> {
+        let config = Self {
+            unix: s.section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent/socks5.sock"))),
+            tcp: s.section("tcp", |s| Some(Socks5TcpConfig::read(s))),
+            head_timeout: s.duration("head_timeout", secs(10), WAIT),
+            half_closed_timeout: s.duration("half_closed_timeout", secs(600), WAIT),
+            max_connections: s.number("max_connections", 4096, COUNT),
+        };
+        if config.unix.is_none() && config.tcp.is_none() {
+            s.section_error(NO_LISTENER);
+        }
+        Some(config)
+    }
+}
+
+impl Socks5TcpConfig {
+    fn read(s: &Section<'_>) -> Self {
+        let default = loopback(1080);
+        let listen = s.listen("listen", Some(default)).unwrap_or(default);
+        let authenticated = s.at("users_file").is_some();
+        if !authenticated && !listen.ip().to_canonical().is_loopback() {
+            s.error("listen", format!("{listen} must be a loopback address, or users_file say who may call"));
+        }
+        Self { listen, users_file: s.private_file("users_file") }
+    }
+}
+
+impl ProxyUrlsConfig {
+    fn read(s: &Section<'_>) -> Option<Self> {
+        let client_cert = s.file("kubelet_client_cert");
+        let client_key = s.private_file("kubelet_client_key");
+        if client_cert.is_some() != client_key.is_some() {
+            s.section_error("kubelet_client_cert and kubelet_client_key go together: give both or none");
+        }
+        let config = Self {
+            unix: s.section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent/proxy-urls.sock"))),
+            tcp: s.section("tcp", |s| Some(listen_loopback(s, 8130))),
+            kubelet_ca: s.file("kubelet_ca"),
+            kubelet_client: client_cert.zip(client_key),
+            target_ca: s.file("target_ca"),
+            insecure_skip_verify: s.list("insecure_skip_verify"),
+            head_timeout: s.duration("head_timeout", secs(10), WAIT),
+            idle_timeout: s.duration("idle_timeout", secs(120), WAIT),
+            half_closed_timeout: s.duration("half_closed_timeout", secs(600), WAIT),
+            max_connections: s.number("max_connections", 4096, COUNT),
+        };
+        if config.unix.is_none() && config.tcp.is_none() {
+            s.section_error(NO_LISTENER);
+        }
+        Some(config)
     }
 }
 
@@ -237,8 +354,23 @@ impl CertificatesConfig {
     }
 }
 
+const NO_LISTENER: &str = "has no listener: give it unix, tcp or both";
+
+fn listen_loopback(s: &Section<'_>, default_port: u16) -> SocketAddr {
+    let default = loopback(default_port);
+    let address = s.listen("listen", Some(default)).unwrap_or(default);
+    if !address.ip().to_canonical().is_loopback() {
+        s.error("listen", format!("{address} has no authentication, so it must be a loopback address"));
+    }
+    address
+}
+
 fn secs(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
+}
+
+fn loopback(port: u16) -> SocketAddr {
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port)
 }
 
 fn any(port: u16) -> SocketAddr {
@@ -297,6 +429,7 @@ mod tests {
         assert_eq!((&config.http_connect.unix, &config.http_connect.tls), (&None, &None));
         assert_eq!(config.http_connect.head_timeout, secs(10));
         assert_eq!(config.http_connect.max_connections, 16384);
+        assert_eq!((&config.socks5, &config.proxy_urls), (&None, &None));
         assert_eq!((&config.call_home, &config.inventory), (&None, &None));
         assert_eq!((config.tunnels.keepalive_interval, config.tunnels.keepalive_max), (secs(3), 2));
         assert_eq!((config.tunnels.handshake_timeout, config.tunnels.dial_timeout), (secs(10), secs(10)));
@@ -319,6 +452,17 @@ mod tests {
         let tls = sample.http_connect.tls.take().unwrap();
         assert_eq!(tls.listen, any(8131));
         assert_eq!(tls.key, Path::new("/etc/master-agent/tls.key"));
+        let (mut socks5, mut urls) = (sample.socks5.take().unwrap(), sample.proxy_urls.take().unwrap());
+        for (unix, path) in [(&mut socks5.unix, "socks5.sock"), (&mut urls.unix, "proxy-urls.sock")] {
+            let default = UnixConfig { path: Path::new("/run/master-agent").join(path), ..default_unix() };
+            assert_eq!(unix.take(), Some(UnixConfig { owner: Some(0), group: Some(0), ..default }));
+        }
+        let users_file = socks5.tcp.as_mut().unwrap().users_file.take();
+        assert_eq!(users_file.as_deref(), Some(Path::new("/etc/master-agent/socks5-users")));
+        assert_eq!(Some(socks5), parse("socks5: {tcp: {}}").unwrap().socks5);
+        assert!(urls.kubelet_ca.take().is_some() && urls.target_ca.take().is_some());
+        assert!(urls.kubelet_client.take().is_some());
+        assert_eq!(Some(urls), parse("proxy_urls: {tcp: {}}").unwrap().proxy_urls);
         assert_eq!(
             sample.call_home.take().unwrap(),
             CallHomeConfig { listen: any(2222), max_handshakes: 256 }
@@ -357,6 +501,16 @@ mod tests {
             "head_timeout",
             "half_closed_timeout",
             "max_connections",
+            "socks5",
+            "tcp",
+            "users_file",
+            "proxy_urls",
+            "kubelet_ca",
+            "kubelet_client_cert",
+            "kubelet_client_key",
+            "target_ca",
+            "insecure_skip_verify",
+            "idle_timeout",
             "call_home",
             "max_handshakes",
             "tunnels",
@@ -462,6 +616,28 @@ mod tests {
                 "1:33: tunnels.max_streams_per_node: \"5\": expected a whole",
             ),
             ("call_home: {max_handshakes: 0}", "1:29: call_home.max_handshakes: 0 is not in the range"),
+            ("socks5: {}", "1:1: socks5: has no listener: give it unix, tcp or both"),
+            (
+                "socks5:\n  tcp: {listen: 0.0.0.0:1080}",
+                "2:17: socks5.tcp.listen: 0.0.0.0:1080 must be a loopback address, or users_file say who may call",
+            ),
+            (
+                "socks5:\n  tcp: {listen: \"[::]:1080\", allow_remote: true}",
+                "2:30: socks5.tcp.allow_remote: unknown field",
+            ),
+            ("proxy_urls: {}", "1:1: proxy_urls: has no listener: give it unix, tcp or both"),
+            (
+                "proxy_urls:\n  tcp: {listen: 10.0.0.1:8130}",
+                "2:17: proxy_urls.tcp.listen: 10.0.0.1:8130 has no authentication, so it must be a loopback address",
+            ),
+            (
+                "proxy_urls:\n  tcp: {}\n  kubelet_client_cert: a",
+                "1:1: proxy_urls: kubelet_client_cert and kubelet_client_key go together: give both or none",
+            ),
+            (
+                "proxy_urls: {tcp: {}, insecure_skip_verify: [all]}",
+                "1:46: proxy_urls.insecure_skip_verify[0]: \"all\": expected kubelet or targets",
+            ),
             ("inventory: [a]", "1:12: inventory: expected a text, found a list"),
             (
                 "shutdown_grace: 30s\nshutdown_grace: 40s",

@@ -128,6 +128,10 @@ impl Directory for TunnelDialer {
         }
     }
 
+    fn node_addresses(&self, node: &str) -> Vec<IpAddr> {
+        self.routes().node_addresses(node)
+    }
+
     fn pod(&self, namespace: &str, name: &str) -> Result<Pod, DialError> {
         Err(DialError::NoRoute(format!("pod {namespace}/{name}: pods are known from a Kubernetes API only")))
     }

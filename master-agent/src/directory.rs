@@ -9,6 +9,9 @@ pub trait Directory: Send + Sync + 'static {
     /// The port of a node's kubelet.
     fn kubelet_port(&self, node: &str) -> Result<u16, DialError>;
 
+    /// The addresses of a node, which its kubelet's certificate may be for in place of its name.
+    fn node_addresses(&self, node: &str) -> Vec<IpAddr>;
+
     fn pod(&self, namespace: &str, name: &str) -> Result<Pod, DialError>;
 
     /// The number of a service's port that is given by its name or number; with an empty `port`, of its only

@@ -95,6 +95,11 @@ impl Routes {
         }
     }
 
+    pub fn node_addresses(&self, name: &str) -> Vec<IpAddr> {
+        let of_node = self.addresses.iter().filter(|(_, node)| node.as_str() == name);
+        of_node.map(|(address, _)| *address).collect()
+    }
+
     pub fn has_node(&self, name: &str) -> bool {
         NodeName::from_str(name).is_ok_and(|node| self.names.contains(&node))
     }

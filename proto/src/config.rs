@@ -526,7 +526,13 @@ impl<'a> Section<'a> {
 
     /// A private key's file, readable by this process and closed to group and others.
     pub fn required_private_file(&self, name: &'static str) -> Option<PathBuf> {
-        let at = self.required_at(name)?;
+        self.required_at(name)?;
+        self.private_file(name)
+    }
+
+    /// A file with secrets, readable by this process and closed to group and others, if the field is there.
+    pub fn private_file(&self, name: &'static str) -> Option<PathBuf> {
+        let at = self.at(name)?;
         let path = at.path()?;
         at.check_file(&path, true);
         Some(path)

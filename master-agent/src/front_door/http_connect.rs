@@ -1,12 +1,6 @@
 //! HTTP CONNECT, as kube-apiserver speaks it to its egress proxy.
 
-use std::{
-    io,
-    pin::Pin,
-    sync::Arc,
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::sync::Arc;
 
 use bytes::{Buf, BytesMut};
 use proto::{
@@ -14,14 +8,13 @@ use proto::{
     connect::{self, HeadError},
     io::dialer::Connection,
 };
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::{Caller, Common, FrontDoor, listen::Socket};
-
-/// Bytes a caller may send before the dial has been answered.
-const EARLY: usize = 64 * 1024;
-/// How long a refused caller has to read its refusal.
-const LINGER: Duration = Duration::from_secs(2);
+use super::{
+    Caller, Common, FrontDoor,
+    early::{self, WithEarly},
+    listen::Socket,
+};
 
 /// The front door.
 pub struct HttpConnect(pub Common);
@@ -51,7 +44,7 @@ impl Call<'_> {
     /// Up to the answer: the connection if it was 200, and what the caller has sent already.
     async fn begin<S: Socket>(&self, socket: &mut S) -> Option<(Target, Connection, BytesMut)> {
         let (target, early) = self.read_head(socket).await?;
-        match self.dial(socket, &target, early).await {
+        match early::dial(self.common, socket, &target, self.caller, early).await {
             Ok((connection, early)) => {
                 socket.write_all(connect::ESTABLISHED).await.ok()?;
                 socket.flush().await.ok()?;
@@ -61,7 +54,7 @@ impl Call<'_> {
                 self.common.dial_failed(&target, self.caller, &error);
                 if error != DialError::Cancelled {
                     let refusal = connect::refusal(connect::dial_status(&error), &error.to_string());
-                    answer(socket, &refusal).await;
+                    early::refuse(socket, &refusal).await;
                 }
                 None
             }
@@ -94,79 +87,7 @@ impl Call<'_> {
             Err(_) => HeadError::Timeout,
         };
         self.common.bad_request(self.caller.door, &self.caller.origin, &error);
-        answer(socket, &connect::refusal(connect::head_status(&error), &error.to_string())).await;
+        early::refuse(socket, &connect::refusal(connect::head_status(&error), &error.to_string())).await;
         None
-    }
-
-    /// Dials while watching whether the caller is still there.
-    async fn dial<S: Socket>(
-        &self,
-        socket: &mut S,
-        target: &Target,
-        mut early: BytesMut,
-    ) -> Result<(Connection, BytesMut), DialError> {
-        let dial = self.common.dial(target, self.caller);
-        tokio::select! {
-            biased;
-            connection = dial => connection.map(|connection| (connection, early)),
-            () = gone(socket, &mut early) => Err(DialError::Cancelled),
-        }
-    }
-}
-
-/// Completes when the caller is no longer there; bytes that it sends early are kept.
-async fn gone<S: Socket>(socket: &mut S, early: &mut BytesMut) {
-    loop {
-        if early.len() >= EARLY {
-            return std::future::pending().await;
-        }
-        match socket.read_buf(early).await {
-            Ok(0) => return socket.closed_after_eof().await,
-            Ok(_) => {}
-            Err(_) => return,
-        }
-    }
-}
-
-/// Sends a refusal and gives the caller time to read it: closing a socket with unread bytes resets it.
-async fn answer<S: Socket>(socket: &mut S, bytes: &[u8]) {
-    let send = async {
-        socket.write_all(bytes).await?;
-        socket.flush().await?;
-        socket.shutdown().await?;
-        let mut rest = [0; 1024];
-        let mut left = EARLY;
-        while left > 0 {
-            match socket.read(&mut rest).await? {
-                0 => break,
-                n => left = left.saturating_sub(n),
-            }
-        }
-        io::Result::Ok(())
-    };
-    let _ = tokio::time::timeout(LINGER, send).await;
-}
-
-/// Gives the bytes that came with the head before those that follow.
-struct WithEarly<R> {
-    early: BytesMut,
-    inner: R,
-}
-
-impl<R: AsyncRead + Unpin> AsyncRead for WithEarly<R> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        if self.early.is_empty() {
-            return Pin::new(&mut self.inner).poll_read(cx, buf);
-        }
-        let n = self.early.len().min(buf.remaining());
-        buf.put_slice(&self.early.split_to(n));
-        if self.early.is_empty() {
-            self.early = BytesMut::new();
-        }
-        Poll::Ready(Ok(()))
     }
 }

@@ -1,6 +1,6 @@
 //! Accepting callers: on Unix sockets, on TCP with mutual TLS, and on loopback TCP.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use proto::io::{admin::accept_error, dialer::Origin, handshake::Places, socket};
 use rustls::pki_types::CertificateDer;
@@ -128,6 +128,9 @@ pub trait Socket: AsyncRead + AsyncWrite + Unpin + Send + 'static {
 
     /// After the end of what the caller sends: completes once it has closed the other direction too.
     fn closed_after_eof(&self) -> impl Future<Output = ()> + Send;
+
+    /// The caller's address; none on a Unix socket.
+    fn peer(&self) -> Option<IpAddr>;
 }
 
 impl Socket for UnixStream {
@@ -143,6 +146,10 @@ impl Socket for UnixStream {
             }
         }
     }
+
+    fn peer(&self) -> Option<IpAddr> {
+        None
+    }
 }
 
 impl Socket for TlsStream<TcpStream> {
@@ -152,6 +159,10 @@ impl Socket for TlsStream<TcpStream> {
 
     /// TCP does not tell; a caller that ends its TLS session before the answer has left.
     async fn closed_after_eof(&self) {}
+
+    fn peer(&self) -> Option<IpAddr> {
+        self.get_ref().0.peer()
+    }
 }
 
 impl Socket for TcpStream {
@@ -161,6 +172,10 @@ impl Socket for TcpStream {
 
     /// TCP does not tell; a caller that ends its half before the answer has left.
     async fn closed_after_eof(&self) {}
+
+    fn peer(&self) -> Option<IpAddr> {
+        self.peer_addr().ok().map(|peer| peer.ip().to_canonical())
+    }
 }
 
 impl AllowedNames {

@@ -1,9 +1,13 @@
 //! What accepts callers on the master. Each front door holds a [`Dialer`] and nothing else of the rest; how
 //! callers are accepted ([`listen`]) and what is counted and recorded of them is the same for all.
 
+mod early;
 pub mod http_connect;
 pub mod listen;
+pub mod proxy_url;
 mod record;
+pub mod socks5;
+pub mod target_socket;
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,18 +15,16 @@ use proto::{
     DialError, Fault, Target,
     io::{
         dialer::{Connection, Dialer, Origin},
-        relay::relay,
+        relay::{Outcome as Ended, relay},
         tasks::Tasks,
     },
 };
-use tokio::io::{AsyncRead, AsyncWrite, DuplexStream};
+use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::metrics::{Door, Metrics, Outcome};
 use listen::Socket;
 use record::Record;
-
-/// Bytes that wait between a stream and code that wants a socket of it.
-const PIPE: usize = 64 * 1024;
+use target_socket::TargetSocket;
 
 /// One way in. Its callers are served each by a task of its own.
 pub trait FrontDoor: Send + Sync + 'static {
@@ -91,7 +93,14 @@ impl Common {
     }
 
     /// Relays between a caller's socket and its connection, and leaves a record at the end.
-    pub async fn relay<R, W>(&self, read: R, write: W, connection: Connection, target: Target, caller: Caller)
+    pub async fn relay<R, W>(
+        &self,
+        read: R,
+        write: W,
+        connection: Connection,
+        target: Target,
+        caller: Caller,
+    ) -> Ended
     where
         R: AsyncRead + Unpin,
         W: AsyncWrite + Unpin,
@@ -101,16 +110,18 @@ impl Common {
         let outcome = relay(read, write, stream, &record.up, &record.down, self.half_closed_timeout).await;
         drop(permit);
         record.outcome = outcome.kind();
+        outcome
     }
 
-    /// A socket for code that speaks a protocol of its own with the target. Closing it closes the connection.
-    pub fn socket(&self, connection: Connection, target: Target, caller: Caller) -> DuplexStream {
-        let (near, far) = tokio::io::duplex(PIPE);
+    /// A socket for code that speaks a protocol of its own with the target.
+    pub fn socket(&self, connection: Connection, target: Target, caller: Caller) -> TargetSocket {
+        let (near, far) = target_socket::pair();
         let common = self.clone();
-        self.connections.spawn(async move {
-            let (read, write) = tokio::io::split(far);
-            common.relay(read, write, connection, target, caller).await;
-        });
+        self.connections.spawn(far.carry(|mut io| async move {
+            let (read, write) = tokio::io::split(&mut io);
+            let ended = common.relay(read, write, connection, target, caller).await;
+            (io, ended == Ended::Closed)
+        }));
         near
     }
 

@@ -12,4 +12,6 @@ mod kubectl;
 mod memory;
 mod operate;
 mod policy;
+mod proxy_urls;
+mod socks5;
 mod traffic;

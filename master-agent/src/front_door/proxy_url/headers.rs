@@ -1,0 +1,409 @@
+//! What of a message's head is for the next hop, what is for the master alone, and what a browser's page may send.
+
+use std::net::IpAddr;
+
+use hyper::{
+    HeaderMap, Uri,
+    header::{self, HeaderName, HeaderValue},
+};
+
+/// RFC 9110 §7.6.1, besides what `Connection` itself names.
+const HOP_BY_HOP: [HeaderName; 8] = [
+    header::CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    header::PROXY_AUTHENTICATE,
+    header::PROXY_AUTHORIZATION,
+    header::TE,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+];
+const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+const X_FORWARDED_URI: HeaderName = HeaderName::from_static("x-forwarded-uri");
+/// How a WebSocket carries a bearer token for kube-apiserver.
+const BEARER_PROTOCOL: &str = "base64url.bearer.authorization.k8s.io.";
+
+/// What a request asks of its connection, beside its own meaning.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hop {
+    /// The protocols that it wants to change to.
+    pub upgrade: Option<HeaderValue>,
+    pub chunked: bool,
+    pub trailers: bool,
+}
+
+impl Hop {
+    pub fn of(headers: &HeaderMap) -> Self {
+        let wanted = tokens(headers, &header::CONNECTION).any(|t| t.eq_ignore_ascii_case("upgrade"));
+        Self {
+            upgrade: headers.get(header::UPGRADE).filter(|_| wanted).cloned(),
+            chunked: headers.contains_key(header::TRANSFER_ENCODING),
+            trailers: tokens(headers, &header::TE).any(|t| t.eq_ignore_ascii_case("trailers")),
+        }
+    }
+}
+
+/// Who asked, and for what, as the target learns it.
+pub struct Forwarded<'a> {
+    pub peer: Option<IpAddr>,
+    /// The whole path, without its query.
+    pub path: &'a str,
+    /// The target's own name.
+    pub host: &'a str,
+}
+
+/// Makes the headers of a caller's request those of the request to its target.
+pub fn request(headers: &mut HeaderMap, hop: &Hop, forwarded: &Forwarded<'_>) {
+    remove_hop_by_hop(headers);
+    // kube-apiserver takes these for itself, too.
+    headers.remove(header::AUTHORIZATION);
+    remove_bearer_protocol(headers);
+
+    let asked = headers.remove(header::HOST);
+    if let Ok(host) = HeaderValue::try_from(forwarded.host) {
+        headers.insert(header::HOST, host);
+    }
+    let uri = HeaderValue::try_from(forwarded.path).ok();
+    let proto = Some(HeaderValue::from_static("http"));
+    for (name, value) in [(X_FORWARDED_HOST, asked), (X_FORWARDED_PROTO, proto), (X_FORWARDED_URI, uri)] {
+        match value {
+            Some(value) => headers.insert(name, value),
+            None => headers.remove(name),
+        };
+    }
+    if let Some(peer) = forwarded.peer {
+        let before = tokens(headers, &X_FORWARDED_FOR).map(str::to_owned);
+        let all: Vec<String> = before.chain([peer.to_string()]).collect();
+        if let Ok(value) = HeaderValue::try_from(all.join(", ")) {
+            headers.insert(X_FORWARDED_FOR, value);
+        }
+    }
+
+    // Each request has a connection of its own.
+    let connection = match (&hop.upgrade, hop.trailers) {
+        (Some(_), _) => "Upgrade",
+        (None, true) => "close, TE",
+        (None, false) => "close",
+    };
+    headers.insert(header::CONNECTION, HeaderValue::from_static(connection));
+    if let Some(upgrade) = &hop.upgrade {
+        headers.insert(header::UPGRADE, upgrade.clone());
+    } else if hop.trailers {
+        headers.insert(header::TE, HeaderValue::from_static("trailers"));
+    }
+    if hop.chunked {
+        headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+    }
+}
+
+/// Makes the headers of a target's response those of the response to the caller. `prefix` is the path up to
+/// `/proxy`; `hosts` are those under which a redirect leads to the same target again.
+pub fn response(headers: &mut HeaderMap, upgraded: bool, prefix: &str, hosts: &[&str]) {
+    let upgrade = headers.get(header::UPGRADE).filter(|_| upgraded).cloned();
+    remove_hop_by_hop(headers);
+    if let Some(upgrade) = upgrade {
+        headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+        headers.insert(header::UPGRADE, upgrade);
+    }
+    let location = headers.get(header::LOCATION).and_then(|l| l.to_str().ok());
+    if let Some(inside) = location.and_then(|location| location_inside(location, prefix, hosts))
+        && let Ok(value) = HeaderValue::try_from(inside)
+    {
+        headers.insert(header::LOCATION, value);
+    }
+}
+
+/// A redirect to the same target, as seen from outside of this front door; `None` for one that stays as it is.
+fn location_inside(location: &str, prefix: &str, hosts: &[&str]) -> Option<String> {
+    let after_scheme = location.strip_prefix("http://").or_else(|| location.strip_prefix("https://"));
+    let path = match after_scheme.or_else(|| location.strip_prefix("//")) {
+        Some(rest) => {
+            let (host, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
+            hosts.iter().any(|known| known.eq_ignore_ascii_case(host)).then_some(path)?
+        }
+        None => location.starts_with('/').then_some(location)?,
+    };
+    let inside = path.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    Some(if inside {
+        path.to_owned()
+    } else {
+        format!("{prefix}{}{path}", if path.starts_with('/') { "" } else { "/" })
+    })
+}
+
+/// Refuses what a browser sends for a page that is not of this front door, or for one whose name was made to lead
+/// here (DNS rebinding).
+pub fn refuse_other_origins(uri: &Uri, headers: &HeaderMap) -> Result<(), String> {
+    let mut hosts = headers.get_all(header::HOST).iter().map(|h| h.to_str().unwrap_or("?"));
+    let host = hosts.next().unwrap_or_default();
+    if hosts.next().is_some() {
+        return Err("more than one Host".to_owned());
+    }
+    for host in uri.authority().map(|a| a.as_str()).into_iter().chain([host]) {
+        if !is_loopback(host) {
+            return Err(format!(
+                "Host {host:?} is not this host: only localhost and loopback addresses are served here"
+            ));
+        }
+    }
+    for origin in headers.get_all(header::ORIGIN) {
+        let same = origin.to_str().is_ok_and(|o| o.eq_ignore_ascii_case(&format!("http://{host}")));
+        if !same || host.is_empty() {
+            return Err(format!("requests from pages of another origin ({origin:?}) are refused"));
+        }
+    }
+    let site = headers.get("sec-fetch-site").map(HeaderValue::as_bytes);
+    match site {
+        None | Some(b"same-origin" | b"none") => Ok(()),
+        Some(_) => Err("requests that a page of another site makes are refused".to_owned()),
+    }
+}
+
+/// Whether a `Host` is this host, seen from this host.
+fn is_loopback(host: &str) -> bool {
+    let (name, port) = match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((name, port)) => (name, port),
+        None => host.split_at(host.find(':').unwrap_or(host.len())),
+    };
+    if !port.is_empty() && !port.strip_prefix(':').is_some_and(|p| p.bytes().all(|b| b.is_ascii_digit())) {
+        return false;
+    }
+    let name = name.to_ascii_lowercase();
+    let name = name.strip_suffix('.').unwrap_or(&name);
+    match name.parse::<IpAddr>() {
+        Ok(address) => address.to_canonical().is_loopback(),
+        Err(_) => name.is_empty() || name == "localhost" || name.ends_with(".localhost"),
+    }
+}
+
+/// Refuses transfer codings other than `chunked`, which could not be passed on as they are.
+pub fn refuse_other_encodings(headers: &HeaderMap) -> Result<(), String> {
+    let mut codings = headers.get_all(header::TRANSFER_ENCODING).iter();
+    match (codings.next(), codings.next()) {
+        (None, _) => Ok(()),
+        (Some(only), None) if only.as_bytes().eq_ignore_ascii_case(b"chunked") => Ok(()),
+        (Some(_), _) => Err("no Transfer-Encoding but chunked is served here".to_owned()),
+    }
+}
+
+fn remove_hop_by_hop(headers: &mut HeaderMap) {
+    let named: Vec<HeaderName> =
+        tokens(headers, &header::CONNECTION).filter_map(|t| HeaderName::try_from(t).ok()).collect();
+    for name in HOP_BY_HOP.iter().chain(&named) {
+        headers.remove(name);
+    }
+}
+
+fn remove_bearer_protocol(headers: &mut HeaderMap) {
+    let name = header::SEC_WEBSOCKET_PROTOCOL;
+    if !tokens(headers, &name).any(|t| t.starts_with(BEARER_PROTOCOL)) {
+        return;
+    }
+    let kept: Vec<&str> = tokens(headers, &name).filter(|t| !t.starts_with(BEARER_PROTOCOL)).collect();
+    let kept = kept.join(", ");
+    match HeaderValue::try_from(kept) {
+        Ok(value) if !value.is_empty() => headers.insert(name, value),
+        Ok(_) | Err(_) => headers.remove(name),
+    };
+}
+
+/// The elements of a header that is a list.
+fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> + use<'a> {
+    let values = headers.get_all(name).iter().filter_map(|v| v.to_str().ok());
+    values.flat_map(|v| v.split(',')).map(str::trim).filter(|t| !t.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(lines: &[(&str, &str)]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for (name, value) in lines {
+            headers.append(HeaderName::try_from(*name).unwrap(), HeaderValue::try_from(*value).unwrap());
+        }
+        headers
+    }
+
+    fn sorted(headers: &HeaderMap) -> Vec<String> {
+        let mut lines: Vec<_> =
+            headers.iter().map(|(name, value)| format!("{name}: {}", value.to_str().unwrap())).collect();
+        lines.sort();
+        lines
+    }
+
+    const FORWARDED: Forwarded<'_> =
+        Forwarded { peer: None, path: "/api/v1/nodes/n1/proxy/a%2f", host: "n1:10250" };
+
+    #[test]
+    fn a_request_loses_what_is_not_the_targets() {
+        let mut headers = map(&[
+            ("Host", "localhost:8130"),
+            ("Connection", "keep-alive, X-Secret"),
+            ("Keep-Alive", "timeout=5"),
+            ("X-Secret", "1"),
+            ("Authorization", "Bearer t"),
+            ("Proxy-Authorization", "Basic x"),
+            ("Upgrade", "h2c"),
+            ("TE", "gzip"),
+            ("Cookie", "a=b"),
+            ("Accept", "*/*"),
+            ("X-Forwarded-For", "10.0.0.1, 10.0.0.2"),
+            ("X-Forwarded-Proto", "https"),
+        ]);
+        let hop = Hop::of(&headers);
+        assert_eq!(hop, Hop::default());
+        let forwarded = Forwarded { peer: Some("127.0.0.1".parse().unwrap()), ..FORWARDED };
+        request(&mut headers, &hop, &forwarded);
+        assert_eq!(
+            sorted(&headers),
+            [
+                "accept: */*",
+                "connection: close",
+                "cookie: a=b",
+                "host: n1:10250",
+                "x-forwarded-for: 10.0.0.1, 10.0.0.2, 127.0.0.1",
+                "x-forwarded-host: localhost:8130",
+                "x-forwarded-proto: http",
+                "x-forwarded-uri: /api/v1/nodes/n1/proxy/a%2f",
+            ]
+        );
+    }
+
+    #[test]
+    fn upgrades_trailers_and_chunks_are_asked_for_anew() {
+        let mut headers = map(&[
+            ("Connection", "keep-alive"),
+            ("connection", "upgrade"),
+            ("Upgrade", "SPDY/3.1"),
+            ("Sec-WebSocket-Protocol", "v5.channel.k8s.io, base64url.bearer.authorization.k8s.io.Zm9v"),
+        ]);
+        let hop = Hop::of(&headers);
+        request(&mut headers, &hop, &FORWARDED);
+        assert_eq!(headers["connection"], "Upgrade");
+        assert_eq!(headers["upgrade"], "SPDY/3.1");
+        assert_eq!(headers["sec-websocket-protocol"], "v5.channel.k8s.io");
+        assert!(!headers.contains_key("x-forwarded-for") && !headers.contains_key("x-forwarded-host"));
+
+        let mut headers =
+            map(&[("TE", "trailers, deflate"), ("Transfer-Encoding", "chunked"), ("Trailer", "X-Sum")]);
+        let hop = Hop::of(&headers);
+        request(&mut headers, &hop, &FORWARDED);
+        assert_eq!(
+            (&headers["connection"], &headers["te"]),
+            (&"close, TE".parse().unwrap(), &"trailers".parse().unwrap())
+        );
+        assert_eq!(
+            (&headers["transfer-encoding"], &headers["trailer"]),
+            (&"chunked".parse().unwrap(), &"X-Sum".parse().unwrap())
+        );
+    }
+
+    #[test]
+    fn a_response_loses_what_is_of_its_connection() {
+        let lines = [
+            ("Connection", "Upgrade, X-Hop"),
+            ("Upgrade", "websocket"),
+            ("X-Hop", "1"),
+            ("Set-Cookie", "a=b"),
+        ];
+        let mut headers = map(&lines);
+        response(&mut headers, false, "/p", &[]);
+        assert_eq!(sorted(&headers), ["set-cookie: a=b"]);
+        let mut headers = map(&lines);
+        response(&mut headers, true, "/p", &[]);
+        assert_eq!(sorted(&headers), ["connection: Upgrade", "set-cookie: a=b", "upgrade: websocket"]);
+    }
+
+    #[test]
+    fn redirects_stay_with_their_target() {
+        let prefix = "/api/v1/nodes/n1/proxy";
+        for (location, expected) in [
+            ("/login?a=b#c", Some("/api/v1/nodes/n1/proxy/login?a=b#c")),
+            ("/", Some("/api/v1/nodes/n1/proxy/")),
+            ("https://N1:10250/x/", Some("/api/v1/nodes/n1/proxy/x/")),
+            ("http://n1:10250", Some("/api/v1/nodes/n1/proxy/")),
+            ("http://n1:10250?a", Some("/api/v1/nodes/n1/proxy/?a")),
+            ("//localhost/x", Some("/api/v1/nodes/n1/proxy/x")),
+            ("/api/v1/nodes/n1/proxy/x", Some("/api/v1/nodes/n1/proxy/x")),
+            ("/api/v1/nodes/n1/proxyx", Some("/api/v1/nodes/n1/proxy/api/v1/nodes/n1/proxyx")),
+            ("relative/x", None),
+            ("?a=b", None),
+            ("https://elsewhere/x", None),
+            ("//elsewhere/x", None),
+            ("mailto:a@b", None),
+        ] {
+            assert_eq!(
+                location_inside(location, prefix, &["n1:10250", "localhost"]).as_deref(),
+                expected,
+                "{location}"
+            );
+        }
+    }
+
+    #[test]
+    fn browsers_come_from_here_only() {
+        let check = |lines: &[(&str, &str)], uri: &str| {
+            refuse_other_origins(&uri.parse().unwrap(), &map(lines)).is_ok()
+        };
+        for host in [
+            "localhost",
+            "LOCALHOST:8130",
+            "a.localhost:1",
+            "localhost.:80",
+            "127.0.0.1",
+            "127.8.9.1:1",
+            "[::1]:8130",
+            "[::1]",
+            "[::ffff:127.0.0.1]:1",
+            "",
+        ] {
+            assert!(check(&[("Host", host)], "/"), "{host}");
+        }
+        for host in [
+            "evil.example",
+            "evil.example:8130",
+            "localhost.evil.example",
+            "notlocalhost",
+            "10.0.0.1",
+            "[fd00::1]:1",
+            "0.0.0.0:8130",
+            "[::]:1",
+            "127.0.0.1.evil.example",
+            "localhost:80@evil.example",
+        ] {
+            assert!(!check(&[("Host", host)], "/"), "{host}");
+        }
+        assert!(check(&[], "/"));
+        assert!(!check(&[("Host", "localhost"), ("Host", "evil.example")], "/"));
+        assert!(!check(&[("Host", "localhost")], "http://evil.example/"));
+        let with = |name, value| check(&[("Host", "localhost:8130"), (name, value)], "/");
+        assert!(with("Origin", "http://localhost:8130") && with("Origin", "HTTP://LOCALHOST:8130"));
+        for origin in [
+            "null",
+            "http://evil.example",
+            "http://localhost",
+            "https://localhost:8130",
+            "http://localhost:81300",
+        ] {
+            assert!(!with("Origin", origin), "{origin}");
+        }
+        assert!(!check(&[("Origin", "http://")], "/"));
+        assert!(with("Sec-Fetch-Site", "none") && with("Sec-Fetch-Site", "same-origin"));
+        assert!(!with("Sec-Fetch-Site", "cross-site") && !with("Sec-Fetch-Site", "same-site"));
+    }
+
+    #[test]
+    fn codings() {
+        let check = |lines: &[(&str, &str)]| refuse_other_encodings(&map(lines)).is_ok();
+        let te = "Transfer-Encoding";
+        assert!(check(&[]) && check(&[(te, "Chunked")]));
+        assert!(
+            !check(&[(te, "gzip, chunked")])
+                && !check(&[(te, "chunked"), (te, "chunked")])
+                && !check(&[(te, "identity")])
+        );
+    }
+}

@@ -1,0 +1,126 @@
+//! A caller's socket that knows whether a request's head is being sent, and for how long.
+
+use std::{
+    io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::{Instant, Sleep},
+};
+
+/// Requests of one connection: those that have not been answered to the end, and all of them.
+#[derive(Clone, Debug, Default)]
+pub struct Activity(Arc<(AtomicUsize, AtomicUsize)>);
+
+/// One such request.
+#[derive(Debug)]
+pub struct Busy(Activity);
+
+impl Activity {
+    pub fn busy(&self) -> Busy {
+        self.0.0.fetch_add(1, Ordering::Relaxed);
+        self.0.1.fetch_add(1, Ordering::Relaxed);
+        Busy(self.clone())
+    }
+
+    fn is_idle(&self) -> bool {
+        self.0.0.load(Ordering::Relaxed) == 0
+    }
+
+    fn begun(&self) -> usize {
+        self.0.1.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.0.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Reading fails once a head has taken longer than it may, from its first byte or, for the first one, from the
+/// beginning of the connection.
+pub struct Watched<S> {
+    socket: S,
+    deadline: Pin<Box<Sleep>>,
+    activity: Activity,
+    timeout: Duration,
+    /// A head is due by the deadline.
+    head: bool,
+    /// Requests whose heads have been read.
+    begun: usize,
+}
+
+impl<S> Watched<S> {
+    pub fn new(socket: S, activity: Activity, timeout: Duration) -> Self {
+        Self {
+            socket,
+            deadline: Box::pin(tokio::time::sleep(timeout)),
+            activity,
+            timeout,
+            head: true,
+            begun: 0,
+        }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if this.begun != this.activity.begun() {
+            this.begun = this.activity.begun();
+            this.head = false;
+        }
+        let read = Pin::new(&mut this.socket).poll_read(cx, buf);
+        if !this.activity.is_idle() {
+            return read;
+        }
+        if read.is_ready() && !this.head {
+            this.head = true;
+            this.deadline.as_mut().reset(Instant::now() + this.timeout);
+        }
+        if this.head && this.deadline.as_mut().poll(cx).is_ready() {
+            let message = "the request's head did not arrive in time";
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, message)));
+        }
+        read
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.socket.is_write_vectored()
+    }
+}

@@ -1,0 +1,419 @@
+//! SOCKS5 (RFC 1928), for browsers, curl and whatever else knows proxies. CONNECT only; names are routed as names,
+//! and resolved by the node if at all.
+//!
+//! Without a users file there is no authentication: who may call is the socket file's mode, or whoever is on this
+//! host. With one, callers show a user name and password (RFC 1929), which pass in the clear: beyond loopback that is
+//! for networks one trusts. The password is read here and not by the SOCKS library, which would log it.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::BytesMut;
+use fast_socks5::{
+    ReplyError, Socks5Command,
+    server::{
+        AuthMethod, AuthMethodSuccessState, NoAuthentication, Socks5ServerProtocol, SocksServerError, states,
+    },
+    util::target_addr::TargetAddr,
+};
+use proto::{
+    DialError, Host, Target,
+    io::{
+        dialer::{Connection, Origin},
+        handshake::Places,
+    },
+    secret_file,
+    target::InvalidTarget,
+};
+use sha2::{Digest, Sha256};
+use subtle::ConstantTimeEq;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+use super::{
+    Caller, Common, FrontDoor,
+    early::{self, WithEarly},
+    listen::Socket,
+};
+
+/// Callers at once that have not shown their password yet.
+const HANDSHAKES: usize = 256;
+/// What a wrong password costs.
+const WRONG_PASSWORD_DELAY: Duration = Duration::from_secs(1);
+
+/// The front door.
+pub struct Socks5 {
+    common: Common,
+    users: Option<Users>,
+    handshakes: Places,
+}
+
+/// The users file: lines of `NAME:` and the SHA-256 of the password in hexadecimal; `#` begins a comment. It is read
+/// again for every caller, so that changes count at once.
+pub struct Users(PathBuf);
+
+impl Socks5 {
+    /// With `users`, every caller must be one of them.
+    pub fn new(common: Common, users: Option<Users>) -> Self {
+        Self { common, users, handshakes: Places::new(HANDSHAKES) }
+    }
+}
+
+impl FrontDoor for Socks5 {
+    fn common(&self) -> &Common {
+        &self.common
+    }
+
+    async fn serve<S: Socket>(self: Arc<Self>, mut socket: S, mut caller: Caller) {
+        // Boxed, so that a long-lived stream does not keep the room that the beginning needed.
+        let begun = Box::pin(self.begin(&mut socket, &mut caller)).await;
+        if let Some((target, connection, early)) = begun {
+            let (read, write) = socket.halves();
+            self.common.relay(WithEarly { early, inner: read }, write, connection, target, caller).await;
+        }
+    }
+}
+
+/// Why no dial was made.
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error("{0}")]
+    Protocol(#[from] SocksServerError),
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    #[error("not a user name and password (RFC 1929)")]
+    NoPassword,
+    #[error("wrong user name or password")]
+    WrongPassword,
+    #[error("only CONNECT is served here")]
+    Command,
+    #[error("{target:?} is no target: {error}")]
+    Target { target: String, error: InvalidTarget },
+    #[error("the handshake did not end in time")]
+    Timeout,
+    #[error("gave its place to a newer handshake")]
+    Evicted,
+}
+
+impl Socks5 {
+    /// Up to the answer: the connection if it succeeded, and what the caller has sent already.
+    async fn begin<S: Socket>(
+        &self,
+        socket: &mut S,
+        caller: &mut Caller,
+    ) -> Option<(Target, Connection, BytesMut)> {
+        let target = match self.bounded_handshake(socket, caller).await {
+            Ok(target) => target,
+            // Nobody there to be answered.
+            Err(Refusal::Io(_) | Refusal::Protocol(SocksServerError::Io { .. })) => return None,
+            Err(refusal) => {
+                self.common.bad_request(caller.door, &caller.origin, &refusal);
+                let answer = match refusal {
+                    Refusal::Command => reply(ReplyError::CommandNotSupported).to_vec(),
+                    Refusal::Target { .. } => reply(ReplyError::GeneralFailure).to_vec(),
+                    Refusal::NoPassword | Refusal::WrongPassword => vec![1, 1],
+                    // Either answered by the library, or without an answer in the protocol.
+                    Refusal::Protocol(_) | Refusal::Io(_) | Refusal::Timeout | Refusal::Evicted => Vec::new(),
+                };
+                early::refuse(socket, &answer).await;
+                return None;
+            }
+        };
+        match early::dial(&self.common, socket, &target, caller, BytesMut::new()).await {
+            Ok((connection, early)) => {
+                socket.write_all(&reply(ReplyError::Succeeded)).await.ok()?;
+                socket.flush().await.ok()?;
+                Some((target, connection, early))
+            }
+            Err(error) => {
+                self.common.dial_failed(&target, caller, &error);
+                if error != DialError::Cancelled {
+                    early::refuse(socket, &reply(dial_reply(&error))).await;
+                }
+                None
+            }
+        }
+    }
+
+    /// Who has not shown a password can't take the places of those who have.
+    async fn bounded_handshake<S: Socket>(
+        &self,
+        socket: &mut S,
+        caller: &mut Caller,
+    ) -> Result<Target, Refusal> {
+        let place = self.users.as_ref().and(socket.peer()).map(|peer| self.handshakes.take(peer));
+        let evicted = async {
+            match &place {
+                Some(place) => place.evicted.cancelled().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            handshake = tokio::time::timeout(self.common.head_timeout, self.handshake(socket, caller)) => {
+                handshake.unwrap_or(Err(Refusal::Timeout))
+            }
+            () = evicted => Err(Refusal::Evicted),
+        }
+    }
+
+    async fn handshake<S: Socket>(&self, socket: &mut S, caller: &mut Caller) -> Result<Target, Refusal> {
+        let opened = Socks5ServerProtocol::start(&mut *socket);
+        let authenticated = match &self.users {
+            None => opened.negotiate_auth(&[NoAuthentication]).await?.finish_auth(),
+            Some(users) => {
+                let (name, authenticated) = opened.negotiate_auth(&[Password]).await?.check(users).await?;
+                caller.origin = Origin(format!("{} user={name}", caller.origin));
+                authenticated
+            }
+        };
+        let (_, command, target) = authenticated.read_command().await?;
+        match command {
+            Socks5Command::TCPConnect => as_target(target),
+            Socks5Command::TCPBind | Socks5Command::UDPAssociate => Err(Refusal::Command),
+        }
+    }
+}
+
+fn as_target(address: TargetAddr) -> Result<Target, Refusal> {
+    let (host, port) = address.into_string_and_port();
+    let refused =
+        |error| Refusal::Target { target: format!("{host}:{port}").chars().take(100).collect(), error };
+    if port == 0 {
+        return Err(refused(InvalidTarget::Port));
+    }
+    Ok(Target::new(Host::parse(&host).map_err(refused)?, port))
+}
+
+/// The address that a reply has room for is that of the master's own socket; there is none.
+fn reply(code: ReplyError) -> [u8; 10] {
+    [5, code.as_u8(), 0, 1, 0, 0, 0, 0, 0, 0]
+}
+
+/// The reply to a dial that failed (RFC 1928 §6).
+fn dial_reply(error: &DialError) -> ReplyError {
+    match error {
+        DialError::BadTarget(_) | DialError::TooManyStreams(_) | DialError::Cancelled => {
+            ReplyError::GeneralFailure
+        }
+        DialError::Policy { .. } => ReplyError::ConnectionNotAllowed,
+        DialError::NoRoute(_) | DialError::NoTunnel { .. } | DialError::TunnelLost { .. } => {
+            ReplyError::NetworkUnreachable
+        }
+        DialError::Resolve(_) | DialError::Unreachable(_) => ReplyError::HostUnreachable,
+        DialError::Refused(_) => ReplyError::ConnectionRefused,
+        DialError::TimedOut(_) => ReplyError::TtlExpired,
+    }
+}
+
+/// The authentication method of RFC 1929.
+#[derive(Clone, Copy)]
+struct Password;
+
+struct PasswordDue<T>(T);
+
+struct Authenticated<T>(T);
+
+impl<T> AuthMethod<T> for Password {
+    type StartingState = PasswordDue<T>;
+
+    fn method_id(self) -> u8 {
+        2
+    }
+
+    fn new(self, inner: T) -> PasswordDue<T> {
+        PasswordDue(inner)
+    }
+}
+
+impl<T> AuthMethodSuccessState<T> for Authenticated<T> {
+    fn into_inner(self) -> T {
+        self.0
+    }
+}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> PasswordDue<T> {
+    /// Gives the user's name.
+    async fn check(
+        self,
+        users: &Users,
+    ) -> Result<(String, Socks5ServerProtocol<T, states::Authenticated>), Refusal> {
+        let mut socket = self.0;
+        if socket.read_u8().await? != 1 {
+            return Err(Refusal::NoPassword);
+        }
+        let name = read_text(&mut socket).await?;
+        let password = read_text(&mut socket).await?;
+        let Some(name) = String::from_utf8(name).ok().filter(|name| users.check(name, &password)) else {
+            tokio::time::sleep(WRONG_PASSWORD_DELAY).await;
+            return Err(Refusal::WrongPassword);
+        };
+        socket.write_all(&[1, 0]).await?;
+        socket.flush().await?;
+        Ok((name, Authenticated(socket).finish_auth()))
+    }
+}
+
+/// A length, and as many bytes.
+async fn read_text(socket: &mut (impl AsyncRead + Unpin)) -> io::Result<Vec<u8>> {
+    let mut text = vec![0; usize::from(socket.read_u8().await?)];
+    socket.read_exact(&mut text).await?;
+    Ok(text)
+}
+
+impl Users {
+    /// Fails when the file is readable by others than its owner, or is no users file.
+    pub fn load(path: &Path) -> anyhow::Result<Self> {
+        let users = Self(path.to_owned());
+        users.read()?;
+        Ok(users)
+    }
+
+    fn read(&self) -> anyhow::Result<Vec<(String, [u8; 32])>> {
+        parse_users(&secret_file::read(&self.0)?)
+            .map_err(|(line, error)| anyhow::anyhow!("{}:{line}: {error}", self.0.display()))
+    }
+
+    fn check(&self, name: &str, password: &[u8]) -> bool {
+        let users = self.read().unwrap_or_else(|error| {
+            tracing::error!(%error, "nobody can log in: the users file can't be read");
+            Vec::new()
+        });
+        let known = users.into_iter().find(|(known, _)| known == name);
+        let shown: [u8; 32] = Sha256::digest(password).into();
+        // An unknown name takes as long as a wrong password.
+        let (exists, hash) = known.map_or((false, [0; 32]), |(_, hash)| (true, hash));
+        bool::from(shown.ct_eq(&hash)) && exists
+    }
+}
+
+/// The error has the line's number and never its text.
+fn parse_users(text: &str) -> Result<Vec<(String, [u8; 32])>, (usize, &'static str)> {
+    let mut users: Vec<(String, [u8; 32])> = Vec::new();
+    for (i, line) in text.lines().enumerate() {
+        let line = line.trim();
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        let fail = |message| (i + 1, message);
+        let (name, hash) = line.rsplit_once(':').ok_or(fail("expected NAME:SHA256"))?;
+        if name.is_empty() || name.len() > 255 || !name.chars().all(|c| c.is_ascii_graphic()) {
+            return Err(fail("a name has 1 to 255 printable ASCII characters"));
+        }
+        let hash = from_hex(hash).ok_or(fail("the SHA-256 of a password has 64 hexadecimal digits"))?;
+        if users.iter().any(|(known, _)| known == name) {
+            return Err(fail("the name was given before"));
+        }
+        users.push((name.to_owned(), hash));
+    }
+    Ok(users)
+}
+
+fn from_hex(text: &str) -> Option<[u8; 32]> {
+    if text.len() != 64 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return None;
+    }
+    let mut bytes = [0; 32];
+    for (byte, digits) in bytes.iter_mut().zip(text.as_bytes().chunks(2)) {
+        *byte = u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
+    }
+    Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_are_read_strictly() {
+        let hash = "a".repeat(64);
+        let users =
+            parse_users(&format!("# people\n\n alice:{hash} \nb:ob:{}\n", hash.to_uppercase())).unwrap();
+        assert_eq!(users, [("alice".to_owned(), [0xaa; 32]), ("b:ob".to_owned(), [0xaa; 32])]);
+        for (text, line) in [
+            ("alice".to_owned(), 1),
+            (format!("alice:{hash}\nalice:{hash}"), 2),
+            (format!("\n:{hash}"), 2),
+            (format!("al ice:{hash}"), 1),
+            (format!("alice:{}", &hash[1..]), 1),
+            (format!("alice:+{}", &hash[1..]), 1),
+            ("alice:password".to_owned(), 1),
+        ] {
+            assert_eq!(parse_users(&text).unwrap_err().0, line, "{text}");
+        }
+    }
+
+    #[test]
+    fn passwords() {
+        let path = std::env::temp_dir().join(format!("socks5-users-{}", std::process::id()));
+        // SHA-256 of "secret".
+        let line = "alice:2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b\nnobody:0000000000000000000000000000000000000000000000000000000000000000\n";
+        secret_file::replace(&path, line.as_bytes()).unwrap();
+        let users = Users::load(&path).unwrap();
+        assert!(users.check("alice", b"secret"));
+        for (name, password) in
+            [("alice", &b"Secret"[..]), ("alice", b""), ("bob", b"secret"), ("", b"secret"), ("nobody", b"")]
+        {
+            assert!(!users.check(name, password), "{name}");
+        }
+        // What has changed counts at once; a file open to others lets nobody in.
+        secret_file::replace(&path, b"").unwrap();
+        assert!(!users.check("alice", b"secret"));
+        secret_file::replace(&path, line.as_bytes()).unwrap();
+        assert!(users.check("alice", b"secret"));
+        use std::os::unix::fs::PermissionsExt;
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+        assert!(!users.check("alice", b"secret") && Users::load(&path).is_err());
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn replies() {
+        let text = || "x".to_owned();
+        for (error, code) in [
+            (DialError::BadTarget(text()), 1),
+            (DialError::TooManyStreams(text()), 1),
+            (DialError::Cancelled, 1),
+            (DialError::Policy { rule: text(), reason: text() }, 2),
+            (DialError::NoRoute(text()), 3),
+            (DialError::NoTunnel { node: text(), state: text() }, 3),
+            (DialError::TunnelLost { node: text(), reason: text() }, 3),
+            (DialError::Resolve(text()), 4),
+            (DialError::Unreachable(text()), 4),
+            (DialError::Refused(text()), 5),
+            (DialError::TimedOut(text()), 6),
+        ] {
+            assert_eq!(reply(dial_reply(&error)), [5, code, 0, 1, 0, 0, 0, 0, 0, 0], "{error:?}");
+        }
+    }
+
+    #[test]
+    fn targets() {
+        let ip = |text: &str| TargetAddr::Ip(text.parse().unwrap());
+        let name = |text: &str| TargetAddr::Domain(text.to_owned(), 80);
+        for (address, expected) in [
+            (ip("10.0.0.1:80"), "10.0.0.1:80"),
+            (ip("[fd00::1]:80"), "[fd00::1]:80"),
+            (ip("[::ffff:10.0.0.1]:80"), "10.0.0.1:80"),
+            (name("N1"), "n1:80"),
+            (name("web.default.svc."), "web.default.svc:80"),
+            (name("10.0.0.1"), "10.0.0.1:80"),
+            (name("fd00::1"), "[fd00::1]:80"),
+        ] {
+            assert_eq!(as_target(address).unwrap().to_string(), expected);
+        }
+        for address in [
+            ip("10.0.0.1:0"),
+            name(""),
+            name("a b"),
+            name("[::1]"),
+            name("127.1"),
+            name("a\r\nb"),
+            name(&"a".repeat(255)),
+        ] {
+            assert!(as_target(address).is_err());
+        }
+    }
+}
