@@ -4,7 +4,7 @@ use std::{net::SocketAddr, process::Stdio};
 
 use tests::{
     apiserver::ApiServer,
-    cluster::SOON,
+    cluster::{Cluster, Kind, Options, SOON, addresses},
     http::Base,
     kubectl::{Kubectl, Outcome, Release},
     kubelet::{Kubelet, hex},
@@ -20,35 +20,84 @@ use tokio::{
 };
 
 const VOLUME: usize = 10_000_000;
+const KUBELET: u16 = 10250;
+const STREAMS: &str = "master_agent_streams{front_door=\"proxy-url-tcp\"";
 
-/// A kubelet, and a kube-apiserver that knows of a pod there: `web` in `default`, with the container `c`.
+/// A node of each kind with a kubelet, and a kube-apiserver that knows of a pod: `web` in `default`, with the
+/// container `c`.
 struct Site {
     api: ApiServer,
-    kubelet: Kubelet,
+    kubelets: Vec<Kubelet>,
+    cluster: Cluster,
+    door: SocketAddr,
 }
 
 impl Site {
     async fn start() -> Self {
-        let address = SocketAddr::from(([127, 0, 0, 1], 10250));
-        let kubelet = Kubelet::start(address, &["n1", "localhost", "127.0.0.1"]).await.unwrap();
+        let nodes = [("n1", Kind::Dialled), ("n2", Kind::CallHome), ("n3", Kind::Sshd)];
+        let nodes = nodes.map(|(name, kind)| (name.to_owned(), kind)).to_vec();
+        let (mut kubelets, mut authorities) = (Vec::new(), Vec::new());
+        for (i, (name, _)) in nodes.iter().enumerate() {
+            let address = SocketAddr::new(addresses(i)[0], KUBELET);
+            let kubelet = Kubelet::start(address, &[name]).await.unwrap();
+            authorities.extend(std::fs::read(kubelet.ca()).unwrap());
+            kubelets.push(kubelet);
+        }
         let api = ApiServer::start().await.unwrap();
-        api.set_kubelet(Base::new(&kubelet.url(), Some(&kubelet.ca())).unwrap());
-        Self { api, kubelet }
+        let kubelet_ca = api.directory().join("kubelet-ca.crt");
+        std::fs::write(&kubelet_ca, authorities).unwrap();
+        let door = SocketAddr::from(([127, 0, 0, 1], free_port()));
+        let cluster = Cluster::start(Options {
+            nodes,
+            ports: vec![KUBELET],
+            master_config: format!(
+                "proxy_urls: {{tcp: {{listen: '{door}'}}, kubelet_ca: {}}}\n",
+                kubelet_ca.display()
+            ),
+            ..Options::default()
+        })
+        .await
+        .unwrap();
+        Self { api, kubelets, cluster, door }
+    }
+
+    fn nodes(&self) -> impl Iterator<Item = OnNode<'_>> {
+        (0..self.kubelets.len()).map(|index| OnNode { site: self, index })
+    }
+}
+
+/// The site with the pod on one of the nodes.
+#[derive(Clone, Copy)]
+struct OnNode<'a> {
+    site: &'a Site,
+    index: usize,
+}
+
+impl OnNode<'_> {
+    fn kubelet(&self) -> &Kubelet {
+        &self.site.kubelets[self.index]
     }
 
     fn kubectl(&self, release: Release) -> Kubectl {
-        Kubectl::new(release, &self.api).unwrap()
+        let node = &self.site.cluster.nodes[self.index].name;
+        let url = format!("http://{}/api/v1/nodes/{node}/proxy", self.site.door);
+        self.site.api.set_kubelet(Base::new(&url, None).unwrap());
+        Kubectl::new(release, &self.site.api).unwrap()
     }
 
-    /// Nothing is left open at the node.
+    /// Waits until nothing is left open, neither at the kubelet nor on the way.
     async fn is_quiet(&self) {
-        eventually("the kubelet has no stream left", SOON, async || (self.kubelet.open() == 0).then_some(()))
-            .await;
+        let cluster = &self.site.cluster;
+        eventually("no stream is left", SOON, async || {
+            let streams = cluster.metric(cluster.admin, STREAMS).await.unwrap();
+            (self.kubelet().open() == 0 && streams == 0.0).then_some(())
+        })
+        .await;
     }
 
     /// The protocol that the last stream was upgraded to.
     fn protocol(&self) -> String {
-        self.kubelet.asked().pop().unwrap().splitn(3, ' ').nth(2).unwrap_or_default().to_owned()
+        self.kubelet().asked().pop().unwrap().splitn(3, ' ').nth(2).unwrap_or_default().to_owned()
     }
 }
 
@@ -84,9 +133,10 @@ impl Printed {
 
 #[tokio::test]
 async fn logs_are_followed_line_by_line_and_the_stream_ends_with_kubectl() {
-    let site = Site::start().await;
-    site.kubelet.log("first");
-    for release in [Release::Debian, Release::WebSocket] {
+    let sites = Site::start().await;
+    let releases = [Release::Debian, Release::WebSocket];
+    for (site, release) in sites.nodes().flat_map(|site| releases.map(|release| (site, release))) {
+        site.kubelet().log("first");
         let kubectl = site.kubectl(release);
         let outcome = kubectl.run(&["logs", "web"], b"").await.unwrap();
         assert_success(&outcome);
@@ -97,27 +147,27 @@ async fn logs_are_followed_line_by_line_and_the_stream_ends_with_kubectl() {
         printed.line().await;
         // Each only after the one before has been seen.
         for i in 0..50 {
-            site.kubelet.log(&format!("line {i}"));
+            site.kubelet().log(&format!("line {i}"));
             assert_eq!(printed.line().await, format!("line {i}"));
         }
-        assert_eq!(site.kubelet.open(), 1);
+        assert_eq!(site.kubelet().open(), 1);
         child.kill().await.unwrap();
         site.is_quiet().await;
         assert!(
-            site.kubelet
+            site.kubelet()
                 .asked()
                 .contains(&"GET /containerLogs/default/web/c?follow=true&tailLines=1".to_owned()),
             "{:?}",
-            site.kubelet.asked()
+            site.kubelet().asked()
         );
     }
 }
 
 #[tokio::test]
 async fn exec_carries_standard_streams_and_the_exit_code() {
-    let site = Site::start().await;
+    let sites = Site::start().await;
     let sent = pattern();
-    for release in Release::ALL {
+    for (site, release) in sites.nodes().flat_map(|site| Release::ALL.map(|release| (site, release))) {
         let kubectl = site.kubectl(release);
         let exec = async |stdin: bool, command: &[&str], input: &[u8]| {
             let mut args = vec!["exec", "web", "-c", "c"];
@@ -156,8 +206,8 @@ async fn exec_carries_standard_streams_and_the_exit_code() {
 
 #[tokio::test]
 async fn exec_is_interactive_and_ends_with_kubectl() {
-    let site = Site::start().await;
-    for release in Release::ALL {
+    let sites = Site::start().await;
+    for (site, release) in sites.nodes().flat_map(|site| Release::ALL.map(|release| (site, release))) {
         let kubectl = site.kubectl(release);
         for verb in [&["exec", "-i", "web", "--", "cat"][..], &["attach", "-i", "web"]] {
             let mut child = kubectl.command(verb).stderr(Stdio::null()).spawn().unwrap();
@@ -167,7 +217,7 @@ async fn exec_is_interactive_and_ends_with_kubectl() {
                 stdin.write_all(format!("{i}\n").as_bytes()).await.unwrap();
                 assert_eq!(printed.line().await, i.to_string(), "{release:?}");
             }
-            assert_eq!((site.protocol().as_str(), site.kubelet.open()), (exec_protocol(release), 1));
+            assert_eq!((site.protocol().as_str(), site.kubelet().open()), (exec_protocol(release), 1));
             drop(stdin);
             assert!(completes("kubectl's end", child.wait()).await.unwrap().success());
             site.is_quiet().await;
@@ -175,7 +225,7 @@ async fn exec_is_interactive_and_ends_with_kubectl() {
         let mut child = kubectl.command(&["exec", "web", "--", "hold"]).spawn().unwrap();
         let mut printed = Printed::by(&mut child);
         assert_eq!(printed.line().await, "holding");
-        assert_eq!(site.kubelet.open(), 1);
+        assert_eq!(site.kubelet().open(), 1);
         child.kill().await.unwrap();
         site.is_quiet().await;
     }
@@ -183,9 +233,9 @@ async fn exec_is_interactive_and_ends_with_kubectl() {
 
 #[tokio::test]
 async fn port_forward_carries_connections_side_by_side() {
-    let site = Site::start().await;
+    let sites = Site::start().await;
     let port = target::start().await;
-    for release in Release::ALL {
+    for (site, release) in sites.nodes().flat_map(|site| Release::ALL.map(|release| (site, release))) {
         let local = free_port();
         let mut child = site
             .kubectl(release)
