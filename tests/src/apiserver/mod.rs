@@ -4,6 +4,9 @@
 //! | --- | --- |
 //! | `GET` of a [`Kind`]'s list | the recorded list, with what has happened since |
 //! | the same with `?watch=1` | one event a line, as the test sends them |
+//! | `/version`, `/api`, `/apis` and below | as much as kubectl finds its way by |
+//! | `GET` of a pod | the pod |
+//! | a pod's `log`, `exec`, `attach`, `portforward` | what the kubelet answers, see [`ApiServer::set_kubelet`] |
 //!
 //! A test says what happens next, and asks what was requested:
 //!
@@ -30,6 +33,7 @@
 //! happened since, so that no event is lost between the two or across a cut. Versions are opaque here, as the
 //! Kubernetes API says they are: one that this server has never given, or has forgotten, is answered with 410.
 
+mod pods;
 mod resources;
 
 use std::{
@@ -59,9 +63,10 @@ use tokio::{net::TcpListener, sync::mpsc};
 use tokio_rustls::TlsAcceptor;
 
 pub use self::resources::Kind;
-use self::resources::Resource;
+use self::{pods::PodPath, resources::Resource};
 use crate::{
     cluster::SOON,
+    http::{Base, parameters},
     pki::{Authority, server_config},
     process::{TempDir, eventually, free_port},
 };
@@ -138,6 +143,7 @@ impl ApiServer {
                 version: serde_json::from_slice(&read(&answers.join("version.json"))?)?,
                 resources,
                 token: String::new(),
+                kubelet: None,
                 asked: Vec::new(),
             })),
         };
@@ -191,6 +197,11 @@ impl ApiServer {
         });
         proto::secret_file::replace(path, config.to_string().as_bytes())?;
         Ok(())
+    }
+
+    /// Where the paths of the kubelet of every pod's node begin: a kubelet's own address, or a proxy URL of the node.
+    pub fn set_kubelet(&self, kubelet: Base) {
+        self.shared().kubelet = Some(kubelet);
     }
 
     /// The next recorded event happens; gives it, or `None` after the last.
@@ -325,6 +336,7 @@ struct Shared {
     version: Value,
     resources: BTreeMap<Kind, Resource>,
     token: String,
+    kubelet: Option<Base>,
     asked: Vec<Asked>,
 }
 
@@ -341,11 +353,12 @@ impl Server {
             };
             let _ = socket.set_nodelay(true);
             let server = self.clone();
+            let upgraded = tasks.clone();
             tasks.spawn(async move {
                 let Ok(socket) = server.acceptor.accept(socket).await else { return };
                 let service = service_fn(|request| {
-                    let server = server.clone();
-                    async move { Ok::<_, Infallible>(server.answer(request).await) }
+                    let (server, upgraded) = (server.clone(), upgraded.clone());
+                    async move { Ok::<_, Infallible>(server.answer(request, &upgraded).await) }
                 });
                 let connection = http1::Builder::new().serve_connection(TokioIo::new(socket), service);
                 // A client that leaves is not the server's failure.
@@ -354,13 +367,31 @@ impl Server {
         }
     }
 
-    async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
+    async fn answer(&self, request: Request<Incoming>, tasks: &Tasks) -> Response<Body> {
         let asked = self.record(&request);
         if !asked.authorized {
             return failure(StatusCode::UNAUTHORIZED, "Unauthorized", "Unauthorized");
         }
+        if let Some(path) = PodPath::parse(&asked.path) {
+            let (pod, kubelet) = {
+                let shared = self.shared();
+                let pods = shared.resources.get(&Kind::Pods);
+                (pods.and_then(|pods| pods.get(path.namespace, path.name)), shared.kubelet.clone())
+            };
+            return match pod {
+                None => {
+                    let message = format!("pods \"{}\" not found", path.name);
+                    failure(StatusCode::NOT_FOUND, "NotFound", &message)
+                }
+                Some(pod) if path.subresource.is_none() => json_body(StatusCode::OK, &pod),
+                Some(pod) => pods::forward(&path, &pod, kubelet, request, tasks).await,
+            };
+        }
         if asked.path == "/version" {
             return json_body(StatusCode::OK, &self.shared().version);
+        }
+        if let Some(found) = pods::discovery(&asked.path) {
+            return json_body(StatusCode::OK, &found);
         }
         match Kind::ALL.into_iter().find(|kind| kind.path() == asked.path) {
             Some(kind) if asked.method == Method::GET => self.collection(kind, &asked).await,
@@ -403,19 +434,6 @@ impl Server {
             Fault::Silence => std::future::pending().await,
         }
     }
-}
-
-/// The parameters of a query, decoded.
-fn parameters(query: &str) -> Vec<(String, String)> {
-    let decode = |text: &str| {
-        let text = text.replace('+', " ");
-        percent_encoding::percent_decode_str(&text).decode_utf8_lossy().into_owned()
-    };
-    let pairs = query.split('&').filter(|pair| !pair.is_empty());
-    pairs
-        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
-        .map(|(k, v)| (decode(k), decode(v)))
-        .collect()
 }
 
 fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
@@ -470,25 +488,16 @@ fn status_object(status: StatusCode, reason: &str, message: &str) -> Value {
 #[cfg(test)]
 mod tests {
     use hyper::body::Incoming;
-    use rustls::pki_types::ServerName;
     use tokio::net::TcpStream;
 
     use super::*;
-    use crate::pki::client_config;
 
     /// A request on a connection of its own.
     async fn ask(api: &ApiServer, uri: &str, token: &str) -> anyhow::Result<Response<Incoming>> {
-        let config = client_config(&api.ca(), None)?;
-        let socket = TcpStream::connect(api.address()).await?;
-        let name = ServerName::try_from("localhost")?;
-        let socket = tokio_rustls::TlsConnector::from(config).connect(name, socket).await?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(socket)).await?;
-        tokio::spawn(connection);
         let request = Request::get(uri)
-            .header(header::HOST, "localhost")
             .header(header::AUTHORIZATION, format!("Bearer {token}"))
             .body(Full::<Bytes>::default())?;
-        Ok(sender.send_request(request).await?)
+        Base::new(&api.url(), Some(&api.ca()))?.send(request).await
     }
 
     async fn get(api: &ApiServer, uri: &str) -> (StatusCode, Value) {

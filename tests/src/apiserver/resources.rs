@@ -132,7 +132,6 @@ impl Resource {
         list.to_string().into()
     }
 
-    #[allow(dead_code, reason = "for kubectl")]
     pub fn get(&self, namespace: &str, name: &str) -> Option<Value> {
         let mut object = self.objects.get(&(namespace.to_owned(), name.to_owned()))?.clone();
         self.name_kind(&mut object);
