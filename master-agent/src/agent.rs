@@ -111,6 +111,11 @@ impl Agent {
         self.expect_nodes();
     }
 
+    /// Whether the inventory file had nodes when it was read last.
+    pub fn file_has_nodes(&self) -> bool {
+        !self.of_file.read().unwrap_or_else(PoisonError::into_inner).nodes.is_empty()
+    }
+
     /// Makes the nodes of the inventory file and of the cluster known. Tunnels of nodes that are gone are closed.
     pub fn expect_nodes(&self) {
         let of_file = self.of_file.read().unwrap_or_else(PoisonError::into_inner).clone();
@@ -171,6 +176,7 @@ impl Agent {
             })
             .collect();
         let began = Instant::now();
+        tracing::info!(%target, reason = explanation.reason, "explain dials");
         match self.dialer.dial(&target, &Origin("explain".to_owned())).await {
             Ok(connection) => {
                 explanation.dial_microseconds = Some(micros(began.elapsed()));

@@ -290,7 +290,7 @@ fn load_inventory(config: &Config) -> anyhow::Result<Inventory> {
 /// Without being asked to, an inventory in which no node is left is not believed.
 fn reload_inventory(agent: &Agent, asked: bool) {
     let result = match load_inventory(&agent.config) {
-        Ok(inventory) if inventory.nodes.is_empty() && !agent.inventory().nodes.is_empty() && !asked => {
+        Ok(inventory) if inventory.nodes.is_empty() && agent.file_has_nodes() && !asked => {
             tracing::error!("the inventory has no nodes any more; the last one stays until SIGHUP");
             "failed"
         }

@@ -269,6 +269,9 @@ impl WatchedNodes {
         let dial_port = u16::try_from(dial_port).ok().filter(|port| *port > 0);
         let user = s.at("user").and_then(|at| login_name(&at)).unwrap_or_else(|| DEFAULT_USER.to_owned());
         let trust = s.section("host_keys", |s| HostTrust::read_for_all(s, dial_port.is_some()));
+        if s.at("key_file").is_some() && dial_port.is_none() {
+            s.error("key_file", "needs dial_port: to nodes that call home the master shows its certificate");
+        }
         Self {
             dial_port,
             user,

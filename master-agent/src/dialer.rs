@@ -117,11 +117,13 @@ impl TunnelDialer {
         let route = self.with_routes(|routes| routes.find(target))?;
         let several = route.hops.len() > 1;
         let mut failed = None;
-        for Candidate { node, target: asked, .. } in self.candidates(&route)? {
-            let left = match failed {
-                None => self.timeout,
-                Some(_) => self.timeout.saturating_sub(began.elapsed()),
-            };
+        let candidates = self.candidates(&route)?;
+        let mut ways = candidates.len();
+        for Candidate { node, target: asked, .. } in candidates {
+            // One endpoint that is silent must leave time for another.
+            let left = self.timeout.saturating_sub(began.elapsed());
+            let left = if several { left / u32::try_from(ways).unwrap_or(1).max(1) } else { left };
+            ways -= 1;
             let error = match self.dial_node(&node, &asked, origin, left).await {
                 Ok((stream, permit)) => {
                     let permit = Some(Box::new(permit) as _);
@@ -136,8 +138,8 @@ impl TunnelDialer {
             };
             // Another node's policy may allow what this one's does not; another endpoint may be there.
             let elsewhere = match error.fault() {
-                Fault::Policy => true,
-                Fault::Target => several && left > began.elapsed(),
+                Fault::Policy => ways > 1 || route.last.is_none(),
+                Fault::Target => several,
                 Fault::Caller | Fault::Route | Fault::Tunnel => error.retry_elsewhere(),
             };
             if !elsewhere {

@@ -109,6 +109,9 @@ impl InventoryNode {
         let trust = s.section("host_keys", |s| HostTrust::read(s, dial.is_some(), &owner, claims));
         let trust = trust.unwrap_or(HostTrust::HostCa);
         let key_file = s.at("key_file").and_then(|_| s.required_private_file("key_file"));
+        if key_file.is_some() && dial.is_none() {
+            s.error("key_file", "needs dial: to a node that calls home the master shows its certificate");
+        }
         Some(Self { name: name?, dial, user, addresses, cidrs, default_route, connections, trust, key_file })
     }
 }

@@ -1,8 +1,8 @@
 //! Follows the Kubernetes API: lists, then watches, Nodes, Pods, Services and EndpointSlices, and keeps the
 //! routes as they say.
 //!
-//! Whatever goes wrong with the API, what is known stays: a new list replaces the old one only once it has
-//! arrived whole, and how old the last good word is can be asked ([`Watches::status`]).
+//! Whatever goes wrong with the API, what is known stays: nothing is forgotten before a new list has arrived whole,
+//! and how old the last good word is can be asked ([`Watches::status`]).
 
 mod lenient;
 mod objects;
@@ -41,6 +41,10 @@ const PAGES: usize = 10_000;
 /// How long a watch lasts before the next one begins where it ended. A connection that is dead without a sign
 /// is noticed after that.
 const WATCH: Duration = Duration::from_secs(60);
+/// A watch that has lasted so long is one.
+const SETTLED: Duration = Duration::from_secs(2);
+/// Watches that fail one after the other before all objects are listed again.
+const FAILURES: u32 = 3;
 /// How much longer than that to wait for its end, and for a page of a list.
 const PATIENCE: Duration = Duration::from_secs(15);
 
@@ -180,6 +184,7 @@ impl Watches {
         let api: Api<Lenient<K>> = Api::all(client);
         let mut backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
         let mut version = None;
+        let mut failures = 0;
         loop {
             let from = match version.take() {
                 Some(version) => Ok(version),
@@ -192,11 +197,13 @@ impl Watches {
             match followed {
                 Ok(next) => {
                     backoff.reset();
+                    failures = 0;
                     version = Some(next);
                 }
                 Err(broken) => {
                     self.failed(K::KIND, &broken.error);
-                    version = broken.version;
+                    failures += 1;
+                    version = broken.version.filter(|_| failures % FAILURES != 0);
                     tokio::time::sleep(backoff.next_delay(rand::random())).await;
                 }
             }
@@ -217,10 +224,20 @@ impl Watches {
             match page.metadata.continue_.filter(|token| !token.is_empty()) {
                 Some(token) => params = params.continue_token(&token),
                 None => {
+                    let version = page.metadata.resource_version.unwrap_or_default();
+                    if version.is_empty() {
+                        return Err("the list has no resourceVersion, so it is none".to_owned());
+                    }
+                    // Without a node nothing could be reached. Nodes that really go are told one by one.
+                    let known = self.dialer.with_routes(|routes| routes.cluster.count(K::KIND));
+                    if K::KIND == Kind::Nodes && listed.is_empty() && known > 0 {
+                        return Err(
+                            "the list has no nodes any more; the last ones stay until a restart".to_owned()
+                        );
+                    }
                     self.dialer.change_routes(|routes| routes.cluster.retain(K::KIND, &listed));
                     self.tell(K::KIND);
                     self.heard(K::KIND, true);
-                    let version = page.metadata.resource_version.unwrap_or_default();
                     tracing::info!(kind = K::KIND.name(), objects = listed.len(), version, "listed");
                     return Ok(version);
                 }
@@ -246,15 +263,26 @@ impl Watches {
             Ok(Err(error)) => return Err(broken(&version, show(&error))),
             Err(_) => return Err(broken(&version, "no answer to a watch".to_owned())),
         };
-        self.heard(K::KIND, false);
         let began = Instant::now();
-        tokio::pin!(watch);
+        let settled = tokio::time::sleep(SETTLED);
+        tokio::pin!(watch, settled);
+        let mut quiet = true;
         loop {
-            let event = match tokio::time::timeout(WATCH + PATIENCE, watch.next()).await {
+            let next = tokio::select! {
+                next = tokio::time::timeout(WATCH + PATIENCE, watch.next()) => next,
+                // No news is good news, from a watch that stands.
+                () = &mut settled, if quiet => {
+                    quiet = false;
+                    self.heard(K::KIND, false);
+                    continue;
+                }
+            };
+            let event = match next {
                 Ok(Some(Ok(event))) => event,
+                Ok(Some(Err(kube::Error::Api(status)))) if status.code == 410 => return Err(Broken::gone()),
                 Ok(Some(Err(error))) => return Err(broken(&version, show(&error))),
                 // The API server ends watches; one that ends at once does not want to be asked again at once.
-                Ok(None) if began.elapsed() > Duration::from_secs(1) => return Ok(version),
+                Ok(None) if began.elapsed() > SETTLED => return Ok(version),
                 Ok(None) => {
                     return Err(broken(&version, "the watch ended as soon as it had begun".to_owned()));
                 }

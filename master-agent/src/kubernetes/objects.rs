@@ -37,7 +37,7 @@ pub fn node(node: core::Node) -> Option<Object> {
         name: node.metadata.name?.parse().ok()?,
         created,
         addresses: addresses.into_iter().map(|(_, address)| address).collect(),
-        cidrs: cidrs.iter().filter_map(|net| net.parse::<IpNet>().ok()).map(|net| net.trunc()).collect(),
+        cidrs: cidrs.iter().filter_map(|net| pod_cidr(net)).collect(),
         kubelet_port: kubelet.and_then(port).unwrap_or(KUBELET_PORT),
     }))
 }
@@ -130,6 +130,16 @@ fn address(text: &str) -> Option<IpAddr> {
     };
     let usable = !(address.is_unspecified() || address.is_loopback() || address.is_multicast() || link_local);
     usable.then_some(address)
+}
+
+/// No node has pods in half the world: what is so short would be a default route by another name.
+fn pod_cidr(text: &str) -> Option<IpNet> {
+    let net = text.parse::<IpNet>().ok()?.trunc();
+    let shortest = match net {
+        IpNet::V4(_) => 8,
+        IpNet::V6(_) => 16,
+    };
+    (net.prefix_len() >= shortest).then_some(net)
 }
 
 fn port(number: i32) -> Option<u16> {

@@ -9,8 +9,8 @@ use std::{
 
 use ipnet::IpNet;
 
-/// When an object was made, in Unix seconds. The older of two claims is the good one, so that nobody can take
-/// what another has by claiming it too.
+/// When an object was made, in Unix seconds. Of claims that are seen at the same time, the oldest object's is the
+/// good one; afterwards nobody can take what another has by claiming it too.
 pub type Age = i64;
 
 /// Exclusive claims on keys. Those who lose wait for the key.
@@ -31,14 +31,14 @@ impl<K: Hash + Eq + Clone, O: Eq + Ord + Clone> Claims<K, O> {
         self.owners.get(key).map(|(_, owner)| owner)
     }
 
-    /// `false` when the key stays with another.
-    pub fn claim(&mut self, key: K, age: Age, owner: O) -> bool {
+    /// `false` when the key stays with another: with an older one, and once `settled` with whoever has it.
+    pub fn claim(&mut self, key: K, age: Age, owner: O, settled: bool) -> bool {
         match self.owners.entry(key) {
             Entry::Vacant(free) => {
                 free.insert((age, owner));
                 true
             }
-            Entry::Occupied(mut taken) if (age, &owner) < (taken.get().0, &taken.get().1) => {
+            Entry::Occupied(mut taken) if !settled && (age, &owner) < (taken.get().0, &taken.get().1) => {
                 let key = taken.key().clone();
                 let loser = taken.insert((age, owner));
                 self.waiting.entry(key).or_default().push(loser);
@@ -97,9 +97,9 @@ impl<O: Eq + Ord + Clone> Prefixes<O> {
         }
     }
 
-    /// `false` when the network stays with another.
-    pub fn claim(&mut self, net: IpNet, age: Age, owner: O) -> bool {
-        self.table(&net).entry(Reverse(net.prefix_len())).or_default().claim(net.trunc(), age, owner)
+    /// As [`Claims::claim`].
+    pub fn claim(&mut self, net: IpNet, age: Age, owner: O, settled: bool) -> bool {
+        self.table(&net).entry(Reverse(net.prefix_len())).or_default().claim(net.trunc(), age, owner, settled)
     }
 
     pub fn release(&mut self, net: &IpNet, owner: &O) {
@@ -132,10 +132,12 @@ mod tests {
     #[test]
     fn the_oldest_claim_holds_and_the_next_follows() {
         let mut claims = Claims::default();
-        assert!(claims.claim("a", 5, "five"));
-        assert!(!claims.claim("a", 9, "nine"));
-        assert!(claims.claim("a", 1, "one"));
-        assert!(!claims.claim("a", 7, "seven"));
+        assert!(claims.claim("a", 5, "five", false));
+        assert!(!claims.claim("a", 9, "nine", false));
+        assert!(claims.claim("a", 1, "one", false));
+        assert!(!claims.claim("a", 7, "seven", false));
+        assert!(!claims.claim("a", 0, "late", true));
+        claims.release(&"a", &"late");
         assert_eq!(claims.get(&"a"), Some(&"one"));
         claims.release(&"a", &"seven");
         claims.release(&"a", &"nobody");
@@ -151,7 +153,7 @@ mod tests {
     fn the_longest_prefix_is_found() {
         let mut nets = Prefixes::default();
         for net in ["10.0.0.0/8", "10.1.0.0/16", "10.1.2.0/24", "0.0.0.0/0", "fd00::/8", "fd00:1::/32"] {
-            assert!(nets.claim(net.parse().unwrap(), 0, net));
+            assert!(nets.claim(net.parse().unwrap(), 0, net, false));
         }
         for (address, net) in [
             ("10.1.2.3", "10.1.2.0/24"),

@@ -1,8 +1,9 @@
 //! What is known of a cluster: nodes, pods, services and their endpoints, kept as indices that are changed
 //! object by object and asked in constant time.
 //!
-//! What an object says of itself is not believed against an older one: of two nodes (or two pods) that claim an
-//! address or a network, the one that was made first has it.
+//! What an object says of itself is not believed against another: a kubelet writes its own node's addresses and
+//! those of its pods. Of two nodes (or two pods) that claim an address or a network, the one has it that had it
+//! first; of those seen in the first list together, the one that was made first.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -139,35 +140,54 @@ pub struct Cluster {
     service_addresses: Claims<IpAddr, Key>,
     slices: HashMap<Key, EndpointSlice>,
     slices_of: HashMap<Key, BTreeSet<Key>>,
+    /// Kinds that have been listed whole.
+    settled: HashSet<Kind>,
 }
 
 impl Cluster {
     /// Adds an object or puts it in the place of its former version.
     pub fn apply(&mut self, object: Object) {
-        self.remove(object.kind(), &object.key());
         match object {
             Object::Node(node) => {
-                for address in &node.addresses {
-                    self.node_addresses.claim(*address, node.created, node.name.clone());
+                let settled = self.settled.contains(&Kind::Nodes);
+                let old = self.nodes.remove(node.name.as_str());
+                let (addresses, cidrs) = old.map(|n| (n.addresses, n.cidrs)).unwrap_or_default();
+                for address in addresses.iter().filter(|a| !node.addresses.contains(a)) {
+                    self.node_addresses.release(address, &node.name);
                 }
-                for net in &node.cidrs {
-                    self.node_cidrs.claim(*net, node.created, node.name.clone());
+                for address in node.addresses.iter().filter(|a| !addresses.contains(a)) {
+                    self.node_addresses.claim(*address, node.created, node.name.clone(), settled);
+                }
+                for net in cidrs.iter().filter(|net| !node.cidrs.contains(net)) {
+                    self.node_cidrs.release(net, &node.name);
+                }
+                for net in node.cidrs.iter().filter(|net| !cidrs.contains(net)) {
+                    self.node_cidrs.claim(*net, node.created, node.name.clone(), settled);
                 }
                 self.nodes.insert(node.name.as_str().into(), node);
             }
             Object::Pod(pod) => {
-                for address in addresses_of_its_own(&pod) {
-                    self.pod_addresses.claim(*address, pod.created, pod.key.clone());
+                let settled = self.settled.contains(&Kind::Pods);
+                let old = self.pods.remove(&pod.key);
+                let had = old.as_ref().map(addresses_of_its_own).unwrap_or_default();
+                let has = addresses_of_its_own(&pod);
+                for address in had.iter().filter(|a| !has.contains(a)) {
+                    self.pod_addresses.release(address, &pod.key);
+                }
+                for address in has.iter().filter(|a| !had.contains(a)) {
+                    self.pod_addresses.claim(*address, pod.created, pod.key.clone(), settled);
                 }
                 self.pods.insert(pod.key.clone(), pod);
             }
             Object::Service(service) => {
+                self.remove(Kind::Services, &service.key);
                 for address in &service.addresses {
-                    self.service_addresses.claim(*address, service.created, service.key.clone());
+                    self.service_addresses.claim(*address, service.created, service.key.clone(), false);
                 }
                 self.services.insert(service.key.clone(), service);
             }
             Object::EndpointSlice(slice) => {
+                self.remove(Kind::EndpointSlices, &slice.key);
                 self.slices_of.entry(slice.service.clone()).or_default().insert(slice.key.clone());
                 self.slices.insert(slice.key.clone(), slice);
             }
@@ -209,8 +229,10 @@ impl Cluster {
         }
     }
 
-    /// Removes what a new list of all objects of a kind no longer has.
+    /// Removes what a list of all objects of a kind, which has been applied, does not have. From now on nobody can
+    /// take an address or a network from who has it.
     pub fn retain(&mut self, kind: Kind, listed: &HashSet<Key>) {
+        self.settled.insert(kind);
         let keys: Vec<Key> = match kind {
             Kind::Nodes => self.nodes.keys().cloned().collect(),
             Kind::Pods => self.pods.keys().cloned().collect(),
@@ -255,7 +277,7 @@ impl Cluster {
         self.node_cidrs.longest(address)
     }
 
-    /// The pod that has this address, if its node is known.
+    /// The pod that has this address, if it is known where it runs.
     pub fn pod_of_address(&self, address: IpAddr) -> Option<(&Pod, &NodeName)> {
         let pod = self.pods.get(self.pod_addresses.get(&address)?)?;
         Some((pod, pod.node.as_ref()?))

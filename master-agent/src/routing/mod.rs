@@ -1,8 +1,9 @@
 //! Which node reaches a target, and why. Pure: what the inventory and the cluster say, asked with a target.
 //!
-//! Exact before general: a node's name or address, a pod's address, a service's, then the longest CIDR of a node
-//! or of services, then the node marked `default_route`. At each step the inventory comes before the cluster, as
-//! nobody but the operator writes it. Never a direct connection.
+//! Exact before general: a name or address of the inventory, of a service, of a node, of a pod, then the longest
+//! CIDR of a node or of services, then the node marked `default_route`. What the operator wrote comes first, then
+//! what the API server gives out itself, then what a kubelet says of its node and its pods. Never a direct
+//! connection.
 
 mod claims;
 pub mod cluster;
@@ -20,7 +21,7 @@ use proto::{DialError, Host, NodeName, Target};
 
 use crate::inventory::Inventory;
 use claims::Prefixes;
-use cluster::{Cluster, Endpoint, Service};
+use cluster::{Cluster, Endpoint, Pod, Service};
 
 /// Endpoints of a service that are considered for one dial.
 const ENDPOINTS: usize = 16;
@@ -81,14 +82,14 @@ impl InventoryRoutes {
             }
             routes.addresses.extend(node.addresses.iter().map(|a| (a.to_canonical(), node.name.clone())));
             for net in &node.cidrs {
-                routes.cidrs.claim(*net, 0, node.name.clone());
+                routes.cidrs.claim(*net, 0, node.name.clone(), false);
             }
             if node.default_route {
                 routes.default_route = Some(node.name.clone());
             }
         }
         for net in &inventory.service_cidrs {
-            routes.services.claim(*net, 0, ());
+            routes.services.claim(*net, 0, (), false);
         }
         routes
     }
@@ -132,8 +133,9 @@ impl Routes {
     }
 
     fn by_name(&self, name: &str, target: &Target) -> Result<Option<Route>, DialError> {
-        if self.has_node(name)
-            && let Ok(node) = NodeName::from_str(name)
+        let of_service = name.ends_with(".svc") || name.ends_with(&format!(".svc.{}", self.cluster_domain));
+        if let Ok(node) = NodeName::from_str(name)
+            && (self.inventory.names.contains(&node) || !of_service && self.has_node(name))
         {
             return Ok(Some(one(format!("node name {node}"), Via::Node(node), target)));
         }
@@ -150,7 +152,7 @@ impl Routes {
             (Some("pod"), Some(_namespace), Some(dashed), None, None) => {
                 // As in cluster DNS: 10-0-0-1, fd00--1.
                 let address = dashed.replace('-', ".").parse().or_else(|_| dashed.replace('-', ":").parse());
-                match address {
+                match address.map(|address: IpAddr| address.to_canonical()) {
                     Ok(address) => self.by_address(address, &Target::new(Host::Addr(address), target.port)),
                     Err(_) => Ok(None),
                 }
@@ -160,15 +162,19 @@ impl Routes {
     }
 
     fn by_address(&self, addr: IpAddr, target: &Target) -> Result<Option<Route>, DialError> {
-        let node = self.inventory.addresses.get(&addr).or_else(|| self.cluster.node_of_address(addr));
-        if let Some(node) = node {
-            return Ok(Some(one(format!("address of node {node}"), Via::Node(node.clone()), target)));
-        }
-        if let Some((pod, node)) = self.cluster.pod_of_address(addr) {
-            return Ok(Some(one(format!("pod {} on node {node}", pod.key), Via::Node(node.clone()), target)));
+        let to_node =
+            |node: &NodeName| one(format!("address of node {node}"), Via::Node(node.clone()), target);
+        if let Some(node) = self.inventory.addresses.get(&addr) {
+            return Ok(Some(to_node(node)));
         }
         if let Some(service) = self.cluster.service_of_address(addr) {
             return self.by_service(service, None, target).map(Some);
+        }
+        if let Some(node) = self.node_of_cluster(addr) {
+            return Ok(Some(to_node(node)));
+        }
+        if let Some((pod, node)) = self.pod_of_cluster(addr) {
+            return Ok(Some(one(format!("pod {} on node {node}", pod.key), Via::Node(node.clone()), target)));
         }
         let node = self.cidr_of(addr);
         let service = self.inventory.services.longest(addr).map(|(net, ())| net);
@@ -184,6 +190,18 @@ impl Routes {
             (None, Some(service)) => Some(via_any(service)),
             (None, None) => None,
         })
+    }
+
+    /// The Node with this address, unless it is in the pod network of another node or in a service network.
+    fn node_of_cluster(&self, addr: IpAddr) -> Option<&NodeName> {
+        let node = self.cluster.node_of_address(addr)?;
+        let others = self.cluster.cidr_of_address(addr).is_some_and(|(_, owner)| owner != node);
+        (!others && self.inventory.services.longest(addr).is_none()).then_some(node)
+    }
+
+    /// The pod with this address, and its node, unless it is in a service network.
+    fn pod_of_cluster(&self, addr: IpAddr) -> Option<(&Pod, &NodeName)> {
+        self.cluster.pod_of_address(addr).filter(|_| self.inventory.services.longest(addr).is_none())
     }
 
     fn cidr_of(&self, addr: IpAddr) -> Option<(IpNet, &NodeName)> {
@@ -265,8 +283,8 @@ impl Routes {
             return Some(Hop { via: Via::Node(node.clone()), target });
         }
         let addr = endpoint.address;
-        let node = self.inventory.addresses.get(&addr).or_else(|| self.cluster.node_of_address(addr));
-        let node = node.or_else(|| self.cluster.pod_of_address(addr).map(|(_, node)| node));
+        let node = self.inventory.addresses.get(&addr).or_else(|| self.node_of_cluster(addr));
+        let node = node.or_else(|| self.pod_of_cluster(addr).map(|(_, node)| node));
         let node = node.or_else(|| self.cidr_of(addr).map(|(_, node)| node))?;
         Some(Hop { via: Via::Node(node.clone()), target })
     }

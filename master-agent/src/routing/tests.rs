@@ -73,12 +73,27 @@ fn cluster() -> Vec<Object> {
         node("n1", 10, &["10.77.1.2", "fd00:77::2"], &["10.244.1.0/24", "fd00:244:1::/64"]),
         node("n2", 20, &["10.77.2.2", "fd00:77:2::2"], &["10.244.2.0/24", "fd00:244:2::/64"]),
         // Claims what others have had for longer.
-        node("evil", 99, &["10.77.2.2", "10.77.1.2", "10.77.66.6"], &["10.244.2.0/24", "10.244.2.64/26"]),
+        node(
+            "evil",
+            99,
+            &[
+                "10.77.2.2",
+                "10.77.1.2",
+                "10.77.66.6",
+                "10.96.0.10",
+                "10.96.0.66",
+                "10.244.1.66",
+                "10.244.1.5",
+            ],
+            &["10.244.2.0/24", "10.244.2.64/26"],
+        ),
         Object::Pod(pod("default/web-1", 30, "n1", &["10.244.1.5", "fd00:244:1::5"])),
         Object::Pod(pod("default/web-2", 31, "n2", &["10.244.2.5"])),
         // Its address lies in another node's CIDR, as with an IPAM of the network's own.
         Object::Pod(pod("default/roamer", 32, "n2", &["10.244.1.200"])),
         Object::Pod(pod("default/thief", 90, "evil", &["10.244.1.5"])),
+        Object::Pod(pod("default/service-thief", 91, "evil", &["10.96.0.11", "10.96.0.67"])),
+        node("web.default.svc", 98, &[], &[]),
         Object::Pod(pod("default/pending", 33, "", &["10.244.7.7"])),
         Object::Pod(Pod { host_network: true, ..pod("kube-system/proxy", 34, "n2", &["10.77.2.2"]) }),
         Object::Pod(Pod { ended: true, ..pod("default/job", 35, "n1", &["10.244.9.9"]) }),
@@ -174,6 +189,11 @@ fn the_table() {
                 ("10.244.2.5:1", "n2: pod default/web-2 on node n2"),
                 ("10.244.1.200:1", "n2: pod default/roamer on node n2"),
                 ("198.51.100.7:1", "n2: pod default/far on node n2"),
+                // What is a service's, or another node's network, is no node's address, and no pod's.
+                ("10.96.0.66:1", "any: service CIDR 10.96.0.0/12, any connected node"),
+                ("10.244.2.99:1", "evil: CIDR 10.244.2.64/26 of node evil"),
+                ("10.244.1.66:1", "n1: CIDR 10.244.1.0/24 of node n1"),
+                ("10.96.0.67:1", "any: service CIDR 10.96.0.0/12, any connected node"),
                 ("10-244-1-5.default.pod:80", "n1 10.244.1.5:80: pod default/web-1 on node n1"),
                 ("10-244-1-5.default.pod.cluster.local:80", "n1 10.244.1.5:80: pod default/web-1 on node n1"),
                 ("fd00-244-1--5.default.pod:80", "n1 [fd00:244:1::5]:80: pod default/web-1 on node n1"),
@@ -336,6 +356,38 @@ fn an_object_can_change_and_go() {
     for target in ["n1:1", "10.244.1.5:1", "10.244.1.77:1", "10.96.0.10:80", "web.default.svc:80"] {
         assert!(show(&routes, target).starts_with("!route"), "{target}");
     }
+}
+
+/// After the first list nobody takes what another has, however old the thief is.
+#[test]
+fn a_claim_of_later_takes_nothing() {
+    let mut routes = routes("", vec![]);
+    let settle = |routes: &mut Routes| {
+        let nodes = ["n1", "evil"].map(cluster::Key::from).into_iter().collect();
+        routes.cluster.retain(cluster::Kind::Nodes, &nodes);
+        let pods = ["a/web", "a/old"].map(cluster::Key::from).into_iter().collect();
+        routes.cluster.retain(cluster::Kind::Pods, &pods);
+    };
+    routes.cluster.apply(node("evil", 1, &["10.77.6.6"], &[]));
+    routes.cluster.apply(node("n1", 50, &["10.77.1.2"], &["10.1.0.0/24"]));
+    routes.cluster.apply(Object::Pod(pod("a/old", 1, "evil", &["10.2.0.9"])));
+    routes.cluster.apply(Object::Pod(pod("a/web", 50, "n1", &["10.9.0.5"])));
+    settle(&mut routes);
+    let theft = [
+        node("evil", 1, &["10.77.6.6", "10.77.1.2"], &["10.1.0.0/24"]),
+        Object::Pod(pod("a/old", 1, "evil", &["10.2.0.9", "10.9.0.5"])),
+    ];
+    for object in theft {
+        routes.cluster.apply(object);
+    }
+    assert_eq!(show(&routes, "10.77.1.2:1"), "n1: address of node n1");
+    assert_eq!(show(&routes, "10.1.0.7:1"), "n1: CIDR 10.1.0.0/24 of node n1");
+    assert_eq!(show(&routes, "10.9.0.5:1"), "n1: pod a/web on node n1");
+    // An update of the owner's does not open a gap.
+    routes.cluster.apply(node("n1", 50, &["10.77.1.2", "10.77.1.3"], &["10.1.0.0/24"]));
+    routes.cluster.apply(Object::Pod(pod("a/web", 50, "n1", &["10.9.0.5", "fd00::5"])));
+    assert_eq!(show(&routes, "10.77.1.2:1"), "n1: address of node n1");
+    assert_eq!(show(&routes, "10.9.0.5:1"), "n1: pod a/web on node n1");
 }
 
 #[test]

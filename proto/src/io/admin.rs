@@ -29,7 +29,7 @@ pub trait Admin: Send + Sync + 'static {
     /// `Err` says why the agent is not ready, `Ok` what is amiss all the same.
     fn ready(&self) -> Result<Vec<String>, String>;
 
-    /// Further paths; `None` is 404.
+    /// Further paths, on the Unix socket only; `None` is 404.
     fn get<'a>(&'a self, path: &'a str, query: &'a str) -> AnswerFuture<'a>;
 }
 
@@ -49,7 +49,7 @@ impl Endpoints {
             match listener.accept().await {
                 Ok((socket, _)) => {
                     socket::tune(&socket);
-                    let connection = self.clone().connection(socket);
+                    let connection = self.clone().connection(socket, false);
                     tasks.spawn(async move {
                         connection.await;
                         drop(permit);
@@ -67,7 +67,7 @@ impl Endpoints {
             let Ok(permit) = permits.clone().acquire_owned().await else { return };
             match listener.accept().await {
                 Ok((socket, _)) => {
-                    let connection = self.clone().connection(socket);
+                    let connection = self.clone().connection(socket, true);
                     tasks.spawn(async move {
                         connection.await;
                         drop(permit);
@@ -78,10 +78,10 @@ impl Endpoints {
         }
     }
 
-    async fn connection<S: AsyncRead + AsyncWrite + Unpin>(self, socket: S) {
+    async fn connection<S: AsyncRead + AsyncWrite + Unpin>(self, socket: S, trusted: bool) {
         let service = service_fn(|request: Request<Incoming>| {
             let endpoints = self.clone();
-            async move { Ok::<_, Infallible>(endpoints.respond(&request).await) }
+            async move { Ok::<_, Infallible>(endpoints.respond(&request, trusted).await) }
         });
         let served = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
@@ -94,7 +94,7 @@ impl Endpoints {
         }
     }
 
-    async fn respond(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+    async fn respond(&self, request: &Request<Incoming>, trusted: bool) -> Response<Full<Bytes>> {
         let text = "text/plain; charset=utf-8";
         let path = request.uri().path();
         let (status, content_type, body) = if request.method() != hyper::Method::GET {
@@ -110,11 +110,11 @@ impl Endpoints {
                     Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, text, format!("not ready: {reason}\n")),
                 },
                 "/metrics" => self.metrics(),
-                _ => self
-                    .admin
-                    .get(path, request.uri().query().unwrap_or_default())
-                    .await
-                    .unwrap_or_else(|| (StatusCode::NOT_FOUND, text, "no such path\n".to_owned())),
+                _ => match trusted {
+                    true => self.admin.get(path, request.uri().query().unwrap_or_default()).await,
+                    false => None,
+                }
+                .unwrap_or_else(|| (StatusCode::NOT_FOUND, text, "no such path\n".to_owned())),
             }
         };
         let mut response = Response::new(Full::new(Bytes::from(body)));

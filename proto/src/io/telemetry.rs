@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use tracing_subscriber::EnvFilter;
 
-const QUIET: &str = "russh=error,russh::server::encrypted=warn,hyper=warn,rustls=warn";
+const QUIET: &str = "russh=error,russh::server::encrypted=warn,hyper=warn,rustls=warn,kube_client=error";
 
 /// How log records are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

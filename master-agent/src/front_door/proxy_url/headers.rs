@@ -103,6 +103,12 @@ pub fn request(headers: &mut HeaderMap, hop: &Hop, forwarded: &Forwarded<'_>) {
 pub fn response(headers: &mut HeaderMap, upgraded: bool, prefix: &str, hosts: &[&str]) {
     let upgrade = headers.get(header::UPGRADE).filter(|_| upgraded).cloned();
     remove_hop_by_hop(headers);
+    // All targets are one origin to a browser: a page of one must not act as its visitor towards the others.
+    headers.append(
+        header::CONTENT_SECURITY_POLICY,
+        HeaderValue::from_static("sandbox allow-scripts allow-forms"),
+    );
+    headers.remove("service-worker-allowed");
     if let Some(upgrade) = upgrade {
         headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
         headers.insert(header::UPGRADE, upgrade);
@@ -308,13 +314,18 @@ mod tests {
             ("Upgrade", "websocket"),
             ("X-Hop", "1"),
             ("Set-Cookie", "a=b"),
+            ("Service-Worker-Allowed", "/"),
         ];
+        let sandbox = "content-security-policy: sandbox allow-scripts allow-forms";
         let mut headers = map(&lines);
         response(&mut headers, false, "/p", &[]);
-        assert_eq!(sorted(&headers), ["set-cookie: a=b"]);
+        assert_eq!(sorted(&headers), [sandbox, "set-cookie: a=b"]);
         let mut headers = map(&lines);
         response(&mut headers, true, "/p", &[]);
-        assert_eq!(sorted(&headers), ["connection: Upgrade", "set-cookie: a=b", "upgrade: websocket"]);
+        assert_eq!(
+            sorted(&headers),
+            ["connection: Upgrade", sandbox, "set-cookie: a=b", "upgrade: websocket"]
+        );
     }
 
     #[test]
