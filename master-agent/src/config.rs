@@ -20,6 +20,7 @@ pub struct Config {
     pub log: Log,
     pub admin: AdminConfig,
     pub http_connect: HttpConnectConfig,
+    pub konnectivity: KonnectivityConfig,
     /// Where nodes call home; `None` accepts none.
     pub call_home: Option<CallHomeConfig>,
     pub tunnels: TunnelsConfig,
@@ -47,6 +48,16 @@ pub struct HttpConnectConfig {
     /// After one direction of a stream has ended, how long the other may be silent.
     pub half_closed_timeout: Duration,
     /// Callers at once, over both listeners.
+    pub max_connections: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KonnectivityConfig {
+    pub unix: Option<UnixConfig>,
+    pub tls: Option<TlsConfig>,
+    /// How long a caller may take until its first gRPC call.
+    pub head_timeout: Duration,
+    /// HTTP/2 connections at once on each of the listeners.
     pub max_connections: usize,
 }
 
@@ -143,6 +154,7 @@ impl Config {
             log: s.section_or_default("log", Log::read),
             admin: s.section_or_default("admin", AdminConfig::read),
             http_connect: s.section_or_default("http_connect", HttpConnectConfig::read),
+            konnectivity: s.section_or_default("konnectivity", KonnectivityConfig::read),
             call_home: s.section("call_home", |s| Some(CallHomeConfig::read(s))),
             tunnels: s.section_or_default("tunnels", TunnelsConfig::read),
             certificates: s.section_or_default("certificates", CertificatesConfig::read),
@@ -169,6 +181,17 @@ impl HttpConnectConfig {
             tls: s.section("tls", |s| TlsConfig::read(s, 8131)),
             head_timeout: s.duration("head_timeout", secs(10), WAIT),
             half_closed_timeout: s.duration("half_closed_timeout", secs(600), WAIT),
+            max_connections: s.number("max_connections", 16384, COUNT),
+        }
+    }
+}
+
+impl KonnectivityConfig {
+    fn read(s: &Section<'_>) -> Self {
+        Self {
+            unix: s.section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent/konnectivity.sock"))),
+            tls: s.section("tls", |s| TlsConfig::read(s, 8132)),
+            head_timeout: s.duration("head_timeout", secs(10), WAIT),
             max_connections: s.number("max_connections", 16384, COUNT),
         }
     }
@@ -297,6 +320,9 @@ mod tests {
         assert_eq!((&config.http_connect.unix, &config.http_connect.tls), (&None, &None));
         assert_eq!(config.http_connect.head_timeout, secs(10));
         assert_eq!(config.http_connect.max_connections, 16384);
+        assert_eq!((&config.konnectivity.unix, &config.konnectivity.tls), (&None, &None));
+        assert_eq!(config.konnectivity.head_timeout, secs(10));
+        assert_eq!(config.konnectivity.max_connections, 16384);
         assert_eq!((&config.call_home, &config.inventory), (&None, &None));
         assert_eq!((config.tunnels.keepalive_interval, config.tunnels.keepalive_max), (secs(3), 2));
         assert_eq!((config.tunnels.handshake_timeout, config.tunnels.dial_timeout), (secs(10), secs(10)));
@@ -319,6 +345,9 @@ mod tests {
         let tls = sample.http_connect.tls.take().unwrap();
         assert_eq!(tls.listen, any(8131));
         assert_eq!(tls.key, Path::new("/etc/master-agent/tls.key"));
+        let unix = sample.konnectivity.unix.take().unwrap();
+        assert_eq!(unix.path, Path::new("/run/master-agent/konnectivity.sock"));
+        assert_eq!(sample.konnectivity.tls.take().unwrap().listen, any(8132));
         assert_eq!(
             sample.call_home.take().unwrap(),
             CallHomeConfig { listen: any(2222), max_handshakes: 256 }
@@ -357,6 +386,7 @@ mod tests {
             "head_timeout",
             "half_closed_timeout",
             "max_connections",
+            "konnectivity",
             "call_home",
             "max_handshakes",
             "tunnels",

@@ -2,6 +2,7 @@
 //! callers are accepted ([`listen`]) and what is counted and recorded of them is the same for all.
 
 pub mod http_connect;
+pub mod konnectivity;
 pub mod listen;
 mod record;
 
