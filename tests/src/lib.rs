@@ -4,6 +4,7 @@
 pub mod client;
 pub mod cluster;
 pub mod dns;
+pub mod konnectivity;
 pub mod load;
 pub mod netns;
 pub mod openssh;

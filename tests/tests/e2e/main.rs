@@ -8,6 +8,7 @@ mod impostor;
 mod interop;
 mod isolation;
 mod joining;
+mod konnectivity;
 mod memory;
 mod operate;
 mod policy;

@@ -434,3 +434,6 @@ impl End {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
