@@ -27,6 +27,7 @@ use crate::{
     front_door::{
         Common,
         http_connect::HttpConnect,
+        konnectivity::Konnectivity,
         listen::{self, AllowedNames},
         proxy_url::{ProxyUrls, TargetTls},
         socks5::{Socks5, Users},
@@ -45,10 +46,14 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// How long all tunnels together may take to be told something.
 const FAREWELL: Duration = Duration::from_secs(1);
 
+type TlsSocket = (TcpListener, TlsAcceptor, AllowedNames);
+
 /// Every socket, bound.
 struct Sockets {
     connect_unix: Option<UnixListener>,
-    connect_tls: Option<(TcpListener, TlsAcceptor, AllowedNames)>,
+    connect_tls: Option<TlsSocket>,
+    konnectivity_unix: Option<UnixListener>,
+    konnectivity_tls: Option<TlsSocket>,
     socks5: Option<Socks5Sockets>,
     proxy_urls: Option<ProxyUrlSockets>,
     call_home: Option<TcpListener>,
@@ -128,16 +133,12 @@ where
 }
 
 async fn bind(config: &Config) -> anyhow::Result<Sockets> {
-    let door = &config.http_connect;
+    let (connect, konnectivity) = (&config.http_connect, &config.konnectivity);
     Ok(Sockets {
-        connect_unix: door.unix.as_ref().map(bind_unix).transpose()?,
-        connect_tls: match &door.tls {
-            Some(tls) => {
-                let acceptor = tls_acceptor(tls)?;
-                Some((bind_tcp(tls.listen).await?, acceptor, AllowedNames(tls.allowed_names.clone())))
-            }
-            None => None,
-        },
+        connect_unix: connect.unix.as_ref().map(bind_unix).transpose()?,
+        connect_tls: bind_tls(connect.tls.as_ref(), b"http/1.1").await?,
+        konnectivity_unix: konnectivity.unix.as_ref().map(bind_unix).transpose()?,
+        konnectivity_tls: bind_tls(konnectivity.tls.as_ref(), b"h2").await?,
         socks5: match &config.socks5 {
             Some(socks5) => Some(bind_socks5(socks5).await?),
             None => None,
@@ -161,7 +162,17 @@ async fn bind(config: &Config) -> anyhow::Result<Sockets> {
 }
 
 fn serve(agent: &Arc<Agent>, sockets: Sockets, callers: &Tasks, listeners: &Tasks, background: &Tasks) {
-    let Sockets { connect_unix, connect_tls, socks5, proxy_urls, call_home, admin, admin_unix } = sockets;
+    let Sockets {
+        connect_unix,
+        connect_tls,
+        konnectivity_unix,
+        konnectivity_tls,
+        socks5,
+        proxy_urls,
+        call_home,
+        admin,
+        admin_unix,
+    } = sockets;
     let door = Arc::new(HttpConnect(Common {
         dialer: agent.dialer.clone(),
         metrics: agent.metrics.clone(),
@@ -181,6 +192,24 @@ fn serve(agent: &Arc<Agent>, sockets: Sockets, callers: &Tasks, listeners: &Task
     }
     if let (Some(sockets), Some(config)) = (proxy_urls, &agent.config.proxy_urls) {
         serve_proxy_urls(agent, sockets, config, callers, listeners);
+    }
+    let door = Arc::new(Konnectivity {
+        common: Common {
+            dialer: agent.dialer.clone(),
+            metrics: agent.metrics.clone(),
+            head_timeout: agent.config.konnectivity.head_timeout,
+            // Its connections have no half-closed state.
+            half_closed_timeout: Duration::ZERO,
+            max_connections: agent.config.konnectivity.max_connections,
+            connections: callers.clone(),
+        },
+        draining: agent.draining.clone(),
+    });
+    if let Some(listener) = konnectivity_unix {
+        listeners.spawn(listen::unix(door.clone(), "konnectivity-unix", listener));
+    }
+    if let Some((listener, acceptor, allowed)) = konnectivity_tls {
+        listeners.spawn(listen::tls(door, "konnectivity-tls", listener, acceptor, allowed));
     }
     if let Some(listener) = call_home {
         listeners.spawn(links::accept(agent.clone(), listener));
@@ -335,6 +364,12 @@ async fn bind_tcp(address: std::net::SocketAddr) -> anyhow::Result<TcpListener> 
     TcpListener::bind(address).await.with_context(|| format!("can't listen on {address}"))
 }
 
+async fn bind_tls(config: Option<&TlsConfig>, protocol: &[u8]) -> anyhow::Result<Option<TlsSocket>> {
+    let Some(config) = config else { return Ok(None) };
+    let acceptor = tls_acceptor(config, protocol)?;
+    Ok(Some((bind_tcp(config.listen).await?, acceptor, AllowedNames(config.allowed_names.clone()))))
+}
+
 /// Binds a Unix socket that never exists with other rights than it is to have: made under another name, then
 /// renamed. A socket nobody listens on is replaced.
 fn bind_unix(config: &UnixConfig) -> anyhow::Result<UnixListener> {
@@ -369,7 +404,7 @@ fn bind_unix(config: &UnixConfig) -> anyhow::Result<UnixListener> {
     Ok(listener)
 }
 
-fn tls_acceptor(config: &TlsConfig) -> anyhow::Result<TlsAcceptor> {
+fn tls_acceptor(config: &TlsConfig, protocol: &[u8]) -> anyhow::Result<TlsAcceptor> {
     let read = |what: &str, path: &Path| format!("can't read the {what} in {}", path.display());
     let chain = CertificateDer::pem_file_iter(&config.cert)
         .and_then(Iterator::collect::<Result<Vec<_>, _>>)
@@ -390,7 +425,7 @@ fn tls_acceptor(config: &TlsConfig) -> anyhow::Result<TlsAcceptor> {
         .with_client_cert_verifier(verifier)
         .with_single_cert(chain, key)
         .context("the certificate and the private key don't go together")?;
-    tls.alpn_protocols = vec![b"http/1.1".to_vec()];
+    tls.alpn_protocols = vec![protocol.to_vec()];
     Ok(TlsAcceptor::from(Arc::new(tls)))
 }
 

@@ -26,6 +26,7 @@ pub struct Config {
     pub log: Log,
     pub admin: AdminConfig,
     pub http_connect: HttpConnectConfig,
+    pub konnectivity: KonnectivityConfig,
     /// `None` serves no SOCKS5.
     pub socks5: Option<Socks5Config>,
     /// `None` serves no proxy URLs.
@@ -85,6 +86,16 @@ pub struct HttpConnectConfig {
     /// After one direction of a stream has ended, how long the other may be silent.
     pub half_closed_timeout: Duration,
     /// Callers at once, over both listeners.
+    pub max_connections: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KonnectivityConfig {
+    pub unix: Option<UnixConfig>,
+    pub tls: Option<TlsConfig>,
+    /// How long a caller may take until its first gRPC call.
+    pub head_timeout: Duration,
+    /// HTTP/2 connections at once on each of the listeners.
     pub max_connections: usize,
 }
 
@@ -239,6 +250,7 @@ impl Config {
             log: s.section_or_default("log", Log::read),
             admin: s.section_or_default("admin", AdminConfig::read),
             http_connect: s.section_or_default("http_connect", HttpConnectConfig::read),
+            konnectivity: s.section_or_default("konnectivity", KonnectivityConfig::read),
             socks5: s.section("socks5", Socks5Config::read),
             proxy_urls: s.section("proxy_urls", ProxyUrlsConfig::read),
             call_home: s.section("call_home", |s| Some(CallHomeConfig::read(s))),
@@ -298,6 +310,17 @@ impl HttpConnectConfig {
             tls: s.section("tls", |s| TlsConfig::read(s, 8131)),
             head_timeout: s.duration("head_timeout", secs(10), WAIT),
             half_closed_timeout: s.duration("half_closed_timeout", secs(600), WAIT),
+            max_connections: s.number("max_connections", 16384, COUNT),
+        }
+    }
+}
+
+impl KonnectivityConfig {
+    fn read(s: &Section<'_>) -> Self {
+        Self {
+            unix: s.section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent/konnectivity.sock"))),
+            tls: s.section("tls", |s| TlsConfig::read(s, 8132)),
+            head_timeout: s.duration("head_timeout", secs(10), WAIT),
             max_connections: s.number("max_connections", 16384, COUNT),
         }
     }
@@ -514,6 +537,9 @@ mod tests {
         assert_eq!((&config.http_connect.unix, &config.http_connect.tls), (&None, &None));
         assert_eq!(config.http_connect.head_timeout, secs(10));
         assert_eq!(config.http_connect.max_connections, 16384);
+        assert_eq!((&config.konnectivity.unix, &config.konnectivity.tls), (&None, &None));
+        assert_eq!(config.konnectivity.head_timeout, secs(10));
+        assert_eq!(config.konnectivity.max_connections, 16384);
         assert_eq!((&config.socks5, &config.proxy_urls), (&None, &None));
         assert_eq!((&config.call_home, &config.inventory), (&None, &None));
         assert_eq!((config.tunnels.keepalive_interval, config.tunnels.keepalive_max), (secs(3), 2));
@@ -537,6 +563,9 @@ mod tests {
         let tls = sample.http_connect.tls.take().unwrap();
         assert_eq!(tls.listen, any(8131));
         assert_eq!(tls.key, Path::new("/etc/master-agent/tls.key"));
+        let unix = sample.konnectivity.unix.take().unwrap();
+        assert_eq!(unix.path, Path::new("/run/master-agent/konnectivity.sock"));
+        assert_eq!(sample.konnectivity.tls.take().unwrap().listen, any(8132));
         let (mut socks5, mut urls) = (sample.socks5.take().unwrap(), sample.proxy_urls.take().unwrap());
         for (unix, path) in [(&mut socks5.unix, "socks5.sock"), (&mut urls.unix, "proxy-urls.sock")] {
             let default = UnixConfig { path: Path::new("/run/master-agent").join(path), ..default_unix() };
@@ -596,6 +625,7 @@ mod tests {
             "head_timeout",
             "half_closed_timeout",
             "max_connections",
+            "konnectivity",
             "socks5",
             "tcp",
             "users_file",

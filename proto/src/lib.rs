@@ -10,6 +10,7 @@ pub mod connect;
 pub mod error;
 pub mod io;
 pub mod join;
+pub mod konnectivity;
 pub mod mux;
 pub mod name;
 pub mod policy;

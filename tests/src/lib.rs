@@ -6,6 +6,7 @@ pub mod client;
 pub mod cluster;
 pub mod dns;
 pub mod http;
+pub mod konnectivity;
 pub mod kubectl;
 pub mod kubelet;
 pub mod load;

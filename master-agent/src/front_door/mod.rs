@@ -3,6 +3,7 @@
 
 mod early;
 pub mod http_connect;
+pub mod konnectivity;
 pub mod listen;
 pub mod proxy_url;
 mod record;

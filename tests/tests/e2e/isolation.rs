@@ -495,14 +495,14 @@ async fn the_cap_of_a_node_answers_503_and_names_itself() {
 }
 
 /// A listener that answers no further SYN, since its queue is full.
-struct NeverAnswers {
-    port: u16,
+pub struct NeverAnswers {
+    pub port: u16,
     listener: TcpListener,
     waiting: Vec<TcpStream>,
 }
 
 impl NeverAnswers {
-    async fn start() -> Self {
+    pub async fn start() -> Self {
         let socket = TcpSocket::new_v4().unwrap();
         let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
         socket.bind(address).unwrap();

@@ -9,6 +9,7 @@ mod impostor;
 mod interop;
 mod isolation;
 mod joining;
+mod konnectivity;
 mod kubectl;
 mod kubernetes;
 mod memory;
