@@ -1,7 +1,6 @@
 //! Clients of Konnectivity's `ProxyService`.
 
 use std::{
-    future::poll_fn,
     pin::Pin,
     task::{Context, Poll},
 };
@@ -72,7 +71,7 @@ impl Connection {
         let (packets, mut queue) = mpsc::channel::<Packet>(1);
         let stream = futures_util::stream::poll_fn(move |cx| queue.poll_recv(cx));
         let mut grpc = Grpc::new(self.0.clone());
-        poll_fn(|cx| grpc.poll_ready(cx)).await.map_err(|e| Status::unavailable(e.to_string()))?;
+        grpc.ready().await.map_err(|e| Status::unavailable(e.to_string()))?;
         let codec = ProstCodec::<Packet, Packet>::default();
         let answers =
             grpc.streaming(tonic::Request::new(stream), PathAndQuery::from_static(path), codec).await?;

@@ -364,6 +364,8 @@ impl Session {
                         Ok(room) => {
                             room.send(Ok(Packet::data(id, Bytes::copy_from_slice(chunk))));
                             carried.fetch_add(chunk.len() as u64, Ordering::Relaxed);
+                            // Whoever else waits for room is woken, but would find it taken.
+                            tokio::task::yield_now().await;
                         }
                         Err(_) => std::future::pending().await,
                     },

@@ -365,9 +365,12 @@ async fn a_stuck_target_among_several_is_ended_alone() {
         client.send(Packet::data(stuck, vec![b'x'; 64 * 1024].into()));
     }
     client.send(Packet::data(works, Bytes::from_static(b"hello")));
-    let mut heard = [0; 5];
-    target.read_exact(&mut heard).await.unwrap();
-    target.write_all(b"hello yourself").await.unwrap();
+    let answering = tokio::spawn(async move {
+        let mut heard = [0; 5];
+        target.read_exact(&mut heard).await.unwrap();
+        target.write_all(&heard).await.unwrap();
+        target
+    });
     let (mut ended, mut answered) = (false, false);
     while !ended || !answered {
         match client.next().await {
@@ -378,6 +381,7 @@ async fn a_stuck_target_among_several_is_ended_alone() {
             other => panic!("{other:?}"),
         }
     }
+    let _target = answering.await.unwrap();
     client.send(Packet::close_request(works));
     loop {
         match client.next().await {
