@@ -1067,7 +1067,7 @@ async fn callers_beyond_max_connections_are_turned_away() {
     })
     .await;
     let log = cluster.master.log_text();
-    assert!(log.contains("http_connect.max_connections reached"), "{log}");
+    assert!(log.contains("max_connections reached"), "{log}");
     Health::of(&cluster.master).no_panic();
 }
 
