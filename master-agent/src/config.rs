@@ -704,7 +704,7 @@ tunnels:
             lines,
             [
                 "1:12: state_dir: /tls.crt is not a directory",
-                "3:29: http_connect.tls.key: /tls.key is a private key with mode 0640, open to others: chmod 600 /tls.key",
+                "3:29: http_connect.tls.key: /tls.key holds secrets and has mode 0640, open to others: chmod 600 /tls.key",
                 "3:49: http_connect.tls.client_ca: /. is not a file",
                 "4:12: inventory: /gone.yaml can't be read: No such file or directory (os error 2)",
             ]

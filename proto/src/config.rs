@@ -348,7 +348,7 @@ fn file_is_readable(path: &Path, private: bool) -> Result<(), String> {
     let mode = metadata.permissions().mode() & 0o7777;
     if private && mode & 0o077 != 0 {
         return Err(format!(
-            "is a private key with mode {mode:04o}, open to others: chmod 600 {}",
+            "holds secrets and has mode {mode:04o}, open to others: chmod 600 {}",
             path.display()
         ));
     }

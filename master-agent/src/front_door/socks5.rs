@@ -55,6 +55,9 @@ pub struct Socks5 {
 /// again for every caller, so that changes count at once.
 pub struct Users(PathBuf);
 
+/// A name, and the SHA-256 of the password.
+type User = (String, [u8; 32]);
+
 impl Socks5 {
     /// With `users`, every caller must be one of them.
     pub fn new(common: Common, users: Option<Users>) -> Self {
@@ -94,8 +97,6 @@ enum Refusal {
     Target { target: String, error: InvalidTarget },
     #[error("the handshake did not end in time")]
     Timeout,
-    #[error("gave its place to a newer handshake")]
-    Evicted,
 }
 
 impl Socks5 {
@@ -105,23 +106,7 @@ impl Socks5 {
         socket: &mut S,
         caller: &mut Caller,
     ) -> Option<(Target, Connection, BytesMut)> {
-        let target = match self.bounded_handshake(socket, caller).await {
-            Ok(target) => target,
-            // Nobody there to be answered.
-            Err(Refusal::Io(_) | Refusal::Protocol(SocksServerError::Io { .. })) => return None,
-            Err(refusal) => {
-                self.common.bad_request(caller.door, &caller.origin, &refusal);
-                let answer = match refusal {
-                    Refusal::Command => reply(ReplyError::CommandNotSupported).to_vec(),
-                    Refusal::Target { .. } => reply(ReplyError::GeneralFailure).to_vec(),
-                    Refusal::NoPassword | Refusal::WrongPassword => vec![1, 1],
-                    // Either answered by the library, or without an answer in the protocol.
-                    Refusal::Protocol(_) | Refusal::Io(_) | Refusal::Timeout | Refusal::Evicted => Vec::new(),
-                };
-                early::refuse(socket, &answer).await;
-                return None;
-            }
-        };
+        let target = self.bounded_greeting(socket, caller).await?;
         match early::dial(&self.common, socket, &target, caller, BytesMut::new()).await {
             Ok((connection, early)) => {
                 socket.write_all(&reply(ReplyError::Succeeded)).await.ok()?;
@@ -139,24 +124,40 @@ impl Socks5 {
     }
 
     /// Who has not shown a password can't take the places of those who have.
-    async fn bounded_handshake<S: Socket>(
-        &self,
-        socket: &mut S,
-        caller: &mut Caller,
-    ) -> Result<Target, Refusal> {
-        let place = self.users.as_ref().and(socket.peer()).map(|peer| self.handshakes.take(peer));
-        let evicted = async {
-            match &place {
-                Some(place) => place.evicted.cancelled().await,
-                None => std::future::pending().await,
-            }
+    async fn bounded_greeting<S: Socket>(&self, socket: &mut S, caller: &mut Caller) -> Option<Target> {
+        let Some(peer) = self.users.as_ref().and(socket.peer()) else {
+            return self.greet(socket, caller).await;
         };
+        let place = self.handshakes.take(peer);
+        let origin = caller.origin.clone();
         tokio::select! {
-            handshake = tokio::time::timeout(self.common.head_timeout, self.handshake(socket, caller)) => {
-                handshake.unwrap_or(Err(Refusal::Timeout))
+            target = self.greet(socket, caller) => target,
+            () = place.evicted.cancelled() => {
+                self.common.bad_request(caller.door, &origin, &"gave its place to a newer handshake");
+                None
             }
-            () = evicted => Err(Refusal::Evicted),
         }
+    }
+
+    /// The handshake up to the target; who is refused is told so.
+    async fn greet<S: Socket>(&self, socket: &mut S, caller: &mut Caller) -> Option<Target> {
+        let handshake = tokio::time::timeout(self.common.head_timeout, self.handshake(socket, caller)).await;
+        let refusal = match handshake.unwrap_or(Err(Refusal::Timeout)) {
+            Ok(target) => return Some(target),
+            // Nobody there to be answered.
+            Err(Refusal::Io(_) | Refusal::Protocol(SocksServerError::Io { .. })) => return None,
+            Err(refusal) => refusal,
+        };
+        self.common.bad_request(caller.door, &caller.origin, &refusal);
+        let answer = match refusal {
+            Refusal::Command => reply(ReplyError::CommandNotSupported).to_vec(),
+            Refusal::Target { .. } => reply(ReplyError::GeneralFailure).to_vec(),
+            Refusal::NoPassword | Refusal::WrongPassword => vec![1, 1],
+            // Either answered by the library, or without an answer in the protocol.
+            Refusal::Protocol(_) | Refusal::Io(_) | Refusal::Timeout => Vec::new(),
+        };
+        early::refuse(socket, &answer).await;
+        None
     }
 
     async fn handshake<S: Socket>(&self, socket: &mut S, caller: &mut Caller) -> Result<Target, Refusal> {
@@ -271,7 +272,7 @@ impl Users {
         Ok(users)
     }
 
-    fn read(&self) -> anyhow::Result<Vec<(String, [u8; 32])>> {
+    fn read(&self) -> anyhow::Result<Vec<User>> {
         parse_users(&secret_file::read(&self.0)?)
             .map_err(|(line, error)| anyhow::anyhow!("{}:{line}: {error}", self.0.display()))
     }
@@ -290,8 +291,8 @@ impl Users {
 }
 
 /// The error has the line's number and never its text.
-fn parse_users(text: &str) -> Result<Vec<(String, [u8; 32])>, (usize, &'static str)> {
-    let mut users: Vec<(String, [u8; 32])> = Vec::new();
+fn parse_users(text: &str) -> Result<Vec<User>, (usize, &'static str)> {
+    let mut users: Vec<User> = Vec::new();
     for (i, line) in text.lines().enumerate() {
         let line = line.trim();
         if line.is_empty() || line.starts_with('#') {

@@ -112,7 +112,7 @@ impl Site {
     }
 
     /// With a kubelet whose certificate has these names.
-    async fn with_kubelet(mut self, names: &[&str]) -> Self {
+    fn with_kubelet(mut self, names: &[&str]) -> Self {
         self.pki.ca.server(self.pki.dir.path(), "kubelet", names).unwrap();
         let mut command = Command::new(binary("standin"));
         command.args(["--name", "n1", "--kubelet", "127.0.0.1:10250"]);
@@ -205,7 +205,7 @@ fn message(value: &Value) -> &str {
 
 #[tokio::test]
 async fn a_kubelet_is_reached_verified_and_by_curl() {
-    let site = Site::start().await.with_kubelet(&["n1"]).await;
+    let site = Site::start().await.with_kubelet(&["n1"]);
     assert_eq!(site.curl(&["http://localhost/api/v1/nodes/n1/proxy/healthz"]), "ok");
     let tcp = format!("http://{}/api/v1/nodes/n1:10250/proxy/healthz", site.tcp);
     let output = Command::new("curl").args(["-sS", &tcp]).output().unwrap();
@@ -235,10 +235,10 @@ async fn a_kubelet_is_reached_verified_and_by_curl() {
 
 #[tokio::test]
 async fn a_certificate_for_the_nodes_address_will_do_and_one_for_another_node_names_both() {
-    let site = Site::start().await.with_kubelet(&["127.0.0.1"]).await;
+    let site = Site::start().await.with_kubelet(&["127.0.0.1"]);
     assert_eq!(site.get("/api/v1/nodes/n1/proxy/healthz").await, (StatusCode::OK, Value::from("ok")));
     drop(site);
-    let site = Site::start().await.with_kubelet(&["n2.example", "127.0.0.2"]).await;
+    let site = Site::start().await.with_kubelet(&["n2.example", "127.0.0.2"]);
     let (status, failure) = site.get("/api/v1/nodes/n1/proxy/healthz").await;
     assert_eq!((status, &failure["kind"]), (StatusCode::BAD_GATEWAY, &Value::from("Status")));
     for name in ["n1", "n2.example", "127.0.0.2"] {
@@ -249,7 +249,7 @@ async fn a_certificate_for_the_nodes_address_will_do_and_one_for_another_node_na
     drop(site);
     let mut site = Site::start().await;
     site.pki.ca = stranger.ca;
-    let site = site.with_kubelet(&["n1"]).await;
+    let site = site.with_kubelet(&["n1"]);
     let (status, failure) = site.get("/api/v1/nodes/n1/proxy/healthz").await;
     assert_eq!(status, StatusCode::BAD_GATEWAY);
     assert!(message(&failure).contains("UnknownIssuer"), "{failure}");
@@ -486,7 +486,7 @@ async fn what_fails_is_a_status_object() {
 
 #[tokio::test]
 async fn a_page_of_another_origin_gets_nothing() {
-    let site = Site::start().await.with_kubelet(&["n1"]).await;
+    let site = Site::start().await.with_kubelet(&["n1"]);
     let ask = async |lines: &str| {
         let mut socket = TcpStream::connect(site.tcp).await.unwrap();
         let raw = format!("GET /api/v1/nodes/n1/proxy/healthz HTTP/1.1\r\nConnection: close\r\n{lines}\r\n");
@@ -575,8 +575,7 @@ async fn a_request_has_one_meaning_only() {
 
 #[tokio::test]
 async fn slow_large_and_idle_heads_end() {
-    let site =
-        Site::start_with("  head_timeout: 500ms\n  idle_timeout: 3s").await.with_kubelet(&["n1"]).await;
+    let site = Site::start_with("  head_timeout: 500ms\n  idle_timeout: 3s").await.with_kubelet(&["n1"]);
     let health = Health::of(&site.cluster.master);
     let start = b"GET /api/v1/nodes/n1/proxy/healthz HTTP/1.1\r\nHost: x\r\n";
     // Nothing, a part, and a line now and then.
@@ -660,7 +659,7 @@ async fn who_leaves_takes_the_target_along_and_what_is_cut_short_does_not_look_w
 
 #[tokio::test]
 async fn thousands_of_requests_leave_nothing() {
-    let site = Site::start().await.with_kubelet(&["n1"]).await;
+    let site = Site::start().await.with_kubelet(&["n1"]);
     let kept = async |path: String, requests: usize| {
         let (mut sender, connection) = http1::handshake(TokioIo::new(site.unix().await)).await.unwrap();
         tokio::spawn(connection);
@@ -695,7 +694,7 @@ async fn thousands_of_requests_leave_nothing() {
 
 #[tokio::test]
 async fn an_idle_connection_does_not_hold_up_the_end() {
-    let mut site = Site::start().await.with_kubelet(&["n1"]).await;
+    let mut site = Site::start().await.with_kubelet(&["n1"]);
     let mut socket = site.unix().await;
     socket.write_all(b"GET /api/v1/nodes/n1/proxy/healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
     assert!(head(&mut socket).await.starts_with("HTTP/1.1 200 "));
@@ -707,7 +706,7 @@ async fn an_idle_connection_does_not_hold_up_the_end() {
 
 #[tokio::test]
 async fn what_is_not_verified_is_said() {
-    let site = Site::start_with("  insecure_skip_verify: [kubelet]").await.with_kubelet(&["n2"]).await;
+    let site = Site::start_with("  insecure_skip_verify: [kubelet]").await.with_kubelet(&["n2"]);
     assert_eq!(site.get("/api/v1/nodes/n1/proxy/healthz").await, (StatusCode::OK, Value::from("ok")));
     let log = site.cluster.master.log_text();
     assert!(

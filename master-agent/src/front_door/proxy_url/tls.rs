@@ -204,22 +204,20 @@ impl ServerCertVerifier for OneOfNames {
             Err(error) => error,
         };
         let presented = || Names(names(end_entity));
-        let message = match &error {
-            // The name is looked at last: the rest of the certificate is good.
-            rustls::Error::InvalidCertificate(
-                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
-            ) => {
-                let certificate = ParsedCertificate::try_from(end_entity)?;
-                if self.names.iter().any(|name| verify_server_name(&certificate, name).is_ok()) {
-                    return Ok(ServerCertVerified::assertion());
-                }
-                let expected = Names(self.names.iter().map(|n| n.to_str().into_owned()).collect());
-                format!("its certificate is for {}, and must be for {expected}", presented())
+        // The name is looked at last: where it alone is wrong, the rest of the certificate is good.
+        let message = if let rustls::Error::InvalidCertificate(
+            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
+        ) = &error
+        {
+            let certificate = ParsedCertificate::try_from(end_entity)?;
+            if self.names.iter().any(|name| verify_server_name(&certificate, name).is_ok()) {
+                return Ok(ServerCertVerified::assertion());
             }
-            other => {
-                let expected = server_name.to_str();
-                format!("its certificate, for {}, does not prove that it is {expected}: {other}", presented())
-            }
+            let expected = Names(self.names.iter().map(|n| n.to_str().into_owned()).collect());
+            format!("its certificate is for {}, and must be for {expected}", presented())
+        } else {
+            let expected = server_name.to_str();
+            format!("its certificate, for {}, does not prove that it is {expected}: {error}", presented())
         };
         let _ = self.verdict.set(message);
         Err(error)
