@@ -534,7 +534,7 @@ mod tests {
     fn a_block_that_grows_is_put_in_as_many_frames_as_it_needs() {
         // 1,000 times `%` as Huffman code (6 bits, 010101) is 750 bytes.
         let coded: Vec<u8> = [0b0101_0101, 0b0101_0101, 0b0101_0101].repeat(250);
-        let mut long = vec![0x41, 0xff, (750 - 127) as u8 % 128 | 128, ((750 - 127) / 128) as u8];
+        let mut long = vec![0x41, 0xff, ((750 - 127) as u8 % 128) | 128, ((750 - 127) / 128) as u8];
         long.extend_from_slice(&coded);
         long.resize(MAX_FRAME as usize, 0x84);
         let Look::Block { len, replaced: Some(frames) } = look(&frame(HEADERS, END_HEADERS, 5, &long)) else {
@@ -565,7 +565,7 @@ mod tests {
             // A new entry, and the last few.
             fields.extend_from_slice(&[0x40, 1, b'k', 2]);
             fields.extend_from_slice(format!("{:02}", round % 100).as_bytes());
-            fields.extend_from_slice(&[0x80 | 62, 0x80 | 63, 0x80 | 62 + round.min(9) as u8]);
+            fields.extend_from_slice(&[0x80 | 62, 0x80 | 63, 0x80 | (62 + round.min(9) as u8)]);
             let replaced = replace(&fields).unwrap();
             let (sent, seen) = (client.decode(&fields).unwrap(), server.decode(&replaced).unwrap());
             assert_eq!(sent.len(), seen.len());
@@ -584,7 +584,7 @@ mod tests {
         if len < 127 {
             out.push(len as u8);
         } else {
-            out.extend_from_slice(&[127, (len - 127) as u8 % 128 | 128, ((len - 127) / 128) as u8]);
+            out.extend_from_slice(&[127, ((len - 127) as u8 % 128) | 128, ((len - 127) / 128) as u8]);
         }
     }
 

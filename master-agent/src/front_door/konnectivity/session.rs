@@ -126,11 +126,11 @@ impl Session {
             Some(Payload::CloseDial(dial)) => self.on_close_dial(dial.random),
             Some(Payload::Data(data)) => self.on_data(data.connect_id, data.data).await,
             Some(Payload::CloseRequest(request)) => {
-                match self.table().open.get(&request.connect_id) {
-                    Some(inbox) => return inbox.advance(Phase::Closing),
-                    None => {}
+                let inbox = self.table().open.get(&request.connect_id).cloned();
+                match inbox {
+                    Some(inbox) => inbox.advance(Phase::Closing),
+                    None => self.answer_unknown(request.connect_id).await,
                 }
-                self.answer_unknown(request.connect_id).await;
             }
             ignored @ (Some(Payload::DialResponse(_) | Payload::CloseResponse(_) | Payload::Drain(_))
             | None) => {

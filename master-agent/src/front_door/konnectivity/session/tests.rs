@@ -1,4 +1,5 @@
 //! Sessions with a dialer on the spot: no HTTP/2, no SSH.
+#![allow(clippy::disallowed_methods, reason = "a test owns its tasks by its runtime")]
 
 use std::net::SocketAddr;
 
