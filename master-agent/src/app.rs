@@ -95,12 +95,6 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     links.follow(&agent);
     background.spawn(agent.clone().renew_user());
 
-    notify(&[sd_notify::NotifyState::Ready]);
-    tracing::info!(
-        nodes = agent.inventory().nodes.len(),
-        version = env!("CARGO_PKG_VERSION"),
-        "master-agent runs"
-    );
     until_terminated(&agent, &mut links).await?;
 
     // Stop accepting, tell the peers, let streams finish, end the tunnels.
@@ -275,6 +269,12 @@ async fn until_terminated(agent: &Arc<Agent>, links: &mut DialLinks) -> anyhow::
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
+    notify(&[sd_notify::NotifyState::Ready]);
+    tracing::info!(
+        nodes = agent.inventory().nodes.len(),
+        version = env!("CARGO_PKG_VERSION"),
+        "master-agent runs"
+    );
     let mut watch = tokio::time::interval(WATCH_INTERVAL);
     let file = agent.config.inventory.as_deref();
     let (mut read, mut last) = (fingerprint(file), fingerprint(file));

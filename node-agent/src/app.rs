@@ -37,11 +37,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let endpoints = Endpoints { registry: Arc::new(agent.metrics.register()), admin: agent.clone() };
     background.spawn(endpoints.serve_tcp(admin, background.clone()));
 
-    notify(&[sd_notify::NotifyState::Ready]);
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), "node-agent runs");
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
+    notify(&[sd_notify::NotifyState::Ready]);
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), "node-agent runs");
     loop {
         tokio::select! {
             _ = terminate.recv() => break,
