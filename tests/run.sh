@@ -4,7 +4,7 @@
 #   tests/run.sh             everything
 #   tests/run.sh STEP...     only these: fmt clippy deny unit e2e quickstart bench
 #
-# It installs what it needs (as root, with apt and cargo) and needs root for what it tests: network namespaces, a
+# It installs what it needs (as root, with apt, pip and cargo) and needs root for what it tests: network namespaces, a
 # DNS server on port 53, accounts. Nothing is skipped: what can't be run fails. TEST_BYTES and TEST_STREAMS make the
 # longest end-to-end tests shorter.
 set -euo pipefail

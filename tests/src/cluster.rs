@@ -244,6 +244,24 @@ impl Cluster {
         Ok(())
     }
 
+    /// Ends a node at once, with the sessions of an sshd, which outlive the process that listens.
+    pub fn kill_node(&mut self, index: usize) {
+        let node = &mut self.nodes[index];
+        if let Some(process) = &mut node.process {
+            process.kill();
+        }
+        if node.kind == Kind::Sshd {
+            let sockets = Command::new("ss").args(["-tnpH", "state", "established"]).output().unwrap();
+            let text = String::from_utf8_lossy(&sockets.stdout).into_owned();
+            let near = format!("127.0.0.1:{}", node.port);
+            for line in text.lines().filter(|l| l.split_whitespace().nth(2) == Some(&near)) {
+                for pid in line.split("pid=").skip(1).filter_map(|rest| rest.split(',').next()) {
+                    assert!(Command::new("kill").args(["-9", pid]).status().unwrap().success());
+                }
+            }
+        }
+    }
+
     fn start_sshd(&self, index: usize) -> anyhow::Result<Process> {
         let node = &self.nodes[index];
         let key = node.dir.join("host_key");

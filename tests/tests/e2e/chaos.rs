@@ -3,7 +3,6 @@
 
 use std::{
     net::SocketAddr,
-    process::Command,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -224,26 +223,10 @@ async fn streams_of_stalled_readers_end_with_their_tunnel() {
             stream.read_u8().await.unwrap();
             stalled.push(stream);
         }
-        cluster.nodes[0].process.as_mut().unwrap().kill();
-        kill_sshd_sessions(&cluster);
+        cluster.kill_node(0);
         not_connected(&cluster, "n1", Instant::now()).await;
         master_holds_no_stream(&cluster).await;
         drop(stalled);
-    }
-}
-
-/// sshd serves each connection with a process that outlives the listener.
-fn kill_sshd_sessions(cluster: &Cluster) {
-    let node = &cluster.nodes[0];
-    if node.kind == Kind::Sshd {
-        let sockets = Command::new("ss").args(["-tnpH", "state", "established"]).output().unwrap();
-        let text = String::from_utf8_lossy(&sockets.stdout).into_owned();
-        let near = format!("127.0.0.1:{}", node.port);
-        for line in text.lines().filter(|l| l.split_whitespace().nth(2) == Some(&near)) {
-            for pid in line.split("pid=").skip(1).filter_map(|rest| rest.split(',').next()) {
-                assert!(Command::new("kill").args(["-9", pid]).status().unwrap().success());
-            }
-        }
     }
 }
 

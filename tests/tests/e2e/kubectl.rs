@@ -85,14 +85,14 @@ impl OnNode<'_> {
         Kubectl::new(release, &self.site.api).unwrap()
     }
 
-    /// Waits until nothing is left open, neither at the kubelet nor on the way.
-    async fn is_quiet(&self) {
+    /// Streams that are open at the kubelet, and on the way there.
+    async fn open(&self) -> (usize, f64) {
         let cluster = &self.site.cluster;
-        eventually("no stream is left", SOON, async || {
-            let streams = cluster.metric(cluster.admin, STREAMS).await.unwrap();
-            (self.kubelet().open() == 0 && streams == 0.0).then_some(())
-        })
-        .await;
+        (self.kubelet().open(), cluster.metric(cluster.admin, STREAMS).await.unwrap())
+    }
+
+    async fn is_quiet(&self) {
+        eventually("no stream is left", SOON, async || (self.open().await == (0, 0.0)).then_some(())).await;
     }
 
     /// The protocol that the last stream was upgraded to.
@@ -150,7 +150,7 @@ async fn logs_are_followed_line_by_line_and_the_stream_ends_with_kubectl() {
             site.kubelet().log(&format!("line {i}"));
             assert_eq!(printed.line().await, format!("line {i}"));
         }
-        assert_eq!(site.kubelet().open(), 1);
+        assert_eq!(site.open().await, (1, 1.0));
         child.kill().await.unwrap();
         site.is_quiet().await;
         assert!(
@@ -217,7 +217,7 @@ async fn exec_is_interactive_and_ends_with_kubectl() {
                 stdin.write_all(format!("{i}\n").as_bytes()).await.unwrap();
                 assert_eq!(printed.line().await, i.to_string(), "{release:?}");
             }
-            assert_eq!((site.protocol().as_str(), site.kubelet().open()), (exec_protocol(release), 1));
+            assert_eq!((site.protocol().as_str(), site.open().await), (exec_protocol(release), (1, 1.0)));
             drop(stdin);
             assert!(completes("kubectl's end", child.wait()).await.unwrap().success());
             site.is_quiet().await;
@@ -225,7 +225,7 @@ async fn exec_is_interactive_and_ends_with_kubectl() {
         let mut child = kubectl.command(&["exec", "web", "--", "hold"]).spawn().unwrap();
         let mut printed = Printed::by(&mut child);
         assert_eq!(printed.line().await, "holding");
-        assert_eq!(site.kubelet().open(), 1);
+        assert_eq!(site.open().await, (1, 1.0));
         child.kill().await.unwrap();
         site.is_quiet().await;
     }
@@ -265,5 +265,35 @@ async fn port_forward_carries_connections_side_by_side() {
         }
         child.kill().await.unwrap();
         site.is_quiet().await;
+    }
+}
+
+#[tokio::test]
+async fn a_node_that_dies_ends_what_kubectl_has_open() {
+    let mut site = Site::start().await;
+    for index in 0..site.kubelets.len() {
+        let node = OnNode { site: &site, index };
+        let mut open = Vec::new();
+        for (release, args) in [
+            (Release::WebSocket, &["logs", "--follow", "web"][..]),
+            (Release::WebSocket, &["exec", "web", "--", "hold"]),
+            (Release::Spdy, &["exec", "web", "--", "hold"]),
+        ] {
+            node.kubelet().log("line");
+            let mut child = node.kubectl(release).command(args).stdin(Stdio::null()).spawn().unwrap();
+            let mut printed = Printed::by(&mut child);
+            printed.line().await;
+            open.push((release, args, child, printed));
+        }
+        assert_eq!(node.open().await, (3, 3.0));
+        site.cluster.kill_node(index);
+        for (release, args, mut child, _printed) in open {
+            let status =
+                completes(&format!("{release:?} {args:?} on node {index}"), child.wait()).await.unwrap();
+            // Over SPDY kubectl takes any end without a Status for success.
+            let success = release == Release::Spdy;
+            assert_eq!(status.success(), success, "{release:?} {args:?}");
+        }
+        OnNode { site: &site, index }.is_quiet().await;
     }
 }
