@@ -184,12 +184,18 @@ impl Watches {
         let api: Api<Lenient<K>> = Api::all(client);
         let mut backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
         let mut version = None;
-        let mut failures = 0;
+        let (mut failures, mut gone) = (0, false);
         loop {
+            let listing = version.is_none();
             let from = match version.take() {
                 Some(version) => Ok(version),
                 None => self.list(&api).await,
             };
+            let known = from.is_ok();
+            // The API server is there; unless it is one that lists and then knows nothing of its list.
+            if listing && known && !gone {
+                backoff.reset();
+            }
             let followed = match from {
                 Ok(from) => self.watch(&api, from, &mut backoff).await,
                 Err(error) => Err(Broken { version: None, error }),
@@ -197,12 +203,13 @@ impl Watches {
             match followed {
                 Ok(next) => {
                     backoff.reset();
-                    failures = 0;
+                    (failures, gone) = (0, false);
                     version = Some(next);
                 }
                 Err(broken) => {
                     self.failed(K::KIND, &broken.error);
                     failures += 1;
+                    gone = known && broken.version.is_none();
                     version = broken.version.filter(|_| failures % FAILURES != 0);
                     tokio::time::sleep(backoff.next_delay(rand::random())).await;
                 }
@@ -273,6 +280,7 @@ impl Watches {
                 // No news is good news, from a watch that stands.
                 () = &mut settled, if quiet => {
                     quiet = false;
+                    backoff.reset();
                     self.heard(K::KIND, false);
                     continue;
                 }
