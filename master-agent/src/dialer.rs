@@ -121,7 +121,10 @@ impl TunnelDialer {
         let mut ways = candidates.len();
         for Candidate { node, target: asked, .. } in candidates {
             // One endpoint that is silent must leave time for another.
-            let left = self.timeout.saturating_sub(began.elapsed());
+            let left = match failed {
+                None => self.timeout,
+                Some(_) => self.timeout.saturating_sub(began.elapsed()),
+            };
             let left = if several { left / u32::try_from(ways).unwrap_or(1).max(1) } else { left };
             ways -= 1;
             let error = match self.dial_node(&node, &asked, origin, left).await {
