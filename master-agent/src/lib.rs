@@ -7,6 +7,7 @@ pub mod config;
 pub mod dialer;
 pub mod directory;
 pub mod front_door;
+pub mod front_end;
 pub mod identity;
 pub mod inventory;
 pub mod join;

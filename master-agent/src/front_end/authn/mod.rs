@@ -1,0 +1,1 @@
+//! Authentication: who a caller is, one file for each kind of credential.

@@ -1,0 +1,1 @@
+//! Authorization: what a user may, one file for each source of rights.

@@ -1,0 +1,11 @@
+//! The front end: the HTTPS port for calls from the cluster to the master.
+//!
+//! Every request passes, in this order: TLS, authentication ([`authn`]), authorization ([`authz`]),
+//! and is then handed to kube-apiserver as an authenticating proxy does.
+
+pub mod authn;
+pub mod authz;
+pub mod https_client;
+pub mod reloaded;
+pub mod secret;
+pub mod user;
