@@ -8,6 +8,7 @@ pub mod dialer;
 pub mod directory;
 pub mod front_door;
 pub mod front_end;
+pub mod http;
 pub mod identity;
 pub mod inventory;
 pub mod join;

@@ -26,11 +26,11 @@ use tokio::{
 use super::{
     Call,
     endpoint::Endpoint,
-    headers::{self, Forwarded, Hop},
+    headers::{self, Forwarded},
     status::Failure,
     watched::Busy,
 };
-use crate::front_door::Caller;
+use crate::{front_door::Caller, http::hop::Hop};
 
 /// How long the rest of an exchange may take once its response has been passed on: an upload that was answered
 /// before its end, or the target's closing.

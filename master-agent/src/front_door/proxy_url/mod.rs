@@ -10,9 +10,7 @@ mod endpoint;
 mod forward;
 mod headers;
 mod path;
-mod status;
 mod tls;
-mod watched;
 
 use std::{
     convert::Infallible,
@@ -32,7 +30,10 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio_util::sync::CancellationToken;
 
 use super::{Caller, Common, FrontDoor, listen::Socket};
-use crate::directory::Directory;
+use crate::{
+    directory::Directory,
+    http::{hop, status, watched},
+};
 use forward::{Body, Upgrade};
 use status::Failure;
 use watched::{Activity, Watched};
@@ -151,7 +152,7 @@ impl Call {
             headers::refuse_other_origins(request.uri(), request.headers())
                 .map_err(|message| Failure::new(StatusCode::FORBIDDEN, message))?;
         }
-        headers::refuse_other_encodings(request.headers())
+        hop::refuse_other_encodings(request.headers())
             .map_err(|message| Failure::new(StatusCode::NOT_IMPLEMENTED, message))?;
         let path = path::parse(request.uri().path())?;
         let endpoint = endpoint::resolve(&path, self.door.directory.as_ref())?;

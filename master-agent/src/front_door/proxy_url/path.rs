@@ -5,8 +5,11 @@
 
 use std::borrow::Cow;
 
+use hyper::StatusCode;
 use percent_encoding::percent_decode_str;
 use proto::NodeName;
+
+use super::status::Failure;
 
 /// A path of this front door, taken apart.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,6 +55,16 @@ pub enum PathError {
         "no such path; here are /api/v1/nodes/NAME/proxy/, /api/v1/namespaces/NAMESPACE/pods/NAME/proxy/ and /api/v1/namespaces/NAMESPACE/services/NAME/proxy/, where NAME may be NAME:PORT or SCHEME:NAME:PORT"
     )]
     Unknown,
+}
+
+impl From<PathError> for Failure {
+    fn from(error: PathError) -> Self {
+        let code = match error {
+            PathError::Invalid(_) => StatusCode::BAD_REQUEST,
+            PathError::Unknown => StatusCode::NOT_FOUND,
+        };
+        Self::new(code, error.to_string())
+    }
 }
 
 /// Reads the path of a request, without its query.

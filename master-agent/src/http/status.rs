@@ -6,8 +6,6 @@ use hyper::{Response, StatusCode, header};
 use proto::DialError;
 use serde_json::json;
 
-use super::path::PathError;
-
 /// Why a request is answered here and not by its target.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
@@ -65,16 +63,6 @@ impl From<&DialError> for Failure {
                 StatusCode::SERVICE_UNAVAILABLE
             }
             DialError::TimedOut(_) => StatusCode::GATEWAY_TIMEOUT,
-        };
-        Self::new(code, error.to_string())
-    }
-}
-
-impl From<PathError> for Failure {
-    fn from(error: PathError) -> Self {
-        let code = match error {
-            PathError::Invalid(_) => StatusCode::BAD_REQUEST,
-            PathError::Unknown => StatusCode::NOT_FOUND,
         };
         Self::new(code, error.to_string())
     }

@@ -1,0 +1,103 @@
+//! Headers that concern one connection only, and what a message asks of it.
+
+use hyper::{
+    HeaderMap,
+    header::{self, HeaderName, HeaderValue},
+};
+
+/// RFC 9110 §7.6.1, besides what `Connection` itself names.
+const HOP_BY_HOP: [HeaderName; 8] = [
+    header::CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    header::PROXY_AUTHENTICATE,
+    header::PROXY_AUTHORIZATION,
+    header::TE,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+];
+/// How a WebSocket carries a bearer token for kube-apiserver.
+const BEARER_PROTOCOL: &str = "base64url.bearer.authorization.k8s.io.";
+
+/// What a request asks of its connection, beside its own meaning.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hop {
+    /// The protocols that it wants to change to.
+    pub upgrade: Option<HeaderValue>,
+    pub chunked: bool,
+    pub trailers: bool,
+}
+
+impl Hop {
+    pub fn of(headers: &HeaderMap) -> Self {
+        let wanted = tokens(headers, &header::CONNECTION).any(|t| t.eq_ignore_ascii_case("upgrade"));
+        Self {
+            upgrade: headers.get(header::UPGRADE).filter(|_| wanted).cloned(),
+            chunked: headers.contains_key(header::TRANSFER_ENCODING),
+            trailers: tokens(headers, &header::TE).any(|t| t.eq_ignore_ascii_case("trailers")),
+        }
+    }
+}
+
+/// Refuses transfer codings other than `chunked`, which could not be passed on as they are.
+pub fn refuse_other_encodings(headers: &HeaderMap) -> Result<(), String> {
+    let mut codings = headers.get_all(header::TRANSFER_ENCODING).iter();
+    match (codings.next(), codings.next()) {
+        (None, _) => Ok(()),
+        (Some(only), None) if only.as_bytes().eq_ignore_ascii_case(b"chunked") => Ok(()),
+        (Some(_), _) => Err("no Transfer-Encoding but chunked is served here".to_owned()),
+    }
+}
+
+/// Removes what concerns the connection alone.
+pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
+    let named: Vec<HeaderName> =
+        tokens(headers, &header::CONNECTION).filter_map(|t| HeaderName::try_from(t).ok()).collect();
+    for name in HOP_BY_HOP.iter().chain(&named) {
+        headers.remove(name);
+    }
+}
+
+/// Removes a bearer token from the WebSocket protocols that a caller offers.
+pub fn remove_bearer_protocol(headers: &mut HeaderMap) {
+    let name = header::SEC_WEBSOCKET_PROTOCOL;
+    if !tokens(headers, &name).any(|t| t.starts_with(BEARER_PROTOCOL)) {
+        return;
+    }
+    let kept: Vec<&str> = tokens(headers, &name).filter(|t| !t.starts_with(BEARER_PROTOCOL)).collect();
+    let kept = kept.join(", ");
+    match HeaderValue::try_from(kept) {
+        Ok(value) if !value.is_empty() => headers.insert(name, value),
+        Ok(_) | Err(_) => headers.remove(name),
+    };
+}
+
+/// The elements of a header that is a list.
+pub fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> + use<'a> {
+    let values = headers.get_all(name).iter().filter_map(|v| v.to_str().ok());
+    values.flat_map(|v| v.split(',')).map(str::trim).filter(|t| !t.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codings() {
+        let check = |lines: &[(&str, &str)]| {
+            let mut headers = HeaderMap::new();
+            for (name, value) in lines {
+                let name = HeaderName::try_from(*name).unwrap();
+                headers.append(name, HeaderValue::try_from(*value).unwrap());
+            }
+            refuse_other_encodings(&headers).is_ok()
+        };
+        let te = "Transfer-Encoding";
+        assert!(check(&[]) && check(&[(te, "Chunked")]));
+        assert!(
+            !check(&[(te, "gzip, chunked")])
+                && !check(&[(te, "chunked"), (te, "chunked")])
+                && !check(&[(te, "identity")])
+        );
+    }
+}
