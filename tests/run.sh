@@ -98,7 +98,8 @@ wanted = {
     "download_throughput", "upload_throughput", "cpu_per_gb", "new_connection_get_p50", "new_connection_rate_32",
     "kept_get_p50", "kept_get_rate_32", "idle_stream_memory", "download_100ms_rtt", "isolation_rate",
     "isolation_throughput", "isolation_memory", "route_lookup_p99", "route_update_p99", "route_memory",
-    "dial_p99_100_updates", "watch_memory",
+    "dial_p99_100_updates", "watch_memory", "konnectivity_isolation_rate", "konnectivity_isolation_throughput",
+    "konnectivity_isolation_memory",
 }
 assert set(figures) == wanted, set(figures) ^ wanted
 for name, figure in figures.items():

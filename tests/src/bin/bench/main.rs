@@ -4,6 +4,7 @@
 //! is off never makes this fail.
 #![allow(clippy::disallowed_methods, reason = "a benchmark owns its tasks by its runtime")]
 
+mod isolation;
 mod kubernetes;
 
 use std::{
@@ -15,10 +16,12 @@ use std::{
 
 use anyhow::{Context, bail};
 use clap::Parser;
+use isolation::Way;
 use serde::Serialize;
 use tests::{
     client::{Door, Stream},
     cluster::{Cluster, Kind, Options, binary},
+    konnectivity::Connection,
     openssh,
     process::{Process, TempDir, Usage, free_port},
     relay::Relay,
@@ -170,7 +173,7 @@ impl Bench {
             nodes: vec![("n1".to_owned(), Kind::Dialled)],
             ports: vec![port],
             dial,
-            master_config: "log: {level: warn}".to_owned(),
+            master_config: "log: {level: warn}\nkonnectivity: {unix: {path: konnectivity.sock}}\n".to_owned(),
             node_config: "log: {level: warn}".to_owned(),
             ..Options::default()
         };
@@ -202,6 +205,10 @@ impl Bench {
 
     fn door(&self) -> &Door {
         &self.cluster.unix
+    }
+
+    fn konnectivity(&self) -> Door {
+        Door::Unix(self.cluster.path().join("konnectivity.sock"))
     }
 
     /// Waits until neither the target nor the agents have work: the stalled streams have filled what there is to
@@ -352,7 +359,9 @@ async fn measure(args: &Args) -> anyhow::Result<BTreeMap<&'static str, Figure>> 
         }
         if wanted("isolation") {
             eprintln!("isolation");
-            isolation(&bench, n, &mut figures).await?;
+            figures.extend(isolation::figures(Way::Connect(&bench), n).await?);
+            let connection = Connection::open(&bench.konnectivity()).await?;
+            figures.extend(isolation::figures(Way::Konnectivity(&bench, connection), n).await?);
         }
     }
     if ["route_lookup_p99", "route_update_p99", "route_memory"].iter().any(|name| wanted(name)) {
@@ -512,42 +521,4 @@ async fn idle_memory(bench: &Bench, path: Path, count: usize) -> anyhow::Result<
     let after = bench.usage(path).memory;
     drop(streams);
     Ok(after.saturating_sub(before) as f64 / 1024.0 / count as f64)
-}
-
-/// The others' rate and throughput while 8 readers are stalled, by what they were before.
-async fn isolation(
-    bench: &Bench,
-    n: usize,
-    figures: &mut BTreeMap<&'static str, Figure>,
-) -> anyhow::Result<()> {
-    // Short ones differ by more than what is to be seen.
-    const TIME: Duration = Duration::from_millis(1500);
-    const VOLUME: u64 = 512 << 20;
-    let path = Path::Ours;
-    let (mut rates, mut speeds, mut grown) = (Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..n {
-        let quiet = kept_get_rate(bench, path, TIME).await?;
-        let quiet_speed = download(bench, path, VOLUME).await?;
-        let before = bench.usage(path).memory;
-        let mut stalled = Vec::new();
-        for i in 0..8 {
-            let mut stream = bench.connect(path).await?;
-            stream.write_all(if i % 2 == 0 { b"firehose\n" } else { b"tiny\n" }).await?;
-            stalled.push(stream);
-        }
-        bench.until_idle(path).await;
-        let rate = kept_get_rate(bench, path, TIME).await?;
-        let speed = download(bench, path, VOLUME).await?;
-        grown.push((bench.usage(path).memory as f64 - before as f64) / 1e6);
-        rates.push(rate / quiet);
-        speeds.push(speed / quiet_speed);
-    }
-    let alone = |unit, values| {
-        let ours = median(values);
-        Figure { unit, direct: None, openssh: None, ours, ratio: if unit == "ratio" { ours } else { None } }
-    };
-    figures.insert("isolation_rate", alone("ratio", rates));
-    figures.insert("isolation_throughput", alone("ratio", speeds));
-    figures.insert("isolation_memory", alone("MB", grown));
-    Ok(())
 }
