@@ -6,6 +6,8 @@
 pub mod authn;
 pub mod authz;
 pub mod https_client;
+pub mod limits;
 pub mod reloaded;
 pub mod secret;
+pub mod tls;
 pub mod user;

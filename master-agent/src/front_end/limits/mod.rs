@@ -1,0 +1,4 @@
+//! What one caller can take from the others.
+
+pub mod rate;
+pub mod seats;

@@ -1,0 +1,269 @@
+//! Seats for requests, shared fairly: while all are taken, requests wait in a line of their own for each user, and
+//! the lines take turns. Who asks for much waits behind himself, not before the others.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::sync::oneshot;
+
+/// How many, for whom, and how long one waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SeatLimits {
+    /// At once, of all users.
+    pub total: usize,
+    /// At once, of one user.
+    pub per_user: usize,
+    /// Waiting, of one user.
+    pub queue: usize,
+    pub wait: Duration,
+}
+
+/// The seats, and who waits for one.
+#[derive(Clone)]
+pub struct Seats(Arc<Shared>);
+
+struct Shared {
+    limits: SeatLimits,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    taken: usize,
+    lines: HashMap<String, Line>,
+    /// Users with somebody waiting, whose turn comes in this order.
+    turns: VecDeque<String>,
+    next: u64,
+}
+
+#[derive(Default)]
+struct Line {
+    held: usize,
+    waiting: VecDeque<(u64, oneshot::Sender<Seat>)>,
+}
+
+/// One seat; dropping it gives it to the next.
+pub struct Seat {
+    seats: Seats,
+    user: String,
+}
+
+/// There was no seat in time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Busy;
+
+impl Seats {
+    pub fn new(limits: SeatLimits) -> Self {
+        Self(Arc::new(Shared { limits, state: Mutex::default() }))
+    }
+
+    /// A seat, at once or after some waiting.
+    pub async fn take(&self, user: &str) -> Result<Seat, Busy> {
+        let limits = self.0.limits;
+        let (id, seat) = {
+            let mut state = self.lock();
+            let id = state.next;
+            state.next += 1;
+            let line = state.lines.entry(user.to_owned()).or_default();
+            if line.waiting.len() >= limits.queue {
+                return Err(Busy);
+            }
+            let (sender, receiver) = oneshot::channel();
+            line.waiting.push_back((id, sender));
+            if line.waiting.len() == 1 {
+                state.turns.push_back(user.to_owned());
+            }
+            (id, receiver)
+        };
+        let waiting = Waiting { seats: self, user, id };
+        self.hand_out();
+        let seat = tokio::time::timeout(limits.wait, seat).await;
+        drop(waiting);
+        match seat {
+            Ok(Ok(seat)) => Ok(seat),
+            Ok(Err(_)) | Err(_) => Err(Busy),
+        }
+    }
+
+    /// Gives free seats to those whose turn it is.
+    fn hand_out(&self) {
+        let mut given = Vec::new();
+        {
+            let mut state = self.lock();
+            // Users who have all that one may have keep their turn.
+            let mut looked_at = 0;
+            while state.taken < self.0.limits.total && looked_at < state.turns.len() {
+                let Some(user) = state.turns.pop_front() else { break };
+                let Some(line) = state.lines.get_mut(&user) else { continue };
+                if line.held >= self.0.limits.per_user {
+                    state.turns.push_back(user);
+                    looked_at += 1;
+                    continue;
+                }
+                let Some((_, sender)) = line.waiting.pop_front() else { continue };
+                line.held += 1;
+                let more = !line.waiting.is_empty();
+                state.taken += 1;
+                given.push((sender, user.clone()));
+                if more {
+                    state.turns.push_back(user);
+                }
+                looked_at = 0;
+            }
+        }
+        // A seat whose taker has left is dropped here, and given to the next by that.
+        for (sender, user) in given {
+            let _ = sender.send(Seat { seats: self.clone(), user });
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        {
+            let mut state = self.seats.lock();
+            state.taken = state.taken.saturating_sub(1);
+            if let Some(line) = state.lines.get_mut(&self.user) {
+                line.held = line.held.saturating_sub(1);
+                if line.held == 0 && line.waiting.is_empty() {
+                    state.lines.remove(&self.user);
+                }
+            }
+        }
+        self.seats.hand_out();
+    }
+}
+
+/// Leaves its line when it is given up.
+struct Waiting<'a> {
+    seats: &'a Seats,
+    user: &'a str,
+    id: u64,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let mut state = self.seats.lock();
+        let Some(line) = state.lines.get_mut(self.user) else { return };
+        let Some(at) = line.waiting.iter().position(|(id, _)| *id == self.id) else { return };
+        line.waiting.remove(at);
+        if line.waiting.is_empty() {
+            let gone = line.held == 0;
+            state.turns.retain(|user| user != self.user);
+            if gone {
+                state.lines.remove(self.user);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    fn seats(total: usize, per_user: usize, queue: usize) -> Seats {
+        Seats::new(SeatLimits { total, per_user, queue, wait: Duration::from_secs(5) })
+    }
+
+    #[tokio::test]
+    async fn seats_are_free_taken_and_given_back() {
+        let all = seats(2, 2, 1);
+        let (a, b) = (all.take("a").await.unwrap(), all.take("a").await.unwrap());
+        let mut third = Box::pin(all.take("a"));
+        assert!(third.as_mut().now_or_never().is_none());
+        assert_eq!(all.take("a").now_or_never().unwrap().err(), Some(Busy), "the line is full");
+        drop(a);
+        let third = third.await.unwrap();
+        drop((b, third));
+        let state = all.lock();
+        assert_eq!((state.taken, state.lines.len(), state.turns.len()), (0, 0, 0));
+    }
+
+    #[tokio::test]
+    async fn lines_take_turns() {
+        let all = seats(1, 1, 100);
+        let held = all.take("many").await.unwrap();
+        let mut many: Vec<_> = (0..50).map(|_| Box::pin(all.take("many"))).collect();
+        for waiting in &mut many {
+            assert!(waiting.as_mut().now_or_never().is_none());
+        }
+        let mut one = Box::pin(all.take("one"));
+        assert!(one.as_mut().now_or_never().is_none());
+        drop(held);
+        // The first of the many was before; then it is the other's turn.
+        drop(many.remove(0).await.unwrap());
+        assert!(one.now_or_never().unwrap().is_ok());
+        drop(many);
+        let state = all.lock();
+        assert_eq!((state.taken, state.lines.len(), state.turns.len()), (0, 0, 0));
+    }
+
+    #[tokio::test]
+    async fn one_user_does_not_get_all() {
+        let all = seats(10, 3, 5);
+        let held: Vec<_> = futures_util::future::join_all((0..3).map(|_| all.take("a"))).await;
+        assert!(held.iter().all(Result::is_ok));
+        let mut fourth = Box::pin(all.take("a"));
+        assert!(fourth.as_mut().now_or_never().is_none());
+        assert!(all.take("b").now_or_never().unwrap().is_ok(), "others pass by who waits for himself");
+        drop(held);
+        assert!(fourth.now_or_never().unwrap().is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn waiting_ends() {
+        let all = seats(1, 1, 5);
+        let held = all.take("a").await.unwrap();
+        assert_eq!(all.take("b").await.err(), Some(Busy));
+        drop(held);
+        assert!(all.take("b").await.is_ok());
+        let state = all.lock();
+        assert_eq!((state.taken, state.lines.len(), state.turns.len()), (0, 0, 0));
+    }
+
+    /// Takers that come, wait, and leave at random keep the count right.
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_lost() {
+        use rand::{RngExt, SeedableRng, rngs::StdRng};
+        let mut rng = StdRng::seed_from_u64(3);
+        let all = seats(4, 2, 3);
+        let mut waiting = Vec::new();
+        let mut held = Vec::new();
+        for _ in 0..20_000 {
+            match rng.random_range(0..4) {
+                0 | 1 => {
+                    let (all, user) = (all.clone(), format!("u{}", rng.random_range(0..6)));
+                    let mut taking = Box::pin(async move { all.take(&user).await });
+                    match taking.as_mut().now_or_never() {
+                        Some(Ok(seat)) => held.push(seat),
+                        Some(Err(Busy)) => {}
+                        None => waiting.push(taking),
+                    }
+                }
+                2 if !held.is_empty() => drop(held.swap_remove(rng.random_range(0..held.len()))),
+                _ if !waiting.is_empty() => {
+                    let mut one = waiting.swap_remove(rng.random_range(0..waiting.len()));
+                    if rng.random_bool(0.5)
+                        && let Some(Ok(seat)) = one.as_mut().now_or_never()
+                    {
+                        held.push(seat);
+                    }
+                }
+                _ => {}
+            }
+            assert!(all.lock().taken <= 4);
+        }
+        drop((waiting, held));
+        let state = all.lock();
+        assert_eq!((state.taken, state.lines.len(), state.turns.len()), (0, 0, 0));
+    }
+}

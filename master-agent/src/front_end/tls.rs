@@ -1,0 +1,175 @@
+//! TLS of the port: certificates by name, and the caller's own certificate.
+//!
+//! A caller's certificate is asked for, and in the handshake only its possession is proved; whether it is worth
+//! anything is for [`super::authn`] to say, with every request, so that a CA or a list of revoked certificates that
+//! changes rules over open connections too. No names of CAs are sent, which would tell strangers about the cluster.
+
+use std::{path::PathBuf, sync::Arc};
+
+use anyhow::{Context, bail};
+use rustls::{
+    DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme,
+    client::danger::HandshakeSignatureValid,
+    crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature},
+    pki_types::{CertificateDer, UnixTime},
+    server::{
+        ClientHello, ResolvesServerCert,
+        danger::{ClientCertVerified, ClientCertVerifier},
+    },
+    sign::CertifiedKey,
+};
+use x509_parser::{extensions::GeneralName, prelude::FromDer};
+
+use super::{
+    https_client::{chain, private_key},
+    reloaded::Reloaded,
+};
+
+/// A serving certificate: its chain and its key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServingCertificate {
+    pub cert: PathBuf,
+    pub key: PathBuf,
+}
+
+/// The configuration for new connections, which follows the files. `ask` is whether callers are asked for a
+/// certificate.
+pub fn load(
+    certificates: Vec<ServingCertificate>,
+    ask: bool,
+) -> anyhow::Result<Arc<Reloaded<Arc<ServerConfig>>>> {
+    let files = certificates.iter().flat_map(|c| [c.cert.clone(), c.key.clone()]).collect();
+    Reloaded::load("the front end's certificates", files, move || {
+        server_config(&certificates, ask).map(Arc::new)
+    })
+}
+
+fn server_config(certificates: &[ServingCertificate], ask: bool) -> anyhow::Result<ServerConfig> {
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let by_name = ByName::load(certificates, &provider)?;
+    let builder = ServerConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?;
+    let builder = if ask {
+        builder.with_client_cert_verifier(Arc::new(Possession(provider)))
+    } else {
+        builder.with_no_client_auth()
+    };
+    let mut config = builder.with_cert_resolver(Arc::new(by_name));
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    config.max_early_data_size = 0;
+    Ok(config)
+}
+
+/// The first certificate that is for the name that the caller asks for; for any other name, the first.
+#[derive(Debug)]
+struct ByName(Vec<(Vec<String>, Arc<CertifiedKey>)>);
+
+impl ByName {
+    fn load(certificates: &[ServingCertificate], provider: &CryptoProvider) -> anyhow::Result<Self> {
+        let mut all = Vec::new();
+        for ServingCertificate { cert, key } in certificates {
+            let chain = chain(cert)?;
+            let names = chain.first().map(dns_names).unwrap_or_default();
+            let certified = CertifiedKey::from_der(chain, private_key(key)?, provider)
+                .with_context(|| format!("{} and {} don't go together", cert.display(), key.display()))?;
+            all.push((names, Arc::new(certified)));
+        }
+        if all.is_empty() {
+            bail!("there is no serving certificate");
+        }
+        Ok(Self(all))
+    }
+}
+
+impl ResolvesServerCert for ByName {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let asked = hello.server_name().map(str::to_ascii_lowercase);
+        let named =
+            asked.and_then(|name| self.0.iter().find(|(names, _)| names.iter().any(|n| matches(n, &name))));
+        named.or(self.0.first()).map(|(_, key)| key.clone())
+    }
+}
+
+/// RFC 6125 §6.4: `*` stands for one whole label.
+fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.strip_prefix("*.") {
+        Some(domain) => name.split_once('.').is_some_and(|(label, rest)| !label.is_empty() && rest == domain),
+        None => pattern == name,
+    }
+}
+
+fn dns_names(der: &CertificateDer<'static>) -> Vec<String> {
+    let Ok((_, certificate)) = x509_parser::certificate::X509Certificate::from_der(der) else {
+        return Vec::new();
+    };
+    let Ok(Some(names)) = certificate.subject_alternative_name() else { return Vec::new() };
+    let dns = names.value.general_names.iter().filter_map(|name| match name {
+        GeneralName::DNSName(dns) => Some(dns.to_ascii_lowercase()),
+        _ => None,
+    });
+    dns.collect()
+}
+
+/// Takes any certificate of whose key the caller has proved possession, and takes callers without one.
+#[derive(Debug)]
+struct Possession(Arc<CryptoProvider>);
+
+impl ClientCertVerifier for Possession {
+    fn client_auth_mandatory(&self) -> bool {
+        false
+    }
+
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names() {
+        for (pattern, name, same) in [
+            ("a.example", "a.example", true),
+            ("*.example", "a.example", true),
+            ("*.example", "a.b.example", false),
+            ("*.example", ".example", false),
+            ("*.example", "example", false),
+            ("a.example", "b.example", false),
+        ] {
+            assert_eq!(matches(pattern, name), same, "{pattern} {name}");
+        }
+    }
+}
