@@ -10,4 +10,5 @@ pub mod limits;
 pub mod reloaded;
 pub mod secret;
 pub mod tls;
+pub mod upstream;
 pub mod user;

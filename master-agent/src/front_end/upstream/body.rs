@@ -1,0 +1,130 @@
+//! The body of a request on its way to an API server.
+
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::{Buf, Bytes};
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+use tokio::time::{Instant, Sleep};
+
+/// Bytes of a body so far.
+pub type Progress = Arc<AtomicU64>;
+
+/// Passed on as it comes, without trailers, within its limits.
+pub struct RequestBody(Option<Limited>);
+
+struct Limited {
+    incoming: Incoming,
+    /// Bytes that may still come.
+    left: u64,
+    stall: Duration,
+    deadline: Pin<Box<Sleep>>,
+    progress: Progress,
+    ended: bool,
+}
+
+/// Why a body was not passed on to its end. The caller is at fault.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BodyError {
+    #[error("the request's body is larger than what is accepted")]
+    TooLarge,
+    #[error("the request's body stalled")]
+    Stalled,
+    #[error("the request's body broke off: {0}")]
+    Broken(String),
+}
+
+impl RequestBody {
+    pub fn empty() -> Self {
+        Self(None)
+    }
+
+    /// At most `max` bytes, of which some come within every `stall`.
+    pub fn new(incoming: Incoming, max: u64, stall: Duration, progress: Progress) -> Self {
+        if incoming.is_end_stream() {
+            return Self(None);
+        }
+        let deadline = Box::pin(tokio::time::sleep(stall));
+        Self(Some(Limited { incoming, left: max, stall, deadline, progress, ended: false }))
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_none()
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let Some(body) = self.0.as_mut().filter(|body| !body.ended) else { return Poll::Ready(None) };
+        let frame = match Pin::new(&mut body.incoming).poll_frame(cx) {
+            Poll::Ready(frame) => frame,
+            Poll::Pending if body.deadline.as_mut().poll(cx).is_ready() => {
+                body.ended = true;
+                return Poll::Ready(Some(Err(BodyError::Stalled)));
+            }
+            Poll::Pending => return Poll::Pending,
+        };
+        let data = match frame {
+            Some(Ok(frame)) => frame.into_data(),
+            Some(Err(error)) => {
+                body.ended = true;
+                return Poll::Ready(Some(Err(BodyError::Broken(error.to_string()))));
+            }
+            None => {
+                body.ended = true;
+                return Poll::Ready(None);
+            }
+        };
+        // Trailers could say what the head may not.
+        let Ok(data) = data else {
+            body.ended = true;
+            return Poll::Ready(None);
+        };
+        let size = data.remaining() as u64;
+        body.progress.fetch_add(size, Ordering::Relaxed);
+        body.deadline.as_mut().reset(Instant::now() + body.stall);
+        match body.left.checked_sub(size) {
+            Some(left) => {
+                body.left = left;
+                Poll::Ready(Some(Ok(Frame::data(data))))
+            }
+            None => {
+                body.ended = true;
+                Poll::Ready(Some(Err(BodyError::TooLarge)))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.as_ref().is_none_or(|body| body.ended || body.incoming.is_end_stream())
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.0.as_ref().map_or_else(|| SizeHint::with_exact(0), |body| body.incoming.size_hint())
+    }
+}
+
+/// What the body did wrong, if that is why an exchange failed.
+pub fn cause(error: &hyper::Error) -> Option<BodyError> {
+    let mut source = std::error::Error::source(error);
+    while let Some(error) = source {
+        if let Some(error) = error.downcast_ref::<BodyError>() {
+            return Some(error.clone());
+        }
+        source = error.source();
+    }
+    None
+}

@@ -1,0 +1,171 @@
+//! The kube-apiservers behind the front end: which one a request goes to, and on which connection.
+//!
+//! A request has a connection of its own for as long as it lasts, unless HTTP/2 is asked for: whoever does not read
+//! a response then holds up nobody else. Connections are kept for the next request.
+
+mod body;
+mod server;
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use hyper::{Method, Request, Response, Uri, body::Incoming};
+use proto::io::tasks::Tasks;
+
+use super::{
+    https_client::ClientTls,
+    reloaded::{Follow, Reloaded},
+};
+
+pub use body::{BodyError, Progress, RequestBody};
+pub use server::Lease;
+use server::{Protocol, Server};
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UpstreamConfig {
+    /// `https://HOST:PORT`, or `http://` on loopback.
+    pub servers: Vec<Uri>,
+    pub tls: ClientTls,
+    /// Many requests on one connection, with servers that speak HTTP/2.
+    pub http2: bool,
+    /// What is asked for to see whether a server works.
+    pub health_path: String,
+    pub health_interval: Duration,
+    pub connect_timeout: Duration,
+    /// Connections that are kept for the next request, of each server.
+    pub max_idle: usize,
+}
+
+/// All servers.
+pub struct Upstream {
+    servers: Vec<Arc<Server>>,
+    next: AtomicUsize,
+    interval: Duration,
+}
+
+/// Why there is no response.
+#[derive(Debug, thiserror::Error)]
+pub enum UpstreamError {
+    #[error("no API server can be reached: {0}")]
+    Unreachable(String),
+    #[error("{0}")]
+    Body(BodyError),
+    #[error("the API server's connection broke off: {0}")]
+    Broken(String),
+}
+
+impl Upstream {
+    /// `connections` owns the connections.
+    pub fn load(config: &UpstreamConfig, connections: &Tasks) -> anyhow::Result<(Self, Arc<dyn Follow>)> {
+        let tls = config.tls.clone();
+        let files: Vec<PathBuf> = config.tls.files();
+        let tls = Reloaded::load("the API server's CA and the front-proxy certificate", files, move || {
+            tls.config().map(Arc::new)
+        })?;
+        let servers = config
+            .servers
+            .iter()
+            .map(|uri| Server::new(uri, config, tls.clone(), connections.clone()).map(Arc::new))
+            .collect::<anyhow::Result<_>>()?;
+        Ok((Self { servers, next: AtomicUsize::new(0), interval: config.health_interval }, tls))
+    }
+
+    /// Sends a request that does not change protocols.
+    pub async fn send(
+        &self,
+        request: Request<RequestBody>,
+    ) -> Result<(Response<Incoming>, Lease), UpstreamError> {
+        self.exchange(request, Protocol::Any).await
+    }
+
+    /// Sends a request that may change protocols, on a connection of its own.
+    pub async fn upgrade(
+        &self,
+        request: Request<RequestBody>,
+    ) -> Result<(Response<Incoming>, Lease), UpstreamError> {
+        self.exchange(request, Protocol::Http1).await
+    }
+
+    async fn exchange(
+        &self,
+        mut request: Request<RequestBody>,
+        protocol: Protocol,
+    ) -> Result<(Response<Incoming>, Lease), UpstreamError> {
+        let mut last = String::new();
+        for server in self.in_order() {
+            loop {
+                let connection = match server.connection(protocol).await {
+                    Ok(connection) => connection,
+                    Err(error) => {
+                        server.failed(&error);
+                        last = error.to_string();
+                        break;
+                    }
+                };
+                let kept = connection.kept;
+                // A kept connection may end while the request is on its way.
+                let again = kept.then(|| repeatable(&request)).flatten();
+                match connection.send(request).await {
+                    Ok(exchange) => return Ok(exchange),
+                    Err((_, Some(unsent))) if kept => request = unsent,
+                    Err((error, Some(unsent))) => {
+                        server.failed(&error);
+                        last = error.to_string();
+                        request = unsent;
+                        break;
+                    }
+                    Err((error, None)) => match (body::cause(&error), again) {
+                        (Some(error), _) => return Err(UpstreamError::Body(error)),
+                        (None, Some(again)) => request = again,
+                        (None, None) => return Err(UpstreamError::Broken(server::causes(&error))),
+                    },
+                }
+            }
+        }
+        Err(UpstreamError::Unreachable(last))
+    }
+
+    /// Those that work first, each time another one of them.
+    fn in_order(&self) -> Vec<Arc<Server>> {
+        let count = self.servers.len();
+        let first = self.next.fetch_add(1, Ordering::Relaxed);
+        let rotated = self.servers.iter().cycle().skip(first % count.max(1)).take(count);
+        let (mut order, down): (Vec<_>, Vec<_>) = rotated.cloned().partition(|server| server.is_healthy());
+        order.extend(down);
+        order
+    }
+
+    /// How many servers work, and how many there are.
+    pub fn healthy(&self) -> (usize, usize) {
+        (self.servers.iter().filter(|server| server.is_healthy()).count(), self.servers.len())
+    }
+
+    /// Looks at each server again and again, for ever.
+    pub async fn watch_health(self: Arc<Self>) {
+        let mut interval = tokio::time::interval(self.interval);
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            interval.tick().await;
+            futures_util::future::join_all(self.servers.iter().map(|server| server.check())).await;
+        }
+    }
+}
+
+/// The same request once more, where doing it twice does no harm.
+fn repeatable(request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
+    let harmless = [Method::GET, Method::HEAD, Method::OPTIONS].contains(request.method());
+    if !harmless || !request.body().is_empty() {
+        return None;
+    }
+    let mut again = Request::new(RequestBody::empty());
+    again.method_mut().clone_from(request.method());
+    again.uri_mut().clone_from(request.uri());
+    again.headers_mut().clone_from(request.headers());
+    Some(again)
+}

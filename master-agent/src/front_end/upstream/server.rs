@@ -1,0 +1,366 @@
+//! One API server: its connections, and whether it works.
+
+use std::{
+    io,
+    net::IpAddr,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+use futures_util::FutureExt;
+use hyper::{
+    Request, Response, Uri,
+    body::Incoming,
+    client::conn::{http1, http2},
+    header,
+    http::uri::{Authority, PathAndQuery, Scheme},
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use proto::io::tasks::Tasks;
+use rustls::{ClientConfig, pki_types::ServerName};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+};
+use tokio_rustls::TlsConnector;
+
+use super::{RequestBody, UpstreamConfig};
+use crate::front_end::reloaded::Reloaded;
+
+const MAX_HEADERS: usize = 256;
+const MAX_HEAD: usize = 1024 * 1024;
+/// Requests on one HTTP/2 connection.
+const MAX_STREAMS: usize = 100;
+const STREAM_WINDOW: u32 = 1024 * 1024;
+/// As much as all streams may take, so that one that is not read does not hold up the others.
+const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MAX_STREAMS as u32;
+/// Checks that fail in a row before a server is not asked any more.
+const FAILURES: usize = 2;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    Http1,
+    /// HTTP/2 where that is asked for and the server speaks it.
+    Any,
+}
+
+pub struct Server {
+    /// For people.
+    name: String,
+    authority: Authority,
+    host: String,
+    port: u16,
+    /// `None` is plain HTTP.
+    tls: Option<(Arc<Reloaded<Arc<ClientConfig>>>, ServerName<'static>)>,
+    http2: bool,
+    health: PathAndQuery,
+    timeout: Duration,
+    max_idle: usize,
+    idle: Mutex<Vec<http1::SendRequest<RequestBody>>>,
+    shared: Mutex<Vec<(http2::SendRequest<RequestBody>, Arc<AtomicUsize>)>>,
+    failures: AtomicUsize,
+    down: AtomicBool,
+    connections: Tasks,
+}
+
+/// A connection that takes a request.
+pub struct Connection {
+    /// It has served a request before.
+    pub kept: bool,
+    server: Arc<Server>,
+    sender: Sender,
+}
+
+enum Sender {
+    Http1(http1::SendRequest<RequestBody>),
+    Http2(http2::SendRequest<RequestBody>, Place),
+}
+
+/// One stream of a shared connection.
+struct Place(Arc<AtomicUsize>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Keeps a connection while its response is read.
+pub struct Lease {
+    server: Arc<Server>,
+    sender: Option<Sender>,
+}
+
+impl Lease {
+    /// The response has been read to its end: the connection can serve another request.
+    pub fn finish(&mut self) {
+        let max = self.server.max_idle;
+        if let Some(Sender::Http1(sender)) = self.sender.take()
+            && !sender.is_closed()
+        {
+            let mut idle = self.server.idle.lock().unwrap_or_else(PoisonError::into_inner);
+            if idle.len() >= max {
+                idle.retain(|sender| !sender.is_closed());
+            }
+            if idle.len() < max {
+                idle.push(sender);
+            }
+        }
+    }
+}
+
+impl Connection {
+    /// Sends a request. A failure gives the request back where nothing of it has been sent.
+    pub async fn send(
+        self,
+        mut request: Request<RequestBody>,
+    ) -> Result<(Response<Incoming>, Lease), (hyper::Error, Option<Request<RequestBody>>)> {
+        let Self { server, sender, .. } = self;
+        let path = request.uri().path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+        match sender {
+            Sender::Http1(mut sender) => {
+                *request.uri_mut() = Uri::from(path);
+                if let Ok(host) = header::HeaderValue::try_from(server.authority.as_str()) {
+                    request.headers_mut().insert(header::HOST, host);
+                }
+                match sender.try_send_request(request).await {
+                    Ok(response) => Ok((response, Lease { server, sender: Some(Sender::Http1(sender)) })),
+                    Err(mut error) => {
+                        let unsent = error.take_message();
+                        Err((error.into_error(), unsent))
+                    }
+                }
+            }
+            Sender::Http2(mut sender, place) => {
+                request.headers_mut().remove(header::HOST);
+                let mut parts = hyper::http::uri::Parts::default();
+                parts.scheme = Some(Scheme::HTTPS);
+                parts.authority = Some(server.authority.clone());
+                parts.path_and_query = Some(path);
+                if let Ok(uri) = Uri::from_parts(parts) {
+                    *request.uri_mut() = uri;
+                }
+                *request.version_mut() = hyper::Version::HTTP_2;
+                match sender.try_send_request(request).await {
+                    Ok(response) => {
+                        Ok((response, Lease { server, sender: Some(Sender::Http2(sender, place)) }))
+                    }
+                    Err(mut error) => {
+                        let unsent = error.take_message().map(|mut request| {
+                            *request.version_mut() = hyper::Version::HTTP_11;
+                            request
+                        });
+                        Err((error.into_error(), unsent))
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Server {
+    pub fn new(
+        uri: &Uri,
+        config: &UpstreamConfig,
+        tls: Arc<Reloaded<Arc<ClientConfig>>>,
+        connections: Tasks,
+    ) -> anyhow::Result<Self> {
+        let authority = uri.authority().cloned().context("an upstream needs a host")?;
+        let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
+        let (tls, default_port) = match uri.scheme_str() {
+            Some("https") => (Some((tls, ServerName::try_from(host.clone())?)), 443),
+            Some("http") if is_loopback(&host) => (None, 80),
+            _ => bail!("{uri}: an upstream is https://, or http:// on loopback"),
+        };
+        Ok(Self {
+            name: uri.to_string(),
+            port: authority.port_u16().unwrap_or(default_port),
+            authority,
+            host,
+            tls,
+            http2: config.http2,
+            health: config.health_path.parse()?,
+            timeout: config.connect_timeout,
+            max_idle: config.max_idle,
+            idle: Mutex::default(),
+            shared: Mutex::default(),
+            failures: AtomicUsize::new(0),
+            down: AtomicBool::new(false),
+            connections,
+        })
+    }
+
+    pub fn is_healthy(&self) -> bool {
+        !self.down.load(Ordering::Relaxed)
+    }
+
+    /// It can't be connected to.
+    pub fn failed(&self, error: &dyn std::fmt::Display) {
+        let failures = self.failures.fetch_add(1, Ordering::Relaxed) + 1;
+        if failures >= FAILURES && !self.down.swap(true, Ordering::Relaxed) {
+            tracing::warn!(server = self.name, %error, "an API server does not work");
+        }
+    }
+
+    fn works(&self) {
+        self.failures.store(0, Ordering::Relaxed);
+        if self.down.swap(false, Ordering::Relaxed) {
+            tracing::info!(server = self.name, "an API server works again");
+        }
+    }
+
+    /// Asks whether it works. An answer that is no `5xx` says so, whoever may see the path.
+    pub async fn check(self: &Arc<Self>) {
+        let asked = async {
+            let connection = self.connection(Protocol::Any).await?;
+            let mut request = Request::new(RequestBody::empty());
+            *request.uri_mut() = Uri::from(self.health.clone());
+            let (response, _) =
+                connection.send(request).await.map_err(|(error, _)| io::Error::other(causes(&error)))?;
+            if response.status().is_server_error() {
+                return Err(io::Error::other(format!("{} answers {}", self.health, response.status())));
+            }
+            Ok(())
+        };
+        match tokio::time::timeout(self.timeout, asked).await {
+            Ok(Ok(())) => self.works(),
+            Ok(Err(error)) => self.failed(&error),
+            Err(_) => self.failed(&"no answer in time"),
+        }
+    }
+
+    /// A kept connection, or a new one.
+    pub async fn connection(self: &Arc<Self>, protocol: Protocol) -> io::Result<Connection> {
+        let connection = |kept, sender| Connection { kept, server: self.clone(), sender };
+        if protocol == Protocol::Any
+            && let Some(sender) = self.kept()
+        {
+            return Ok(connection(true, sender));
+        }
+        let connecting = self.connect(protocol);
+        let sender = tokio::time::timeout(self.timeout, connecting).await.map_err(|_| {
+            io::Error::new(io::ErrorKind::TimedOut, format!("{} did not answer in time", self.name))
+        })??;
+        Ok(connection(false, sender))
+    }
+
+    fn kept(&self) -> Option<Sender> {
+        {
+            let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+            shared.retain(|(sender, _)| !sender.is_closed());
+            let free = shared.iter().find(|(_, streams)| streams.load(Ordering::Relaxed) < MAX_STREAMS);
+            if let Some((sender, streams)) = free {
+                streams.fetch_add(1, Ordering::Relaxed);
+                return Some(Sender::Http2(sender.clone(), Place(streams.clone())));
+            }
+        }
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        // The last one first, so that those that are not needed end by themselves. One whose request is still being
+        // sent after its response is not ready yet.
+        let mut at = idle.len();
+        while at > 0 {
+            at -= 1;
+            match idle.get_mut(at)?.ready().now_or_never() {
+                Some(Ok(())) => return Some(Sender::Http1(idle.swap_remove(at))),
+                Some(Err(_)) => drop(idle.swap_remove(at)),
+                None => {}
+            }
+        }
+        None
+    }
+
+    async fn connect(&self, protocol: Protocol) -> io::Result<Sender> {
+        let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", self.name));
+        let socket = TcpStream::connect((self.host.as_str(), self.port)).await.map_err(named)?;
+        socket.set_nodelay(true)?;
+        let Some((config, name)) = &self.tls else { return self.http1(socket).await.map_err(named) };
+        let mut config = ClientConfig::clone(&config.get());
+        config.alpn_protocols = match protocol {
+            Protocol::Any if self.http2 => vec![b"h2".to_vec(), b"http/1.1".to_vec()],
+            Protocol::Any | Protocol::Http1 => vec![b"http/1.1".to_vec()],
+        };
+        let tls = TlsConnector::from(Arc::new(config)).connect(name.clone(), socket).await.map_err(named)?;
+        if tls.get_ref().1.alpn_protocol() == Some(b"h2") {
+            return self.http2(tls).await.map_err(named);
+        }
+        self.http1(tls).await.map_err(named)
+    }
+
+    async fn http1<S>(&self, socket: S) -> io::Result<Sender>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let (mut sender, connection) = http1::Builder::new()
+            .max_headers(MAX_HEADERS)
+            .max_buf_size(MAX_HEAD)
+            .handshake(TokioIo::new(socket))
+            .await
+            .map_err(io::Error::other)?;
+        self.connections.spawn(async move {
+            if let Err(error) = connection.with_upgrades().await {
+                tracing::debug!(error = causes(&error), "a connection to an API server failed");
+            }
+        });
+        sender.ready().await.map_err(io::Error::other)?;
+        Ok(Sender::Http1(sender))
+    }
+
+    async fn http2<S>(&self, socket: S) -> io::Result<Sender>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let (mut sender, connection) = http2::Builder::new(Executor(self.connections.clone()))
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .keep_alive_interval(Duration::from_secs(30))
+            .keep_alive_timeout(Duration::from_secs(15))
+            .handshake(TokioIo::new(socket))
+            .await
+            .map_err(io::Error::other)?;
+        self.connections.spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(error = causes(&error), "a connection to an API server failed");
+            }
+        });
+        sender.ready().await.map_err(io::Error::other)?;
+        let streams = Arc::new(AtomicUsize::new(1));
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.push((sender.clone(), streams.clone()));
+        Ok(Sender::Http2(sender, Place(streams)))
+    }
+}
+
+/// Runs what HTTP/2 needs beside a connection.
+#[derive(Clone)]
+pub struct Executor(pub Tasks);
+
+impl<F> hyper::rt::Executor<F> for Executor
+where
+    F: Future + Send + 'static,
+    F::Output: Send + 'static,
+{
+    fn execute(&self, future: F) {
+        self.0.spawn(future);
+    }
+}
+
+pub fn is_loopback(host: &str) -> bool {
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
+}
+
+/// hyper's errors show their cause only when they are asked for it.
+pub fn causes(error: &hyper::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
