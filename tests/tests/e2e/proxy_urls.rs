@@ -716,6 +716,81 @@ async fn an_idle_connection_does_not_hold_up_the_end() {
 }
 
 #[tokio::test]
+async fn a_target_that_has_ended_takes_a_silent_caller_along() {
+    let site = Site::start_with("  half_closed_timeout: 1s").await;
+    let health = Health::of(&site.cluster.master);
+    let node = Health::of(site.cluster.nodes[0].process.as_ref().unwrap());
+    let listener = site.listen().await;
+    let mut kept = Vec::new();
+    for _ in 0..5 {
+        let mut socket = site.unix().await;
+        let path = site.own("/");
+        let raw = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: own\r\n\r\n");
+        socket.write_all(raw.as_bytes()).await.unwrap();
+        let (_, mut target) = one(&listener).await;
+        let answer = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: own\r\n\r\nlast";
+        target.write_all(answer.as_bytes()).await.unwrap();
+        head(&mut socket).await;
+        target.shutdown().await.unwrap();
+        let mut last = Vec::new();
+        completes("the target's end", socket.read_to_end(&mut last)).await.unwrap();
+        assert_eq!(last, b"last");
+        // A reset is an end, too.
+        let _ = completes("the end at the target", target.read_to_end(&mut Vec::new())).await;
+        kept.push(socket);
+    }
+    // The callers neither say anything nor leave.
+    health.check(20_000_000).await;
+    node.check(20_000_000).await;
+    for mut socket in kept {
+        assert!(socket.write_all(b"x").await.is_err());
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_stalls_is_cut_and_one_whose_response_has_begun_is_not() {
+    let site = Site::start_with("  idle_timeout: 1s").await;
+    let health = Health::of(&site.cluster.master);
+    let listener = site.listen().await;
+    let path = site.own("/");
+    for (body, seen) in [
+        ("Content-Length: 9\r\n\r\nhalf", "half"),
+        ("Transfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n", "4\r\nhalf\r\n"),
+    ] {
+        let mut socket = site.unix().await;
+        socket.write_all(format!("POST {path} HTTP/1.1\r\nHost: x\r\n{body}").as_bytes()).await.unwrap();
+        let (_, mut target) = one(&listener).await;
+        let mut answer = String::new();
+        completes("an answer, and the end", socket.read_to_string(&mut answer)).await.unwrap();
+        assert!(
+            answer.starts_with("HTTP/1.1 408 ")
+                && answer.contains("the request's body has brought nothing for 1s"),
+            "{answer}"
+        );
+        let mut got = Vec::new();
+        // A reset is an end, too.
+        let _ = completes("the end at the target", target.read_to_end(&mut got)).await;
+        assert_eq!(String::from_utf8(got).unwrap(), seen);
+    }
+    health.check(20_000_000).await;
+
+    let mut socket = site.unix().await;
+    let raw = format!("POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 8\r\n\r\nhalf");
+    socket.write_all(raw.as_bytes()).await.unwrap();
+    let (_, mut target) = one(&listener).await;
+    target.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n").await.unwrap();
+    head(&mut socket).await;
+    let mut heard = [0; 8];
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    socket.write_all(b"+end").await.unwrap();
+    completes("the body", target.read_exact(&mut heard)).await.unwrap();
+    assert_eq!(&heard, b"half+end");
+    target.write_all(&heard).await.unwrap();
+    completes("the response", socket.read_exact(&mut heard)).await.unwrap();
+    assert_eq!(&heard, b"half+end");
+}
+
+#[tokio::test]
 async fn what_is_not_verified_is_said() {
     let site = Site::start_with("  insecure_skip_verify: [kubelet]").await.with_kubelet(&["n2"]);
     assert_eq!(site.get("/api/v1/nodes/n1/proxy/healthz").await, (StatusCode::OK, Value::from("ok")));

@@ -12,6 +12,7 @@ mod headers;
 mod path;
 mod status;
 mod tls;
+mod upload;
 mod watched;
 
 use std::{
@@ -48,7 +49,7 @@ pub struct ProxyUrls {
     pub common: Common,
     pub directory: Arc<dyn Directory>,
     pub tls: TargetTls,
-    /// How long a connection may wait for its next request.
+    /// How long a connection may wait for its next request, and a target for the next bytes of a request's body.
     pub idle_timeout: Duration,
     /// Set when connections are to end after the request that they are at.
     pub draining: CancellationToken,
