@@ -21,7 +21,8 @@ die() {
 install_missing() {
     local pair missing=()
     for pair in cc:build-essential sshd:openssh-server ssh:openssh-client ip:iproute2 nft:nftables curl:curl \
-        openssl:openssl setpriv:util-linux useradd:passwd python3:python3 systemd-analyze:systemd; do
+        openssl:openssl setpriv:util-linux useradd:passwd python3:python3 systemd-analyze:systemd \
+        chromium:chromium; do
         command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
     done
     if [ ${#missing[@]} -gt 0 ]; then

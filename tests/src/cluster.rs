@@ -42,6 +42,8 @@ pub struct Options {
     pub inventory: String,
     /// Ports that every node's policy allows on its own addresses.
     pub ports: Vec<u16>,
+    /// Further targets that every node's policy allows.
+    pub targets: Vec<SocketAddr>,
     /// What the master dials in place of a node's own port: a relay, say.
     pub dial: Vec<(String, SocketAddr)>,
     /// Ports of the nodes' SSH servers, in order; free ones where it ends.
@@ -197,6 +199,10 @@ impl Cluster {
                     for (i, address) in addresses(index).iter().enumerate() {
                         write!(policy, "{{name: local-{i}-{port}, to: '{address}', ports: '{port}'}}, ")?;
                     }
+                }
+                for target in &self.options.targets {
+                    let (address, port) = (target.ip(), target.port());
+                    write!(policy, "{{name: target-{port}, to: '{address}', ports: '{port}'}}, ")?;
                 }
                 let link = match node.kind {
                     Kind::Dialled => format!("listen: '127.0.0.1:{}'", node.port),

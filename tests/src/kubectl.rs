@@ -40,14 +40,19 @@ pub struct Kubectl {
 impl Kubectl {
     /// Installs it, if that has not been done, and configures it for `api`.
     pub fn new(release: Release, api: &ApiServer) -> anyhow::Result<Self> {
+        let kubeconfig = api.directory().join("kubectl.kubeconfig");
+        api.write_kubeconfig(&kubeconfig)?;
+        Self::with_kubeconfig(release, api.directory(), kubeconfig)
+    }
+
+    /// The same with a kubeconfig that is there already; `directory` is for what kubectl keeps.
+    pub fn with_kubeconfig(release: Release, directory: &Path, kubeconfig: PathBuf) -> anyhow::Result<Self> {
         let program = match release {
             Release::Debian => debian()?,
             Release::WebSocket | Release::Spdy => newest()?,
         };
-        let home = api.directory().join(format!("home-{release:?}"));
+        let home = directory.join(format!("home-{release:?}"));
         std::fs::create_dir_all(&home)?;
-        let kubeconfig = home.join("kubeconfig");
-        api.write_kubeconfig(&kubeconfig)?;
         Ok(Self { program, kubeconfig, home, release })
     }
 

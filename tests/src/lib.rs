@@ -2,6 +2,7 @@
 #![allow(clippy::disallowed_methods, reason = "a test owns its tasks by its runtime")]
 
 pub mod apiserver;
+pub mod browser;
 pub mod client;
 pub mod cluster;
 pub mod dns;

@@ -1,4 +1,4 @@
-//! Joins a stream of a tunnel with a local socket: both directions at once, each closing on its own.
+//! Joins a stream of a tunnel with a local socket, or two sockets: both directions at once, each closing on its own.
 
 use std::{
     io,
@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::BytesMut;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::stream::{Reader, Stream, StreamError, Writer};
 use crate::mux::frame::MAX_DATA;
@@ -25,6 +25,8 @@ const AT_ONCE: Duration = Duration::from_micros(500);
 const GATHER: Duration = Duration::from_millis(5);
 /// After its stream has failed, a socket that takes nothing of what had arrived for so long is given up.
 const LAST_BYTES: Duration = Duration::from_secs(2);
+/// Bytes of a buffer between two sockets, each way.
+const BUFFER: usize = 16 * 1024;
 
 /// Bytes carried so far, by direction as seen from the master: `up` to the target, `down` from it.
 #[derive(Debug, Default)]
@@ -130,10 +132,47 @@ where
     outcome
 }
 
-/// Runs the second direction to its end; `false` when it carried nothing for a whole `timeout`.
-async fn quiet<F>(mut direction: Pin<&mut F>, carried: &AtomicU64, timeout: Duration) -> Result<bool, Broken>
+/// Relays between two sockets until both directions have ended or either failed. After one direction has ended, the
+/// other may be silent for `half_closed_timeout`: `false` when it was.
+pub async fn relay_sockets<A, B>(a: A, b: B, half_closed_timeout: Duration) -> io::Result<bool>
 where
-    F: Future<Output = Result<(), Broken>>,
+    A: AsyncRead + AsyncWrite,
+    B: AsyncRead + AsyncWrite,
+{
+    let (from_a, from_b) = (AtomicU64::new(0), AtomicU64::new(0));
+    let ((read_a, write_a), (read_b, write_b)) = (tokio::io::split(a), tokio::io::split(b));
+    let (there, back) = (copy(read_a, write_b, &from_a), copy(read_b, write_a, &from_b));
+    tokio::pin!(there, back);
+    let there_first = tokio::select! {
+        result = &mut there => result.map(|()| true)?,
+        result = &mut back => result.map(|()| false)?,
+    };
+    if there_first {
+        quiet(back, &from_b, half_closed_timeout).await
+    } else {
+        quiet(there, &from_a, half_closed_timeout).await
+    }
+}
+
+async fn copy<R, W>(mut from: R, mut to: W, carried: &AtomicU64) -> io::Result<()>
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let mut buffer = BytesMut::with_capacity(BUFFER);
+    while from.read_buf(&mut buffer).await? > 0 {
+        to.write_all(&buffer).await?;
+        to.flush().await?;
+        carried.fetch_add(buffer.len() as u64, Ordering::Relaxed);
+        buffer.clear();
+    }
+    to.shutdown().await
+}
+
+/// Runs the second direction to its end; `false` when it carried nothing for a whole `timeout`.
+async fn quiet<F, E>(mut direction: Pin<&mut F>, carried: &AtomicU64, timeout: Duration) -> Result<bool, E>
+where
+    F: Future<Output = Result<(), E>>,
 {
     loop {
         let before = carried.load(Ordering::Relaxed);
@@ -234,6 +273,8 @@ async fn inbound<W: AsyncWrite + Unpin>(
 
 #[cfg(test)]
 mod tests {
+    use tokio::{io::DuplexStream, task::JoinHandle};
+
     use super::*;
 
     #[test]
@@ -253,5 +294,55 @@ mod tests {
         assert!((0..1000).all(|i| !flood.after(100, now, i)), "requests and answers");
         assert!((0..1000).all(|_| !flood.after(100, GATHER, 0)), "a log that is written now and then");
         assert!((0..1000).all(|_| !flood.after(60_000, now, 0)), "a download");
+    }
+
+    const TIMEOUT: Duration = Duration::from_secs(60);
+
+    /// Two sockets that are relayed, and their other ends.
+    fn relayed() -> (DuplexStream, DuplexStream, JoinHandle<io::Result<bool>>) {
+        let ((a, near_a), (b, near_b)) = (tokio::io::duplex(1000), tokio::io::duplex(1000));
+        #[allow(clippy::disallowed_methods, reason = "a test owns its tasks by its runtime")]
+        let relay = tokio::spawn(relay_sockets(near_a, near_b, TIMEOUT));
+        (a, b, relay)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn sockets_are_relayed_until_both_directions_have_ended() {
+        let (mut a, mut b, relay) = relayed();
+        let said = vec![7; 100_000];
+        let (mut heard, mut answer) = (Vec::new(), Vec::new());
+        let says = async {
+            a.write_all(&said).await.unwrap();
+            a.shutdown().await.unwrap();
+            a.read_to_end(&mut answer).await.unwrap();
+        };
+        let hears = async {
+            b.read_to_end(&mut heard).await.unwrap();
+            // Slow, but never silent for long.
+            for byte in 0..10 {
+                tokio::time::sleep(TIMEOUT - Duration::from_secs(1)).await;
+                b.write_all(&[byte]).await.unwrap();
+            }
+            b.shutdown().await.unwrap();
+        };
+        tokio::join!(says, hears);
+        assert!(heard == said && answer == (0..10).collect::<Vec<_>>());
+        assert!(relay.await.unwrap().unwrap());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_half_is_given_up_and_a_whole_connection_is_not() {
+        for first_ends in [true, false] {
+            let (mut a, mut b, relay) = relayed();
+            tokio::time::sleep(TIMEOUT * 100).await;
+            assert!(!relay.is_finished());
+            if first_ends { &mut a } else { &mut b }.shutdown().await.unwrap();
+            let ended = tokio::time::Instant::now();
+            assert!(!relay.await.unwrap().unwrap());
+            assert_eq!(ended.elapsed(), TIMEOUT);
+            // Both are closed.
+            assert_eq!(a.read_to_end(&mut Vec::new()).await.unwrap(), 0);
+            assert_eq!(b.read_to_end(&mut Vec::new()).await.unwrap(), 0);
+        }
     }
 }

@@ -17,4 +17,5 @@ mod operate;
 mod policy;
 mod proxy_urls;
 mod socks5;
+mod socks5_clients;
 mod traffic;

@@ -4,7 +4,10 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     process::Command,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -17,17 +20,19 @@ use hyper::{
     client::conn::http1,
 };
 use hyper_util::rt::TokioIo;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tests::{
+    apiserver::{self, ApiServer},
     client::Io,
     cluster::{Cluster, Kind, Options, SOON, binary},
     load::completes,
+    netns::Namespace,
     pki::Authority,
     process::{Process, TempDir, eventually, free_port},
     steady::Health,
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{TcpListener, TcpStream, UnixStream},
     sync::mpsc,
 };
@@ -90,12 +95,18 @@ impl Site {
 
     /// `more` are lines of the section `proxy_urls`.
     async fn start_with(more: &str) -> Self {
+        Self::start_beside(more, Vec::new()).await
+    }
+
+    /// With further targets that the node's policy allows.
+    async fn start_beside(more: &str, targets: Vec<SocketAddr>) -> Self {
         let pki = Pki::new();
         let (port, tcp) = (free_port(), SocketAddr::from(([127, 0, 0, 1], free_port())));
         let show = |file: &str| pki.path(file).display().to_string();
         let cluster = Cluster::start(Options {
             nodes: vec![("n1".to_owned(), Kind::Dialled)],
             ports: vec![port],
+            targets,
             master_config: format!(
                 "proxy_urls:\n  unix: {{path: proxy.sock}}\n  tcp: {{listen: '{tcp}'}}\n  kubelet_ca: {}\n  \
                  kubelet_client_cert: {}\n  kubelet_client_key: {}\n  target_ca: {}\n{more}",
@@ -705,6 +716,81 @@ async fn an_idle_connection_does_not_hold_up_the_end() {
 }
 
 #[tokio::test]
+async fn a_target_that_has_ended_takes_a_silent_caller_along() {
+    let site = Site::start_with("  half_closed_timeout: 1s").await;
+    let health = Health::of(&site.cluster.master);
+    let node = Health::of(site.cluster.nodes[0].process.as_ref().unwrap());
+    let listener = site.listen().await;
+    let mut kept = Vec::new();
+    for _ in 0..5 {
+        let mut socket = site.unix().await;
+        let path = site.own("/");
+        let raw = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: own\r\n\r\n");
+        socket.write_all(raw.as_bytes()).await.unwrap();
+        let (_, mut target) = one(&listener).await;
+        let answer = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: own\r\n\r\nlast";
+        target.write_all(answer.as_bytes()).await.unwrap();
+        head(&mut socket).await;
+        target.shutdown().await.unwrap();
+        let mut last = Vec::new();
+        completes("the target's end", socket.read_to_end(&mut last)).await.unwrap();
+        assert_eq!(last, b"last");
+        // A reset is an end, too.
+        let _ = completes("the end at the target", target.read_to_end(&mut Vec::new())).await;
+        kept.push(socket);
+    }
+    // The callers neither say anything nor leave.
+    health.check(20_000_000).await;
+    node.check(20_000_000).await;
+    for mut socket in kept {
+        assert!(socket.write_all(b"x").await.is_err());
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_stalls_is_cut_and_one_whose_response_has_begun_is_not() {
+    let site = Site::start_with("  idle_timeout: 1s").await;
+    let health = Health::of(&site.cluster.master);
+    let listener = site.listen().await;
+    let path = site.own("/");
+    for (body, seen) in [
+        ("Content-Length: 9\r\n\r\nhalf", "half"),
+        ("Transfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n", "4\r\nhalf\r\n"),
+    ] {
+        let mut socket = site.unix().await;
+        socket.write_all(format!("POST {path} HTTP/1.1\r\nHost: x\r\n{body}").as_bytes()).await.unwrap();
+        let (_, mut target) = one(&listener).await;
+        let mut answer = String::new();
+        completes("an answer, and the end", socket.read_to_string(&mut answer)).await.unwrap();
+        assert!(
+            answer.starts_with("HTTP/1.1 408 ")
+                && answer.contains("the request's body has brought nothing for 1s"),
+            "{answer}"
+        );
+        let mut got = Vec::new();
+        // A reset is an end, too.
+        let _ = completes("the end at the target", target.read_to_end(&mut got)).await;
+        assert_eq!(String::from_utf8(got).unwrap(), seen);
+    }
+    health.check(20_000_000).await;
+
+    let mut socket = site.unix().await;
+    let raw = format!("POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 8\r\n\r\nhalf");
+    socket.write_all(raw.as_bytes()).await.unwrap();
+    let (_, mut target) = one(&listener).await;
+    target.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n").await.unwrap();
+    head(&mut socket).await;
+    let mut heard = [0; 8];
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    socket.write_all(b"+end").await.unwrap();
+    completes("the body", target.read_exact(&mut heard)).await.unwrap();
+    assert_eq!(&heard, b"half+end");
+    target.write_all(&heard).await.unwrap();
+    completes("the response", socket.read_exact(&mut heard)).await.unwrap();
+    assert_eq!(&heard, b"half+end");
+}
+
+#[tokio::test]
 async fn what_is_not_verified_is_said() {
     let site = Site::start_with("  insecure_skip_verify: [kubelet]").await.with_kubelet(&["n2"]);
     assert_eq!(site.get("/api/v1/nodes/n1/proxy/healthz").await, (StatusCode::OK, Value::from("ok")));
@@ -724,4 +810,175 @@ async fn what_is_not_verified_is_said() {
     let (status, failure) = site.get(&format!("/api/v1/nodes/https:n1:{}/proxy/", site.port)).await;
     assert_eq!(status, StatusCode::BAD_GATEWAY);
     assert!(message(&failure).contains("is for n3, and must be for n1 or "), "{failure}");
+}
+
+/// A pod and a service, both `default/secure`, that the master knows from the API. Behind either is the same server,
+/// which has a port for each of its certificates.
+struct Secure {
+    site: Site,
+    ports: Vec<(&'static str, u16)>,
+    /// Requests that came through to the server.
+    served: Arc<AtomicUsize>,
+    /// The pod's, one of this host that is not on loopback.
+    address: String,
+    _api: ApiServer,
+    _network: Namespace,
+}
+
+impl Secure {
+    async fn start(more: &str) -> Self {
+        let (network, api) = (Namespace::new().unwrap(), ApiServer::start().await.unwrap());
+        let ports: Vec<_> =
+            ["pod", "address", "service", "other", "stranger"].map(|name| (name, free_port())).into();
+        let targets: Vec<_> =
+            ports.iter().map(|(_, port)| SocketAddr::from((network.outside, *port))).collect();
+        let kubeconfig = api.directory().join("kubeconfig");
+        api.write_kubeconfig(&kubeconfig).unwrap();
+        let more = format!("{more}\nkubernetes: {{kubeconfig: '{}'}}", kubeconfig.display());
+        let site = Site::start_beside(&more, targets.clone()).await;
+        let (address, served) = (network.outside.to_string(), Arc::<AtomicUsize>::default());
+        for ((name, _), target) in ports.iter().zip(targets) {
+            let stranger = (*name == "stranger").then(Pki::new);
+            let names = match *name {
+                "pod" => &["secure.default.pod"][..],
+                "address" => &[address.as_str()],
+                "service" => &["secure.default.svc"],
+                "other" => &["other.default.pod", "other.default.svc"],
+                _ => &["secure.default.pod", "secure.default.svc", &address],
+            };
+            let acceptor = stranger.as_ref().unwrap_or(&site.pki).acceptor(name, names);
+            let listener = TcpListener::bind(target).await.unwrap();
+            tokio::spawn(serve_tls(listener, acceptor, served.clone()));
+        }
+        let metadata = json!({"name": "secure", "namespace": "default"});
+        let numbered = |field: &str| -> Value {
+            ports.iter().map(|(name, port)| json!({"name": name, "protocol": "TCP", field: port})).collect()
+        };
+        let happen = |kind, object| drop(api.send(kind, "ADDED", object));
+        happen(
+            apiserver::Kind::Pods,
+            json!({
+                "metadata": metadata,
+                "spec": {"nodeName": "n1", "containers": [{"name": "c", "ports": numbered("containerPort")}]},
+                "status": {"phase": "Running", "podIP": address},
+            }),
+        );
+        happen(
+            apiserver::Kind::Services,
+            json!({"metadata": metadata, "spec": {"clusterIP": "10.0.0.77", "ports": numbered("port")}}),
+        );
+        happen(
+            apiserver::Kind::EndpointSlices,
+            json!({
+                "metadata": {"name": "secure-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "secure"}},
+                "addressType": "IPv4",
+                "endpoints": [{"addresses": [address], "nodeName": "n1", "conditions": {"ready": true}}],
+                "ports": numbered("port"),
+            }),
+        );
+        let secure = Self { site, ports, served, address, _api: api, _network: network };
+        eventually("the pod and the service are known", SOON, async || {
+            for subject in [POD, SERVICE] {
+                let (status, answer) = secure.get(subject, "other").await;
+                (status == StatusCode::OK || message(&answer).contains("certificate")).then_some(())?;
+            }
+            Some(())
+        })
+        .await;
+        secure
+    }
+
+    /// Asks over TLS, where this certificate is shown.
+    async fn get(&self, (kind, _): Subject, certificate: &str) -> (StatusCode, Value) {
+        let port = self.ports.iter().find(|(name, _)| *name == certificate).unwrap().1;
+        self.site.get(&format!("/api/v1/namespaces/default/{kind}/https:secure:{port}/proxy/a?b=c")).await
+    }
+
+    async fn answers(&self, subject: Subject, certificate: &str) {
+        let before = self.served.load(Ordering::SeqCst);
+        let said = Value::from(format!("{} GET /a?b=c HTTP/1.1", subject.1));
+        assert_eq!(self.get(subject, certificate).await, (StatusCode::OK, said), "{subject:?} {certificate}");
+        assert_eq!(self.served.load(Ordering::SeqCst), before + 1);
+    }
+
+    /// The server sees nothing of the request, and the caller is told all of `said`.
+    async fn is_refused(&self, subject: Subject, certificate: &str, said: &[&str]) {
+        let before = self.served.load(Ordering::SeqCst);
+        let (status, failure) = self.get(subject, certificate).await;
+        assert_eq!((status, &failure["kind"]), (StatusCode::BAD_GATEWAY, &Value::from("Status")));
+        for part in said {
+            assert!(message(&failure).contains(part), "{subject:?} {certificate}: no {part} in {failure}");
+        }
+        assert_eq!(self.served.load(Ordering::SeqCst), before, "{subject:?} {certificate}");
+    }
+}
+
+/// A resource of the API, and the name that its certificate is to have.
+type Subject = (&'static str, &'static str);
+const POD: Subject = ("pods", "secure.default.pod");
+const SERVICE: Subject = ("services", "secure.default.svc");
+
+/// Answers with the server name of the handshake and the first line of the request.
+async fn serve_tls(listener: TcpListener, acceptor: TlsAcceptor, served: Arc<AtomicUsize>) {
+    while let Ok((socket, _)) = listener.accept().await {
+        // A caller that refuses the certificate ends the handshake, or says so only once its own part is over.
+        let Ok(socket) = acceptor.accept(socket).await else { continue };
+        let mut line = socket.get_ref().1.server_name().unwrap_or_default().to_owned() + " ";
+        let mut socket = BufReader::new(socket);
+        if !matches!(socket.read_line(&mut line).await, Ok(1..)) {
+            continue;
+        }
+        served.fetch_add(1, Ordering::SeqCst);
+        let body = line.trim_end();
+        let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+        socket.write_all(answer.as_bytes()).await.unwrap();
+        while !matches!(socket.read_line(&mut line).await, Ok(0) | Err(_)) {}
+    }
+}
+
+#[tokio::test]
+async fn https_to_pods_and_services_is_verified() {
+    let secure = Secure::start("").await;
+    secure.answers(POD, "pod").await;
+    secure.answers(POD, "address").await;
+    secure.answers(SERVICE, "service").await;
+    let must_be = format!("must be for {} or {}", POD.1, secure.address);
+    secure.is_refused(POD, "service", &["is for secure.default.svc, and", &must_be]).await;
+    secure.is_refused(POD, "other", &["is for other.default.pod or other.default.svc, and", &must_be]).await;
+    let must_be = "must be for secure.default.svc";
+    secure.is_refused(SERVICE, "pod", &["is for secure.default.pod, and", must_be]).await;
+    secure
+        .is_refused(SERVICE, "other", &["is for other.default.pod or other.default.svc, and", must_be])
+        .await;
+    // The endpoint's address does not make it the service.
+    secure.is_refused(SERVICE, "address", &[&format!("is for {}, and", secure.address), must_be]).await;
+    for subject in [POD, SERVICE] {
+        secure.is_refused(subject, "stranger", &[subject.1, "UnknownIssuer"]).await;
+    }
+    let log = secure.site.cluster.master.log_text();
+    assert!(!log.contains("is not verified") && !log.contains("believe any certificate"), "{log}");
+}
+
+#[tokio::test]
+async fn https_to_pods_and_services_is_unverified_only_where_that_is_ordered() {
+    let secure = Secure::start("  insecure_skip_verify: [kubelet]").await;
+    for subject in [POD, SERVICE] {
+        secure.is_refused(subject, "other", &["is for other.default.pod"]).await;
+        secure.is_refused(subject, "stranger", &["UnknownIssuer"]).await;
+    }
+    drop(secure);
+    let secure = Secure::start("  insecure_skip_verify: [targets]").await;
+    for subject in [POD, SERVICE] {
+        for certificate in ["other", "stranger"] {
+            secure.answers(subject, certificate).await;
+        }
+    }
+    let log = secure.site.cluster.master.log_text();
+    for said in [
+        "believe any certificate of pods and services",
+        "the certificate of pod default/secure is not verified",
+        "the certificate of service default/secure is not verified",
+    ] {
+        assert!(log.contains(said), "{said}: {log}");
+    }
 }

@@ -17,7 +17,7 @@ use hyper::{
     upgrade::OnUpgrade,
 };
 use hyper_util::rt::TokioIo;
-use proto::{DialError, Target};
+use proto::{DialError, Target, io::relay::relay_sockets};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::oneshot,
@@ -28,6 +28,7 @@ use super::{
     endpoint::Endpoint,
     headers::{self, Forwarded},
     status::Failure,
+    upload::{Answered, Stalled, Upload},
     watched::Busy,
 };
 use crate::{front_door::Caller, http::hop::Hop};
@@ -36,9 +37,6 @@ use crate::{front_door::Caller, http::hop::Hop};
 /// before its end, or the target's closing.
 const LINGER: Duration = Duration::from_secs(5);
 const MAX_HEADERS: usize = 128;
-
-/// Bytes of a buffer of an upgraded connection, each way.
-const BUFFER: usize = 16 * 1024;
 
 impl Call {
     /// `prefix` and `rest` are the two parts of the request's path.
@@ -60,11 +58,17 @@ impl Call {
         *request.version_mut() = Version::HTTP_11;
 
         let (mut sender, exchange) = self.connect(&endpoint).await?;
+        let answered = Answered::default();
+        let request = request.map(|body| Upload::new(body, self.door.idle_timeout, answered.clone()));
         let mut response = sender.send_request(request).await.map_err(|error| {
-            let failure = Failure::bad_gateway(format!("{} at {host}: {}", endpoint.who, causes(&error)));
+            let failure = match Stalled::cause_of(&error) {
+                Some(stalled) => Failure::new(StatusCode::REQUEST_TIMEOUT, stalled.to_string()),
+                None => Failure::bad_gateway(format!("{} at {host}: {}", endpoint.who, causes(&error))),
+            };
             self.log(&endpoint.target, &failure);
             failure
         })?;
+        answered.set();
 
         let upgraded = response.status() == StatusCode::SWITCHING_PROTOCOLS;
         headers::response(response.headers_mut(), upgraded, prefix, &[&host, &asked_host]);
@@ -76,14 +80,16 @@ impl Call {
                 return Err(Failure::bad_gateway(message));
             };
             let target = hyper::upgrade::on(&mut response);
-            self.upgrade_to(Upgrade { caller, target, exchange, busy: self.activity.busy() });
+            let half_closed_timeout = self.door.common.half_closed_timeout;
+            let busy = self.activity.busy();
+            self.upgrade_to(Upgrade { caller, target, exchange, busy, half_closed_timeout });
             return Ok(response.map(|_| Body::empty()));
         }
         Ok(response.map(|incoming| Body { content: Content::Relayed { incoming, exchange }, _busy: None }))
     }
 
     /// A connection to the target on which one request can be made.
-    async fn connect(&self, endpoint: &Endpoint) -> Result<(SendRequest<Incoming>, Exchange), Failure> {
+    async fn connect(&self, endpoint: &Endpoint) -> Result<(SendRequest<Upload>, Exchange), Failure> {
         let Endpoint { target, who, tls } = endpoint;
         let common = &self.door.common;
         let mut dialling = Dialling { call: self, target, ended: false };
@@ -108,7 +114,7 @@ impl Call {
         &self,
         socket: S,
         endpoint: &Endpoint,
-    ) -> Result<(SendRequest<Incoming>, Exchange), Failure>
+    ) -> Result<(SendRequest<Upload>, Exchange), Failure>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
@@ -182,17 +188,17 @@ pub struct Upgrade {
     target: OnUpgrade,
     exchange: Exchange,
     busy: Busy,
+    half_closed_timeout: Duration,
 }
 
 impl Upgrade {
-    /// Passes on raw bytes until both directions have ended.
+    /// Passes on raw bytes until both directions have ended, or one has and the other is silent.
     pub async fn carry(self) {
-        let Self { caller, target, mut exchange, busy } = self;
+        let Self { caller, target, mut exchange, busy, half_closed_timeout } = self;
         let (Ok(caller), Ok(target)) = (caller.await, target.await) else { return };
-        let (mut caller, mut target) = (TokioIo::new(caller), TokioIo::new(target));
-        let copied = tokio::io::copy_bidirectional_with_sizes(&mut caller, &mut target, BUFFER, BUFFER).await;
-        match copied {
-            Ok(_) => exchange.complete(),
+        match relay_sockets(TokioIo::new(caller), TokioIo::new(target), half_closed_timeout).await {
+            Ok(true) => exchange.complete(),
+            Ok(false) => tracing::debug!("upgraded connection was half-closed and silent for too long"),
             Err(error) => tracing::debug!(%error, "upgraded connection failed"),
         }
         drop(busy);

@@ -11,6 +11,7 @@ mod forward;
 mod headers;
 mod path;
 mod tls;
+mod upload;
 
 use std::{
     convert::Infallible,
@@ -49,7 +50,7 @@ pub struct ProxyUrls {
     pub common: Common,
     pub directory: Arc<dyn Directory>,
     pub tls: TargetTls,
-    /// How long a connection may wait for its next request.
+    /// How long a connection may wait for its next request, and a target for the next bytes of a request's body.
     pub idle_timeout: Duration,
     /// Set when connections are to end after the request that they are at.
     pub draining: CancellationToken,

@@ -12,7 +12,7 @@ use std::{
 
 use bytes::{Buf, Bytes};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
-use tokio::time::{Instant, Sleep};
+use tokio::time::Sleep;
 
 /// Bytes of a body so far.
 pub type Progress = Arc<AtomicU64>;
@@ -25,7 +25,8 @@ struct Limited {
     /// Bytes that may still come.
     left: u64,
     stall: Duration,
-    deadline: Pin<Box<Sleep>>,
+    /// While the server waits.
+    deadline: Option<Pin<Box<Sleep>>>,
     progress: Progress,
     ended: bool,
 }
@@ -51,8 +52,7 @@ impl RequestBody {
         if incoming.is_end_stream() {
             return Self(None);
         }
-        let deadline = Box::pin(tokio::time::sleep(stall));
-        Self(Some(Limited { incoming, left: max, stall, deadline, progress, ended: false }))
+        Self(Some(Limited { incoming, left: max, stall, deadline: None, progress, ended: false }))
     }
 
     pub fn is_empty(&self) -> bool {
@@ -71,11 +71,15 @@ impl Body for RequestBody {
         let Some(body) = self.0.as_mut().filter(|body| !body.ended) else { return Poll::Ready(None) };
         let frame = match Pin::new(&mut body.incoming).poll_frame(cx) {
             Poll::Ready(frame) => frame,
-            Poll::Pending if body.deadline.as_mut().poll(cx).is_ready() => {
+            Poll::Pending => {
+                let stall = body.stall;
+                let deadline = body.deadline.get_or_insert_with(|| Box::pin(tokio::time::sleep(stall)));
+                if deadline.as_mut().poll(cx).is_pending() {
+                    return Poll::Pending;
+                }
                 body.ended = true;
                 return Poll::Ready(Some(Err(BodyError::Stalled)));
             }
-            Poll::Pending => return Poll::Pending,
         };
         let data = match frame {
             Some(Ok(frame)) => frame.into_data(),
@@ -95,7 +99,7 @@ impl Body for RequestBody {
         };
         let size = data.remaining() as u64;
         body.progress.fetch_add(size, Ordering::Relaxed);
-        body.deadline.as_mut().reset(Instant::now() + body.stall);
+        body.deadline = None;
         match body.left.checked_sub(size) {
             Some(left) => {
                 body.left = left;
