@@ -2,7 +2,10 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{
+        Arc, Mutex, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -19,6 +22,7 @@ pub struct Reloaded<T> {
     files: Vec<PathBuf>,
     read: Box<Read<T>>,
     current: RwLock<Arc<T>>,
+    generation: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -44,6 +48,7 @@ impl<T> Reloaded<T> {
             files,
             read: Box::new(read),
             current: RwLock::new(Arc::new(first)),
+            generation: AtomicU64::new(0),
             state: Mutex::new(State { read: seen.clone(), seen }),
         }))
     }
@@ -59,6 +64,9 @@ pub trait Follow: Send + Sync {
     /// Reads again if the files have changed since they were last read, and not since the last look: a file that
     /// still changes may be half-written.
     fn look(&self);
+
+    /// Changes with the value.
+    fn generation(&self) -> u64;
 }
 
 impl<T: Send + Sync> Follow for Reloaded<T> {
@@ -75,6 +83,7 @@ impl<T: Send + Sync> Follow for Reloaded<T> {
         match (self.read)() {
             Ok(value) => {
                 *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(value);
+                self.generation.fetch_add(1, Ordering::Release);
                 tracing::info!(what = self.what, "read again");
             }
             Err(error) => {
@@ -85,6 +94,10 @@ impl<T: Send + Sync> Follow for Reloaded<T> {
                 );
             }
         }
+    }
+
+    fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
     }
 }
 
@@ -124,9 +137,9 @@ mod tests {
         assert_eq!(*value.get(), 1);
         std::fs::write(&path, "22").unwrap();
         value.look();
-        assert_eq!(*value.get(), 1, "it may be half-written");
+        assert_eq!((*value.get(), value.generation()), (1, 0), "it may be half-written");
         value.look();
-        assert_eq!(*value.get(), 22);
+        assert_eq!((*value.get(), value.generation()), (22, 1));
         std::fs::write(&path, "broken").unwrap();
         value.look();
         value.look();
