@@ -7,5 +7,6 @@ pub mod authn;
 pub mod authz;
 pub mod https_client;
 pub mod reloaded;
+pub mod request_info;
 pub mod secret;
 pub mod user;
