@@ -8,6 +8,7 @@ pub mod authz;
 pub mod https_client;
 pub mod limits;
 pub mod reloaded;
+pub mod request_info;
 pub mod secret;
 pub mod tls;
 pub mod upstream;
