@@ -14,6 +14,7 @@ use proto::{
 };
 
 use crate::{
+    front_end::config::FrontEndConfig,
     inventory::{DEFAULT_USER, HostTrust, Inventory, InventoryNode, login_name},
     routing::cluster::Node,
 };
@@ -35,6 +36,8 @@ pub struct Config {
     pub call_home: Option<CallHomeConfig>,
     pub tunnels: TunnelsConfig,
     pub certificates: CertificatesConfig,
+    /// `None` serves no HTTPS front end.
+    pub front_end: Option<FrontEndConfig>,
     /// How long streams may go on after SIGTERM.
     pub shutdown_grace: Duration,
     /// The file of [`crate::inventory::Inventory`].
@@ -211,8 +214,8 @@ pub struct CertificatesConfig {
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// For waits: long enough for any network, and no accidental month.
-const WAIT: RangeInclusive<Duration> = Duration::from_millis(10)..=DAY;
-const COUNT: RangeInclusive<usize> = 1..=1_000_000;
+pub(crate) const WAIT: RangeInclusive<Duration> = Duration::from_millis(10)..=DAY;
+pub(crate) const COUNT: RangeInclusive<usize> = 1..=1_000_000;
 
 impl Config {
     /// Reads the file and checks the files that it names. The errors are those of the configuration and of the
@@ -254,6 +257,7 @@ impl Config {
             socks5: s.section("socks5", Socks5Config::read),
             proxy_urls: s.section("proxy_urls", ProxyUrlsConfig::read),
             call_home: s.section("call_home", |s| Some(CallHomeConfig::read(s))),
+            front_end: s.section("front_end", FrontEndConfig::read),
             tunnels: s.section_or_default("tunnels", TunnelsConfig::read),
             certificates: s.section_or_default("certificates", CertificatesConfig::read),
             shutdown_grace: s.duration("shutdown_grace", secs(30), Duration::ZERO..=DAY),
@@ -473,7 +477,7 @@ fn listen_loopback(s: &Section<'_>, default_port: u16) -> SocketAddr {
     address
 }
 
-fn secs(seconds: u64) -> Duration {
+pub(crate) fn secs(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
 
@@ -481,7 +485,7 @@ fn loopback(port: u16) -> SocketAddr {
     SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port)
 }
 
-fn any(port: u16) -> SocketAddr {
+pub(crate) fn any(port: u16) -> SocketAddr {
     SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port)
 }
 

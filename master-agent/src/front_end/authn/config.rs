@@ -134,6 +134,13 @@ impl AuthnConfig {
     }
 }
 
+impl AuthnConfig {
+    /// Whether a certificate can say who a caller is.
+    pub fn asks_for_certificates(&self) -> bool {
+        self.authenticators.iter().any(|one| matches!(one, AuthenticatorConfig::X509(_)))
+    }
+}
+
 fn read_item(item: &At<'_>, kinds: &Section<'_>) -> Option<AuthenticatorConfig> {
     const KINDS: [&str; 7] =
         ["x509", "token_file", "bootstrap_tokens", "service_account", "oidc", "webhook", "anonymous"];
