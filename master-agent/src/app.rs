@@ -198,9 +198,9 @@ fn serve(
     if let (Some(sockets), Some(config)) = (socks5, &agent.config.socks5) {
         serve_socks5(agent, sockets, config, callers, listeners);
     }
-    if let (Some(sockets), Some(config)) = (proxy_urls, &agent.config.proxy_urls) {
-        serve_proxy_urls(agent, sockets, config, callers, listeners);
-    }
+    let proxy_urls = proxy_urls.zip(agent.config.proxy_urls.as_ref());
+    let proxy_urls =
+        proxy_urls.map(|(sockets, config)| serve_proxy_urls(agent, sockets, config, callers, listeners));
     let door = Arc::new(Konnectivity {
         common: Common {
             dialer: agent.dialer.clone(),
@@ -224,8 +224,15 @@ fn serve(
     }
     if let (Some(listener), Some(config)) = (front_end, &agent.config.front_end) {
         let draining = agent.draining.clone();
-        let front_end =
-            FrontEnd::load(config, cluster, agent.metrics.clone(), callers, background, draining)?;
+        let front_end = FrontEnd::load(
+            config,
+            cluster,
+            proxy_urls,
+            agent.metrics.clone(),
+            callers,
+            background,
+            draining,
+        )?;
         front_end.watch(background);
         listeners.spawn(front_end.accept(listener));
     }
@@ -264,7 +271,7 @@ fn serve_proxy_urls(
     config: &ProxyUrlsConfig,
     callers: &Tasks,
     listeners: &Tasks,
-) {
+) -> Arc<ProxyUrls> {
     let door = Arc::new(ProxyUrls {
         common: Common {
             dialer: agent.dialer.clone(),
@@ -283,8 +290,9 @@ fn serve_proxy_urls(
         listeners.spawn(listen::unix(door.clone(), "proxy-url-unix", listener));
     }
     if let Some(listener) = sockets.tcp {
-        listeners.spawn(listen::tcp(door, "proxy-url-tcp", listener));
+        listeners.spawn(listen::tcp(door.clone(), "proxy-url-tcp", listener));
     }
+    door
 }
 
 async fn until_terminated(agent: &Arc<Agent>, links: &mut DialLinks) -> anyhow::Result<()> {

@@ -248,7 +248,7 @@ impl Config {
     }
 
     fn read(s: &Section<'_>) -> Option<Self> {
-        Some(Self {
+        let config = Self {
             state_dir: s.directory("state_dir", "/var/lib/master-agent"),
             log: s.section_or_default("log", Log::read),
             admin: s.section_or_default("admin", AdminConfig::read),
@@ -263,7 +263,18 @@ impl Config {
             shutdown_grace: s.duration("shutdown_grace", secs(30), Duration::ZERO..=DAY),
             inventory: s.file("inventory"),
             kubernetes: s.section("kubernetes", |s| Some(KubernetesConfig::read(s))),
-        })
+        };
+        let through_front_end = config.front_end.as_ref().is_some_and(|f| f.serve_proxy_urls);
+        match &config.proxy_urls {
+            Some(urls) if urls.unix.is_none() && urls.tcp.is_none() && !through_front_end => {
+                s.error("proxy_urls", NO_LISTENER);
+            }
+            None if through_front_end => {
+                s.error("front_end", "serve_proxy_urls needs a section proxy_urls, which may be empty: {}");
+            }
+            Some(_) | None => {}
+        }
+        Some(config)
     }
 }
 
@@ -377,9 +388,6 @@ impl ProxyUrlsConfig {
             half_closed_timeout: s.duration("half_closed_timeout", secs(600), WAIT),
             max_connections: s.number("max_connections", 4096, COUNT),
         };
-        if config.unix.is_none() && config.tcp.is_none() {
-            s.section_error(NO_LISTENER);
-        }
         Some(config)
     }
 }
@@ -774,7 +782,7 @@ mod tests {
                 "socks5:\n  tcp: {listen: \"[::]:1080\", allow_remote: true}",
                 "2:30: socks5.tcp.allow_remote: unknown field",
             ),
-            ("proxy_urls: {}", "1:1: proxy_urls: has no listener: give it unix, tcp or both"),
+            ("proxy_urls: {}", "1:13: proxy_urls: has no listener: give it unix, tcp or both"),
             (
                 "proxy_urls:\n  tcp: {listen: 10.0.0.1:8130}",
                 "2:17: proxy_urls.tcp.listen: 10.0.0.1:8130 has no authentication, so it must be a loopback address",

@@ -25,6 +25,8 @@ pub struct FrontEndConfig {
     pub authz: AuthzConfig,
     /// Also authorize what goes to kube-apiserver, which authorizes it again.
     pub authorize_everything: bool,
+    /// Answer proxy URLs of nodes, pods and services here, through tunnels, rather than hand them on.
+    pub serve_proxy_urls: bool,
     pub upstream: UpstreamConfig,
     pub limits: LimitsConfig,
     pub audit: AuditConfig,
@@ -48,6 +50,7 @@ impl FrontEndConfig {
             authn: AuthnConfig::read(s),
             authz: AuthzConfig::read(s, "authorization"),
             authorize_everything: s.or("authorize_everything", false),
+            serve_proxy_urls: s.or("serve_proxy_urls", false),
             limits: s.section_or_default("limits", LimitsConfig::read),
             audit: s.section_or_default("audit", AuditConfig::read),
             upstream: upstream?,

@@ -17,7 +17,7 @@ use hyper::{
     upgrade::OnUpgrade,
 };
 use hyper_util::rt::TokioIo;
-use proto::io::relay::relay_sockets;
+use proto::io::{dialer::Origin, relay::relay_sockets};
 
 use super::{
     audit::Record,
@@ -26,11 +26,17 @@ use super::{
     headers,
     limits::Place,
     request_info::RequestInfo,
-    server::Connection,
+    server::{Connection, DOOR},
     upstream::{BodyError, Lease, RequestBody, UpstreamError},
     user::User,
 };
-use crate::http::{hop::Hop, status::Failure, watched::Busy};
+use crate::{
+    front_door::{
+        Caller,
+        proxy_url::{self, ProxyUrls},
+    },
+    http::{hop::Hop, status::Failure, watched::Busy},
+};
 
 impl Connection {
     pub(super) async fn answer(
@@ -77,11 +83,15 @@ impl Connection {
         )
         .map_err(|error| Failure::new(StatusCode::BAD_REQUEST, error.to_string()))?;
         record.about(&info);
-        let user = self.authorize(&head, caller, &info, record).await?;
+        let urls = front_end.proxy_urls.as_ref().filter(|_| is_proxy_url(&info));
+        let user = self.authorize(&head, caller, &info, urls.is_some(), record).await?;
         let long_running = hop.upgrade.is_some() || is_long_running(&info, head.uri.query());
         let place =
             front_end.limits.place(&user.name, long_running).await.inspect_err(|_| record.limited())?;
 
+        if let Some(urls) = urls {
+            return self.through_tunnel(urls, &user, place, Request::from_parts(head, body)).await;
+        }
         headers::request(&mut head.headers, &hop, &user, peer)?;
         head.version = Version::HTTP_11;
         let announced = body.size_hint().lower();
@@ -105,7 +115,7 @@ impl Connection {
         let place = match place {
             // The work is done once the response begins; how fast its caller reads is not the others' loss.
             Place::Seat(_) => None,
-            Place::LongRunning(counted) => Some(counted),
+            Place::LongRunning(_) => Some(place),
         };
 
         let upgraded = response.status() == StatusCode::SWITCHING_PROTOCOLS;
@@ -130,6 +140,27 @@ impl Connection {
             }
         });
         Ok(response.map(|_| Answer::from(Content::Own(Full::default()))))
+    }
+
+    /// Answers a proxy URL: to its target goes nothing of who asks.
+    async fn through_tunnel(
+        self: &Arc<Self>,
+        urls: &Arc<ProxyUrls>,
+        user: &User,
+        place: Place,
+        request: Request<Incoming>,
+    ) -> Result<Response<Answer>, Failure> {
+        let origin = Origin(format!("front-end {:?} {}", user.name, self.peer));
+        let caller = Caller { door: DOOR, origin };
+        let (response, upgrade) = urls.answer(caller, self.peer.ip(), &self.activity, request).await?;
+        if let Some(upgrade) = upgrade {
+            self.front_end.connections.spawn(async move {
+                let _held = place;
+                upgrade.carry().await;
+            });
+            return Ok(response.map(|body| Answer::from(Content::Target(body))));
+        }
+        Ok(response.map(|body| Answer { _place: Some(place), ..Answer::from(Content::Target(body)) }))
     }
 
     async fn authenticate(&self, head: &Parts, record: &mut Record) -> Result<Authenticated, Failure> {
@@ -172,6 +203,7 @@ impl Connection {
         head: &Parts,
         caller: Authenticated,
         info: &RequestInfo,
+        served_here: bool,
         record: &mut Record,
     ) -> Result<User, Failure> {
         let front_end = &self.front_end;
@@ -191,7 +223,7 @@ impl Connection {
                 }
             },
         };
-        if front_end.authorize_everything {
+        if served_here || front_end.authorize_everything {
             let verdict = front_end.authz.decide(&Attributes { user: &user, request: info }).await;
             record.decided(&verdict);
             if !verdict.allowed {
@@ -252,6 +284,14 @@ fn failed_body(error: &BodyError) -> Failure {
     Failure::new(code, error.to_string())
 }
 
+/// Whether a request is for what stands behind a node, pod or service.
+fn is_proxy_url(info: &RequestInfo) -> bool {
+    info.group.is_empty()
+        && info.version == "v1"
+        && info.subresource == "proxy"
+        && ["nodes", "pods", "services"].contains(&info.resource.as_str())
+}
+
 /// Whether a request may take as long as it likes, as kube-apiserver has it.
 fn is_long_running(info: &RequestInfo, query: Option<&str>) -> bool {
     let follows = || {
@@ -270,12 +310,17 @@ fn is_long_running(info: &RequestInfo, query: Option<&str>) -> bool {
 pub struct Answer {
     content: Content,
     ended: Option<Ended>,
-    _place: Option<super::limits::Counted<String>>,
+    _place: Option<Place>,
 }
 
 enum Content {
     Own(Full<Bytes>),
-    Relayed { incoming: Incoming, lease: Lease },
+    Relayed {
+        incoming: Incoming,
+        lease: Lease,
+    },
+    /// Of what was reached through a tunnel.
+    Target(proxy_url::Body),
 }
 
 /// Dropped when a response has been passed on, or given up.
@@ -311,6 +356,7 @@ impl Body for Answer {
         let this = &mut *self;
         match &mut this.content {
             Content::Own(body) => Pin::new(body).poll_frame(cx).map_err(|never| match never {}),
+            Content::Target(body) => Pin::new(body).poll_frame(cx),
             Content::Relayed { incoming, lease } => {
                 let frame = Pin::new(&mut *incoming).poll_frame(cx);
                 if let Poll::Ready(Some(Ok(frame))) = &frame
@@ -329,6 +375,7 @@ impl Body for Answer {
     fn is_end_stream(&self) -> bool {
         match &self.content {
             Content::Own(body) => body.is_end_stream(),
+            Content::Target(body) => body.is_end_stream(),
             Content::Relayed { incoming, .. } => incoming.is_end_stream(),
         }
     }
@@ -336,6 +383,7 @@ impl Body for Answer {
     fn size_hint(&self) -> SizeHint {
         match &self.content {
             Content::Own(body) => body.size_hint(),
+            Content::Target(body) => body.size_hint(),
             Content::Relayed { incoming, .. } => incoming.size_hint(),
         }
     }

@@ -32,6 +32,7 @@ use super::{
     upstream::Upstream,
 };
 use crate::{
+    front_door::proxy_url::ProxyUrls,
     http::{
         Executor,
         watched::{Activity, PatientWriter, Watched},
@@ -60,6 +61,8 @@ pub struct FrontEnd {
     pub(super) authn: Authenticators,
     pub(super) authz: Authorizers,
     pub(super) authorize_everything: bool,
+    /// `None` hands proxy URLs on.
+    pub(super) proxy_urls: Option<Arc<ProxyUrls>>,
     pub(super) upstream: Arc<Upstream>,
     pub(super) limits: Limits,
     pub(super) config: LimitsConfig,
@@ -87,6 +90,7 @@ impl FrontEnd {
     pub fn load(
         config: &FrontEndConfig,
         cluster: Option<&kube::Client>,
+        proxy_urls: Option<Arc<ProxyUrls>>,
         metrics: Metrics,
         callers: &Tasks,
         background: &Tasks,
@@ -104,6 +108,7 @@ impl FrontEnd {
             authn,
             authz,
             authorize_everything: config.authorize_everything,
+            proxy_urls: proxy_urls.filter(|_| config.serve_proxy_urls),
             upstream: Arc::new(upstream),
             limits: Limits::new(&config.limits),
             config: config.limits.clone(),
