@@ -219,8 +219,14 @@ pub struct RemoteKeys {
     location: Location,
     pause: Duration,
     fetched: RwLock<Option<(Arc<KeySet>, Instant)>>,
-    /// When the last fetch began.
-    fetching: tokio::sync::Mutex<Option<Instant>>,
+    fetching: tokio::sync::Mutex<Option<Attempt>>,
+}
+
+/// The last fetch.
+struct Attempt {
+    began: Instant,
+    /// Why it came to nothing.
+    failure: Option<Reason>,
 }
 
 pub enum Location {
@@ -275,13 +281,16 @@ impl RemoteKeys {
 
     async fn fetch(
         &self,
-        mut fetching: tokio::sync::MutexGuard<'_, Option<Instant>>,
+        mut fetching: tokio::sync::MutexGuard<'_, Option<Attempt>>,
         now: Moment,
     ) -> Result<Arc<KeySet>, Reason> {
-        if fetching.is_some_and(|last| now.monotonic.saturating_duration_since(last) < self.pause) {
-            return Err(Reason::Unavailable("the keys were fetched, or not, a moment ago".into()));
+        if let Some(last) = &*fetching
+            && now.monotonic.saturating_duration_since(last.began) < self.pause
+        {
+            let recent = || Reason::Unavailable("the keys were fetched a moment ago".into());
+            return Err(last.failure.clone().unwrap_or_else(recent));
         }
-        *fetching = Some(now.monotonic);
+        *fetching = Some(Attempt { began: now.monotonic, failure: None });
         match self.ask().await {
             Ok(set) => {
                 let set = Arc::new(set);
@@ -291,7 +300,9 @@ impl RemoteKeys {
             }
             Err(error) => {
                 tracing::warn!(error = format!("{error:#}"), "the keys of tokens can't be fetched");
-                Err(Reason::unavailable(&error))
+                let failure = Reason::unavailable(&error);
+                *fetching = Some(Attempt { began: now.monotonic, failure: Some(failure.clone()) });
+                Err(failure)
             }
         }
     }
