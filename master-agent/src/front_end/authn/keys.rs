@@ -17,13 +17,18 @@ use jsonwebtoken::{Algorithm, DecodingKey};
 use rustls::pki_types::pem::{PemObject, SectionKind};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
-use x509_parser::{certificate::X509Certificate, prelude::FromDer, x509::SubjectPublicKeyInfo};
+use x509_parser::{
+    certificate::X509Certificate, prelude::FromDer, public_key::PublicKey, x509::SubjectPublicKeyInfo,
+};
 
 use super::{Moment, Reason};
 use crate::front_end::{https_client::JsonClient, reloaded::Reloaded};
 
 /// Keys of one file or key set.
 const MAX_KEYS: usize = 100;
+
+/// Bits of an RSA key.
+const MIN_RSA: usize = 2048;
 
 const RSA: [Algorithm; 6] = [
     Algorithm::RS256,
@@ -124,7 +129,11 @@ impl Key {
         let algorithm = info.algorithm.algorithm.to_id_string();
         let (algorithms, key) = match (algorithm.as_str(), curve.map(|curve| curve.to_id_string()).as_deref())
         {
-            ("1.2.840.113549.1.1.1", _) => (RSA.to_vec(), DecodingKey::from_rsa_der(bits)),
+            ("1.2.840.113549.1.1.1", _) => {
+                let long = matches!(info.parsed(), Ok(PublicKey::RSA(key)) if key.key_size() >= MIN_RSA);
+                ensure!(long, "has an RSA key of less than {MIN_RSA} bits");
+                (RSA.to_vec(), DecodingKey::from_rsa_der(bits))
+            }
             ("1.2.840.10045.2.1", Some("1.2.840.10045.3.1.7")) => {
                 (vec![Algorithm::ES256], DecodingKey::from_ec_der(bits))
             }
@@ -172,7 +181,7 @@ impl Key {
 /// Where keys come from.
 pub enum KeySource {
     File(Arc<Reloaded<KeySet>>),
-    Remote(RemoteKeys),
+    Remote(Box<RemoteKeys>),
 }
 
 impl KeySource {
@@ -315,7 +324,7 @@ impl RemoteKeys {
                 let uri = format!("{}/.well-known/openid-configuration", issuer.trim_end_matches('/'));
                 let uri: Uri = uri.parse().context("the issuer is not a URL")?;
                 let found: Discovery = client.get(&uri).await?;
-                ensure!(found.issuer == *issuer, "{uri} is about the issuer {:?}", found.issuer);
+                ensure!(found.issuer == *issuer, "{uri} is about another issuer");
                 found.jwks_uri.parse().with_context(|| format!("{uri} has a jwks_uri that is not a URL"))?
             }
         };

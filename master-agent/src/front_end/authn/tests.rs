@@ -213,6 +213,26 @@ async fn a_token_is_remembered_until_a_file_changes_or_its_time_is_over() {
 }
 
 #[tokio::test]
+async fn a_token_with_any_character_changed_is_refused() {
+    let world = World::new().await;
+    let items = "- service_account: {issuers: [https://cluster], audiences: [api], key_files: [keys.pem]}";
+    let (authenticators, _files) = load(items, &world);
+    for signer in [&world.rsa, &world.p256, &world.ed25519] {
+        let token = signer.token(&world.account_claims());
+        assert!(Request::bearer(&token).authenticate(&authenticators, at(0)).await.is_ok());
+        for (i, character) in token.char_indices() {
+            for other in ["A", "B", "_", ".", "="].into_iter().filter(|other| *other != character.to_string())
+            {
+                let mut changed = token.clone();
+                changed.replace_range(i..=i, other);
+                let found = Request::bearer(&changed).authenticate(&authenticators, at(0)).await;
+                assert!(found.is_err(), "character {i} changed to {other}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
 async fn what_is_remembered_does_not_change_the_order() {
     let world = World::new().await;
     let token = world.rsa.token(&world.account_claims());
@@ -371,6 +391,7 @@ async fn the_configuration_is_strict() {
         ("[{anonymous: {}}]", "paths: is required"),
         ("[{anonymous: {paths: ['/healthz*']}}]", "expected an exact path"),
         ("[{anonymous: {paths: [healthz]}}]", "expected an exact path"),
+        ("[{x509: {ca: ca.pem}}, {x509: {ca: cas.pem}}]", "has x509 twice"),
         ("{}", "expected a list"),
     ] {
         let errors = read(&format!("authentication: {yaml}"), &world).unwrap_err().to_string();

@@ -293,6 +293,7 @@ impl Signer {
             (URL_SAFE_NO_PAD.encode(&raw[1..=length]), URL_SAFE_NO_PAD.encode(&raw[length + 1..]))
         };
         let curve = |name, (x, y): (String, String)| json!({"kty": "EC", "crv": name, "x": x, "y": y});
+        #[expect(clippy::wildcard_enum_match_arm, reason = "not exhaustive")]
         let key = match self.algorithm {
             Algorithm::ES256 => curve("P-256", halves(32)),
             Algorithm::ES384 => curve("P-384", halves(48)),
