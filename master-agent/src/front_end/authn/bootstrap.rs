@@ -141,11 +141,14 @@ fn extra_groups(text: &str) -> Option<Vec<String>> {
     text.split(',').filter(|one| !one.is_empty()).map(group).collect()
 }
 
+/// By their IDs.
+type Tokens = HashMap<String, BootstrapToken>;
+
 /// Those of a file, which must be closed to group and others.
-pub struct FileTokens(Arc<Reloaded<HashMap<String, BootstrapToken>>>);
+pub struct FileTokens(Arc<Reloaded<Tokens>>);
 
 impl FileTokens {
-    pub fn load(path: PathBuf) -> anyhow::Result<(Self, Arc<Reloaded<HashMap<String, BootstrapToken>>>)> {
+    pub fn load(path: PathBuf) -> anyhow::Result<(Self, Arc<Reloaded<Tokens>>)> {
         let what = format!("the bootstrap tokens of {}", path.display());
         let tokens = Reloaded::load(what, vec![path.clone()], move || read(&path))?;
         Ok((Self(tokens.clone()), tokens))
@@ -158,13 +161,13 @@ impl BootstrapTokens for FileTokens {
     }
 }
 
-fn read(path: &Path) -> anyhow::Result<HashMap<String, BootstrapToken>> {
+fn read(path: &Path) -> anyhow::Result<Tokens> {
     let text = Zeroizing::new(secret_file::read(path)?);
     parse(&text).with_context(|| path.display().to_string())
 }
 
 /// Errors name the line and never what is on it.
-fn parse(text: &str) -> anyhow::Result<HashMap<String, BootstrapToken>> {
+fn parse(text: &str) -> anyhow::Result<Tokens> {
     let mut tokens = HashMap::new();
     for (line, fields) in csv::records(text).map_err(anyhow::Error::msg)? {
         let mut fields = fields.into_iter();

@@ -7,8 +7,8 @@ use hyper::Uri;
 use proto::config::{At, Section};
 
 use super::{
-    Anonymous, Authenticator, Authenticators, Bootstrap, BootstrapTokens, ClusterTokens, FileTokens, Oidc,
-    ServiceAccounts, TokenFile, Webhook, X509,
+    Anonymous, Authenticator, Authenticators, Bootstrap, BootstrapTokens, ClientCa, ClusterTokens,
+    FileTokens, Oidc, ServiceAccounts, TokenFile, Webhook, X509,
     keys::{KeySource, Location, RemoteKeys},
 };
 use crate::front_end::{
@@ -122,7 +122,11 @@ impl AuthnConfig {
     pub fn read(section: &Section<'_>) -> Self {
         let items = section.items("authentication");
         let authenticators = items.iter().filter_map(|item| item.section(|kinds| read_item(item, kinds)));
-        let authenticators = authenticators.collect();
+        let authenticators: Vec<_> = authenticators.collect();
+        let x509 = |one: &&AuthenticatorConfig| matches!(one, AuthenticatorConfig::X509(_));
+        if authenticators.iter().filter(x509).count() > 1 {
+            section.error("authentication", "has x509 twice: one file can hold several CAs");
+        }
         let cache = section.section_or_default("authentication_cache", |section| {
             let default = CacheConfig::default();
             CacheConfig {
@@ -322,13 +326,16 @@ impl Authenticators {
     ) -> anyhow::Result<(Self, Vec<Arc<dyn Follow>>)> {
         let mut files = Vec::new();
         let mut chain = Vec::new();
+        let mut client_ca = None;
         for one in &config.authenticators {
             let kind = one.kind();
-            let authenticator =
-                one.load(cluster, &mut files).with_context(|| format!("authentication: {kind}"))?;
+            let authenticator = one
+                .load(cluster, &mut files, &mut client_ca)
+                .with_context(|| format!("authentication: {kind}"))?;
             chain.push((kind, authenticator));
         }
-        Ok((Self::new(chain, files.clone(), config.cache), files))
+        let authenticators = Self { client_ca, ..Self::new(chain, files.clone(), config.cache) };
+        Ok((authenticators, files))
     }
 }
 
@@ -350,11 +357,13 @@ impl AuthenticatorConfig {
         &self,
         cluster: Option<&kube::Client>,
         files: &mut Vec<Arc<dyn Follow>>,
+        client_ca: &mut Option<Arc<Reloaded<ClientCa>>>,
     ) -> anyhow::Result<Box<dyn Authenticator>> {
         Ok(match self {
             Self::X509(config) => {
                 let (x509, ca) = X509::load(config.clone())?;
-                files.push(ca);
+                files.push(ca.clone());
+                *client_ca = Some(ca);
                 Box::new(x509)
             }
             Self::TokenFile(path) => {
@@ -393,7 +402,7 @@ impl AuthenticatorConfig {
                             client("the key set's CA", ClientTls { ca, identity: None }, FETCH_TIMEOUT)?;
                         files.push(client.clone());
                         let remote = RemoteKeys::new(client, Location::Jwks(url), refresh_pause);
-                        keys.push(KeySource::Remote(remote));
+                        keys.push(KeySource::Remote(Box::new(remote)));
                     }
                     None => {}
                 }
@@ -405,7 +414,7 @@ impl AuthenticatorConfig {
                 files.push(client.clone());
                 let location = Location::Discovery(config.issuer.clone());
                 let keys = RemoteKeys::new(client, location, config.refresh_pause);
-                Box::new(Oidc::new(config.clone(), KeySource::Remote(keys)))
+                Box::new(Oidc::new(config.clone(), KeySource::Remote(Box::new(keys))))
             }
             Self::Webhook(config) => {
                 let client = client("the authentication webhook's TLS", config.tls.clone(), config.timeout)?;

@@ -17,13 +17,18 @@ use jsonwebtoken::{Algorithm, DecodingKey};
 use rustls::pki_types::pem::{PemObject, SectionKind};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
-use x509_parser::{certificate::X509Certificate, prelude::FromDer, x509::SubjectPublicKeyInfo};
+use x509_parser::{
+    certificate::X509Certificate, prelude::FromDer, public_key::PublicKey, x509::SubjectPublicKeyInfo,
+};
 
 use super::{Moment, Reason};
 use crate::front_end::{https_client::JsonClient, reloaded::Reloaded};
 
 /// Keys of one file or key set.
 const MAX_KEYS: usize = 100;
+
+/// Bits of an RSA key.
+const MIN_RSA: usize = 2048;
 
 const RSA: [Algorithm; 6] = [
     Algorithm::RS256,
@@ -124,7 +129,11 @@ impl Key {
         let algorithm = info.algorithm.algorithm.to_id_string();
         let (algorithms, key) = match (algorithm.as_str(), curve.map(|curve| curve.to_id_string()).as_deref())
         {
-            ("1.2.840.113549.1.1.1", _) => (RSA.to_vec(), DecodingKey::from_rsa_der(bits)),
+            ("1.2.840.113549.1.1.1", _) => {
+                let long = matches!(info.parsed(), Ok(PublicKey::RSA(key)) if key.key_size() >= MIN_RSA);
+                ensure!(long, "has an RSA key of less than {MIN_RSA} bits");
+                (RSA.to_vec(), DecodingKey::from_rsa_der(bits))
+            }
             ("1.2.840.10045.2.1", Some("1.2.840.10045.3.1.7")) => {
                 (vec![Algorithm::ES256], DecodingKey::from_ec_der(bits))
             }
@@ -172,7 +181,7 @@ impl Key {
 /// Where keys come from.
 pub enum KeySource {
     File(Arc<Reloaded<KeySet>>),
-    Remote(RemoteKeys),
+    Remote(Box<RemoteKeys>),
 }
 
 impl KeySource {
@@ -219,8 +228,14 @@ pub struct RemoteKeys {
     location: Location,
     pause: Duration,
     fetched: RwLock<Option<(Arc<KeySet>, Instant)>>,
-    /// When the last fetch began.
-    fetching: tokio::sync::Mutex<Option<Instant>>,
+    fetching: tokio::sync::Mutex<Option<Attempt>>,
+}
+
+/// The last fetch.
+struct Attempt {
+    began: Instant,
+    /// Why it came to nothing.
+    failure: Option<Reason>,
 }
 
 pub enum Location {
@@ -275,13 +290,16 @@ impl RemoteKeys {
 
     async fn fetch(
         &self,
-        mut fetching: tokio::sync::MutexGuard<'_, Option<Instant>>,
+        mut fetching: tokio::sync::MutexGuard<'_, Option<Attempt>>,
         now: Moment,
     ) -> Result<Arc<KeySet>, Reason> {
-        if fetching.is_some_and(|last| now.monotonic.saturating_duration_since(last) < self.pause) {
-            return Err(Reason::Unavailable("the keys were fetched, or not, a moment ago".into()));
+        if let Some(last) = &*fetching
+            && now.monotonic.saturating_duration_since(last.began) < self.pause
+        {
+            let recent = || Reason::Unavailable("the keys were fetched a moment ago".into());
+            return Err(last.failure.clone().unwrap_or_else(recent));
         }
-        *fetching = Some(now.monotonic);
+        *fetching = Some(Attempt { began: now.monotonic, failure: None });
         match self.ask().await {
             Ok(set) => {
                 let set = Arc::new(set);
@@ -291,7 +309,9 @@ impl RemoteKeys {
             }
             Err(error) => {
                 tracing::warn!(error = format!("{error:#}"), "the keys of tokens can't be fetched");
-                Err(Reason::unavailable(&error))
+                let failure = Reason::unavailable(&error);
+                *fetching = Some(Attempt { began: now.monotonic, failure: Some(failure.clone()) });
+                Err(failure)
             }
         }
     }
@@ -304,7 +324,7 @@ impl RemoteKeys {
                 let uri = format!("{}/.well-known/openid-configuration", issuer.trim_end_matches('/'));
                 let uri: Uri = uri.parse().context("the issuer is not a URL")?;
                 let found: Discovery = client.get(&uri).await?;
-                ensure!(found.issuer == *issuer, "{uri} is about the issuer {:?}", found.issuer);
+                ensure!(found.issuer == *issuer, "{uri} is about another issuer");
                 found.jwks_uri.parse().with_context(|| format!("{uri} has a jwks_uri that is not a URL"))?
             }
         };

@@ -12,11 +12,11 @@ use std::{
     fmt,
     pin::Pin,
     sync::Arc,
-    time::{Duration, Instant, SystemTime},
+    time::{Instant, SystemTime},
 };
 
 use super::{
-    reloaded::Follow,
+    reloaded::{Follow, Reloaded},
     user::{AUTHENTICATED, UNAUTHENTICATED, User},
 };
 
@@ -69,12 +69,6 @@ impl Moment {
     /// Seconds since 1970, 0 before.
     pub fn unix(&self) -> u64 {
         self.wall.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
-    }
-
-    /// This moment, `by` later.
-    #[must_use]
-    pub fn after(&self, by: Duration) -> Self {
-        Self { wall: self.wall + by, monotonic: self.monotonic + by }
     }
 }
 
@@ -153,6 +147,7 @@ pub struct Authenticators {
     remembered: Cache<Remembered>,
     /// What the authenticators are read from: when one changes, nothing is remembered.
     files: Vec<Arc<dyn Follow>>,
+    client_ca: Option<Arc<Reloaded<ClientCa>>>,
 }
 
 #[derive(Clone)]
@@ -169,10 +164,16 @@ impl Authenticators {
         files: Vec<Arc<dyn Follow>>,
         cache: CacheConfig,
     ) -> Self {
-        Self { chain, remembered: Cache::new(cache.size, cache.ttl), files }
+        Self { chain, remembered: Cache::new(cache.size, cache.ttl), files, client_ca: None }
     }
 
-    /// Changes whenever a file that decides about callers does. What was found out before holds no longer.
+    /// Whose certificates TLS asks callers for; `None` asks for none.
+    pub fn client_ca(&self) -> Option<&Arc<Reloaded<ClientCa>>> {
+        self.client_ca.as_ref()
+    }
+
+    /// Changes whenever a file that decides about callers does: what was found out before holds no longer. What was
+    /// found out about a connection's certificate may be kept until then, or until it expires.
     pub fn generation(&self) -> u64 {
         self.files.iter().fold(0, |sum, file| sum.wrapping_add(file.generation()))
     }

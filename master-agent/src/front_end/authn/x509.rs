@@ -22,6 +22,8 @@ use crate::front_end::{https_client, reloaded::Reloaded, user::User};
 const UID: &str = "1.3.6.1.4.1.57683.2";
 pub const CREDENTIAL_ID: &str = "authentication.kubernetes.io/credential-id";
 
+const NOT_X509: &str = "it is not X.509";
+
 /// Intermediate certificates that are looked at.
 const MAX_CHAIN: usize = 10;
 
@@ -96,7 +98,7 @@ impl Authenticator for X509 {
 }
 
 fn user(leaf: &CertificateDer<'_>) -> Result<Recognized, Reason> {
-    let malformed = || Reason::Certificate("it is not X.509".into());
+    let malformed = || Reason::Certificate(NOT_X509.into());
     let (_, certificate) = X509Certificate::from_der(leaf).map_err(|_| malformed())?;
     let usage = certificate.extended_key_usage().map_err(|_| malformed())?;
     // The verifier lets a certificate pass that has no usages at all.
@@ -145,10 +147,13 @@ fn reason(error: &rustls::Error) -> Reason {
         }
         CertificateError::Revoked => Reason::CertificateRevoked,
         CertificateError::UnknownRevocationStatus => Reason::RevocationUnknown,
-        CertificateError::UnknownIssuer => Reason::CertificateIssuer,
+        // Where another CA has the name of one that is trusted, the signature is what is wrong.
+        CertificateError::UnknownIssuer | CertificateError::BadSignature => Reason::CertificateIssuer,
+        CertificateError::BadEncoding => Reason::Certificate(NOT_X509.into()),
         CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
             Reason::CertificateUsage
         }
+        CertificateError::Other(other) => Reason::Certificate(other.to_string()),
         other => Reason::Certificate(other.to_string()),
     }
 }
