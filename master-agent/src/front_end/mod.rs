@@ -3,6 +3,7 @@
 //! Every request passes, in this order: TLS, authentication ([`authn`]), authorization ([`authz`]),
 //! and is then handed to kube-apiserver as an authenticating proxy does.
 
+pub mod audit;
 pub mod authn;
 pub mod authz;
 pub mod https_client;

@@ -191,7 +191,7 @@ fn spec(Attributes { user, request }: &Attributes<'_>) -> SubjectAccessReviewSpe
         })
         .collect();
     let field_selector = (!requirements.is_empty())
-        .then(|| FieldSelectorAttributes { requirements: Some(requirements), raw_selector: None });
+        .then_some(FieldSelectorAttributes { requirements: Some(requirements), raw_selector: None });
     spec.resource_attributes = Some(ResourceAttributes {
         field_selector,
         group: some(&request.group),
