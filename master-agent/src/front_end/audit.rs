@@ -29,8 +29,8 @@ mod file;
 /// Characters of a path and its query.
 const MAX_PATH: usize = 2048;
 /// Characters of any other text.
-const MAX_TEXT: usize = 512;
-const MAX_GROUPS: usize = 32;
+const MAX_TEXT: usize = 256;
+const MAX_GROUPS: usize = 16;
 /// Between log lines about lost records.
 const LOST_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -265,7 +265,7 @@ struct Line<'a> {
     impersonated: Option<String>,
     source: String,
     #[serde(skip_serializing_if = "Option::is_none")]
-    verb: Option<&'a str>,
+    verb: Option<String>,
     method: String,
     path: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -308,7 +308,7 @@ impl Record<'_> {
             authenticator: self.authenticator,
             impersonated: self.impersonated.map(|user| text(&user.name)),
             source: text(self.source),
-            verb: self.request.map(|request| request.verb.as_str()),
+            verb: of(|request| &request.verb),
             method: text(self.method),
             path: shortened(&recorded_path(self.path, self.query), MAX_PATH),
             group: of(|request| &request.group),

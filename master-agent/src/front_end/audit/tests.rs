@@ -4,6 +4,7 @@ use std::{
     path::Path,
 };
 
+use proto::config::{Source, parse};
 use serde_json::Value;
 
 use super::*;
@@ -120,6 +121,7 @@ fn nothing_forges_a_line_or_hides_in_one() {
         ..User::default()
     };
     let info = RequestInfo {
+        verb: forged.repeat(100),
         group: forged.into(),
         resource: forged.into(),
         subresource: forged.into(),
@@ -321,6 +323,22 @@ async fn a_full_queue_waits_a_little_and_loses() {
     stuck.recv().await.unwrap();
     audit.record(&record()).await;
     assert_eq!(counter.get(), 2);
+}
+
+#[test]
+fn the_configuration() {
+    let read = |text: &str| {
+        let source = Source { origin: "test", base_dir: Path::new("/var"), check_files: false };
+        parse(text, source, |section| section.section("audit", |s| Some(AuditConfig::read(s))))
+    };
+    let defaults = read("audit: {}").unwrap();
+    assert_eq!((defaults.file, defaults.max_bytes, defaults.keep), (None, 100 << 20, 10));
+    let all = read("audit: {file: audit.log, max_megabytes: 1, keep: 2, queue: 3, wait: 0s}").unwrap();
+    let file = Some("/var/audit.log".into());
+    assert_eq!(all, AuditConfig { file, max_bytes: 1 << 20, keep: 2, queue: 3, wait: Duration::ZERO });
+    for wrong in ["{keep: 0}", "{queue: 0}", "{wait: 1m}", "{files: x}", "{max_megabytes: 0}"] {
+        read(&format!("audit: {wrong}")).unwrap_err();
+    }
 }
 
 #[test]
