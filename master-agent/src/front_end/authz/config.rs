@@ -16,7 +16,7 @@ pub struct AuthzConfig(pub Vec<AuthorizerConfig>);
 pub enum AuthorizerConfig {
     Rbac(RbacConfig),
     Node(NodeConfig),
-    Webhook(WebhookConfig),
+    Webhook(Box<WebhookConfig>),
     Paths(Vec<PathRule>),
 }
 
@@ -106,7 +106,7 @@ fn read_rbac(section: &Section<'_>) -> Option<RbacConfig> {
     Some(RbacConfig { files })
 }
 
-fn read_webhook(section: &Section<'_>) -> Option<WebhookConfig> {
+fn read_webhook(section: &Section<'_>) -> Option<Box<WebhookConfig>> {
     let url = section.required::<String>("url").and_then(|text| match text.parse::<Uri>() {
         Ok(url) if url.scheme_str() == Some("https") && url.host().is_some() => Some(url),
         Ok(_) | Err(_) => {
@@ -132,7 +132,7 @@ fn read_webhook(section: &Section<'_>) -> Option<WebhookConfig> {
             false
         }
     };
-    Some(WebhookConfig {
+    Some(Box::new(WebhookConfig {
         tls: ClientTls { ca, identity },
         timeout: section.duration("timeout", seconds(5), Duration::from_millis(100)..=seconds(60)),
         allow_ttl: section.duration("allow_ttl", seconds(300), Duration::ZERO..=seconds(3600)),
@@ -141,7 +141,7 @@ fn read_webhook(section: &Section<'_>) -> Option<WebhookConfig> {
         max_in_flight: section.number("max_in_flight", 64, 1..=10_000),
         failure_denies,
         url: url?,
-    })
+    }))
 }
 
 fn read_paths(section: &Section<'_>) -> Option<Vec<PathRule>> {

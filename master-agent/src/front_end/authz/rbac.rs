@@ -239,8 +239,12 @@ enum RoleKind {
 impl Objects {
     fn add(&mut self, text: &str, origin: &str) -> anyhow::Result<()> {
         let mut bytes = text.as_bytes();
-        // As in Kubernetes, `n` and the like are names.
-        let options = serde_saphyr::options! { strict_booleans: true };
+        let options = serde_saphyr::options! {
+            // As in Kubernetes, `n` and the like are names.
+            strict_booleans: true,
+            // The file's size bounds them.
+            budget: serde_saphyr::budget! { max_documents: 1_000_000, max_nodes: 8_000_000, max_events: 16_000_000 },
+        };
         for (i, document) in serde_saphyr::read_with_options::<_, Value>(&mut bytes, options).enumerate() {
             let place = format!("{origin}, document {}", i + 1);
             let document =

@@ -298,3 +298,45 @@ authorization:
         assert!(error.contains(expected), "{item}: {error}");
     }
 }
+
+#[tokio::test]
+async fn all_of_them_from_files() {
+    let dir = std::env::temp_dir().join(format!("authz-{:016x}", rand::random::<u64>()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let objects = r#"{"kind": "List", "apiVersion": "v1", "items": [
+        {"kind": "ClusterRole", "apiVersion": "rbac.authorization.k8s.io/v1", "metadata": {"name": "proxy"},
+         "rules": [{"apiGroups": [""], "resources": ["nodes/proxy"], "verbs": ["get", "create"]},
+                   {"apiGroups": [""], "resources": ["users"], "resourceNames": ["ops"], "verbs": ["impersonate"]}]},
+        {"kind": "ClusterRoleBinding", "apiVersion": "rbac.authorization.k8s.io/v1", "metadata": {"name": "proxies"},
+         "subjects": [{"kind": "Group", "name": "dev"}, {"kind": "Group", "name": "system:nodes"}],
+         "roleRef": {"kind": "ClusterRole", "name": "proxy"}}]}"#;
+    std::fs::write(dir.join("rbac.json"), objects).unwrap();
+    let text = format!(
+        "authorization:\n- node: {{}}\n- rbac: {{files: [{}]}}\n- paths: {{rules: [{{paths: [/healthz], \
+         groups: [\"system:authenticated\"], effect: allow}}]}}\n",
+        dir.display()
+    );
+    let (authorizers, follow) = Authorizers::load(&config(&text).unwrap()).unwrap();
+    assert_eq!(follow.len(), 1);
+    let rows = [
+        ("alice,dev", "GET /api/v1/nodes/n/proxy/x", Some("rbac"), true),
+        ("alice,dev", "^GET /api/v1/nodes/n/proxy/x", Some("rbac"), true),
+        ("alice,dev", "DELETE /api/v1/nodes/n/proxy/x", None, false),
+        ("alice", "GET /api/v1/nodes/n/proxy/x", None, false),
+        ("alice", "GET /healthz", Some("paths"), true),
+        (NODE, "GET /api/v1/nodes/n/proxy/x", Some("node"), true),
+        (NODE, "GET /api/v1/nodes/m/proxy/x", Some("node"), false),
+        (NODE, "GET /healthz", Some("paths"), true),
+        (NODE, "GET /api/v1/secrets", None, false),
+        ("", "GET /", None, false),
+    ];
+    for (who, what, authorizer, allowed) in rows {
+        let (user, request) = (user(who), request(what));
+        let verdict = authorizers.decide(&Attributes { user: &user, request: &request }).await;
+        assert_eq!((verdict.authorizer, verdict.allowed), (authorizer, allowed), "{who} {what}");
+    }
+    let missing = config("authorization: [{rbac: {files: [/nonexistent/rbac.yaml]}}]").unwrap();
+    let error = format!("{:#}", Authorizers::load(&missing).err().unwrap());
+    assert!(error.contains("/nonexistent/rbac.yaml"), "{error}");
+    std::fs::remove_dir_all(&dir).unwrap();
+}

@@ -38,7 +38,14 @@ pub struct Webhook {
     config: WebhookConfig,
     calls: Semaphore,
     cache: Mutex<Cache>,
+    failures: Mutex<Failures>,
 }
+
+/// Those that the log does not speak of yet, and when it last did.
+type Failures = (u64, Option<Instant>);
+
+/// Between log lines about failures.
+const FAILURE_INTERVAL: Duration = Duration::from_secs(10);
 
 type Key = [u8; 32];
 
@@ -63,7 +70,7 @@ impl Webhook {
 
     fn new(reviewer: Box<dyn Reviewer>, config: WebhookConfig) -> Self {
         let calls = Semaphore::new(config.max_in_flight);
-        Self { reviewer, config, calls, cache: Mutex::default() }
+        Self { reviewer, config, calls, cache: Mutex::default(), failures: Mutex::default() }
     }
 
     async fn decide(&self, attributes: &Attributes<'_>) -> Decision {
@@ -121,7 +128,17 @@ impl Webhook {
 
     /// The caller learns no more than that it failed.
     fn failed(&self, error: &anyhow::Error) -> Decision {
-        tracing::warn!(error = format!("{error:#}"), "the authorization webhook failed");
+        let mut unsaid = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        unsaid.0 += 1;
+        if unsaid.1.is_none_or(|last| last.elapsed() >= FAILURE_INTERVAL) {
+            tracing::warn!(
+                times = unsaid.0,
+                error = format!("{error:#}"),
+                "the authorization webhook failed"
+            );
+            *unsaid = (0, Some(Instant::now()));
+        }
+        drop(unsaid);
         let reason = "the authorization webhook failed".to_owned();
         match self.config.failure_denies {
             true => Decision::Deny { rule: "failure".to_owned(), reason },
@@ -191,7 +208,7 @@ fn spec(Attributes { user, request }: &Attributes<'_>) -> SubjectAccessReviewSpe
         })
         .collect();
     let field_selector = (!requirements.is_empty())
-        .then(|| FieldSelectorAttributes { requirements: Some(requirements), raw_selector: None });
+        .then_some(FieldSelectorAttributes { requirements: Some(requirements), raw_selector: None });
     spec.resource_attributes = Some(ResourceAttributes {
         field_selector,
         group: some(&request.group),

@@ -122,6 +122,7 @@ fn what_is_refused() {
         let error = Impersonation::requested(&headers(lines)).unwrap_err().to_string();
         assert!(error.contains(expected), "{lines:?}: {error}");
     }
+    assert_eq!(rows.len(), 18);
     let mut map = headers(&[bob]);
     map.append("impersonate-group", HeaderValue::from_bytes(b"\xff").unwrap());
     assert!(Impersonation::requested(&map).unwrap_err().to_string().contains("not UTF-8"));

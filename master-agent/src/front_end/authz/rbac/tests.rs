@@ -223,6 +223,21 @@ fn decisions() {
 }
 
 #[test]
+fn many_objects() {
+    let binding = |i: usize| {
+        format!(
+            "---\nkind: ClusterRoleBinding\napiVersion: rbac.authorization.k8s.io/v1\nmetadata: {{name: b{i}}}\n\
+             subjects: [{{kind: User, name: u{i}}}]\nroleRef: {{kind: ClusterRole, name: reader}}\n"
+        )
+    };
+    let text = OBJECTS.to_owned() + &(0..3000).map(binding).collect::<String>();
+    let policy = policy(&text).unwrap();
+    assert_eq!(policy.users["u2999"][""].len(), 1, "a caller's own grants only");
+    assert!(decided(&policy, "u2999", "GET /healthz").starts_with("allow"));
+    assert_eq!(decided(&policy, "u3000", "GET /healthz"), "-");
+}
+
+#[test]
 fn what_is_refused() {
     let api = "apiVersion: rbac.authorization.k8s.io/v1\n";
     let meta = "metadata: {name: x}\n";

@@ -84,6 +84,7 @@ async fn answers_and_failures() {
         ("broken", "-", "deny failure", 2),
         ("slow", "-", "deny failure", 2),
     ];
+    assert_eq!(rows.len(), 8);
     for (name, open, closed, calls) in rows {
         for (failure_denies, expected) in [(false, open), (true, closed)] {
             let (fake, webhook) = webhook(|config| config.failure_denies = failure_denies);
