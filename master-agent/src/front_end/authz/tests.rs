@@ -245,7 +245,7 @@ authorization:
 - rbac: {files: [rbac, /other/roles.yaml]}
 - webhook:
     url: https://authz.example/review
-    ca_file: ca.pem
+    ca: ca.pem
     client_cert: c.pem
     client_key: k.pem
     timeout: 3s
