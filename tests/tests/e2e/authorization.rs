@@ -61,7 +61,7 @@ async fn serve(directory: &Path, name: &str) -> SocketAddr {
 
 fn config(url: &str, ca: &Path, policy: &str) -> AuthzConfig {
     let text = format!(
-        "authorization: [{{webhook: {{url: \"{url}\", ca_file: {}, timeout: 1s, failure_policy: {policy}}}}}]",
+        "authorization: [{{webhook: {{url: \"{url}\", ca: {}, timeout: 1s, failure_policy: {policy}}}}}]",
         ca.display()
     );
     let source = Source { origin: "test", base_dir: Path::new("/"), check_files: true };
