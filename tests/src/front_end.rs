@@ -31,7 +31,7 @@ use crate::{
     cluster::{Cluster, Options},
     pki::{Authority, client_config},
     process::{TempDir, free_port},
-    upstream::{Identity, PROXY_NAME, Upstream},
+    upstream::{HEALTH, Identity, PROXY_NAME, Upstream},
 };
 
 /// In `tokens.csv`.
@@ -335,7 +335,7 @@ fn configuration(path: &Path, address: SocketAddr, upstream: &Upstream, setup: &
         yaml += &format!("  limits: {}\n", setup.limits.as_deref().unwrap_or(LIMITS));
     }
     yaml += &format!(
-        "  upstream: {{servers: [{}], ca: {}, cert: {}, key: {}, http2: {}, health_path: /livez, \
+        "  upstream: {{servers: [{}], ca: {}, cert: {}, key: {}, http2: {}, health_path: {HEALTH}, \
          health_interval: 1s}}\n",
         servers.iter().map(|server| format!("'{server}'")).collect::<Vec<_>>().join(", "),
         file("apiserver-ca.crt"),

@@ -4,11 +4,9 @@
 //! | request | answer |
 //! | --- | --- |
 //! | what [`ApiServer`] knows: lists, watches, pods and their subresources | that one's |
-//! | `/livez`, `/readyz` | `ok` |
+//! | [`HEALTH`] | `ok`; such requests aren't kept |
 //! | an `Upgrade` to anything, of no pod | 101; what comes is sent back; after its end, [`GOODBYE`] and the end |
 //! | anything else | `{"received": N}`: the index of the request in [`Upstream::received`] |
-//!
-//! Requests for `/livez` are the proxy's own and aren't kept.
 
 use std::{
     convert::Infallible,
@@ -59,6 +57,8 @@ use crate::{
 pub const PROXY_NAME: &str = "front-proxy-client";
 /// What an upgraded connection ends with, after the caller's end.
 pub const GOODBYE: &[u8] = b"goodbye\n";
+/// What the proxy itself is to ask for.
+pub const HEALTH: &str = "/livez?from=proxy";
 /// Decrypted bytes kept of each connection.
 const RAW: usize = 256 * 1024;
 
@@ -392,7 +392,7 @@ impl Server {
     }
 
     async fn answer(&self, mut request: Request<Incoming>, connection: Connection) -> Response<Body> {
-        if request.uri().path() == "/livez" {
+        if request.uri().path_and_query().is_some_and(|target| target == HEALTH) {
             let status = self.shared().behaviour.status.unwrap_or(StatusCode::OK);
             return json_body(status, &json!("ok"));
         }

@@ -4,6 +4,7 @@
 mod chaos;
 mod commands;
 mod examples;
+mod front_end;
 mod hostile;
 mod impostor;
 mod interop;
