@@ -32,6 +32,7 @@ use crate::{
         proxy_url::{ProxyUrls, TargetTls},
         socks5::{Socks5, Users},
     },
+    front_end::server::FrontEnd,
     identity::Authorities,
     inventory::Inventory,
     kubernetes,
@@ -57,6 +58,7 @@ struct Sockets {
     socks5: Option<Socks5Sockets>,
     proxy_urls: Option<ProxyUrlSockets>,
     call_home: Option<TcpListener>,
+    front_end: Option<TcpListener>,
     admin: TcpListener,
     admin_unix: UnixListener,
 }
@@ -87,7 +89,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let background = Tasks::new();
     let listeners = Tasks::new();
     let callers = Tasks::new();
-    serve(&agent, sockets, &callers, &listeners, &background);
+    serve(&agent, sockets, cluster.as_ref(), &callers, &listeners, &background)?;
     if let (Some(watches), Some(cluster)) = (&agent.watches, &cluster) {
         watches.start(cluster, &background);
     }
@@ -145,6 +147,10 @@ async fn bind(config: &Config) -> anyhow::Result<Sockets> {
             Some(call_home) => Some(bind_tcp(call_home.listen).await?),
             None => None,
         },
+        front_end: match &config.front_end {
+            Some(front_end) => Some(bind_tcp(front_end.listen).await?),
+            None => None,
+        },
         admin: bind_tcp(config.admin.listen).await?,
         admin_unix: bind_unix(&UnixConfig {
             path: config.admin.socket.clone(),
@@ -155,7 +161,14 @@ async fn bind(config: &Config) -> anyhow::Result<Sockets> {
     })
 }
 
-fn serve(agent: &Arc<Agent>, sockets: Sockets, callers: &Tasks, listeners: &Tasks, background: &Tasks) {
+fn serve(
+    agent: &Arc<Agent>,
+    sockets: Sockets,
+    cluster: Option<&kube::Client>,
+    callers: &Tasks,
+    listeners: &Tasks,
+    background: &Tasks,
+) -> anyhow::Result<()> {
     let Sockets {
         connect_unix,
         connect_tls,
@@ -164,6 +177,7 @@ fn serve(agent: &Arc<Agent>, sockets: Sockets, callers: &Tasks, listeners: &Task
         socks5,
         proxy_urls,
         call_home,
+        front_end,
         admin,
         admin_unix,
     } = sockets;
@@ -184,9 +198,9 @@ fn serve(agent: &Arc<Agent>, sockets: Sockets, callers: &Tasks, listeners: &Task
     if let (Some(sockets), Some(config)) = (socks5, &agent.config.socks5) {
         serve_socks5(agent, sockets, config, callers, listeners);
     }
-    if let (Some(sockets), Some(config)) = (proxy_urls, &agent.config.proxy_urls) {
-        serve_proxy_urls(agent, sockets, config, callers, listeners);
-    }
+    let proxy_urls = proxy_urls.zip(agent.config.proxy_urls.as_ref());
+    let proxy_urls =
+        proxy_urls.map(|(sockets, config)| serve_proxy_urls(agent, sockets, config, callers, listeners));
     let door = Arc::new(Konnectivity {
         common: Common {
             dialer: agent.dialer.clone(),
@@ -208,9 +222,24 @@ fn serve(agent: &Arc<Agent>, sockets: Sockets, callers: &Tasks, listeners: &Task
     if let Some(listener) = call_home {
         listeners.spawn(links::accept(agent.clone(), listener));
     }
+    if let (Some(listener), Some(config)) = (front_end, &agent.config.front_end) {
+        let draining = agent.draining.clone();
+        let front_end = FrontEnd::load(
+            config,
+            cluster,
+            proxy_urls,
+            agent.metrics.clone(),
+            callers,
+            background,
+            draining,
+        )?;
+        front_end.watch(background);
+        listeners.spawn(front_end.accept(listener));
+    }
     let endpoints = Endpoints { registry: Arc::new(agent.metrics.register(agent)), admin: agent.clone() };
     background.spawn(endpoints.clone().serve_tcp(admin, background.clone()));
     background.spawn(endpoints.serve_unix(admin_unix, background.clone()));
+    Ok(())
 }
 
 fn serve_socks5(
@@ -242,7 +271,7 @@ fn serve_proxy_urls(
     config: &ProxyUrlsConfig,
     callers: &Tasks,
     listeners: &Tasks,
-) {
+) -> Arc<ProxyUrls> {
     let door = Arc::new(ProxyUrls {
         common: Common {
             dialer: agent.dialer.clone(),
@@ -261,8 +290,9 @@ fn serve_proxy_urls(
         listeners.spawn(listen::unix(door.clone(), "proxy-url-unix", listener));
     }
     if let Some(listener) = sockets.tcp {
-        listeners.spawn(listen::tcp(door, "proxy-url-tcp", listener));
+        listeners.spawn(listen::tcp(door.clone(), "proxy-url-tcp", listener));
     }
+    door
 }
 
 async fn until_terminated(agent: &Arc<Agent>, links: &mut DialLinks) -> anyhow::Result<()> {

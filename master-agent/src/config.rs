@@ -14,6 +14,7 @@ use proto::{
 };
 
 use crate::{
+    front_end::config::FrontEndConfig,
     inventory::{DEFAULT_USER, HostTrust, Inventory, InventoryNode, login_name},
     routing::cluster::Node,
 };
@@ -35,6 +36,8 @@ pub struct Config {
     pub call_home: Option<CallHomeConfig>,
     pub tunnels: TunnelsConfig,
     pub certificates: CertificatesConfig,
+    /// `None` serves no HTTPS front end.
+    pub front_end: Option<FrontEndConfig>,
     /// How long streams may go on after SIGTERM.
     pub shutdown_grace: Duration,
     /// The file of [`crate::inventory::Inventory`].
@@ -211,8 +214,8 @@ pub struct CertificatesConfig {
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// For waits: long enough for any network, and no accidental month.
-const WAIT: RangeInclusive<Duration> = Duration::from_millis(10)..=DAY;
-const COUNT: RangeInclusive<usize> = 1..=1_000_000;
+pub(crate) const WAIT: RangeInclusive<Duration> = Duration::from_millis(10)..=DAY;
+pub(crate) const COUNT: RangeInclusive<usize> = 1..=1_000_000;
 
 impl Config {
     /// Reads the file and checks the files that it names. The errors are those of the configuration and of the
@@ -245,7 +248,7 @@ impl Config {
     }
 
     fn read(s: &Section<'_>) -> Option<Self> {
-        Some(Self {
+        let config = Self {
             state_dir: s.directory("state_dir", "/var/lib/master-agent"),
             log: s.section_or_default("log", Log::read),
             admin: s.section_or_default("admin", AdminConfig::read),
@@ -254,12 +257,24 @@ impl Config {
             socks5: s.section("socks5", Socks5Config::read),
             proxy_urls: s.section("proxy_urls", ProxyUrlsConfig::read),
             call_home: s.section("call_home", |s| Some(CallHomeConfig::read(s))),
+            front_end: s.section("front_end", FrontEndConfig::read),
             tunnels: s.section_or_default("tunnels", TunnelsConfig::read),
             certificates: s.section_or_default("certificates", CertificatesConfig::read),
             shutdown_grace: s.duration("shutdown_grace", secs(30), Duration::ZERO..=DAY),
             inventory: s.file("inventory"),
             kubernetes: s.section("kubernetes", |s| Some(KubernetesConfig::read(s))),
-        })
+        };
+        let through_front_end = config.front_end.as_ref().is_some_and(|f| f.serve_proxy_urls);
+        match &config.proxy_urls {
+            Some(urls) if urls.unix.is_none() && urls.tcp.is_none() && !through_front_end => {
+                s.error("proxy_urls", NO_LISTENER);
+            }
+            None if through_front_end => {
+                s.error("front_end", "serve_proxy_urls needs a section proxy_urls, which may be empty: {}");
+            }
+            Some(_) | None => {}
+        }
+        Some(config)
     }
 }
 
@@ -373,9 +388,6 @@ impl ProxyUrlsConfig {
             half_closed_timeout: s.duration("half_closed_timeout", secs(600), WAIT),
             max_connections: s.number("max_connections", 4096, COUNT),
         };
-        if config.unix.is_none() && config.tcp.is_none() {
-            s.section_error(NO_LISTENER);
-        }
         Some(config)
     }
 }
@@ -473,7 +485,7 @@ fn listen_loopback(s: &Section<'_>, default_port: u16) -> SocketAddr {
     address
 }
 
-fn secs(seconds: u64) -> Duration {
+pub(crate) fn secs(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
 
@@ -481,7 +493,7 @@ fn loopback(port: u16) -> SocketAddr {
     SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port)
 }
 
-fn any(port: u16) -> SocketAddr {
+pub(crate) fn any(port: u16) -> SocketAddr {
     SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port)
 }
 
@@ -770,7 +782,7 @@ mod tests {
                 "socks5:\n  tcp: {listen: \"[::]:1080\", allow_remote: true}",
                 "2:30: socks5.tcp.allow_remote: unknown field",
             ),
-            ("proxy_urls: {}", "1:1: proxy_urls: has no listener: give it unix, tcp or both"),
+            ("proxy_urls: {}", "1:13: proxy_urls: has no listener: give it unix, tcp or both"),
             (
                 "proxy_urls:\n  tcp: {listen: 10.0.0.1:8130}",
                 "2:17: proxy_urls.tcp.listen: 10.0.0.1:8130 has no authentication, so it must be a loopback address",

@@ -3,12 +3,19 @@
 //! Every request passes, in this order: TLS, authentication ([`authn`]), authorization ([`authz`]),
 //! and is then handed to kube-apiserver as an authenticating proxy does.
 
+pub mod audit;
 pub mod authn;
 pub mod authz;
+pub mod config;
+mod headers;
 pub mod https_client;
+
 pub mod limits;
+mod proxy;
 pub mod reloaded;
+pub mod request_info;
 pub mod secret;
+pub mod server;
 pub mod tls;
 pub mod upstream;
 pub mod user;

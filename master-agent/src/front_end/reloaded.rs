@@ -2,32 +2,39 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{
+        Arc, Mutex, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
 /// How often files are looked at: a change rules within two of these.
 const INTERVAL: Duration = Duration::from_millis(500);
 
+/// Entries of a directory that are looked at.
+const MAX_ENTRIES: usize = 4096;
+
 type Fingerprint = Option<(SystemTime, u64, u64)>;
 type Read<T> = dyn Fn() -> anyhow::Result<T> + Send + Sync;
 
-/// A value that is read again when one of its files has changed. What can't be read keeps the last good value.
+/// A value that is read again when one of its files has changed; a directory is what is in it. What can't be read keeps the last good value.
 pub struct Reloaded<T> {
     /// For people: `the token file`.
     what: String,
     files: Vec<PathBuf>,
     read: Box<Read<T>>,
     current: RwLock<Arc<T>>,
+    generation: AtomicU64,
     state: Mutex<State>,
 }
 
 /// What was seen of the files.
 struct State {
     /// When they were last read.
-    read: Vec<Fingerprint>,
+    read: Vec<(PathBuf, Fingerprint)>,
     /// At the last look.
-    seen: Vec<Fingerprint>,
+    seen: Vec<(PathBuf, Fingerprint)>,
 }
 
 impl<T> Reloaded<T> {
@@ -37,13 +44,14 @@ impl<T> Reloaded<T> {
         files: Vec<PathBuf>,
         read: impl Fn() -> anyhow::Result<T> + Send + Sync + 'static,
     ) -> anyhow::Result<Arc<Self>> {
-        let seen: Vec<_> = files.iter().map(|file| fingerprint(file)).collect();
+        let seen = fingerprints(&files);
         let first = read()?;
         Ok(Arc::new(Self {
             what: what.into(),
             files,
             read: Box::new(read),
             current: RwLock::new(Arc::new(first)),
+            generation: AtomicU64::new(0),
             state: Mutex::new(State { read: seen.clone(), seen }),
         }))
     }
@@ -59,11 +67,14 @@ pub trait Follow: Send + Sync {
     /// Reads again if the files have changed since they were last read, and not since the last look: a file that
     /// still changes may be half-written.
     fn look(&self);
+
+    /// Changes with the value.
+    fn generation(&self) -> u64;
 }
 
 impl<T: Send + Sync> Follow for Reloaded<T> {
     fn look(&self) {
-        let now: Vec<_> = self.files.iter().map(|file| fingerprint(file)).collect();
+        let now = fingerprints(&self.files);
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let due = now != state.read && now == state.seen;
         state.seen = now;
@@ -75,6 +86,7 @@ impl<T: Send + Sync> Follow for Reloaded<T> {
         match (self.read)() {
             Ok(value) => {
                 *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(value);
+                self.generation.fetch_add(1, Ordering::Release);
                 tracing::info!(what = self.what, "read again");
             }
             Err(error) => {
@@ -85,6 +97,10 @@ impl<T: Send + Sync> Follow for Reloaded<T> {
                 );
             }
         }
+    }
+
+    fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
     }
 }
 
@@ -98,6 +114,23 @@ pub async fn follow(all: Vec<Arc<dyn Follow>>) {
             one.look();
         }
     }
+}
+
+/// Those of files, and of directories with what is in them.
+fn fingerprints(files: &[PathBuf]) -> Vec<(PathBuf, Fingerprint)> {
+    let mut all = Vec::new();
+    for file in files {
+        all.push((file.clone(), fingerprint(file)));
+        if let Ok(entries) = std::fs::read_dir(file) {
+            let mut paths: Vec<_> = entries.flatten().take(MAX_ENTRIES).map(|entry| entry.path()).collect();
+            paths.sort();
+            all.extend(paths.into_iter().map(|path| {
+                let seen = fingerprint(&path);
+                (path, seen)
+            }));
+        }
+    }
+    all
 }
 
 /// What tells that a file has changed, also when it was replaced through a symbolic link.
@@ -124,9 +157,9 @@ mod tests {
         assert_eq!(*value.get(), 1);
         std::fs::write(&path, "22").unwrap();
         value.look();
-        assert_eq!(*value.get(), 1, "it may be half-written");
+        assert_eq!((*value.get(), value.generation()), (1, 0), "it may be half-written");
         value.look();
-        assert_eq!(*value.get(), 22);
+        assert_eq!((*value.get(), value.generation()), (22, 1));
         std::fs::write(&path, "broken").unwrap();
         value.look();
         value.look();
@@ -140,5 +173,35 @@ mod tests {
         value.look();
         assert_eq!(*value.get(), 333);
         std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn a_directory_is_what_is_in_it() {
+        let dir = std::env::temp_dir().join(format!("reloaded-dir-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join("a"), "1").unwrap();
+        let read = dir.clone();
+        let value = Reloaded::load("the texts", vec![dir.clone()], move || {
+            let mut texts = Vec::new();
+            for entry in std::fs::read_dir(&read)? {
+                texts.push(std::fs::read_to_string(entry?.path())?);
+            }
+            texts.sort();
+            Ok(texts.concat())
+        })
+        .unwrap();
+        let looked = || {
+            value.look();
+            value.look();
+            value.get().as_str().to_owned()
+        };
+        assert_eq!(looked(), "1");
+        std::fs::write(dir.join("a"), "22").unwrap();
+        assert_eq!(looked(), "22", "changed in place");
+        std::fs::write(dir.join("b"), "3").unwrap();
+        assert_eq!(looked(), "223");
+        std::fs::remove_file(dir.join("a")).unwrap();
+        assert_eq!(looked(), "3");
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 }

@@ -103,11 +103,13 @@ fn dns_names(der: &CertificateDer<'static>) -> Vec<String> {
         return Vec::new();
     };
     let Ok(Some(names)) = certificate.subject_alternative_name() else { return Vec::new() };
-    let dns = names.value.general_names.iter().filter_map(|name| match name {
-        GeneralName::DNSName(dns) => Some(dns.to_ascii_lowercase()),
-        _ => None,
-    });
-    dns.collect()
+    let mut all = Vec::new();
+    for name in &names.value.general_names {
+        if let GeneralName::DNSName(dns) = name {
+            all.push(dns.to_ascii_lowercase());
+        }
+    }
+    all
 }
 
 /// Takes any certificate of whose key the caller has proved possession, and takes callers without one.

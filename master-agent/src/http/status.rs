@@ -12,11 +12,18 @@ use serde_json::json;
 pub struct Failure {
     pub code: StatusCode,
     pub message: String,
+    /// Seconds after which trying again may help.
+    pub retry_after: Option<u32>,
 }
 
 impl Failure {
     pub fn new(code: StatusCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into() }
+        Self { code, message: message.into(), retry_after: None }
+    }
+
+    #[must_use]
+    pub fn retry_after(self, seconds: u32) -> Self {
+        Self { retry_after: Some(seconds), ..self }
     }
 
     /// The target, or what stands for it, did not do as it should.
@@ -45,6 +52,9 @@ impl Failure {
         *response.status_mut() = self.code;
         let json = header::HeaderValue::from_static("application/json");
         response.headers_mut().insert(header::CONTENT_TYPE, json);
+        if let Some(seconds) = self.retry_after {
+            response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+        }
         response
     }
 }
@@ -72,8 +82,10 @@ impl From<&DialError> for Failure {
 fn reason(code: StatusCode) -> &'static str {
     match code {
         StatusCode::BAD_REQUEST => "BadRequest",
+        StatusCode::UNAUTHORIZED => "Unauthorized",
         StatusCode::FORBIDDEN => "Forbidden",
         StatusCode::NOT_FOUND => "NotFound",
+        StatusCode::PAYLOAD_TOO_LARGE => "RequestEntityTooLarge",
         StatusCode::TOO_MANY_REQUESTS => "TooManyRequests",
         StatusCode::BAD_GATEWAY => "BadGateway",
         StatusCode::SERVICE_UNAVAILABLE => "ServiceUnavailable",

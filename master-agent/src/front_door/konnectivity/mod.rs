@@ -20,10 +20,7 @@ use std::{
 use futures_util::Stream;
 use hyper::{Request, Response, body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::TokioIo;
-use proto::{
-    io::tasks::Tasks,
-    konnectivity::{PROXY, Packet},
-};
+use proto::konnectivity::{PROXY, Packet};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{
     Status, Streaming,
@@ -33,6 +30,7 @@ use tonic::{
 use tonic_prost::ProstCodec;
 
 use super::{Caller, Common, FrontDoor, listen::Socket};
+use crate::http::Executor;
 use authority::WithAuthority;
 use session::{Answers, Session};
 
@@ -74,7 +72,7 @@ impl FrontDoor for Konnectivity {
                 async move { Ok::<_, Infallible>(call.answer(request, &called).await) }
             })
         };
-        let connection = http2::Builder::new(Spawn(self.common.connections.clone()))
+        let connection = http2::Builder::new(Executor(self.common.connections.clone()))
             .max_concurrent_streams(STREAMS)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
@@ -170,19 +168,5 @@ impl Stream for Outgoing {
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         self.answers.poll_recv(cx)
-    }
-}
-
-/// Runs the tasks of an HTTP/2 connection where they are drained with the others.
-#[derive(Clone)]
-struct Spawn(Tasks);
-
-impl<F> hyper::rt::Executor<F> for Spawn
-where
-    F: Future + Send + 'static,
-    F::Output: Send + 'static,
-{
-    fn execute(&self, future: F) {
-        self.0.spawn(future);
     }
 }

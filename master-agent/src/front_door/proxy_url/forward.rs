@@ -12,7 +12,6 @@ use hyper::{
     Request, Response, StatusCode, Uri, Version,
     body::{Body as HttpBody, Frame, Incoming, SizeHint},
     client::conn::http1::{self, SendRequest},
-    header,
     http::uri::PathAndQuery,
     upgrade::OnUpgrade,
 };
@@ -50,9 +49,10 @@ impl Call {
         let hop = Hop::of(request.headers());
         let caller_upgrade = hop.upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
         let host = endpoint.target.to_string();
-        let asked_host =
-            request.headers().get(header::HOST).and_then(|h| h.to_str().ok()).unwrap_or_default().to_owned();
-        let forwarded = Forwarded { peer: self.peer, path: &format!("{prefix}{rest}"), host: &host };
+        let asked_host = headers::asked_host(request.uri(), request.headers()).to_owned();
+        let path = format!("{prefix}{rest}");
+        let proto = self.entrance.proto();
+        let forwarded = Forwarded { proto, peer: self.entrance.peer(), path: &path, host: &host };
         headers::request(request.headers_mut(), &hop, &forwarded);
         *request.uri_mut() = target_uri(rest, request.uri().query())?;
         *request.version_mut() = Version::HTTP_11;

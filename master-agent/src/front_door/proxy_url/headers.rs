@@ -15,6 +15,8 @@ const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto
 const X_FORWARDED_URI: HeaderName = HeaderName::from_static("x-forwarded-uri");
 /// Who asked, and for what, as the target learns it.
 pub struct Forwarded<'a> {
+    /// `http` or `https`.
+    pub proto: &'static str,
     pub peer: Option<IpAddr>,
     /// The whole path, without its query.
     pub path: &'a str,
@@ -34,7 +36,7 @@ pub fn request(headers: &mut HeaderMap, hop: &Hop, forwarded: &Forwarded<'_>) {
         headers.insert(header::HOST, host);
     }
     let uri = HeaderValue::try_from(forwarded.path).ok();
-    let proto = Some(HeaderValue::from_static("http"));
+    let proto = Some(HeaderValue::from_static(forwarded.proto));
     for (name, value) in [(X_FORWARDED_HOST, asked), (X_FORWARDED_PROTO, proto), (X_FORWARDED_URI, uri)] {
         match value {
             Some(value) => headers.insert(name, value),
@@ -107,9 +109,8 @@ fn location_inside(location: &str, prefix: &str, hosts: &[&str]) -> Option<Strin
     })
 }
 
-/// Refuses what a browser sends for a page that is not of this front door, or for one whose name was made to lead
-/// here (DNS rebinding).
-pub fn refuse_other_origins(uri: &Uri, headers: &HeaderMap) -> Result<(), String> {
+/// Refuses hosts that are not this one, which a browser was made to take for this one (DNS rebinding).
+pub fn refuse_other_hosts(uri: &Uri, headers: &HeaderMap) -> Result<(), String> {
     let mut hosts = headers.get_all(header::HOST).iter().map(|h| h.to_str().unwrap_or("?"));
     let host = hosts.next().unwrap_or_default();
     if hosts.next().is_some() {
@@ -122,8 +123,14 @@ pub fn refuse_other_origins(uri: &Uri, headers: &HeaderMap) -> Result<(), String
             ));
         }
     }
+    Ok(())
+}
+
+/// Refuses what a browser sends for a page that is not of this front door at `proto` (`http` or `https`).
+pub fn refuse_other_origins(proto: &str, uri: &Uri, headers: &HeaderMap) -> Result<(), String> {
+    let host = asked_host(uri, headers);
     for origin in headers.get_all(header::ORIGIN) {
-        let same = origin.to_str().is_ok_and(|o| o.eq_ignore_ascii_case(&format!("http://{host}")));
+        let same = origin.to_str().is_ok_and(|o| o.eq_ignore_ascii_case(&format!("{proto}://{host}")));
         if !same || host.is_empty() {
             return Err(format!("requests from pages of another origin ({origin:?}) are refused"));
         }
@@ -133,6 +140,12 @@ pub fn refuse_other_origins(uri: &Uri, headers: &HeaderMap) -> Result<(), String
         None | Some(b"same-origin" | b"none") => Ok(()),
         Some(_) => Err("requests that a page of another site makes are refused".to_owned()),
     }
+}
+
+/// The host that the caller asks for; empty where it names none.
+pub fn asked_host<'a>(uri: &'a Uri, headers: &'a HeaderMap) -> &'a str {
+    let header = || headers.get(header::HOST).and_then(|host| host.to_str().ok());
+    uri.authority().map(|authority| authority.as_str()).or_else(header).unwrap_or_default()
 }
 
 /// Whether a `Host` is this host, seen from this host.
@@ -172,7 +185,7 @@ mod tests {
     }
 
     const FORWARDED: Forwarded<'_> =
-        Forwarded { peer: None, path: "/api/v1/nodes/n1/proxy/a%2f", host: "n1:10250" };
+        Forwarded { proto: "http", peer: None, path: "/api/v1/nodes/n1/proxy/a%2f", host: "n1:10250" };
 
     #[test]
     fn a_request_loses_what_is_not_the_targets() {
@@ -288,7 +301,10 @@ mod tests {
     #[test]
     fn browsers_come_from_here_only() {
         let check = |lines: &[(&str, &str)], uri: &str| {
-            refuse_other_origins(&uri.parse().unwrap(), &map(lines)).is_ok()
+            let (uri, headers) = (uri.parse().unwrap(), map(lines));
+            refuse_other_hosts(&uri, &headers)
+                .and_then(|()| refuse_other_origins("http", &uri, &headers))
+                .is_ok()
         };
         for host in [
             "localhost",

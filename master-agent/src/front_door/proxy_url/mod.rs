@@ -35,7 +35,7 @@ use crate::{
     directory::Directory,
     http::{hop, status, watched},
 };
-use forward::{Body, Upgrade};
+pub use forward::{Body, Upgrade};
 use status::Failure;
 use watched::{Activity, Watched};
 
@@ -60,10 +60,56 @@ pub struct ProxyUrls {
 struct Call {
     door: Arc<ProxyUrls>,
     caller: Caller,
-    /// `None` on a Unix socket.
-    peer: Option<IpAddr>,
+    entrance: Entrance,
     activity: Activity,
     upgrade: Mutex<Option<Upgrade>>,
+}
+
+/// How a caller comes here.
+#[derive(Clone, Copy, Debug)]
+enum Entrance {
+    Unix,
+    Loopback(IpAddr),
+    /// The front end, which has authenticated and authorized it.
+    FrontEnd(IpAddr),
+}
+
+impl Entrance {
+    fn peer(self) -> Option<IpAddr> {
+        match self {
+            Self::Unix => None,
+            Self::Loopback(peer) | Self::FrontEnd(peer) => Some(peer),
+        }
+    }
+
+    fn proto(self) -> &'static str {
+        match self {
+            Self::Unix | Self::Loopback(_) => "http",
+            Self::FrontEnd(_) => "https",
+        }
+    }
+}
+
+impl ProxyUrls {
+    /// Answers one request of a caller whose right to make it has been checked. An upgrade is to be carried once
+    /// the response is on its way.
+    pub async fn answer(
+        self: &Arc<Self>,
+        caller: Caller,
+        peer: IpAddr,
+        activity: &Activity,
+        request: Request<Incoming>,
+    ) -> Result<(Response<Body>, Option<Upgrade>), Failure> {
+        let call = Call {
+            door: self.clone(),
+            caller,
+            entrance: Entrance::FrontEnd(peer),
+            activity: activity.clone(),
+            upgrade: Mutex::default(),
+        };
+        let response = call.proxy(request).await?;
+        Ok((response, call.upgrade.into_inner().unwrap_or_else(PoisonError::into_inner)))
+    }
 }
 
 impl FrontDoor for ProxyUrls {
@@ -74,7 +120,7 @@ impl FrontDoor for ProxyUrls {
     async fn serve<S: Socket>(self: Arc<Self>, socket: S, caller: Caller) {
         let activity = Activity::default();
         let call = Arc::new(Call {
-            peer: socket.peer(),
+            entrance: socket.peer().map_or(Entrance::Unix, Entrance::Loopback),
             activity: activity.clone(),
             upgrade: Mutex::default(),
             door: self,
@@ -149,11 +195,15 @@ impl Call {
 
     /// Whether and where a request goes, with its path in two parts: up to `/proxy`, and behind.
     fn admit(&self, request: &Request<Incoming>) -> Result<(endpoint::Endpoint, String, String), Failure> {
-        if self.peer.is_some() {
-            headers::refuse_other_origins(request.uri(), request.headers())
-                .map_err(|message| Failure::new(StatusCode::FORBIDDEN, message))?;
-        }
-        hop::refuse_other_encodings(request.headers())
+        let (uri, headers) = (request.uri(), request.headers());
+        let known = match self.entrance {
+            Entrance::Unix => Ok(()),
+            Entrance::Loopback(_) => headers::refuse_other_hosts(uri, headers)
+                .and_then(|()| headers::refuse_other_origins("http", uri, headers)),
+            Entrance::FrontEnd(_) => headers::refuse_other_origins("https", uri, headers),
+        };
+        known.map_err(|message| Failure::new(StatusCode::FORBIDDEN, message))?;
+        hop::refuse_other_encodings(headers)
             .map_err(|message| Failure::new(StatusCode::NOT_IMPLEMENTED, message))?;
         let path = path::parse(request.uri().path())?;
         let endpoint = endpoint::resolve(&path, self.door.directory.as_ref())?;

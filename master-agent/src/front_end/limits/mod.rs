@@ -2,3 +2,178 @@
 
 pub mod rate;
 pub mod seats;
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use hyper::StatusCode;
+
+use self::{
+    rate::{Rates, network},
+    seats::{Busy, Seat, SeatLimits, Seats},
+};
+use crate::http::status::Failure;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LimitsConfig {
+    pub max_connections: usize,
+    pub max_connections_per_address: usize,
+    /// For a TLS handshake, and for a request's head.
+    pub head_timeout: Duration,
+    /// For a connection without a request, and for a caller that takes nothing of a response.
+    pub idle_timeout: Duration,
+    /// From a request's head to its response's; watches and the like have none.
+    pub request_timeout: Duration,
+    /// A request's body brings something within each.
+    pub body_timeout: Duration,
+    /// Bytes of a request's body.
+    pub max_body: u64,
+    /// Requests at once, besides those that are long-running.
+    pub seats: SeatLimits,
+    pub long_running_per_user: usize,
+    pub requests_per_second_per_user: u32,
+    pub requests_per_second_per_address: u32,
+    /// Requests that failed to authenticate.
+    pub failures_per_second_per_address: u32,
+    /// Of an upgraded connection whose one end has closed.
+    pub half_closed_timeout: Duration,
+    /// HTTP/2 streams at once on a connection.
+    pub max_streams: u32,
+}
+
+/// Bursts are of so many seconds.
+const BURST: u32 = 2;
+
+/// Counts what callers take.
+pub struct Limits {
+    addresses: Rates<IpAddr>,
+    failures: Rates<IpAddr>,
+    users: Rates<String>,
+    seats: Seats,
+    long_running: Counts<String>,
+    connections: Counts<IpAddr>,
+}
+
+/// A request's place among those that are served.
+pub enum Place {
+    Seat(Seat),
+    LongRunning(Counted<String>),
+}
+
+impl Limits {
+    pub fn new(config: &LimitsConfig) -> Self {
+        let now = Instant::now();
+        let rates = |per_second: u32| (per_second, per_second.saturating_mul(BURST));
+        let ((address, addresses), (failure, failures), (user, users)) = (
+            rates(config.requests_per_second_per_address),
+            rates(config.failures_per_second_per_address),
+            rates(config.requests_per_second_per_user),
+        );
+        Self {
+            addresses: Rates::new(address, addresses, now),
+            failures: Rates::new(failure, failures, now),
+            users: Rates::new(user, users, now),
+            seats: Seats::new(config.seats),
+            long_running: Counts::new(config.long_running_per_user),
+            connections: Counts::new(config.max_connections_per_address),
+        }
+    }
+
+    /// One more connection of an address; `None` where it has all that it may.
+    pub fn connection(&self, address: IpAddr) -> Option<Counted<IpAddr>> {
+        self.connections.take(network(address))
+    }
+
+    /// A request from an address, before anything is known of it.
+    pub fn address(&self, address: IpAddr) -> Result<(), Failure> {
+        self.addresses.take(network(address), Instant::now()).map_err(too_many)
+    }
+
+    /// Whether an address has failed to authenticate so often that it is not listened to for a while.
+    pub fn may_try(&self, address: IpAddr) -> Result<(), Failure> {
+        self.failures.check(network(address), Instant::now()).map_err(too_many)
+    }
+
+    /// An address has failed to authenticate.
+    pub fn failed(&self, address: IpAddr) {
+        let _ = self.failures.take(network(address), Instant::now());
+    }
+
+    /// Waits for a user's turn.
+    pub async fn place(&self, user: &str, long_running: bool) -> Result<Place, Failure> {
+        self.users.take(user.to_owned(), Instant::now()).map_err(too_many)?;
+        if long_running {
+            let counted = self.long_running.take(user.to_owned());
+            return counted.map(Place::LongRunning).ok_or_else(|| too_many(Duration::from_secs(1)));
+        }
+        self.seats.take(user).await.map(Place::Seat).map_err(|Busy| too_many(Duration::from_secs(1)))
+    }
+}
+
+fn too_many(after: Duration) -> Failure {
+    let seconds = after.as_secs_f64().ceil().max(1.0);
+    let failure = Failure::new(StatusCode::TOO_MANY_REQUESTS, "too many requests, please try again later");
+    failure.retry_after(seconds as u32)
+}
+
+/// How many of something each key holds.
+pub struct Counts<K> {
+    max: usize,
+    held: Arc<Mutex<HashMap<K, usize>>>,
+}
+
+/// One of them; dropping it takes it off the count.
+pub struct Counted<K: std::hash::Hash + Eq> {
+    key: K,
+    held: Arc<Mutex<HashMap<K, usize>>>,
+}
+
+impl<K: std::hash::Hash + Eq + Clone> Counts<K> {
+    pub fn new(max: usize) -> Self {
+        Self { max, held: Arc::default() }
+    }
+
+    /// `None` when the key holds all that one may.
+    pub fn take(&self, key: K) -> Option<Counted<K>> {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = held.entry(key.clone()).or_default();
+        if *count >= self.max {
+            return None;
+        }
+        *count += 1;
+        drop(held);
+        Some(Counted { key, held: self.held.clone() })
+    }
+}
+
+impl<K: std::hash::Hash + Eq> Drop for Counted<K> {
+    fn drop(&mut self) {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = held.get_mut(&self.key) {
+            *count -= 1;
+            if *count == 0 {
+                held.remove(&self.key);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts() {
+        let counts = Counts::new(2);
+        let (a, b) = (counts.take("a").unwrap(), counts.take("a").unwrap());
+        assert!(counts.take("a").is_none() && counts.take("b").is_some());
+        drop(a);
+        assert!(counts.take("a").is_some());
+        drop(b);
+        assert!(counts.held.lock().unwrap().is_empty());
+    }
+}

@@ -24,7 +24,7 @@ use super::{
 };
 
 pub use body::{BodyError, Progress, RequestBody};
-pub use server::Lease;
+pub use server::{Lease, is_loopback};
 use server::{Protocol, Server};
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -29,7 +29,7 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 
 use super::{RequestBody, UpstreamConfig};
-use crate::front_end::reloaded::Reloaded;
+use crate::{front_end::reloaded::Reloaded, http::Executor};
 
 const MAX_HEADERS: usize = 256;
 const MAX_HEAD: usize = 1024 * 1024;
@@ -335,21 +335,9 @@ impl Server {
     }
 }
 
-/// Runs what HTTP/2 needs beside a connection.
-#[derive(Clone)]
-pub struct Executor(pub Tasks);
-
-impl<F> hyper::rt::Executor<F> for Executor
-where
-    F: Future + Send + 'static,
-    F::Output: Send + 'static,
-{
-    fn execute(&self, future: F) {
-        self.0.spawn(future);
-    }
-}
-
+/// Whether a host, as a URL has it, is this one.
 pub fn is_loopback(host: &str) -> bool {
+    let host = host.trim_start_matches('[').trim_end_matches(']');
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
 }
 

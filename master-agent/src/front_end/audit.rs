@@ -1,0 +1,390 @@
+//! The audit log: one JSON line for every request, to standard output or to a file that is rotated by size.
+//!
+//! A line says who asked for what, what was decided and by which rule, and what came of it. It never holds bodies,
+//! headers or tokens, and of a query's values only those of parameters that are known to hold no secret. Whatever a
+//! caller sends, it can't end a line, hide in one (control and direction characters are escaped) or make it long.
+//!
+//! Lines are written by a thread of its own behind a bounded queue. While the queue is full a request waits a short
+//! time; then its line, as one that can't be written, is counted as lost and said so in the log. The agent goes on.
+
+use std::{
+    fmt::{self, Write as _},
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::Context;
+use prometheus_client::metrics::counter::Counter;
+use proto::config::Section;
+use serde::Serialize;
+use tokio::sync::mpsc::{self, error::TrySendError};
+
+use super::{request_info::RequestInfo, user::User};
+use file::Output;
+
+mod file;
+
+/// Characters of a path and its query.
+const MAX_PATH: usize = 2048;
+/// Characters of any other text.
+const MAX_TEXT: usize = 256;
+const MAX_GROUPS: usize = 16;
+/// Between log lines about lost records.
+const LOST_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Query parameters whose values are recorded.
+const PLAIN_PARAMETERS: [&str; 22] = [
+    "allowWatchBookmarks",
+    "container",
+    "dryRun",
+    "fieldManager",
+    "follow",
+    "gracePeriodSeconds",
+    "limit",
+    "ports",
+    "pretty",
+    "previous",
+    "resourceVersion",
+    "resourceVersionMatch",
+    "sendInitialEvents",
+    "sinceSeconds",
+    "stderr",
+    "stdin",
+    "stdout",
+    "tailLines",
+    "timeout",
+    "timeoutSeconds",
+    "tty",
+    "watch",
+];
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AuditConfig {
+    /// `None` is standard output.
+    pub file: Option<PathBuf>,
+    /// A file that would grow beyond these bytes is renamed to `FILE.1`.
+    pub max_bytes: u64,
+    /// Renamed files.
+    pub keep: usize,
+    /// Lines that may wait to be written.
+    pub queue: usize,
+    /// How long a request may wait while they are that many.
+    pub wait: Duration,
+}
+
+impl AuditConfig {
+    pub fn read(section: &Section<'_>) -> Self {
+        let millis = Duration::from_millis;
+        Self {
+            file: section.optional("file"),
+            max_bytes: (section.number("max_megabytes", 100, 1..=100_000) as u64) << 20,
+            keep: section.number("keep", 10, 1..=1000),
+            queue: section.number("queue", 4096, 1..=1_000_000),
+            wait: section.duration("wait", millis(100), Duration::ZERO..=millis(5000)),
+        }
+    }
+}
+
+/// Identifies a request in the audit log, in other logs and upstream. Shown as 16 hexadecimal digits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RequestId(u64);
+
+impl RequestId {
+    pub fn random() -> Self {
+        Self(rand::random())
+    }
+}
+
+impl fmt::Display for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+/// What became of a request before it was handed on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    Allow,
+    Deny,
+    Unauthenticated,
+    Limited,
+    Error,
+}
+
+/// All that is recorded of a request.
+#[derive(Clone, Debug)]
+pub struct Record<'a> {
+    pub received: SystemTime,
+    pub id: RequestId,
+    pub source: &'a str,
+    pub user: Option<&'a User>,
+    /// The name of what authenticated it.
+    pub authenticator: Option<&'a str>,
+    pub impersonated: Option<&'a User>,
+    pub method: &'a str,
+    /// As the caller sent it.
+    pub path: &'a str,
+    pub query: Option<&'a str>,
+    /// `None` where the request could not be read.
+    pub request: Option<&'a RequestInfo>,
+    pub outcome: Outcome,
+    pub authorizer: Option<&'a str>,
+    pub rule: &'a str,
+    /// The HTTP status that the caller got.
+    pub code: u16,
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+    pub duration: Duration,
+    /// Whose tunnel it came or went through.
+    pub node: Option<&'a str>,
+    pub stream: Option<u64>,
+}
+
+/// Where records go. Cloning gives another handle.
+#[derive(Clone)]
+pub struct Audit {
+    queue: mpsc::Sender<Message>,
+    wait: Duration,
+    lost: Arc<Lost>,
+}
+
+/// The thread that writes.
+pub struct Writer {
+    queue: mpsc::Sender<Message>,
+    thread: thread::JoinHandle<()>,
+}
+
+enum Message {
+    Line(String),
+    Close,
+}
+
+impl Audit {
+    /// Opens the output. `lost` counts the records that could not be written.
+    pub fn start(config: &AuditConfig, lost: Counter) -> anyhow::Result<(Self, Writer)> {
+        let lost = Arc::new(Lost { counter: lost, unsaid: Mutex::default() });
+        let output = match &config.file {
+            None => Output::stream(std::io::stdout()),
+            Some(path) => Output::file(path.clone(), config.max_bytes, config.keep)
+                .with_context(|| format!("can't write the audit log {}", path.display()))?,
+        };
+        let (queue, lines) = mpsc::channel(config.queue);
+        let counted = lost.clone();
+        let thread =
+            thread::Builder::new().name("audit".into()).spawn(move || write(lines, output, &counted))?;
+        Ok((Self { queue: queue.clone(), wait: config.wait, lost }, Writer { queue, thread }))
+    }
+
+    /// Waits a short time if the queue is full.
+    pub async fn record(&self, record: &Record<'_>) {
+        let message = match self.queue.try_send(Message::Line(record.line())) {
+            Err(TrySendError::Full(message)) => message,
+            Err(TrySendError::Closed(_)) => return self.lost.add(1, "the audit log is closed"),
+            Ok(()) => return,
+        };
+        if self.queue.send_timeout(message, self.wait).await.is_err() {
+            self.lost.add(1, "the queue is full");
+        }
+    }
+
+    /// For where nothing can wait, such as a request that was dropped.
+    pub fn record_now(&self, record: &Record<'_>) {
+        if self.queue.try_send(Message::Line(record.line())).is_err() {
+            self.lost.add(1, "the queue is full");
+        }
+    }
+}
+
+impl Writer {
+    /// Writes what has been recorded so far, and ends. Gives whether that was done within `grace`.
+    pub async fn close(self, grace: Duration) -> bool {
+        let Self { queue, thread } = self;
+        let closed = async {
+            let _ = queue.send(Message::Close).await;
+            queue.closed().await;
+            let _ = tokio::task::spawn_blocking(move || thread.join()).await;
+        };
+        tokio::time::timeout(grace, closed).await.is_ok()
+    }
+}
+
+/// Records that could not be written.
+struct Lost {
+    counter: Counter,
+    /// Those that the log does not speak of yet, and when it last did.
+    unsaid: Mutex<(u64, Option<Instant>)>,
+}
+
+impl Lost {
+    fn add(&self, records: u64, why: &str) {
+        self.counter.inc_by(records);
+        let mut unsaid = self.unsaid.lock().unwrap_or_else(PoisonError::into_inner);
+        unsaid.0 += records;
+        if unsaid.1.is_none_or(|last| last.elapsed() >= LOST_INTERVAL) {
+            tracing::error!(records = unsaid.0, why, "audit records are lost");
+            *unsaid = (0, Some(Instant::now()));
+        }
+    }
+}
+
+/// The thread: until it is told to close, or nobody is left to record.
+fn write(mut lines: mpsc::Receiver<Message>, mut output: Output, lost: &Lost) {
+    let mut messages = Vec::new();
+    while lines.blocking_recv_many(&mut messages, 256) > 0 {
+        let mut closing = false;
+        let batch = messages.drain(..).filter_map(|message| match message {
+            Message::Line(line) => Some(line),
+            Message::Close => {
+                closing = true;
+                None
+            }
+        });
+        output.write(batch, &mut |records, why| lost.add(records, why));
+        if closing {
+            return;
+        }
+    }
+}
+
+/// The line's fields, in their order.
+#[derive(Serialize)]
+struct Line<'a> {
+    ts: String,
+    id: String,
+    user: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    uid: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    groups: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    authenticator: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    impersonated: Option<String>,
+    source: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    verb: Option<String>,
+    method: String,
+    path: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    group: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    resource: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    subresource: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    namespace: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+    decision: Outcome,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    authorizer: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rule: Option<String>,
+    code: u16,
+    bytes_in: u64,
+    bytes_out: u64,
+    duration_ms: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    node: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stream: Option<u64>,
+}
+
+impl Record<'_> {
+    /// One line of JSON with its end.
+    fn line(&self) -> String {
+        let text = |text: &str| shortened(text, MAX_TEXT);
+        let some = |part: &str| Some(part).filter(|part| !part.is_empty()).map(text);
+        let of = |part: fn(&RequestInfo) -> &String| self.request.and_then(|request| some(part(request)));
+        let line = Line {
+            ts: humantime::format_rfc3339_millis(self.received).to_string(),
+            id: self.id.to_string(),
+            user: self.user.map(|user| text(&user.name)),
+            uid: self.user.and_then(|user| user.uid.as_deref()).map(text),
+            groups: self.user.map(groups).unwrap_or_default(),
+            authenticator: self.authenticator,
+            impersonated: self.impersonated.map(|user| text(&user.name)),
+            source: text(self.source),
+            verb: of(|request| &request.verb),
+            method: text(self.method),
+            path: shortened(&recorded_path(self.path, self.query), MAX_PATH),
+            group: of(|request| &request.group),
+            resource: of(|request| &request.resource),
+            subresource: of(|request| &request.subresource),
+            namespace: of(|request| &request.namespace),
+            name: of(|request| &request.name),
+            decision: self.outcome,
+            authorizer: self.authorizer,
+            rule: some(self.rule),
+            code: self.code,
+            bytes_in: self.bytes_in,
+            bytes_out: self.bytes_out,
+            duration_ms: u64::try_from(self.duration.as_millis()).unwrap_or(u64::MAX),
+            node: self.node.map(text),
+            stream: self.stream,
+        };
+        let json = serde_json::to_string(&line).unwrap_or_default();
+        // JSON itself escapes only the first 32.
+        let mut plain = String::with_capacity(json.len() + 1);
+        for c in json.chars() {
+            if is_hidden(c) {
+                let _ = write!(plain, "\\u{:04x}", u32::from(c));
+            } else {
+                plain.push(c);
+            }
+        }
+        plain.push('\n');
+        plain
+    }
+}
+
+fn groups(user: &User) -> Vec<String> {
+    let mut groups: Vec<_> =
+        user.groups.iter().take(MAX_GROUPS).map(|group| shortened(group, MAX_TEXT)).collect();
+    if let Some(more) = user.groups.len().checked_sub(MAX_GROUPS).filter(|more| *more > 0) {
+        groups.push(format!("… {more} more"));
+    }
+    groups
+}
+
+/// Controls, ends of lines, and what makes text look like other text. All are in the basic plane.
+fn is_hidden(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
+}
+
+fn shortened(text: &str, most: usize) -> String {
+    match text.char_indices().nth(most) {
+        Some((at, _)) => format!("{}…", text.get(..at).unwrap_or_default()),
+        None => text.to_owned(),
+    }
+}
+
+/// The path, and of the query what can hold no secret.
+fn recorded_path(path: &str, query: Option<&str>) -> String {
+    let mut text = path.to_owned();
+    for (i, pair) in query.into_iter().flat_map(|query| query.split('&')).enumerate() {
+        if text.len() > MAX_PATH * 4 {
+            break;
+        }
+        text.push(if i == 0 { '?' } else { '&' });
+        match pair.split_once('=') {
+            Some((key, value)) if PLAIN_PARAMETERS.contains(&key) && value.len() <= 128 => {
+                let _ = write!(text, "{key}={value}");
+            }
+            None if PLAIN_PARAMETERS.contains(&pair) => text.push_str(pair),
+            // A long key may be a secret itself, as is one without a value.
+            Some((key, _)) if key.len() <= 40 => {
+                let _ = write!(text, "{key}=***");
+            }
+            Some(_) | None => text.push_str("***"),
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests;

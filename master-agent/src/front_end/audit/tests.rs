@@ -1,0 +1,351 @@
+use std::{
+    fs,
+    os::unix::fs::{PermissionsExt, symlink},
+    path::Path,
+};
+
+use proto::config::{Source, parse};
+use serde_json::Value;
+
+use super::*;
+
+struct Dir(PathBuf);
+
+impl Dir {
+    fn new() -> Self {
+        let path = std::env::temp_dir().join(format!("audit-{:016x}", rand::random::<u64>()));
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn config(file: PathBuf) -> AuditConfig {
+    AuditConfig { file: Some(file), max_bytes: 1 << 20, keep: 3, queue: 16, wait: Duration::from_millis(1) }
+}
+
+fn record<'a>() -> Record<'a> {
+    Record {
+        received: SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123),
+        id: RequestId(0xab),
+        source: "192.0.2.1:5000",
+        user: None,
+        authenticator: None,
+        impersonated: None,
+        method: "GET",
+        path: "/healthz",
+        query: None,
+        request: None,
+        outcome: Outcome::Unauthenticated,
+        authorizer: None,
+        rule: "",
+        code: 401,
+        bytes_in: 1,
+        bytes_out: 2,
+        duration: Duration::from_micros(3999),
+        node: None,
+        stream: None,
+    }
+}
+
+fn lines(path: &Path) -> Vec<Value> {
+    fs::read_to_string(path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn names(dir: &Dir) -> Vec<String> {
+    let mut names: Vec<_> =
+        fs::read_dir(&dir.0).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_line() {
+    let plain = record().line();
+    assert_eq!(
+        plain,
+        "{\"ts\":\"2023-11-14T22:13:20.123Z\",\"id\":\"00000000000000ab\",\"user\":null,\"source\":\"192.0.2.1:5000\",\
+         \"method\":\"GET\",\"path\":\"/healthz\",\"decision\":\"unauthenticated\",\"code\":401,\"bytes_in\":1,\
+         \"bytes_out\":2,\"duration_ms\":3}\n"
+    );
+    let bob = User { name: "bob".into(), ..User::default() };
+    let alice = User {
+        name: "alice".into(),
+        uid: Some("7".into()),
+        groups: vec!["dev".into()],
+        extra: [("token".to_owned(), vec!["hidden".to_owned()])].into(),
+    };
+    let path = "/apis/apps/v1/namespaces/a/deployments/d/scale";
+    let info = RequestInfo::resolve("PUT", path, None, false).unwrap();
+    let full = Record {
+        user: Some(&alice),
+        authenticator: Some("oidc"),
+        impersonated: Some(&bob),
+        method: "PUT",
+        path,
+        request: Some(&info),
+        outcome: Outcome::Allow,
+        authorizer: Some("rbac"),
+        rule: "r",
+        node: Some("n"),
+        stream: Some(9),
+        code: 200,
+        ..record()
+    };
+    let expected = serde_json::json!({
+        "ts": "2023-11-14T22:13:20.123Z", "id": "00000000000000ab", "user": "alice", "uid": "7", "groups": ["dev"],
+        "authenticator": "oidc", "impersonated": "bob", "source": "192.0.2.1:5000", "verb": "update", "method": "PUT",
+        "path": path, "group": "apps", "resource": "deployments", "subresource": "scale", "namespace": "a", "name": "d",
+        "decision": "allow", "authorizer": "rbac", "rule": "r", "code": 200, "bytes_in": 1, "bytes_out": 2,
+        "duration_ms": 3, "node": "n", "stream": 9,
+    });
+    assert_eq!(serde_json::from_str::<Value>(&full.line()).unwrap(), expected);
+}
+
+#[test]
+fn nothing_forges_a_line_or_hides_in_one() {
+    let forged = "x\"}\r\n{\"user\":\"root\"}\n\0\u{1b}[2J\u{7f}\u{85}\u{9b}\u{2028}\u{2029}\u{202e}\u{2066}\u{200b}\u{feff}";
+    let user = User {
+        name: forged.into(),
+        uid: Some(forged.into()),
+        groups: vec![forged.to_owned(); 100],
+        ..User::default()
+    };
+    let info = RequestInfo {
+        verb: forged.repeat(100),
+        group: forged.into(),
+        resource: forged.into(),
+        subresource: forged.into(),
+        namespace: forged.into(),
+        name: "é".repeat(10_000),
+        ..RequestInfo::default()
+    };
+    let path = format!("/{}", "p".repeat(100_000));
+    let query = "a=b&".repeat(100_000);
+    let line = Record {
+        user: Some(&user),
+        impersonated: Some(&user),
+        method: forged,
+        source: forged,
+        path: &path,
+        query: Some(&query),
+        request: Some(&info),
+        rule: forged,
+        node: Some(forged),
+        ..record()
+    }
+    .line();
+    assert_eq!(line.matches('\n').count(), 1);
+    assert!(line.ends_with("}\n"));
+    assert!(!line.trim_end_matches('\n').chars().any(is_hidden), "{line:?}");
+    assert!(line.len() < 40_000, "{}", line.len());
+    let value: Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(value["user"], forged, "and none of it is lost");
+    assert_eq!(value["groups"].as_array().unwrap().len(), MAX_GROUPS + 1);
+    assert_eq!(value["path"].as_str().unwrap().chars().count(), MAX_PATH + 1);
+    assert_eq!(value["name"].as_str().unwrap().chars().count(), MAX_TEXT + 1);
+}
+
+#[test]
+fn queries_keep_what_is_no_secret() {
+    let long = "k".repeat(41);
+    let rows = [
+        ("watch=true&follow=1&container=c", "?watch=true&follow=1&container=c"),
+        ("token=abc&watch=1", "?token=***&watch=1"),
+        ("access_token=abc", "?access_token=***"),
+        ("command=cat&command=/etc/shadow", "?command=***&command=***"),
+        ("Watch=1", "?Watch=***"),
+        ("eyJhbGciOi", "?***"),
+        ("watch", "?watch"),
+        ("", "?***"),
+        ("%77atch=1", "?%77atch=***"),
+        (&format!("{long}=1"), "?***"),
+        (&format!("container={}", "s".repeat(200)), "?container=***"),
+        ("fieldSelector=metadata.name%3Dx", "?fieldSelector=***"),
+    ];
+    for (query, expected) in rows {
+        assert_eq!(recorded_path("", Some(query)), expected, "{query}");
+    }
+    assert_eq!(recorded_path("/x", None), "/x");
+}
+
+#[tokio::test]
+async fn a_file_is_rotated_and_only_its_owner_reads_it() {
+    let dir = Dir::new();
+    let path = dir.file("audit.log");
+    fs::write(&path, "{}\n").unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+    let line = record().line().len() as u64;
+    // The old line and two more, then three in each.
+    let settings = AuditConfig { max_bytes: 3 * line, ..config(path.clone()) };
+    let lost = Counter::default();
+    let (audit, writer) = Audit::start(&settings, lost.clone()).unwrap();
+    for code in 100..117 {
+        // Not so fast that the queue is full.
+        while audit.queue.capacity() == 0 {
+            tokio::task::yield_now().await;
+        }
+        audit.record(&Record { code, ..record() }).await;
+    }
+    assert!(writer.close(Duration::from_secs(60)).await);
+    assert_eq!(lost.get(), 0);
+    assert_eq!(names(&dir), ["audit.log", "audit.log.1", "audit.log.2", "audit.log.3"]);
+    let codes = |name: &str| -> Vec<_> {
+        lines(&dir.file(name)).iter().map(|line| line["code"].as_u64().unwrap_or_default()).collect()
+    };
+    assert_eq!(codes("audit.log.3"), [105, 106, 107]);
+    assert_eq!(codes("audit.log.2"), [108, 109, 110]);
+    assert_eq!(codes("audit.log.1"), [111, 112, 113]);
+    assert_eq!(codes("audit.log"), [114, 115, 116]);
+    for name in names(&dir) {
+        assert_eq!(fs::metadata(dir.file(&name)).unwrap().permissions().mode() & 0o777, 0o600, "{name}");
+    }
+    audit.record(&record()).await;
+    audit.record_now(&record());
+    assert_eq!(lost.get(), 2, "it is closed");
+}
+
+/// Writes straight, so that nothing depends on the thread.
+fn write_now(output: &mut Output, codes: std::ops::Range<u16>) -> u64 {
+    let mut lost = 0;
+    output.write(codes.map(|code| Record { code, ..record() }.line()), &mut |records, _| lost += records);
+    lost
+}
+
+#[test]
+fn a_full_disk_loses_lines_and_nothing_else() {
+    let dir = Dir::new();
+    let (link, good) = (dir.file("link"), dir.file("good"));
+    let link_to = |target: &Path| {
+        let _ = fs::remove_file(&link);
+        symlink(target, &link).unwrap();
+    };
+    link_to(Path::new("/dev/full"));
+    let mut output = Output::file(link.clone(), 100, 3).unwrap();
+    assert_eq!(write_now(&mut output, 0..3), 3);
+    assert_eq!(write_now(&mut output, 3..5), 2);
+    link_to(&good);
+    assert_eq!(write_now(&mut output, 5..6), 0, "it goes on once there is room");
+    assert_eq!(lines(&good)[0]["code"], 5);
+    // A directory in its place can't even be opened.
+    fs::remove_file(&link).unwrap();
+    fs::create_dir(&link).unwrap();
+    assert_eq!(write_now(&mut output, 6..8), 2);
+    let mode = fs::metadata("/dev/full").unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode, 0o666, "devices are left as they are");
+}
+
+#[test]
+fn a_file_moved_away_is_begun_anew() {
+    let dir = Dir::new();
+    let path = dir.file("audit.log");
+    let mut output = Output::file(path.clone(), 1 << 20, 3).unwrap();
+    write_now(&mut output, 1..2);
+    fs::rename(&path, dir.file("moved")).unwrap();
+    write_now(&mut output, 2..3);
+    fs::remove_file(&path).unwrap();
+    write_now(&mut output, 3..4);
+    assert_eq!(lines(&dir.file("moved"))[0]["code"], 1);
+    assert_eq!(lines(&path)[0]["code"], 3);
+}
+
+#[test]
+fn a_rotation_that_fails_keeps_the_file() {
+    let dir = Dir::new();
+    let path = dir.file("audit.log");
+    // A directory that is not empty can't be replaced by a file.
+    fs::create_dir_all(dir.file("audit.log.1/x")).unwrap();
+    let line = record().line().len() as u64;
+    let mut output = Output::file(path.clone(), 2 * line, 1).unwrap();
+    assert_eq!(write_now(&mut output, 100..109), 0);
+    assert_eq!(lines(&path).len(), 9);
+}
+
+/// What was written, and for how many more bytes there is room.
+#[derive(Clone, Default)]
+struct Disk(Arc<Mutex<(Vec<u8>, usize)>>);
+
+impl std::io::Write for Disk {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let mut disk = self.0.lock().unwrap();
+        let part = disk.1.min(bytes.len());
+        if part == 0 {
+            return Err(std::io::ErrorKind::StorageFull.into());
+        }
+        disk.0.extend_from_slice(&bytes[..part]);
+        disk.1 -= part;
+        Ok(part)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_line_written_in_part_does_not_spoil_the_next() {
+    let disk = Disk::default();
+    let mut output = Output::stream(disk.clone());
+    let mut room = |bytes: usize, codes| {
+        disk.0.lock().unwrap().1 = bytes;
+        write_now(&mut output, codes)
+    };
+    let line = record().line().len();
+    assert_eq!(room(line + 10, 401..404), 2, "one and a part");
+    assert_eq!(room(0, 404..406), 2);
+    assert_eq!(room(1, 406..408), 2, "the end of the part and no more");
+    assert_eq!(room(1000 * line, 408..410), 0);
+    let text = String::from_utf8(disk.0.lock().unwrap().0.clone()).unwrap();
+    let read = |line: &str| serde_json::from_str::<Value>(line).ok().map(|v| v["code"].as_u64().unwrap());
+    assert_eq!(text.lines().map(read).collect::<Vec<_>>(), [Some(401), None, Some(408), Some(409)]);
+}
+
+#[tokio::test]
+async fn a_full_queue_waits_a_little_and_loses() {
+    // Nothing takes lines out of this queue.
+    let (queue, mut stuck) = mpsc::channel(1);
+    let counter = Counter::default();
+    let lost = Arc::new(Lost { counter: counter.clone(), unsaid: Mutex::default() });
+    let audit = Audit { queue, wait: Duration::from_millis(1), lost };
+    audit.record(&record()).await;
+    audit.record(&record()).await;
+    audit.record_now(&record());
+    assert_eq!(counter.get(), 2);
+    stuck.recv().await.unwrap();
+    audit.record(&record()).await;
+    assert_eq!(counter.get(), 2);
+}
+
+#[test]
+fn the_configuration() {
+    let read = |text: &str| {
+        let source = Source { origin: "test", base_dir: Path::new("/var"), check_files: false };
+        parse(text, source, |section| section.section("audit", |s| Some(AuditConfig::read(s))))
+    };
+    let defaults = read("audit: {}").unwrap();
+    assert_eq!((defaults.file, defaults.max_bytes, defaults.keep), (None, 100 << 20, 10));
+    let all = read("audit: {file: audit.log, max_megabytes: 1, keep: 2, queue: 3, wait: 0s}").unwrap();
+    let file = Some("/var/audit.log".into());
+    assert_eq!(all, AuditConfig { file, max_bytes: 1 << 20, keep: 2, queue: 3, wait: Duration::ZERO });
+    for wrong in ["{keep: 0}", "{queue: 0}", "{wait: 1m}", "{files: x}", "{max_megabytes: 0}"] {
+        read(&format!("audit: {wrong}")).unwrap_err();
+    }
+}
+
+#[test]
+fn paths_that_can_not_be_used_are_known_at_once() {
+    let dir = Dir::new();
+    for path in [dir.0.clone(), dir.file("none/audit.log")] {
+        let error = Audit::start(&config(path.clone()), Counter::default()).err().unwrap();
+        assert!(error.to_string().contains(&path.display().to_string()), "{error}");
+    }
+}

@@ -1,0 +1,93 @@
+//! Tokens of Kubernetes service accounts, as kube-apiserver issues them (`TokenRequest`, projected volumes).
+//!
+//! Whether the service account, pod or node that a token is bound to still exists is not asked: a token is good
+//! until it expires.
+
+use super::{
+    Authenticator, BoxFuture, Moment, Presented, Reason, Recognized,
+    jwt::{Claims, Unverified},
+    keys::KeySource,
+    x509::CREDENTIAL_ID,
+};
+use crate::front_end::user::User;
+
+/// The issuer of tokens that were kept in Secrets.
+const LEGACY_ISSUER: &str = "kubernetes/serviceaccount";
+
+pub struct ServiceAccounts {
+    issuers: Vec<String>,
+    audiences: Vec<String>,
+    keys: Vec<KeySource>,
+}
+
+impl ServiceAccounts {
+    pub fn new(issuers: Vec<String>, audiences: Vec<String>, keys: Vec<KeySource>) -> Self {
+        Self { issuers, audiences, keys }
+    }
+
+    async fn check(&self, presented: &Presented<'_>, now: Moment) -> Result<Option<Recognized>, Reason> {
+        let Some(token) = &presented.bearer else { return Ok(None) };
+        let Some(token) = Unverified::read(token.expose())? else { return Ok(None) };
+        match token.issuer() {
+            Some(LEGACY_ISSUER) => return Err(Reason::Legacy),
+            Some(issuer) if self.issuers.iter().any(|one| one == issuer) => {}
+            Some(_) | None => return Ok(None),
+        }
+        let claims = token.verify(&self.keys, now).await?;
+        claims.check_audience(&self.audiences)?;
+        Ok(Some(Recognized { user: user(&claims)?, expires: claims.expires() }))
+    }
+}
+
+impl Authenticator for ServiceAccounts {
+    fn authenticate<'a>(
+        &'a self,
+        presented: &'a Presented<'a>,
+        now: Moment,
+    ) -> BoxFuture<'a, Result<Option<Recognized>, Reason>> {
+        Box::pin(self.check(presented, now))
+    }
+
+    fn remembers(&self) -> bool {
+        true
+    }
+}
+
+fn user(claims: &Claims) -> Result<User, Reason> {
+    let subject = claims.text("sub")?;
+    let account = subject.strip_prefix("system:serviceaccount:").and_then(|rest| rest.split_once(':'));
+    let Some((namespace, name)) = account.filter(|(namespace, name)| is_name(namespace) && is_name(name))
+    else {
+        return Err(Reason::Subject);
+    };
+    let claim = |path: &[&str]| claims.nested(&[&["kubernetes.io"], path].concat());
+    for (path, value) in [(&["namespace"] as &[_], namespace), (&["serviceaccount", "name"], name)] {
+        if claim(path)?.is_some_and(|claimed| claimed != value) {
+            return Err(Reason::Contradiction);
+        }
+    }
+    let mut user = User {
+        name: subject.to_owned(),
+        uid: claim(&["serviceaccount", "uid"])?.map(str::to_owned),
+        groups: vec!["system:serviceaccounts".to_owned(), format!("system:serviceaccounts:{namespace}")],
+        ..User::default()
+    };
+    for object in ["pod", "node"] {
+        for field in ["name", "uid"] {
+            if let Some(value) = claim(&[object, field])? {
+                let key = format!("authentication.kubernetes.io/{object}-{field}");
+                user.extra.insert(key, vec![value.to_owned()]);
+            }
+        }
+    }
+    if let Some(id) = claims.nested(&["jti"])?.filter(|id| !id.is_empty()) {
+        user.extra.insert(CREDENTIAL_ID.to_owned(), vec![format!("JTI={id}")]);
+    }
+    Ok(user)
+}
+
+/// What a namespace or service account can be called.
+fn is_name(text: &str) -> bool {
+    let character = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'.');
+    !text.is_empty() && text.len() <= 253 && text.bytes().all(character)
+}

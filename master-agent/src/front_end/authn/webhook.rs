@@ -1,0 +1,129 @@
+//! A webhook that is asked who a token is: TokenReview of authentication.k8s.io/v1.
+
+use std::{sync::Arc, time::Duration};
+
+use hyper::Uri;
+use k8s_openapi::api::authentication::v1::UserInfo;
+use serde::Deserialize;
+use tokio::sync::Semaphore;
+
+use super::{
+    Authenticator, BoxFuture, Digest, Moment, Presented, Reason, Recognized, WebhookConfig, cache::Cache,
+};
+use crate::front_end::{https_client::JsonClient, reloaded::Reloaded, secret::Secret, user::User};
+
+pub struct Webhook {
+    url: Uri,
+    audiences: Vec<String>,
+    timeout: Duration,
+    client: Arc<Reloaded<JsonClient>>,
+    asking: Semaphore,
+    known: Cache<User>,
+    /// Apart, so that guesses don't push out those who are known.
+    refused: Cache<Reason>,
+}
+
+impl Webhook {
+    pub fn new(config: &WebhookConfig, client: Arc<Reloaded<JsonClient>>) -> Self {
+        Self {
+            url: config.url.clone(),
+            audiences: config.audiences.clone(),
+            timeout: config.timeout,
+            client,
+            asking: Semaphore::new(config.max_in_flight),
+            known: Cache::new(config.cache_size, config.authenticated_ttl),
+            refused: Cache::new(config.cache_size, config.refused_ttl),
+        }
+    }
+
+    async fn check(&self, presented: &Presented<'_>, now: Moment) -> Result<Option<Recognized>, Reason> {
+        let Some(token) = &presented.bearer else { return Ok(None) };
+        let digest = Digest::of(token);
+        if let Some(user) = self.known.get(&digest, now.monotonic) {
+            return Ok(Some(user.into()));
+        }
+        if let Some(reason) = self.refused.get(&digest, now.monotonic) {
+            return Err(reason);
+        }
+        let answer = self.ask(token).await?;
+        match self.judge(answer) {
+            Ok(user) => {
+                self.known.put(digest, user.clone(), now.monotonic);
+                Ok(Some(user.into()))
+            }
+            Err(reason) => {
+                self.refused.put(digest, reason.clone(), now.monotonic);
+                Err(reason)
+            }
+        }
+    }
+
+    async fn ask(&self, token: &Secret) -> Result<Status, Reason> {
+        let permit = tokio::time::timeout(self.timeout, self.asking.acquire()).await;
+        let Ok(Ok(_permit)) = permit else {
+            return Err(Reason::Unavailable(format!("{} is asked too much already", self.url)));
+        };
+        let review = serde_json::json!({
+            "apiVersion": "authentication.k8s.io/v1",
+            "kind": "TokenReview",
+            "spec": { "token": token.expose(), "audiences": self.audiences },
+        });
+        let answer: Answer =
+            self.client.get().post(&self.url, &review).await.map_err(|error| Reason::unavailable(&error))?;
+        if answer.api_version != "authentication.k8s.io/v1" || answer.kind != "TokenReview" {
+            return Err(Reason::Unavailable(format!("{} answers with something else", self.url)));
+        }
+        Ok(answer.status)
+    }
+
+    fn judge(&self, status: Status) -> Result<User, Reason> {
+        if !status.authenticated {
+            return Err(Reason::Refused);
+        }
+        // A webhook that names no audience knows of none: then the token counts as for this one.
+        let audience = |audience| self.audiences.contains(audience);
+        if !self.audiences.is_empty()
+            && !status.audiences.is_empty()
+            && !status.audiences.iter().any(audience)
+        {
+            return Err(Reason::Audience);
+        }
+        let UserInfo { username, uid, groups, extra } = status.user;
+        let extra = extra.unwrap_or_default().into_iter().map(|(key, values)| (key.to_lowercase(), values));
+        let user = User {
+            name: username.unwrap_or_default(),
+            uid: uid.filter(|uid| !uid.is_empty()),
+            groups: groups.unwrap_or_default(),
+            extra: extra.collect(),
+        };
+        super::checked(user.into()).map(|recognized| recognized.user)
+    }
+}
+
+impl Authenticator for Webhook {
+    fn authenticate<'a>(
+        &'a self,
+        presented: &'a Presented<'a>,
+        now: Moment,
+    ) -> BoxFuture<'a, Result<Option<Recognized>, Reason>> {
+        Box::pin(self.check(presented, now))
+    }
+}
+
+#[derive(Deserialize)]
+struct Answer {
+    #[serde(rename = "apiVersion")]
+    api_version: String,
+    kind: String,
+    status: Status,
+}
+
+#[derive(Deserialize)]
+struct Status {
+    #[serde(default)]
+    authenticated: bool,
+    #[serde(default)]
+    user: UserInfo,
+    #[serde(default)]
+    audiences: Vec<String>,
+}

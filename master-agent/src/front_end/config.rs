@@ -1,0 +1,141 @@
+//! The `front_end` section of the configuration.
+
+use std::net::SocketAddr;
+
+use hyper::Uri;
+use proto::config::{At, Section};
+
+use super::{
+    audit::AuditConfig,
+    authn::AuthnConfig,
+    authz::config::AuthzConfig,
+    https_client::ClientTls,
+    limits::{LimitsConfig, seats::SeatLimits},
+    tls::ServingCertificate,
+    upstream::UpstreamConfig,
+};
+use crate::config::{COUNT, WAIT, any, secs};
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FrontEndConfig {
+    pub listen: SocketAddr,
+    /// The first is also for names that none is for.
+    pub certificates: Vec<ServingCertificate>,
+    pub authn: AuthnConfig,
+    pub authz: AuthzConfig,
+    /// Also authorize what goes to kube-apiserver, which authorizes it again.
+    pub authorize_everything: bool,
+    /// Answer proxy URLs of nodes, pods and services here, through tunnels, rather than hand them on.
+    pub serve_proxy_urls: bool,
+    pub upstream: UpstreamConfig,
+    pub limits: LimitsConfig,
+    pub audit: AuditConfig,
+}
+
+impl FrontEndConfig {
+    pub fn read(s: &Section<'_>) -> Option<Self> {
+        let listen = s.listen("listen", Some(any(6443)));
+        let certificates: Vec<_> =
+            s.items("certificates").iter().filter_map(|at| at.section(ServingCertificate::read)).collect();
+        if certificates.is_empty() {
+            s.error("certificates", "needs at least one {cert: FILE, key: FILE}");
+        }
+        let upstream = s.section("upstream", UpstreamConfig::read);
+        if s.at("upstream").is_none() {
+            s.error("upstream", "is required: where kube-apiserver is");
+        }
+        let config = Self {
+            listen: listen?,
+            certificates,
+            authn: AuthnConfig::read(s),
+            authz: AuthzConfig::read(s, "authorization"),
+            authorize_everything: s.or("authorize_everything", false),
+            serve_proxy_urls: s.or("serve_proxy_urls", false),
+            limits: s.section_or_default("limits", LimitsConfig::read),
+            audit: s.section_or_default("audit", AuditConfig::read),
+            upstream: upstream?,
+        };
+        Some(config)
+    }
+}
+
+impl ServingCertificate {
+    fn read(s: &Section<'_>) -> Option<Self> {
+        let (cert, key) = (s.required_file("cert"), s.required_private_file("key"));
+        Some(Self { cert: cert?, key: key? })
+    }
+}
+
+impl UpstreamConfig {
+    fn read(s: &Section<'_>) -> Option<Self> {
+        let servers: Vec<Uri> = s.items("servers").iter().filter_map(server).collect();
+        if s.items("servers").is_empty() {
+            s.error("servers", "needs at least one https://HOST:PORT");
+        }
+        let (cert, key) = (s.file("cert"), s.private_file("key"));
+        if cert.is_some() != key.is_some() {
+            s.section_error("cert and key go together: give both or none");
+        }
+        let tls = ClientTls { ca: s.file("ca"), identity: cert.zip(key) };
+        if tls.ca.is_none() && servers.iter().any(|server| server.scheme_str() == Some("https")) {
+            s.error("ca", "is required for https:// servers: the CA of their certificates");
+        }
+        let health_path = s.or("health_path", "/readyz".to_owned());
+        if !health_path.starts_with('/') || health_path.parse::<Uri>().is_err() {
+            s.error("health_path", "is no path");
+        }
+        Some(Self {
+            servers,
+            tls,
+            http2: s.or("http2", false),
+            health_path,
+            health_interval: s.duration("health_interval", secs(5), WAIT),
+            connect_timeout: s.duration("connect_timeout", secs(5), WAIT),
+            max_idle: s.number("max_idle", 256, COUNT),
+        })
+    }
+}
+
+fn server(at: &At<'_>) -> Option<Uri> {
+    let text = at.text()?;
+    let uri = text.parse::<Uri>().ok().filter(|uri| uri.path() == "/" && uri.query().is_none());
+    let Some(uri) = uri.filter(|uri| uri.host().is_some()) else {
+        at.error(format!("{text:?}: expected https://HOST:PORT"));
+        return None;
+    };
+    match uri.scheme_str() {
+        Some("https") => Some(uri),
+        Some("http") if super::upstream::is_loopback(uri.host().unwrap_or_default()) => Some(uri),
+        _ => {
+            at.error(format!("{text:?}: must be https://, as http:// is for loopback only"));
+            None
+        }
+    }
+}
+
+impl LimitsConfig {
+    fn read(s: &Section<'_>) -> Self {
+        let rate = |name, default| u32::try_from(s.number(name, default, COUNT)).unwrap_or(u32::MAX);
+        Self {
+            max_connections: s.number("max_connections", 16_384, COUNT),
+            max_connections_per_address: s.number("max_connections_per_address", 4096, COUNT),
+            head_timeout: s.duration("head_timeout", secs(10), WAIT),
+            idle_timeout: s.duration("idle_timeout", secs(180), WAIT),
+            request_timeout: s.duration("request_timeout", secs(60), WAIT),
+            body_timeout: s.duration("body_timeout", secs(30), WAIT),
+            max_body: s.number("max_body", 16 << 20, 1..=1 << 40) as u64,
+            seats: SeatLimits {
+                total: s.number("max_in_flight", 400, COUNT),
+                per_user: s.number("max_in_flight_per_user", 100, COUNT),
+                queue: s.number("queue_per_user", 100, COUNT),
+                wait: s.duration("queue_timeout", secs(5), WAIT),
+            },
+            long_running_per_user: s.number("long_running_per_user", 1000, COUNT),
+            requests_per_second_per_user: rate("requests_per_second_per_user", 1000),
+            requests_per_second_per_address: rate("requests_per_second_per_address", 5000),
+            failures_per_second_per_address: rate("failures_per_second_per_address", 10),
+            half_closed_timeout: s.duration("half_closed_timeout", secs(600), WAIT),
+            max_streams: rate("max_streams", 250),
+        }
+    }
+}
