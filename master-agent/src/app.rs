@@ -32,7 +32,7 @@ use crate::{
         proxy_url::{ProxyUrls, TargetTls},
         socks5::{Socks5, Users},
     },
-    front_end::server::FrontEnd,
+    front_end::{audit::Writer, server::FrontEnd},
     identity::Authorities,
     inventory::Inventory,
     kubernetes,
@@ -89,7 +89,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let background = Tasks::new();
     let listeners = Tasks::new();
     let callers = Tasks::new();
-    serve(&agent, sockets, cluster.as_ref(), &callers, &listeners, &background)?;
+    let audit = serve(&agent, sockets, cluster.as_ref(), &callers, &listeners, &background)?;
     if let (Some(watches), Some(cluster)) = (&agent.watches, &cluster) {
         watches.start(cluster, &background);
     }
@@ -112,6 +112,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     agent.sessions.drain(Duration::from_secs(2)).await;
     background.cancel();
     background.drain(Duration::from_secs(2)).await;
+    if let Some(audit) = audit
+        && !audit.close(Duration::from_secs(2)).await
+    {
+        tracing::error!("the last audit records were not written in time");
+    }
     tracing::info!(cut, "stopped");
     Ok(())
 }
@@ -168,7 +173,7 @@ fn serve(
     callers: &Tasks,
     listeners: &Tasks,
     background: &Tasks,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Option<Writer>> {
     let Sockets {
         connect_unix,
         connect_tls,
@@ -222,9 +227,10 @@ fn serve(
     if let Some(listener) = call_home {
         listeners.spawn(links::accept(agent.clone(), listener));
     }
+    let mut audit = None;
     if let (Some(listener), Some(config)) = (front_end, &agent.config.front_end) {
         let draining = agent.draining.clone();
-        let front_end = FrontEnd::load(
+        let (front_end, writer) = FrontEnd::load(
             config,
             cluster,
             proxy_urls,
@@ -234,12 +240,13 @@ fn serve(
             draining,
         )?;
         front_end.watch(background);
+        audit = Some(writer);
         listeners.spawn(front_end.accept(listener));
     }
     let endpoints = Endpoints { registry: Arc::new(agent.metrics.register(agent)), admin: agent.clone() };
     background.spawn(endpoints.clone().serve_tcp(admin, background.clone()));
     background.spawn(endpoints.serve_unix(admin_unix, background.clone()));
-    Ok(())
+    Ok(audit)
 }
 
 fn serve_socks5(

@@ -62,6 +62,8 @@ pub struct Metrics {
     pub joins: Family<Reason, Counter>,
     pub certificates_renewed: Counter,
     pub inventory_reloads: Family<Reason, Counter>,
+    /// Audit records of the front end that could not be written.
+    pub audit_lost: Counter,
 }
 
 impl Default for Metrics {
@@ -82,6 +84,7 @@ impl Default for Metrics {
             joins: Family::default(),
             certificates_renewed: Counter::default(),
             inventory_reloads: Family::default(),
+            audit_lost: Counter::default(),
         }
     }
 }
@@ -113,6 +116,7 @@ impl Metrics {
             self.certificates_renewed.clone(),
         );
         r.register("inventory_reloads", "Inventory reloads, by result", self.inventory_reloads.clone());
+        r.register("audit_records_lost", "Audit records that could not be written", self.audit_lost.clone());
         r.register("tunnel_dials", "Attempts to dial a node", self.tunnel_dials.clone());
         r.register(
             "tunnel_dials_failed",

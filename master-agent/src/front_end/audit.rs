@@ -178,22 +178,17 @@ impl Audit {
         Ok((Self { queue: queue.clone(), wait: config.wait, lost }, Writer { queue, thread }))
     }
 
-    /// Waits a short time if the queue is full.
-    pub async fn record(&self, record: &Record<'_>) {
-        let message = match self.queue.try_send(Message::Line(record.line())) {
-            Err(TrySendError::Full(message)) => message,
-            Err(TrySendError::Closed(_)) => return self.lost.add(1, "the audit log is closed"),
-            Ok(()) => return,
-        };
-        if self.queue.send_timeout(message, self.wait).await.is_err() {
-            self.lost.add(1, "the queue is full");
-        }
+    /// Waits a short time for room in the queue, so that whoever makes many records slows down before any is lost.
+    pub async fn room(&self) {
+        let _ = tokio::time::timeout(self.wait, self.queue.reserve()).await;
     }
 
-    /// For where nothing can wait, such as a request that was dropped.
-    pub fn record_now(&self, record: &Record<'_>) {
-        if self.queue.try_send(Message::Line(record.line())).is_err() {
-            self.lost.add(1, "the queue is full");
+    /// Never waits: requests end where nothing can.
+    pub fn record(&self, record: &Record<'_>) {
+        match self.queue.try_send(Message::Line(record.line())) {
+            Ok(()) => {}
+            Err(TrySendError::Full(_)) => self.lost.add(1, "the queue is full"),
+            Err(TrySendError::Closed(_)) => self.lost.add(1, "the audit log is closed"),
         }
     }
 }

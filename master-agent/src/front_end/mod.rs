@@ -12,6 +12,7 @@ pub mod https_client;
 
 pub mod limits;
 mod proxy;
+mod recorder;
 pub mod reloaded;
 pub mod request_info;
 pub mod secret;

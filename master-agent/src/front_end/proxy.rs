@@ -5,6 +5,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -20,11 +21,11 @@ use hyper_util::rt::TokioIo;
 use proto::io::{dialer::Origin, relay::relay_sockets};
 
 use super::{
-    audit::Record,
     authn::{Authenticated, Moment, Presented},
     authz::{Attributes, impersonate::Impersonation},
     headers,
     limits::Place,
+    recorder::Recorder,
     request_info::RequestInfo,
     server::{Connection, DOOR},
     upstream::{BodyError, Lease, RequestBody, UpstreamError},
@@ -44,30 +45,39 @@ impl Connection {
         request: Request<Incoming>,
     ) -> Result<Response<Answer>, Infallible> {
         let busy = self.activity.busy();
-        let mut record = Record::new(self.peer.ip(), request.method(), request.uri());
-        let close = request.version() < Version::HTTP_2;
-        let response = match self.proxy(request, &mut record).await {
-            Ok(response) => response,
+        self.front_end.audit.room().await;
+        let mut record = Recorder::new(self.front_end.audit.clone(), self.peer, &request);
+        let http1 = request.version() < Version::HTTP_2;
+        let (response, upgrade) = match self.proxy(request, &mut record).await {
+            Ok(answered) => answered,
             Err(failure) => {
                 let mut response = failure.response().map(|body| Answer::from(Content::Own(body)));
                 // What is left of the request's body is not worth reading.
-                if close && failure.code != StatusCode::FORBIDDEN {
-                    response
-                        .headers_mut()
-                        .insert(header::CONNECTION, header::HeaderValue::from_static("close"));
+                if http1 && failure.code != StatusCode::FORBIDDEN {
+                    let close = header::HeaderValue::from_static("close");
+                    response.headers_mut().insert(header::CONNECTION, close);
                 }
-                response
+                (response, None)
             }
         };
         record.answered(response.status());
-        Ok(response.map(|body| Answer { ended: Some(Ended { connection: self, record, busy }), ..body }))
+        let record = Arc::new(record);
+        let held = Held { record: record.clone(), busy };
+        if let Some(upgrade) = upgrade {
+            let busy = self.activity.busy();
+            self.front_end.connections.spawn(async move {
+                let _busy = busy;
+                upgrade.carry(&record).await;
+            });
+        }
+        Ok(response.map(|body| Answer { held: Some(held), ..body }))
     }
 
     async fn proxy(
         self: &Arc<Self>,
         request: Request<Incoming>,
-        record: &mut Record,
-    ) -> Result<Response<Answer>, Failure> {
+        record: &mut Recorder,
+    ) -> Result<Answered, Failure> {
         let front_end = &self.front_end;
         let peer = self.peer.ip();
         front_end.limits.address(peer).inspect_err(|_| record.limited())?;
@@ -89,8 +99,9 @@ impl Connection {
         let place =
             front_end.limits.place(&user.name, long_running).await.inspect_err(|_| record.limited())?;
 
+        record.allowed();
         if let Some(urls) = urls {
-            return self.through_tunnel(urls, &user, place, Request::from_parts(head, body)).await;
+            return self.through_tunnel(urls, &user, place, Request::from_parts(head, body), record).await;
         }
         headers::request(&mut head.headers, &hop, &user, peer)?;
         head.version = Version::HTTP_11;
@@ -108,7 +119,7 @@ impl Connection {
             body,
             front_end.config.max_body,
             front_end.config.body_timeout,
-            record.bytes_in(),
+            record.received_bytes.clone(),
         );
         let request = Request::from_parts(head, body);
         let (mut response, lease) = self.send(request, caller_upgrade.is_some(), long_running).await?;
@@ -123,23 +134,17 @@ impl Connection {
         *response.version_mut() = Version::HTTP_11;
         if !upgraded {
             let content = |incoming| Content::Relayed { incoming, lease };
-            return Ok(response.map(|incoming| Answer { _place: place, ..Answer::from(content(incoming)) }));
+            let answer = |incoming| Answer { _place: place, ..Answer::from(content(incoming)) };
+            return Ok((response.map(answer), None));
         }
         let Some(Some(caller)) = caller_upgrade else {
             let message = "the API server changed to another protocol without being asked";
             return Err(Failure::bad_gateway(message));
         };
         let server = hyper::upgrade::on(&mut response);
-        let (half_closed, busy) = (front_end.config.half_closed_timeout, self.activity.busy());
-        front_end.connections.spawn(async move {
-            let _held = (place, busy, lease);
-            let (Ok(caller), Ok(server)) = (caller.await, server.await) else { return };
-            let relayed = relay_sockets(TokioIo::new(caller), TokioIo::new(server), half_closed).await;
-            if let Err(error) = relayed {
-                tracing::debug!(%error, "an upgraded connection failed");
-            }
-        });
-        Ok(response.map(|_| Answer::from(Content::Own(Full::default()))))
+        let half_closed_timeout = front_end.config.half_closed_timeout;
+        let upgrade = Upgrade::Server { caller, server, _lease: lease, _place: place, half_closed_timeout };
+        Ok((response.map(|_| Answer::from(Content::Own(Full::default()))), Some(upgrade)))
     }
 
     /// Answers a proxy URL: to its target goes nothing of who asks.
@@ -149,21 +154,19 @@ impl Connection {
         user: &User,
         place: Place,
         request: Request<Incoming>,
-    ) -> Result<Response<Answer>, Failure> {
-        let origin = Origin(format!("front-end {:?} {}", user.name, self.peer));
+        record: &Recorder,
+    ) -> Result<Answered, Failure> {
+        let origin = Origin(format!("front-end request {} of {:?} from {}", record.id, user.name, self.peer));
         let caller = Caller { door: DOOR, origin };
         let (response, upgrade) = urls.answer(caller, self.peer.ip(), &self.activity, request).await?;
-        if let Some(upgrade) = upgrade {
-            self.front_end.connections.spawn(async move {
-                let _held = place;
-                upgrade.carry().await;
-            });
-            return Ok(response.map(|body| Answer::from(Content::Target(body))));
-        }
-        Ok(response.map(|body| Answer { _place: Some(place), ..Answer::from(Content::Target(body)) }))
+        let (held, upgrade) = match upgrade {
+            Some(upgrade) => (None, Some(Upgrade::Target { upgrade, _place: place })),
+            None => (Some(place), None),
+        };
+        Ok((response.map(|body| Answer { _place: held, ..Answer::from(Content::Target(body)) }), upgrade))
     }
 
-    async fn authenticate(&self, head: &Parts, record: &mut Record) -> Result<Authenticated, Failure> {
+    async fn authenticate(&self, head: &Parts, record: &mut Recorder) -> Result<Authenticated, Failure> {
         let front_end = &self.front_end;
         let now = Moment::now();
         let recognized = match Presented::of(head, &self.certificates) {
@@ -190,7 +193,7 @@ impl Connection {
             }
             Err(failure) => {
                 front_end.limits.failed(self.peer.ip());
-                record.unauthenticated(&failure);
+                record.unauthenticated();
                 tracing::info!(peer = %self.peer, reason = %failure, "a caller is not recognised");
                 Err(Failure::new(StatusCode::UNAUTHORIZED, "Unauthorized"))
             }
@@ -204,7 +207,7 @@ impl Connection {
         caller: Authenticated,
         info: &RequestInfo,
         served_here: bool,
-        record: &mut Record,
+        record: &mut Recorder,
     ) -> Result<User, Failure> {
         let front_end = &self.front_end;
         let denied = |reason: String| Failure::new(StatusCode::FORBIDDEN, format!("forbidden: {reason}"));
@@ -306,10 +309,13 @@ fn is_long_running(info: &RequestInfo, query: Option<&str>) -> bool {
         || info.subresource == "log" && follows()
 }
 
+/// A response, and what follows it.
+type Answered = (Response<Answer>, Option<Upgrade>);
+
 /// The body of a response.
 pub struct Answer {
     content: Content,
-    ended: Option<Ended>,
+    held: Option<Held>,
     _place: Option<Place>,
 }
 
@@ -323,25 +329,58 @@ enum Content {
     Target(proxy_url::Body),
 }
 
-/// Dropped when a response has been passed on, or given up.
-struct Ended {
-    connection: Arc<Connection>,
-    record: Record,
-    #[expect(dead_code, reason = "held while the response is passed on")]
+/// For as long as a response is passed on.
+struct Held {
+    record: Arc<Recorder>,
+    #[expect(dead_code, reason = "held")]
     busy: Busy,
 }
 
-impl Drop for Ended {
-    fn drop(&mut self) {
-        if let Some(line) = self.record.line() {
-            self.connection.front_end.audit.write(line);
+/// A connection that changes to another protocol.
+enum Upgrade {
+    Server {
+        caller: OnUpgrade,
+        server: OnUpgrade,
+        _lease: Lease,
+        _place: Option<Place>,
+        half_closed_timeout: Duration,
+    },
+    Target {
+        upgrade: proxy_url::Upgrade,
+        _place: Place,
+    },
+}
+
+impl Upgrade {
+    /// Passes on raw bytes until both directions have ended.
+    async fn carry(self, record: &Recorder) {
+        match self {
+            Self::Server { caller, server, half_closed_timeout, _lease, _place } => {
+                let (Ok(caller), Ok(server)) = (caller.await, server.await) else { return };
+                let (caller, server) = (TokioIo::new(caller), TokioIo::new(server));
+                let relayed = relay_sockets(caller, server, &record.carried, half_closed_timeout).await;
+                if let Err(error) = relayed {
+                    tracing::debug!(%error, "an upgraded connection failed");
+                }
+            }
+            Self::Target { upgrade, _place } => upgrade.carry(&record.carried).await,
         }
     }
 }
 
 impl From<Content> for Answer {
     fn from(content: Content) -> Self {
-        Self { content, ended: None, _place: None }
+        Self { content, held: None, _place: None }
+    }
+}
+
+impl Answer {
+    fn count(&self, frame: &Poll<Option<Result<Frame<Bytes>, hyper::Error>>>) {
+        if let Poll::Ready(Some(Ok(frame))) = frame
+            && let (Some(data), Some(held)) = (frame.data_ref(), &self.held)
+        {
+            held.record.sent(data.len() as u64);
+        }
     }
 }
 
@@ -356,17 +395,17 @@ impl Body for Answer {
         let this = &mut *self;
         match &mut this.content {
             Content::Own(body) => Pin::new(body).poll_frame(cx).map_err(|never| match never {}),
-            Content::Target(body) => Pin::new(body).poll_frame(cx),
+            Content::Target(body) => {
+                let frame = Pin::new(body).poll_frame(cx);
+                this.count(&frame);
+                frame
+            }
             Content::Relayed { incoming, lease } => {
                 let frame = Pin::new(&mut *incoming).poll_frame(cx);
-                if let Poll::Ready(Some(Ok(frame))) = &frame
-                    && let (Some(data), Some(ended)) = (frame.data_ref(), &mut this.ended)
-                {
-                    ended.record.sent(data.len() as u64);
-                }
                 if matches!(frame, Poll::Ready(None)) || incoming.is_end_stream() {
                     lease.finish();
                 }
+                this.count(&frame);
                 frame
             }
         }

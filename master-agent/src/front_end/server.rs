@@ -22,7 +22,7 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    audit::Audit,
+    audit::{Audit, Writer},
     authn::{Authenticated, Authenticators, Moment},
     authz::Authorizers,
     config::FrontEndConfig,
@@ -95,7 +95,7 @@ impl FrontEnd {
         callers: &Tasks,
         background: &Tasks,
         draining: CancellationToken,
-    ) -> anyhow::Result<Arc<Self>> {
+    ) -> anyhow::Result<(Arc<Self>, Writer)> {
         let (authn, mut files) = Authenticators::load(&config.authn, cluster)?;
         let (authz, more) = Authorizers::load(&config.authz)?;
         files.extend(more);
@@ -103,7 +103,8 @@ impl FrontEnd {
         files.push(tls.clone());
         let (upstream, file) = Upstream::load(&config.upstream, background)?;
         files.push(file);
-        Ok(Arc::new(Self {
+        let (audit, writer) = Audit::start(&config.audit, metrics.audit_lost.clone())?;
+        let front_end = Arc::new(Self {
             tls,
             authn,
             authz,
@@ -112,12 +113,13 @@ impl FrontEnd {
             upstream: Arc::new(upstream),
             limits: Limits::new(&config.limits),
             config: config.limits.clone(),
-            audit: Audit::start(&config.audit)?,
+            audit,
             metrics,
             connections: callers.clone(),
             draining,
             files,
-        }))
+        });
+        Ok((front_end, writer))
     }
 
     /// Follows the files and looks at the API servers, for ever.

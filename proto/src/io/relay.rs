@@ -133,24 +133,28 @@ where
 }
 
 /// Relays between two sockets until both directions have ended or either failed. After one direction has ended, the
-/// other may be silent for `half_closed_timeout`: `false` when it was.
-pub async fn relay_sockets<A, B>(a: A, b: B, half_closed_timeout: Duration) -> io::Result<bool>
+/// other may be silent for `half_closed_timeout`: `false` when it was. `up` is what `a` has sent.
+pub async fn relay_sockets<A, B>(
+    a: A,
+    b: B,
+    counters: &Counters,
+    half_closed_timeout: Duration,
+) -> io::Result<bool>
 where
     A: AsyncRead + AsyncWrite,
     B: AsyncRead + AsyncWrite,
 {
-    let (from_a, from_b) = (AtomicU64::new(0), AtomicU64::new(0));
     let ((read_a, write_a), (read_b, write_b)) = (tokio::io::split(a), tokio::io::split(b));
-    let (there, back) = (copy(read_a, write_b, &from_a), copy(read_b, write_a, &from_b));
+    let (there, back) = (copy(read_a, write_b, &counters.up), copy(read_b, write_a, &counters.down));
     tokio::pin!(there, back);
     let there_first = tokio::select! {
         result = &mut there => result.map(|()| true)?,
         result = &mut back => result.map(|()| false)?,
     };
     if there_first {
-        quiet(back, &from_b, half_closed_timeout).await
+        quiet(back, &counters.down, half_closed_timeout).await
     } else {
-        quiet(there, &from_a, half_closed_timeout).await
+        quiet(there, &counters.up, half_closed_timeout).await
     }
 }
 
@@ -302,7 +306,8 @@ mod tests {
     fn relayed() -> (DuplexStream, DuplexStream, JoinHandle<io::Result<bool>>) {
         let ((a, near_a), (b, near_b)) = (tokio::io::duplex(1000), tokio::io::duplex(1000));
         #[allow(clippy::disallowed_methods, reason = "a test owns its tasks by its runtime")]
-        let relay = tokio::spawn(relay_sockets(near_a, near_b, TIMEOUT));
+        let relay =
+            tokio::spawn(async move { relay_sockets(near_a, near_b, &Counters::default(), TIMEOUT).await });
         (a, b, relay)
     }
 

@@ -16,7 +16,10 @@ use hyper::{
     upgrade::OnUpgrade,
 };
 use hyper_util::rt::TokioIo;
-use proto::{DialError, Target, io::relay::relay_sockets};
+use proto::{
+    DialError, Target,
+    io::relay::{Counters, relay_sockets},
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::oneshot,
@@ -193,10 +196,11 @@ pub struct Upgrade {
 
 impl Upgrade {
     /// Passes on raw bytes until both directions have ended, or one has and the other is silent.
-    pub async fn carry(self) {
+    pub async fn carry(self, carried: &Counters) {
         let Self { caller, target, mut exchange, busy, half_closed_timeout } = self;
         let (Ok(caller), Ok(target)) = (caller.await, target.await) else { return };
-        match relay_sockets(TokioIo::new(caller), TokioIo::new(target), half_closed_timeout).await {
+        let (caller, target) = (TokioIo::new(caller), TokioIo::new(target));
+        match relay_sockets(caller, target, carried, half_closed_timeout).await {
             Ok(true) => exchange.complete(),
             Ok(false) => tracing::debug!("upgraded connection was half-closed and silent for too long"),
             Err(error) => tracing::debug!(%error, "upgraded connection failed"),

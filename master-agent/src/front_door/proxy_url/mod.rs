@@ -28,6 +28,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
+use proto::io::relay::Counters;
 use tokio_util::sync::CancellationToken;
 
 use super::{Caller, Common, FrontDoor, listen::Socket};
@@ -130,7 +131,7 @@ impl FrontDoor for ProxyUrls {
         Box::pin(call.clone().requests(socket, activity)).await;
         let upgrade = call.upgrade.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(upgrade) = upgrade {
-            upgrade.carry().await;
+            upgrade.carry(&Counters::default()).await;
         }
     }
 }

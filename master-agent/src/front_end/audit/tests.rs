@@ -194,7 +194,8 @@ async fn a_file_is_rotated_and_only_its_owner_reads_it() {
         while audit.queue.capacity() == 0 {
             tokio::task::yield_now().await;
         }
-        audit.record(&Record { code, ..record() }).await;
+        audit.room().await;
+        audit.record(&Record { code, ..record() });
     }
     assert!(writer.close(Duration::from_secs(60)).await);
     assert_eq!(lost.get(), 0);
@@ -209,8 +210,9 @@ async fn a_file_is_rotated_and_only_its_owner_reads_it() {
     for name in names(&dir) {
         assert_eq!(fs::metadata(dir.file(&name)).unwrap().permissions().mode() & 0o777, 0o600, "{name}");
     }
-    audit.record(&record()).await;
-    audit.record_now(&record());
+    audit.room().await;
+    audit.record(&record());
+    audit.record(&record());
     assert_eq!(lost.get(), 2, "it is closed");
 }
 
@@ -316,12 +318,15 @@ async fn a_full_queue_waits_a_little_and_loses() {
     let counter = Counter::default();
     let lost = Arc::new(Lost { counter: counter.clone(), unsaid: Mutex::default() });
     let audit = Audit { queue, wait: Duration::from_millis(1), lost };
-    audit.record(&record()).await;
-    audit.record(&record()).await;
-    audit.record_now(&record());
+    audit.room().await;
+    audit.record(&record());
+    audit.room().await;
+    audit.record(&record());
+    audit.record(&record());
     assert_eq!(counter.get(), 2);
     stuck.recv().await.unwrap();
-    audit.record(&record()).await;
+    audit.room().await;
+    audit.record(&record());
     assert_eq!(counter.get(), 2);
 }
 

@@ -30,7 +30,7 @@ pub enum Way<'a> {
 #[expect(dead_code, reason = "held open")]
 enum Held {
     Stream(Stream),
-    Call(Call),
+    Call(Box<Call>),
 }
 
 /// The others' rate and throughput while readers are stalled, by what they were before.
@@ -78,7 +78,7 @@ impl Way<'_> {
             Self::Konnectivity(bench, connection) => {
                 let (call, id) = connection.dial(&bench.target.to_string()).await?;
                 call.data(id, what).await;
-                Held::Call(call)
+                Held::Call(Box::new(call))
             }
         })
     }

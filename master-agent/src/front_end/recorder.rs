@@ -1,0 +1,143 @@
+//! What comes to be known of a request while it is served; its audit record is written at its end.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Instant, SystemTime},
+};
+
+use hyper::{Request, StatusCode};
+use proto::io::relay::Counters;
+
+use super::{
+    audit::{Audit, Outcome, Record, RequestId},
+    authn::Authenticated,
+    authz::Verdict,
+    request_info::RequestInfo,
+    user::User,
+};
+
+/// Dropping it writes the record: when the response has been passed on, or the caller has left.
+pub struct Recorder {
+    audit: Audit,
+    pub id: RequestId,
+    received: SystemTime,
+    began: Instant,
+    source: String,
+    method: String,
+    path: String,
+    query: Option<String>,
+    user: Option<User>,
+    authenticator: Option<&'static str>,
+    impersonated: Option<User>,
+    request: Option<RequestInfo>,
+    outcome: Outcome,
+    authorizer: Option<&'static str>,
+    rule: String,
+    code: u16,
+    /// Bytes of the request's body.
+    pub received_bytes: Arc<AtomicU64>,
+    sent_bytes: AtomicU64,
+    /// Of an upgraded connection.
+    pub carried: Counters,
+}
+
+impl Recorder {
+    pub fn new<B>(audit: Audit, peer: SocketAddr, request: &Request<B>) -> Self {
+        Self {
+            audit,
+            id: RequestId::random(),
+            received: SystemTime::now(),
+            began: Instant::now(),
+            source: peer.to_string(),
+            method: request.method().to_string(),
+            path: request.uri().path().to_owned(),
+            query: request.uri().query().map(str::to_owned),
+            user: None,
+            authenticator: None,
+            impersonated: None,
+            request: None,
+            outcome: Outcome::Error,
+            authorizer: None,
+            rule: String::new(),
+            code: 0,
+            received_bytes: Arc::default(),
+            sent_bytes: AtomicU64::new(0),
+            carried: Counters::default(),
+        }
+    }
+
+    pub fn authenticated(&mut self, who: &Authenticated) {
+        self.user = Some(who.user.clone());
+        self.authenticator = Some(who.authenticator);
+    }
+
+    pub fn unauthenticated(&mut self) {
+        self.outcome = Outcome::Unauthenticated;
+    }
+
+    pub fn limited(&mut self) {
+        self.outcome = Outcome::Limited;
+    }
+
+    pub fn about(&mut self, request: &RequestInfo) {
+        self.request = Some(request.clone());
+    }
+
+    pub fn impersonates(&mut self, user: &User) {
+        self.impersonated = Some(user.clone());
+    }
+
+    pub fn decided(&mut self, verdict: &Verdict) {
+        self.authorizer = verdict.authorizer;
+        self.rule.clone_from(&verdict.rule);
+        if !verdict.allowed {
+            self.outcome = Outcome::Deny;
+        }
+    }
+
+    /// The request goes on to who answers it.
+    pub fn allowed(&mut self) {
+        self.outcome = Outcome::Allow;
+    }
+
+    pub fn answered(&mut self, code: StatusCode) {
+        self.code = code.as_u16();
+    }
+
+    /// Bytes of the response's body.
+    pub fn sent(&self, bytes: u64) {
+        self.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Recorder {
+    fn drop(&mut self) {
+        let (up, down) = (self.carried.up.load(Ordering::Relaxed), self.carried.down.load(Ordering::Relaxed));
+        self.audit.record(&Record {
+            received: self.received,
+            id: self.id,
+            source: &self.source,
+            user: self.user.as_ref(),
+            authenticator: self.authenticator,
+            impersonated: self.impersonated.as_ref(),
+            method: &self.method,
+            path: &self.path,
+            query: self.query.as_deref(),
+            request: self.request.as_ref(),
+            outcome: self.outcome,
+            authorizer: self.authorizer,
+            rule: &self.rule,
+            code: self.code,
+            bytes_in: self.received_bytes.load(Ordering::Relaxed) + up,
+            bytes_out: self.sent_bytes.load(Ordering::Relaxed) + down,
+            duration: self.began.elapsed(),
+            // The records of streams have the request's id in their origin.
+            node: None,
+            stream: None,
+        });
+    }
+}
