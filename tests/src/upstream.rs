@@ -222,6 +222,13 @@ impl Upstream {
         raw.iter().map(|bytes| bytes.lock().unwrap_or_else(PoisonError::into_inner).clone()).collect()
     }
 
+    /// Forgets what has come, on connections that stay.
+    pub fn forget_raw(&self) {
+        for bytes in &self.server.shared().raw {
+            bytes.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        }
+    }
+
     pub fn behave(&self, behaviour: Behaviour) {
         self.server.shared().behaviour = behaviour;
     }

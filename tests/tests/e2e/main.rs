@@ -5,6 +5,7 @@ mod chaos;
 mod commands;
 mod examples;
 mod front_end;
+mod front_end_smuggling;
 mod hostile;
 mod impostor;
 mod interop;
