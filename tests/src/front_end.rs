@@ -435,7 +435,8 @@ pub async fn hear(stream: &mut Stream) -> anyhow::Result<Option<Heard>> {
     let head = String::from_utf8(head)?;
     let mut lines = head.split("\r\n");
     let line = lines.next().unwrap_or_default();
-    let status = line.strip_prefix("HTTP/1.1 ").and_then(|rest| rest.get(..3)).context(line.to_owned())?;
+    let status = line.strip_prefix("HTTP/1.1 ").or_else(|| line.strip_prefix("HTTP/1.0 "));
+    let status = status.and_then(|rest| rest.get(..3)).with_context(|| line.to_owned())?;
     let mut heard = Heard { status: status.parse()?, ..Heard::default() };
     for line in lines.filter(|line| !line.is_empty()) {
         let (name, value) = line.split_once(':').with_context(|| line.to_owned())?;
@@ -464,20 +465,20 @@ pub async fn hear(stream: &mut Stream) -> anyhow::Result<Option<Heard>> {
     Ok(Some(heard))
 }
 
-/// Writes `bytes`, reads `expected` responses, ends its own half, and reads whatever else there is.
-pub async fn exchange(stream: &mut Stream, bytes: &[u8], expected: usize) -> anyhow::Result<Vec<Heard>> {
+/// Writes `bytes` and reads responses until the server ends the connection. An upgraded one is ended from this side,
+/// and what comes then is the body of the 101.
+pub async fn exchange(stream: &mut Stream, bytes: &[u8]) -> anyhow::Result<Vec<Heard>> {
     // A server that has refused the beginning need not read the rest.
     let _ = stream.write_all(bytes).await;
     let _ = stream.flush().await;
     let mut all = Vec::new();
-    while all.len() < expected {
-        match hear(stream).await? {
-            Some(heard) => all.push(heard),
-            None => return Ok(all),
+    while let Some(mut heard) = hear(stream).await? {
+        if heard.status == 101 {
+            let _ = stream.shutdown().await;
+            let _ = stream.read_to_end(&mut heard.body).await;
+            all.push(heard);
+            break;
         }
-    }
-    let _ = stream.shutdown().await;
-    while let Some(heard) = hear(stream).await? {
         all.push(heard);
     }
     Ok(all)
