@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures direct connections, `ssh -L` and the agents beside each other: a table, or one object with --json.
+# Measures direct connections, `ssh -L`, nginx and the agents beside each other: a table, or one object with --json.
 # --quick takes less data and fewer rounds, --only NAME only some figures.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 missing=()
 command -v cc >/dev/null || missing+=(build-essential)
 command -v ssh >/dev/null || missing+=(openssh-client)
+command -v nginx >/dev/null || [ -x /usr/sbin/nginx ] || missing+=(nginx-light)
 [ -x /usr/sbin/sshd ] || missing+=(openssh-server)
 if [ ${#missing[@]} -gt 0 ]; then
     { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y "${missing[@]}"; } >&2

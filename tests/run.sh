@@ -22,7 +22,7 @@ install_missing() {
     local pair missing=()
     for pair in cc:build-essential sshd:openssh-server ssh:openssh-client ip:iproute2 nft:nftables curl:curl \
         openssl:openssl setpriv:util-linux useradd:passwd python3:python3 systemd-analyze:systemd \
-        chromium:chromium; do
+        chromium:chromium nginx:nginx-light; do
         command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
     done
     if [ ${#missing[@]} -gt 0 ]; then
@@ -100,7 +100,8 @@ wanted = {
     "kept_get_p50", "kept_get_rate_32", "idle_stream_memory", "download_100ms_rtt", "isolation_rate",
     "isolation_throughput", "isolation_memory", "route_lookup_p99", "route_update_p99", "route_memory",
     "dial_p99_100_updates", "watch_memory", "konnectivity_isolation_rate", "konnectivity_isolation_throughput",
-    "konnectivity_isolation_memory",
+    "konnectivity_isolation_memory", "front_end_rate_32_by_nginx", "front_end_added_p50_by_nginx",
+    "front_end_rate_32_by_anonymous",
 }
 assert set(figures) == wanted, set(figures) ^ wanted
 for name, figure in figures.items():

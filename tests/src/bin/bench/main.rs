@@ -4,6 +4,7 @@
 //! is off never makes this fail.
 #![allow(clippy::disallowed_methods, reason = "a benchmark owns its tasks by its runtime")]
 
+mod front_end;
 mod isolation;
 mod kubernetes;
 
@@ -130,10 +131,7 @@ impl Bench {
         let dir = TempDir::new("bench")?;
         let port = free_port();
         let target = SocketAddr::from(([127, 0, 0, 1], port));
-        let mut serve = Command::new(std::env::current_exe()?);
-        serve.args(["--serve", &port.to_string()]);
-        let target_process = Process::start("target", &mut serve, &dir.path().join("target.log"))?;
-        openssh::wait_for_port(port)?;
+        let target_process = target_process(port, &dir.path().join("target.log"))?;
 
         let (sshd_port, forward_port, node_port) = (free_port(), free_port(), free_port());
         let (mut ssh_to, mut dial) = (sshd_port, vec![]);
@@ -243,6 +241,15 @@ impl Bench {
             cpu: pair[0].cpu + pair[1].cpu,
         }
     }
+}
+
+/// What all ways lead to, in a process of its own.
+fn target_process(port: u16, log: &std::path::Path) -> anyhow::Result<Process> {
+    let mut serve = Command::new(std::env::current_exe()?);
+    serve.args(["--serve", &port.to_string()]);
+    let process = Process::start("target", &mut serve, log)?;
+    openssh::wait_for_port(port)?;
+    Ok(process)
 }
 
 fn whoami() -> anyhow::Result<String> {
@@ -371,6 +378,11 @@ async fn measure(args: &Args) -> anyhow::Result<BTreeMap<&'static str, Figure>> 
     if ["dial_p99_100_updates", "watch_memory"].iter().any(|name| wanted(name)) {
         eprintln!("dials while the cluster changes");
         figures.extend(kubernetes::dials(n, if args.quick { 1000 } else { 3000 }).await?);
+    }
+    if wanted("front_end_rate_32_by_nginx") || wanted("front_end_added_p50_by_nginx") {
+        eprintln!("the front end beside nginx");
+        let time = Duration::from_millis(if args.quick { 500 } else { 1500 });
+        figures.extend(front_end::figures(n, time).await?);
     }
     if wanted("download_100ms_rtt") {
         eprintln!("100 ms round trip");
