@@ -22,7 +22,7 @@ use rustls::{ClientConfig, pki_types::ServerName};
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, BufReader},
-    net::TcpStream,
+    net::{TcpSocket, TcpStream},
 };
 use tokio_rustls::TlsConnector;
 
@@ -246,13 +246,34 @@ impl FrontEnd {
 
     /// A TLS connection, with the certificate if that is the credential.
     pub async fn connect(&self, credential: Credential, http: Http) -> anyhow::Result<Stream> {
+        self.connect_from([127, 0, 0, 1], credential, http).await
+    }
+
+    /// The same from another address of loopback.
+    pub async fn connect_from(
+        &self,
+        source: [u8; 4],
+        credential: Credential,
+        http: Http,
+    ) -> anyhow::Result<Stream> {
         let config = self.tls(credential, http)?;
-        let socket = TcpStream::connect(self.address).await?;
+        let socket = TcpSocket::new_v4()?;
+        socket.bind((source, 0).into())?;
+        let socket = socket.connect(self.address).await?;
         socket.set_nodelay(true)?;
         let tls = TlsConnector::from(config).connect(ServerName::try_from("localhost")?, socket).await?;
         let wanted: &[u8] = if http == Http::V2 { b"h2" } else { b"http/1.1" };
         anyhow::ensure!(tls.get_ref().1.alpn_protocol() == Some(wanted), "no {http:?} was agreed on");
         Ok(Box::new(BufReader::new(tls)))
+    }
+
+    /// The certificate that is shown for a name.
+    pub async fn served_certificate(&self, name: &'static str) -> anyhow::Result<Vec<u8>> {
+        let socket = TcpStream::connect(self.address).await?;
+        let connector = TlsConnector::from(self.tls(Credential::None, Http::V1)?);
+        let tls = connector.connect(ServerName::try_from(name)?, socket).await?;
+        let chain = tls.get_ref().1.peer_certificates().context("no certificate")?;
+        Ok(chain.first().context("no certificate")?.to_vec())
     }
 
     pub async fn caller(&self, credential: Credential, http: Http) -> anyhow::Result<Caller> {
@@ -266,7 +287,17 @@ impl FrontEnd {
         bearer: Option<String>,
         http: Http,
     ) -> anyhow::Result<Caller> {
-        let socket = TokioIo::new(self.connect(credential, http).await?);
+        let stream = self.connect(credential, http).await?;
+        self.caller_on(stream, bearer, http).await
+    }
+
+    pub async fn caller_on(
+        &self,
+        stream: Stream,
+        bearer: Option<String>,
+        http: Http,
+    ) -> anyhow::Result<Caller> {
+        let socket = TokioIo::new(stream);
         let sender = match http {
             Http::V1 => {
                 let (sender, connection) = http1::handshake(socket).await?;
