@@ -529,6 +529,7 @@ mod tests {
     use proto::io::telemetry::LogFormat;
 
     use super::*;
+    use crate::front_end::{audit::AuditConfig, https_client::ClientTls, upstream::UpstreamConfig};
 
     fn parse(text: &str) -> Result<Config, Errors> {
         Config::parse(text, "master.yaml", Path::new("/etc/master-agent"))
@@ -589,6 +590,25 @@ mod tests {
         assert!(urls.kubelet_ca.take().is_some() && urls.target_ca.take().is_some());
         assert!(urls.kubelet_client.take().is_some());
         assert_eq!(Some(urls), parse("proxy_urls: {tcp: {}}").unwrap().proxy_urls);
+        let front_end = sample.front_end.take().unwrap();
+        let kinds: Vec<_> = front_end.authn.authenticators.iter().map(|one| one.kind()).collect();
+        let all =
+            ["x509", "service_account", "bootstrap_tokens", "token_file", "oidc", "webhook", "anonymous"];
+        assert_eq!(kinds, all);
+        let text =
+            "front_end: {certificates: [{cert: a, key: b}], upstream: {servers: ['http://127.0.0.1']}}";
+        let defaults = parse(text).unwrap().front_end.unwrap();
+        let upstream = |of: &FrontEndConfig| UpstreamConfig {
+            servers: Vec::new(),
+            tls: ClientTls::default(),
+            ..of.upstream.clone()
+        };
+        assert_eq!(upstream(&front_end), upstream(&defaults));
+        let audit = AuditConfig { file: None, ..front_end.audit.clone() };
+        assert_eq!((front_end.listen, audit), (defaults.listen, defaults.audit.clone()));
+        assert_eq!((&front_end.limits, front_end.authn.cache), (&defaults.limits, defaults.authn.cache));
+        let switches = |of: &FrontEndConfig| (of.authorize_everything, of.serve_proxy_urls);
+        assert_eq!((switches(&front_end), switches(&defaults)), ((false, false), (false, false)));
         assert_eq!(
             sample.call_home.take().unwrap(),
             CallHomeConfig { listen: any(2222), max_handshakes: 256 }
@@ -648,6 +668,87 @@ mod tests {
             "target_ca",
             "insecure_skip_verify",
             "idle_timeout",
+            "front_end",
+            "certificates",
+            "authentication",
+            "x509",
+            "ca",
+            "crls",
+            "service_account",
+            "issuers",
+            "audiences",
+            "key_files",
+            "jwks",
+            "url",
+            "refresh_pause",
+            "bootstrap_tokens",
+            "file",
+            "cluster",
+            "token_file",
+            "oidc",
+            "issuer",
+            "client_ids",
+            "username_claim",
+            "username_prefix",
+            "groups_claim",
+            "groups_prefix",
+            "required_claims",
+            "claim",
+            "value",
+            "webhook",
+            "client_cert",
+            "client_key",
+            "timeout",
+            "max_in_flight",
+            "cache_size",
+            "authenticated_ttl",
+            "refused_ttl",
+            "anonymous",
+            "paths",
+            "authentication_cache",
+            "ttl",
+            "size",
+            "authorization",
+            "defer_to_apiserver",
+            "rbac",
+            "files",
+            "rules",
+            "name",
+            "users",
+            "groups",
+            "methods",
+            "effect",
+            "allow_ttl",
+            "deny_ttl",
+            "cache_entries",
+            "failure_policy",
+            "authorize_everything",
+            "serve_proxy_urls",
+            "upstream",
+            "servers",
+            "http2",
+            "health_path",
+            "health_interval",
+            "connect_timeout",
+            "max_idle",
+            "limits",
+            "max_connections_per_address",
+            "request_timeout",
+            "body_timeout",
+            "max_body",
+            "max_in_flight_per_user",
+            "queue_per_user",
+            "queue_timeout",
+            "long_running_per_user",
+            "requests_per_second_per_user",
+            "requests_per_second_per_address",
+            "failures_per_second_per_address",
+            "max_streams",
+            "audit",
+            "max_megabytes",
+            "keep",
+            "queue",
+            "wait",
             "call_home",
             "max_handshakes",
             "tunnels",
@@ -795,6 +896,23 @@ mod tests {
                 "proxy_urls: {tcp: {}, insecure_skip_verify: [all]}",
                 "1:46: proxy_urls.insecure_skip_verify[0]: \"all\": expected kubelet or targets",
             ),
+            (
+                "front_end: {certificates: [], upstream: {servers: ['http://10.0.0.1:8080'], ca: c}}",
+                "1:27: front_end.certificates: needs at least one {cert: FILE, key: FILE}",
+            ),
+            (
+                "front_end: {certificates: [{cert: a, key: b}], upstream: {servers: ['http://10.0.0.1:8080']}}",
+                "1:69: front_end.upstream.servers[0]: \"http://10.0.0.1:8080\": must be https://",
+            ),
+            (
+                "front_end: {certificates: [{cert: a, key: b}], upstream: {servers: ['https://a']}}",
+                "1:48: front_end.upstream.ca: is required for https:// servers",
+            ),
+            (
+                "front_end: {certificates: [{cert: a, key: b}], serve_proxy_urls: true, upstream: {servers: ['http://[::1]:1']}}",
+                "1:12: front_end: serve_proxy_urls needs a section proxy_urls",
+            ),
+            ("front_end: {certificates: [{cert: a, key: b}]}", "1:1: front_end.upstream: is required"),
             ("inventory: [a]", "1:12: inventory: expected a text, found a list"),
             (
                 "shutdown_grace: 30s\nshutdown_grace: 40s",

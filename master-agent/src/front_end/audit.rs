@@ -9,6 +9,8 @@
 
 use std::{
     fmt::{self, Write as _},
+    fs::File,
+    os::fd::AsFd,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     thread,
@@ -167,7 +169,8 @@ impl Audit {
     pub fn start(config: &AuditConfig, lost: Counter) -> anyhow::Result<(Self, Writer)> {
         let lost = Arc::new(Lost { counter: lost, unsaid: Mutex::default() });
         let output = match &config.file {
-            None => Output::stream(std::io::stdout()),
+            // Unbuffered: what can't be written is known at once.
+            None => Output::stream(File::from(std::io::stdout().as_fd().try_clone_to_owned()?)),
             Some(path) => Output::file(path.clone(), config.max_bytes, config.keep)
                 .with_context(|| format!("can't write the audit log {}", path.display()))?,
         };

@@ -374,13 +374,22 @@ fn the_sample_files_load() {
     let pki = tests::pki::Authority::new("sample").unwrap();
     pki.server(dir.path(), "tls", &["localhost"]).unwrap();
     pki.client(dir.path(), "kubelet-client").unwrap();
-    for ca in ["client-ca.crt", "kubelet-ca.crt", "target-ca.crt"] {
+    pki.client(dir.path(), "front-proxy-client").unwrap();
+    for ca in ["client-ca", "kubelet-ca", "target-ca", "apiserver-ca", "webhook-ca", "oidc-ca"]
+        .map(|ca| format!("{ca}.crt"))
+    {
         std::fs::write(dir.path().join(ca), pki.pem()).unwrap();
     }
     std::fs::write(dir.path().join("kubeconfig"), "").unwrap();
     openssh::keygen(&dir.path().join("id_ed25519")).unwrap();
     let user = format!("alice:{}\n", "0".repeat(64));
     proto::secret_file::write_new(&dir.path().join("socks5-users"), user.as_bytes()).unwrap();
+    for secret in ["tokens.csv", "bootstrap-tokens.csv"] {
+        proto::secret_file::write_new(&dir.path().join(secret), b"").unwrap();
+    }
+    for file in ["service-account.pub", "rbac.yaml"] {
+        std::fs::write(dir.path().join(file), "").unwrap();
+    }
     for agent in AGENTS {
         let config = dir.path().join(format!("{agent}.yaml"));
         let said = ran(agent, Some(&config), &["check-config"]).succeeded();

@@ -1,6 +1,7 @@
 //! Whole agents against real peers: one module for each thing that has to hold.
 #![allow(clippy::disallowed_methods, reason = "a test owns its tasks by its runtime")]
 
+mod authorization;
 mod chaos;
 mod commands;
 mod examples;

@@ -114,7 +114,7 @@ fn read_webhook(section: &Section<'_>) -> Option<Box<WebhookConfig>> {
             None
         }
     });
-    let ca = section.file("ca_file");
+    let ca = section.file("ca");
     let identity = match (section.file("client_cert"), section.private_file("client_key")) {
         (Some(cert), Some(key)) => Some((cert, key)),
         (None, None) => None,

@@ -55,6 +55,7 @@ async fn a_node_reaches_its_own() {
         ("GET /api/v1/nodes/m/proxy/healthz", "deny not-its-own", "deny not-its-own"),
         ("GET /api/v1/nodes/n:x:1/proxy/", "deny not-its-own", "deny not-its-own"),
         ("GET /api/v1/nodes/https:m:n/proxy/", "deny not-its-own", "deny not-its-own"),
+        ("GET /api/v1/nodes/ftp:n:1/proxy/", "deny not-its-own", "deny not-its-own"),
         ("GET /api/v1/nodes/a:b:n:1/proxy/", "deny not-its-own", "deny not-its-own"),
         ("GET /api/v1/nodes/n.evil/proxy/", "deny not-its-own", "deny not-its-own"),
         ("GET /api/v1/nodes/N/proxy/", "deny not-its-own", "deny not-its-own"),
@@ -140,7 +141,7 @@ async fn a_node_reaches_its_own() {
             assert_eq!(decided(&deferring, other, what).await, "-", "{what}, {other}");
         }
     }
-    assert_eq!(rows.len(), 58);
+    assert_eq!(rows.len(), 59);
 }
 
 #[tokio::test]
@@ -245,7 +246,7 @@ authorization:
 - rbac: {files: [rbac, /other/roles.yaml]}
 - webhook:
     url: https://authz.example/review
-    ca_file: ca.pem
+    ca: ca.pem
     client_cert: c.pem
     client_key: k.pem
     timeout: 3s

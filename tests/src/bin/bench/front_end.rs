@@ -13,14 +13,14 @@ use std::{
 use anyhow::{Context, bail};
 use rustls::{ClientConfig, pki_types::ServerName};
 use tests::{
-    client::{Stream, read_head},
+    client::Stream,
     cluster::{Cluster, Options},
     openssh,
     pki::client_config,
     process::{Process, free_port},
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::TcpStream,
 };
 use tokio_rustls::TlsConnector;
@@ -46,7 +46,7 @@ struct Site {
     with: Arc<ClientConfig>,
     without: Arc<ClientConfig>,
     _cluster: Cluster,
-    _nginx: Process,
+    _nginx: Nginx,
     _target: Process,
 }
 
@@ -108,7 +108,7 @@ impl Site {
         })
     }
 
-    async fn connect(&self, way: Way) -> anyhow::Result<Stream> {
+    async fn connect(&self, way: Way) -> anyhow::Result<BufReader<Stream>> {
         let (address, config) = match way {
             Way::Plain => (self.upstream, None),
             Way::Nginx => (self.nginx, Some(&self.with)),
@@ -117,10 +117,10 @@ impl Site {
         };
         let socket = TcpStream::connect(address).await?;
         socket.set_nodelay(true)?;
-        let Some(config) = config else { return Ok(Box::new(socket)) };
+        let Some(config) = config else { return Ok(BufReader::new(Box::new(socket))) };
         let tls =
             TlsConnector::from(config.clone()).connect(ServerName::try_from("localhost")?, socket).await?;
-        Ok(Box::new(tls))
+        Ok(BufReader::new(Box::new(tls)))
     }
 
     async fn rate(&self, way: Way, time: Duration) -> anyhow::Result<f64> {
@@ -159,22 +159,41 @@ impl Site {
     }
 }
 
-async fn get(stream: &mut Stream) -> anyhow::Result<()> {
+async fn get(stream: &mut BufReader<Stream>) -> anyhow::Result<()> {
     stream.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n").await?;
-    let (status, head) = read_head(stream).await?;
-    let length = head
-        .lines()
-        .find_map(|line| line.to_ascii_lowercase().strip_prefix("content-length:")?.trim().parse().ok());
+    let (mut head, mut length) = (String::new(), None);
+    loop {
+        let begin = head.len();
+        if stream.read_line(&mut head).await? == 0 {
+            bail!("the connection ended after {head:?}");
+        }
+        let line = head[begin..].to_ascii_lowercase();
+        match line.trim().strip_prefix("content-length:") {
+            Some(value) => length = Some(value.trim().parse()?),
+            None if line.trim().is_empty() => break,
+            None => {}
+        }
+    }
     let mut body = vec![0; length.context("no Content-Length")?];
     stream.read_exact(&mut body).await?;
-    if status != 200 || body != b"ok" {
-        bail!("{status}: {head}");
+    if !head.starts_with("HTTP/1.1 200") || body != b"ok" {
+        bail!("{head}");
     }
     Ok(())
 }
 
+/// Its first process must end the others, which would outlive it if it were killed.
+struct Nginx(Process);
+
+impl Drop for Nginx {
+    fn drop(&mut self) {
+        self.0.signal("TERM");
+        let _ = self.0.wait(Duration::from_secs(5));
+    }
+}
+
 /// As many workers as there are cores, an access log, and connections to the upstream that are kept.
-fn start_nginx(directory: &File, port: u16, upstream: u16) -> anyhow::Result<Process> {
+fn start_nginx(directory: &File, port: u16, upstream: u16) -> anyhow::Result<Nginx> {
     let at = |name: &str| directory.join(name).display().to_string();
     let config = format!(
         "daemon off; user root; pid {pid}; worker_processes auto; error_log {error};\n\
@@ -197,7 +216,7 @@ fn start_nginx(directory: &File, port: u16, upstream: u16) -> anyhow::Result<Pro
     std::fs::write(&file, config)?;
     let mut command = Command::new("nginx");
     command.arg("-c").arg(&file).arg("-e").arg(at("nginx-error.log"));
-    let process = Process::start("nginx", &mut command, &directory.join("nginx.log"))?;
+    let process = Nginx(Process::start("nginx", &mut command, &directory.join("nginx.log"))?);
     openssh::wait_for_port(port).context("nginx did not start")?;
     Ok(process)
 }
