@@ -35,6 +35,25 @@ impl Authority {
         self.issue(directory, name, &[], ExtendedKeyUsagePurpose::ClientAuth)
     }
 
+    /// Writes `NAME.crt` and `NAME.key` for a client: its common name, and two organizations.
+    pub fn client_in(
+        &self,
+        directory: &Path,
+        name: &str,
+        user: &str,
+        groups: [&str; 2],
+    ) -> anyhow::Result<()> {
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, user);
+        // rcgen keeps one value of each type: the second has the same identifier under another name.
+        let types = [DnType::OrganizationName, DnType::CustomDnType(vec![2, 5, 4, 10])];
+        for (of_type, group) in types.into_iter().zip(groups) {
+            params.distinguished_name.push(of_type, group);
+        }
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        self.sign(directory, name, params)
+    }
+
     fn issue(
         &self,
         directory: &Path,
@@ -45,6 +64,10 @@ impl Authority {
         let mut params = CertificateParams::new(names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>())?;
         params.distinguished_name.push(DnType::CommonName, name);
         params.extended_key_usages = vec![usage];
+        self.sign(directory, name, params)
+    }
+
+    fn sign(&self, directory: &Path, name: &str, params: CertificateParams) -> anyhow::Result<()> {
         let key = KeyPair::generate()?;
         let certificate = params.signed_by(&key, &self.0)?;
         std::fs::write(directory.join(format!("{name}.crt")), certificate.pem())?;

@@ -71,7 +71,7 @@ use crate::{
     process::{TempDir, eventually, free_port},
 };
 
-type Body = UnsyncBoxBody<Bytes, std::io::Error>;
+pub(crate) type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 
 /// What is asked of a [`Kind`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -259,6 +259,12 @@ impl ApiServer {
         });
     }
 
+    /// The answer to a request of which another server knows who sent it; upgraded connections are carried by `tasks`.
+    pub(crate) async fn answer(&self, request: Request<Incoming>, tasks: &Tasks) -> Response<Body> {
+        let asked = self.server.record(&request);
+        self.server.answer_authorized(request, asked, tasks).await
+    }
+
     /// Nobody listens any more, and all connections are closed.
     pub async fn refuse(&self) {
         let serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -372,6 +378,15 @@ impl Server {
         if !asked.authorized {
             return failure(StatusCode::UNAUTHORIZED, "Unauthorized", "Unauthorized");
         }
+        self.answer_authorized(request, asked, tasks).await
+    }
+
+    async fn answer_authorized(
+        &self,
+        request: Request<Incoming>,
+        asked: Asked,
+        tasks: &Tasks,
+    ) -> Response<Body> {
         if let Some(path) = PodPath::parse(&asked.path) {
             let (pod, kubelet) = {
                 let shared = self.shared();
@@ -446,7 +461,7 @@ fn watch(mut events: mpsc::UnboundedReceiver<std::io::Result<Bytes>>) -> Respons
     body(StatusCode::OK, "application/json", StreamBody::new(events.map(|event| event.map(Frame::data))))
 }
 
-fn json_body(status: StatusCode, value: &Value) -> Response<Body> {
+pub(crate) fn json_body(status: StatusCode, value: &Value) -> Response<Body> {
     bytes_body(status, value.to_string().into())
 }
 
@@ -468,7 +483,7 @@ fn not_found() -> Response<Body> {
     failure(StatusCode::NOT_FOUND, "NotFound", "the server could not find the requested resource")
 }
 
-fn failure(status: StatusCode, reason: &str, message: &str) -> Response<Body> {
+pub(crate) fn failure(status: StatusCode, reason: &str, message: &str) -> Response<Body> {
     json_body(status, &status_object(status, reason, message))
 }
 

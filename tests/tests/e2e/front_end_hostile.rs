@@ -1,0 +1,541 @@
+//! The front end under load and under attack: files replaced meanwhile, callers that hold on to what they can.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::{Bytes, BytesMut};
+use futures_util::future::join_all;
+use http_body_util::Full;
+use hyper::{Request, StatusCode, header};
+use tests::{
+    apiserver::Kind,
+    cluster::SOON,
+    front_end::{Credential, FrontEnd, GREEDY, Http, RELOADED, Setup, TOKEN, hear},
+    h2::{self, END_HEADERS, END_STREAM, Frame, HEADERS, RST_STREAM, block},
+    load::completes,
+    process::eventually,
+    steady::{Health, raise_descriptor_limit},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpSocket, TcpStream},
+    task::JoinSet,
+};
+
+const ATTACKER: [u8; 4] = [127, 0, 0, 7];
+
+/// Honest callers, who go on for as long as this lives and are served every time.
+struct Honest {
+    stop: Arc<AtomicBool>,
+    tasks: JoinSet<Result<Vec<Duration>, String>>,
+}
+
+impl Honest {
+    /// `callers` of them, each with a request every `pause` and a new connection for every tenth.
+    fn start(front_end: &Arc<FrontEnd>, callers: usize, pause: Duration) -> Self {
+        let (stop, mut tasks) = (Arc::new(AtomicBool::new(false)), JoinSet::new());
+        for i in 0..callers {
+            let (front_end, stop) = (front_end.clone(), stop.clone());
+            let credential = [Credential::Certificate, Credential::Token][i % 2];
+            let http = [Http::V1, Http::V2][i / 2 % 2];
+            tasks.spawn(async move {
+                let mut took = Vec::new();
+                let failed = |error: anyhow::Error| format!("{credential:?} {http:?}: {error:#}");
+                while !stop.load(Ordering::SeqCst) {
+                    let mut caller = front_end.caller(credential, http).await.map_err(failed)?;
+                    for _ in 0..10 {
+                        let started = Instant::now();
+                        let answer = caller.get("/echo").await.map_err(failed)?;
+                        if answer.status != StatusCode::OK {
+                            return Err(format!("{credential:?} {http:?}: {answer:?}"));
+                        }
+                        took.push(started.elapsed());
+                        tokio::time::sleep(pause).await;
+                    }
+                }
+                Ok(took)
+            });
+        }
+        Self { stop, tasks }
+    }
+
+    /// Ends them; prints how many requests there were and how long they took.
+    async fn end(mut self, what: &str) {
+        self.stop.store(true, Ordering::SeqCst);
+        let mut all = Vec::new();
+        while let Some(took) = completes("the honest", self.tasks.join_next()).await {
+            all.extend(took.unwrap().unwrap_or_else(|error| panic!("{what}: {error}")));
+        }
+        all.sort();
+        let at = |part: f64| all[((all.len() - 1) as f64 * part) as usize];
+        println!("{what}: {} honest requests, p50 {:?}, p99 {:?}", all.len(), at(0.5), at(0.99));
+        assert!(all.len() >= 10);
+    }
+}
+
+/// The status of one request on a connection of its own.
+async fn status(
+    front_end: &FrontEnd,
+    credential: Credential,
+    bearer: Option<&str>,
+    impersonate: bool,
+) -> u16 {
+    let bearer = bearer.map(str::to_owned).or_else(|| front_end.bearer(credential));
+    let Ok(mut caller) = front_end.caller_with(credential, bearer, Http::V1).await else { return 0 };
+    let mut request = Request::get("/echo").body(Full::<Bytes>::default()).unwrap();
+    if impersonate {
+        request.headers_mut().insert("impersonate-user", "other".parse().unwrap());
+    }
+    caller.ask(request).await.map_or(0, |answer| answer.status.as_u16())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn files_are_replaced_under_load_and_no_request_fails() {
+    let front_end = Arc::new(FrontEnd::start(Setup::default()).await.unwrap());
+    let honest = Honest::start(&front_end, 8, Duration::from_millis(40));
+    let becomes = async |what: &str, wanted: u16, credential, bearer: Option<&'static str>, impersonate| {
+        let started = Instant::now();
+        let mut last = 0;
+        eventually(what, RELOADED, async || {
+            last = status(&front_end, credential, bearer, impersonate).await;
+            (last == wanted).then_some(())
+        })
+        .await;
+        println!("{what}: after {:?}", started.elapsed());
+    };
+    // Complaints of a file, which must name it.
+    let complaints = |file: &str| {
+        let log = front_end.log();
+        log.lines().filter(|line| line.contains("the last good one stays") && line.contains(file)).count()
+    };
+    let complains = async |file: &str| {
+        let what = format!("the log complains of {file}");
+        eventually(&what, RELOADED * 2, async || (complaints(file) > 0).then_some(())).await;
+    };
+
+    let tokens = std::fs::read_to_string(front_end.file("tokens.csv")).unwrap();
+    assert_eq!(status(&front_end, Credential::None, Some("new-token"), false).await, 401);
+    front_end.replace("tokens.csv", &format!("{tokens}new-token,new,uid-9\n")).unwrap();
+    becomes("a new token is good", 200, Credential::None, Some("new-token"), false).await;
+    front_end.replace("tokens.csv", "only,two\n").unwrap();
+    complains("tokens.csv").await;
+    assert_eq!(status(&front_end, Credential::None, Some("new-token"), false).await, 200);
+    front_end.replace("tokens.csv", &tokens).unwrap();
+    becomes("a token that is gone is refused", 401, Credential::None, Some("new-token"), false).await;
+
+    let before = front_end.served_certificate("localhost").await.unwrap();
+    let other = front_end.served_certificate("other.example").await.unwrap();
+    assert_ne!(before, other, "certificates are chosen by name");
+    front_end.servers.server(front_end.path(), "front-end", &["localhost", "127.0.0.1"]).unwrap();
+    eventually("the new certificate is served", RELOADED, async || {
+        (front_end.served_certificate("localhost").await.unwrap() != before).then_some(())
+    })
+    .await;
+    let good = std::fs::read_to_string(front_end.file("front-end.crt")).unwrap();
+    let now = front_end.served_certificate("localhost").await.unwrap();
+    std::fs::write(front_end.file("front-end.crt"), "no certificate").unwrap();
+    complains("certificate").await;
+    assert_eq!(front_end.served_certificate("localhost").await.unwrap(), now);
+    std::fs::write(front_end.file("front-end.crt"), good).unwrap();
+
+    let more = tests::pki::Authority::new("more clients CA").unwrap();
+    more.client_in(front_end.path(), "jane2", "jane", ["dev", "a,b"]).unwrap();
+    let ca = std::fs::read_to_string(front_end.file("clients-ca.crt")).unwrap();
+    let with = async |name: &str| {
+        let config =
+            tests::pki::client_config(&front_end.file("ca.crt"), Some((front_end.path(), name))).unwrap();
+        let door = tests::client::Door::Tls(front_end.address, config);
+        let mut stream = door.enter().await.ok()?;
+        stream.write_all(b"GET /echo HTTP/1.1\r\nHost: x\r\n\r\n").await.ok()?;
+        Some(hear(&mut stream).await.ok()??.status)
+    };
+    assert_ne!(with("jane2").await, Some(200));
+    std::fs::write(front_end.file("clients-ca.crt"), format!("{ca}{}", more.pem())).unwrap();
+    eventually("the new client CA is good", RELOADED, async || {
+        (with("jane2").await == Some(200)).then_some(())
+    })
+    .await;
+    std::fs::write(front_end.file("clients-ca.crt"), "-----BEGIN CERTIFICATE-----\nno\n").unwrap();
+    complains("clients-ca.crt").await;
+    assert_eq!(with("jane2").await, Some(200));
+    std::fs::write(front_end.file("clients-ca.crt"), ca).unwrap();
+    eventually("the client CA that is gone is no good", RELOADED, async || {
+        (with("jane2").await != Some(200)).then_some(())
+    })
+    .await;
+
+    let rbac = std::fs::read_to_string(front_end.file("rbac.yaml")).unwrap();
+    assert_eq!(status(&front_end, Credential::Token, None, true).await, 403);
+    std::fs::write(front_end.file("rbac.yaml"), rbac.replace("name: jane", "name: sam")).unwrap();
+    becomes("a new rule allows", 200, Credential::Token, None, true).await;
+    assert_eq!(status(&front_end, Credential::Certificate, None, true).await, 403);
+    std::fs::write(front_end.file("rbac.yaml"), "kind: ClusterRole\nrules: [{verbs: 7}]\n").unwrap();
+    complains("rbac.yaml").await;
+    assert_eq!(status(&front_end, Credential::Token, None, true).await, 200);
+    std::fs::write(front_end.file("rbac.yaml"), &rbac).unwrap();
+    becomes("a rule that is gone allows no more", 403, Credential::Token, None, true).await;
+
+    // The certificate towards kube-apiserver: of the same authority, then of one that is not the proxies'.
+    front_end.upstream.proxies().client(front_end.upstream.directory(), tests::upstream::PROXY_NAME).unwrap();
+    let renewed = front_end.upstream.connections();
+    for end in ["crt", "key"] {
+        let from = front_end.upstream.file(&format!("{}.{end}", tests::upstream::PROXY_NAME));
+        std::fs::copy(from, front_end.file(&format!("front-proxy.{end}"))).unwrap();
+    }
+    eventually("the front-proxy certificate is read again", RELOADED * 2, async || {
+        let log = front_end.log();
+        log.lines().any(|line| line.contains("read again") && line.contains("front-proxy")).then_some(())
+    })
+    .await;
+    assert_eq!(status(&front_end, Credential::Token, None, false).await, 200);
+    println!("connections to kube-apiserver: {renewed}, then {}", front_end.upstream.connections());
+    honest.end("files replaced").await;
+    assert!(!front_end.log().contains(TOKEN) && !front_end.log().contains("new-token"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn slow_heads_and_bodies_end_and_hold_up_nobody() {
+    raise_descriptor_limit(8192).unwrap();
+    let front_end = Arc::new(FrontEnd::start(Setup::default()).await.unwrap());
+    assert_eq!(status(&front_end, Credential::Token, None, false).await, 200);
+    let health = Health::of(&front_end.cluster.master);
+    let honest = Honest::start(&front_end, 4, Duration::from_millis(50));
+    let mut slow = JoinSet::new();
+    for i in 0..400 {
+        let front_end = front_end.clone();
+        slow.spawn(async move {
+            let head = "GET /slow HTTP/1.1\r\nHost: api\r\nX-A: ";
+            let body = format!("POST /slow HTTP/1.1\r\nHost: api\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 1000\r\n\r\nx");
+            let (start, http) = match i % 4 {
+                // Nothing at all, not even TLS.
+                0 => {
+                    let mut socket = TcpStream::connect(front_end.address).await.unwrap();
+                    let _ = socket.read_to_end(&mut Vec::new()).await;
+                    return;
+                }
+                1 => (head.as_bytes().to_vec(), Http::V1),
+                2 => (body.into_bytes(), Http::V1),
+                _ => (h2::PREFACE[..20].to_vec(), Http::V2),
+            };
+            let mut stream = front_end.connect_from(ATTACKER, Credential::None, http).await.unwrap();
+            stream.write_all(&start).await.unwrap();
+            let (mut reader, mut writer) = tokio::io::split(stream);
+            let drip = async {
+                // Heads go on forever, a byte at a time; bodies have stopped.
+                while i % 4 == 1 && writer.write_all(b"x").await.is_ok() && writer.flush().await.is_ok() {
+                    tokio::time::sleep(Duration::from_millis(300)).await;
+                }
+                std::future::pending::<()>().await;
+            };
+            tokio::select! {
+                _ = async { reader.read_to_end(&mut Vec::new()).await } => {}
+                () = drip => {}
+            }
+        });
+    }
+    // The server ends every one of them.
+    while let Some(ended) = completes("a slow caller's end", slow.join_next()).await {
+        ended.unwrap();
+    }
+    honest.end("400 slow callers").await;
+    front_end.upstream.refuse().await;
+    front_end.upstream.accept().await.unwrap();
+    health.check(100 << 20).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ten_thousand_idle_connections_cost_little_and_go() {
+    const IDLE: usize = 10_000;
+    if let Err(error) = raise_descriptor_limit(24_000) {
+        panic!("this test needs 24000 descriptors: {error:#}");
+    }
+    // The limits as they come, but for the quiet of the test.
+    let limits = Some("{idle_timeout: 10m}".to_owned());
+    let front_end = Arc::new(FrontEnd::start(Setup { limits, ..Setup::default() }).await.unwrap());
+    assert_eq!(status(&front_end, Credential::Token, None, false).await, 200);
+    let health = Health::of(&front_end.cluster.master);
+    let honest = Honest::start(&front_end, 4, Duration::from_millis(50));
+    let (count, mut idle) = (Arc::new(AtomicUsize::new(0)), JoinSet::new());
+    for worker in 0..8_u8 {
+        let (front_end, count) = (front_end.clone(), count.clone());
+        idle.spawn(async move {
+            let mut open = Vec::new();
+            while count.fetch_add(1, Ordering::SeqCst) < IDLE {
+                let http = [Http::V1, Http::V2][usize::from(worker % 2)];
+                let source = [127, 0, 0, 20 + worker / 2];
+                open.push(front_end.connect_from(source, Credential::None, http).await.unwrap());
+            }
+            open
+        });
+    }
+    let open = completes("the connections", idle.join_all()).await;
+    assert_eq!(open.iter().map(Vec::len).sum::<usize>(), IDLE);
+    let growth = health.growth();
+    println!("{IDLE} idle connections: {} KB, {} KB each", growth / 1024, growth / 1024 / IDLE as u64);
+    assert!(growth < IDLE as u64 * 100 * 1024);
+    honest.end("10000 idle connections").await;
+    drop(open);
+    front_end.upstream.refuse().await;
+    front_end.upstream.accept().await.unwrap();
+    // What the allocator keeps is not given back at once.
+    health.check(growth + (64 << 20)).await;
+}
+
+#[tokio::test]
+async fn one_address_has_so_many_connections_and_no_more() {
+    let limits = Some("{max_connections_per_address: 50, max_connections: 80}".to_owned());
+    let front_end = FrontEnd::start(Setup { limits, ..Setup::default() }).await.unwrap();
+    let mut open = Vec::new();
+    for _ in 0..50 {
+        open.push(front_end.connect_from(ATTACKER, Credential::None, Http::V1).await.unwrap());
+    }
+    for _ in 0..5 {
+        assert!(front_end.connect_from(ATTACKER, Credential::None, Http::V1).await.is_err());
+    }
+    assert_eq!(status(&front_end, Credential::Token, None, false).await, 200, "another address is served");
+    let mut others = Vec::new();
+    while let Ok(stream) = front_end.connect_from([127, 0, 0, 8], Credential::None, Http::V1).await {
+        others.push(stream);
+        assert!(others.len() <= 30, "more than max_connections");
+    }
+    assert!(others.len() >= 29, "{}", others.len());
+    drop((open, others));
+    eventually("the places are free again", SOON, async || {
+        front_end.connect_from(ATTACKER, Credential::None, Http::V1).await.ok()
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rapid_resets_are_ended_and_hold_up_nobody() {
+    let front_end = Arc::new(FrontEnd::start(Setup::default()).await.unwrap());
+    assert_eq!(status(&front_end, Credential::Token, None, false).await, 200);
+    let health = Health::of(&front_end.cluster.master);
+    let honest = Honest::start(&front_end, 4, Duration::from_millis(50));
+    let bearer = format!("Bearer {GREEDY}");
+    let head = block(&[
+        (":method", "GET"),
+        (":scheme", "https"),
+        (":authority", "api"),
+        (":path", "/reset"),
+        ("authorization", &bearer),
+    ]);
+    let mut ended = 0;
+    for _ in 0..10 {
+        let stream = front_end.connect_from(ATTACKER, Credential::None, Http::V2).await.unwrap();
+        let mut connection = h2::Connection::start(stream).await.unwrap();
+        let mut stream = 1;
+        // Written in one go, as an attacker does, a hundred pairs at a time.
+        'connection: for _ in 0..50 {
+            let mut bytes = BytesMut::new();
+            for _ in 0..100 {
+                bytes.extend_from_slice(
+                    &Frame::new(HEADERS, END_HEADERS | END_STREAM, stream, head.clone()).encode(),
+                );
+                bytes.extend_from_slice(
+                    &Frame::new(RST_STREAM, 0, stream, Bytes::from_static(&[0, 0, 0, 8])).encode(),
+                );
+                stream += 2;
+            }
+            if connection.write(&bytes).await.is_err() {
+                break 'connection;
+            }
+        }
+        match completes("the answer to resets", async {
+            let _ = connection.send(&Frame::new(h2::PING, 0, 0, Bytes::from_static(b"resets??"))).await;
+            connection.answer(0).await
+        })
+        .await
+        .unwrap()
+        {
+            h2::Answer::GoAway(_) | h2::Answer::Closed => ended += 1,
+            other => println!("after 5000 resets: {other:?}"),
+        }
+    }
+    println!("{ended} of 10 connections with 5000 resets were ended by the server");
+    assert_eq!(ended, 10);
+    honest.end("rapid resets").await;
+    eventually("no request waits", SOON, async || (front_end.upstream.waiting() == 0).then_some(())).await;
+    let reached = front_end.upstream.take().iter().filter(|received| received.target == "/reset").count();
+    println!("{reached} of 50000 requests that were reset reached kube-apiserver");
+    front_end.upstream.refuse().await;
+    front_end.upstream.accept().await.unwrap();
+    health.check(100 << 20).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn wrong_tokens_are_slowed_down_and_hold_up_nobody() {
+    const WRONG: usize = 20_000;
+    let limits = Some("{}".to_owned());
+    let front_end = Arc::new(FrontEnd::start(Setup { limits, ..Setup::default() }).await.unwrap());
+    assert_eq!(status(&front_end, Credential::Token, None, false).await, 200);
+    front_end.upstream.take();
+    let health = Health::of(&front_end.cluster.master);
+    let honest = Honest::start(&front_end, 4, Duration::from_millis(50));
+    let (count, mut attackers) = (Arc::new(AtomicUsize::new(0)), JoinSet::new());
+    for _ in 0..16 {
+        let (front_end, count) = (front_end.clone(), count.clone());
+        attackers.spawn(async move {
+            let mut statuses = [0_usize; 2];
+            while count.load(Ordering::SeqCst) < WRONG {
+                let stream = front_end.connect_from(ATTACKER, Credential::None, Http::V2).await.unwrap();
+                let mut caller = front_end.caller_on(stream, None, Http::V2).await.unwrap();
+                // Until the server has had enough of this connection.
+                while count.fetch_add(1, Ordering::SeqCst) < WRONG {
+                    let token = format!("Bearer wrong-{:016x}", rand::random::<u64>());
+                    let request = Request::get("/evil").header(header::AUTHORIZATION, token);
+                    let Ok(answer) = caller.ask(request.body(Full::default()).unwrap()).await else { break };
+                    match answer.status {
+                        StatusCode::UNAUTHORIZED => statuses[0] += 1,
+                        StatusCode::TOO_MANY_REQUESTS => {
+                            assert!(answer.headers.contains_key(header::RETRY_AFTER));
+                            statuses[1] += 1;
+                        }
+                        other => panic!("{other}"),
+                    }
+                }
+            }
+            statuses
+        });
+    }
+    let started = Instant::now();
+    let all = completes("wrong tokens", attackers.join_all()).await;
+    let sum = |index: usize| all.iter().map(|statuses| statuses[index]).sum::<usize>();
+    let took = started.elapsed();
+    println!("{WRONG} wrong tokens in {took:?}: {} were looked at (401), {} not (429)", sum(0), sum(1));
+    // Ten a second and a burst, but for a busy machine's sake far more than that.
+    assert!((sum(0) as f64) < 200.0 + took.as_secs_f64() * 20.0 && sum(1) > 0);
+    honest.end("wrong tokens").await;
+    let received = front_end.upstream.take();
+    assert!(received.iter().all(|received| received.target == "/echo"), "none reached kube-apiserver");
+    // Not even the right token is looked at from there meanwhile, or it is: never anything else.
+    front_end.upstream.refuse().await;
+    front_end.upstream.accept().await.unwrap();
+    health.check(100 << 20).await;
+}
+
+#[tokio::test]
+async fn one_user_who_takes_all_does_not_keep_another_out() {
+    let limits =
+        "{max_in_flight: 20, max_in_flight_per_user: 10, queue_per_user: 5, queue_timeout: 1m}".to_owned();
+    for http in [Http::V1, Http::V2] {
+        let setup = Setup { limits: Some(limits.clone()), ..Setup::default() };
+        let front_end = FrontEnd::start(setup).await.unwrap();
+        front_end.upstream.hold(true);
+        let mut greedy = JoinSet::new();
+        for _ in 0..40 {
+            let bearer = Some(GREEDY.to_owned());
+            let mut caller = front_end.caller_with(Credential::None, bearer, http).await.unwrap();
+            greedy.spawn(async move { caller.get("/greedy").await.unwrap() });
+        }
+        // Those for whom there is neither a seat nor a place in the queue are told at once.
+        for _ in 0..25 {
+            let answer = completes("429", greedy.join_next()).await.unwrap().unwrap();
+            assert_eq!(answer.status, StatusCode::TOO_MANY_REQUESTS, "{answer:?}");
+            let retry = answer.headers.get(header::RETRY_AFTER).and_then(|value| value.to_str().ok());
+            assert!(
+                retry.is_some_and(|seconds| (1..60).contains(&seconds.parse::<u32>().unwrap())),
+                "{retry:?}"
+            );
+            assert_eq!(answer.json()["reason"], "TooManyRequests", "{answer:?}");
+        }
+        eventually("ten are served", SOON, async || (front_end.upstream.waiting() == 10).then_some(())).await;
+        // Another user's requests pass all of that, as kube-apiserver sees.
+        let mut others = JoinSet::new();
+        for _ in 0..5 {
+            let mut caller = front_end.caller(Credential::Token, http).await.unwrap();
+            others.spawn(async move { caller.get("/other").await.unwrap() });
+        }
+        eventually("the other is served", SOON, async || (front_end.upstream.waiting() == 15).then_some(()))
+            .await;
+        front_end.upstream.hold(false);
+        let mut left = others.join_all().await;
+        left.extend(greedy.join_all().await);
+        assert_eq!(left.len(), 20);
+        assert!(left.iter().all(|answer| answer.status == StatusCode::OK), "{left:?}");
+    }
+}
+
+#[tokio::test]
+async fn one_user_has_so_many_watches_and_another_has_their_own() {
+    let limits = Some("{long_running_per_user: 5, max_in_flight: 4, max_in_flight_per_user: 2}".to_owned());
+    let front_end = FrontEnd::start(Setup { limits, ..Setup::default() }).await.unwrap();
+    let api = front_end.upstream.api();
+    let watch = async |credential, bearer: Option<&str>| {
+        let bearer = bearer.map(str::to_owned).or_else(|| front_end.bearer(credential));
+        let mut caller = front_end.caller_with(credential, bearer, Http::V1).await.unwrap();
+        let request = Request::get("/api/v1/pods?watch=1&resourceVersion=239").body(Full::default()).unwrap();
+        let response = caller.send(request).await.unwrap();
+        (response.status(), response, caller)
+    };
+    let mut open = Vec::new();
+    for _ in 0..5 {
+        open.push(watch(Credential::None, Some(GREEDY)).await);
+    }
+    assert!(open.iter().all(|(status, ..)| *status == StatusCode::OK));
+    assert_eq!(watch(Credential::None, Some(GREEDY)).await.0, StatusCode::TOO_MANY_REQUESTS);
+    open.push(watch(Credential::Token, None).await);
+    assert_eq!((open[5].0, api.watches(Kind::Pods)), (StatusCode::OK, 6));
+    // Watches take no seats of requests.
+    assert_eq!(status(&front_end, Credential::None, Some(GREEDY), false).await, 200);
+    open.clear();
+    eventually("the watches are over", SOON, async || (api.watches(Kind::Pods) == 0).then_some(())).await;
+    eventually("there is room for a watch", SOON, async || {
+        (watch(Credential::None, Some(GREEDY)).await.0 == StatusCode::OK).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn requests_that_kube_apiserver_does_not_answer_end() {
+    let limits = Some("{request_timeout: 1s}".to_owned());
+    let front_end = FrontEnd::start(Setup { limits, ..Setup::default() }).await.unwrap();
+    front_end.upstream.hold(true);
+    for http in [Http::V1, Http::V2] {
+        let mut caller = front_end.caller(Credential::Token, http).await.unwrap();
+        let answer = completes("an answer", caller.get("/echo")).await.unwrap();
+        assert_eq!((answer.status, &answer.json()["kind"]), (StatusCode::GATEWAY_TIMEOUT, &"Status".into()));
+    }
+    // Given up there as well.
+    eventually("nothing waits", SOON, async || (front_end.upstream.waiting() == 0).then_some(())).await;
+    // Callers that leave take their requests with them.
+    let callers: Vec<_> = join_all((0..10).map(|_| front_end.caller(Credential::Token, Http::V2))).await;
+    let asking: Vec<_> = callers
+        .into_iter()
+        .map(|caller| {
+            let mut caller = caller.unwrap();
+            tokio::spawn(async move { caller.get("/echo").await })
+        })
+        .collect();
+    eventually("ten wait", SOON, async || (front_end.upstream.waiting() == 10).then_some(())).await;
+    asking.iter().for_each(tokio::task::JoinHandle::abort);
+    eventually("nothing waits", SOON, async || (front_end.upstream.waiting() == 0).then_some(())).await;
+}
+
+/// TLS as it must be: no old version, no certificate for the asking, no plain HTTP.
+#[tokio::test]
+async fn what_is_no_tls_hears_nothing() {
+    let front_end = FrontEnd::start(Setup::default()).await.unwrap();
+    for bytes in [
+        &b"GET / HTTP/1.1\r\nHost: api\r\n\r\n"[..],
+        h2::PREFACE,
+        b"SSH-2.0-x\r\n",
+        b"\x16\x03\x01\xff\xff\x01",
+        // A ClientHello of TLS 1.0.
+        b"\x16\x03\x01\x00\x2f\x01\x00\x00\x2b\x03\x01aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\x00\x00\x04\x00\x2f\x00\x35\x01\x00",
+    ] {
+        let socket = TcpSocket::new_v4().unwrap();
+        let mut socket = socket.connect(front_end.address).await.unwrap();
+        socket.write_all(bytes).await.unwrap();
+        let mut heard = Vec::new();
+        let _ = completes("the end", socket.read_to_end(&mut heard)).await;
+        // A TLS alert at most.
+        assert!(heard.is_empty() || (heard.len() <= 7 && heard[0] == 0x15), "{heard:?}");
+    }
+    assert_eq!(front_end.upstream.received().len(), 0);
+}
