@@ -64,7 +64,7 @@ impl Connection {
     ) -> Result<Response<Answer>, Failure> {
         let front_end = &self.front_end;
         let peer = self.peer.ip();
-        front_end.limits.address(peer).inspect_err(|_| record.limited())?;
+        front_end.limits.address(&self.peer).inspect_err(|_| record.limited())?;
         let (mut head, body) = request.into_parts();
         headers::refuse_ambiguous(&head)?;
         let caller = self.authenticate(&head, record).await?;
@@ -142,7 +142,7 @@ impl Connection {
                     record.authenticated(&who);
                     return Ok(who);
                 }
-                front_end.limits.may_try(self.peer.ip()).inspect_err(|_| record.limited())?;
+                front_end.limits.may_try(&self.peer).inspect_err(|_| record.limited())?;
                 let generation = front_end.authn.generation();
                 let recognized = front_end.authn.authenticate(&presented, now).await;
                 if by_certificate && let Ok(who) = &recognized {
@@ -158,7 +158,7 @@ impl Connection {
                 Ok(who)
             }
             Err(failure) => {
-                front_end.limits.failed(self.peer.ip());
+                front_end.limits.failed(&self.peer);
                 record.unauthenticated(&failure);
                 tracing::info!(peer = %self.peer, reason = %failure, "a caller is not recognised");
                 Err(Failure::new(StatusCode::UNAUTHORIZED, "Unauthorized"))
