@@ -359,6 +359,29 @@ mod tests {
     }
 
     #[test]
+    fn it_may_listen_where_the_inventory_says_and_nowhere_else() {
+        let dir = TempDir::new();
+        for (address, gateway) in [
+            ("127.0.0.1:6443", "no"),
+            ("[::1]:6443", "no"),
+            ("127.0.0.2:6443", "clientspecified"),
+            ("10.96.0.1:6443", "clientspecified"),
+            ("[fd00::1]:6443", "clientspecified"),
+        ] {
+            let node = InventoryNode { front_end_listen: Some(address.parse().unwrap()), ..node(&[]) };
+            let printed = made(&dir, &node, &args(), &new_key()).unwrap();
+            for line in [
+                "AllowTcpForwarding yes".to_owned(),
+                format!("PermitListen {address}"),
+                format!("GatewayPorts {gateway}"),
+                "AllowStreamLocalForwarding no".to_owned(),
+            ] {
+                assert!(printed.contains(&format!("    {line}\n")), "{line} in\n{printed}");
+            }
+        }
+    }
+
+    #[test]
     fn the_script_is_a_shell_script() {
         let dir = TempDir::new();
         let printed = made(&dir, &node(&[]), &args(), &new_key()).unwrap();

@@ -55,6 +55,7 @@ pub async fn serve(agent: Arc<Agent>, tunnel: Arc<Tunnel>) {
 
 async fn serve_mux(front_end: &Arc<FrontEnd>, tunnel: &Arc<Tunnel>, mut events: Events) {
     tracing::info!(node = %tunnel.node, "the front end is served through the tunnel");
+    let mut told = false;
     while let Some(incoming) = events.incoming.recv().await {
         match admit(front_end, tunnel, &incoming) {
             Ok(admission) => {
@@ -67,7 +68,11 @@ async fn serve_mux(front_end: &Arc<FrontEnd>, tunnel: &Arc<Tunnel>, mut events: 
                 });
             }
             Err(error) => {
-                tracing::info!(node = %tunnel.node, target = %incoming.target, %error, "refused a stream from a node");
+                // A node may ask as often as it likes.
+                if matches!(error, DialError::Policy { .. }) && !told {
+                    told = true;
+                    tracing::warn!(node = %tunnel.node, target = %incoming.target, %error, "a node asks for what it may not have");
+                }
                 incoming.reject(error);
             }
         }
