@@ -2,6 +2,7 @@
 
 use std::{
     convert::Infallible,
+    future::poll_fn,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -122,7 +123,7 @@ impl Connection {
             record.received_bytes.clone(),
         );
         let request = Request::from_parts(head, body);
-        let (mut response, lease) = self.send(request, caller_upgrade.is_some(), long_running).await?;
+        let (mut response, mut lease) = self.send(request, caller_upgrade.is_some(), long_running).await?;
         let place = match place {
             // The work is done once the response begins; how fast its caller reads is not the others' loss.
             Place::Seat(_) => None,
@@ -133,6 +134,10 @@ impl Connection {
         headers::response(response.headers_mut(), upgraded);
         *response.version_mut() = Version::HTTP_11;
         if !upgraded {
+            // What has no body is not asked for one.
+            if response.body().is_end_stream() {
+                lease.finish();
+            }
             let content = |incoming| Content::Relayed { incoming, lease };
             let answer = |incoming| Answer { _place: place, ..Answer::from(content(incoming)) };
             return Ok((response.map(answer), None));
@@ -143,7 +148,7 @@ impl Connection {
         };
         let server = hyper::upgrade::on(&mut response);
         let half_closed_timeout = front_end.config.half_closed_timeout;
-        let upgrade = Upgrade::Server { caller, server, _lease: lease, _place: place, half_closed_timeout };
+        let upgrade = Upgrade::Server { caller, server, lease, _place: place, half_closed_timeout };
         Ok((response.map(|_| Answer::from(Content::Own(Full::default()))), Some(upgrade)))
     }
 
@@ -341,7 +346,7 @@ enum Upgrade {
     Server {
         caller: OnUpgrade,
         server: OnUpgrade,
-        _lease: Lease,
+        lease: Lease,
         _place: Option<Place>,
         half_closed_timeout: Duration,
     },
@@ -355,8 +360,12 @@ impl Upgrade {
     /// Passes on raw bytes until both directions have ended.
     async fn carry(self, record: &Recorder) {
         match self {
-            Self::Server { caller, server, half_closed_timeout, _lease, _place } => {
-                let (Ok(caller), Ok(server)) = (caller.await, server.await) else { return };
+            Self::Server { caller, mut server, mut lease, half_closed_timeout, _place } => {
+                let server = poll_fn(|cx| {
+                    lease.drive(cx);
+                    Pin::new(&mut server).poll(cx)
+                });
+                let (Ok(server), Ok(caller)) = (server.await, caller.await) else { return };
                 let (caller, server) = (TokioIo::new(caller), TokioIo::new(server));
                 let relayed = relay_sockets(caller, server, &record.carried, half_closed_timeout).await;
                 if let Err(error) = relayed {
@@ -401,7 +410,11 @@ impl Body for Answer {
                 frame
             }
             Content::Relayed { incoming, lease } => {
-                let frame = Pin::new(&mut *incoming).poll_frame(cx);
+                let mut frame = Pin::new(&mut *incoming).poll_frame(cx);
+                if frame.is_pending() {
+                    lease.drive(cx);
+                    frame = Pin::new(&mut *incoming).poll_frame(cx);
+                }
                 if matches!(frame, Poll::Ready(None)) || incoming.is_end_stream() {
                     lease.finish();
                 }

@@ -198,7 +198,7 @@ fn framings() -> Vec<Row> {
     let row = |what, bytes, expect| Row { what, bytes, expect };
     let hidden = hidden();
     let chunks = |lines: &str| post(lines, &format!("0\r\n\r\n{hidden}"));
-    let both = format!("Content-Length: 4\r\nTransfer-Encoding: chunked\r\n");
+    let both = "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n".to_owned();
     let mut rows = vec![
         row(
             "CL.TE",

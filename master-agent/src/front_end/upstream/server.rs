@@ -1,16 +1,19 @@
 //! One API server: its connections, and whether it works.
 
 use std::{
+    future::poll_fn,
     io,
     net::IpAddr,
+    pin::{Pin, pin},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    time::Duration,
+    task::{Context, Poll, Waker},
+    time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail};
+use anyhow::{Context as _, bail};
 use futures_util::FutureExt;
 use hyper::{
     Request, Response, Uri,
@@ -38,6 +41,8 @@ const MAX_STREAMS: usize = 100;
 const STREAM_WINDOW: u32 = 1024 * 1024;
 /// As much as all streams may take, so that one that is not read does not hold up the others.
 const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MAX_STREAMS as u32;
+/// How long a connection is kept without a request.
+const MAX_IDLE: Duration = Duration::from_secs(90);
 /// Checks that fail in a row before a server is not asked any more.
 const FAILURES: usize = 2;
 
@@ -60,7 +65,7 @@ pub struct Server {
     health: PathAndQuery,
     timeout: Duration,
     max_idle: usize,
-    idle: Mutex<Vec<http1::SendRequest<RequestBody>>>,
+    idle: Mutex<Vec<Http1>>,
     shared: Mutex<Vec<(http2::SendRequest<RequestBody>, Arc<AtomicUsize>)>>,
     failures: AtomicUsize,
     down: AtomicBool,
@@ -76,8 +81,41 @@ pub struct Connection {
 }
 
 enum Sender {
-    Http1(http1::SendRequest<RequestBody>),
+    Http1(Http1),
     Http2(http2::SendRequest<RequestBody>, Place),
+}
+
+/// A connection without a task of its own: whoever waits for something from it moves it on, so that a request
+/// changes no tasks, and one that is given up ends its connection at once.
+struct Http1 {
+    sender: http1::SendRequest<RequestBody>,
+    /// `None` once it has ended.
+    driver: Option<Driver>,
+    used: Instant,
+}
+
+type Driver = Pin<Box<dyn Future<Output = hyper::Result<()>> + Send>>;
+
+impl Http1 {
+    fn drive(&mut self, cx: &mut Context<'_>) {
+        drive(&mut self.driver, cx);
+    }
+
+    /// Whether it can take a request now.
+    fn is_ready(&mut self) -> bool {
+        self.drive(&mut Context::from_waker(Waker::noop()));
+        self.driver.is_some() && matches!(self.sender.ready().now_or_never(), Some(Ok(())))
+    }
+}
+
+fn drive(driver: &mut Option<Driver>, cx: &mut Context<'_>) {
+    let Some(connection) = driver else { return };
+    if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
+        *driver = None;
+        if let Err(error) = ended {
+            tracing::debug!(error = causes(&error), "a connection to an API server failed");
+        }
+    }
 }
 
 /// One stream of a shared connection.
@@ -96,19 +134,24 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// The response has been read to its end: the connection can serve another request.
+    /// Moves the connection on. To be done whenever its response has nothing more to read yet.
+    pub fn drive(&mut self, cx: &mut Context<'_>) {
+        if let Some(Sender::Http1(connection)) = &mut self.sender {
+            connection.drive(cx);
+        }
+    }
+
+    /// The response has been read to its end: the connection can serve another request, unless the rest of this
+    /// one is still being sent.
     pub fn finish(&mut self) {
-        let max = self.server.max_idle;
-        if let Some(Sender::Http1(sender)) = self.sender.take()
-            && !sender.is_closed()
-        {
-            let mut idle = self.server.idle.lock().unwrap_or_else(PoisonError::into_inner);
-            if idle.len() >= max {
-                idle.retain(|sender| !sender.is_closed());
-            }
-            if idle.len() < max {
-                idle.push(sender);
-            }
+        let Some(Sender::Http1(mut connection)) = self.sender.take() else { return };
+        if !connection.is_ready() {
+            return;
+        }
+        connection.used = Instant::now();
+        let mut idle = self.server.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        if idle.len() < self.server.max_idle {
+            idle.push(connection);
         }
     }
 }
@@ -122,13 +165,22 @@ impl Connection {
         let Self { server, sender, .. } = self;
         let path = request.uri().path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
         match sender {
-            Sender::Http1(mut sender) => {
+            Sender::Http1(mut connection) => {
                 *request.uri_mut() = Uri::from(path);
                 if let Ok(host) = header::HeaderValue::try_from(server.authority.as_str()) {
                     request.headers_mut().insert(header::HOST, host);
                 }
-                match sender.try_send_request(request).await {
-                    Ok(response) => Ok((response, Lease { server, sender: Some(Sender::Http1(sender)) })),
+                let Http1 { sender, driver, .. } = &mut connection;
+                let mut sending = pin!(sender.try_send_request(request));
+                let sent = poll_fn(|cx| {
+                    if let Poll::Ready(sent) = sending.as_mut().poll(cx) {
+                        return Poll::Ready(sent);
+                    }
+                    drive(driver, cx);
+                    sending.as_mut().poll(cx)
+                });
+                match sent.await {
+                    Ok(response) => Ok((response, Lease { server, sender: Some(Sender::Http1(connection)) })),
                     Err(mut error) => {
                         let unsent = error.take_message();
                         Err((error.into_error(), unsent))
@@ -215,6 +267,7 @@ impl Server {
 
     /// Asks whether it works. An answer that is no `5xx` says so, whoever may see the path.
     pub async fn check(self: &Arc<Self>) {
+        self.sweep();
         let asked = async {
             let connection = self.connection(Protocol::Any).await?;
             let mut request = Request::new(RequestBody::empty());
@@ -259,18 +312,19 @@ impl Server {
             }
         }
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        // The last one first, so that those that are not needed end by themselves. One whose request is still being
-        // sent after its response is not ready yet.
-        let mut at = idle.len();
-        while at > 0 {
-            at -= 1;
-            match idle.get_mut(at)?.ready().now_or_never() {
-                Some(Ok(())) => return Some(Sender::Http1(idle.swap_remove(at))),
-                Some(Err(_)) => drop(idle.swap_remove(at)),
-                None => {}
+        // The last one first, so that those that are not needed grow old.
+        while let Some(mut connection) = idle.pop() {
+            if connection.is_ready() {
+                return Some(Sender::Http1(connection));
             }
         }
         None
+    }
+
+    /// Ends kept connections that the server has ended, or that nobody has needed.
+    fn sweep(&self) {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        idle.retain_mut(|connection| connection.used.elapsed() < MAX_IDLE && connection.is_ready());
     }
 
     async fn connect(&self, protocol: Protocol) -> io::Result<Sender> {
@@ -294,19 +348,18 @@ impl Server {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (mut sender, connection) = http1::Builder::new()
+        let (sender, connection) = http1::Builder::new()
             .max_headers(MAX_HEADERS)
             .max_buf_size(MAX_HEAD)
             .handshake(TokioIo::new(socket))
             .await
             .map_err(io::Error::other)?;
-        self.connections.spawn(async move {
-            if let Err(error) = connection.with_upgrades().await {
-                tracing::debug!(error = causes(&error), "a connection to an API server failed");
-            }
-        });
-        sender.ready().await.map_err(io::Error::other)?;
-        Ok(Sender::Http1(sender))
+        let driver: Driver = Box::pin(connection.with_upgrades());
+        let mut connection = Http1 { sender, driver: Some(driver), used: Instant::now() };
+        if !connection.is_ready() {
+            return Err(io::Error::other("the connection ended at once"));
+        }
+        Ok(Sender::Http1(connection))
     }
 
     async fn http2<S>(&self, socket: S) -> io::Result<Sender>
