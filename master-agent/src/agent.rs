@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashSet,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, OnceLock, PoisonError, RwLock},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config::Config,
     dialer::TunnelDialer,
+    front_end::server::FrontEnd,
     identity::{Authorities, UserIdentity},
     inventory::Inventory,
     kubernetes::Watches,
@@ -45,6 +46,8 @@ pub struct Agent {
     /// Set when no new tunnels are to be made.
     pub draining: CancellationToken,
     pub handshakes: Places,
+    /// What callers reach through their node's tunnel.
+    pub front_end: OnceLock<Arc<FrontEnd>>,
     user: RwLock<Arc<UserIdentity>>,
     of_file: RwLock<Arc<Inventory>>,
     inventory: RwLock<Arc<Inventory>>,
@@ -71,6 +74,7 @@ impl Agent {
             sessions: Tasks::new(),
             draining: CancellationToken::new(),
             handshakes: Places::new(config.call_home.as_ref().map_or(1, |c| c.max_handshakes)),
+            front_end: OnceLock::new(),
             user: RwLock::new(Arc::new(user)),
             of_file: RwLock::default(),
             inventory: RwLock::default(),

@@ -1,15 +1,14 @@
 //! The composition root: everything is read and every socket bound first, then everything serves.
 
 use std::{
-    io::ErrorKind,
-    os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
+    os::unix::fs::MetadataExt,
     path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use anyhow::{Context, bail};
-use proto::io::{admin::Endpoints, tasks::Tasks};
+use anyhow::Context;
+use proto::io::{admin::Endpoints, tasks::Tasks, unix};
 use rustls::{
     RootCertStore, ServerConfig,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
@@ -224,9 +223,6 @@ fn serve(
     if let Some((listener, acceptor, allowed)) = konnectivity_tls {
         listeners.spawn(listen::tls(door, "konnectivity-tls", listener, acceptor, allowed));
     }
-    if let Some(listener) = call_home {
-        listeners.spawn(links::accept(agent.clone(), listener));
-    }
     let mut audit = None;
     if let (Some(listener), Some(config)) = (front_end, &agent.config.front_end) {
         let draining = agent.draining.clone();
@@ -241,7 +237,13 @@ fn serve(
         )?;
         front_end.watch(background);
         audit = Some(writer);
+        if config.through_tunnels {
+            let _ = agent.front_end.set(front_end.clone());
+        }
         listeners.spawn(front_end.accept(listener));
+    }
+    if let Some(listener) = call_home {
+        listeners.spawn(links::accept(agent.clone(), listener));
     }
     let endpoints = Endpoints { registry: Arc::new(agent.metrics.register(agent)), admin: agent.clone() };
     background.spawn(endpoints.clone().serve_tcp(admin, background.clone()));
@@ -407,38 +409,9 @@ async fn bind_tls(config: Option<&TlsConfig>, protocol: &[u8]) -> anyhow::Result
     Ok(Some((bind_tcp(config.listen).await?, acceptor, AllowedNames(config.allowed_names.clone()))))
 }
 
-/// Binds a Unix socket that never exists with other rights than it is to have: made under another name, then
-/// renamed. A socket nobody listens on is replaced.
 fn bind_unix(config: &UnixConfig) -> anyhow::Result<UnixListener> {
-    let path = &config.path;
-    let context = || format!("can't listen on {}", path.display());
-    match std::fs::symlink_metadata(path) {
-        Ok(metadata) if !metadata.file_type().is_socket() => {
-            bail!("can't listen on {}: a file that is no socket is there", path.display())
-        }
-        Ok(_) if std::os::unix::net::UnixStream::connect(path).is_ok() => {
-            bail!("can't listen on {}: another process does", path.display())
-        }
-        Ok(_) => {}
-        Err(e) if e.kind() == ErrorKind::NotFound => {}
-        Err(e) => return Err(e).with_context(context),
-    }
-    if let Some(directory) = path.parent() {
-        std::fs::create_dir_all(directory).with_context(context)?;
-    }
-    let temporary = path.with_file_name(format!(".{}", std::process::id()));
-    let _ = std::fs::remove_file(&temporary);
-    let listener = UnixListener::bind(&temporary).with_context(context)?;
-    let finish = || {
-        std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(config.mode))?;
-        std::os::unix::fs::chown(&temporary, config.owner, config.group)?;
-        std::fs::rename(&temporary, path)
-    };
-    if let Err(e) = finish() {
-        let _ = std::fs::remove_file(&temporary);
-        return Err(e).with_context(context);
-    }
-    Ok(listener)
+    let UnixConfig { path, mode, owner, group } = config;
+    unix::bind(path, *mode, *owner, *group).with_context(|| format!("can't listen on {}", path.display()))
 }
 
 fn tls_acceptor(config: &TlsConfig, protocol: &[u8]) -> anyhow::Result<TlsAcceptor> {

@@ -15,7 +15,7 @@ use proto::{
 
 use crate::{
     front_end::config::FrontEndConfig,
-    inventory::{DEFAULT_USER, HostTrust, Inventory, InventoryNode, login_name},
+    inventory::{DEFAULT_USER, HostTrust, Inventory, InventoryNode, front_end_listen, login_name},
     routing::cluster::Node,
 };
 
@@ -70,6 +70,8 @@ pub struct WatchedNodes {
     pub key_file: Option<PathBuf>,
     pub connections: usize,
     pub trust: HostTrust,
+    /// Where their sshd is to listen for callers of the front end; `None` for node-agents.
+    pub front_end_listen: Option<SocketAddr>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -305,6 +307,7 @@ impl WatchedNodes {
             key_file: s.at("key_file").and_then(|_| s.required_private_file("key_file")),
             connections: s.number("connections", 1, 1..=16),
             trust: trust.unwrap_or(HostTrust::HostCa),
+            front_end_listen: front_end_listen(s),
         }
     }
 }
@@ -470,6 +473,7 @@ impl WatchedNodes {
             connections: self.connections,
             trust: self.trust.clone(),
             key_file: self.key_file.clone(),
+            front_end_listen: self.front_end_listen,
         }
     }
 }
@@ -619,7 +623,11 @@ mod tests {
         let nodes = kubernetes.nodes.unwrap();
         assert_eq!(nodes.key_file.as_deref(), Some(Path::new("/etc/master-agent/id_ed25519")));
         let defaults = parse("kubernetes: {nodes: {}}").unwrap().kubernetes.unwrap();
-        assert_eq!(WatchedNodes { key_file: None, ..nodes }, defaults.nodes.clone().unwrap());
+        assert_eq!(nodes.front_end_listen, Some(loopback(6443)));
+        assert_eq!(
+            WatchedNodes { key_file: None, front_end_listen: None, ..nodes },
+            defaults.nodes.clone().unwrap()
+        );
         assert_eq!(
             KubernetesConfig { kubeconfig: None, nodes: None, ..kubernetes },
             KubernetesConfig { nodes: None, ..defaults }
@@ -777,6 +785,7 @@ mod tests {
             "key_file",
             "connections",
             "host_keys",
+            "front_end_listen",
         ] {
             assert!(sample.contains(&format!("{field}:")), "{field}");
         }

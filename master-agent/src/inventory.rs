@@ -3,7 +3,7 @@
 
 use std::{
     collections::{HashMap, hash_map::Entry},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
 };
 
@@ -37,6 +37,8 @@ pub struct InventoryNode {
     pub trust: HostTrust,
     /// A private key to log in with, in place of the master's certificate.
     pub key_file: Option<PathBuf>,
+    /// Where its sshd is to listen for callers of the master's front end.
+    pub front_end_listen: Option<SocketAddr>,
 }
 
 /// What a node's host key is verified against. There is no way to accept any key.
@@ -112,7 +114,20 @@ impl InventoryNode {
         if key_file.is_some() && dial.is_none() {
             s.error("key_file", "needs dial: to a node that calls home the master shows its certificate");
         }
-        Some(Self { name: name?, dial, user, addresses, cidrs, default_route, connections, trust, key_file })
+        let front_end_listen = front_end_listen(s);
+        let name = name?;
+        Some(Self {
+            name,
+            dial,
+            user,
+            addresses,
+            cidrs,
+            default_route,
+            connections,
+            trust,
+            key_file,
+            front_end_listen,
+        })
     }
 }
 
@@ -222,6 +237,18 @@ impl Claims {
     }
 }
 
+/// An address that a plain sshd can be asked to listen on.
+pub fn front_end_listen(s: &Section<'_>) -> Option<SocketAddr> {
+    let address: SocketAddr = s.optional("front_end_listen")?;
+    if address.ip().is_unspecified() || address.ip().is_multicast() {
+        s.error("front_end_listen", format!("{address}: give the one address that callers on the node use"));
+    }
+    if address.port() < 1024 {
+        s.error("front_end_listen", format!("{address}: sshd lets nobody but root listen below port 1024"));
+    }
+    Some(address)
+}
+
 pub fn login_name(at: &At<'_>) -> Option<String> {
     let text = at.text()?;
     let allowed = |c: char| c.is_ascii_graphic() && !matches!(c, ':' | '/' | '"' | '\'' | '\\');
@@ -254,6 +281,7 @@ mod tests {
             connections: 1,
             trust: HostTrust::HostCa,
             key_file: None,
+            front_end_listen: None,
         };
         assert_eq!(inventory, Inventory { nodes: vec![expected], service_cidrs: vec![] });
         assert_eq!(parse("").unwrap(), Inventory::default());
@@ -300,6 +328,7 @@ mod tests {
             "first_use",
             "service_cidrs",
             "key_file",
+            "front_end_listen",
         ] {
             assert!(text.contains(&format!("{field}:")), "{field}");
         }
@@ -385,6 +414,14 @@ mod tests {
             ),
             (&both, "4:3: nodes[0].host_keys: pins, known_hosts and first_use exclude each other"),
             (&pinned, "3:32: nodes[1].host_keys.pins[0]: is listed already, for node a"),
+            (
+                "nodes:\n- name: a\n  front_end_listen: 0.0.0.0:6443",
+                "3:21: nodes[0].front_end_listen: 0.0.0.0:6443: give the one address",
+            ),
+            (
+                "nodes:\n- name: a\n  front_end_listen: 127.0.0.1:443",
+                "3:21: nodes[0].front_end_listen: 127.0.0.1:443: sshd lets nobody but root",
+            ),
             ("nodes: &all []\n", "1:13: anchors are not supported"),
             ("nodes: *all\n", "1:8: not YAML"),
         ];

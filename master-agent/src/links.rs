@@ -26,6 +26,7 @@ use tokio::{
 
 use crate::{
     agent::Agent,
+    front_end::tunnels,
     identity::{HostKeyError, UserIdentity},
     inventory::InventoryNode,
     join,
@@ -78,7 +79,14 @@ impl DialLinks {
 /// Whether a tunnel made for one entry of the inventory is as good for the other.
 fn same_link(a: &InventoryNode, b: &InventoryNode) -> bool {
     let link = |n: &InventoryNode| {
-        (n.dial.clone(), n.user.clone(), n.trust.clone(), n.key_file.clone(), n.connections)
+        (
+            n.dial.clone(),
+            n.user.clone(),
+            n.trust.clone(),
+            n.key_file.clone(),
+            n.connections,
+            n.front_end_listen,
+        )
     };
     link(a) == link(b)
 }
@@ -249,7 +257,7 @@ where
         TunnelError::Evicted => refused(agent, "evicted", error),
         TunnelError::Closed => refused(agent, "closed", error),
         TunnelError::NotSsh(_) | TunnelError::Ssh(_) => refused(agent, "ssh", error),
-        TunnelError::Connect(_) | TunnelError::NotRegistered(_) => error,
+        TunnelError::Connect(_) | TunnelError::NotRegistered(_) | TunnelError::NotListening(_) => error,
     })
 }
 
@@ -306,11 +314,14 @@ async fn hold(agent: &Arc<Agent>, registration: Registration, events: Option<Eve
     let tunnel = registration.tunnel().clone();
     let mut notices = events.map(|events| events.notices);
     let mut recheck = tokio::time::interval(RECHECK_INTERVAL);
+    let mut front_end = Box::pin(tunnels::serve(agent.clone(), tunnel.clone()));
+    let mut front_end_served = true;
     let reason = loop {
         let expires = tunnel.certificate_expires();
         let renewal = renewal_due(expires, agent.config.certificates.host_ttl, SystemTime::now());
         tokio::select! {
             reason = tunnel.ended() => break reason,
+            () = &mut front_end, if front_end_served => front_end_served = false,
             notice = next(&mut notices) => match notice {
                 Some(Notice::GoAway(reason)) => tracing::info!(node = %tunnel.node, reason, "the node takes no new streams"),
                 Some(Notice::Certificate(_)) => tracing::warn!(node = %tunnel.node, "the node sent a certificate; ignored"),

@@ -1,9 +1,15 @@
 //! What makes a plain OpenSSH sshd a node: a script that installs a drop-in for sshd_config.
 //!
 //! The drop-in trusts this master's user CA for one account, which may open TCP connections to the targets
-//! that policy allows, and nothing else: no shell, command, sftp, agent, X11 or remote forwarding.
+//! that policy allows, and have sshd listen for the master's front end on the one address that the inventory gives
+//! (`front_end_listen`), if any. Nothing else: no shell, command, sftp, agent, X11 or other remote forwarding.
 
-use std::{fmt::Write, net::IpAddr, path::Path, time::SystemTime};
+use std::{
+    fmt::Write,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::Path,
+    time::SystemTime,
+};
 
 use anyhow::{Context, bail};
 use ipnet::IpNet;
@@ -67,6 +73,7 @@ fn check_text(node: &InventoryNode, args: &SshdConfigArgs) -> anyhow::Result<()>
 
 fn drop_in(node: &InventoryNode, args: &SshdConfigArgs) -> anyhow::Result<String> {
     let (open, notes) = permit_open(node, args);
+    let (forwarding, listen, gateway) = permit_listen(node);
     let mut out = String::new();
     let user = &node.user;
     write!(
@@ -82,10 +89,10 @@ Match User {user}
     PubkeyAuthentication yes
     PasswordAuthentication no
     KbdInteractiveAuthentication no
-    AllowTcpForwarding local
+    AllowTcpForwarding {forwarding}
     AllowStreamLocalForwarding no
-    PermitListen none
-    GatewayPorts no
+    PermitListen {listen}
+    GatewayPorts {gateway}
     PermitTunnel no
     X11Forwarding no
     AllowAgentForwarding no
@@ -112,6 +119,15 @@ fn host_key_line(path: &Path) -> String {
     let default =
         ["ed25519", "ecdsa"].iter().any(|kind| path == Path::new(&format!("/etc/ssh/ssh_host_{kind}_key")));
     if default { String::new() } else { format!("HostKey {}\n", path.display()) }
+}
+
+/// What AllowTcpForwarding, PermitListen and GatewayPorts have to be.
+fn permit_listen(node: &InventoryNode) -> (&'static str, String, &'static str) {
+    let Some(address) = node.front_end_listen else { return ("local", "none".to_owned(), "no") };
+    // Without gateway ports sshd takes every other address for these two.
+    let localhost = [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)];
+    let gateway = if localhost.contains(&address.ip()) { "no" } else { "clientspecified" };
+    ("yes", address.to_string(), gateway)
 }
 
 /// The targets as PermitOpen takes them, and remarks about what it can't express.
@@ -231,6 +247,7 @@ mod tests {
             default_route: false,
             connections: 1,
             key_file: None,
+            front_end_listen: None,
             trust: HostTrust::HostCa,
         }
     }
@@ -339,6 +356,29 @@ mod tests {
                 &format!("hostcertificate {}", dir.0.join("host-cert.pub").display()).to_lowercase()
             )
         );
+    }
+
+    #[test]
+    fn it_may_listen_where_the_inventory_says_and_nowhere_else() {
+        let dir = TempDir::new();
+        for (address, gateway) in [
+            ("127.0.0.1:6443", "no"),
+            ("[::1]:6443", "no"),
+            ("127.0.0.2:6443", "clientspecified"),
+            ("10.96.0.1:6443", "clientspecified"),
+            ("[fd00::1]:6443", "clientspecified"),
+        ] {
+            let node = InventoryNode { front_end_listen: Some(address.parse().unwrap()), ..node(&[]) };
+            let printed = made(&dir, &node, &args(), &new_key()).unwrap();
+            for line in [
+                "AllowTcpForwarding yes".to_owned(),
+                format!("PermitListen {address}"),
+                format!("GatewayPorts {gateway}"),
+                "AllowStreamLocalForwarding no".to_owned(),
+            ] {
+                assert!(printed.contains(&format!("    {line}\n")), "{line} in\n{printed}");
+            }
+        }
     }
 
     #[test]

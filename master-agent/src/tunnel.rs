@@ -4,6 +4,9 @@
 //! [`establish`] takes a link and gives a [`Tunnel`] only when the node's host key has been verified and the
 //! node has accepted the master's certificate. A node-agent offers the multiplexer; anything else is a plain
 //! sshd, and each stream an SSH channel of its own.
+//!
+//! A node opens nothing by itself, with one exception, which the master has to ask for: streams to its front end
+//! ([`Tunnel::open_front_end`], [`Tunnel::forward`]).
 
 use std::{
     net::SocketAddr,
@@ -20,12 +23,12 @@ use proto::{
         channel::{Channels, Half},
         handshake::{BEGUN, Place},
         link::{Gate, Link},
-        mux::{Events, Feeder, Mux},
+        mux::{Events, Feeder, Mux, ProtocolError},
         ssh,
         stream::Stream,
         tasks::Tasks,
     },
-    mux::SUBSYSTEM,
+    mux::{FRONT_END_SUBSYSTEM, SUBSYSTEM},
 };
 use russh::{
     ChannelId, ChannelMsg, ChannelOpenFailure, SshId,
@@ -33,7 +36,10 @@ use russh::{
     keys::{PrivateKeyWithHashAlg, PublicKey, PublicKeyOrCertificate},
 };
 use serde::Serialize;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::{
@@ -48,6 +54,10 @@ const PATIENCE: Duration = Duration::from_millis(250);
 const LEAST_PACKET: u32 = 1024;
 /// The most characters kept of what a node says when it closes a session.
 const FAREWELL: usize = 200;
+/// Channels that a plain sshd may open in a window of time. Each costs an answer, and answers wait without bound
+/// while keys are exchanged.
+const OPENS: u32 = 10_000;
+const OPENS_WINDOW: Duration = Duration::from_secs(10);
 
 /// Who dialled the link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -89,6 +99,10 @@ pub enum TunnelError {
     NotRegistered(#[from] crate::registry::NotRegistered),
     #[error("{0}")]
     NotSsh(String),
+    #[error(
+        "the node's sshd does not listen on {0}: check that the address is the node's and free, and that sshd permits it (PermitListen, AllowTcpForwarding yes, see `master-agent sshd-config`)"
+    )]
+    NotListening(SocketAddr),
     #[error("SSH: {0}")]
     Ssh(#[from] russh::Error),
 }
@@ -97,17 +111,28 @@ pub enum TunnelError {
 pub struct Session {
     pub identity: HostIdentity,
     pub(crate) handle: Arc<Handle<ClientHandler>>,
-    shared: Arc<Shared>,
-    channels: Channels,
-    gate: Gate,
-    tasks: Tasks,
+    parts: Parts,
     cut: CancellationToken,
     cut_on_drop: DropGuard,
 }
 
+/// What a session leaves to its tunnel.
+struct Parts {
+    shared: Arc<Shared>,
+    channels: Channels,
+    gate: Gate,
+    tasks: Tasks,
+}
+
+/// The multiplexer's end that the session feeds, and its channel.
+type Fed = Mutex<Option<(ChannelId, Feeder)>>;
+
 /// What the session's handler and its owner share.
 struct Shared {
-    feeder: Mutex<Option<(ChannelId, Feeder)>>,
+    feeder: Fed,
+    /// Of the multiplexer on which the node opens streams.
+    front_end: Fed,
+    forward: Mutex<Option<Forward>>,
     identity: OnceLock<HostIdentity>,
     refused: Mutex<Option<HostKeyError>>,
     reason: OnceLock<String>,
@@ -120,6 +145,35 @@ pub(crate) struct ClientHandler {
     channels: Channels,
 }
 
+/// What a plain sshd was asked to listen on for the front end.
+struct Forward {
+    host: String,
+    port: u32,
+    callers: mpsc::Sender<Forwarded>,
+    permits: Arc<Semaphore>,
+    /// Channels opened since then.
+    opens: (Instant, u32),
+}
+
+/// A caller at the address that a plain sshd listens on.
+pub struct Forwarded {
+    pub stream: Stream,
+    pub origin: String,
+    pub permit: OwnedSemaphorePermit,
+}
+
+impl Forward {
+    /// Whether a node that opens one more channel now still keeps to a measure.
+    fn is_moderate(&mut self, now: Instant) -> bool {
+        let (since, count) = &mut self.opens;
+        if now.duration_since(*since) > OPENS_WINDOW {
+            (*since, *count) = (now, 0);
+        }
+        *count += 1;
+        *count <= OPENS
+    }
+}
+
 impl HostIdentity {
     pub fn key(&self) -> &PublicKey {
         match self {
@@ -130,11 +184,48 @@ impl HostIdentity {
 }
 
 impl ClientHandler {
-    /// A node never opens channels. Refusals would wait without bound while keys are exchanged.
+    /// A node opens no channels unless asked to. Refusals would wait without bound while keys are exchanged.
     fn unasked(&self) -> Result<(), russh::Error> {
         let _ = self.shared.reason.set("the node tried to open a channel".to_owned());
         Err(russh::Error::Inconsistent)
     }
+
+    fn broken(&self, reason: String) -> russh::Error {
+        let _ = self.shared.reason.set(reason);
+        russh::Error::Inconsistent
+    }
+
+    /// A caller's place, if the node was asked to listen there: `Err` ends the session, `None` refuses the channel.
+    fn forwarded(
+        &self,
+        host: &str,
+        port: u32,
+    ) -> Result<Option<(mpsc::OwnedPermit<Forwarded>, OwnedSemaphorePermit)>, russh::Error> {
+        let mut forward = self.shared.forward.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(forward) = forward.as_mut().filter(|f| f.host == host && f.port == port) else {
+            self.unasked()?;
+            return Ok(None);
+        };
+        if !forward.is_moderate(Instant::now()) {
+            return Err(self.broken("the node opens channels without measure".to_owned()));
+        }
+        let permit = forward.permits.clone().try_acquire_owned().ok();
+        let place = forward.callers.clone().try_reserve_owned().ok();
+        Ok(place.zip(permit))
+    }
+}
+
+/// Gives bytes to a multiplexer if they came on its channel.
+fn feed(fed: &Fed, channel: ChannelId, data: &[u8]) -> Option<Result<(), ProtocolError>> {
+    match &mut *fed.lock().unwrap_or_else(PoisonError::into_inner) {
+        Some((id, feeder)) if *id == channel => Some(feeder.feed(data)),
+        Some(_) | None => None,
+    }
+}
+
+/// Ends a multiplexer if this was its channel.
+fn unfeed(fed: &Fed, channel: ChannelId) -> bool {
+    fed.lock().unwrap_or_else(PoisonError::into_inner).take_if(|(id, _)| *id == channel).is_some()
 }
 
 impl client::Handler for ClientHandler {
@@ -159,8 +250,7 @@ impl client::Handler for ClientHandler {
     ) -> Result<(), russh::Error> {
         // RFC 4253 §6.1 wants packets of 32 KiB to be taken; with tiny ones, one write would become thousands.
         if max_packet_size < LEAST_PACKET {
-            let _ = self.shared.reason.set(format!("the node takes packets of {max_packet_size} bytes only"));
-            return Err(russh::Error::Inconsistent);
+            return Err(self.broken(format!("the node takes packets of {max_packet_size} bytes only")));
         }
         self.channels.on_open(id);
         Ok(())
@@ -172,16 +262,10 @@ impl client::Handler for ClientHandler {
         data: &[u8],
         session: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        let fed = match &mut *self.shared.feeder.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some((id, feeder)) if *id == channel => Some(feeder.feed(data)),
-            Some(_) | None => None,
-        };
-        match fed {
+        let fed = feed(&self.shared.feeder, channel, data);
+        match fed.or_else(|| feed(&self.shared.front_end, channel, data)) {
             Some(Ok(())) => Ok(()),
-            Some(Err(error)) => {
-                let _ = self.shared.reason.set(format!("the node broke the stream protocol: {error}"));
-                Err(russh::Error::Inconsistent)
-            }
+            Some(Err(error)) => Err(self.broken(format!("the node broke the stream protocol: {error}"))),
             None if self.channels.on_data(channel, data).await => Ok(()),
             None => session.close(channel),
         }
@@ -202,25 +286,37 @@ impl client::Handler for ClientHandler {
         _session: &mut client::Session,
     ) -> Result<(), russh::Error> {
         self.channels.on_close(channel);
-        let mut feeder = self.shared.feeder.lock().unwrap_or_else(PoisonError::into_inner);
-        if feeder.as_ref().is_some_and(|(id, _)| *id == channel) {
-            *feeder = None;
-            return Err(russh::Error::Disconnect);
-        }
-        Ok(())
+        unfeed(&self.shared.front_end, channel);
+        if unfeed(&self.shared.feeder, channel) { Err(russh::Error::Disconnect) } else { Ok(()) }
     }
 
     async fn server_channel_open_forwarded_tcpip(
         &mut self,
-        _channel: russh::Channel<client::Msg>,
-        _connected_address: &str,
-        _connected_port: u32,
-        _originator_address: &str,
-        _originator_port: u32,
-        _reply: client::ChannelOpenHandle,
+        channel: russh::Channel<client::Msg>,
+        connected_address: &str,
+        connected_port: u32,
+        originator_address: &str,
+        originator_port: u32,
+        reply: client::ChannelOpenHandle,
         _session: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        self.unasked()
+        let Some((place, permit)) = self.forwarded(connected_address, connected_port)? else {
+            reply.reject(ChannelOpenFailure::ResourceShortage).await;
+            return Ok(());
+        };
+        let half = channel.split().1;
+        let room = half.writable_packet_size().await;
+        if room < LEAST_PACKET as usize {
+            return Err(self.broken(format!("the node takes packets of {room} bytes only")));
+        }
+        self.channels.on_open(half.id());
+        reply.accept().await;
+        place.send(Forwarded {
+            stream: self.channels.stream(Half::Client(half)),
+            origin: format!("tcp {originator_address}:{originator_port}"),
+            permit,
+        });
+        Ok(())
     }
 
     async fn server_channel_open_forwarded_streamlocal(
@@ -303,7 +399,10 @@ impl client::Handler for ClientHandler {
 
 impl Drop for ClientHandler {
     fn drop(&mut self) {
-        *self.shared.feeder.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        for fed in [&self.shared.feeder, &self.shared.front_end] {
+            *fed.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
+        *self.shared.forward.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.channels.close(self.shared.reason.get().map_or("the tunnel was lost", String::as_str));
         self.shared.ended.cancel();
     }
@@ -348,6 +447,8 @@ where
     let channels = Channels::new(gate.clone(), tasks.clone(), PATIENCE);
     let shared = Arc::new(Shared {
         feeder: Mutex::default(),
+        front_end: Mutex::default(),
+        forward: Mutex::default(),
         identity: OnceLock::new(),
         refused: Mutex::default(),
         reason: OnceLock::new(),
@@ -390,7 +491,8 @@ where
     let Some(identity) = shared.identity.get().cloned() else {
         return Err(TunnelError::Ssh(russh::Error::UnknownKey));
     };
-    Ok(Session { identity, handle: Arc::new(handle), shared, channels, gate, tasks, cut, cut_on_drop })
+    let parts = Parts { shared, channels, gate, tasks };
+    Ok(Session { identity, handle: Arc::new(handle), parts, cut, cut_on_drop })
 }
 
 fn timed_out(limit: Duration, received: usize) -> TunnelError {
@@ -441,12 +543,15 @@ pub struct Tunnel {
     expires: Mutex<Option<SystemTime>>,
     carrier: Carrier,
     max_streams: usize,
+    /// For the node to answer to what is neither a stream nor a keep-alive.
+    timeout: Duration,
     /// Channels that an sshd has not answered for yet.
     opening: Arc<()>,
     suspect: AtomicBool,
     handle: Arc<Handle<ClientHandler>>,
-    shared: Arc<Shared>,
-    tasks: Tasks,
+    parts: Parts,
+    /// Of the streams that the node opens.
+    front_end: OnceLock<Mux>,
     cut: CancellationToken,
 }
 
@@ -462,13 +567,13 @@ impl Session {
         peer: Option<SocketAddr>,
         config: &TunnelsConfig,
     ) -> Result<(Tunnel, Option<Events>), TunnelError> {
-        let start = self.start_mux(config.max_streams_per_tunnel);
+        let start = self.parts.start_mux(&self.handle, true, config.max_streams_per_tunnel);
         let started = tokio::time::timeout(config.handshake_timeout, start)
             .await
             .map_err(|_| TunnelError::Timeout(config.handshake_timeout))??;
         let (carrier, events) = match started {
             Some((mux, events)) => (Carrier::Mux(mux), Some(events)),
-            None => (Carrier::Channels(self.channels.clone()), None),
+            None => (Carrier::Channels(self.parts.channels.clone()), None),
         };
         self.cut_on_drop.disarm();
         let tunnel = Tunnel {
@@ -482,39 +587,62 @@ impl Session {
             host,
             carrier,
             max_streams: config.max_streams_per_tunnel,
+            timeout: config.handshake_timeout,
             opening: Arc::default(),
             suspect: AtomicBool::new(false),
             handle: self.handle,
-            shared: self.shared,
-            tasks: self.tasks,
+            parts: self.parts,
+            front_end: OnceLock::new(),
             cut: self.cut,
         };
         Ok((tunnel, events))
     }
 
-    async fn start_mux(&self, max_streams: usize) -> Result<Option<(Mux, Events)>, TunnelError> {
-        let mut channel = match self.handle.channel_open_session().await {
+    /// Ends a session that does not become a tunnel.
+    pub async fn close(self, reason: &str) {
+        let _ = self.handle.disconnect(russh::Disconnect::ByApplication, reason, "").await;
+        // The farewell gets a moment to leave.
+        let _ = tokio::time::timeout(Duration::from_millis(500), self.parts.shared.ended.cancelled()).await;
+        self.cut.cancel();
+        self.parts.tasks.cancel();
+    }
+}
+
+impl Parts {
+    /// Asks for a multiplexer: one on which the master opens streams, or else the node. `None` where the node has
+    /// none.
+    async fn start_mux(
+        &self,
+        handle: &Arc<Handle<ClientHandler>>,
+        initiator: bool,
+        max_streams: usize,
+    ) -> Result<Option<(Mux, Events)>, TunnelError> {
+        let (subsystem, fed) = match initiator {
+            true => (SUBSYSTEM, &self.shared.feeder),
+            false => (FRONT_END_SUBSYSTEM, &self.shared.front_end),
+        };
+        let mut channel = match handle.channel_open_session().await {
             Ok(channel) => channel,
             // An sshd set up for forwarding only.
             Err(russh::Error::ChannelOpenFailure(_)) => return Ok(None),
             Err(e) => return Err(e.into()),
         };
         let id = channel.id();
-        let handle = self.handle.clone();
+        let to = handle.clone();
         let out = move |frame| {
-            let handle = handle.clone();
+            let handle = to.clone();
             Box::pin(async move { handle.data(id, frame).await.is_ok() }) as _
         };
         let (mux, feeder, events) =
-            Mux::new(true, max_streams, self.gate.clone(), Box::new(out), &self.tasks);
+            Mux::new(initiator, max_streams, self.gate.clone(), Box::new(out), &self.tasks);
         self.channels.forget(id);
-        *self.shared.feeder.lock().unwrap_or_else(PoisonError::into_inner) = Some((id, feeder));
-        channel.request_subsystem(true, SUBSYSTEM).await?;
+        *fed.lock().unwrap_or_else(PoisonError::into_inner) = Some((id, feeder));
+        channel.request_subsystem(true, subsystem).await?;
         loop {
             match channel.wait().await {
                 Some(ChannelMsg::Success) => return Ok(Some((mux, events))),
                 Some(ChannelMsg::Failure | ChannelMsg::Close | ChannelMsg::Eof) | None => {
-                    *self.shared.feeder.lock().unwrap_or_else(PoisonError::into_inner) = None;
+                    *fed.lock().unwrap_or_else(PoisonError::into_inner) = None;
                     let _ = channel.close().await;
                     return Ok(None);
                 }
@@ -522,18 +650,44 @@ impl Session {
             }
         }
     }
-
-    /// Ends a session that does not become a tunnel.
-    pub async fn close(self, reason: &str) {
-        let _ = self.handle.disconnect(russh::Disconnect::ByApplication, reason, "").await;
-        // The farewell gets a moment to leave.
-        let _ = tokio::time::timeout(Duration::from_millis(500), self.shared.ended.cancelled()).await;
-        self.cut.cancel();
-        self.tasks.cancel();
-    }
 }
 
 impl Tunnel {
+    /// Lets a node-agent open streams to the front end, so many at once; `None` where it has no use for that.
+    pub async fn open_front_end(&self, max_streams: usize) -> Result<Option<Events>, TunnelError> {
+        let start = self.parts.start_mux(&self.handle, false, max_streams);
+        let started = tokio::time::timeout(self.timeout, start).await;
+        let Some((mux, events)) = started.map_err(|_| TunnelError::Timeout(self.timeout))?? else {
+            return Ok(None);
+        };
+        let _ = self.front_end.set(mux);
+        Ok(Some(events))
+    }
+
+    /// Asks a plain sshd to listen on an address; gives the callers that come there, so many at once.
+    pub async fn forward(
+        &self,
+        address: SocketAddr,
+        most: usize,
+    ) -> Result<mpsc::Receiver<Forwarded>, TunnelError> {
+        let (host, port) = (address.ip().to_string(), u32::from(address.port()));
+        let (callers, came) = mpsc::channel(most.max(1));
+        let permits = Arc::new(Semaphore::new(most));
+        let forward = Forward { host: host.clone(), port, callers, permits, opens: (Instant::now(), 0) };
+        // Callers may come as soon as it listens.
+        *self.parts.shared.forward.lock().unwrap_or_else(PoisonError::into_inner) = Some(forward);
+        let asked = tokio::time::timeout(self.timeout, self.handle.tcpip_forward(host, port)).await;
+        let answer = asked.map_err(|_| TunnelError::Timeout(self.timeout));
+        if !matches!(answer, Ok(Ok(_))) {
+            *self.parts.shared.forward.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
+        match answer? {
+            Ok(_) => Ok(came),
+            Err(russh::Error::RequestDenied) => Err(TunnelError::NotListening(address)),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// Opens a stream to `target` within `timeout`. Dropping the future cancels the dial.
     pub async fn open(&self, target: &Target, origin: &str, timeout: Duration) -> Result<Stream, DialError> {
         let result = match &self.carrier {
@@ -558,7 +712,7 @@ impl Tunnel {
         }
         let (handle, channels, asked) = (self.handle.clone(), channels.clone(), target.clone());
         let (answer, answered) = tokio::sync::oneshot::channel();
-        self.tasks.spawn(async move {
+        self.parts.tasks.spawn(async move {
             let (host, port) = (asked.host.to_string(), u32::from(asked.port));
             let opened = handle.channel_open_direct_tcpip(host, port, "127.0.0.1", 0).await;
             drop(opening);
@@ -642,17 +796,17 @@ impl Tunnel {
     }
 
     pub fn has_ended(&self) -> bool {
-        self.shared.ended.is_cancelled()
+        self.parts.shared.ended.is_cancelled()
     }
 
     /// Waits for the end, and gives its reason.
     pub async fn ended(&self) -> String {
-        self.shared.ended.cancelled().await;
+        self.parts.shared.ended.cancelled().await;
         self.ended_reason()
     }
 
     fn ended_reason(&self) -> String {
-        self.shared.reason.get().cloned().unwrap_or_else(|| "the SSH session ended".to_owned())
+        self.parts.shared.reason.get().cloned().unwrap_or_else(|| "the SSH session ended".to_owned())
     }
 
     /// Whether the node answers within `timeout`.
@@ -673,23 +827,26 @@ impl Tunnel {
         if let Carrier::Mux(mux) = &self.carrier {
             mux.go_away(reason).await;
         }
+        if let Some(mux) = self.front_end.get() {
+            mux.go_away(reason).await;
+        }
     }
 
     /// Ends the tunnel; its streams are reset.
     pub async fn close(&self, reason: &str) {
-        let _ = self.shared.reason.set(reason.to_owned());
+        let _ = self.parts.shared.reason.set(reason.to_owned());
         let bye = self.handle.disconnect(russh::Disconnect::ByApplication, reason, "");
         let _ = tokio::time::timeout(Duration::from_millis(500), bye).await;
-        let _ = tokio::time::timeout(Duration::from_millis(500), self.shared.ended.cancelled()).await;
+        let _ = tokio::time::timeout(Duration::from_millis(500), self.parts.shared.ended.cancelled()).await;
         self.cut.cancel();
-        self.tasks.cancel();
+        self.parts.tasks.cancel();
     }
 }
 
 impl Drop for Tunnel {
     fn drop(&mut self) {
         self.cut.cancel();
-        self.tasks.cancel();
+        self.parts.tasks.cancel();
     }
 }
 

@@ -18,6 +18,7 @@ use crate::{
     config::Config,
     dialer::{Dialled, LocalDialer, Scope},
     identity::{NodeIdentity, UserCertError, UserRole},
+    local_endpoint::FrontEnds,
     metrics::{self, Metrics},
 };
 
@@ -37,6 +38,8 @@ pub struct Agent {
     /// Set when sessions are to say goodbye.
     pub stopping: CancellationToken,
     pub handshakes: Places,
+    /// Where callers of the local endpoint go, if there is one.
+    pub front_ends: Option<FrontEnds>,
     /// Sessions of people; masters don't count, so that people can't keep them out.
     pub people: Arc<Semaphore>,
     lookups: Arc<Semaphore>,
@@ -53,6 +56,7 @@ impl Agent {
             draining: CancellationToken::new(),
             stopping: CancellationToken::new(),
             handshakes: Places::new(config.limits.max_handshakes),
+            front_ends: config.front_end.as_ref().map(FrontEnds::new),
             people: Arc::new(Semaphore::new(config.limits.max_sessions)),
             lookups: Arc::new(Semaphore::new(LOOKUPS)),
             lookups_of_people: Arc::new(Semaphore::new(LOOKUPS_OF_PEOPLE)),
@@ -155,6 +159,10 @@ impl Agent {
             }
         }
         result
+    }
+
+    pub fn count_front_end(&self, result: &'static str) {
+        self.metrics.front_end_callers.get_or_create(&metrics::Result { result }).inc();
     }
 
     pub fn count_dial(&self, result: &'static str) {

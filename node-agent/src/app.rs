@@ -3,13 +3,18 @@
 use std::{sync::Arc, time::Duration};
 
 use anyhow::Context;
-use proto::io::{admin::Endpoints, tasks::Tasks};
+use proto::io::{admin::Endpoints, tasks::Tasks, unix};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
 };
 
-use crate::{agent::Agent, config::Config, identity::NodeIdentity, links};
+use crate::{
+    agent::Agent,
+    config::{Config, LocalUnixConfig},
+    identity::NodeIdentity,
+    links, local_endpoint,
+};
 
 /// The least time for sessions to end by themselves.
 const GOODBYE: Duration = Duration::from_secs(2);
@@ -24,12 +29,29 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let admin = TcpListener::bind(config.admin.listen)
         .await
         .with_context(|| format!("can't listen on {}", config.admin.listen))?;
+    let (mut front_end_tcp, mut front_end_unix) = (None, None);
+    if let Some(front_end) = &config.front_end {
+        if let Some(address) = front_end.tcp {
+            let listener = TcpListener::bind(address).await;
+            front_end_tcp = Some(listener.with_context(|| format!("can't listen on {address}"))?);
+        }
+        if let Some(LocalUnixConfig { path, mode }) = &front_end.unix {
+            let listener = unix::bind(path, *mode, None, None);
+            front_end_unix = Some(listener.with_context(|| format!("can't listen on {}", path.display()))?);
+        }
+    }
     let agent = Arc::new(Agent::new(config, identity));
 
     let background = Tasks::new();
     let listeners = Tasks::new();
     if let Some(listener) = listener {
         listeners.spawn(links::accept(agent.clone(), listener));
+    }
+    if let Some(listener) = front_end_tcp {
+        listeners.spawn(local_endpoint::accept_tcp(agent.clone(), listener));
+    }
+    if let Some(listener) = front_end_unix {
+        listeners.spawn(local_endpoint::accept_unix(agent.clone(), listener));
     }
     for master in &agent.config.call_home {
         agent.sessions.spawn(links::call_home(agent.clone(), master.clone()));
@@ -52,14 +74,15 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 
     // Stop accepting, tell the masters, let streams finish, end the sessions.
     notify(&[sd_notify::NotifyState::Stopping]);
-    tracing::info!(streams = agent.metrics.streams.get(), "stopping");
+    let streams = || agent.metrics.streams.get() + agent.metrics.front_end_streams.get();
+    tracing::info!(streams = streams(), "stopping");
     agent.draining.cancel();
     listeners.cancel();
     let deadline = tokio::time::Instant::now() + agent.config.shutdown_grace;
-    while agent.metrics.streams.get() > 0 && tokio::time::Instant::now() < deadline {
+    while streams() > 0 && tokio::time::Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    let cut = agent.metrics.streams.get();
+    let cut = streams();
     agent.stopping.cancel();
     agent.sessions.drain(deadline.saturating_duration_since(tokio::time::Instant::now()).max(GOODBYE)).await;
     background.cancel();

@@ -10,7 +10,7 @@ use std::{
 use ipnet::IpNet;
 use proto::{
     NodeName, Target,
-    config::{self, At, Errors, Log, Ports, Section, Source, Value},
+    config::{self, At, Errors, Log, Mode, Ports, Section, Source, Value},
     policy::{Policy, Rule},
 };
 
@@ -32,6 +32,8 @@ pub struct Config {
     pub policy: PolicyConfig,
     /// Login names that may forward, besides the master; empty allows every name that a certificate lists.
     pub users: Vec<String>,
+    /// `None` has no local endpoint.
+    pub front_end: Option<LocalEndpointConfig>,
     pub limits: LimitsConfig,
     /// After one direction of a stream has ended, how long the other may be silent.
     pub half_closed_timeout: Duration,
@@ -62,6 +64,23 @@ pub struct AllowConfig {
     pub name: String,
     pub to: IpNet,
     pub ports: Ports,
+}
+
+/// Where callers on this node reach the master's front end through the tunnel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LocalEndpointConfig {
+    pub tcp: Option<SocketAddr>,
+    pub unix: Option<LocalUnixConfig>,
+    /// Callers at once, over both.
+    pub max_connections: usize,
+    /// How long a caller is kept while there is no tunnel.
+    pub wait: Duration,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LocalUnixConfig {
+    pub path: PathBuf,
+    pub mode: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -149,6 +168,7 @@ impl Config {
             addresses: unique(s, "addresses"),
             policy: s.section_or_default("policy", PolicyConfig::read),
             users: unique(s, "users"),
+            front_end: s.section("front_end", LocalEndpointConfig::read),
             limits: s.section_or_default("limits", LimitsConfig::read),
             half_closed_timeout: s.duration("half_closed_timeout", secs(600), WAIT),
             shutdown_grace: s.duration("shutdown_grace", secs(30), Duration::ZERO..=DAY),
@@ -187,6 +207,25 @@ impl AllowConfig {
         let to = s.required_at("to").and_then(|at| network_or_address(&at));
         let ports = s.required("ports");
         Some(Self { name: name?, to: to?, ports: ports? })
+    }
+}
+
+impl LocalEndpointConfig {
+    fn read(s: &Section<'_>) -> Option<Self> {
+        let tcp = if s.at("tcp").is_some() { s.listen("tcp", None) } else { None };
+        if let Some(address) = tcp.filter(|address| address.ip().is_unspecified()) {
+            s.error("tcp", format!("{address}: give the one address that callers on this node use"));
+        }
+        let unix = s.section("unix", |s| {
+            let path = s.listen_unix("path", "/run/node-agent/front-end.sock");
+            Some(LocalUnixConfig { path, mode: s.or("mode", Mode(0o660)).0 })
+        });
+        if s.at("tcp").is_none() && s.at("unix").is_none() {
+            s.section_error("has no listener: give it tcp, unix or both");
+        }
+        let max_connections = s.number("max_connections", 1024, COUNT);
+        let wait = s.duration("wait", secs(5), Duration::ZERO..=secs(60));
+        Some(Self { tcp, unix, max_connections, wait })
     }
 }
 
@@ -294,12 +333,17 @@ mod tests {
         let config = parse(&text).unwrap();
         let default = parse("listen: 0.0.0.0:22").unwrap();
         assert_eq!(config.policy.kubelet_port, default.policy.kubelet_port);
+        assert_eq!(
+            config.front_end,
+            parse("listen: 0.0.0.0:22\nfront_end: {tcp: 127.0.0.1:6443, unix: {}}").unwrap().front_end
+        );
         let examples = Config {
             node: None,
             call_home: vec![],
             addresses: vec![],
             policy: default.policy.clone(),
             users: vec![],
+            front_end: None,
             ..config
         };
         assert_eq!(examples, default);
@@ -323,6 +367,13 @@ mod tests {
             "to",
             "ports",
             "users",
+            "front_end",
+            "tcp",
+            "unix",
+            "path",
+            "mode",
+            "max_connections",
+            "wait",
             "limits",
             "max_handshakes",
             "max_sessions",
@@ -459,6 +510,14 @@ policy:
             (
                 "listen: 0.0.0.0:22\nlimits:\n  max-streams: 5",
                 "3:3: limits.max-streams: unknown field; did you mean max_streams?",
+            ),
+            (
+                "listen: 0.0.0.0:22\nfront_end: {wait: 1s}",
+                "2:1: front_end: has no listener: give it tcp, unix or both",
+            ),
+            (
+                "listen: 0.0.0.0:22\nfront_end: {tcp: 0.0.0.0:6443}",
+                "2:18: front_end.tcp: 0.0.0.0:6443: give the one address",
             ),
             ("listen: 0.0.0.0:22\nusers:\n", "2:1: users: has no value: give it one, or remove it"),
             ("listen: 0.0.0.0:22\nlimits:\n\tmax_streams: 5\n", "3:2: not YAML: tabs"),

@@ -8,5 +8,6 @@ pub mod dialer;
 pub mod identity;
 pub mod join;
 pub mod links;
+pub mod local_endpoint;
 pub mod metrics;
 pub mod session;

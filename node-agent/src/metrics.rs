@@ -38,6 +38,12 @@ pub struct Metrics {
     pub refusals: Family<Rule, Counter>,
     /// Bytes carried for streams that have ended.
     pub bytes: Family<Direction, Counter>,
+    /// Callers of the local endpoint by outcome: `ok` or the kind of error.
+    pub front_end_callers: Family<Result, Counter>,
+    /// Their streams that have not ended.
+    pub front_end_streams: Gauge,
+    /// Bytes carried for those that have.
+    pub front_end_bytes: Family<Direction, Counter>,
     /// When the host certificate expires, seconds since the epoch; 0 without one.
     pub certificate_expiry: Gauge<f64, AtomicU64>,
     /// Host certificates received by renewal.
@@ -56,6 +62,21 @@ impl Metrics {
             "stream_bytes",
             "Bytes of ended streams: up to targets, down from them",
             self.bytes.clone(),
+        );
+        r.register(
+            "front_end_callers",
+            "Callers of the local endpoint by result",
+            self.front_end_callers.clone(),
+        );
+        r.register(
+            "front_end_streams",
+            "Streams to front ends that are open",
+            self.front_end_streams.clone(),
+        );
+        r.register(
+            "front_end_stream_bytes",
+            "Bytes of ended streams: up to front ends, down from them",
+            self.front_end_bytes.clone(),
         );
         r.register(
             "host_certificate_expiry_timestamp_seconds",

@@ -22,7 +22,7 @@ use proto::{
         stream::Stream,
         tasks::Tasks,
     },
-    mux::SUBSYSTEM,
+    mux::{FRONT_END_SUBSYSTEM, SUBSYSTEM},
 };
 use russh::{
     Channel, ChannelId, ChannelOpenFailure, MethodKind, MethodSet, SshId,
@@ -36,7 +36,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-use crate::{agent::Agent, dialer::Dialled, identity::UserRole, metrics};
+use crate::{agent::Agent, dialer::Dialled, identity::UserRole, local_endpoint, metrics};
 
 /// How long one stream of a stock SSH client may hold up that client's other streams.
 const CLIENT_PATIENCE: Duration = Duration::from_secs(30);
@@ -88,6 +88,7 @@ where
         proved: Some(proved),
         channels: Channels::new(gate.clone(), tasks.clone(), CLIENT_PATIENCE),
         feeder: None,
+        front_end: None,
         gate,
         tasks,
         agent: agent.clone(),
@@ -191,6 +192,8 @@ struct Session {
     proved: Option<oneshot::Sender<()>>,
     channels: Channels,
     feeder: Option<(ChannelId, Feeder)>,
+    /// Of the multiplexer on which this node opens streams.
+    front_end: Option<(ChannelId, Feeder)>,
     gate: Gate,
     tasks: Tasks,
 }
@@ -200,7 +203,12 @@ impl Session {
         matches!(self.role, Some(UserRole::Master))
     }
 
-    fn start_mux(&mut self, channel: ChannelId, session: &server::Session) {
+    /// Whether the master may have the multiplexer on which this node opens streams.
+    fn wants_front_end(&self) -> bool {
+        self.is_master() && self.agent.front_ends.is_some() && self.front_end.is_none()
+    }
+
+    fn start_mux(&mut self, initiator: bool, channel: ChannelId, session: &server::Session) {
         let handle = session.handle();
         let out = move |frame| {
             let handle = handle.clone();
@@ -208,9 +216,14 @@ impl Session {
         };
         let max_streams = self.agent.config.limits.max_streams;
         let (mux, feeder, events) =
-            Mux::new(false, max_streams, self.gate.clone(), Box::new(out), &self.tasks);
-        self.feeder = Some((channel, feeder));
-        self.tasks.spawn(serve_mux(self.agent.clone(), mux, events, self.tasks.clone()));
+            Mux::new(initiator, max_streams, self.gate.clone(), Box::new(out), &self.tasks);
+        if initiator {
+            self.front_end = Some((channel, feeder));
+            self.tasks.spawn(local_endpoint::offer(self.agent.clone(), mux, events));
+        } else {
+            self.feeder = Some((channel, feeder));
+            self.tasks.spawn(serve_mux(self.agent.clone(), mux, events, self.tasks.clone()));
+        }
     }
 }
 
@@ -274,7 +287,7 @@ impl server::Handler for Session {
         reply: ChannelOpenHandle,
         _session: &mut server::Session,
     ) -> Result<(), SessionError> {
-        if self.is_master() && self.feeder.is_none() {
+        if self.is_master() && self.feeder.is_none() || self.wants_front_end() {
             reply.accept().await;
         } else {
             reply
@@ -292,7 +305,10 @@ impl server::Handler for Session {
     ) -> Result<(), SessionError> {
         if self.is_master() && name == SUBSYSTEM && self.feeder.is_none() {
             session.channel_success(channel)?;
-            self.start_mux(channel, session);
+            self.start_mux(false, channel, session);
+        } else if name == FRONT_END_SUBSYSTEM && self.wants_front_end() {
+            session.channel_success(channel)?;
+            self.start_mux(true, channel, session);
         } else {
             session.channel_failure(channel)?;
         }
@@ -371,12 +387,11 @@ impl server::Handler for Session {
         data: &[u8],
         session: &mut server::Session,
     ) -> Result<(), SessionError> {
-        match &mut self.feeder {
-            Some((id, feeder)) if *id == channel => {
-                feeder.feed(data).map_err(|e| SessionError::Protocol(e.to_string()))
-            }
-            _ if self.channels.on_data(channel, data).await => Ok(()),
-            _ => Ok(session.close(channel)?),
+        let mut feeders = self.feeder.iter_mut().chain(&mut self.front_end);
+        match feeders.find(|(id, _)| *id == channel) {
+            Some((_, feeder)) => feeder.feed(data).map_err(|e| SessionError::Protocol(e.to_string())),
+            None if self.channels.on_data(channel, data).await => Ok(()),
+            None => Ok(session.close(channel)?),
         }
     }
 
@@ -399,8 +414,8 @@ impl server::Handler for Session {
         channel: ChannelId,
         _session: &mut server::Session,
     ) -> Result<(), SessionError> {
-        if self.feeder.as_ref().is_some_and(|(id, _)| *id == channel) {
-            self.feeder = None;
+        for feeder in [&mut self.feeder, &mut self.front_end] {
+            feeder.take_if(|(id, _)| *id == channel);
         }
         self.channels.on_close(channel);
         Ok(())

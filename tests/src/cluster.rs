@@ -40,6 +40,8 @@ pub struct Options {
     pub master_config: String,
     pub node_config: String,
     pub inventory: String,
+    /// Where the nodes' local endpoints listen, in order; none where it ends. A node-agent has `front-end.sock`, too.
+    pub local_endpoints: Vec<SocketAddr>,
     /// Ports that every node's policy allows on its own addresses.
     pub ports: Vec<u16>,
     /// Further targets that every node's policy allows.
@@ -50,6 +52,8 @@ pub struct Options {
     pub node_ports: Vec<u16>,
     /// Where nodes call home in place of the master's own port.
     pub call_home: Option<SocketAddr>,
+    /// The master's own port for nodes that call home; a free one without.
+    pub call_home_port: Option<u16>,
     /// No link is made at the start; the test starts the nodes.
     pub nodes_down: bool,
 }
@@ -102,7 +106,8 @@ impl Cluster {
         std::fs::write(path.join("ca.crt"), pki.pem())?;
         pki.server(path, "server", &["localhost", "127.0.0.1"])?;
         pki.client(path, "kube-apiserver")?;
-        let (call_home, admin, tls) = (local(free_port()), local(free_port()), local(free_port()));
+        let (call_home, admin, tls) =
+            (local(options.call_home_port.unwrap_or_else(free_port)), local(free_port()), local(free_port()));
         std::fs::write(
             path.join("master.yaml"),
             format!(
@@ -153,6 +158,11 @@ impl Cluster {
 
     pub fn path(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// Where a node's local endpoint listens.
+    pub fn local_endpoint(&self, index: usize) -> SocketAddr {
+        self.options.local_endpoints[index]
     }
 
     pub fn doors(&self) -> [Door; 2] {
@@ -208,11 +218,16 @@ impl Cluster {
                     Kind::Dialled => format!("listen: '127.0.0.1:{}'", node.port),
                     _ => format!("call_home: ['{}']", self.options.call_home.unwrap_or(self.call_home)),
                 };
+                let endpoint = self.options.local_endpoints.get(index).map(|address| {
+                    format!("front_end: {{wait: 500ms, tcp: '{address}', unix: {{path: front-end.sock}}}}\n")
+                });
                 std::fs::write(
                     node.dir.join("node.yaml"),
                     format!(
-                        "state_dir: state\nadmin: {{listen: '{}'}}\n{link}\npolicy: {{allow: [{policy}]}}\n{}\n",
-                        node.admin, self.options.node_config
+                        "state_dir: state\nadmin: {{listen: '{}'}}\n{link}\npolicy: {{allow: [{policy}]}}\n{}{}\n",
+                        node.admin,
+                        endpoint.unwrap_or_default(),
+                        self.options.node_config
                     ),
                 )?;
                 let token = self.command(&["token", "create", "--node", &node.name])?;
@@ -356,6 +371,9 @@ fn write_inventory(path: &Path, nodes: &[Node], options: &Options) -> anyhow::Re
             let dial = options.dial.iter().find(|(name, _)| *name == node.name);
             let dial = dial.map_or_else(|| local(node.port), |(_, address)| *address);
             writeln!(text, "    dial: '{dial}'")?;
+        }
+        if let Some(address) = options.local_endpoints.get(i).filter(|_| node.kind == Kind::Sshd) {
+            writeln!(text, "    front_end_listen: '{address}'")?;
         }
     }
     std::fs::write(path.join("inventory.yaml"), text)?;

@@ -2,11 +2,12 @@
 //! gives them.
 
 use std::{
+    collections::HashMap,
     path::{Path, PathBuf},
     pin::Pin,
     process::Command,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     task::{Context, Poll},
@@ -16,7 +17,7 @@ use std::{
 use anyhow::Context as _;
 use proto::{
     io::{link::Link, ssh},
-    mux::SUBSYSTEM,
+    mux::{FRONT_END_SUBSYSTEM, SUBSYSTEM},
 };
 use russh::{
     Channel, ChannelId, MethodKind, MethodSet,
@@ -85,13 +86,15 @@ pub fn certify(file: &Path, ca: &Path, args: &[&str]) -> anyhow::Result<()> {
 }
 
 /// How far masters came with a rogue node.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Seen {
     pub connections: AtomicUsize,
     /// Masters that showed a key, and so had accepted this node's.
     pub authentications: AtomicUsize,
     /// Channels that they asked for.
     pub channels: AtomicUsize,
+    /// Where they asked the node to listen, and the session that they asked in.
+    pub forwards: Mutex<Vec<(String, u32, server::Handle)>>,
 }
 
 impl Seen {
@@ -110,6 +113,8 @@ impl Seen {
 
 /// A master's multiplexer as a rogue node has it: raw bytes both ways.
 pub struct NodeMux {
+    /// It is the one on which the node opens streams.
+    pub front_end: bool,
     pub channel: ChannelId,
     pub handle: server::Handle,
     /// Ends with the session.
@@ -169,7 +174,7 @@ pub async fn serve(
         nodelay: true,
         ..server::Config::default()
     };
-    let handler = NodeHandler { offer, seen, received: None };
+    let handler = NodeHandler { offer, seen, received: HashMap::new() };
     // russh runs the session in a task of its own, which this ends.
     let cut = CancellationToken::new();
     let _cut_on_exit = cut.clone().drop_guard();
@@ -180,7 +185,7 @@ pub async fn serve(
 struct NodeHandler {
     offer: Option<mpsc::UnboundedSender<NodeMux>>,
     seen: Arc<Seen>,
-    received: Option<mpsc::UnboundedSender<Vec<u8>>>,
+    received: HashMap<ChannelId, mpsc::UnboundedSender<Vec<u8>>>,
 }
 
 impl server::Handler for NodeHandler {
@@ -233,18 +238,34 @@ impl server::Handler for NodeHandler {
         name: &str,
         session: &mut server::Session,
     ) -> Result<(), russh::Error> {
-        let Some(offer) = self.offer.as_ref().filter(|_| name == SUBSYSTEM) else {
+        let front_end = name == FRONT_END_SUBSYSTEM;
+        let Some(offer) = self.offer.as_ref().filter(|_| front_end || name == SUBSYSTEM) else {
             return session.channel_failure(channel);
         };
         let (sender, received) = mpsc::unbounded_channel();
-        self.received = Some(sender);
+        self.received.insert(channel, sender);
         session.channel_success(channel)?;
-        let _ = offer.send(NodeMux { channel, handle: session.handle(), received });
+        let _ = offer.send(NodeMux { front_end, channel, handle: session.handle(), received });
         Ok(())
     }
 
-    async fn data(&mut self, _: ChannelId, data: &[u8], _: &mut server::Session) -> Result<(), russh::Error> {
-        if let Some(received) = &self.received {
+    async fn tcpip_forward(
+        &mut self,
+        address: &str,
+        port: &mut u32,
+        session: &mut server::Session,
+    ) -> Result<bool, russh::Error> {
+        self.seen.forwards.lock().unwrap().push((address.to_owned(), *port, session.handle()));
+        Ok(true)
+    }
+
+    async fn data(
+        &mut self,
+        channel: ChannelId,
+        data: &[u8],
+        _: &mut server::Session,
+    ) -> Result<(), russh::Error> {
+        if let Some(received) = self.received.get(&channel) {
             let _ = received.send(data.to_vec());
         }
         Ok(())

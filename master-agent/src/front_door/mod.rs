@@ -6,7 +6,7 @@ pub mod http_connect;
 pub mod konnectivity;
 pub mod listen;
 pub mod proxy_url;
-mod record;
+pub mod record;
 pub mod socks5;
 pub mod target_socket;
 

@@ -39,7 +39,12 @@ pub struct FarEnd {
 }
 
 pub fn pair() -> (TargetSocket, FarEnd) {
-    let (near, far) = tokio::io::duplex(PIPE);
+    pair_of(PIPE)
+}
+
+/// A pair between whose ends so many bytes wait each way.
+pub fn pair_of(pipe: usize) -> (TargetSocket, FarEnd) {
+    let (near, far) = tokio::io::duplex(pipe);
     let broken = Arc::<AtomicBool>::default();
     let (sender, dropped) = oneshot::channel();
     (

@@ -27,6 +27,8 @@ pub struct FrontEndConfig {
     pub authorize_everything: bool,
     /// Answer proxy URLs of nodes, pods and services here, through tunnels, rather than hand them on.
     pub serve_proxy_urls: bool,
+    /// Serve callers that come through their node's tunnel.
+    pub through_tunnels: bool,
     pub upstream: UpstreamConfig,
     pub limits: LimitsConfig,
     pub audit: AuditConfig,
@@ -51,6 +53,7 @@ impl FrontEndConfig {
             authz: AuthzConfig::read(s, "authorization"),
             authorize_everything: s.or("authorize_everything", false),
             serve_proxy_urls: s.or("serve_proxy_urls", false),
+            through_tunnels: s.or("through_tunnels", true),
             limits: s.section_or_default("limits", LimitsConfig::read),
             audit: s.section_or_default("audit", AuditConfig::read),
             upstream: upstream?,
@@ -119,6 +122,7 @@ impl LimitsConfig {
         Self {
             max_connections: s.number("max_connections", 16_384, COUNT),
             max_connections_per_address: s.number("max_connections_per_address", 4096, COUNT),
+            max_connections_per_node: s.number("max_connections_per_node", 1024, COUNT),
             head_timeout: s.duration("head_timeout", secs(10), WAIT),
             idle_timeout: s.duration("idle_timeout", secs(180), WAIT),
             request_timeout: s.duration("request_timeout", secs(60), WAIT),

@@ -18,5 +18,6 @@ pub mod request_info;
 pub mod secret;
 pub mod server;
 pub mod tls;
+pub mod tunnels;
 pub mod upstream;
 pub mod user;

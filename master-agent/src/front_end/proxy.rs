@@ -46,7 +46,7 @@ impl Connection {
     ) -> Result<Response<Answer>, Infallible> {
         let busy = self.activity.busy();
         self.front_end.audit.room().await;
-        let mut record = Recorder::new(self.front_end.audit.clone(), self.peer, &request);
+        let mut record = Recorder::new(self.front_end.audit.clone(), &self.peer, &request);
         let http1 = request.version() < Version::HTTP_2;
         let (response, upgrade) = match self.proxy(request, &mut record).await {
             Ok(answered) => answered,
@@ -80,7 +80,7 @@ impl Connection {
     ) -> Result<Answered, Failure> {
         let front_end = &self.front_end;
         let peer = self.peer.ip();
-        front_end.limits.address(peer).inspect_err(|_| record.limited())?;
+        front_end.limits.address(&self.peer).inspect_err(|_| record.limited())?;
         let (mut head, body) = request.into_parts();
         headers::refuse_ambiguous(&head)?;
         let caller = self.authenticate(&head, record).await?;
@@ -176,7 +176,7 @@ impl Connection {
                     record.authenticated(&who);
                     return Ok(who);
                 }
-                front_end.limits.may_try(self.peer.ip()).inspect_err(|_| record.limited())?;
+                front_end.limits.may_try(&self.peer).inspect_err(|_| record.limited())?;
                 let generation = front_end.authn.generation();
                 let recognized = front_end.authn.authenticate(&presented, now).await;
                 if by_certificate && let Ok(who) = &recognized {
@@ -192,7 +192,7 @@ impl Connection {
                 Ok(who)
             }
             Err(failure) => {
-                front_end.limits.failed(self.peer.ip());
+                front_end.limits.failed(&self.peer);
                 record.unauthenticated();
                 tracing::info!(peer = %self.peer, reason = %failure, "a caller is not recognised");
                 Err(Failure::new(StatusCode::UNAUTHORIZED, "Unauthorized"))

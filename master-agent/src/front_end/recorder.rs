@@ -1,7 +1,6 @@
 //! What comes to be known of a request while it is served; its audit record is written at its end.
 
 use std::{
-    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -10,13 +9,14 @@ use std::{
 };
 
 use hyper::{Request, StatusCode};
-use proto::io::relay::Counters;
+use proto::{NodeName, io::relay::Counters};
 
 use super::{
     audit::{Audit, Outcome, Record, RequestId},
     authn::Authenticated,
     authz::Verdict,
     request_info::RequestInfo,
+    server::Peer,
     user::User,
 };
 
@@ -27,6 +27,8 @@ pub struct Recorder {
     received: SystemTime,
     began: Instant,
     source: String,
+    /// Whose tunnel the caller came through.
+    node: Option<NodeName>,
     method: String,
     path: String,
     query: Option<String>,
@@ -46,13 +48,17 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    pub fn new<B>(audit: Audit, peer: SocketAddr, request: &Request<B>) -> Self {
+    pub fn new<B>(audit: Audit, peer: &Peer, request: &Request<B>) -> Self {
         Self {
             audit,
             id: RequestId::random(),
             received: SystemTime::now(),
             began: Instant::now(),
             source: peer.to_string(),
+            node: match peer {
+                Peer::Address(_) => None,
+                Peer::Node { name, .. } => Some(name.clone()),
+            },
             method: request.method().to_string(),
             path: request.uri().path().to_owned(),
             query: request.uri().query().map(str::to_owned),
@@ -135,8 +141,8 @@ impl Drop for Recorder {
             bytes_in: self.received_bytes.load(Ordering::Relaxed) + up,
             bytes_out: self.sent_bytes.load(Ordering::Relaxed) + down,
             duration: self.began.elapsed(),
+            node: self.node.as_ref().map(NodeName::as_str),
             // The records of streams have the request's id in their origin.
-            node: None,
             stream: None,
         });
     }

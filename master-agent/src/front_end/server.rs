@@ -1,7 +1,8 @@
 //! The listener and its connections.
 
 use std::{
-    net::SocketAddr,
+    fmt,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -11,14 +12,22 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use proto::io::{admin::accept_error, handshake::Places, socket, tasks::Tasks};
+use proto::{
+    NodeName,
+    io::{
+        admin::accept_error,
+        handshake::{Place, Places},
+        socket,
+        tasks::Tasks,
+    },
+};
 use rustls::{ServerConfig, pki_types::CertificateDer};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, TcpStream},
+    net::TcpListener,
     sync::{OwnedSemaphorePermit, Semaphore},
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -26,7 +35,7 @@ use super::{
     authn::{Authenticated, Authenticators, Moment},
     authz::Authorizers,
     config::FrontEndConfig,
-    limits::{Counted, Limits, LimitsConfig},
+    limits::{Counted, Limits, LimitsConfig, Source},
     reloaded::{Follow, Reloaded, follow},
     tls,
     upstream::Upstream,
@@ -70,14 +79,54 @@ pub struct FrontEnd {
     pub(super) metrics: Metrics,
     /// Callers and upgraded connections; drained at the end.
     pub(super) connections: Tasks,
-    draining: CancellationToken,
+    pub(super) draining: CancellationToken,
+    permits: Arc<Semaphore>,
+    handshakes: Places,
     files: Vec<Arc<dyn Follow>>,
+}
+
+/// Where a caller comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Peer {
+    Address(SocketAddr),
+    /// From a node through its tunnel, whose other end is at `address`. What the node itself says of the caller
+    /// is nothing to go by.
+    Node {
+        name: NodeName,
+        address: Option<SocketAddr>,
+    },
+}
+
+impl Peer {
+    /// The address that is the nearest to the caller of those that are known for sure.
+    pub fn ip(&self) -> IpAddr {
+        match self {
+            Self::Address(address) | Self::Node { address: Some(address), .. } => address.ip(),
+            Self::Node { address: None, .. } => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        }
+    }
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address) => address.fmt(f),
+            Self::Node { name, .. } => write!(f, "node {name}"),
+        }
+    }
+}
+
+/// A caller's place among those that are served.
+pub struct Admission {
+    place: Place,
+    _permit: OwnedSemaphorePermit,
+    _counted: Counted<Source>,
 }
 
 /// One accepted connection.
 pub(super) struct Connection {
     pub front_end: Arc<FrontEnd>,
-    pub peer: SocketAddr,
+    pub peer: Peer,
     /// The caller's certificate and those that came with it.
     pub certificates: Vec<CertificateDer<'static>>,
     /// Who the certificate was, by the files of which generation, and when.
@@ -117,6 +166,8 @@ impl FrontEnd {
             metrics,
             connections: callers.clone(),
             draining,
+            permits: Arc::new(Semaphore::new(config.limits.max_connections)),
+            handshakes: Places::new(HANDSHAKES),
             files,
         });
         Ok((front_end, writer))
@@ -135,55 +186,51 @@ impl FrontEnd {
 
     /// Accepts callers for ever.
     pub async fn accept(self: Arc<Self>, listener: TcpListener) {
-        let permits = Arc::new(Semaphore::new(self.config.max_connections));
-        let handshakes = Places::new(HANDSHAKES);
         loop {
             let (socket, peer) = match listener.accept().await {
-                Ok(accepted) => accepted,
+                Ok((socket, peer)) => (socket, Peer::Address(peer)),
                 Err(e) => {
                     accept_error(&e).await;
                     continue;
                 }
             };
             // Whoever is refused here hears nothing: an answer would cost a handshake.
-            let Some(counted) = self.limits.connection(peer.ip()) else {
-                self.refused(peer, &"this address has too many connections");
-                continue;
-            };
-            let Ok(permit) = permits.clone().try_acquire_owned() else {
-                self.refused(peer, &"max_connections reached");
-                continue;
-            };
+            let Ok(admission) = self.admit(&peer) else { continue };
             socket::tune_caller(&socket);
-            let place = handshakes.take(peer.ip());
-            let front_end = self.clone();
-            self.connections.spawn(async move {
-                let acceptor = TlsAcceptor::from(front_end.tls.get().as_ref().clone());
-                let handshake =
-                    Box::pin(tokio::time::timeout(front_end.config.head_timeout, acceptor.accept(socket)));
-                let tls = tokio::select! {
-                    handshake = handshake => match handshake {
-                        Ok(Ok(tls)) => tls,
-                        Ok(Err(error)) => return front_end.refused(peer, &error),
-                        Err(_) => return front_end.refused(peer, &"no TLS handshake in time"),
-                    },
-                    () = place.evicted.cancelled() => {
-                        return front_end.refused(peer, &"gave its place to a newer handshake");
-                    }
-                };
-                drop(place);
-                front_end.serve(tls, peer, permit, counted).await;
-            });
+            self.connections.spawn(self.clone().serve(socket, peer, admission));
         }
     }
 
-    async fn serve(
-        self: Arc<Self>,
-        tls: TlsStream<TcpStream>,
-        peer: SocketAddr,
-        _permit: OwnedSemaphorePermit,
-        _counted: Counted<std::net::IpAddr>,
-    ) {
+    /// A caller's place, or why there is none.
+    pub fn admit(&self, peer: &Peer) -> Result<Admission, &'static str> {
+        let Some(counted) = self.limits.connection(peer) else {
+            return Err(self.turned_away(peer, "too many connections of this caller's address or node"));
+        };
+        let Ok(permit) = self.permits.clone().try_acquire_owned() else {
+            return Err(self.turned_away(peer, "max_connections reached"));
+        };
+        Ok(Admission { place: self.handshakes.take(peer.ip()), _permit: permit, _counted: counted })
+    }
+
+    /// Serves one caller to its end, whatever its connection came over.
+    pub async fn serve<S>(self: Arc<Self>, socket: S, peer: Peer, admission: Admission)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let Admission { place, _permit, _counted } = admission;
+        let acceptor = TlsAcceptor::from(self.tls.get().as_ref().clone());
+        let handshake = Box::pin(tokio::time::timeout(self.config.head_timeout, acceptor.accept(socket)));
+        let tls = tokio::select! {
+            handshake = handshake => match handshake {
+                Ok(Ok(tls)) => tls,
+                Ok(Err(error)) => return self.refused(&peer, &error),
+                Err(_) => return self.refused(&peer, &"no TLS handshake in time"),
+            },
+            () = place.evicted.cancelled() => {
+                return self.refused(&peer, &"gave its place to a newer handshake");
+            }
+        };
+        drop(place);
         let session = &tls.get_ref().1;
         let http2 = session.alpn_protocol() == Some(b"h2");
         let certificates = session.peer_certificates().unwrap_or_default();
@@ -202,11 +249,16 @@ impl FrontEnd {
             Box::pin(connection.clone().http1(socket)).await
         };
         if let Err(error) = served {
-            connection.front_end.refused(peer, &error);
+            connection.front_end.refused(&connection.peer, &error);
         }
     }
 
-    pub(super) fn refused(&self, peer: SocketAddr, error: &dyn std::fmt::Display) {
+    fn turned_away(&self, peer: &Peer, reason: &'static str) -> &'static str {
+        self.refused(peer, &reason);
+        reason
+    }
+
+    pub(super) fn refused(&self, peer: &Peer, error: &dyn fmt::Display) {
         self.metrics.bad_requests.get_or_create(&crate::metrics::Door { front_door: DOOR }).inc();
         tracing::debug!(front_door = DOOR, %peer, %error, "refused a caller");
     }

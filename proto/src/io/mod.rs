@@ -13,3 +13,4 @@ pub mod ssh;
 pub mod stream;
 pub mod tasks;
 pub mod telemetry;
+pub mod unix;

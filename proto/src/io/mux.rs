@@ -106,7 +106,7 @@ pub struct Events {
 }
 
 impl Mux {
-    /// `initiator` opens streams (the master); the other side gets them as [`Events::incoming`]. The tasks
+    /// `initiator` opens streams; the other side gets them as [`Events::incoming`]. The tasks
     /// that send answers and measure the round trip belong to `tasks`.
     pub fn new(
         initiator: bool,
@@ -166,7 +166,7 @@ impl Mux {
                 Err(e)
             }
             Err(_) => Err(DialError::TimedOut(format!(
-                "{target}: the node gave no answer within {}",
+                "{target}: the other agent gave no answer within {}",
                 humantime::format_duration(timeout)
             ))),
         }
@@ -417,7 +417,8 @@ fn on_open(
         }
         let full = streams.open.len() >= mux.0.max_streams;
         let (Ok(permit), false) = (incoming.try_reserve(), full) else {
-            let error = format!("the node carries {} streams of this tunnel already", streams.open.len());
+            let error =
+                format!("the other agent carries {} streams of this tunnel already", streams.open.len());
             return refuse(DialError::TooManyStreams(error));
         };
         (permit, mux.insert(&mut streams, stream, None))
@@ -470,6 +471,13 @@ impl Incoming {
         entry.mux.send(opened).await.then(|| entry.into_stream())
     }
 
+    /// As [`Self::refuse`], without waiting for the link.
+    pub fn reject(mut self, error: DialError) {
+        if let Some(entry) = self.entry.take() {
+            entry.reject(error);
+        }
+    }
+
     pub async fn refuse(mut self, error: DialError) {
         if let Some(entry) = self.entry.take() {
             entry.shared.lock().ended = true;
@@ -481,10 +489,8 @@ impl Incoming {
 impl Drop for Incoming {
     fn drop(&mut self) {
         if let Some(entry) = self.entry.take() {
-            entry.shared.lock().ended = true;
-            let error =
-                DialError::TunnelLost { node: String::new(), reason: "the node is shutting down".into() };
-            entry.mux.answer(&Frame::Refused { stream: entry.id, error });
+            let reason = "the other agent is stopping".into();
+            entry.reject(DialError::TunnelLost { node: String::new(), reason });
         }
     }
 }
@@ -497,6 +503,11 @@ struct Entry {
 }
 
 impl Entry {
+    fn reject(self, error: DialError) {
+        self.shared.lock().ended = true;
+        self.mux.answer(&Frame::Refused { stream: self.id, error });
+    }
+
     fn into_stream(self) -> Stream {
         let entry = Arc::new(self);
         Stream {

@@ -18,6 +18,7 @@ mod joining;
 mod konnectivity;
 mod kubectl;
 mod kubernetes;
+mod local_endpoint;
 mod memory;
 mod operate;
 mod policy;

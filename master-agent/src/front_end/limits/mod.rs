@@ -11,17 +11,21 @@ use std::{
 };
 
 use hyper::StatusCode;
+use proto::NodeName;
 
 use self::{
     rate::{Rates, network},
     seats::{Busy, Seat, SeatLimits, Seats},
 };
+use super::server::Peer;
 use crate::http::status::Failure;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LimitsConfig {
     pub max_connections: usize,
     pub max_connections_per_address: usize,
+    /// Those that come through a node's tunnels, for whom the node stands in place of an address.
+    pub max_connections_per_node: usize,
     /// For a TLS handshake, and for a request's head.
     pub head_timeout: Duration,
     /// For a connection without a request, and for a caller that takes nothing of a response.
@@ -50,12 +54,29 @@ const BURST: u32 = 2;
 
 /// Counts what callers take.
 pub struct Limits {
-    addresses: Rates<IpAddr>,
-    failures: Rates<IpAddr>,
+    addresses: Rates<Source>,
+    failures: Rates<Source>,
     users: Rates<String>,
     seats: Seats,
     long_running: Counts<String>,
-    connections: Counts<IpAddr>,
+    connections: Counts<Source>,
+    of_nodes: Counts<Source>,
+}
+
+/// Who shares one measure.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Source {
+    Network(IpAddr),
+    Node(NodeName),
+}
+
+impl Source {
+    fn of(peer: &Peer) -> Self {
+        match peer {
+            Peer::Address(address) => Self::Network(network(address.ip())),
+            Peer::Node { name, .. } => Self::Node(name.clone()),
+        }
+    }
 }
 
 /// A request's place among those that are served.
@@ -80,27 +101,31 @@ impl Limits {
             seats: Seats::new(config.seats),
             long_running: Counts::new(config.long_running_per_user),
             connections: Counts::new(config.max_connections_per_address),
+            of_nodes: Counts::new(config.max_connections_per_node),
         }
     }
 
-    /// One more connection of an address; `None` where it has all that it may.
-    pub fn connection(&self, address: IpAddr) -> Option<Counted<IpAddr>> {
-        self.connections.take(network(address))
+    /// One more connection of a peer; `None` where it has all that it may.
+    pub fn connection(&self, peer: &Peer) -> Option<Counted<Source>> {
+        match peer {
+            Peer::Address(_) => self.connections.take(Source::of(peer)),
+            Peer::Node { .. } => self.of_nodes.take(Source::of(peer)),
+        }
     }
 
-    /// A request from an address, before anything is known of it.
-    pub fn address(&self, address: IpAddr) -> Result<(), Failure> {
-        self.addresses.take(network(address), Instant::now()).map_err(too_many)
+    /// A request from a peer, before anything is known of it.
+    pub fn address(&self, peer: &Peer) -> Result<(), Failure> {
+        self.addresses.take(Source::of(peer), Instant::now()).map_err(too_many)
     }
 
-    /// Whether an address has failed to authenticate so often that it is not listened to for a while.
-    pub fn may_try(&self, address: IpAddr) -> Result<(), Failure> {
-        self.failures.check(network(address), Instant::now()).map_err(too_many)
+    /// Whether a peer has failed to authenticate so often that it is not listened to for a while.
+    pub fn may_try(&self, peer: &Peer) -> Result<(), Failure> {
+        self.failures.check(Source::of(peer), Instant::now()).map_err(too_many)
     }
 
-    /// An address has failed to authenticate.
-    pub fn failed(&self, address: IpAddr) {
-        let _ = self.failures.take(network(address), Instant::now());
+    /// A peer has failed to authenticate.
+    pub fn failed(&self, peer: &Peer) {
+        let _ = self.failures.take(Source::of(peer), Instant::now());
     }
 
     /// Waits for a user's turn.
