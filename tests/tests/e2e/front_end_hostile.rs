@@ -251,9 +251,8 @@ async fn slow_heads_and_bodies_end_and_hold_up_nobody() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_thousand_idle_connections_cost_little_and_go() {
     const IDLE: usize = 10_000;
-    if let Err(error) = raise_descriptor_limit(24_000) {
-        panic!("this test needs 24000 descriptors: {error:#}");
-    }
+    // One for each connection on either side, and some.
+    raise_descriptor_limit(12_000).unwrap();
     // The limits as they come, but for the quiet of the test.
     let limits = Some("{idle_timeout: 10m}".to_owned());
     let front_end = Arc::new(FrontEnd::start(Setup { limits, ..Setup::default() }).await.unwrap());

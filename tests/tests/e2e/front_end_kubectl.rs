@@ -80,12 +80,12 @@ async fn kubectl_gets_and_watches() {
     let site = Site::start().await;
     for (credential, release) in combinations().filter(|(_, release)| *release != Release::Spdy) {
         let kubectl = site.kubectl(release, credential);
-        let outcome = kubectl.run(&["get", "pods", "-o", "name"], b"").await.unwrap();
+        let outcome = kubectl.run(&["get", "pods", "--all-namespaces", "-o", "name"], b"").await.unwrap();
         assert_eq!(outcome.code, Some(0), "{credential:?} {release:?} {outcome:?}\n{}", site.front_end.log());
         assert!(outcome.stdout.starts_with(b"pod/web\n"), "{outcome:?}");
 
         let mut child = kubectl
-            .command(&["get", "pods", "--watch-only", "-o", "name"])
+            .command(&["get", "pods", "--all-namespaces", "--watch-only", "-o", "name"])
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
@@ -113,7 +113,7 @@ async fn kubectl_gets_and_watches() {
     let wrong = std::fs::read_to_string(&kubeconfig).unwrap().replace(tests::front_end::TOKEN, "wrong");
     site.front_end.replace("nobody.kubeconfig", &wrong).unwrap();
     let kubectl = Kubectl::with_kubeconfig(Release::WebSocket, site.front_end.path(), kubeconfig).unwrap();
-    let outcome = kubectl.run(&["get", "pods"], b"").await.unwrap();
+    let outcome = kubectl.run(&["get", "pods", "--all-namespaces"], b"").await.unwrap();
     assert!(outcome.code == Some(1) && outcome.stderr.contains("logged in"), "{outcome:?}");
     assert_eq!(site.front_end.upstream.received().len(), 0);
 }
