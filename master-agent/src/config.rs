@@ -732,6 +732,8 @@ mod tests {
             "failure_policy",
             "authorize_everything",
             "serve_proxy_urls",
+            "through_tunnels",
+            "max_connections_per_node",
             "upstream",
             "servers",
             "http2",

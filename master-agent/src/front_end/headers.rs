@@ -53,11 +53,22 @@ const NOT_IN_KEYS: &AsciiSet = &CONTROLS
     .add(b'}')
     .add(b'%');
 
+/// The protocols that kube-apiserver changes to. No other is asked of it.
+pub fn known_upgrade(hop: &Hop) -> Option<&HeaderValue> {
+    let known = |value: &&HeaderValue| {
+        let value = value.as_bytes();
+        value.eq_ignore_ascii_case(b"websocket") || value.eq_ignore_ascii_case(b"SPDY/3.1")
+    };
+    hop.upgrade.as_ref().filter(known)
+}
+
 /// Refuses heads that two servers could read in two ways.
 pub fn refuse_ambiguous(parts: &Parts) -> Result<(), Failure> {
     let bad = |message: &str| Err(Failure::new(StatusCode::BAD_REQUEST, message));
-    if parts.headers.get_all(header::HOST).iter().count() > 1 {
-        return bad("more than one Host");
+    match parts.headers.get_all(header::HOST).iter().count() {
+        0 if parts.version == Version::HTTP_11 => return bad("there is no Host"),
+        0 | 1 => {}
+        _ => return bad("more than one Host"),
     }
     if parts.version < Version::HTTP_11 {
         return bad("HTTP/1.0 is not served here");
@@ -265,6 +276,9 @@ mod tests {
         let check = |uri: &str, lines: &[(&str, &str)]| {
             let mut parts = Request::builder().uri(uri).body(()).unwrap().into_parts().0;
             parts.headers = map(lines);
+            if !lines.iter().any(|(name, _)| *name == "Host") {
+                parts.headers.insert(header::HOST, HeaderValue::from_static("a"));
+            }
             refuse_ambiguous(&parts).is_ok()
         };
         assert!(check("/api", &[("Host", "a")]));

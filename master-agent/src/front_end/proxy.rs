@@ -48,19 +48,19 @@ impl Connection {
         let busy = self.activity.busy();
         self.front_end.audit.room().await;
         let mut record = Recorder::new(self.front_end.audit.clone(), &self.peer, &request);
-        let http1 = request.version() < Version::HTTP_2;
-        let (response, upgrade) = match self.proxy(request, &mut record).await {
+        // A Content-Length beside it is dropped unseen, and whoever stands before this server may have gone by it.
+        let last =
+            request.version() < Version::HTTP_2 && request.headers().contains_key(header::TRANSFER_ENCODING);
+        let (mut response, upgrade) = match self.proxy(request, &mut record).await {
             Ok(answered) => answered,
             Err(failure) => {
-                let mut response = failure.response().map(|body| Answer::from(Content::Own(body)));
-                // What is left of the request's body is not worth reading.
-                if http1 && failure.code != StatusCode::FORBIDDEN {
-                    let close = header::HeaderValue::from_static("close");
-                    response.headers_mut().insert(header::CONNECTION, close);
-                }
+                let response = failure.response().map(|body| Answer::from(Content::Own(body)));
                 (response, None)
             }
         };
+        if last && upgrade.is_none() {
+            response.headers_mut().insert(header::CONNECTION, header::HeaderValue::from_static("close"));
+        }
         record.answered(response.status());
         let record = Arc::new(record);
         let held = Held { record: record.clone(), busy };
@@ -85,7 +85,8 @@ impl Connection {
         let (mut head, body) = request.into_parts();
         headers::refuse_ambiguous(&head)?;
         let caller = self.authenticate(&head, record).await?;
-        let hop = if head.version < Version::HTTP_2 { Hop::of(&head.headers) } else { Hop::default() };
+        let mut hop = if head.version < Version::HTTP_2 { Hop::of(&head.headers) } else { Hop::default() };
+        hop.upgrade = headers::known_upgrade(&hop).cloned();
         let info = RequestInfo::resolve(
             head.method.as_str(),
             head.uri.path(),

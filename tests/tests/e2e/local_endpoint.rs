@@ -513,13 +513,9 @@ async fn next(node: &mut RogueNode) -> (Rogue, Rogue) {
         let mux = completes("a multiplexer", node.tunnels.recv()).await.unwrap();
         Rogue { mux, decoder: Decoder::default() }
     };
-    loop {
-        let (first, second) = (one().await, one().await);
-        match (first.mux.front_end, second.mux.front_end) {
-            (false, true) => return (first, second),
-            other => panic!("{other:?}"),
-        }
-    }
+    let (first, second) = (one().await, one().await);
+    assert_eq!((first.mux.front_end, second.mux.front_end), (false, true));
+    (first, second)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
