@@ -14,6 +14,9 @@ fetches from all of them through both front doors:
   n2  a node-agent behind a firewall with no open port, which calls home
   n3  a plain OpenSSH sshd
 
+From each node it also calls the master's front end, straight and through the node's local endpoint: with a client
+certificate, with a ServiceAccount token, and without credentials.
+
 Then it stays up and says what to try, until Ctrl-C. Everything it started is gone afterwards.
 
   --once      tear down after the table; exit with 0 if all of it is as it should be, else with 1
@@ -189,7 +192,8 @@ mkdir -p "$dir"/{pki,master,n1,n2,n3,ssh,log}
 a=$((128 + $$ % 112)) b=$(($$ / 112 % 256))
 nodes=(n1 n2 n3)
 declare -A kind=([n1]=node-agent [n2]=node-agent [n3]=sshd) direction=([n1]=dialled [n2]=call-home [n3]=dialled)
-declare -A address=() address6=() pod=() pod6=() pods=() pods6=() pod6_port=() admin=()
+declare -A address=() address6=() pod=() pod6=() pods=() pods6=() pod6_port=() admin=() local_endpoint=()
+api=127.$a.$b.1:6444 # stands in for kube-apiserver
 master_admin=127.$a.$b.1:9070
 
 if can_make_namespaces; then
@@ -200,6 +204,7 @@ if can_make_namespaces; then
     if ip -4 -o address | grep -q " 10\.$a\.$b\."; then die "10.$a.$b.0/24 is taken on this host: try again"; fi
     for i in 1 2 3; do
         n=n$i
+        local_endpoint[$n]=127.0.0.1:6443
         address[$n]=10.$a.$b.1$i address6[$n]=${ipv6:+$v6::1$i} admin[$n]=127.0.0.1:9071
         pods[$n]=10.244.$i.0/24 pod[$n]=10.244.$i.2
         pods6[$n]=${ipv6:+$v6:24$i::/80} pod6[$n]=${ipv6:+$v6:24$i::2} pod6_port[$n]=8080
@@ -209,6 +214,7 @@ else
     mode=loopback master=127.$a.$b.1 master6='' ssh_port=2022
     for i in 1 2 3; do
         n=n$i
+        local_endpoint[$n]=127.$a.$b.1$i:6443
         address[$n]=127.$a.$b.1$i address6[$n]='' admin[$n]=127.$a.$b.1$i:9071
         pods[$n]=127.$a.$b.$((16 + 16 * i))/28 pod[$n]=127.$a.$b.$((18 + 16 * i)) pod6[$n]='' pods6[$n]='' pod6_port[$n]=''
     done
@@ -317,8 +323,23 @@ END
     rm "$name.csr"
 }
 
+base64url() { openssl base64 -A | tr '+/' '-_' | tr -d '='; }
+
+# A key pair as kube-apiserver's for ServiceAccounts, and a token of one as kube-apiserver issues it.
+service_account() {
+    local key=$dir/pki/service-account.key now claims signed
+    openssl genpkey -algorithm RSA -pkeyopt rsa_keygen_bits:2048 -out "$key" 2>"$dir/log/openssl.log"
+    openssl pkey -in "$key" -pubout -out "$dir/pki/service-account.pub"
+    now=$(date +%s)
+    claims=$(object iss https://quickstart aud '["https://quickstart"]' iat "$now" nbf "$now" exp "$((now + 86400))" \
+        sub system:serviceaccount:default:quickstart)
+    signed=$(printf '{"alg":"RS256","typ":"JWT"}' | base64url).$(printf '%s' "$claims" | base64url)
+    printf 'Authorization: Bearer %s.%s\n' "$signed" "$(printf '%s' "$signed" | openssl dgst -sha256 -sign "$key" -binary | base64url)" \
+        >"$dir/pki/service-account.header"
+}
+
 make_certificates() {
-    local node san
+    local node san all="IP:$master, IP:127.0.0.1"
     say "making certificates"
     (
         umask 077
@@ -326,10 +347,17 @@ make_certificates() {
         certificate front-door-ca front-door master-agent serverAuth "DNS:master-agent, IP:$master"
         certificate front-door-ca client kube-apiserver clientAuth "DNS:kube-apiserver"
         authority kubelet-ca "quickstart kubelet CA"
+        authority client-ca "quickstart client CA"
         for node in "${nodes[@]}"; do
             san="DNS:$node, IP:${address[$node]}${address6[$node]:+, IP:${address6[$node]}}"
             certificate kubelet-ca "$node" "system:node:$node" serverAuth "$san"
+            certificate client-ca "$node-client" "system:node:$node/O=system:nodes" clientAuth "DNS:$node"
+            [ "$mode" = namespaces ] || all+=", IP:${address[$node]}"
         done
+        certificate front-door-ca front-end master-agent serverAuth "DNS:master-agent, $all"
+        certificate kubelet-ca api kube-apiserver serverAuth "DNS:api, IP:${api%:*}"
+        certificate client-ca front-proxy-client front-proxy-client clientAuth "DNS:front-proxy-client"
+        service_account
     )
     chmod 0644 "$dir"/pki/*.crt
 }
@@ -352,6 +380,22 @@ http_connect:
   tls: {listen: $master:8131, cert: ../pki/front-door.crt, key: ../pki/front-door.key, client_ca: ../pki/front-door-ca.crt}
 call_home: {listen: $master:2222}
 inventory: inventory.yaml
+front_end:
+  listen: $master:6443
+  certificates: [{cert: ../pki/front-end.crt, key: ../pki/front-end.key}]
+  authentication:
+    - x509: {ca: ../pki/client-ca.crt}
+    - service_account:
+        issuers: ["https://quickstart"]
+        audiences: ["https://quickstart"]
+        key_files: [../pki/service-account.pub]
+  upstream:
+    servers: ["https://$api"]
+    ca: ../pki/kubelet-ca.crt
+    cert: ../pki/front-proxy-client.crt
+    key: ../pki/front-proxy-client.key
+    health_path: /healthz
+  audit: {file: $dir/log/audit.log}
 shutdown_grace: 1s
 END
     {
@@ -360,6 +404,7 @@ END
             echo "  - name: $n"
             [ "${direction[$n]}" = call-home ] || echo "    dial: ${address[$n]}:$ssh_port"
             [ "$n" != n3 ] || echo "    user: $sshd_user"
+            [ "$n" != n3 ] || echo "    front_end_listen: ${local_endpoint[$n]}"
             # Takes what nobody else claims, so that its policy has something to refuse.
             [ "$n" != n1 ] || echo "    default_route: true"
             echo "    addresses: $(list "${address[$n]}" "${address6[$n]}")"
@@ -371,6 +416,7 @@ END
             echo "state_dir: state"
             echo "admin: {listen: ${admin[$n]}}"
             if [ "$n" = n1 ]; then echo "listen: ${address[$n]}:$ssh_port"; else echo "call_home: [\"$master:2222\"]"; fi
+            echo "front_end: {tcp: ${local_endpoint[$n]}}"
             echo "policy: {kubelet_port: 10250, pod_cidrs: $(list "${pods[$n]}" "${pods6[$n]}")}"
             echo "shutdown_grace: 1s"
         } >"$dir/$n/node-agent.yaml"
@@ -414,6 +460,8 @@ start_standins() {
         [ -z "${pod6[$n]}" ] || arguments+=(--pod "[${pod6[$n]}]:${pod6_port[$n]}")
         start "standin-$n" "$n" "$bin/standin" "${arguments[@]}"
     done
+    start api master "$bin/standin" --name api --cert "$dir/pki/api.crt" --key "$dir/pki/api.key" --kubelet "$api" --pod "${api%:*}:6445"
+    wait_for api 10 grep -q ready "$dir/log/api.log"
     for n in "${nodes[@]}"; do wait_for "standin-$n" 10 grep -q ready "$dir/log/standin-$n.log"; done
 }
 
@@ -523,6 +571,7 @@ node_json() {
     object name "$n" kind "${kind[$n]}" direction "${direction[$n]}" namespace "$ns" \
         addresses "$(list "${address[$n]}" "${address6[$n]}")" pod_cidrs "$(list "${pods[$n]}" "${pods6[$n]}")" \
         ssh "$ssh" admin "$its_admin" config "$config" \
+        local_endpoint "$(object url "https://${local_endpoint[$n]}" client_cert "$dir/pki/$n-client.crt" client_key "$dir/pki/$n-client.key")" \
         kubelet "$(object ca "$dir/pki/kubelet-ca.crt" cert "$dir/pki/$n.crt" port 10250)" \
         targets "$(targets_of "$n")"
 }
@@ -540,6 +589,8 @@ write_endpoints() {
             connect_unix "$(object path "$dir/connect.sock")" \
             connect_tls "$(object host "$master" port 8131 url "https://$master:8131" ca "$pki/front-door-ca.crt" \
                 client_cert "$pki/client.crt" client_key "$pki/client.key")" \
+            front_end "$(object url "https://$master:6443" ca "$pki/front-door-ca.crt" client_ca "$pki/client-ca.crt" \
+                token_header "$pki/service-account.header" audit "$dir/log/audit.log" path /pods)" \
             call_home "$(object host "$master" port 2222)" \
             admin "$(object address "$master_admin" socket "$dir/admin.sock" metrics "http://$master_admin/metrics" \
                 livez "http://$master_admin/livez" readyz "http://$master_admin/readyz")")" \
@@ -635,6 +686,37 @@ table() {
     echo
 }
 
+# node way url credential status curl-arguments...
+call() {
+    local said status time mark=ok
+    said=$(on "$1" curl -s -o /dev/null --max-time 10 --cacert "$dir/pki/front-door-ca.crt" -w '%{http_code} %{time_total}' "${@:6}" "$3/pods") || true
+    status=${said%% *} time=${said#* }
+    [ "$status" = "$5" ] || { mark=FAILED bad=$((bad + 1)); }
+    printf '%-4s %-21s %-15s %-23s %-24s %-11s %8s\n' "$1" "$(describe "$1")" "$2" "$4" "$3" "$status $mark" \
+        "$(awk "BEGIN { printf \"%.1f\", ${time:-0} * 1000 }")"
+}
+
+calls() {
+    local n way url pki=$dir/pki
+    printf '%-4s %-21s %-15s %-23s %-24s %-11s %8s\n' FROM KIND WAY CREDENTIAL URL ANSWER 'TOTAL ms'
+    for n in "${nodes[@]}"; do
+        for way in straight 'local endpoint'; do
+            url=https://$master:6443
+            [ "$way" = straight ] || url=https://${local_endpoint[$n]}
+            call "$n" "$way" "$url" 'client certificate' 200 --cert "$pki/$n-client.crt" --key "$pki/$n-client.key"
+            call "$n" "$way" "$url" 'ServiceAccount token' 200 -H "@$pki/service-account.header"
+            call "$n" "$way" "$url" none 401
+        done
+    done
+    echo
+}
+
+# The local endpoints follow their tunnels, and an sshd is asked to listen after that.
+endpoints_listen() {
+    local n
+    for n in "${nodes[@]}"; do on "$n" curl -sko /dev/null --max-time 2 "https://${local_endpoint[$n]}/" || return 1; done
+}
+
 what_to_try() {
     local tls="-x https://$master:8131 --proxy-cacert $dir/pki/front-door-ca.crt --proxy-cert $dir/pki/client.crt --proxy-key $dir/pki/client.key"
     local agent="$bin/master-agent -c $dir/master/master-agent.yaml" enter=''
@@ -663,6 +745,10 @@ It stays up until Ctrl-C. Everything is listed in $dir/endpoints.json. In anothe
   kill -9 ${pids[n2]}; sleep 1; $agent node list
   ${enter}$bin/node-agent -c $dir/n2/node-agent.yaml run
 
+  # a call to the master, from n2, as its kubelet; who called, and what was decided
+  ${enter}curl -s --cacert $dir/pki/front-door-ca.crt --cert $dir/pki/n2-client.crt --key $dir/pki/n2-client.key https://${local_endpoint[n2]}/pods
+  tail -n 1 $dir/log/audit.log
+
   curl -s http://$master_admin/metrics
   tail -f $dir/log/*.log
 
@@ -685,9 +771,11 @@ join_node n2
 start_sshd
 say "waiting for the tunnels"
 wait_for master-agent 30 all_connected
+wait_for master-agent 30 endpoints_listen
 make_person
 write_endpoints
 table
+calls
 if [ "$bad" = 0 ]; then
     echo "All of it is as it should be."
     failed=0

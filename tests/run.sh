@@ -83,6 +83,7 @@ e = json.load(open(sys.argv[1]))
 assert e["mode"] == "namespaces", "network namespaces can't be made here: " + e["mode"]
 assert [n["name"] for n in e["nodes"]] == ["n1", "n2", "n3"], e["nodes"]
 for n in e["nodes"]:
+    assert n["local_endpoint"]["url"].startswith("https://"), n
     assert len(n["targets"]) >= 3 and os.path.exists(n["kubelet"]["ca"]), n
 END
     rm -rf "$dir"
