@@ -31,7 +31,7 @@ use crate::{
         proxy_url::{ProxyUrls, TargetTls},
         socks5::{Socks5, Users},
     },
-    front_end::{audit::Writer, server::FrontEnd},
+    front_end::{audit::Writer, config::FrontEndConfig, local, server::FrontEnd},
     identity::Authorities,
     inventory::Inventory,
     kubernetes,
@@ -57,9 +57,15 @@ struct Sockets {
     socks5: Option<Socks5Sockets>,
     proxy_urls: Option<ProxyUrlSockets>,
     call_home: Option<TcpListener>,
-    front_end: Option<TcpListener>,
+    front_end: Option<FrontEndSockets>,
     admin: TcpListener,
     admin_unix: UnixListener,
+}
+
+struct FrontEndSockets {
+    https: TcpListener,
+    local_unix: Option<UnixListener>,
+    local_tcp: Option<TcpListener>,
 }
 
 struct Socks5Sockets {
@@ -152,7 +158,7 @@ async fn bind(config: &Config) -> anyhow::Result<Sockets> {
             None => None,
         },
         front_end: match &config.front_end {
-            Some(front_end) => Some(bind_tcp(front_end.listen).await?),
+            Some(front_end) => Some(bind_front_end(front_end).await?),
             None => None,
         },
         admin: bind_tcp(config.admin.listen).await?,
@@ -224,7 +230,7 @@ fn serve(
         listeners.spawn(listen::tls(door, "konnectivity-tls", listener, acceptor, allowed));
     }
     let mut audit = None;
-    if let (Some(listener), Some(config)) = (front_end, &agent.config.front_end) {
+    if let (Some(sockets), Some(config)) = (front_end, &agent.config.front_end) {
         let draining = agent.draining.clone();
         let (front_end, writer) = FrontEnd::load(
             config,
@@ -240,7 +246,13 @@ fn serve(
         if config.through_tunnels {
             let _ = agent.front_end.set(front_end.clone());
         }
-        listeners.spawn(front_end.accept(listener));
+        if let (Some(listener), Some(config)) = (sockets.local_unix, &config.local) {
+            listeners.spawn(local::accept_unix(front_end.clone(), config.clone(), listener));
+        }
+        if let (Some(listener), Some(config)) = (sockets.local_tcp, &config.local) {
+            listeners.spawn(local::accept_tcp(front_end.clone(), config.clone(), listener));
+        }
+        listeners.spawn(front_end.accept(sockets.https));
     }
     if let Some(listener) = call_home {
         listeners.spawn(links::accept(agent.clone(), listener));
@@ -385,6 +397,18 @@ async fn bind_socks5(config: &Socks5Config) -> anyhow::Result<Socks5Sockets> {
             }
             None => None,
         },
+    })
+}
+
+async fn bind_front_end(config: &FrontEndConfig) -> anyhow::Result<FrontEndSockets> {
+    let local = config.local.as_ref();
+    Ok(FrontEndSockets {
+        local_unix: local.and_then(|local| local.unix.as_ref()).map(bind_unix).transpose()?,
+        local_tcp: match local.and_then(|local| local.tcp) {
+            Some(address) => Some(bind_tcp(address).await?),
+            None => None,
+        },
+        https: bind_tcp(config.listen).await?,
     })
 }
 

@@ -396,7 +396,7 @@ impl ProxyUrlsConfig {
 }
 
 impl UnixConfig {
-    fn read(s: &Section<'_>, default_path: &str) -> Self {
+    pub(crate) fn read(s: &Section<'_>, default_path: &str) -> Self {
         Self {
             path: s.listen_unix("path", default_path),
             mode: s.or("mode", Mode(0o660)).0,
@@ -478,9 +478,9 @@ impl WatchedNodes {
     }
 }
 
-const NO_LISTENER: &str = "has no listener: give it unix, tcp or both";
+pub(crate) const NO_LISTENER: &str = "has no listener: give it unix, tcp or both";
 
-fn listen_loopback(s: &Section<'_>, default_port: u16) -> SocketAddr {
+pub(crate) fn listen_loopback(s: &Section<'_>, default_port: u16) -> SocketAddr {
     let default = loopback(default_port);
     let address = s.listen("listen", Some(default)).unwrap_or(default);
     if !address.ip().to_canonical().is_loopback() {
@@ -732,6 +732,7 @@ mod tests {
             "failure_policy",
             "authorize_everything",
             "serve_proxy_urls",
+            "local",
             "through_tunnels",
             "max_connections_per_node",
             "upstream",
@@ -924,6 +925,14 @@ mod tests {
                 "1:12: front_end: serve_proxy_urls needs a section proxy_urls",
             ),
             ("front_end: {certificates: [{cert: a, key: b}]}", "1:1: front_end.upstream: is required"),
+            (
+                "front_end: {certificates: [{cert: a, key: b}], upstream: {servers: ['http://[::1]:1']}, local: {tcp: {listen: 0.0.0.0:8080}, user: u}}",
+                "1:111: front_end.local.tcp.listen: 0.0.0.0:8080 has no authentication, so it must be a loopback address",
+            ),
+            (
+                "front_end: {certificates: [{cert: a, key: b}], upstream: {servers: ['http://[::1]:1']}, local: {tcp: {}}}",
+                "1:89: front_end.local.user: is required",
+            ),
             ("inventory: [a]", "1:12: inventory: expected a text, found a list"),
             (
                 "shutdown_grace: 30s\nshutdown_grace: 40s",

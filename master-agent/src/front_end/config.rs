@@ -11,10 +11,11 @@ use super::{
     authz::config::AuthzConfig,
     https_client::ClientTls,
     limits::{LimitsConfig, seats::SeatLimits},
+    local::LocalConfig,
     tls::ServingCertificate,
     upstream::UpstreamConfig,
 };
-use crate::config::{COUNT, WAIT, any, secs};
+use crate::config::{COUNT, NO_LISTENER, UnixConfig, WAIT, any, listen_loopback, secs};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FrontEndConfig {
@@ -30,6 +31,8 @@ pub struct FrontEndConfig {
     /// Serve callers that come through their node's tunnel.
     pub through_tunnels: bool,
     pub upstream: UpstreamConfig,
+    /// `None` serves no plain port.
+    pub local: Option<LocalConfig>,
     pub limits: LimitsConfig,
     pub audit: AuditConfig,
 }
@@ -56,9 +59,25 @@ impl FrontEndConfig {
             through_tunnels: s.or("through_tunnels", true),
             limits: s.section_or_default("limits", LimitsConfig::read),
             audit: s.section_or_default("audit", AuditConfig::read),
+            local: s.section("local", LocalConfig::read),
             upstream: upstream?,
         };
         Some(config)
+    }
+}
+
+impl LocalConfig {
+    fn read(s: &Section<'_>) -> Option<Self> {
+        let unix = s.section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent/apiserver.sock")));
+        let tcp = s.section("tcp", |s| Some(listen_loopback(s, 8080)));
+        if s.at("unix").is_none() && s.at("tcp").is_none() {
+            s.section_error(NO_LISTENER);
+        }
+        let user: Option<String> = s.required("user");
+        if user.as_deref().is_some_and(str::is_empty) {
+            s.error("user", "is empty: who are the callers of the plain port to kube-apiserver?");
+        }
+        Some(Self { unix, tcp, user: user?, groups: s.list("groups") })
     }
 }
 

@@ -26,6 +26,7 @@ use super::{
     authz::{Attributes, impersonate::Impersonation},
     headers,
     limits::Place,
+    local::refuse_pages,
     recorder::Recorder,
     request_info::RequestInfo,
     server::{Connection, DOOR},
@@ -49,11 +50,13 @@ impl Connection {
         self.front_end.audit.room().await;
         let mut record = Recorder::new(self.front_end.audit.clone(), &self.peer, &request);
         // A Content-Length beside it is dropped unseen, and whoever stands before this server may have gone by it.
-        let last =
-            request.version() < Version::HTTP_2 && request.headers().contains_key(header::TRANSFER_ENCODING);
+        let http1 = request.version() < Version::HTTP_2;
+        let mut last = http1 && request.headers().contains_key(header::TRANSFER_ENCODING);
         let (mut response, upgrade) = match self.proxy(request, &mut record).await {
             Ok(answered) => answered,
             Err(failure) => {
+                // What follows a head that is not understood need not be a request.
+                last |= http1 && failure.code == StatusCode::BAD_REQUEST;
                 let response = failure.response().map(|body| Answer::from(Content::Own(body)));
                 (response, None)
             }
@@ -174,6 +177,11 @@ impl Connection {
 
     async fn authenticate(&self, head: &Parts, record: &mut Recorder) -> Result<Authenticated, Failure> {
         let front_end = &self.front_end;
+        if let Some(who) = &self.known {
+            refuse_pages(&self.peer, head)?;
+            record.authenticated(who);
+            return Ok(who.clone());
+        }
         let now = Moment::now();
         let recognized = match Presented::of(head, &self.certificates) {
             Ok(presented) => {

@@ -56,7 +56,7 @@ impl Recorder {
             began: Instant::now(),
             source: peer.to_string(),
             node: match peer {
-                Peer::Address(_) => None,
+                Peer::Address(_) | Peer::Local(_) => None,
                 Peer::Node { name, .. } => Some(name.clone()),
             },
             method: request.method().to_string(),

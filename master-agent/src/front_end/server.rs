@@ -95,6 +95,8 @@ pub enum Peer {
         name: NodeName,
         address: Option<SocketAddr>,
     },
+    /// Of the plain port: by TCP from this address, else by a Unix socket.
+    Local(Option<SocketAddr>),
 }
 
 impl Peer {
@@ -103,6 +105,7 @@ impl Peer {
         match self {
             Self::Address(address) | Self::Node { address: Some(address), .. } => address.ip(),
             Self::Node { address: None, .. } => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            Self::Local(_) => IpAddr::V4(Ipv4Addr::LOCALHOST),
         }
     }
 }
@@ -112,6 +115,8 @@ impl fmt::Display for Peer {
         match self {
             Self::Address(address) => address.fmt(f),
             Self::Node { name, .. } => write!(f, "node {name}"),
+            Self::Local(Some(address)) => write!(f, "local {address}"),
+            Self::Local(None) => f.write_str("local"),
         }
     }
 }
@@ -131,6 +136,8 @@ pub(super) struct Connection {
     pub certificates: Vec<CertificateDer<'static>>,
     /// Who the certificate was, by the files of which generation, and when.
     pub remembered: Mutex<Option<(u64, Instant, Authenticated)>>,
+    /// Who the caller is whatever it presents, on the plain port.
+    pub known: Option<Authenticated>,
     pub activity: Activity,
 }
 
@@ -239,6 +246,7 @@ impl FrontEnd {
             peer,
             certificates,
             remembered: Mutex::default(),
+            known: None,
             activity: Activity::default(),
             front_end: self,
         });
@@ -265,7 +273,7 @@ impl FrontEnd {
 }
 
 impl Connection {
-    async fn http1<S>(self: Arc<Self>, socket: S) -> hyper::Result<()>
+    pub(super) async fn http1<S>(self: Arc<Self>, socket: S) -> hyper::Result<()>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {

@@ -534,3 +534,50 @@ async fn heads_of_responses_lose_what_is_for_one_hop_only() {
         }
     }
 }
+
+/// What the plain port answers to a head, whole.
+async fn plainly(stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite, head: &str) -> String {
+    let mut stream = std::pin::pin!(stream);
+    stream
+        .write_all(format!("GET /echo HTTP/1.1\r\n{head}Connection: close\r\n\r\n").as_bytes())
+        .await
+        .unwrap();
+    let mut answer = String::new();
+    completes("an answer", stream.read_to_string(&mut answer)).await.unwrap();
+    answer
+}
+
+#[tokio::test]
+async fn the_plain_port_has_one_user_and_is_for_no_web_page() {
+    let port = free_port();
+    let lines = format!(
+        "  local: {{unix: {{path: plain.sock}}, tcp: {{listen: '127.0.0.1:{port}'}}, user: system:kube-scheduler, groups: [ops]}}\n"
+    );
+    let front_end = FrontEnd::start(Setup { lines, ..Setup::default() }).await.unwrap();
+    let socket = front_end.cluster.path().join("plain.sock");
+    let tcp = async |head: &str| {
+        plainly(tokio::net::TcpStream::connect(("127.0.0.1", port)).await.unwrap(), head).await
+    };
+    let unix =
+        async |head: &str| plainly(tokio::net::UnixStream::connect(&socket).await.unwrap(), head).await;
+    let spoofed = "Host: localhost\r\nX-Remote-User: evil\r\nX-Remote-Group: system:masters\r\nAuthorization: Bearer x\r\n";
+    for answer in [tcp(spoofed).await, unix(spoofed).await] {
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}\n{}", front_end.log());
+        let [received] = front_end.upstream.take().try_into().unwrap();
+        let identity = received.identity().unwrap();
+        assert_eq!(identity.user, "system:kube-scheduler");
+        assert_eq!(identity.groups, ["ops", "system:authenticated"]);
+        assert!(received.header("authorization").is_empty());
+    }
+    for head in [
+        "Host: rebound.example\r\n",
+        "Host: localhost\r\nOrigin: https://page.example\r\n",
+        "Host: localhost\r\nSec-Fetch-Site: cross-site\r\n",
+    ] {
+        let answer = tcp(head).await;
+        assert!(answer.starts_with("HTTP/1.1 403 "), "{head} {answer}");
+    }
+    let denied = "Host: localhost\r\nImpersonate-User: admin\r\n";
+    assert!(unix(denied).await.starts_with("HTTP/1.1 403 "));
+    assert!(front_end.upstream.take().is_empty());
+}

@@ -8,7 +8,7 @@
 
 mod endpoint;
 mod forward;
-mod headers;
+pub(crate) mod headers;
 mod path;
 mod tls;
 mod upload;

@@ -68,6 +68,7 @@ pub struct Limits {
 pub enum Source {
     Network(IpAddr),
     Node(NodeName),
+    Local,
 }
 
 impl Source {
@@ -75,6 +76,7 @@ impl Source {
         match peer {
             Peer::Address(address) => Self::Network(network(address.ip())),
             Peer::Node { name, .. } => Self::Node(name.clone()),
+            Peer::Local(_) => Self::Local,
         }
     }
 }
@@ -108,7 +110,7 @@ impl Limits {
     /// One more connection of a peer; `None` where it has all that it may.
     pub fn connection(&self, peer: &Peer) -> Option<Counted<Source>> {
         match peer {
-            Peer::Address(_) => self.connections.take(Source::of(peer)),
+            Peer::Address(_) | Peer::Local(_) => self.connections.take(Source::of(peer)),
             Peer::Node { .. } => self.of_nodes.take(Source::of(peer)),
         }
     }

@@ -1,0 +1,105 @@
+//! The plain port: HTTP without TLS and credentials, for control-plane components on the master's own host.
+//!
+//! It is off unless it is configured, on a Unix socket or a loopback address and nowhere else. All of its callers are
+//! the one user that the configuration names. Web pages must not use it through the browser of somebody who works on
+//! this host: requests for a host that is not this one, and those of pages, are refused.
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+};
+
+use hyper::{StatusCode, http::request::Parts};
+use proto::io::{admin::accept_error, socket};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, UnixListener},
+};
+
+use super::{
+    authn::Authenticated,
+    server::{Connection, FrontEnd, Peer},
+    user::{AUTHENTICATED, User},
+};
+use crate::{
+    config::UnixConfig,
+    front_door::proxy_url,
+    http::{
+        status::Failure,
+        watched::{Activity, PatientWriter},
+    },
+};
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LocalConfig {
+    pub unix: Option<UnixConfig>,
+    /// A loopback address.
+    pub tcp: Option<SocketAddr>,
+    /// Who its callers are.
+    pub user: String,
+    pub groups: Vec<String>,
+}
+
+impl LocalConfig {
+    fn caller(&self) -> Authenticated {
+        let mut groups = self.groups.clone();
+        if !groups.iter().any(|group| group == AUTHENTICATED) {
+            groups.push(AUTHENTICATED.to_owned());
+        }
+        let user = User { name: self.user.clone(), groups, ..User::default() };
+        Authenticated { user, authenticator: "local", expires: None }
+    }
+}
+
+/// Accepts from a Unix socket for ever; who may connect is the socket file's mode and owner.
+pub async fn accept_unix(front_end: Arc<FrontEnd>, config: LocalConfig, listener: UnixListener) {
+    loop {
+        match listener.accept().await {
+            Ok((socket, _)) => serve(&front_end, &config, socket, Peer::Local(None)),
+            Err(e) => accept_error(&e).await,
+        }
+    }
+}
+
+/// Accepts from a loopback address for ever.
+pub async fn accept_tcp(front_end: Arc<FrontEnd>, config: LocalConfig, listener: TcpListener) {
+    loop {
+        match listener.accept().await {
+            Ok((socket, peer)) => {
+                socket::tune_caller(&socket);
+                serve(&front_end, &config, socket, Peer::Local(Some(peer)));
+            }
+            Err(e) => accept_error(&e).await,
+        }
+    }
+}
+
+fn serve<S>(front_end: &Arc<FrontEnd>, config: &LocalConfig, socket: S, peer: Peer)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let Ok(admission) = front_end.admit(&peer) else { return };
+    let connection = Arc::new(Connection {
+        peer,
+        certificates: Vec::new(),
+        remembered: Mutex::default(),
+        known: Some(config.caller()),
+        activity: Activity::default(),
+        front_end: front_end.clone(),
+    });
+    let socket = PatientWriter::new(socket, front_end.config.idle_timeout);
+    front_end.connections.spawn(async move {
+        let _admission = admission;
+        if let Err(error) = Box::pin(connection.clone().http1(socket)).await {
+            connection.front_end.refused(&connection.peer, &error);
+        }
+    });
+}
+
+/// Refuses what a browser sends for a page.
+pub fn refuse_pages(peer: &Peer, head: &Parts) -> Result<(), Failure> {
+    let Peer::Local(Some(_)) = peer else { return Ok(()) };
+    proxy_url::headers::refuse_other_hosts(&head.uri, &head.headers)
+        .and_then(|()| proxy_url::headers::refuse_other_origins("http", &head.uri, &head.headers))
+        .map_err(|message| Failure::new(StatusCode::FORBIDDEN, message))
+}
