@@ -99,10 +99,7 @@ pub fn refuse_ambiguous(parts: &Parts) -> Result<(), Failure> {
 pub fn request(headers: &mut HeaderMap, hop: &Hop, user: &User, peer: IpAddr) -> Result<(), Failure> {
     remove_hop_by_hop(headers);
     authn::strip(headers);
-    let spoofed: Vec<HeaderName> = headers.keys().filter(|name| is_not_the_callers(name)).cloned().collect();
-    for name in &spoofed {
-        headers.remove(name);
-    }
+    remove_claims(headers);
     for name in [header::EXPECT, header::TRAILER, header::HOST] {
         headers.remove(name);
     }
@@ -127,6 +124,14 @@ pub fn request(headers: &mut HeaderMap, hop: &Hop, user: &User, peer: IpAddr) ->
         headers.insert(header::UPGRADE, upgrade.clone());
     }
     Ok(())
+}
+
+/// Removes what a caller says of who it is and where it comes from.
+pub fn remove_claims(headers: &mut HeaderMap) {
+    let claims: Vec<HeaderName> = headers.keys().filter(|name| is_not_the_callers(name)).cloned().collect();
+    for name in &claims {
+        headers.remove(name);
+    }
 }
 
 /// Makes the head of an API server's response that of the response to the caller.

@@ -106,6 +106,14 @@ impl Connection {
 
         record.allowed();
         if let Some(urls) = urls {
+            // What it was authorized as is what it must be: another protocol would be an upgrade to its target only.
+            if hop.upgrade.is_none() && Hop::of(&head.headers).upgrade.is_some() {
+                return Err(Failure::new(
+                    StatusCode::BAD_REQUEST,
+                    "no upgrade but to websocket or SPDY/3.1 is served here",
+                ));
+            }
+            headers::remove_claims(&mut head.headers);
             return self.through_tunnel(urls, &user, place, Request::from_parts(head, body), record).await;
         }
         headers::request(&mut head.headers, &hop, &user, peer)?;
