@@ -38,7 +38,7 @@ use russh::{
 use serde::Serialize;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -628,10 +628,21 @@ impl Parts {
             Err(e) => return Err(e.into()),
         };
         let id = channel.id();
+        // Nothing is sent before the node has agreed: a plain sshd's window stays closed until then, and while one
+        // channel waits for its window russh sends nothing at all, not even that channel's close.
+        let (agreed, agreement) = watch::channel(false);
         let to = handle.clone();
         let out = move |frame| {
             let handle = to.clone();
-            Box::pin(async move { handle.data(id, frame).await.is_ok() }) as _
+            let waiting = (!*agreement.borrow()).then(|| agreement.clone());
+            Box::pin(async move {
+                if let Some(mut agreement) = waiting
+                    && agreement.wait_for(|agreed| *agreed).await.is_err()
+                {
+                    return false;
+                }
+                handle.data(id, frame).await.is_ok()
+            }) as _
         };
         let (mux, feeder, events) =
             Mux::new(initiator, max_streams, self.gate.clone(), Box::new(out), &self.tasks);
@@ -640,7 +651,10 @@ impl Parts {
         channel.request_subsystem(true, subsystem).await?;
         loop {
             match channel.wait().await {
-                Some(ChannelMsg::Success) => return Ok(Some((mux, events))),
+                Some(ChannelMsg::Success) => {
+                    agreed.send_replace(true);
+                    return Ok(Some((mux, events)));
+                }
                 Some(ChannelMsg::Failure | ChannelMsg::Close | ChannelMsg::Eof) | None => {
                     *fed.lock().unwrap_or_else(PoisonError::into_inner) = None;
                     let _ = channel.close().await;
