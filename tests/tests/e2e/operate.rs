@@ -254,10 +254,14 @@ async fn the_metrics_are_those_of_the_readme() {
     let mut cluster = Cluster::start(Options {
         nodes: nodes(&[("n1", Kind::Dialled), ("n2", Kind::CallHome)]),
         ports: vec![port, closed_port],
+        local_endpoints: vec![local(free_port()), local(free_port())],
         // Certificates are renewed when a third of this is left.
         master_config: format!(
-            "certificates: {{host_ttl: 20s}}\nkubernetes: {{kubeconfig: '{}'}}",
-            kubeconfig.display()
+            "certificates: {{host_ttl: 20s}}\nkubernetes: {{kubeconfig: '{}'}}\n\
+             front_end:\n  listen: '127.0.0.1:{}'\n  certificates: [{{cert: server.crt, key: server.key}}]\n  \
+             authentication: [{{x509: {{ca: ca.crt}}}}]\n  upstream: {{servers: ['http://127.0.0.1:{port}']}}\n",
+            kubeconfig.display(),
+            free_port()
         ),
         nodes_down: true,
         ..Options::default()
@@ -289,6 +293,11 @@ async fn the_metrics_are_those_of_the_readme() {
         caller.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
         assert_eq!(tests::client::read_head(&mut caller).await.unwrap().0, 405);
     }
+    // No TLS, so the front end answers with an alert.
+    let mut caller = TcpStream::connect(cluster.local_endpoint(1)).await.unwrap();
+    caller.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+    caller.shutdown().await.unwrap();
+    let _ = caller.read_to_end(&mut Vec::new()).await;
     let mut stranger = TcpStream::connect(local(cluster.nodes[0].port)).await.unwrap();
     stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
     stranger.shutdown().await.unwrap();
@@ -345,6 +354,9 @@ async fn the_metrics_are_those_of_the_readme() {
         ("node_agent_streams ", 0.0),
         ("node_agent_sessions ", 1.0),
         ("node_agent_handshakes_total{result=\"ok\"}", 1.0),
+        ("node_agent_front_end_callers_total{result=\"ok\"}", 1.0),
+        ("node_agent_front_end_stream_bytes_total{direction=\"up\"}", 18.0),
+        ("node_agent_front_end_streams ", 0.0),
     ] {
         assert_eq!(cluster.metric(cluster.nodes[1].admin, sample).await.unwrap(), value, "{sample}");
     }
