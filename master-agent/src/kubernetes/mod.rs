@@ -47,6 +47,8 @@ const SETTLED: Duration = Duration::from_secs(2);
 const FAILURES: u32 = 3;
 /// How much longer than that to wait for its end, and for a page of a list.
 const PATIENCE: Duration = Duration::from_secs(15);
+/// Between two attempts at an API server that is away; a few masters and four kinds are no load for it.
+const LONGEST_DELAY: Duration = Duration::from_secs(10);
 
 /// The state of the watches. Cheap to share.
 pub struct Watches {
@@ -182,7 +184,7 @@ impl Watches {
     /// Lists and watches one kind, for ever.
     async fn follow<K: Watched>(self: Arc<Self>, client: Client) {
         let api: Api<Lenient<K>> = Api::all(client);
-        let mut backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
+        let mut backoff = Backoff::new(Duration::from_millis(500), LONGEST_DELAY);
         let mut version = None;
         let (mut failures, mut gone) = (0, false);
         loop {
