@@ -15,7 +15,8 @@ fetches from all of them through both front doors:
   n3  a plain OpenSSH sshd
 
 From each node it also calls the master's front end, straight and through the node's local endpoint: with a client
-certificate, with a ServiceAccount token, and without credentials.
+certificate, with a ServiceAccount token, and without credentials. Last, it compares the tunnels with the direct
+paths, for which it opens these as long as that takes, and writes comparison.json and comparison.html.
 
 Then it stays up and says what to try, until Ctrl-C. Everything it started is gone afterwards.
 
@@ -103,6 +104,8 @@ clean_up() {
     for name in "${links[@]}"; do ip link delete "$name" 2>/dev/null; done
     for name in "${namespaces[@]}"; do ip netns delete "$name" 2>/dev/null; done
     if [ -n "$own_dir" ] && [ "$failed" != 1 ]; then
+        ! mv "$own_dir/comparison.html" "${TMPDIR:-/tmp}/quickstart-comparison.html" 2>/dev/null ||
+            say "the comparison, with plots, is in ${TMPDIR:-/tmp}/quickstart-comparison.html"
         rm -rf "$own_dir"
     elif [ -n "$lock" ]; then
         rm -f "$dir/connect.sock" "$dir/admin.sock"
@@ -185,7 +188,7 @@ exec {lock_fd}>>"$dir/.quickstart"
 flock -n "$lock_fd" || die "another quickstart runs in $dir"
 lock=1
 chmod 0755 "$dir"
-rm -rf "$dir"/{pki,master,n1,n2,n3,ssh,log,connect.sock,admin.sock,endpoints.json}
+rm -rf "$dir"/{pki,master,n1,n2,n3,ssh,log,connect.sock,admin.sock,endpoints.json,comparison.json,comparison.html}
 mkdir -p "$dir"/{pki,master,n1,n2,n3,ssh,log}
 
 # A subnet for this process: of 10/8, and of 127/8 for what is on loopback.
@@ -711,6 +714,25 @@ calls() {
     echo
 }
 
+# What the tunnels cost. Only for that, the direct paths to the kubelets are open.
+comparison() {
+    local n handle
+    say "comparing tunneled and direct paths to the kubelets"
+    if [ "$mode" = namespaces ]; then
+        say "the nodes' firewalls are opened for port 10250, until that is done"
+        for n in "${nodes[@]}"; do on "$n" nft insert rule inet quickstart input ip saddr "$master" tcp dport 10250 accept; done
+    fi
+    master_agent compare --ca "$dir/pki/kubelet-ca.crt" --download /bytes/4000000000 --upload /upload --rounds 3 --slice 250ms \
+        --timeout 1s --json "$dir/comparison.json" --html "$dir/comparison.html" || bad=$((bad + 1))
+    if [ "$mode" = namespaces ]; then
+        for n in "${nodes[@]}"; do
+            handle=$(on "$n" nft -a list chain inet quickstart input | sed -n 's/.*dport 10250 accept # handle //p')
+            on "$n" nft delete rule inet quickstart input handle "$handle"
+        done
+    fi
+    echo
+}
+
 # The local endpoints follow their tunnels, and an sshd is asked to listen after that.
 endpoints_listen() {
     local n
@@ -732,6 +754,9 @@ It stays up until Ctrl-C. Everything is listed in $dir/endpoints.json. In anothe
 
   # 1 GB through the Unix socket, as kube-apiserver would come in
   $bin/fetch --via unix:$dir/connect.sock http://${pod[n1]}:8080/bytes/1000000000
+
+  # what the tunnels cost; in a browser: $dir/comparison.html
+  $agent compare n1 n2 --ca $dir/pki/kubelet-ca.crt
 
   # which way, and why
   $agent explain ${pod[n3]}:8080
@@ -776,6 +801,7 @@ make_person
 write_endpoints
 table
 calls
+comparison
 if [ "$bad" = 0 ]; then
     echo "All of it is as it should be."
     failed=0

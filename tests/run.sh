@@ -76,15 +76,35 @@ quickstart() {
     local dir
     dir=$(mktemp -d /tmp/quickstart-test.XXXXXX)
     chmod 0755 "$dir"
-    deploy/quickstart.sh --once --dir "$dir" --bin "$CARGO_TARGET_DIR/release"
-    python3 - "$dir/endpoints.json" <<'END'
-import json, os, sys
-e = json.load(open(sys.argv[1]))
+    deploy/quickstart.sh --once --dir "$dir" --bin "$CARGO_TARGET_DIR/release" | tee "$dir/output"
+    python3 - "$dir" <<'END'
+import json, os, re, sys
+read = lambda name: open(os.path.join(sys.argv[1], name)).read()
+e = json.loads(read("endpoints.json"))
 assert e["mode"] == "namespaces", "network namespaces can't be made here: " + e["mode"]
 assert [n["name"] for n in e["nodes"]] == ["n1", "n2", "n3"], e["nodes"]
 for n in e["nodes"]:
     assert n["local_endpoint"]["url"].startswith("https://"), n
     assert len(n["targets"]) >= 3 and os.path.exists(n["kubelet"]["ca"]), n
+# The table, the JSON and the page of the comparison are of one run.
+comparison, table, page = json.loads(read("comparison.json")), read("output"), read("comparison.html")
+assert [t["node"] for t in comparison["targets"]] == ["n1", "n2", "n3"], comparison
+assert comparison["started"] in page and f"in {comparison['seconds']:g} s;" in table
+ratios = 0
+for target in comparison["targets"]:
+    assert [(p["name"], p["closed"]) for p in target["paths"]] == [("direct", None), ("tunnel", None)], target
+    assert len(target["figures"]) == 9, target
+    block = table[table.index("\n%s  %s\n" % (target["node"], target["url"])):].split("\n\n")[0]
+    section = page[page.index("<h2 id="):]
+    for figure in target["figures"]:
+        for path, ratio in zip(figure["paths"], figure["ratios"]):
+            if ratio:
+                shown = "%.2f (%.2f-%.2f)" % (ratio["median"], ratio["low"], ratio["high"])
+                assert shown in block and shown in section, (shown, block)
+                ratios += 1
+            if figure["unit"] == "1/s":
+                assert "%.0f/s" % path["p50"] in block and "%.0f/s" % path["p50"] in section, (path, block)
+assert ratios == 27, ratios
 END
     rm -rf "$dir"
 }

@@ -2,13 +2,14 @@
 
 use std::{
     collections::HashSet,
+    net::IpAddr,
     sync::{Arc, OnceLock, PoisonError, RwLock},
     time::{Duration, Instant, SystemTime},
 };
 
 use percent_encoding::percent_decode_str;
 use proto::{
-    NodeName, Target,
+    Host, NodeName, Target,
     io::{
         admin,
         dialer::{Dialer as _, Origin},
@@ -143,6 +144,17 @@ impl Agent {
         }
     }
 
+    /// A node's own addresses, as the inventory or the cluster has them; else that which is dialled.
+    fn addresses(&self, node: &NodeName) -> Vec<IpAddr> {
+        let inventory = self.inventory();
+        let Some(node) = inventory.nodes.iter().find(|n| &n.name == node) else { return Vec::new() };
+        let dialled = node.dial.as_ref().and_then(|dial| match dial.host {
+            Host::Addr(address) => Some(address),
+            Host::Name(_) => None,
+        });
+        if node.addresses.is_empty() { dialled.into_iter().collect() } else { node.addresses.clone() }
+    }
+
     pub fn count_refused(&self, reason: &'static str) {
         self.metrics.refused.get_or_create(&Reason { reason }).inc();
     }
@@ -175,6 +187,7 @@ impl Agent {
             .map(|candidate| Way {
                 state: status.iter().find(|s| s.name == candidate.node).map(|s| s.state.clone()),
                 round_trip_microseconds: self.registry.round_trip(&candidate.node).map(micros),
+                addresses: self.addresses(&candidate.node),
                 node: candidate.node,
                 target: candidate.target.to_string(),
             })
@@ -218,6 +231,9 @@ pub struct Explanation {
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Way {
     pub node: NodeName,
+    /// The node's own.
+    #[serde(default)]
+    pub addresses: Vec<IpAddr>,
     /// What that node is asked for.
     pub target: String,
     pub state: Option<String>,

@@ -14,7 +14,7 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use proto::{NodeName, io::tasks::Tasks};
 use tokio::net::UnixStream;
 
-use crate::{agent::Explanation, config::Config, registry::NodeStatus};
+use crate::{agent::Explanation, compare::CompareArgs, config::Config, registry::NodeStatus};
 
 /// Runs beside kube-apiserver: keeps SSH tunnels to every node and carries connections over them.
 #[derive(Debug, Parser)]
@@ -55,6 +55,8 @@ pub enum Command {
         #[command(flatten)]
         output: OutputArgs,
     },
+    /// Measure targets over their tunnels and directly, pair by pair: what a tunnel costs.
+    Compare(Box<CompareArgs>),
     /// Sign a person's SSH key, for `ssh -L`, `-W` and `-J` through nodes within their policies.
     SignUser(SignUserArgs),
     /// Print a completion script for a shell.
@@ -272,7 +274,7 @@ pub async fn explain(config: &Config, target: &str, output: Output) -> anyhow::R
 }
 
 /// Asks the running agent over its admin socket.
-async fn ask(config: &Config, path: &str) -> anyhow::Result<String> {
+pub async fn ask(config: &Config, path: &str) -> anyhow::Result<String> {
     let socket = &config.admin.socket;
     let stream = UnixStream::connect(socket).await.with_context(|| {
         format!("can't reach the running agent at {}: does `master-agent run` run?", socket.display())

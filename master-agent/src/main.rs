@@ -9,6 +9,7 @@ use master_agent::{
     cli::{
         self, Cli, Command, NodeCommand, Output, SignUserArgs, SshdConfigArgs, TokenCommand, TokenCreateArgs,
     },
+    compare,
     config::Config,
     identity::Authorities,
     inventory::Inventory,
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         | Command::Node(_)
         | Command::SshdConfig(_)
         | Command::Explain { .. }
+        | Command::Compare(_)
         | Command::SignUser(_)
         | Command::Completions { .. } => Config::load_alone,
     };
@@ -85,6 +87,7 @@ async fn command(cli: Cli, config: Config) -> anyhow::Result<()> {
             Ok(())
         }
         Command::Explain { target, output } => cli::explain(&config, &target, output.output).await,
+        Command::Compare(args) => compare::compare(&config, *args).await,
         Command::Token(TokenCommand::Create(args)) => token_create(&config, args),
         Command::Token(TokenCommand::List(args)) => token_list(&config, args.output),
         Command::Token(TokenCommand::Revoke { id }) => {

@@ -4,6 +4,7 @@
 mod authorization;
 mod chaos;
 mod commands;
+mod compare;
 mod examples;
 mod front_end;
 mod front_end_h2;

@@ -10,7 +10,7 @@ mod endpoint;
 mod forward;
 pub(crate) mod headers;
 mod path;
-mod tls;
+pub mod tls;
 mod upload;
 
 use std::{

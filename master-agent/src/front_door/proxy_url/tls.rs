@@ -246,6 +246,12 @@ impl ServerCertVerifier for OneOfNames {
     }
 }
 
+/// Makes `config` believe any certificate.
+pub fn believe_any(config: &mut ClientConfig) {
+    let provider = config.crypto_provider().clone();
+    config.dangerous().set_certificate_verifier(Arc::new(AnyCertificate(provider)));
+}
+
 /// For `insecure_skip_verify`: whoever has the certificate's key is believed.
 #[derive(Debug)]
 struct AnyCertificate(Arc<CryptoProvider>);

@@ -1,0 +1,245 @@
+//! The paths to a target: through a tunnel, directly, and whatever else it is compared with.
+
+use std::{fmt, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
+
+use anyhow::{Context, bail};
+use proto::{Target, io::socket};
+use rustls::{ClientConfig, pki_types::ServerName};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::{TcpStream, UnixStream},
+    time::Instant,
+};
+use tokio_rustls::TlsConnector;
+
+/// Bytes of a proxy's answer to CONNECT.
+const MAX_HEAD: usize = 16 * 1024;
+
+/// A connection, whatever it is made of.
+pub trait Io: AsyncRead + AsyncWrite + Unpin + Send {}
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> Io for S {}
+pub type Stream = Box<dyn Io>;
+
+/// One way to reach targets.
+#[derive(Clone, Debug)]
+pub struct Path {
+    /// As it is called in what is printed: `tunnel`, `direct`, or as `--via` says.
+    pub name: String,
+    pub way: Way,
+}
+
+#[derive(Clone)]
+pub enum Way {
+    Direct,
+    /// A proxy that takes HTTP CONNECT, the agent's own front door among them.
+    Connect(Proxy),
+    /// A port that leads to the one target, such as that of `ssh -L`.
+    Forward(Target),
+}
+
+/// Where a proxy is.
+#[derive(Clone)]
+pub enum Proxy {
+    Unix(PathBuf),
+    Tcp(Target),
+    Tls(Target, Arc<ClientConfig>),
+}
+
+impl fmt::Debug for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Direct => f.write_str("straight"),
+            Self::Connect(Proxy::Unix(path)) => write!(f, "CONNECT at unix:{}", path.display()),
+            Self::Connect(Proxy::Tcp(proxy)) => write!(f, "CONNECT at http://{proxy}"),
+            Self::Connect(Proxy::Tls(proxy, _)) => write!(f, "CONNECT at https://{proxy}"),
+            Self::Forward(port) => write!(f, "forwarded at {port}"),
+        }
+    }
+}
+
+/// `--via NAME=WHERE`, before the files that TLS needs are read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Via {
+    pub name: String,
+    pub place: Place,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    Unix(PathBuf),
+    Http(Target),
+    Https(Target),
+    Forward(Target),
+}
+
+impl FromStr for Place {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        let target = |s: &str| s.trim_end_matches('/').parse::<Target>().map_err(|e| e.to_string());
+        match s.split_once(':') {
+            Some(("unix", path)) if !path.is_empty() => Ok(Self::Unix(path.into())),
+            Some(("http", rest)) if rest.starts_with("//") => Ok(Self::Http(target(&rest[2..])?)),
+            Some(("https", rest)) if rest.starts_with("//") => Ok(Self::Https(target(&rest[2..])?)),
+            Some(("tcp", rest)) => Ok(Self::Forward(target(rest.trim_start_matches("//"))?)),
+            _ => {
+                Err("write unix:PATH, http://HOST:PORT or https://HOST:PORT for a proxy, tcp:HOST:PORT for \
+                      a port that is forwarded to the target"
+                    .to_owned())
+            }
+        }
+    }
+}
+
+impl FromStr for Via {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        let (name, place) = s.split_once('=').ok_or("write NAME=WHERE")?;
+        let good = !name.is_empty()
+            && name.len() <= 32
+            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+        if !good || ["tunnel", "direct"].contains(&name) {
+            return Err(format!(
+                "{name:?} can't be a name here: letters, digits, '-', '_' and '.', not \"tunnel\" and not \"direct\""
+            ));
+        }
+        Ok(Self { name: name.to_owned(), place: place.parse()? })
+    }
+}
+
+impl Place {
+    /// `tls` is what an https proxy is verified by and shown.
+    pub fn way(&self, tls: impl FnOnce() -> anyhow::Result<Arc<ClientConfig>>) -> anyhow::Result<Way> {
+        Ok(match self {
+            Self::Unix(path) => Way::Connect(Proxy::Unix(path.clone())),
+            Self::Http(proxy) => Way::Connect(Proxy::Tcp(proxy.clone())),
+            Self::Https(proxy) => Way::Connect(Proxy::Tls(proxy.clone(), tls()?)),
+            Self::Forward(port) => Way::Forward(port.clone()),
+        })
+    }
+}
+
+impl Path {
+    /// Connects to `target`, which on the direct path is at `direct`; gives how long that took.
+    pub async fn open(&self, target: &Target, direct: &Target) -> anyhow::Result<(Stream, Duration)> {
+        let began = Instant::now();
+        let stream: Stream = match &self.way {
+            Way::Direct => Box::new(tcp(direct).await?),
+            Way::Forward(port) => Box::new(tcp(port).await?),
+            Way::Connect(proxy) => {
+                let mut stream: Stream = match proxy {
+                    Proxy::Unix(path) => {
+                        let socket = UnixStream::connect(path).await;
+                        Box::new(socket.with_context(|| format!("can't connect to {}", path.display()))?)
+                    }
+                    Proxy::Tcp(proxy) => Box::new(tcp(proxy).await?),
+                    Proxy::Tls(proxy, config) => {
+                        let name = ServerName::try_from(proxy.host.to_string())?;
+                        let tls = TlsConnector::from(config.clone()).connect(name, tcp(proxy).await?).await;
+                        Box::new(tls.with_context(|| format!("TLS with the proxy {proxy}"))?)
+                    }
+                };
+                connect(&mut stream, target).await?;
+                stream
+            }
+        };
+        Ok((stream, began.elapsed()))
+    }
+}
+
+async fn tcp(address: &Target) -> anyhow::Result<TcpStream> {
+    let socket = TcpStream::connect((address.host.to_string(), address.port)).await;
+    let socket = socket.with_context(|| format!("can't connect to {address}"))?;
+    socket::tune(&socket);
+    Ok(socket)
+}
+
+/// Asks a proxy for `target`. Nothing of what follows its answer is taken.
+async fn connect(stream: &mut Stream, target: &Target) -> anyhow::Result<()> {
+    let request = format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.context("the proxy closed the connection")?;
+    stream.flush().await?;
+    let mut head = Vec::with_capacity(256);
+    while !head.ends_with(b"\r\n\r\n") {
+        if head.len() > MAX_HEAD {
+            bail!("the proxy's answer has no end");
+        }
+        head.push(stream.read_u8().await.context("the proxy closed the connection without an answer")?);
+    }
+    let head = String::from_utf8_lossy(&head);
+    let line = head.lines().next().unwrap_or_default();
+    let mut words = line.splitn(3, ' ');
+    let (version, status, reason) = (words.next(), words.next(), words.next().unwrap_or_default());
+    if !version.is_some_and(|v| v.starts_with("HTTP/1.")) {
+        bail!("the proxy does not speak HTTP: {:?}", line.chars().take(100).collect::<String>());
+    }
+    match status {
+        Some("200") => Ok(()),
+        status => bail!("the proxy answers {} {reason}", status.unwrap_or_default()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vias_are_read() {
+        let place = |s: &str| s.parse::<Via>().map(|via| via.place);
+        let target = |s: &str| s.parse::<Target>().unwrap();
+        assert_eq!(place("k=unix:/run/k.sock"), Ok(Place::Unix("/run/k.sock".into())));
+        assert_eq!(place("k=http://127.0.0.1:8131"), Ok(Place::Http(target("127.0.0.1:8131"))));
+        assert_eq!(place("k=https://[::1]:8131/"), Ok(Place::Https(target("[::1]:8131"))));
+        assert_eq!(place("ssh-L=tcp:localhost:9000"), Ok(Place::Forward(target("localhost:9000"))));
+        for text in [
+            "",
+            "k",
+            "k=",
+            "=unix:/x",
+            "k=unix:",
+            "k=http:127.0.0.1:1",
+            "direct=unix:/x",
+            "a b=unix:/x",
+            "k=tcp:1",
+        ] {
+            assert!(text.parse::<Via>().is_err(), "{text:?}");
+        }
+    }
+
+    /// A proxy that answers with `answer`, and what follows it.
+    async fn asked(answer: &'static [u8]) -> Result<Vec<u8>, String> {
+        let (near, mut far) = tokio::io::duplex(64 * 1024);
+        let proxy = async {
+            far.read_exact(&mut [0; 10]).await.unwrap();
+            let _ = far.write_all(answer).await;
+            let mut rest = Vec::new();
+            tokio::time::timeout(Duration::from_millis(200), far.read_to_end(&mut rest)).await.ok();
+            drop(far);
+        };
+        let client = async {
+            let mut stream: Stream = Box::new(near);
+            let answer = connect(&mut stream, &"n1:1".parse().unwrap()).await;
+            let mut rest = vec![0; 4];
+            if answer.is_ok() {
+                stream.read_exact(&mut rest).await.unwrap();
+            }
+            answer.map(|()| rest).map_err(|e| format!("{e:#}"))
+        };
+        tokio::join!(proxy, client).1
+    }
+
+    #[tokio::test]
+    async fn a_proxys_answers() {
+        assert_eq!(asked(b"HTTP/1.1 200 OK\r\nX: y\r\n\r\nrest").await.unwrap(), b"rest");
+        for (answer, error) in [
+            (&b"HTTP/1.1 403 policy\r\n\r\n"[..], "the proxy answers 403 policy"),
+            (b"SSH-2.0-x\r\n\r\n", "the proxy does not speak HTTP: \"SSH-2.0-x\""),
+            (b"HTTP/1.1 200 OK\r\n", "without an answer"),
+            (&[b'x'; 40_000], "has no end"),
+        ] {
+            let said = asked(answer).await.unwrap_err();
+            assert!(said.contains(error), "{said}");
+        }
+    }
+}
