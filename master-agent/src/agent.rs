@@ -66,7 +66,7 @@ impl Agent {
         let dialer = Arc::new(TunnelDialer::new(registry.clone(), config.tunnels.dial_timeout, domain));
         let user = authorities.issue_user(SystemTime::now(), config.certificates.user_ttl)?;
         let agent = Self {
-            metrics: Metrics::default(),
+            metrics: Metrics::new(registry.clone()),
             watches: config.kubernetes.as_ref().map(|k| Watches::new(dialer.clone(), k.stale_after)),
             dialer,
             registry,
@@ -275,7 +275,10 @@ impl Agent {
                 Ok(explanation) => json(serde_json::to_string(&explanation)),
                 Err(error) => (hyper::StatusCode::BAD_REQUEST, "text/plain", error),
             }),
-            _ => None,
+            path => {
+                let name = path.strip_prefix("/nodes/")?.parse().ok()?;
+                Some(json(serde_json::to_string(&self.registry.detail(&name)?)))
+            }
         }
     }
 }

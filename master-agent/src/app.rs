@@ -101,6 +101,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let mut links = DialLinks::default();
     links.follow(&agent);
     background.spawn(agent.clone().renew_user());
+    background.spawn(agent.registry.clone().sample());
 
     until_terminated(&agent, &mut links).await?;
 

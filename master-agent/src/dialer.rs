@@ -169,7 +169,15 @@ impl TunnelDialer {
             }
             Host::Name(_) | Host::Addr(_) => target.clone(),
         };
-        Ok((tunnel.open(&asked, &origin.0, timeout).await?, permit))
+        match tunnel.open(&asked, &origin.0, timeout).await {
+            Ok(stream) => Ok((stream, permit)),
+            Err(error) => {
+                if let Some(activity) = self.registry.activity(node) {
+                    activity.failed(&asked, &error);
+                }
+                Err(error)
+            }
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! master-agent: runs beside kube-apiserver, keeps SSH tunnels to every node, carries connections over them.
 
+pub mod activity;
 pub mod agent;
 pub mod app;
 pub mod cli;

@@ -25,6 +25,7 @@ use tokio::{
 };
 
 use crate::{
+    activity::EventKind,
     agent::Agent,
     front_end::tunnels,
     identity::{HostKeyError, UserIdentity},
@@ -113,6 +114,7 @@ async fn dial_loop(agent: Arc<Agent>, node: InventoryNode, address: Target, task
             Err(error) => {
                 agent.metrics.tunnel_dials_failed.inc();
                 tracing::warn!(node = %node.name, %address, %error, "no tunnel");
+                agent.registry.event(&node.name, EventKind::Retrying, &error.to_string());
                 agent.registry.set_absent(
                     &node.name,
                     Absent::Retrying { error: error.to_string(), at: SystemTime::now() },
@@ -248,7 +250,7 @@ where
     shaken.map_err(|error| match &error {
         TunnelError::HostKey(why) => {
             if let Some(node) = why.node() {
-                agent.registry.count_refused(node);
+                agent.registry.count_refused(node, why);
             }
             refused(agent, why.kind(), error)
         }
@@ -263,7 +265,7 @@ where
 
 fn refuse_key(agent: &Agent, why: &HostKeyError) -> TunnelError {
     if let Some(node) = why.node() {
-        agent.registry.count_refused(node);
+        agent.registry.count_refused(node, why);
     }
     refused(agent, why.kind(), TunnelError::Connect(why.to_string()))
 }
@@ -338,6 +340,7 @@ async fn hold(agent: &Arc<Agent>, registration: Registration, events: Option<Eve
         }
     };
     agent.metrics.tunnels_lost.inc();
+    agent.registry.event(&tunnel.node, EventKind::Lost, &reason);
     tracing::warn!(node = %tunnel.node, reason, seconds = tunnel.established.elapsed().as_secs(), "tunnel ended");
     reason
 }

@@ -46,8 +46,10 @@ pub struct Reason {
 }
 
 /// The agent's metrics.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Metrics {
+    /// Where what belongs to one node is counted.
+    pub nodes: Arc<Nodes>,
     pub dials: Family<Outcome, Counter>,
     pub dial_seconds: Histogram,
     pub streams: Family<Door, Gauge>,
@@ -66,9 +68,10 @@ pub struct Metrics {
     pub audit_lost: Counter,
 }
 
-impl Default for Metrics {
-    fn default() -> Self {
+impl Metrics {
+    pub fn new(nodes: Arc<Nodes>) -> Self {
         Self {
+            nodes,
             dials: Family::default(),
             dial_seconds: Histogram::new([
                 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
@@ -87,9 +90,7 @@ impl Default for Metrics {
             audit_lost: Counter::default(),
         }
     }
-}
 
-impl Metrics {
     pub fn register(&self, agent: &Arc<Agent>) -> Registry {
         let mut root = Registry::default();
         let r = root.sub_registry_with_prefix("master_agent");

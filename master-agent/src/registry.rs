@@ -15,7 +15,10 @@ use proto::{DialError, NodeName};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::tunnel::{Direction, Tunnel};
+use crate::{
+    activity::{self, Detail, EventKind, NodeActivity, Totals},
+    tunnel::{Direction, Tunnel},
+};
 
 /// Tunnels that may stand by for one node.
 const STANDBY: usize = 2;
@@ -58,6 +61,7 @@ struct Node {
     streams: Arc<Semaphore>,
     /// Connections that claimed this node and were refused.
     refused: u64,
+    activity: Arc<NodeActivity>,
 }
 
 /// All nodes. Cheap to share.
@@ -80,6 +84,17 @@ pub struct NodeStatus {
     pub reason: String,
     pub tunnels: Vec<TunnelStatus>,
     pub refused: u64,
+    #[serde(default)]
+    pub totals: Totals,
+}
+
+/// What `/nodes/NAME` of the admin socket answers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct NodeDetail {
+    #[serde(flatten)]
+    pub status: NodeStatus,
+    #[serde(flatten)]
+    pub detail: Detail,
 }
 
 /// One tunnel, as `node list -o json` shows it.
@@ -132,6 +147,7 @@ impl Registry {
             connections: 1,
             streams: Arc::new(Semaphore::new(self.max_streams_per_node)),
             refused: 0,
+            activity: Arc::default(),
         }
     }
 
@@ -149,6 +165,7 @@ impl Registry {
         }
         let others = node.tunnels.clone();
         node.tunnels.push(tunnel.clone());
+        node.activity.event(EventKind::Connected, &connected(&tunnel));
         Ok((Registration { registry: self.clone(), tunnel }, others))
     }
 
@@ -159,9 +176,35 @@ impl Registry {
     }
 
     /// Counts a connection that claimed to be the node and was refused.
-    pub fn count_refused(&self, name: &NodeName) {
+    pub fn count_refused(&self, name: &NodeName, why: &dyn std::fmt::Display) {
         if let Some(node) = self.nodes().get_mut(name) {
             node.refused += 1;
+            node.activity.event(EventKind::Impostor, &why.to_string());
+        }
+    }
+
+    /// What a node carries and did; `None` of one that is not known.
+    pub fn activity(&self, name: &NodeName) -> Option<Arc<NodeActivity>> {
+        self.nodes().get(name).map(|node| node.activity.clone())
+    }
+
+    /// Keeps something that happened to a node, for people.
+    pub fn event(&self, name: &NodeName, kind: EventKind, text: &str) {
+        if let Some(activity) = self.activity(name) {
+            activity.event(kind, text);
+        }
+    }
+
+    /// Keeps every node's round trip, from time to time.
+    pub async fn sample(self: Arc<Self>) {
+        let mut interval = tokio::time::interval(activity::SAMPLE);
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            interval.tick().await;
+            for node in self.nodes().values() {
+                let round_trip = node.tunnels.iter().find(|t| t.is_usable()).and_then(|t| t.round_trip());
+                node.activity.sample(round_trip);
+            }
         }
     }
 
@@ -238,6 +281,13 @@ impl Registry {
     pub fn status(&self) -> Vec<NodeStatus> {
         self.nodes().iter().map(|(name, node)| node_status(name, node)).collect()
     }
+
+    /// One node with its streams and what happened to it; `None` of one that is not known.
+    pub fn detail(&self, name: &NodeName) -> Option<NodeDetail> {
+        let nodes = self.nodes();
+        let node = nodes.get(name)?;
+        Some(NodeDetail { status: node_status(name, node), detail: node.activity.detail() })
+    }
 }
 
 impl Registration {
@@ -284,6 +334,15 @@ fn node_status(name: &NodeName, node: &Node) -> NodeStatus {
         reason,
         tunnels: tunnels.collect(),
         refused: node.refused,
+        totals: node.activity.totals(),
+    }
+}
+
+fn connected(tunnel: &Tunnel) -> String {
+    let peer = tunnel.peer.map_or_else(|| "a peer without an address".to_owned(), |peer| peer.to_string());
+    match tunnel.direction {
+        Direction::Dialled => format!("dialled {peer}"),
+        Direction::CallHome => format!("called home from {peer}"),
     }
 }
 

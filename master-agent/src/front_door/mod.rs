@@ -108,7 +108,15 @@ impl Common {
     {
         let Connection { stream, node, reason, permit } = connection;
         let mut record = Record::new(self.metrics.clone(), caller, target, node, reason);
-        let outcome = relay(read, write, stream, &record.up, &record.down, self.half_closed_timeout).await;
+        let outcome = relay(
+            read,
+            write,
+            stream,
+            &record.counters().up,
+            &record.counters().down,
+            self.half_closed_timeout,
+        )
+        .await;
         drop(permit);
         record.outcome = outcome.kind();
         outcome

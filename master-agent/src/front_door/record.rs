@@ -1,21 +1,23 @@
-//! The record that every stream leaves when it ends, in whatever way.
+//! The record that every stream leaves when it ends, in whatever way; while it is open, its node knows of it.
 
-use std::{sync::atomic::AtomicU64, time::Instant};
+use std::{
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::Instant,
+};
 
-use proto::{NodeName, Target};
+use proto::{NodeName, Target, io::relay::Counters};
 
 use super::Caller;
-use crate::metrics::{Door, DoorDirection, Metrics};
+use crate::{
+    activity::{Live, Place},
+    metrics::{Door, DoorDirection, Metrics},
+};
 
 pub struct Record {
     metrics: Metrics,
-    caller: Caller,
-    target: Target,
+    stream: Arc<Live>,
     node: Option<NodeName>,
-    reason: String,
-    began: Instant,
-    pub up: AtomicU64,
-    pub down: AtomicU64,
+    _place: Option<Place>,
     pub outcome: &'static str,
 }
 
@@ -28,28 +30,38 @@ impl Record {
         reason: String,
     ) -> Self {
         metrics.streams.get_or_create(&Door { front_door: caller.door }).inc();
-        let (began, up, down) = (Instant::now(), AtomicU64::new(0), AtomicU64::new(0));
-        Self { metrics, caller, target, node, reason, began, up, down, outcome: "cancelled" }
+        let (began, counters) = (Instant::now(), Counters::default());
+        let stream = Arc::new(Live { caller, target, reason, began, counters });
+        let activity = node.as_ref().and_then(|node| metrics.nodes.activity(node));
+        let place = activity.map(|activity| activity.open(stream.clone()));
+        Self { metrics, stream, node, _place: place, outcome: "cancelled" }
+    }
+
+    /// To be counted in while the stream is carried.
+    pub fn counters(&self) -> &Counters {
+        &self.stream.counters
     }
 }
 
 impl Drop for Record {
     fn drop(&mut self) {
-        let front_door = self.caller.door;
-        let (up, down) = (*self.up.get_mut(), *self.down.get_mut());
+        let Live { caller, target, reason, began, counters } = &*self.stream;
+        let front_door = caller.door;
+        let (up, down) = (counters.up.load(Relaxed), counters.down.load(Relaxed));
+        let seconds = began.elapsed().as_secs_f64();
         self.metrics.streams.get_or_create(&Door { front_door }).dec();
         for (direction, bytes) in [("up", up), ("down", down)] {
             self.metrics.bytes.get_or_create(&DoorDirection { front_door, direction }).inc_by(bytes);
         }
         tracing::info!(
             front_door,
-            origin = %self.caller.origin,
-            target = %self.target,
+            origin = %caller.origin,
+            %target,
             node = self.node.as_ref().map(|n| n.as_str()),
-            route = self.reason,
+            route = reason,
             up,
             down,
-            seconds = self.began.elapsed().as_secs_f64(),
+            seconds,
             outcome = self.outcome,
             "stream ended"
         );

@@ -143,7 +143,8 @@ async fn carry(
     let served = front_end.clone().serve(near, peer(tunnel), admission);
     let carried = far.carry(|mut io| async {
         let (read, write) = tokio::io::split(&mut io);
-        let ended = relay(read, write, stream, &record.down, &record.up, half_closed).await;
+        let counters = record.counters();
+        let ended = relay(read, write, stream, &counters.down, &counters.up, half_closed).await;
         record.outcome = ended.kind();
         (io, ended == Outcome::Closed)
     });

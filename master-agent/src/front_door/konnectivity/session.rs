@@ -292,8 +292,8 @@ impl Session {
         writer: &mut Writer,
         record: &Record,
     ) -> (End, bool) {
-        let mut up = pin!(upload(inbox, writer, &record.up));
-        let mut down = pin!(self.download(id, inbox, reader, &record.down));
+        let mut up = pin!(upload(inbox, writer, &record.counters().up));
+        let mut down = pin!(self.download(id, inbox, reader, &record.counters().down));
         let carried = async {
             let uploaded = tokio::select! {
                 uploaded = &mut up => uploaded,

@@ -18,7 +18,10 @@ use tokio::{
 };
 
 use super::*;
-use crate::metrics::{Door, Metrics, Outcome};
+use crate::{
+    metrics::{Door, Metrics, Outcome},
+    registry::Registry,
+};
 
 const DOOR: &str = "konnectivity-test";
 const HANGS: Duration = Duration::from_secs(60);
@@ -77,7 +80,7 @@ impl Client {
         let dialer = Arc::new(Spot::default());
         let common = Common {
             dialer: dialer.clone(),
-            metrics: Metrics::default(),
+            metrics: Metrics::new(Arc::new(Registry::new(1))),
             head_timeout: HANGS,
             half_closed_timeout: HANGS,
             max_connections: 1,
