@@ -14,7 +14,7 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use proto::{NodeName, io::tasks::Tasks};
 use tokio::net::UnixStream;
 
-use crate::{agent::Explanation, compare::CompareArgs, config::Config, registry::NodeStatus};
+use crate::{agent::Explanation, compare::CompareArgs, config::Config, registry::NodeStatus, top::TopArgs};
 
 /// Runs beside kube-apiserver: keeps SSH tunnels to every node and carries connections over them.
 #[derive(Debug, Parser)]
@@ -55,6 +55,8 @@ pub enum Command {
         #[command(flatten)]
         output: OutputArgs,
     },
+    /// The nodes of the running agent, live.
+    Top(TopArgs),
     /// Measure targets over their tunnels and directly, pair by pair: what a tunnel costs.
     Compare(Box<CompareArgs>),
     /// Sign a person's SSH key, for `ssh -L`, `-W` and `-J` through nodes within their policies.
@@ -186,7 +188,7 @@ pub async fn node_list(config: &Config, output: Output) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn print_nodes(nodes: &[NodeStatus]) {
+pub fn print_nodes(nodes: &[NodeStatus]) {
     let mut rows = vec![
         ["NODE", "STATE", "ROLE", "DIRECTION", "KIND", "STREAMS", "RTT", "SINCE", "PEER"].map(str::to_owned),
     ];

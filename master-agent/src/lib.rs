@@ -22,5 +22,6 @@ pub mod routing;
 pub mod sshd_config;
 pub mod store;
 pub mod token;
+pub mod top;
 pub mod trust;
 pub mod tunnel;

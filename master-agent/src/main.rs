@@ -15,7 +15,7 @@ use master_agent::{
     inventory::Inventory,
     sshd_config,
     store::{SqliteStore, Store},
-    token,
+    token, top,
 };
 use proto::io::telemetry;
 use russh::keys::PublicKey;
@@ -37,6 +37,7 @@ fn main() -> ExitCode {
         | Command::SshdConfig(_)
         | Command::Explain { .. }
         | Command::Compare(_)
+        | Command::Top(_)
         | Command::SignUser(_)
         | Command::Completions { .. } => Config::load_alone,
     };
@@ -87,6 +88,7 @@ async fn command(cli: Cli, config: Config) -> anyhow::Result<()> {
             Ok(())
         }
         Command::Explain { target, output } => cli::explain(&config, &target, output.output).await,
+        Command::Top(args) => top::top(&config, args).await,
         Command::Compare(args) => compare::compare(&config, *args).await,
         Command::Token(TokenCommand::Create(args)) => token_create(&config, args),
         Command::Token(TokenCommand::List(args)) => token_list(&config, args.output),

@@ -26,4 +26,5 @@ mod policy;
 mod proxy_urls;
 mod socks5;
 mod socks5_clients;
+mod top;
 mod traffic;

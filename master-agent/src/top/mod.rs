@@ -1,0 +1,171 @@
+//! `top`: the nodes of the running agent, live in a terminal.
+
+mod model;
+mod view;
+
+use std::{
+    io::{IsTerminal, stdout},
+    time::{Duration, Instant, SystemTime},
+};
+
+use clap::Args;
+use ratatui::crossterm::event::{self, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
+
+use crate::{
+    cli::{ask, print_nodes},
+    config::Config,
+    registry::{NodeDetail, NodeStatus},
+};
+use model::{Key, Model, Sort};
+
+/// The nodes of the running agent, live: states, round trips, streams, bytes a second, errors.
+#[derive(Debug, Args)]
+pub struct TopArgs {
+    /// How often the agent is asked.
+    #[arg(long, short, default_value = "1s", value_parser = humantime::parse_duration, value_name = "TIME")]
+    interval: Duration,
+    /// What to sort by at first.
+    #[arg(long, value_enum, default_value_t)]
+    sort: Sort,
+    /// Show only nodes with this text in their name, state, direction, kind or reason.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    filter: String,
+}
+
+/// `top`. Without a terminal it prints the nodes once, as `node list` does.
+pub async fn top(config: &Config, args: TopArgs) -> anyhow::Result<()> {
+    if args.interval < Duration::from_millis(100) {
+        anyhow::bail!("--interval is at least 100ms");
+    }
+    let first = nodes(config).await?;
+    if !stdout().is_terminal() {
+        print_nodes(&first);
+        return Ok(());
+    }
+    // Before the terminal is changed, so that none of these finds it so.
+    let ends = [SignalKind::terminate(), SignalKind::hangup(), SignalKind::interrupt(), SignalKind::quit()];
+    let mut signals = Vec::new();
+    for kind in ends {
+        signals.push(signal(kind)?);
+    }
+    let killed = async {
+        let waits = signals.iter_mut().map(|signal| Box::pin(signal.recv()));
+        futures_util::future::select_all(waits).await;
+    };
+    // Also restores it when this panics.
+    let mut terminal = ratatui::try_init()?;
+    let mut model = Model::new(args.sort, args.filter);
+    model.take(first, Instant::now());
+    let result = tokio::select! {
+        result = run(config, args.interval, &mut terminal, &mut model) => result,
+        () = killed => Ok(()),
+    };
+    ratatui::restore();
+    result
+}
+
+async fn run(
+    config: &Config,
+    interval: Duration,
+    terminal: &mut ratatui::DefaultTerminal,
+    model: &mut Model,
+) -> anyhow::Result<()> {
+    let mut input = read_input();
+    let mut tick = tokio::time::interval(interval);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    tick.tick().await;
+    loop {
+        terminal.draw(|frame| view::draw(frame, model, unix_milliseconds()))?;
+        let opened = model.opened.clone();
+        tokio::select! {
+            _ = tick.tick() => refresh(config, model).await,
+            event = input.recv() => {
+                let Some(event) = event else { return Ok(()) };
+                if !press(model, event?) {
+                    return Ok(());
+                }
+                // What came meanwhile is drawn once.
+                while let Ok(event) = input.try_recv() {
+                    if !press(model, event?) {
+                        return Ok(());
+                    }
+                }
+                if model.opened != opened {
+                    refresh(config, model).await;
+                }
+            }
+        }
+    }
+}
+
+async fn refresh(config: &Config, model: &mut Model) {
+    match nodes(config).await {
+        Ok(nodes) => model.take(nodes, Instant::now()),
+        Err(error) => model.error = Some(format!("{error:#}")),
+    }
+    if let Some(name) = model.opened.clone() {
+        match detail(config, &name).await {
+            Ok(detail) => model.take_detail(detail, Instant::now()),
+            Err(error) => model.error = Some(format!("{name}: {error:#}")),
+        }
+    }
+}
+
+async fn nodes(config: &Config) -> anyhow::Result<Vec<NodeStatus>> {
+    Ok(serde_json::from_str(&ask(config, "/nodes").await?)?)
+}
+
+async fn detail(config: &Config, name: &str) -> anyhow::Result<NodeDetail> {
+    Ok(serde_json::from_str(&ask(config, &format!("/nodes/{name}")).await?)?)
+}
+
+/// Reads the keyboard on a thread of its own, which ends with the program.
+fn read_input() -> mpsc::Receiver<std::io::Result<event::Event>> {
+    let (send, receive) = mpsc::channel(64);
+    std::thread::spawn(move || {
+        loop {
+            let event = event::read();
+            let failed = event.is_err();
+            if send.blocking_send(event).is_err() || failed {
+                return;
+            }
+        }
+    });
+    receive
+}
+
+/// Whether to go on.
+fn press(model: &mut Model, event: event::Event) -> bool {
+    let event::Event::Key(KeyEvent { code, modifiers, kind, .. }) = event else { return true };
+    if kind == KeyEventKind::Release {
+        return true;
+    }
+    if modifiers.contains(KeyModifiers::CONTROL) {
+        return !matches!(code, KeyCode::Char('c' | 'd'));
+    }
+    let page = ratatui::crossterm::terminal::size()
+        .map_or(10, |(_, rows)| usize::from(rows).saturating_sub(4).max(1));
+    let key = match code {
+        KeyCode::Up => Key::Up(1),
+        KeyCode::Down => Key::Down(1),
+        KeyCode::PageUp => Key::Up(page),
+        KeyCode::PageDown => Key::Down(page),
+        KeyCode::Home => Key::First,
+        KeyCode::End => Key::Last,
+        KeyCode::Enter => Key::Enter,
+        KeyCode::Esc => Key::Back,
+        KeyCode::Backspace => Key::Erase,
+        KeyCode::Char(c) => Key::Char(c),
+        _ => return true,
+    };
+    model.press(key)
+}
+
+fn unix_milliseconds() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}
