@@ -47,7 +47,6 @@ impl Connection {
         request: Request<Incoming>,
     ) -> Result<Response<Answer>, Infallible> {
         let busy = self.activity.busy();
-        self.front_end.audit.room().await;
         let mut record = Recorder::new(self.front_end.audit.clone(), &self.peer, &request);
         // A Content-Length beside it is dropped unseen, and whoever stands before this server may have gone by it.
         let http1 = request.version() < Version::HTTP_2;
@@ -55,6 +54,7 @@ impl Connection {
         let (mut response, upgrade) = match self.proxy(request, &mut record).await {
             Ok(answered) => answered,
             Err(failure) => {
+                record.refused().await;
                 // What follows a head that is not understood need not be a request.
                 last |= http1 && failure.code == StatusCode::BAD_REQUEST;
                 let response = failure.response().map(|body| Answer::from(Content::Own(body)));
@@ -100,6 +100,11 @@ impl Connection {
         record.about(&info);
         let urls = front_end.proxy_urls.as_ref().filter(|_| is_proxy_url(&info));
         let long_running = hop.upgrade.is_some() || is_long_running(&info, head.uri.query());
+        record.reserve(long_running).await.map_err(|_full| {
+            record.limited();
+            Failure::new(StatusCode::SERVICE_UNAVAILABLE, "the request can't be recorded at the moment")
+                .retry_after(1)
+        })?;
         // Whoever the caller acts as, and before authorizers do anything for it.
         let place = front_end.limits.place(&caller.user.name, long_running).await;
         let place = place.inspect_err(|_| record.limited())?;
