@@ -488,3 +488,70 @@ async fn a_user_has_one_measure_whoever_he_acts_as() {
     let sam = ask(&front_end, tests::front_end::TOKEN, "/echo").await;
     assert_eq!(sam.status, StatusCode::OK);
 }
+
+#[tokio::test]
+async fn what_could_not_be_recorded_is_not_served() {
+    for (audit, refuses) in [(", queue: 2, strangers_queue: 1", true), (", queue: 2, on_full: drop", false)] {
+        let front_end = Arc::new(FrontEnd::start(Setup { audit, ..Setup::default() }).await.unwrap());
+        let token = tests::front_end::TOKEN;
+        let mut watching = Vec::new();
+        for _ in 0..5 {
+            let mut caller = front_end.caller(Credential::Token, Http::V1).await.unwrap();
+            let watch =
+                Request::get("/api/v1/pods?watch=1&resourceVersion=239").body(Full::default()).unwrap();
+            let response = completes("a watch", caller.send(watch)).await.unwrap();
+            assert_eq!(response.status(), StatusCode::OK, "one that lasts takes no room of others");
+            watching.push((response, caller));
+        }
+        front_end.upstream.take();
+        front_end.upstream.hold(true);
+        let mut under_way = JoinSet::new();
+        for request in 0..2 {
+            let asking = front_end.clone();
+            under_way.spawn(async move { ask(&asking, token, &format!("/echo/{request}")).await.status });
+        }
+        eventually("both are at kube-apiserver", SOON, async || {
+            (front_end.upstream.received().len() == 2).then_some(())
+        })
+        .await;
+        let mut more = JoinSet::new();
+        let asking = front_end.clone();
+        more.spawn(async move { ask(&asking, token, "/echo/more").await });
+        if refuses {
+            let answer = completes("a refusal", more.join_next()).await.unwrap().unwrap();
+            assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE, "{answer:?}");
+            assert!(answer.headers.contains_key(header::RETRY_AFTER));
+            // Strangers have a room of their own, and no other's.
+            assert_eq!(ask(&front_end, "nobody's", "/echo").await.status, StatusCode::UNAUTHORIZED);
+            audited(&front_end, &[("decision", json!("unauthenticated"))], 1).await;
+        } else {
+            eventually("it is served", SOON, async || {
+                (front_end.upstream.received().len() == 3).then_some(())
+            })
+            .await;
+        }
+        assert_eq!(front_end.upstream.received().len(), if refuses { 2 } else { 3 });
+        front_end.upstream.hold(false);
+        while let Some(status) = under_way.join_next().await {
+            assert_eq!(status.unwrap(), StatusCode::OK);
+        }
+        for request in 0..2 {
+            let path = format!("/echo/{request}");
+            audited(&front_end, &[("path", json!(path)), ("code", json!(200))], 1).await;
+        }
+        assert_eq!(ask(&front_end, token, "/echo/after").await.status, StatusCode::OK);
+        audited(&front_end, &[("path", json!("/echo/after"))], 1).await;
+        drop(watching);
+        audited(&front_end, &[("verb", json!("watch")), ("code", json!(200))], 5).await;
+        // The line that there was no room for is there, or it is said that one is not.
+        eventually("nothing is lost in silence", SOON, async || {
+            assert_eq!(ask(&front_end, token, "/echo/after").await.status, StatusCode::OK);
+            let lines = audited(&front_end, &[], 1).await;
+            let more = lines.iter().filter(|line| line["path"] == "/echo/more").count() as u64;
+            let lost: u64 = lines.iter().filter_map(|line| line["lost"].as_u64()).sum();
+            assert!(more + lost <= 1, "{lines:?}");
+            (more + lost == 1).then_some(())
+        })
+        .await;
+    }
+}
