@@ -157,7 +157,9 @@ async fn audited(front_end: &FrontEnd, values: &[(&str, Value)], lines: usize) -
     let what = format!("{lines} audit lines with {values:?}");
     eventually(&what, SOON, async || {
         let text = std::fs::read_to_string(front_end.file("audit.log")).ok()?;
-        let all = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        // One that is being written has no end yet.
+        let whole = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+        let all = whole.map(|line| serde_json::from_str::<Value>(line).unwrap());
         let found: Vec<_> =
             all.filter(|line| values.iter().all(|(name, value)| line[name] == *value)).collect();
         (found.len() >= lines).then_some(found)
