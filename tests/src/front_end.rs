@@ -101,6 +101,8 @@ pub struct Setup {
     pub more_servers: Vec<String>,
     /// HTTP/2 to the stub.
     pub http2: bool,
+    /// More of the section `audit`, such as `, queue: 1`.
+    pub audit: &'static str,
     /// Further lines of the section `front_end`.
     pub lines: String,
     /// No authentication section at all.
@@ -374,7 +376,7 @@ fn configuration(path: &Path, address: SocketAddr, upstream: &Upstream, setup: &
         file("front-proxy.key"),
         setup.http2,
     );
-    yaml += &format!("  audit: {{file: {}}}\n", file("audit.log"));
+    yaml += &format!("  audit: {{file: {}{}}}\n", file("audit.log"), setup.audit);
     yaml += &setup.lines;
     yaml
 }

@@ -4,15 +4,21 @@
 //! headers or tokens, and of a query's values only those of parameters that are known to hold no secret. Whatever a
 //! caller sends, it can't end a line, hide in one (control and direction characters are escaped) or make it long.
 //!
-//! Lines are written by a thread of its own behind a bounded queue. While the queue is full a request waits a short
-//! time; then its line, as one that can't be written, is counted as lost and said so in the log. The agent goes on.
+//! Lines are written by a thread of its own behind a bounded queue. A request takes its [`Room`] there before it is
+//! served, and so what is served is recorded. While there is none it waits a short time, and is then refused, or served
+//! and not recorded, as configured. Strangers have a queue of their own, and so do requests that last: neither take
+//! others' room. A line that is lost, also where it can't be written, is counted, said in the log, and said in the audit
+//! log itself once a line can be written again.
 
 use std::{
     fmt::{self, Write as _},
     fs::File,
     os::fd::AsFd,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
     time::{Duration, Instant, SystemTime},
 };
@@ -21,9 +27,9 @@ use anyhow::Context;
 use prometheus_client::metrics::counter::Counter;
 use proto::config::Section;
 use serde::Serialize;
-use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-use super::{request_info::RequestInfo, user::User};
+use super::{request_info::RequestInfo, seldom::Seldom, user::User};
 use file::Output;
 
 mod file;
@@ -35,8 +41,10 @@ const MAX_TEXT: usize = 256;
 const MAX_GROUPS: usize = 16;
 /// How long lines gather before they are written together.
 const GATHER: Duration = Duration::from_millis(5);
-/// Between log lines about lost records.
-const LOST_INTERVAL: Duration = Duration::from_secs(10);
+/// Between lines about lost ones.
+const CONFESS: Duration = Duration::from_secs(1);
+/// Requests that last, under way or still to be written.
+const MAX_LASTING: usize = 65_536;
 
 /// Query parameters whose values are recorded.
 const PLAIN_PARAMETERS: [&str; 22] = [
@@ -72,10 +80,21 @@ pub struct AuditConfig {
     pub max_bytes: u64,
     /// Renamed files.
     pub keep: usize,
-    /// Lines that may wait to be written.
+    /// Lines that may wait to be written, those of requests under way included.
     pub queue: usize,
+    /// The same of callers who have not authenticated.
+    pub strangers_queue: usize,
     /// How long a request may wait while they are that many.
     pub wait: Duration,
+    pub on_full: OnFull,
+}
+
+/// What becomes of a request for whose line there is no room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnFull {
+    Refuse,
+    /// It is served, and its line is lost.
+    Drop,
 }
 
 impl AuditConfig {
@@ -86,7 +105,16 @@ impl AuditConfig {
             max_bytes: (section.number("max_megabytes", 100, 1..=100_000) as u64) << 20,
             keep: section.number("keep", 10, 1..=1000),
             queue: section.number("queue", 4096, 1..=1_000_000),
+            strangers_queue: section.number("strangers_queue", 1024, 1..=1_000_000),
             wait: section.duration("wait", millis(100), Duration::ZERO..=millis(5000)),
+            on_full: match section.or("on_full", "refuse".to_owned()).as_str() {
+                "refuse" => OnFull::Refuse,
+                "drop" => OnFull::Drop,
+                _ => {
+                    section.error("on_full", "expected refuse or drop");
+                    OnFull::Refuse
+                }
+            },
         }
     }
 }
@@ -150,52 +178,109 @@ pub struct Record<'a> {
 /// Where records go. Cloning gives another handle.
 #[derive(Clone)]
 pub struct Audit {
-    queue: mpsc::Sender<Message>,
+    lines: mpsc::UnboundedSender<Message>,
+    rooms: Arc<Rooms>,
     wait: Duration,
+    on_full: OnFull,
     lost: Arc<Lost>,
 }
 
+/// Whose lines wait together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Queue {
+    /// Of callers who have authenticated.
+    Known,
+    /// Of those whose requests last, such as watches.
+    Lasting,
+    Strangers,
+}
+
+/// For lines of each queue.
+struct Rooms {
+    known: Arc<Semaphore>,
+    lasting: Arc<Semaphore>,
+    strangers: Arc<Semaphore>,
+}
+
+impl Rooms {
+    fn of(&self, queue: Queue) -> &Arc<Semaphore> {
+        match queue {
+            Queue::Known => &self.known,
+            Queue::Lasting => &self.lasting,
+            Queue::Strangers => &self.strangers,
+        }
+    }
+}
+
+/// Room for one line, until it has been written.
+pub struct Room(#[expect(dead_code, reason = "held")] OwnedSemaphorePermit);
+
+/// There is no room for a request's line, and without it the request is not to be served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Full;
+
 /// The thread that writes.
 pub struct Writer {
-    queue: mpsc::Sender<Message>,
+    lines: mpsc::UnboundedSender<Message>,
     thread: thread::JoinHandle<()>,
 }
 
 enum Message {
-    Line(String),
+    Line(String, Room),
     Close,
 }
 
 impl Audit {
     /// Opens the output. `lost` counts the records that could not be written.
     pub fn start(config: &AuditConfig, lost: Counter) -> anyhow::Result<(Self, Writer)> {
-        let lost = Arc::new(Lost { counter: lost, unsaid: Mutex::default() });
         let output = match &config.file {
             // Unbuffered: what can't be written is known at once.
             None => Output::stream(File::from(std::io::stdout().as_fd().try_clone_to_owned()?)),
             Some(path) => Output::file(path.clone(), config.max_bytes, config.keep)
                 .with_context(|| format!("can't write the audit log {}", path.display()))?,
         };
-        let (queue, lines) = mpsc::channel(config.queue);
-        let counted = lost.clone();
+        let (audit, lines) = Self::new(config, lost);
+        let lost = audit.lost.clone();
         let thread =
-            thread::Builder::new().name("audit".into()).spawn(move || write(lines, output, &counted))?;
-        Ok((Self { queue: queue.clone(), wait: config.wait, lost }, Writer { queue, thread }))
+            thread::Builder::new().name("audit".into()).spawn(move || write(lines, output, &lost))?;
+        let writer = Writer { lines: audit.lines.clone(), thread };
+        Ok((audit, writer))
     }
 
-    /// Waits a short time for room in the queue, so that whoever makes many records slows down before any is lost.
-    pub async fn room(&self) {
-        if self.queue.capacity() == 0 {
-            let _ = tokio::time::timeout(self.wait, self.queue.reserve()).await;
+    fn new(config: &AuditConfig, lost: Counter) -> (Self, mpsc::UnboundedReceiver<Message>) {
+        let room = |lines: usize| Arc::new(Semaphore::new(lines));
+        let rooms = Rooms {
+            known: room(config.queue),
+            lasting: room(MAX_LASTING),
+            strangers: room(config.strangers_queue),
+        };
+        // Bounded by the rooms: each line has one.
+        let (lines, written) = mpsc::unbounded_channel();
+        let lost = Lost { counter: lost, log: Seldom::default(), unwritten: AtomicU64::new(0) };
+        let (rooms, lost) = (Arc::new(rooms), Arc::new(lost));
+        (Self { lines, rooms, wait: config.wait, on_full: config.on_full, lost }, written)
+    }
+
+    /// Room for the line of a request that is to be served, at once or after a short time. `None` where it is to be
+    /// served without.
+    pub async fn room(&self, queue: Queue) -> Result<Option<Room>, Full> {
+        let rooms = self.rooms.of(queue);
+        if let Ok(room) = rooms.clone().try_acquire_owned() {
+            return Ok(Some(Room(room)));
+        }
+        match (tokio::time::timeout(self.wait, rooms.clone().acquire_owned()).await, self.on_full) {
+            (Ok(Ok(room)), _) => Ok(Some(Room(room))),
+            (Ok(Err(_)) | Err(_), OnFull::Drop) => Ok(None),
+            (Ok(Err(_)) | Err(_), OnFull::Refuse) => Err(Full),
         }
     }
 
-    /// Never waits: requests end where nothing can.
-    pub fn record(&self, record: &Record<'_>) {
-        match self.queue.try_send(Message::Line(record.line())) {
-            Ok(()) => {}
-            Err(TrySendError::Full(_)) => self.lost.add(1, "the queue is full"),
-            Err(TrySendError::Closed(_)) => self.lost.add(1, "the audit log is closed"),
+    /// Never waits: requests end where nothing can. Without room there must be some at once.
+    pub fn record(&self, record: &Record<'_>, queue: Queue, room: Option<Room>) {
+        let room = room.or_else(|| self.rooms.of(queue).clone().try_acquire_owned().ok().map(Room));
+        let Some(room) = room else { return self.lost.add(1, "the queue is full") };
+        if self.lines.send(Message::Line(record.line(), room)).is_err() {
+            self.lost.add(1, "the audit log is closed");
         }
     }
 }
@@ -203,10 +288,10 @@ impl Audit {
 impl Writer {
     /// Writes what has been recorded so far, and ends. Gives whether that was done within `grace`.
     pub async fn close(self, grace: Duration) -> bool {
-        let Self { queue, thread } = self;
+        let Self { lines, thread } = self;
         let closed = async {
-            let _ = queue.send(Message::Close).await;
-            queue.closed().await;
+            let _ = lines.send(Message::Close);
+            lines.closed().await;
             let _ = tokio::task::spawn_blocking(move || thread.join()).await;
         };
         tokio::time::timeout(grace, closed).await.is_ok()
@@ -216,35 +301,57 @@ impl Writer {
 /// Records that could not be written.
 struct Lost {
     counter: Counter,
-    /// Those that the log does not speak of yet, and when it last did.
-    unsaid: Mutex<(u64, Option<Instant>)>,
+    log: Seldom,
+    /// Those that the audit log does not speak of yet.
+    unwritten: AtomicU64,
 }
 
 impl Lost {
     fn add(&self, records: u64, why: &str) {
         self.counter.inc_by(records);
-        let mut unsaid = self.unsaid.lock().unwrap_or_else(PoisonError::into_inner);
-        unsaid.0 += records;
-        if unsaid.1.is_none_or(|last| last.elapsed() >= LOST_INTERVAL) {
-            tracing::error!(records = unsaid.0, why, "audit records are lost");
-            *unsaid = (0, Some(Instant::now()));
+        self.unwritten.fetch_add(records, Ordering::Relaxed);
+        if let Some(records) = self.log.count(records) {
+            tracing::error!(records, why, "audit records are lost");
         }
+    }
+
+    /// Says in the audit log how many there were since it last did.
+    fn confess(&self, output: &mut Output) {
+        let records = self.unwritten.swap(0, Ordering::Relaxed);
+        if records == 0 {
+            return;
+        }
+        let ts = humantime::format_rfc3339_millis(SystemTime::now());
+        let line = format!("{{\"ts\":\"{ts}\",\"lost\":{records}}}\n");
+        output.write(std::iter::once(line), &mut |_, _| {
+            self.unwritten.fetch_add(records, Ordering::Relaxed);
+        });
     }
 }
 
 /// The thread: until it is told to close, or nobody is left to record.
-fn write(mut lines: mpsc::Receiver<Message>, mut output: Output, lost: &Lost) {
+fn write(mut lines: mpsc::UnboundedReceiver<Message>, mut output: Output, lost: &Lost) {
     let mut messages = Vec::new();
+    let mut confessed = None::<Instant>;
     while lines.blocking_recv_many(&mut messages, 256) > 0 {
         let mut closing = false;
+        let mut rooms = Vec::new();
         let batch = messages.drain(..).filter_map(|message| match message {
-            Message::Line(line) => Some(line),
+            Message::Line(line, room) => {
+                rooms.push(room);
+                Some(line)
+            }
             Message::Close => {
                 closing = true;
                 None
             }
         });
         output.write(batch, &mut |records, why| lost.add(records, why));
+        drop(rooms);
+        if closing || confessed.is_none_or(|last| last.elapsed() >= CONFESS) {
+            lost.confess(&mut output);
+            confessed = Some(Instant::now());
+        }
         if closing {
             return;
         }

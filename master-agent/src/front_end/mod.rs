@@ -17,6 +17,7 @@ mod recorder;
 pub mod reloaded;
 pub mod request_info;
 pub mod secret;
+mod seldom;
 pub mod server;
 pub mod tls;
 pub mod tunnels;

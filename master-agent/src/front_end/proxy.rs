@@ -22,10 +22,10 @@ use hyper_util::rt::TokioIo;
 use proto::io::{dialer::Origin, relay::relay_sockets};
 
 use super::{
-    authn::{Authenticated, Moment, Presented},
+    authn::{self, Authenticated, Moment, Presented},
     authz::{Attributes, impersonate::Impersonation},
     headers,
-    limits::Place,
+    limits::{Attempt, Place, too_many},
     local::refuse_pages,
     recorder::Recorder,
     request_info::RequestInfo,
@@ -47,7 +47,6 @@ impl Connection {
         request: Request<Incoming>,
     ) -> Result<Response<Answer>, Infallible> {
         let busy = self.activity.busy();
-        self.front_end.audit.room().await;
         let mut record = Recorder::new(self.front_end.audit.clone(), &self.peer, &request);
         // A Content-Length beside it is dropped unseen, and whoever stands before this server may have gone by it.
         let http1 = request.version() < Version::HTTP_2;
@@ -55,6 +54,7 @@ impl Connection {
         let (mut response, upgrade) = match self.proxy(request, &mut record).await {
             Ok(answered) => answered,
             Err(failure) => {
+                record.refused().await;
                 // What follows a head that is not understood need not be a request.
                 last |= http1 && failure.code == StatusCode::BAD_REQUEST;
                 let response = failure.response().map(|body| Answer::from(Content::Own(body)));
@@ -99,10 +99,16 @@ impl Connection {
         .map_err(|error| Failure::new(StatusCode::BAD_REQUEST, error.to_string()))?;
         record.about(&info);
         let urls = front_end.proxy_urls.as_ref().filter(|_| is_proxy_url(&info));
-        let user = self.authorize(&head, caller, &info, urls.is_some(), record).await?;
         let long_running = hop.upgrade.is_some() || is_long_running(&info, head.uri.query());
-        let place =
-            front_end.limits.place(&user.name, long_running).await.inspect_err(|_| record.limited())?;
+        record.reserve(long_running).await.map_err(|_full| {
+            record.limited();
+            Failure::new(StatusCode::SERVICE_UNAVAILABLE, "the request can't be recorded at the moment")
+                .retry_after(1)
+        })?;
+        // Whoever the caller acts as, and before authorizers do anything for it.
+        let place = front_end.limits.place(&caller.user.name, long_running).await;
+        let place = place.inspect_err(|_| record.limited())?;
+        let user = self.authorize(&head, caller, &info, urls.is_some(), record).await?;
 
         record.allowed();
         if let Some(urls) = urls {
@@ -191,6 +197,7 @@ impl Connection {
             return Ok(who.clone());
         }
         let now = Moment::now();
+        let attempt = front_end.limits.attempt(&self.peer);
         let recognized = match Presented::of(head, &self.certificates) {
             Ok(presented) => {
                 let by_certificate = presented.bearer.is_none() && !self.certificates.is_empty();
@@ -198,9 +205,8 @@ impl Connection {
                     record.authenticated(&who);
                     return Ok(who);
                 }
-                front_end.limits.may_try(&self.peer).inspect_err(|_| record.limited())?;
                 let generation = front_end.authn.generation();
-                let recognized = front_end.authn.authenticate(&presented, now).await;
+                let recognized = front_end.authn.authenticate(presented.guarded(&attempt), now).await;
                 if by_certificate && let Ok(who) = &recognized {
                     self.remember(generation, &now, who);
                 }
@@ -210,16 +216,32 @@ impl Connection {
         };
         match recognized {
             Ok(who) => {
+                attempt.forgive();
                 record.authenticated(&who);
                 Ok(who)
             }
-            Err(failure) => {
-                front_end.limits.failed(&self.peer);
-                record.unauthenticated();
-                tracing::info!(peer = %self.peer, reason = %failure, "a caller is not recognised");
-                Err(Failure::new(StatusCode::UNAUTHORIZED, "Unauthorized"))
-            }
+            Err(failure) => Err(self.unrecognized(attempt, &failure, record)),
         }
+    }
+
+    fn unrecognized(&self, attempt: Attempt<'_>, why: &authn::Failure, record: &mut Recorder) -> Failure {
+        let limited = match why.not_tried() {
+            Some(after) => Some(too_many(after)),
+            None if why.is_unavailable() => {
+                attempt.forgive();
+                tracing::debug!(peer = %self.peer, reason = %why, "a caller's credential can't be checked");
+                let message = "the credential can't be checked at the moment, please try again later";
+                return Failure::new(StatusCode::SERVICE_UNAVAILABLE, message).retry_after(1);
+            }
+            None => attempt.fail().err(),
+        };
+        if let Some(limited) = limited {
+            record.limited();
+            return limited;
+        }
+        record.unauthenticated();
+        tracing::info!(peer = %self.peer, reason = %why, "a caller is not recognised");
+        Failure::new(StatusCode::UNAUTHORIZED, "Unauthorized")
     }
 
     /// The user on whose behalf the request goes on.

@@ -12,17 +12,18 @@ use hyper::{Request, StatusCode};
 use proto::{NodeName, io::relay::Counters};
 
 use super::{
-    audit::{Audit, Outcome, Record, RequestId},
+    audit::{Audit, Full, Outcome, Queue, Record, RequestId, Room},
     authn::Authenticated,
     authz::Verdict,
     request_info::RequestInfo,
     server::Peer,
-    user::User,
+    user::{UNAUTHENTICATED, User},
 };
 
 /// Dropping it writes the record: when the response has been passed on, or the caller has left.
 pub struct Recorder {
     audit: Audit,
+    room: Option<Room>,
     pub id: RequestId,
     received: SystemTime,
     began: Instant,
@@ -51,6 +52,7 @@ impl Recorder {
     pub fn new<B>(audit: Audit, peer: &Peer, request: &Request<B>) -> Self {
         Self {
             audit,
+            room: None,
             id: RequestId::random(),
             received: SystemTime::now(),
             began: Instant::now(),
@@ -83,6 +85,27 @@ impl Recorder {
 
     pub fn unauthenticated(&mut self) {
         self.outcome = Outcome::Unauthenticated;
+    }
+
+    /// Makes sure that there will be room for the record of a request that is to be served.
+    pub async fn reserve(&mut self, lasting: bool) -> Result<(), Full> {
+        let queue = if lasting { Queue::Lasting } else { self.queue() };
+        self.room = self.audit.room(queue).await?;
+        Ok(())
+    }
+
+    /// Of a request that is not served: its line is lost if there is no room, but whoever makes many is slowed down.
+    pub async fn refused(&mut self) {
+        if self.room.is_none() {
+            self.room = self.audit.room(self.queue()).await.ok().flatten();
+        }
+    }
+
+    fn queue(&self) -> Queue {
+        match &self.user {
+            Some(user) if !user.in_group(UNAUTHENTICATED) => Queue::Known,
+            Some(_) | None => Queue::Strangers,
+        }
     }
 
     pub fn limited(&mut self) {
@@ -123,7 +146,8 @@ impl Recorder {
 impl Drop for Recorder {
     fn drop(&mut self) {
         let (up, down) = (self.carried.up.load(Ordering::Relaxed), self.carried.down.load(Ordering::Relaxed));
-        self.audit.record(&Record {
+        let (queue, room) = (self.queue(), self.room.take());
+        let record = Record {
             received: self.received,
             id: self.id,
             source: &self.source,
@@ -144,6 +168,7 @@ impl Drop for Recorder {
             node: self.node.as_ref().map(NodeName::as_str),
             // The records of streams have the request's id in their origin.
             stream: None,
-        });
+        };
+        self.audit.record(&record, queue, room);
     }
 }

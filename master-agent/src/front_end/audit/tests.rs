@@ -2,6 +2,7 @@ use std::{
     fs,
     os::unix::fs::{PermissionsExt, symlink},
     path::Path,
+    sync::Mutex,
 };
 
 use proto::config::{Source, parse};
@@ -30,7 +31,15 @@ impl Drop for Dir {
 }
 
 fn config(file: PathBuf) -> AuditConfig {
-    AuditConfig { file: Some(file), max_bytes: 1 << 20, keep: 3, queue: 16, wait: Duration::from_millis(1) }
+    AuditConfig {
+        file: Some(file),
+        max_bytes: 1 << 20,
+        keep: 3,
+        queue: 16,
+        strangers_queue: 16,
+        wait: Duration::from_millis(1),
+        on_full: OnFull::Refuse,
+    }
 }
 
 fn record<'a>() -> Record<'a> {
@@ -191,11 +200,12 @@ async fn a_file_is_rotated_and_only_its_owner_reads_it() {
     let (audit, writer) = Audit::start(&settings, lost.clone()).unwrap();
     for code in 100..117 {
         // Not so fast that the queue is full.
-        while audit.queue.capacity() == 0 {
-            tokio::task::yield_now().await;
-        }
-        audit.room().await;
-        audit.record(&Record { code, ..record() });
+        let room = loop {
+            if let Ok(room) = audit.room(Queue::Known).await {
+                break room;
+            }
+        };
+        audit.record(&Record { code, ..record() }, Queue::Known, room);
     }
     assert!(writer.close(Duration::from_secs(60)).await);
     assert_eq!(lost.get(), 0);
@@ -210,9 +220,8 @@ async fn a_file_is_rotated_and_only_its_owner_reads_it() {
     for name in names(&dir) {
         assert_eq!(fs::metadata(dir.file(&name)).unwrap().permissions().mode() & 0o777, 0o600, "{name}");
     }
-    audit.room().await;
-    audit.record(&record());
-    audit.record(&record());
+    audit.record(&record(), Queue::Known, None);
+    audit.record(&record(), Queue::Strangers, None);
     assert_eq!(lost.get(), 2, "it is closed");
 }
 
@@ -311,23 +320,100 @@ fn a_line_written_in_part_does_not_spoil_the_next() {
     assert_eq!(text.lines().map(read).collect::<Vec<_>>(), [Some(401), None, Some(408), Some(409)]);
 }
 
+#[tokio::test(start_paused = true)]
+async fn what_is_served_is_recorded_however_many_come_and_strangers_take_no_room_of_others() {
+    let settings = AuditConfig { queue: 3, strangers_queue: 2, ..config(PathBuf::new()) };
+    let lost = Counter::default();
+    // Nobody takes lines out of this queue yet.
+    let (audit, mut lines) = Audit::new(&settings, lost.clone());
+    let stranger = |code| {
+        audit.record(&Record { code, ..record() }, Queue::Strangers, None);
+    };
+    (0..1000).for_each(stranger);
+    assert_eq!(lost.get(), 998);
+    for _ in 0..2 {
+        assert_eq!(audit.room(Queue::Strangers).await.err(), Some(Full));
+    }
+    let mut lasting = Vec::new();
+    for _ in 0..100 {
+        lasting.push(audit.room(Queue::Lasting).await.unwrap().unwrap());
+    }
+    let mut served = Vec::new();
+    while let Ok(room) = audit.room(Queue::Known).await {
+        served.push(room.unwrap());
+    }
+    assert_eq!(served.len(), 3, "of those under way, each has its room");
+    // One that is refused has none, and takes none of theirs.
+    audit.record(&record(), Queue::Known, None);
+    assert_eq!(lost.get(), 999);
+    for room in served {
+        audit.record(&Record { code: 200, ..record() }, Queue::Known, Some(room));
+    }
+    assert_eq!(lost.get(), 999);
+    assert_eq!(audit.room(Queue::Known).await.err(), Some(Full), "until they are written");
+    for room in lasting {
+        audit.record(&Record { code: 201, ..record() }, Queue::Lasting, Some(room));
+    }
+    let waiting = audit.room(Queue::Known);
+    let writing = async {
+        let mut written = Vec::new();
+        while written.len() < 105 {
+            let Some(Message::Line(line, room)) = lines.recv().await else { panic!("no line") };
+            written.push(line);
+            drop(room);
+        }
+        written
+    };
+    let (room, written) = tokio::join!(waiting, writing);
+    assert!(room.unwrap().is_some(), "whoever waits gets the first that is free");
+    let of = |code| written.iter().filter(|line| line.contains(&format!("\"code\":{code},"))).count();
+    assert_eq!((of(200), of(201)), (3, 100));
+    assert_eq!(lost.get(), 999);
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_go_on_unrecorded_where_that_is_configured() {
+    let settings = AuditConfig { queue: 1, on_full: OnFull::Drop, ..config(PathBuf::new()) };
+    let lost = Counter::default();
+    let (audit, _lines) = Audit::new(&settings, lost.clone());
+    let room = audit.room(Queue::Known).await.unwrap();
+    assert!(room.is_some());
+    assert!(audit.room(Queue::Known).await.unwrap().is_none());
+    audit.record(&record(), Queue::Known, None);
+    assert_eq!(lost.get(), 1);
+}
+
 #[tokio::test]
-async fn a_full_queue_waits_a_little_and_loses() {
-    // Nothing takes lines out of this queue.
-    let (queue, mut stuck) = mpsc::channel(1);
-    let counter = Counter::default();
-    let lost = Arc::new(Lost { counter: counter.clone(), unsaid: Mutex::default() });
-    let audit = Audit { queue, wait: Duration::from_millis(1), lost };
-    audit.room().await;
-    audit.record(&record());
-    audit.room().await;
-    audit.record(&record());
-    audit.record(&record());
-    assert_eq!(counter.get(), 2);
-    stuck.recv().await.unwrap();
-    audit.room().await;
-    audit.record(&record());
-    assert_eq!(counter.get(), 2);
+async fn the_audit_log_says_what_was_lost_once_it_can() {
+    let dir = Dir::new();
+    let path = dir.file("audit.log");
+    let settings = AuditConfig { strangers_queue: 1, ..config(path.clone()) };
+    let lost = Counter::default();
+    let (audit, writer) = Audit::start(&settings, lost.clone()).unwrap();
+    let room = audit.room(Queue::Strangers).await.unwrap();
+    for _ in 0..7 {
+        audit.record(&record(), Queue::Strangers, None);
+    }
+    audit.record(&record(), Queue::Strangers, room);
+    assert!(writer.close(Duration::from_secs(60)).await);
+    assert_eq!(lost.get(), 7);
+    let said = lines(&path).iter().filter_map(|line| line["lost"].as_u64()).sum::<u64>();
+    assert_eq!((lines(&path).len(), said), (2, 7), "{:?}", lines(&path));
+    assert_eq!(audit.room(Queue::Strangers).await.map(|room| room.is_some()), Ok(true));
+
+    // On a full disk it is not forgotten.
+    let disk = Disk::default();
+    let mut output = Output::stream(disk.clone());
+    let (audit, _lines) = Audit::new(&settings, Counter::default());
+    audit.lost.add(3, "test");
+    audit.lost.confess(&mut output);
+    audit.lost.add(2, "test");
+    disk.0.lock().unwrap().1 = 1 << 20;
+    audit.lost.confess(&mut output);
+    audit.lost.confess(&mut output);
+    let text = String::from_utf8(disk.0.lock().unwrap().0.clone()).unwrap();
+    assert_eq!(text.matches("\"lost\":5}\n").count(), 1, "{text}");
+    assert_eq!(text.lines().count(), 1, "{text}");
 }
 
 #[test]
@@ -338,10 +424,27 @@ fn the_configuration() {
     };
     let defaults = read("audit: {}").unwrap();
     assert_eq!((defaults.file, defaults.max_bytes, defaults.keep), (None, 100 << 20, 10));
-    let all = read("audit: {file: audit.log, max_megabytes: 1, keep: 2, queue: 3, wait: 0s}").unwrap();
-    let file = Some("/var/audit.log".into());
-    assert_eq!(all, AuditConfig { file, max_bytes: 1 << 20, keep: 2, queue: 3, wait: Duration::ZERO });
-    for wrong in ["{keep: 0}", "{queue: 0}", "{wait: 1m}", "{files: x}", "{max_megabytes: 0}"] {
+    assert_eq!((defaults.queue, defaults.strangers_queue, defaults.on_full), (4096, 1024, OnFull::Refuse));
+    let all = "audit: {file: audit.log, max_megabytes: 1, keep: 2, queue: 3, strangers_queue: 4, wait: 0s, on_full: drop}";
+    let expected = AuditConfig {
+        file: Some("/var/audit.log".into()),
+        max_bytes: 1 << 20,
+        keep: 2,
+        queue: 3,
+        strangers_queue: 4,
+        wait: Duration::ZERO,
+        on_full: OnFull::Drop,
+    };
+    assert_eq!(read(all).unwrap(), expected);
+    for wrong in [
+        "{on_full: wait}",
+        "{strangers_queue: 0}",
+        "{keep: 0}",
+        "{queue: 0}",
+        "{wait: 1m}",
+        "{files: x}",
+        "{max_megabytes: 0}",
+    ] {
         read(&format!("audit: {wrong}")).unwrap_err();
     }
 }

@@ -36,7 +36,12 @@ pub struct BootstrapToken {
 /// Where bootstrap tokens come from.
 pub trait BootstrapTokens: Send + Sync {
     /// `None` where there is none with this ID; an error where there is and can't be used.
-    fn get<'a>(&'a self, id: &'a str, now: Moment) -> BoxFuture<'a, Result<Option<BootstrapToken>, Reason>>;
+    fn get<'a>(
+        &'a self,
+        id: &'a str,
+        presented: &'a Presented<'a>,
+        now: Moment,
+    ) -> BoxFuture<'a, Result<Option<BootstrapToken>, Reason>>;
 }
 
 pub struct Bootstrap(Vec<Box<dyn BootstrapTokens>>);
@@ -52,7 +57,7 @@ impl Bootstrap {
         };
         let mut outcome = Reason::UnknownBootstrapToken;
         for source in &self.0 {
-            match source.get(id, now).await {
+            match source.get(id, presented, now).await {
                 Ok(Some(token)) => return token.check(id, &Secret::new(secret), now).map(Some),
                 Ok(None) => {}
                 Err(reason) => outcome = reason,
@@ -156,7 +161,12 @@ impl FileTokens {
 }
 
 impl BootstrapTokens for FileTokens {
-    fn get<'a>(&'a self, id: &'a str, _: Moment) -> BoxFuture<'a, Result<Option<BootstrapToken>, Reason>> {
+    fn get<'a>(
+        &'a self,
+        id: &'a str,
+        _: &'a Presented<'a>,
+        _: Moment,
+    ) -> BoxFuture<'a, Result<Option<BootstrapToken>, Reason>> {
         Box::pin(std::future::ready(Ok(self.0.get().get(id).cloned())))
     }
 }
@@ -218,7 +228,12 @@ impl ClusterTokens {
         }
     }
 
-    async fn find(&self, id: &str, now: Moment) -> Result<Option<BootstrapToken>, Reason> {
+    async fn find(
+        &self,
+        id: &str,
+        presented: &Presented<'_>,
+        now: Moment,
+    ) -> Result<Option<BootstrapToken>, Reason> {
         let Ok(key) = <[u8; 6]>::try_from(id.as_bytes()) else { return Ok(None) };
         if let Some(known) = self.known.get(&key, now.monotonic) {
             return known.map(Some);
@@ -226,6 +241,7 @@ impl ClusterTokens {
         if self.unknown.get(&key, now.monotonic).is_some() {
             return Ok(None);
         }
+        presented.may_cost()?;
         let ask = async {
             let _permit = self.asking.acquire().await.map_err(|_| unavailable("it is closed"))?;
             let secret = self.api.get_opt(&format!("bootstrap-token-{id}")).await;
@@ -251,8 +267,13 @@ fn unavailable(error: &str) -> Reason {
 }
 
 impl BootstrapTokens for ClusterTokens {
-    fn get<'a>(&'a self, id: &'a str, now: Moment) -> BoxFuture<'a, Result<Option<BootstrapToken>, Reason>> {
-        Box::pin(self.find(id, now))
+    fn get<'a>(
+        &'a self,
+        id: &'a str,
+        presented: &'a Presented<'a>,
+        now: Moment,
+    ) -> BoxFuture<'a, Result<Option<BootstrapToken>, Reason>> {
+        Box::pin(self.find(id, presented, now))
     }
 }
 

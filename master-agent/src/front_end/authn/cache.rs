@@ -47,6 +47,13 @@ impl<V: Clone, K: Copy + Eq + std::hash::Hash> Cache<V, K> {
         (now.saturating_duration_since(*put) < self.ttl).then(|| value.clone())
     }
 
+    pub fn remove(&self, key: &K) {
+        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        if entries.values.remove(key).is_some() {
+            entries.order.retain(|(_, one)| one != key);
+        }
+    }
+
     pub fn put(&self, key: K, value: V, now: Instant) {
         if self.size == 0 || self.ttl.is_zero() {
             return;
@@ -84,6 +91,9 @@ mod tests {
             (cache.get(&1, at(2)), cache.get(&2, at(2)), cache.get(&3, at(2))),
             (None, Some(20), Some(30))
         );
+        cache.remove(&3);
+        assert_eq!((cache.get(&2, at(2)), cache.get(&3, at(2))), (Some(20), None));
+        cache.put(3, 30, at(2));
         cache.put(2, 21, at(3));
         assert_eq!((cache.get(&2, at(12)), cache.get(&3, at(11))), (Some(21), Some(30)));
         for i in 0..1000 {

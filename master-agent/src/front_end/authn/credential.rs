@@ -1,5 +1,11 @@
 //! The credentials of a request: the certificate of its connection, and its bearer token.
 
+use std::{
+    fmt,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
+
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use hyper::{
     HeaderMap,
@@ -24,6 +30,16 @@ pub struct Presented<'a> {
     pub certificates: &'a [CertificateDer<'static>],
     pub bearer: Option<Secret>,
     pub path: &'a str,
+    /// `None` lets everything pass.
+    pub(super) guard: Option<&'a dyn Guard>,
+    /// Whether finding out took something that costs.
+    cost: AtomicBool,
+}
+
+/// Stands before what costs something, such as the check of a token's signature or a question to somebody else.
+pub trait Guard: fmt::Debug + Send + Sync {
+    /// Whether it may be done for this caller; else how long until it may.
+    fn pass(&self) -> Result<(), Duration>;
 }
 
 impl<'a> Presented<'a> {
@@ -36,7 +52,22 @@ impl<'a> Presented<'a> {
         if bearer.as_ref().is_some_and(|token| token.expose().len() > MAX_TOKEN) {
             return Err(Reason::TokenTooLong.into());
         }
-        Ok(Self { certificates, bearer, path: head.uri.path() })
+        let path = head.uri.path();
+        Ok(Self { certificates, bearer, path, guard: None, cost: AtomicBool::new(false) })
+    }
+
+    pub fn guarded(self, guard: &'a dyn Guard) -> Self {
+        Self { guard: Some(guard), ..self }
+    }
+
+    /// To be asked before anything that costs.
+    pub(super) fn may_cost(&self) -> Result<(), Reason> {
+        self.cost.store(true, Ordering::Relaxed);
+        self.guard.map_or(Ok(()), |guard| guard.pass().map_err(Reason::NotTried))
+    }
+
+    pub(super) fn did_cost(&self) -> bool {
+        self.cost.load(Ordering::Relaxed)
     }
 
     /// Why nobody knows this caller, if nobody found anything wrong.

@@ -17,7 +17,7 @@ use serde::{
 };
 use serde_json::{Map, Value};
 
-use super::{Moment, Reason, keys::KeySource};
+use super::{Moment, Presented, Reason, keys::KeySource};
 
 /// How far the clocks of issuers may be ahead.
 const LEEWAY: u64 = 10;
@@ -70,32 +70,36 @@ impl<'a> Unverified<'a> {
     }
 
     /// Verifies the signature, then the time.
-    pub async fn verify(self, keys: &[KeySource], now: Moment) -> Result<Claims, Reason> {
-        let mut outcome = Reason::UnknownKey;
+    pub async fn verify(
+        self,
+        keys: &[KeySource],
+        presented: &Presented<'_>,
+        now: Moment,
+    ) -> Result<Claims, Reason> {
+        presented.may_cost()?;
+        let (mut outcome, mut unavailable) = (Reason::UnknownKey, None);
         for source in keys {
-            let set = match source.current(now).await {
-                Ok(set) => set,
-                Err(reason) => {
-                    outcome = reason;
-                    continue;
-                }
-            };
-            match self.verify_with(&set) {
+            match self.verify_by(source, now).await {
                 Ok(()) => return self.timely(now),
                 Err(Reason::UnknownKey) => {}
-                Err(reason) => {
-                    outcome = reason;
-                    continue;
-                }
-            }
-            if let Some(newer) = source.newer(&set, now).await {
-                match self.verify_with(&newer) {
-                    Ok(()) => return self.timely(now),
-                    Err(reason) => outcome = reason,
-                }
+                Err(reason @ Reason::Unavailable(_)) => unavailable = Some(reason),
+                Err(reason) => outcome = reason,
             }
         }
-        Err(outcome)
+        // The key may be one that could not be had.
+        Err(unavailable.unwrap_or(outcome))
+    }
+
+    async fn verify_by(&self, source: &KeySource, now: Moment) -> Result<(), Reason> {
+        let set = source.current(now).await?;
+        match self.verify_with(&set) {
+            Err(Reason::UnknownKey) => {}
+            decided => return decided,
+        }
+        match source.newer(&set, now).await? {
+            Some(newer) => self.verify_with(&newer),
+            None => Err(Reason::UnknownKey),
+        }
     }
 
     fn verify_with(&self, set: &super::keys::KeySet) -> Result<(), Reason> {

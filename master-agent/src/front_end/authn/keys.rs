@@ -208,10 +208,10 @@ impl KeySource {
     }
 
     /// After a key was not found in what [`KeySource::current`] gave: something newer, if there is.
-    pub async fn newer(&self, than: &Arc<KeySet>, now: Moment) -> Option<Arc<KeySet>> {
+    pub async fn newer(&self, than: &Arc<KeySet>, now: Moment) -> Result<Option<Arc<KeySet>>, Reason> {
         match self {
-            Self::File(_) => None,
-            Self::Remote(keys) => keys.newer(than, now).await.ok().flatten(),
+            Self::File(_) => Ok(None),
+            Self::Remote(keys) => keys.newer(than, now).await,
         }
     }
 }
@@ -263,7 +263,10 @@ impl RemoteKeys {
             let fetching = self.fetching.lock().await;
             return match self.fetched() {
                 Some((set, _)) => Ok(set),
-                None => self.fetch(fetching, now).await,
+                None => match self.fetch(fetching, now).await? {
+                    Some(set) => Ok(set),
+                    None => Err(Reason::Unavailable("the keys were fetched a moment ago".into())),
+                },
             };
         };
         if now.monotonic.saturating_duration_since(at) < MAX_AGE {
@@ -271,7 +274,7 @@ impl RemoteKeys {
         }
         // One request waits for the new set, the others go on with the old one.
         match self.fetching.try_lock() {
-            Ok(fetching) => Ok(self.fetch(fetching, now).await.unwrap_or(set)),
+            Ok(fetching) => Ok(self.fetch(fetching, now).await.ok().flatten().unwrap_or(set)),
             Err(_) => Ok(set),
         }
     }
@@ -280,7 +283,7 @@ impl RemoteKeys {
         let fetching = self.fetching.lock().await;
         match self.fetched() {
             Some((set, _)) if !Arc::ptr_eq(&set, than) => Ok(Some(set)),
-            Some(_) | None => self.fetch(fetching, now).await.map(Some),
+            Some(_) | None => self.fetch(fetching, now).await,
         }
     }
 
@@ -288,16 +291,16 @@ impl RemoteKeys {
         self.fetched.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// `None` where that was done a moment ago.
     async fn fetch(
         &self,
         mut fetching: tokio::sync::MutexGuard<'_, Option<Attempt>>,
         now: Moment,
-    ) -> Result<Arc<KeySet>, Reason> {
+    ) -> Result<Option<Arc<KeySet>>, Reason> {
         if let Some(last) = &*fetching
             && now.monotonic.saturating_duration_since(last.began) < self.pause
         {
-            let recent = || Reason::Unavailable("the keys were fetched a moment ago".into());
-            return Err(last.failure.clone().unwrap_or_else(recent));
+            return last.failure.clone().map_or(Ok(None), Err);
         }
         *fetching = Some(Attempt { began: now.monotonic, failure: None });
         match self.ask().await {
@@ -305,7 +308,7 @@ impl RemoteKeys {
                 let set = Arc::new(set);
                 let mut fetched = self.fetched.write().unwrap_or_else(PoisonError::into_inner);
                 *fetched = Some((set.clone(), now.monotonic));
-                Ok(set)
+                Ok(Some(set))
             }
             Err(error) => {
                 tracing::warn!(error = format!("{error:#}"), "the keys of tokens can't be fetched");

@@ -6,13 +6,17 @@
 //! [`Failure`], which holds no secret. Anonymous is for requests without any credential: a bad one never becomes
 //! anonymous.
 //!
+//! What costs something, such as a signature to check or a webhook to ask, stands behind a [`Guard`], so that callers can
+//! be kept from having it done for one guess after the other. What costs nothing is always done, and a token that was
+//! good a while ago is no guess.
+//!
 //! Nothing here reads the clock: each call gets the [`Moment`] at which it happens.
 
 use std::{
     fmt,
     pin::Pin,
     sync::Arc,
-    time::{Instant, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use super::{
@@ -43,7 +47,7 @@ pub use config::{
     AuthenticatorConfig, AuthnConfig, BootstrapConfig, CacheConfig, KeysConfig, OidcConfig,
     ServiceAccountConfig, WebhookConfig, X509Config,
 };
-pub use credential::{Presented, strip};
+pub use credential::{Guard, Presented, strip};
 pub use oidc::Oidc;
 pub use reason::Reason;
 pub use service_account::ServiceAccounts;
@@ -120,6 +124,17 @@ impl Failure {
     pub fn reasons(&self) -> impl Iterator<Item = &Reason> {
         self.0.iter().map(|(_, reason)| reason)
     }
+
+    /// Where the guard let something not be tried: how long until it may.
+    pub fn not_tried(&self) -> Option<Duration> {
+        self.reasons()
+            .find_map(|reason| if let Reason::NotTried(after) = reason { Some(*after) } else { None })
+    }
+
+    /// Whether somebody who may know the credential could not be asked: then it need not be wrong.
+    pub fn is_unavailable(&self) -> bool {
+        self.reasons().any(|reason| matches!(reason, Reason::Unavailable(_)))
+    }
 }
 
 impl From<Reason> for Failure {
@@ -140,11 +155,17 @@ impl fmt::Display for Failure {
     }
 }
 
+/// How long, and of how many, it is known that a token was good.
+const PROVEN: Duration = Duration::from_secs(3600);
+const MAX_PROVEN: usize = 10_000;
+
 /// The configured authenticators, in order.
 pub struct Authenticators {
     chain: Vec<(&'static str, Box<dyn Authenticator>)>,
     /// Who bearer tokens were, and which authenticator knew them.
     remembered: Cache<Remembered>,
+    /// Tokens that finding out about cost something, and that were good.
+    proven: Cache<()>,
     /// What the authenticators are read from: when one changes, nothing is remembered.
     files: Vec<Arc<dyn Follow>>,
     client_ca: Option<Arc<Reloaded<ClientCa>>>,
@@ -164,7 +185,8 @@ impl Authenticators {
         files: Vec<Arc<dyn Follow>>,
         cache: CacheConfig,
     ) -> Self {
-        Self { chain, remembered: Cache::new(cache.size, cache.ttl), files, client_ca: None }
+        let remembered = Cache::new(cache.size, cache.ttl);
+        Self { chain, remembered, proven: Cache::new(MAX_PROVEN, PROVEN), files, client_ca: None }
     }
 
     /// Whose certificates TLS asks callers for; `None` asks for none.
@@ -180,7 +202,7 @@ impl Authenticators {
 
     pub async fn authenticate(
         &self,
-        presented: &Presented<'_>,
+        mut presented: Presented<'_>,
         now: Moment,
     ) -> Result<Authenticated, Failure> {
         let generation = self.generation();
@@ -190,6 +212,10 @@ impl Authenticators {
             let expired = found.recognized.expires.is_some_and(|end| now.wall >= end);
             found.generation == generation && !expired
         });
+        let proven = digest.filter(|digest| self.proven.get(digest, now.monotonic).is_some());
+        if proven.is_some() {
+            presented.guard = None;
+        }
         let mut failure = Failure(Vec::new());
         for (index, (name, authenticator)) in self.chain.iter().enumerate() {
             if let Some(found) = &remembered
@@ -203,7 +229,7 @@ impl Authenticators {
                     continue;
                 }
             }
-            let found = authenticator.authenticate(presented, now).await;
+            let found = authenticator.authenticate(&presented, now).await;
             match found.and_then(|found| found.map(checked).transpose()) {
                 Ok(Some(recognized)) => {
                     if let Some(digest) = digest
@@ -213,11 +239,17 @@ impl Authenticators {
                         let value = Remembered { authenticator: index, generation, recognized };
                         self.remembered.put(digest, value, now.monotonic);
                     }
+                    if let Some(digest) = digest.filter(|_| presented.did_cost()) {
+                        self.proven.put(digest, (), now.monotonic);
+                    }
                     return Ok(authenticated(name, recognized));
                 }
                 Ok(None) => {}
                 Err(reason) => failure.0.push((name, reason)),
             }
+        }
+        if let Some(digest) = proven.filter(|_| !failure.is_unavailable()) {
+            self.proven.remove(&digest);
         }
         if failure.0.is_empty() {
             failure.0.push(("request", presented.unrecognized()));

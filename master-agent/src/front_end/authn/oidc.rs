@@ -25,7 +25,7 @@ impl Oidc {
         if token.issuer() != Some(&self.config.issuer) {
             return Ok(None);
         }
-        let claims = token.verify(&self.keys, now).await?;
+        let claims = token.verify(&self.keys, presented, now).await?;
         claims.check_audience(&self.config.client_ids)?;
         for (name, value) in &self.config.required_claims {
             if claims.text(name)? != value {

@@ -82,6 +82,9 @@ pub enum Reason {
     Refused,
     #[error("could not be asked: {0}")]
     Unavailable(String),
+    /// It may be after this time.
+    #[error("was not tried: too many of the caller's address have failed")]
+    NotTried(std::time::Duration),
 
     #[error("the user has no name")]
     NoName,

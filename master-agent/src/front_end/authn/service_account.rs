@@ -33,7 +33,7 @@ impl ServiceAccounts {
             Some(issuer) if self.issuers.iter().any(|one| one == issuer) => {}
             Some(_) | None => return Ok(None),
         }
-        let claims = token.verify(&self.keys, now).await?;
+        let claims = token.verify(&self.keys, presented, now).await?;
         claims.check_audience(&self.audiences)?;
         Ok(Some(Recognized { user: user(&claims)?, expires: claims.expires() }))
     }

@@ -63,7 +63,7 @@ impl Request {
         let head = self.head();
         let presented = Presented::of(&head, &self.certificates)?;
         assert!(!format!("{presented:?}").contains("Secret(\""));
-        with.authenticate(&presented, at).await
+        with.authenticate(presented, at).await
     }
 }
 
@@ -446,4 +446,75 @@ fn algorithms_follow_from_the_kind_of_key() {
     }
     let secret = json!({"keys": [{"kty": "oct", "kid": "a", "k": "c2VjcmV0"}]});
     assert!(keys::KeySet::from_jwks(serde_json::from_value(secret).unwrap()).is_err(), "no symmetric keys");
+}
+
+/// Lets nothing pass, and counts what wanted to.
+#[derive(Debug, Default)]
+struct Shut(std::sync::atomic::AtomicUsize);
+
+impl Guard for Shut {
+    fn pass(&self) -> Result<(), Duration> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Err(Duration::from_secs(3))
+    }
+}
+
+#[tokio::test]
+async fn behind_a_shut_guard_is_what_costs_and_nothing_else() {
+    let world = World::new().await;
+    let (authenticators, _files) = load(
+        "- x509: {ca: ca.pem}\n- webhook: {url: STUB/review, ca: stub.pem, authenticated_ttl: 10s}\n\
+         - service_account: {issuers: [https://cluster], audiences: [api], key_files: [keys.pem]}\n\
+         - bootstrap_tokens: {file: bootstrap.csv, cluster: true}\n- token_file: tokens.csv",
+        &world,
+    );
+    let shut = Shut::default();
+    let guarded = async |request: &Request, seconds| {
+        let head = request.head();
+        let presented = Presented::of(&head, &request.certificates).unwrap().guarded(&shut);
+        authenticators.authenticate(presented, at(seconds)).await
+    };
+    let wait = Some(Duration::from_secs(3));
+    let alice = Request::certificates(world.leaf("alice", |_| {}));
+    assert_eq!(guarded(&alice, 0).await.unwrap().authenticator, "x509");
+    let claims = world::change(world.account_claims(), "exp", json!(NOW + 100));
+    let account = Request::bearer(&world.rsa.token(&claims));
+    let (reviewed, clustered) = (Request::bearer("aud-token"), Request::bearer("goodid.0123456789abcdef"));
+    for request in [&account, &reviewed, &clustered, &Request::bearer("guess")] {
+        assert_eq!(guarded(request, 0).await.unwrap_err().not_tried(), wait);
+    }
+    assert_eq!(world.stub.count("/review"), 0, "nobody was asked");
+    // These stand behind the webhook, which is passed over.
+    let text = |name| std::fs::read_to_string(world.dir().join(name)).unwrap();
+    let first = |name| text(name).lines().next().unwrap().split(',').next().unwrap().to_owned();
+    for (file, by) in [("tokens.csv", "token_file"), ("bootstrap.csv", "bootstrap_tokens")] {
+        assert_eq!(guarded(&Request::bearer(&first(file)), 0).await.unwrap().authenticator, by);
+    }
+    let asked = shut.0.load(Ordering::Relaxed);
+    // What was good a while ago is no guess, also when it is no longer remembered.
+    for (request, second) in [(&account, 0), (&reviewed, 0), (&account, 20), (&reviewed, 20)] {
+        assert!(request.authenticate(&authenticators, at(0)).await.is_ok());
+        assert!(guarded(request, second).await.is_ok());
+    }
+    assert_eq!(shut.0.load(Ordering::Relaxed), asked);
+    // Once it is bad, it is a guess like any other.
+    assert_eq!(guarded(&account, 100).await.unwrap_err().not_tried(), None, "it was tried, and has expired");
+    assert_eq!(guarded(&account, 101).await.unwrap_err().not_tried(), wait);
+}
+
+#[tokio::test]
+async fn a_key_that_can_not_be_had_may_be_the_right_one() {
+    let world = World::new().await;
+    let token = Request::bearer(&world.rotated.token(&world.account_claims()));
+    for (set, unavailable) in [("gone", true), ("jwks", false)] {
+        let items = format!(
+            "- service_account: {{issuers: [https://cluster], audiences: [api], key_files: [keys.pem], \
+             jwks: {{url: STUB/{set}, ca: stub.pem}}}}"
+        );
+        let (authenticators, _files) = load(&items, &world);
+        for _ in 0..2 {
+            let failure = token.authenticate(&authenticators, at(0)).await.unwrap_err();
+            assert_eq!(failure.is_unavailable(), unavailable, "{set}: {failure}");
+        }
+    }
 }

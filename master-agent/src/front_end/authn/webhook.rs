@@ -10,7 +10,9 @@ use tokio::sync::Semaphore;
 use super::{
     Authenticator, BoxFuture, Digest, Moment, Presented, Reason, Recognized, WebhookConfig, cache::Cache,
 };
-use crate::front_end::{https_client::JsonClient, reloaded::Reloaded, secret::Secret, user::User};
+use crate::front_end::{
+    https_client::JsonClient, reloaded::Reloaded, secret::Secret, seldom::Seldom, user::User,
+};
 
 pub struct Webhook {
     url: Uri,
@@ -21,6 +23,7 @@ pub struct Webhook {
     known: Cache<User>,
     /// Apart, so that guesses don't push out those who are known.
     refused: Cache<Reason>,
+    failures: Seldom,
 }
 
 impl Webhook {
@@ -33,6 +36,7 @@ impl Webhook {
             asking: Semaphore::new(config.max_in_flight),
             known: Cache::new(config.cache_size, config.authenticated_ttl),
             refused: Cache::new(config.cache_size, config.refused_ttl),
+            failures: Seldom::default(),
         }
     }
 
@@ -45,7 +49,12 @@ impl Webhook {
         if let Some(reason) = self.refused.get(&digest, now.monotonic) {
             return Err(reason);
         }
-        let answer = self.ask(token).await?;
+        presented.may_cost()?;
+        let answer = self.ask(token).await.inspect_err(|reason| {
+            if let Some(times) = self.failures.count(1) {
+                tracing::warn!(times, %reason, "the authentication webhook failed");
+            }
+        })?;
         match self.judge(answer) {
             Ok(user) => {
                 self.known.put(digest, user.clone(), now.monotonic);

@@ -14,8 +14,8 @@ use crate::front_end::{
     user::{ANONYMOUS, AUTHENTICATED, UNAUTHENTICATED, User},
 };
 
-/// Values of all `Impersonate-*` headers of a request.
-const MAX_VALUES: usize = 128;
+/// Groups and extra values of a request together: each is a question to the authorizers.
+const MAX_VALUES: usize = 32;
 
 /// A request to act as someone else, not yet allowed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,15 +35,12 @@ impl Impersonation {
     pub fn requested(headers: &HeaderMap) -> Result<Option<Self>, BadImpersonation> {
         let (mut name, mut uid, mut groups) = (None, None, Vec::new());
         let mut extra = BTreeMap::<String, Vec<String>>::new();
-        let mut values = 0;
+        let (mut any, mut values) = (false, 0);
         for (header, value) in headers {
             if !header.as_str().replace('_', "-").starts_with("impersonate-") {
                 continue;
             }
-            values += 1;
-            if values > MAX_VALUES {
-                return Err(BadImpersonation("too many Impersonate headers"));
-            }
+            any = true;
             let what = header.as_str().strip_prefix("impersonate-");
             let what = what.ok_or(BadImpersonation("an Impersonate header is spelled with an underscore"))?;
             let value = std::str::from_utf8(value.as_bytes())
@@ -58,8 +55,15 @@ impl Impersonation {
             match what {
                 "user" => single(&mut name)?,
                 "uid" => single(&mut uid)?,
-                "group" => groups.push(value.to_owned()),
+                _ if values == MAX_VALUES => {
+                    return Err(BadImpersonation("too many Impersonate headers"));
+                }
+                "group" => {
+                    values += 1;
+                    groups.push(value.to_owned());
+                }
                 _ => {
+                    values += 1;
                     let key = what.strip_prefix("extra-");
                     let key = key.ok_or(BadImpersonation("an Impersonate header is not known"))?;
                     extra.entry(extra_key(key)?).or_default().push(value.to_owned());
@@ -68,7 +72,7 @@ impl Impersonation {
         }
         match name {
             Some(name) => Ok(Some(Self::of(name, uid, groups, extra))),
-            None if values == 0 => Ok(None),
+            None if !any => Ok(None),
             None => Err(BadImpersonation("Impersonate headers without Impersonate-User")),
         }
     }

@@ -23,6 +23,7 @@ use super::{Attributes, Authorizer, BoxFuture, Decision, config::WebhookConfig};
 use crate::front_end::{
     https_client::JsonClient,
     reloaded::{Follow, Reloaded},
+    seldom::Seldom,
 };
 
 /// What answers reviews.
@@ -38,14 +39,8 @@ pub struct Webhook {
     config: WebhookConfig,
     calls: Semaphore,
     cache: Mutex<Cache>,
-    failures: Mutex<Failures>,
+    failures: Seldom,
 }
-
-/// Those that the log does not speak of yet, and when it last did.
-type Failures = (u64, Option<Instant>);
-
-/// Between log lines about failures.
-const FAILURE_INTERVAL: Duration = Duration::from_secs(10);
 
 type Key = [u8; 32];
 
@@ -70,7 +65,7 @@ impl Webhook {
 
     fn new(reviewer: Box<dyn Reviewer>, config: WebhookConfig) -> Self {
         let calls = Semaphore::new(config.max_in_flight);
-        Self { reviewer, config, calls, cache: Mutex::default(), failures: Mutex::default() }
+        Self { reviewer, config, calls, cache: Mutex::default(), failures: Seldom::default() }
     }
 
     async fn decide(&self, attributes: &Attributes<'_>) -> Decision {
@@ -128,17 +123,9 @@ impl Webhook {
 
     /// The caller learns no more than that it failed.
     fn failed(&self, error: &anyhow::Error) -> Decision {
-        let mut unsaid = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
-        unsaid.0 += 1;
-        if unsaid.1.is_none_or(|last| last.elapsed() >= FAILURE_INTERVAL) {
-            tracing::warn!(
-                times = unsaid.0,
-                error = format!("{error:#}"),
-                "the authorization webhook failed"
-            );
-            *unsaid = (0, Some(Instant::now()));
+        if let Some(times) = self.failures.count(1) {
+            tracing::warn!(times, error = format!("{error:#}"), "the authorization webhook failed");
         }
-        drop(unsaid);
         let reason = "the authorization webhook failed".to_owned();
         match self.config.failure_denies {
             true => Decision::Deny { rule: "failure".to_owned(), reason },

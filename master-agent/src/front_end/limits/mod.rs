@@ -6,7 +6,10 @@ pub mod seats;
 use std::{
     collections::HashMap,
     net::IpAddr,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -17,7 +20,7 @@ use self::{
     rate::{Rates, network},
     seats::{Busy, Seat, SeatLimits, Seats},
 };
-use super::server::Peer;
+use super::{authn::Guard, server::Peer};
 use crate::http::status::Failure;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -120,14 +123,9 @@ impl Limits {
         self.addresses.take(Source::of(peer), Instant::now()).map_err(too_many)
     }
 
-    /// Whether a peer has failed to authenticate so often that it is not listened to for a while.
-    pub fn may_try(&self, peer: &Peer) -> Result<(), Failure> {
-        self.failures.check(Source::of(peer), Instant::now()).map_err(too_many)
-    }
-
-    /// A peer has failed to authenticate.
-    pub fn failed(&self, peer: &Peer) {
-        let _ = self.failures.take(Source::of(peer), Instant::now());
+    /// A peer's request begins to authenticate.
+    pub fn attempt(&self, peer: &Peer) -> Attempt<'_> {
+        Attempt { failures: &self.failures, source: Source::of(peer), counted: AtomicBool::new(false) }
     }
 
     /// Waits for a user's turn.
@@ -141,7 +139,43 @@ impl Limits {
     }
 }
 
-fn too_many(after: Duration) -> Failure {
+/// A try to authenticate. From when it costs something it counts as a failure until it is known to be none: guesses at
+/// once are no more than guesses one after the other, and one whose caller leaves before its end was one.
+#[derive(Debug)]
+pub struct Attempt<'a> {
+    failures: &'a Rates<Source>,
+    source: Source,
+    counted: AtomicBool,
+}
+
+impl Guard for Attempt<'_> {
+    fn pass(&self) -> Result<(), Duration> {
+        if !self.counted.load(Ordering::Relaxed) {
+            self.failures.take(self.source.clone(), Instant::now())?;
+            self.counted.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+}
+
+impl Attempt<'_> {
+    /// The caller is recognised, or could not be for no fault of its own.
+    pub fn forgive(self) {
+        if self.counted.into_inner() {
+            self.failures.give_back(self.source, Instant::now());
+        }
+    }
+
+    /// An error where there were too many failures before this one.
+    pub fn fail(self) -> Result<(), Failure> {
+        match self.counted.into_inner() {
+            true => Ok(()),
+            false => self.failures.take(self.source, Instant::now()).map_err(too_many),
+        }
+    }
+}
+
+pub(super) fn too_many(after: Duration) -> Failure {
     let seconds = after.as_secs_f64().ceil().max(1.0);
     let failure = Failure::new(StatusCode::TOO_MANY_REQUESTS, "too many requests, please try again later");
     failure.retry_after(seconds as u32)
@@ -202,5 +236,26 @@ mod tests {
         assert!(counts.take("a").is_some());
         drop(b);
         assert!(counts.held.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn an_attempt_counts_from_when_it_costs_until_it_is_forgiven() {
+        let failures = Rates::new(1, 2, Instant::now() + Duration::from_secs(60));
+        let attempt =
+            || Attempt { failures: &failures, source: Source::Local, counted: AtomicBool::new(false) };
+        for _ in 0..10 {
+            attempt().forgive();
+            let good = attempt();
+            assert_eq!((good.pass(), good.pass()), (Ok(()), Ok(())), "it is one, whatever it asks");
+            good.forgive();
+        }
+        let (one, two, three) = (attempt(), attempt(), attempt());
+        assert!(one.pass().is_ok() && two.pass().is_ok() && three.pass().is_err());
+        three.forgive();
+        assert!(attempt().fail().is_err());
+        assert!(one.fail().is_ok(), "it has been counted");
+        // Its caller has left before it was known what it is.
+        drop(two);
+        assert!(attempt().pass().is_err());
     }
 }

@@ -12,6 +12,7 @@ use std::{
 const MAX_KEYS: usize = 65_536;
 
 /// Token buckets.
+#[derive(Debug)]
 pub struct Rates<K> {
     /// Events a second in the long run.
     per_second: f64,
@@ -20,13 +21,14 @@ pub struct Rates<K> {
     state: Mutex<State<K>>,
 }
 
+#[derive(Debug)]
 struct State<K> {
     buckets: HashMap<K, Bucket>,
     /// Of the keys that there was no room for.
     others: Bucket,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Bucket {
     tokens: f64,
     at: Instant,
@@ -51,15 +53,9 @@ impl<K: Hash + Eq> Rates<K> {
         })
     }
 
-    /// What [`Rates::take`] would say, without counting anything.
-    pub fn check(&self, key: K, now: Instant) -> Result<(), Duration> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(bucket) = state.buckets.get_mut(&key) else { return Ok(()) };
-        self.fill(bucket, now);
-        if bucket.tokens >= 1.0 {
-            return Ok(());
-        }
-        Err(Duration::from_secs_f64((1.0 - bucket.tokens) / self.per_second))
+    /// An event that was counted was none.
+    pub fn give_back(&self, key: K, now: Instant) {
+        self.with(key, now, |bucket| bucket.tokens = (bucket.tokens + 1.0).min(self.burst));
     }
 
     fn with<R>(&self, key: K, now: Instant, each: impl FnOnce(&mut Bucket) -> R) -> R {
@@ -107,13 +103,22 @@ mod tests {
         for _ in 0..3 {
             assert_eq!(rates.take("a", start), Ok(()));
         }
-        assert_eq!(rates.check("a", start), Err(Duration::from_millis(100)));
         assert_eq!(rates.take("a", start), Err(Duration::from_millis(100)));
         assert_eq!(rates.take("b", start), Ok(()), "another key");
         assert_eq!(rates.take("a", start + Duration::from_millis(100)), Ok(()));
         assert!(rates.take("a", start + Duration::from_millis(110)).is_err());
         let later = start + Duration::from_secs(60);
         assert_eq!((0..9).filter(|_| rates.take("a", later).is_ok()).count(), 3);
+    }
+
+    #[test]
+    fn what_is_given_back_can_be_taken_again_and_no_more() {
+        let start = Instant::now();
+        let rates = Rates::new(1, 2, start);
+        rates.give_back("a", start);
+        assert_eq!((0..9).filter(|_| rates.take("a", start).is_ok()).count(), 2);
+        rates.give_back("a", start);
+        assert_eq!((0..9).filter(|_| rates.take("a", start).is_ok()).count(), 1);
     }
 
     #[test]

@@ -126,8 +126,15 @@ fn what_is_refused() {
     let mut map = headers(&[bob]);
     map.append("impersonate-group", HeaderValue::from_bytes(b"\xff").unwrap());
     assert!(Impersonation::requested(&map).unwrap_err().to_string().contains("not UTF-8"));
-    let many: Vec<_> = (0..MAX_VALUES).map(|_| ("Impersonate-Group", "g")).chain([bob]).collect();
-    assert!(Impersonation::requested(&headers(&many)).unwrap_err().to_string().contains("too many"));
+    let of = |groups: usize, extra: usize| {
+        let groups = (0..groups).map(|_| ("Impersonate-Group", "g"));
+        let lines: Vec<_> = groups.chain((0..extra).map(|_| ("Impersonate-Extra-X", "x"))).collect();
+        Impersonation::requested(&headers(&[&[("Impersonate-Uid", "7"), bob], lines.as_slice()].concat()))
+    };
+    assert_eq!(of(MAX_VALUES / 2, MAX_VALUES / 2).unwrap().unwrap().checks.len(), MAX_VALUES + 2);
+    for (groups, extra) in [(MAX_VALUES + 1, 0), (0, MAX_VALUES + 1), (MAX_VALUES, 1), (1, MAX_VALUES)] {
+        assert!(of(groups, extra).unwrap_err().to_string().contains("too many"));
+    }
 }
 
 /// Allows all but one name.
