@@ -61,6 +61,13 @@ impl Connection {
                 (response, None)
             }
         };
+        // Who has shown nothing that is good yet does not keep a connection by asking again.
+        if matches!(response.status(), StatusCode::UNAUTHORIZED | StatusCode::TOO_MANY_REQUESTS)
+            && self.is_strangers()
+        {
+            last = http1;
+            self.ending.cancel();
+        }
         if last && upgrade.is_none() {
             response.headers_mut().insert(header::CONNECTION, header::HeaderValue::from_static("close"));
         }
@@ -68,10 +75,10 @@ impl Connection {
         let record = Arc::new(record);
         let held = Held { record: record.clone(), busy };
         if let Some(upgrade) = upgrade {
-            let busy = self.activity.busy();
+            let (connection, busy) = (self.clone(), self.activity.busy());
             self.front_end.connections.spawn(async move {
-                let _busy = busy;
                 upgrade.carry(&record).await;
+                drop((busy, connection));
             });
         }
         Ok(response.map(|body| Answer { held: Some(held), ..body }))
@@ -88,6 +95,7 @@ impl Connection {
         let (mut head, body) = request.into_parts();
         headers::refuse_ambiguous(&head)?;
         let caller = self.authenticate(&head, record).await?;
+        self.authenticated(&caller);
         let mut hop = if head.version < Version::HTTP_2 { Hop::of(&head.headers) } else { Hop::default() };
         hop.upgrade = headers::known_upgrade(&hop).cloned();
         let info = RequestInfo::resolve(

@@ -267,7 +267,11 @@ async fn ten_thousand_idle_connections_cost_little_and_go() {
             while count.fetch_add(1, Ordering::SeqCst) < IDLE {
                 let http = [Http::V1, Http::V2][usize::from(worker % 2)];
                 let source = [127, 0, 0, 20 + worker / 2];
-                open.push(front_end.connect_from(source, Credential::None, http).await.unwrap());
+                let stream = front_end.connect_from(source, Credential::None, http).await.unwrap();
+                // Who has not authenticated does not stay.
+                let mut caller = front_end.caller_on(stream, Some(TOKEN.to_owned()), http).await.unwrap();
+                assert_eq!(caller.get("/echo").await.unwrap().status, StatusCode::OK);
+                open.push(caller);
             }
             open
         });
