@@ -1,6 +1,6 @@
 //! X.509 certificates for the mutual TLS of the front door.
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::SystemTime};
 
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
@@ -51,6 +51,15 @@ impl Authority {
             params.distinguished_name.push(of_type, group);
         }
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        self.sign(directory, name, params)
+    }
+
+    /// Writes `NAME.crt` and `NAME.key` for a client whose certificate ends then.
+    pub fn client_until(&self, directory: &Path, name: &str, end: SystemTime) -> anyhow::Result<()> {
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        params.not_after = rcgen::date_time_ymd(1970, 1, 1) + end.duration_since(SystemTime::UNIX_EPOCH)?;
         self.sign(directory, name, params)
     }
 

@@ -37,16 +37,14 @@ use super::{
     config::FrontEndConfig,
     limits::{Counted, Limits, LimitsConfig, Source},
     reloaded::{Follow, Reloaded, follow},
+    streams::Streams,
     tls,
     upstream::Upstream,
     user::UNAUTHENTICATED,
 };
 use crate::{
     front_door::proxy_url::ProxyUrls,
-    http::{
-        Executor,
-        watched::{Activity, PatientWriter, Watched},
-    },
+    http::watched::{Activity, PatientWriter, Watched},
     metrics::Metrics,
 };
 
@@ -358,7 +356,12 @@ impl Connection {
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let FrontEnd { config, draining, connections, .. } = self.front_end.as_ref();
-        let connection = http2::Builder::new(Executor(connections.clone()))
+        let streams = Streams {
+            tasks: connections.clone(),
+            patience: config.idle_timeout,
+            ending: self.ending.clone(),
+        };
+        let connection = http2::Builder::new(streams)
             .timer(TokioTimer::new())
             .max_concurrent_streams(config.max_streams)
             .max_header_list_size(MAX_HEAD as u32)
