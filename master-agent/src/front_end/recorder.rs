@@ -20,7 +20,7 @@ use super::{
     user::User,
 };
 
-/// Bytes.
+/// Characters.
 const KEPT: usize = 8 * 1024;
 
 /// Dropping it writes the record: when the response has been passed on, or the caller has left.
@@ -127,7 +127,7 @@ impl Recorder {
 
 /// What is kept of a path or a query: more than is recorded.
 fn beginning(text: &str) -> String {
-    text.get(..text.floor_char_boundary(KEPT)).unwrap_or_default().to_owned()
+    text.chars().take(KEPT).collect()
 }
 
 impl Drop for Recorder {
