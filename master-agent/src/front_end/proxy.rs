@@ -59,9 +59,7 @@ impl Connection {
         });
         let Answered { mut response, place, expires, upgrade } = answered;
         // Who has shown nothing that is good yet does not keep a connection by asking again.
-        if matches!(response.status(), StatusCode::UNAUTHORIZED | StatusCode::TOO_MANY_REQUESTS)
-            && self.is_strangers()
-        {
+        if response.status().is_client_error() && self.is_strangers() {
             last = http1;
             self.ending.cancel();
         }

@@ -96,6 +96,15 @@ async fn who_is_not_recognised_does_not_keep_the_connection() {
         assert!(goes_away(connection).await);
     }
     assert_eq!(statuses, HashSet::from([(0, 401), (0, 429), (1, 401), (1, 429)]));
+    // Nor who is not understood.
+    let stream = front_end.connect_from(ATTACKER, Credential::None, Http::V2).await.unwrap();
+    let mut connection = h2::Connection::start(stream).await.unwrap();
+    let fields =
+        [(":method", "GET"), (":scheme", "https"), (":authority", "a"), (":path", "/"), ("host", "b")];
+    connection.send(&Frame::new(HEADERS, END_HEADERS | END_STREAM, 1, block(&fields))).await.unwrap();
+    let answer = completes("an answer", connection.answer(1)).await.unwrap();
+    assert!(matches!(&answer, h2::Answer::Response(response) if response.status == 400), "{answer:?}");
+    assert!(goes_away(connection).await);
 }
 
 #[tokio::test]
