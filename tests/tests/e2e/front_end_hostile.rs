@@ -253,8 +253,8 @@ async fn ten_thousand_idle_connections_cost_little_and_go() {
     const IDLE: usize = 10_000;
     // One for each connection on either side, and some.
     raise_descriptor_limit(12_000).unwrap();
-    // The limits as they come, but for the quiet of the test.
-    let limits = Some("{idle_timeout: 10m}".to_owned());
+    // The limits as they come, but for the quiet of the test, and its haste.
+    let limits = Some("{idle_timeout: 10m, requests_per_second_per_user: 100000}".to_owned());
     let front_end = Arc::new(FrontEnd::start(Setup { limits, ..Setup::default() }).await.unwrap());
     assert_eq!(status(&front_end, Credential::Token, None, false).await, 200);
     let health = Health::of(&front_end.cluster.master);
