@@ -750,6 +750,7 @@ mod tests {
             "max_in_flight_per_user",
             "queue_per_user",
             "queue_timeout",
+            "max_long_running",
             "long_running_per_user",
             "requests_per_second_per_user",
             "requests_per_second_per_address",

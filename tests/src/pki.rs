@@ -1,6 +1,6 @@
 //! X.509 certificates for the mutual TLS of the front door.
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::SystemTime};
 
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DnType,
@@ -77,6 +77,15 @@ impl Authority {
             key_identifier_method: KeyIdMethod::Sha256,
         };
         Ok(params.signed_by(&self.0)?.pem()?)
+    }
+
+    /// Writes `NAME.crt` and `NAME.key` for a client whose certificate ends then.
+    pub fn client_until(&self, directory: &Path, name: &str, end: SystemTime) -> anyhow::Result<()> {
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        params.not_after = rcgen::date_time_ymd(1970, 1, 1) + end.duration_since(SystemTime::UNIX_EPOCH)?;
+        self.sign(directory, name, params)
     }
 
     fn issue(

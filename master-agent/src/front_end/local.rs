@@ -4,10 +4,7 @@
 //! the one user that the configuration names. Web pages must not use it through the browser of somebody who works on
 //! this host: requests for a host that is not this one, and those of pages, are refused.
 
-use std::{
-    net::SocketAddr,
-    sync::{Arc, Mutex},
-};
+use std::{net::SocketAddr, sync::Arc};
 
 use hyper::{StatusCode, http::request::Parts};
 use proto::io::{admin::accept_error, socket};
@@ -24,10 +21,7 @@ use super::{
 use crate::{
     config::UnixConfig,
     front_door::proxy_url,
-    http::{
-        status::Failure,
-        watched::{Activity, PatientWriter},
-    },
+    http::{status::Failure, watched::PatientWriter},
 };
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,21 +73,10 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let Ok(admission) = front_end.admit(&peer) else { return };
-    let connection = Arc::new(Connection {
-        peer,
-        certificates: Vec::new(),
-        remembered: Mutex::default(),
-        known: Some(config.caller()),
-        activity: Activity::default(),
-        front_end: front_end.clone(),
-    });
+    let known = Some(config.caller());
+    let connection = Arc::new(Connection::new(front_end.clone(), peer, known, admission));
     let socket = PatientWriter::new(socket, front_end.config.idle_timeout);
-    front_end.connections.spawn(async move {
-        let _admission = admission;
-        if let Err(error) = Box::pin(connection.clone().http1(socket)).await {
-            connection.front_end.refused(&connection.peer, &error);
-        }
-    });
+    front_end.connections.spawn(connection.served_http1(socket));
 }
 
 /// Refuses what a browser sends for a page.

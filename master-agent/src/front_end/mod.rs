@@ -3,13 +3,13 @@
 //! Every request passes, in this order: TLS, authentication ([`authn`]), authorization ([`authz`]),
 //! and is then handed to kube-apiserver as an authenticating proxy does.
 
+mod answer;
 pub mod audit;
 pub mod authn;
 pub mod authz;
 pub mod config;
 mod headers;
 pub mod https_client;
-
 pub mod limits;
 pub mod local;
 mod proxy;
@@ -19,6 +19,7 @@ pub mod request_info;
 pub mod secret;
 mod seldom;
 pub mod server;
+mod streams;
 pub mod tls;
 pub mod tunnels;
 pub mod upstream;

@@ -5,23 +5,22 @@ use std::{
     future::poll_fn,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
-use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{
     Request, Response, StatusCode, Version,
-    body::{Body, Frame, Incoming, SizeHint},
+    body::{Body, Incoming},
     header,
     http::request::Parts,
     upgrade::OnUpgrade,
 };
 use hyper_util::rt::TokioIo;
-use proto::io::{dialer::Origin, relay::relay_sockets};
+use proto::io::{dialer::Origin, relay::relay_until};
 
 use super::{
+    answer::{Answer, Content, Held},
     authn::{self, Authenticated, Moment, Presented},
     authz::{Attributes, impersonate::Impersonation},
     headers,
@@ -30,6 +29,7 @@ use super::{
     recorder::Recorder,
     request_info::RequestInfo,
     server::{Connection, DOOR},
+    streams,
     upstream::{BodyError, Lease, RequestBody, UpstreamError},
     user::User,
 };
@@ -38,7 +38,7 @@ use crate::{
         Caller,
         proxy_url::{self, ProxyUrls},
     },
-    http::{hop::Hop, status::Failure, watched::Busy},
+    http::{hop::Hop, status::Failure},
 };
 
 impl Connection {
@@ -51,30 +51,42 @@ impl Connection {
         // A Content-Length beside it is dropped unseen, and whoever stands before this server may have gone by it.
         let http1 = request.version() < Version::HTTP_2;
         let mut last = http1 && request.headers().contains_key(header::TRANSFER_ENCODING);
-        let (mut response, upgrade) = match self.proxy(request, &mut record).await {
+        let answered = match self.proxy(request, &mut record).await {
             Ok(answered) => answered,
             Err(failure) => {
                 record.refused().await;
                 // What follows a head that is not understood need not be a request.
                 last |= http1 && failure.code == StatusCode::BAD_REQUEST;
-                let response = failure.response().map(|body| Answer::from(Content::Own(body)));
-                (response, None)
+                failure.into()
             }
         };
+        let Answered { mut response, place, expires, upgrade } = answered;
+        // Who has shown nothing that is good yet does not keep a connection by asking again.
+        if response.status().is_client_error() && self.is_strangers() {
+            last = http1;
+            self.ending.cancel();
+        }
         if last && upgrade.is_none() {
             response.headers_mut().insert(header::CONNECTION, header::HeaderValue::from_static("close"));
         }
         record.answered(response.status());
         let record = Arc::new(record);
-        let held = Held { record: record.clone(), busy };
+        let held = Held { record: record.clone(), _busy: busy, _place: place, progress: streams::progress() };
         if let Some(upgrade) = upgrade {
-            let busy = self.activity.busy();
+            let (connection, busy) = (self.clone(), self.activity.busy());
             self.front_end.connections.spawn(async move {
-                let _busy = busy;
-                upgrade.carry(&record).await;
+                let expired = async {
+                    match left(expires) {
+                        Some(left) => tokio::time::sleep(left).await,
+                        None => std::future::pending().await,
+                    }
+                };
+                upgrade.carry(&record, expired).await;
+                drop((busy, connection));
             });
         }
-        Ok(response.map(|body| Answer { held: Some(held), ..body }))
+        let end = left(expires).map(tokio::time::sleep);
+        Ok(response.map(|content| Answer::new(content, held, end)))
     }
 
     async fn proxy(
@@ -88,6 +100,8 @@ impl Connection {
         let (mut head, body) = request.into_parts();
         headers::refuse_ambiguous(&head)?;
         let caller = self.authenticate(&head, record).await?;
+        self.authenticated(&caller);
+        let expires = caller.expires;
         let mut hop = if head.version < Version::HTTP_2 { Hop::of(&head.headers) } else { Hop::default() };
         hop.upgrade = headers::known_upgrade(&hop).cloned();
         let info = RequestInfo::resolve(
@@ -99,16 +113,20 @@ impl Connection {
         .map_err(|error| Failure::new(StatusCode::BAD_REQUEST, error.to_string()))?;
         record.about(&info);
         let urls = front_end.proxy_urls.as_ref().filter(|_| is_proxy_url(&info));
-        let long_running = hop.upgrade.is_some() || is_long_running(&info, head.uri.query());
-        record.reserve(long_running).await.map_err(|_full| {
+        let long_running = is_long_running(&info, head.uri.query());
+        // What may become long is recorded, and bounded, as if it were.
+        record.reserve(long_running || hop.upgrade.is_some()).await.map_err(|_full| {
             record.limited();
             Failure::new(StatusCode::SERVICE_UNAVAILABLE, "the request can't be recorded at the moment")
                 .retry_after(1)
         })?;
         // Whoever the caller acts as, and before authorizers do anything for it.
         let place = front_end.limits.place(&caller.user.name, long_running).await;
-        let place = place.inspect_err(|_| record.limited())?;
+        let mut place = place.inspect_err(|_| record.limited())?;
+        let counted = hop.upgrade.as_ref().map(|_| caller.user.name.clone());
         let user = self.authorize(&head, caller, &info, urls.is_some(), record).await?;
+        // What is short may come to its end.
+        let expires = expires.filter(|_| long_running || hop.upgrade.is_some());
 
         record.allowed();
         if let Some(urls) = urls {
@@ -120,7 +138,9 @@ impl Connection {
                 ));
             }
             headers::remove_claims(&mut head.headers);
-            return self.through_tunnel(urls, &user, place, Request::from_parts(head, body), record).await;
+            let request = Request::from_parts(head, body);
+            let answered = self.through_tunnel(urls, &user, place, request, record).await?;
+            return Ok(Answered { expires, ..answered });
         }
         headers::request(&mut head.headers, &hop, &user, peer)?;
         head.version = Version::HTTP_11;
@@ -141,12 +161,9 @@ impl Connection {
             record.received_bytes.clone(),
         );
         let request = Request::from_parts(head, body);
-        let (mut response, mut lease) = self.send(request, caller_upgrade.is_some(), long_running).await?;
-        let place = match place {
-            // The work is done once the response begins; how fast its caller reads is not the others' loss.
-            Place::Seat(_) => None,
-            Place::LongRunning(_) => Some(place),
-        };
+        let timeout = if long_running { left(expires) } else { Some(front_end.config.request_timeout) };
+        let (mut response, mut lease) = self.send(request, caller_upgrade.is_some(), timeout).await?;
+        place.answered();
 
         let upgraded = response.status() == StatusCode::SWITCHING_PROTOCOLS;
         headers::response(response.headers_mut(), upgraded);
@@ -156,18 +173,21 @@ impl Connection {
             if response.body().is_end_stream() {
                 lease.finish();
             }
-            let content = |incoming| Content::Relayed { incoming, lease };
-            let answer = |incoming| Answer { _place: place, ..Answer::from(content(incoming)) };
-            return Ok((response.map(answer), None));
+            let expires = expires.filter(|_| long_running);
+            let response = response.map(|incoming| Content::Relayed { incoming, lease });
+            return Ok(Answered { response, place: Some(place), expires, upgrade: None });
         }
         let Some(Some(caller)) = caller_upgrade else {
             let message = "the API server changed to another protocol without being asked";
             return Err(Failure::bad_gateway(message));
         };
+        let counted = counted.as_deref().unwrap_or(&user.name);
+        let place = front_end.limits.upgraded(place, counted).inspect_err(|_| record.limited())?;
         let server = hyper::upgrade::on(&mut response);
         let half_closed_timeout = front_end.config.half_closed_timeout;
         let upgrade = Upgrade::Server { caller, server, lease, _place: place, half_closed_timeout };
-        Ok((response.map(|_| Answer::from(Content::Own(Full::default()))), Some(upgrade)))
+        let response = response.map(|_| Content::Own(Full::default()));
+        Ok(Answered { response, place: None, expires, upgrade: Some(upgrade) })
     }
 
     /// Answers a proxy URL: to its target goes nothing of who asks.
@@ -182,11 +202,11 @@ impl Connection {
         let origin = Origin(format!("front-end request {} of {:?} from {}", record.id, user.name, self.peer));
         let caller = Caller { door: DOOR, origin };
         let (response, upgrade) = urls.answer(caller, self.peer.ip(), &self.activity, request).await?;
-        let (held, upgrade) = match upgrade {
+        let (place, upgrade) = match upgrade {
             Some(upgrade) => (None, Some(Upgrade::Target { upgrade, _place: place })),
             None => (Some(place), None),
         };
-        Ok((response.map(|body| Answer { _place: held, ..Answer::from(Content::Target(body)) }), upgrade))
+        Ok(Answered { response: response.map(Content::Target), place, expires: None, upgrade })
     }
 
     async fn authenticate(&self, head: &Parts, record: &mut Recorder) -> Result<Authenticated, Failure> {
@@ -284,7 +304,7 @@ impl Connection {
         &self,
         request: Request<RequestBody>,
         upgrade: bool,
-        long_running: bool,
+        timeout: Option<Duration>,
     ) -> Result<(Response<Incoming>, Lease), Failure> {
         let front_end = &self.front_end;
         let exchange = async {
@@ -293,15 +313,11 @@ impl Connection {
                 false => front_end.upstream.send(request).await,
             }
         };
-        let exchanged = if long_running {
-            exchange.await
-        } else {
-            let timeout = tokio::time::timeout(front_end.config.request_timeout, exchange);
-            let Ok(exchanged) = timeout.await else {
-                let message = "the API server did not answer in time";
-                return Err(Failure::new(StatusCode::GATEWAY_TIMEOUT, message));
-            };
-            exchanged
+        let exchanged = match timeout {
+            None => exchange.await,
+            Some(timeout) => tokio::time::timeout(timeout, exchange).await.map_err(|_| {
+                Failure::new(StatusCode::GATEWAY_TIMEOUT, "the API server did not answer in time")
+            })?,
         };
         exchanged.map_err(|error| {
             if let UpstreamError::Body(error) = &error {
@@ -353,31 +369,26 @@ fn is_long_running(info: &RequestInfo, query: Option<&str>) -> bool {
         || info.subresource == "log" && follows()
 }
 
-/// A response, and what follows it.
-type Answered = (Response<Answer>, Option<Upgrade>);
-
-/// The body of a response.
-pub struct Answer {
-    content: Content,
-    held: Option<Held>,
-    _place: Option<Place>,
+/// A response, and what is to become of it.
+struct Answered {
+    response: Response<Content>,
+    /// Of the request while its response is passed on.
+    place: Option<Place>,
+    /// When what was granted ends.
+    expires: Option<SystemTime>,
+    upgrade: Option<Upgrade>,
 }
 
-enum Content {
-    Own(Full<Bytes>),
-    Relayed {
-        incoming: Incoming,
-        lease: Lease,
-    },
-    /// Of what was reached through a tunnel.
-    Target(proxy_url::Body),
+impl From<Failure> for Answered {
+    fn from(failure: Failure) -> Self {
+        let response = failure.response().map(Content::Own);
+        Self { response, place: None, expires: None, upgrade: None }
+    }
 }
 
-/// For as long as a response is passed on.
-struct Held {
-    record: Arc<Recorder>,
-    #[expect(dead_code, reason = "held")]
-    busy: Busy,
+/// How long a credential is good for.
+fn left(expires: Option<SystemTime>) -> Option<Duration> {
+    expires.map(|end| end.duration_since(SystemTime::now()).unwrap_or_default())
 }
 
 /// A connection that changes to another protocol.
@@ -386,7 +397,7 @@ enum Upgrade {
         caller: OnUpgrade,
         server: OnUpgrade,
         lease: Lease,
-        _place: Option<Place>,
+        _place: Place,
         half_closed_timeout: Duration,
     },
     Target {
@@ -396,8 +407,8 @@ enum Upgrade {
 }
 
 impl Upgrade {
-    /// Passes on raw bytes until both directions have ended.
-    async fn carry(self, record: &Recorder) {
+    /// Passes on raw bytes until both directions have ended, or `expired` completes.
+    async fn carry(self, record: &Recorder, expired: impl Future<Output = ()>) {
         match self {
             Self::Server { caller, mut server, mut lease, half_closed_timeout, _place } => {
                 let server = poll_fn(|cx| {
@@ -406,76 +417,13 @@ impl Upgrade {
                 });
                 let (Ok(server), Ok(caller)) = (server.await, caller.await) else { return };
                 let (caller, server) = (TokioIo::new(caller), TokioIo::new(server));
-                let relayed = relay_sockets(caller, server, &record.carried, half_closed_timeout).await;
+                let counters = &record.carried;
+                let relayed = relay_until(caller, server, counters, half_closed_timeout, expired).await;
                 if let Err(error) = relayed {
                     tracing::debug!(%error, "an upgraded connection failed");
                 }
             }
-            Self::Target { upgrade, _place } => upgrade.carry(&record.carried).await,
-        }
-    }
-}
-
-impl From<Content> for Answer {
-    fn from(content: Content) -> Self {
-        Self { content, held: None, _place: None }
-    }
-}
-
-impl Answer {
-    fn count(&self, frame: &Poll<Option<Result<Frame<Bytes>, hyper::Error>>>) {
-        if let Poll::Ready(Some(Ok(frame))) = frame
-            && let (Some(data), Some(held)) = (frame.data_ref(), &self.held)
-        {
-            held.record.sent(data.len() as u64);
-        }
-    }
-}
-
-impl Body for Answer {
-    type Data = Bytes;
-    type Error = hyper::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let this = &mut *self;
-        match &mut this.content {
-            Content::Own(body) => Pin::new(body).poll_frame(cx).map_err(|never| match never {}),
-            Content::Target(body) => {
-                let frame = Pin::new(body).poll_frame(cx);
-                this.count(&frame);
-                frame
-            }
-            Content::Relayed { incoming, lease } => {
-                let mut frame = Pin::new(&mut *incoming).poll_frame(cx);
-                if frame.is_pending() {
-                    lease.drive(cx);
-                    frame = Pin::new(&mut *incoming).poll_frame(cx);
-                }
-                if matches!(frame, Poll::Ready(None)) || incoming.is_end_stream() {
-                    lease.finish();
-                }
-                this.count(&frame);
-                frame
-            }
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        match &self.content {
-            Content::Own(body) => body.is_end_stream(),
-            Content::Target(body) => body.is_end_stream(),
-            Content::Relayed { incoming, .. } => incoming.is_end_stream(),
-        }
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        match &self.content {
-            Content::Own(body) => body.size_hint(),
-            Content::Target(body) => body.size_hint(),
-            Content::Relayed { incoming, .. } => incoming.size_hint(),
+            Self::Target { upgrade, _place } => upgrade.carry(&record.carried, expired).await,
         }
     }
 }

@@ -20,6 +20,9 @@ use super::{
     user::{UNAUTHENTICATED, User},
 };
 
+/// Characters.
+const KEPT: usize = 8 * 1024;
+
 /// Dropping it writes the record: when the response has been passed on, or the caller has left.
 pub struct Recorder {
     audit: Audit,
@@ -62,8 +65,8 @@ impl Recorder {
                 Peer::Node { name, .. } => Some(name.clone()),
             },
             method: request.method().to_string(),
-            path: request.uri().path().to_owned(),
-            query: request.uri().query().map(str::to_owned),
+            path: beginning(request.uri().path()),
+            query: request.uri().query().map(beginning),
             user: None,
             authenticator: None,
             impersonated: None,
@@ -113,7 +116,9 @@ impl Recorder {
     }
 
     pub fn about(&mut self, request: &RequestInfo) {
-        self.request = Some(request.clone());
+        // A record is kept for as long as its response, and tells nothing of these.
+        let (path, tail, field_selector) = Default::default();
+        self.request = Some(RequestInfo { path, tail, field_selector, ..request.clone() });
     }
 
     pub fn impersonates(&mut self, user: &User) {
@@ -141,6 +146,11 @@ impl Recorder {
     pub fn sent(&self, bytes: u64) {
         self.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
+}
+
+/// What is kept of a path or a query: more than is recorded.
+fn beginning(text: &str) -> String {
+    text.chars().take(KEPT).collect()
 }
 
 impl Drop for Recorder {

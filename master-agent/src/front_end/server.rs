@@ -3,7 +3,7 @@
 use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -37,19 +37,18 @@ use super::{
     config::FrontEndConfig,
     limits::{Counted, Limits, LimitsConfig, Source},
     reloaded::{Follow, Reloaded, follow},
+    streams::Streams,
     tls,
     upstream::Upstream,
+    user::UNAUTHENTICATED,
 };
 use crate::{
     front_door::proxy_url::ProxyUrls,
-    http::{
-        Executor,
-        watched::{Activity, PatientWriter, Watched},
-    },
+    http::watched::{Activity, PatientWriter, Watched},
     metrics::Metrics,
 };
 
-/// TLS handshakes at once.
+/// Connections at once on which nobody has authenticated.
 const HANDSHAKES: usize = 1024;
 /// Of a request's head.
 const MAX_HEAD: usize = 64 * 1024;
@@ -63,6 +62,7 @@ const REMEMBERED: Duration = Duration::from_secs(10);
 /// How long requests that are under way may take once their connection is to end.
 const LAST_REQUESTS: Duration = Duration::from_secs(10);
 pub const DOOR: &str = "front-end";
+const EVICTED: &str = "gave its place to a newcomer before anybody authenticated";
 
 /// The front end, its files read.
 pub struct FrontEnd {
@@ -121,11 +121,23 @@ impl fmt::Display for Peer {
     }
 }
 
-/// A caller's place among those that are served.
+/// A caller's place among those that are served, for as long as its connection lasts, whatever it changes to.
 pub struct Admission {
-    place: Place,
+    /// Until somebody has authenticated: who has not gives way to newcomers.
+    stranger: Mutex<Option<Place>>,
+    evicted: CancellationToken,
     _permit: OwnedSemaphorePermit,
     _counted: Counted<Source>,
+}
+
+impl Admission {
+    fn is_strangers(&self) -> bool {
+        self.stranger.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    fn authenticated(&self) {
+        drop(self.stranger.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
 }
 
 /// One accepted connection.
@@ -139,6 +151,9 @@ pub(super) struct Connection {
     /// Who the caller is whatever it presents, on the plain port.
     pub known: Option<Authenticated>,
     pub activity: Activity,
+    pub admission: Admission,
+    /// Cancelled once no more requests are taken.
+    pub ending: CancellationToken,
 }
 
 impl FrontEnd {
@@ -216,7 +231,9 @@ impl FrontEnd {
         let Ok(permit) = self.permits.clone().try_acquire_owned() else {
             return Err(self.turned_away(peer, "max_connections reached"));
         };
-        Ok(Admission { place: self.handshakes.take(peer.ip()), _permit: permit, _counted: counted })
+        let place = self.handshakes.take(peer.ip());
+        let evicted = place.evicted.clone();
+        Ok(Admission { stranger: Mutex::new(Some(place)), evicted, _permit: permit, _counted: counted })
     }
 
     /// Serves one caller to its end, whatever its connection came over.
@@ -224,7 +241,6 @@ impl FrontEnd {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let Admission { place, _permit, _counted } = admission;
         let acceptor = TlsAcceptor::from(self.tls.get().as_ref().clone());
         let handshake = Box::pin(tokio::time::timeout(self.config.head_timeout, acceptor.accept(socket)));
         let tls = tokio::select! {
@@ -233,31 +249,20 @@ impl FrontEnd {
                 Ok(Err(error)) => return self.refused(&peer, &error),
                 Err(_) => return self.refused(&peer, &"no TLS handshake in time"),
             },
-            () = place.evicted.cancelled() => {
-                return self.refused(&peer, &"gave its place to a newer handshake");
-            }
+            () = admission.evicted.cancelled() => return self.refused(&peer, &EVICTED),
         };
-        drop(place);
         let session = &tls.get_ref().1;
         let http2 = session.alpn_protocol() == Some(b"h2");
         let certificates = session.peer_certificates().unwrap_or_default();
         let certificates = certificates.iter().map(|certificate| certificate.clone().into_owned()).collect();
-        let connection = Arc::new(Connection {
-            peer,
-            certificates,
-            remembered: Mutex::default(),
-            known: None,
-            activity: Activity::default(),
-            front_end: self,
-        });
+        let connection =
+            Arc::new(Connection { certificates, ..Connection::new(self, peer, None, admission) });
         let socket = PatientWriter::new(tls, connection.front_end.config.idle_timeout);
-        let served = if http2 {
-            Box::pin(connection.clone().http2(socket)).await
+        if http2 {
+            let served = Box::pin(connection.clone().http2(socket));
+            connection.unless_evicted(served).await;
         } else {
-            Box::pin(connection.clone().http1(socket)).await
-        };
-        if let Err(error) = served {
-            connection.front_end.refused(&connection.peer, &error);
+            connection.served_http1(socket).await;
         }
     }
 
@@ -273,7 +278,57 @@ impl FrontEnd {
 }
 
 impl Connection {
-    pub(super) async fn http1<S>(self: Arc<Self>, socket: S) -> hyper::Result<()>
+    pub fn new(
+        front_end: Arc<FrontEnd>,
+        peer: Peer,
+        known: Option<Authenticated>,
+        admission: Admission,
+    ) -> Self {
+        Self {
+            front_end,
+            peer,
+            certificates: Vec::new(),
+            remembered: Mutex::default(),
+            known,
+            activity: Activity::default(),
+            admission,
+            ending: CancellationToken::new(),
+        }
+    }
+
+    /// Serves HTTP/1.1 to the connection's end.
+    pub async fn served_http1<S>(self: Arc<Self>, socket: S)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let served = Box::pin(self.clone().http1(socket));
+        self.unless_evicted(served).await;
+    }
+
+    async fn unless_evicted(&self, served: impl Future<Output = hyper::Result<()>>) {
+        tokio::select! {
+            served = served => {
+                if let Err(error) = served {
+                    self.front_end.refused(&self.peer, &error);
+                }
+            }
+            () = self.admission.evicted.cancelled() => self.front_end.refused(&self.peer, &EVICTED),
+        }
+    }
+
+    /// Whether nobody has authenticated here.
+    pub fn is_strangers(&self) -> bool {
+        self.admission.is_strangers()
+    }
+
+    /// Somebody has authenticated.
+    pub fn authenticated(&self, who: &Authenticated) {
+        if !who.user.in_group(UNAUTHENTICATED) {
+            self.admission.authenticated();
+        }
+    }
+
+    async fn http1<S>(self: Arc<Self>, socket: S) -> hyper::Result<()>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
@@ -301,7 +356,12 @@ impl Connection {
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let FrontEnd { config, draining, connections, .. } = self.front_end.as_ref();
-        let connection = http2::Builder::new(Executor(connections.clone()))
+        let streams = Streams {
+            tasks: connections.clone(),
+            patience: config.idle_timeout,
+            ending: self.ending.clone(),
+        };
+        let connection = http2::Builder::new(streams)
             .timer(TokioTimer::new())
             .max_concurrent_streams(config.max_streams)
             .max_header_list_size(MAX_HEAD as u32)
@@ -318,6 +378,7 @@ impl Connection {
                 connection.as_mut().graceful_shutdown();
                 return connection.await;
             }
+            () = self.ending.cancelled() => {}
             () = self.activity.unused(config.head_timeout, config.idle_timeout) => {}
         }
         connection.as_mut().graceful_shutdown();
@@ -326,7 +387,7 @@ impl Connection {
 
     /// Who the connection's certificate was a moment ago.
     pub fn remembered(&self, now: &Moment) -> Option<Authenticated> {
-        let remembered = self.remembered.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let remembered = self.remembered.lock().unwrap_or_else(PoisonError::into_inner);
         let (generation, at, who) = remembered.as_ref()?;
         let good = *generation == self.front_end.authn.generation()
             && now.monotonic.saturating_duration_since(*at) < REMEMBERED
@@ -335,7 +396,7 @@ impl Connection {
     }
 
     pub fn remember(&self, generation: u64, now: &Moment, who: &Authenticated) {
-        let mut remembered = self.remembered.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut remembered = self.remembered.lock().unwrap_or_else(PoisonError::into_inner);
         *remembered = Some((generation, now.monotonic, who.clone()));
     }
 }

@@ -158,6 +158,25 @@ where
     }
 }
 
+/// The same, but when `until` completes the rest is given up and `a` is closed: `false`.
+pub async fn relay_until<A, B>(
+    mut a: A,
+    b: B,
+    counters: &Counters,
+    half_closed_timeout: Duration,
+    until: impl Future<Output = ()>,
+) -> io::Result<bool>
+where
+    A: AsyncRead + AsyncWrite + Unpin,
+    B: AsyncRead + AsyncWrite,
+{
+    tokio::select! {
+        relayed = relay_sockets(&mut a, b, counters, half_closed_timeout) => return relayed,
+        () = until => {}
+    }
+    a.shutdown().await.map(|()| false)
+}
+
 async fn copy<R, W>(mut from: R, mut to: W, carried: &AtomicU64) -> io::Result<()>
 where
     R: AsyncRead + Unpin,

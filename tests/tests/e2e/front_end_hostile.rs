@@ -253,8 +253,8 @@ async fn ten_thousand_idle_connections_cost_little_and_go() {
     const IDLE: usize = 10_000;
     // One for each connection on either side, and some.
     raise_descriptor_limit(12_000).unwrap();
-    // The limits as they come, but for the quiet of the test.
-    let limits = Some("{idle_timeout: 10m}".to_owned());
+    // The limits as they come, but for the quiet of the test, and its haste.
+    let limits = Some("{idle_timeout: 10m, requests_per_second_per_user: 100000}".to_owned());
     let front_end = Arc::new(FrontEnd::start(Setup { limits, ..Setup::default() }).await.unwrap());
     assert_eq!(status(&front_end, Credential::Token, None, false).await, 200);
     let health = Health::of(&front_end.cluster.master);
@@ -267,7 +267,11 @@ async fn ten_thousand_idle_connections_cost_little_and_go() {
             while count.fetch_add(1, Ordering::SeqCst) < IDLE {
                 let http = [Http::V1, Http::V2][usize::from(worker % 2)];
                 let source = [127, 0, 0, 20 + worker / 2];
-                open.push(front_end.connect_from(source, Credential::None, http).await.unwrap());
+                let stream = front_end.connect_from(source, Credential::None, http).await.unwrap();
+                // Who has not authenticated does not stay.
+                let mut caller = front_end.caller_on(stream, Some(TOKEN.to_owned()), http).await.unwrap();
+                assert_eq!(caller.get("/echo").await.unwrap().status, StatusCode::OK);
+                open.push(caller);
             }
             open
         });

@@ -9,6 +9,7 @@ mod examples;
 mod front_end;
 mod front_end_credentials;
 mod front_end_h2;
+mod front_end_held;
 mod front_end_hostile;
 mod front_end_kubectl;
 mod front_end_smuggling;

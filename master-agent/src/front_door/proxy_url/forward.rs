@@ -18,7 +18,7 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use proto::{
     DialError, Target,
-    io::relay::{Counters, relay_sockets},
+    io::relay::{Counters, relay_until},
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -195,14 +195,16 @@ pub struct Upgrade {
 }
 
 impl Upgrade {
-    /// Passes on raw bytes until both directions have ended, or one has and the other is silent.
-    pub async fn carry(self, carried: &Counters) {
+    /// Passes on raw bytes until both directions have ended, or one has and the other is silent, or `until` completes.
+    pub async fn carry(self, carried: &Counters, until: impl Future<Output = ()>) {
         let Self { caller, target, mut exchange, busy, half_closed_timeout } = self;
         let (Ok(caller), Ok(target)) = (caller.await, target.await) else { return };
         let (caller, target) = (TokioIo::new(caller), TokioIo::new(target));
-        match relay_sockets(caller, target, carried, half_closed_timeout).await {
+        match relay_until(caller, target, carried, half_closed_timeout, until).await {
             Ok(true) => exchange.complete(),
-            Ok(false) => tracing::debug!("upgraded connection was half-closed and silent for too long"),
+            Ok(false) => tracing::debug!(
+                "upgraded connection was half-closed and silent for too long, or its time was over"
+            ),
             Err(error) => tracing::debug!(%error, "upgraded connection failed"),
         }
         drop(busy);

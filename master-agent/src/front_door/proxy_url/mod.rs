@@ -131,7 +131,7 @@ impl FrontDoor for ProxyUrls {
         Box::pin(call.clone().requests(socket, activity)).await;
         let upgrade = call.upgrade.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(upgrade) = upgrade {
-            upgrade.carry(&Counters::default()).await;
+            upgrade.carry(&Counters::default(), std::future::pending()).await;
         }
     }
 }

@@ -15,6 +15,7 @@ use std::{
 
 use hyper::StatusCode;
 use proto::NodeName;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use self::{
     rate::{Rates, network},
@@ -41,6 +42,8 @@ pub struct LimitsConfig {
     pub max_body: u64,
     /// Requests at once, besides those that are long-running.
     pub seats: SeatLimits,
+    /// Watches, followed logs, upgrades and the like at once, of all users and of one.
+    pub max_long_running: usize,
     pub long_running_per_user: usize,
     pub requests_per_second_per_user: u32,
     pub requests_per_second_per_address: u32,
@@ -62,6 +65,7 @@ pub struct Limits {
     users: Rates<String>,
     seats: Seats,
     long_running: Counts<String>,
+    all_long_running: Arc<Semaphore>,
     connections: Counts<Source>,
     of_nodes: Counts<Source>,
 }
@@ -84,10 +88,25 @@ impl Source {
     }
 }
 
-/// A request's place among those that are served.
+/// A request's place among those that are served, until its response has been passed on.
 pub enum Place {
     Seat(Seat),
-    LongRunning(Counted<String>),
+    LongRunning(LongRunning),
+}
+
+/// Counts as its user's, and among all.
+pub struct LongRunning {
+    _of_user: Counted<String>,
+    _of_all: OwnedSemaphorePermit,
+}
+
+impl Place {
+    /// The response begins.
+    pub fn answered(&mut self) {
+        if let Self::Seat(seat) = self {
+            seat.answered();
+        }
+    }
 }
 
 impl Limits {
@@ -105,6 +124,7 @@ impl Limits {
             users: Rates::new(user, users, now),
             seats: Seats::new(config.seats),
             long_running: Counts::new(config.long_running_per_user),
+            all_long_running: Arc::new(Semaphore::new(config.max_long_running)),
             connections: Counts::new(config.max_connections_per_address),
             of_nodes: Counts::new(config.max_connections_per_node),
         }
@@ -132,10 +152,26 @@ impl Limits {
     pub async fn place(&self, user: &str, long_running: bool) -> Result<Place, Failure> {
         self.users.take(user.to_owned(), Instant::now()).map_err(too_many)?;
         if long_running {
-            let counted = self.long_running.take(user.to_owned());
-            return counted.map(Place::LongRunning).ok_or_else(|| too_many(Duration::from_secs(1)));
+            return self.long_running(user);
         }
         self.seats.take(user).await.map(Place::Seat).map_err(|Busy| too_many(Duration::from_secs(1)))
+    }
+
+    /// The place of a request whose connection has changed to another protocol, however short it was to be.
+    pub fn upgraded(&self, place: Place, user: &str) -> Result<Place, Failure> {
+        match place {
+            Place::LongRunning(_) => Ok(place),
+            Place::Seat(_) => self.long_running(user),
+        }
+    }
+
+    fn long_running(&self, user: &str) -> Result<Place, Failure> {
+        let of_user = self.long_running.take(user.to_owned());
+        let of_all = self.all_long_running.clone().try_acquire_owned();
+        match (of_user, of_all) {
+            (Some(_of_user), Ok(_of_all)) => Ok(Place::LongRunning(LongRunning { _of_user, _of_all })),
+            (None, _) | (_, Err(_)) => Err(too_many(Duration::from_secs(1))),
+        }
     }
 }
 

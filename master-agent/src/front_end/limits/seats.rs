@@ -49,6 +49,8 @@ struct Line {
 pub struct Seat {
     seats: Seats,
     user: String,
+    /// It counts among those of all users.
+    working: bool,
 }
 
 /// There was no seat in time.
@@ -116,7 +118,7 @@ impl Seats {
         }
         // A seat whose taker has left is dropped here, and given to the next by that.
         for (sender, user) in given {
-            let _ = sender.send(Seat { seats: self.clone(), user });
+            let _ = sender.send(Seat { seats: self.clone(), user, working: true });
         }
     }
 
@@ -125,11 +127,23 @@ impl Seats {
     }
 }
 
+impl Seat {
+    /// The work is done. How fast its caller reads is not the others' loss, but the user's.
+    pub fn answered(&mut self) {
+        if std::mem::take(&mut self.working) {
+            let mut state = self.seats.lock();
+            state.taken = state.taken.saturating_sub(1);
+            drop(state);
+            self.seats.hand_out();
+        }
+    }
+}
+
 impl Drop for Seat {
     fn drop(&mut self) {
         {
             let mut state = self.seats.lock();
-            state.taken = state.taken.saturating_sub(1);
+            state.taken = state.taken.saturating_sub(usize::from(self.working));
             if let Some(line) = state.lines.get_mut(&self.user) {
                 line.held = line.held.saturating_sub(1);
                 if line.held == 0 && line.waiting.is_empty() {
@@ -217,6 +231,25 @@ mod tests {
         assert!(all.take("b").now_or_never().unwrap().is_ok(), "others pass by who waits for himself");
         drop(held);
         assert!(fourth.now_or_never().unwrap().is_ok());
+    }
+
+    #[tokio::test]
+    async fn who_reads_slowly_holds_up_himself_only() {
+        let all = seats(1, 1, 5);
+        let mut slow = all.take("slow").await.unwrap();
+        let mut other = Box::pin(all.take("other"));
+        assert!(other.as_mut().now_or_never().is_none());
+        slow.answered();
+        slow.answered();
+        let other = other.now_or_never().unwrap().unwrap();
+        let mut again = Box::pin(all.take("slow"));
+        assert!(again.as_mut().now_or_never().is_none());
+        drop(other);
+        assert!(again.as_mut().now_or_never().is_none(), "a free seat is not his while he reads");
+        drop(slow);
+        drop(again.now_or_never().unwrap());
+        let state = all.lock();
+        assert_eq!((state.taken, state.lines.len(), state.turns.len()), (0, 0, 0));
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,0 +1,182 @@
+//! The body of a response on its way to its caller, and what lasts until its last byte has left.
+
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::{Buf, Bytes};
+use http_body_util::Full;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+use tokio::{sync::Notify, time::Sleep};
+
+use super::{limits::Place, recorder::Recorder, upstream::Lease};
+use crate::{front_door::proxy_url, http::watched::Busy};
+
+/// How far a response has got with its caller. Of a body whose caller opens no window nothing is asked, so the body
+/// can't tell.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Pieces that have been handed out and not been sent.
+    owed: AtomicUsize,
+    /// Changes with everything that happens to one.
+    moves: AtomicUsize,
+    sent: Notify,
+}
+
+impl Progress {
+    /// Completes once the caller has taken nothing of what it is owed for `patience`, or up to twice as long.
+    pub async fn stalled(&self, patience: Duration) {
+        loop {
+            let before = self.moves.load(Ordering::Relaxed);
+            tokio::time::sleep(patience).await;
+            if self.is_owed() && self.moves.load(Ordering::Relaxed) == before {
+                return;
+            }
+        }
+    }
+
+    /// Completes once nothing is owed.
+    pub async fn sent(&self) {
+        while self.is_owed() {
+            self.sent.notified().await;
+        }
+    }
+
+    fn is_owed(&self) -> bool {
+        self.owed.load(Ordering::Acquire) > 0
+    }
+
+    fn moved(&self) {
+        self.moves.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// What lasts for as long as a response is passed on.
+pub struct Held {
+    pub record: Arc<Recorder>,
+    pub _busy: Busy,
+    pub _place: Option<Place>,
+    pub progress: Arc<Progress>,
+}
+
+/// Some bytes of a response, until they are sent.
+pub struct Piece {
+    bytes: Bytes,
+    held: Arc<Held>,
+}
+
+impl Piece {
+    fn new(bytes: Bytes, held: &Arc<Held>) -> Self {
+        held.progress.owed.fetch_add(1, Ordering::Relaxed);
+        held.progress.moved();
+        Self { bytes, held: held.clone() }
+    }
+}
+
+impl Drop for Piece {
+    fn drop(&mut self) {
+        let progress = &self.held.progress;
+        progress.moved();
+        if progress.owed.fetch_sub(1, Ordering::AcqRel) == 1 {
+            progress.sent.notify_one();
+        }
+    }
+}
+
+impl Buf for Piece {
+    fn remaining(&self) -> usize {
+        self.bytes.remaining()
+    }
+
+    fn chunk(&self) -> &[u8] {
+        self.bytes.chunk()
+    }
+
+    fn advance(&mut self, count: usize) {
+        self.held.progress.moved();
+        self.bytes.advance(count);
+    }
+}
+
+/// The body of a response.
+pub struct Answer {
+    content: Content,
+    held: Arc<Held>,
+    /// When it ends, whatever is still to come.
+    end: Option<Pin<Box<Sleep>>>,
+}
+
+pub enum Content {
+    Own(Full<Bytes>),
+    Relayed {
+        incoming: Incoming,
+        lease: Lease,
+    },
+    /// Of what was reached through a tunnel.
+    Target(proxy_url::Body),
+}
+
+impl Answer {
+    pub fn new(content: Content, held: Held, end: Option<Sleep>) -> Self {
+        Self { content, held: Arc::new(held), end: end.map(Box::pin) }
+    }
+}
+
+impl Body for Answer {
+    type Data = Piece;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Piece>, hyper::Error>>> {
+        let this = &mut *self;
+        if this.end.as_mut().is_some_and(|end| end.as_mut().poll(cx).is_ready()) {
+            return Poll::Ready(None);
+        }
+        let frame = match &mut this.content {
+            Content::Own(body) => Pin::new(body).poll_frame(cx).map_err(|never| match never {}),
+            Content::Target(body) => Pin::new(body).poll_frame(cx),
+            Content::Relayed { incoming, lease } => {
+                let mut frame = Pin::new(&mut *incoming).poll_frame(cx);
+                if frame.is_pending() {
+                    lease.drive(cx);
+                    frame = Pin::new(&mut *incoming).poll_frame(cx);
+                }
+                if matches!(frame, Poll::Ready(None)) || incoming.is_end_stream() {
+                    lease.finish();
+                }
+                frame
+            }
+        };
+        let held = &this.held;
+        frame.map_ok(|frame| {
+            frame.map_data(|bytes| {
+                held.record.sent(bytes.len() as u64);
+                Piece::new(bytes, held)
+            })
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.content {
+            Content::Own(body) => body.is_end_stream(),
+            Content::Target(body) => body.is_end_stream(),
+            Content::Relayed { incoming, .. } => incoming.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.content {
+            Content::Own(body) => body.size_hint(),
+            Content::Target(body) => body.size_hint(),
+            Content::Relayed { incoming, .. } => incoming.size_hint(),
+        }
+    }
+}
