@@ -139,6 +139,7 @@ fn read_input() -> mpsc::Receiver<std::io::Result<event::Event>> {
 }
 
 /// Whether to go on.
+#[allow(clippy::wildcard_enum_match_arm, reason = "keyboards have many keys, and most do nothing here")]
 fn press(model: &mut Model, event: event::Event) -> bool {
     let event::Event::Key(KeyEvent { code, modifiers, kind, .. }) = event else { return true };
     if kind == KeyEventKind::Release {
