@@ -30,7 +30,7 @@ use super::{
     recorder::Recorder,
     request_info::RequestInfo,
     server::{Connection, DOOR},
-    upstream::{BodyError, Lease, RequestBody, UpstreamError},
+    upstream::{BodyError, Lease, RequestBody, ResponseBody, UpstreamError},
     user::User,
 };
 use crate::{
@@ -135,7 +135,7 @@ impl Connection {
             record.received_bytes.clone(),
         );
         let request = Request::from_parts(head, body);
-        let (mut response, mut lease) = self.send(request, caller_upgrade.is_some(), long_running).await?;
+        let mut response = self.send(request, caller_upgrade.is_some(), long_running).await?;
         let place = match place {
             // The work is done once the response begins; how fast its caller reads is not the others' loss.
             Place::Seat(_) => None,
@@ -146,12 +146,7 @@ impl Connection {
         headers::response(response.headers_mut(), upgraded);
         *response.version_mut() = Version::HTTP_11;
         if !upgraded {
-            // What has no body is not asked for one.
-            if response.body().is_end_stream() {
-                lease.finish();
-            }
-            let content = |incoming| Content::Relayed { incoming, lease };
-            let answer = |incoming| Answer { _place: place, ..Answer::from(content(incoming)) };
+            let answer = |body| Answer { _place: place, ..Answer::from(Content::Relayed(body)) };
             return Ok((response.map(answer), None));
         }
         let Some(Some(caller)) = caller_upgrade else {
@@ -160,8 +155,11 @@ impl Connection {
         };
         let server = hyper::upgrade::on(&mut response);
         let half_closed_timeout = front_end.config.half_closed_timeout;
+        let (head, body) = response.into_parts();
+        let lease = body.into_lease();
         let upgrade = Upgrade::Server { caller, server, lease, _place: place, half_closed_timeout };
-        Ok((response.map(|_| Answer::from(Content::Own(Full::default()))), Some(upgrade)))
+        let response = Response::from_parts(head, Answer::from(Content::Own(Full::default())));
+        Ok((response, Some(upgrade)))
     }
 
     /// Answers a proxy URL: to its target goes nothing of who asks.
@@ -263,7 +261,7 @@ impl Connection {
         request: Request<RequestBody>,
         upgrade: bool,
         long_running: bool,
-    ) -> Result<(Response<Incoming>, Lease), Failure> {
+    ) -> Result<Response<ResponseBody>, Failure> {
         let front_end = &self.front_end;
         let exchange = async {
             match upgrade {
@@ -343,10 +341,7 @@ pub struct Answer {
 
 enum Content {
     Own(Full<Bytes>),
-    Relayed {
-        incoming: Incoming,
-        lease: Lease,
-    },
+    Relayed(ResponseBody),
     /// Of what was reached through a tunnel.
     Target(proxy_url::Body),
 }
@@ -426,15 +421,8 @@ impl Body for Answer {
                 this.count(&frame);
                 frame
             }
-            Content::Relayed { incoming, lease } => {
-                let mut frame = Pin::new(&mut *incoming).poll_frame(cx);
-                if frame.is_pending() {
-                    lease.drive(cx);
-                    frame = Pin::new(&mut *incoming).poll_frame(cx);
-                }
-                if matches!(frame, Poll::Ready(None)) || incoming.is_end_stream() {
-                    lease.finish();
-                }
+            Content::Relayed(body) => {
+                let frame = Pin::new(body).poll_frame(cx);
                 this.count(&frame);
                 frame
             }
@@ -445,7 +433,7 @@ impl Body for Answer {
         match &self.content {
             Content::Own(body) => body.is_end_stream(),
             Content::Target(body) => body.is_end_stream(),
-            Content::Relayed { incoming, .. } => incoming.is_end_stream(),
+            Content::Relayed(body) => body.is_end_stream(),
         }
     }
 
@@ -453,7 +441,7 @@ impl Body for Answer {
         match &self.content {
             Content::Own(body) => body.size_hint(),
             Content::Target(body) => body.size_hint(),
-            Content::Relayed { incoming, .. } => incoming.size_hint(),
+            Content::Relayed(body) => body.size_hint(),
         }
     }
 }
