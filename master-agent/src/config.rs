@@ -742,6 +742,7 @@ mod tests {
             "health_interval",
             "connect_timeout",
             "max_idle",
+            "max_age",
             "limits",
             "max_connections_per_address",
             "request_timeout",

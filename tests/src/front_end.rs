@@ -103,6 +103,8 @@ pub struct Setup {
     pub http2: bool,
     /// More of the section `audit`, such as `, queue: 1`.
     pub audit: &'static str,
+    /// Further fields of the section `upstream`, each behind a comma.
+    pub upstream: &'static str,
     /// Further lines of the section `front_end`.
     pub lines: String,
     /// No authentication section at all.
@@ -369,12 +371,13 @@ fn configuration(path: &Path, address: SocketAddr, upstream: &Upstream, setup: &
     }
     yaml += &format!(
         "  upstream: {{servers: [{}], ca: {}, cert: {}, key: {}, http2: {}, health_path: {HEALTH}, \
-         health_interval: 1s}}\n",
+         health_interval: 1s{}}}\n",
         servers.iter().map(|server| format!("'{server}'")).collect::<Vec<_>>().join(", "),
         file("apiserver-ca.crt"),
         file("front-proxy.crt"),
         file("front-proxy.key"),
         setup.http2,
+        setup.upstream,
     );
     yaml += &format!("  audit: {{file: {}{}}}\n", file("audit.log"), setup.audit);
     yaml += &setup.lines;

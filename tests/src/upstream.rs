@@ -169,6 +169,7 @@ impl Upstream {
             shared: Arc::default(),
             connections: Arc::default(),
             held: watch::Sender::new(false),
+            checks: Arc::default(),
             waiting: Arc::default(),
             upgraded: Arc::default(),
         };
@@ -236,6 +237,11 @@ impl Upstream {
     /// Whether requests have to wait for their answer.
     pub fn hold(&self, held: bool) {
         self.server.held.send_replace(held);
+    }
+
+    /// Requests for [`HEALTH`] so far.
+    pub fn checks(&self) -> usize {
+        self.server.checks.load(Ordering::SeqCst)
     }
 
     /// Requests that are waiting.
@@ -310,6 +316,7 @@ struct Server {
     shared: Arc<Mutex<Shared>>,
     connections: Arc<AtomicUsize>,
     held: watch::Sender<bool>,
+    checks: Arc<AtomicUsize>,
     waiting: Arc<AtomicUsize>,
     upgraded: Arc<AtomicUsize>,
 }
@@ -400,6 +407,7 @@ impl Server {
 
     async fn answer(&self, mut request: Request<Incoming>, connection: Connection) -> Response<Body> {
         if request.uri().path_and_query().is_some_and(|target| target == HEALTH) {
+            self.checks.fetch_add(1, Ordering::SeqCst);
             let status = self.shared().behaviour.status.unwrap_or(StatusCode::OK);
             return json_body(status, &json!("ok"));
         }

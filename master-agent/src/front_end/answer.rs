@@ -12,10 +12,10 @@ use std::{
 
 use bytes::{Buf, Bytes};
 use http_body_util::Full;
-use hyper::body::{Body, Frame, Incoming, SizeHint};
+use hyper::body::{Body, Frame, SizeHint};
 use tokio::{sync::Notify, time::Sleep};
 
-use super::{limits::Place, recorder::Recorder, upstream::Lease};
+use super::{limits::Place, recorder::Recorder, upstream::ResponseBody};
 use crate::{front_door::proxy_url, http::watched::Busy};
 
 /// How far a response has got with its caller. Of a body whose caller opens no window nothing is asked, so the body
@@ -114,10 +114,7 @@ pub struct Answer {
 
 pub enum Content {
     Own(Full<Bytes>),
-    Relayed {
-        incoming: Incoming,
-        lease: Lease,
-    },
+    Relayed(ResponseBody),
     /// Of what was reached through a tunnel.
     Target(proxy_url::Body),
 }
@@ -143,17 +140,7 @@ impl Body for Answer {
         let frame = match &mut this.content {
             Content::Own(body) => Pin::new(body).poll_frame(cx).map_err(|never| match never {}),
             Content::Target(body) => Pin::new(body).poll_frame(cx),
-            Content::Relayed { incoming, lease } => {
-                let mut frame = Pin::new(&mut *incoming).poll_frame(cx);
-                if frame.is_pending() {
-                    lease.drive(cx);
-                    frame = Pin::new(&mut *incoming).poll_frame(cx);
-                }
-                if matches!(frame, Poll::Ready(None)) || incoming.is_end_stream() {
-                    lease.finish();
-                }
-                frame
-            }
+            Content::Relayed(body) => Pin::new(body).poll_frame(cx),
         };
         let held = &this.held;
         frame.map_ok(|frame| {
@@ -168,7 +155,7 @@ impl Body for Answer {
         match &self.content {
             Content::Own(body) => body.is_end_stream(),
             Content::Target(body) => body.is_end_stream(),
-            Content::Relayed { incoming, .. } => incoming.is_end_stream(),
+            Content::Relayed(body) => body.is_end_stream(),
         }
     }
 
@@ -176,7 +163,7 @@ impl Body for Answer {
         match &self.content {
             Content::Own(body) => body.size_hint(),
             Content::Target(body) => body.size_hint(),
-            Content::Relayed { incoming, .. } => incoming.size_hint(),
+            Content::Relayed(body) => body.size_hint(),
         }
     }
 }

@@ -114,6 +114,8 @@ impl UpstreamConfig {
             health_interval: s.duration("health_interval", secs(5), WAIT),
             connect_timeout: s.duration("connect_timeout", secs(5), WAIT),
             max_idle: s.number("max_idle", 256, COUNT),
+            max_connections: s.number("max_connections", 8192, COUNT),
+            max_age: s.duration("max_age", secs(600), WAIT),
         })
     }
 }

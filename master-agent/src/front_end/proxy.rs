@@ -30,7 +30,7 @@ use super::{
     request_info::RequestInfo,
     server::{Connection, DOOR},
     streams,
-    upstream::{BodyError, Lease, RequestBody, UpstreamError},
+    upstream::{BodyError, Lease, RequestBody, ResponseBody, UpstreamError},
     user::User,
 };
 use crate::{
@@ -162,19 +162,15 @@ impl Connection {
         );
         let request = Request::from_parts(head, body);
         let timeout = if long_running { left(expires) } else { Some(front_end.config.request_timeout) };
-        let (mut response, mut lease) = self.send(request, caller_upgrade.is_some(), timeout).await?;
+        let mut response = self.send(request, caller_upgrade.is_some(), timeout).await?;
         place.answered();
 
         let upgraded = response.status() == StatusCode::SWITCHING_PROTOCOLS;
         headers::response(response.headers_mut(), upgraded);
         *response.version_mut() = Version::HTTP_11;
         if !upgraded {
-            // What has no body is not asked for one.
-            if response.body().is_end_stream() {
-                lease.finish();
-            }
             let expires = expires.filter(|_| long_running);
-            let response = response.map(|incoming| Content::Relayed { incoming, lease });
+            let response = response.map(Content::Relayed);
             return Ok(Answered { response, place: Some(place), expires, upgrade: None });
         }
         let Some(Some(caller)) = caller_upgrade else {
@@ -185,8 +181,10 @@ impl Connection {
         let place = front_end.limits.upgraded(place, counted).inspect_err(|_| record.limited())?;
         let server = hyper::upgrade::on(&mut response);
         let half_closed_timeout = front_end.config.half_closed_timeout;
+        let (head, body) = response.into_parts();
+        let lease = body.into_lease();
         let upgrade = Upgrade::Server { caller, server, lease, _place: place, half_closed_timeout };
-        let response = response.map(|_| Content::Own(Full::default()));
+        let response = Response::from_parts(head, Content::Own(Full::default()));
         Ok(Answered { response, place: None, expires, upgrade: Some(upgrade) })
     }
 
@@ -305,7 +303,7 @@ impl Connection {
         request: Request<RequestBody>,
         upgrade: bool,
         timeout: Option<Duration>,
-    ) -> Result<(Response<Incoming>, Lease), Failure> {
+    ) -> Result<Response<ResponseBody>, Failure> {
         let front_end = &self.front_end;
         let exchange = async {
             match upgrade {

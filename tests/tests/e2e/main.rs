@@ -13,6 +13,7 @@ mod front_end_held;
 mod front_end_hostile;
 mod front_end_kubectl;
 mod front_end_smuggling;
+mod front_end_upstream;
 mod hostile;
 mod impostor;
 mod interop;

@@ -4,6 +4,8 @@
 //! a response then holds up nobody else. Connections are kept for the next request.
 
 mod body;
+mod connection;
+mod pool;
 mod server;
 
 use std::{
@@ -15,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-use hyper::{Method, Request, Response, Uri, body::Incoming};
+use hyper::{Method, Request, Response, Uri};
 use proto::io::tasks::Tasks;
 
 use super::{
@@ -24,8 +26,9 @@ use super::{
 };
 
 pub use body::{BodyError, Progress, RequestBody};
-pub use server::{Lease, is_loopback};
-use server::{Protocol, Server};
+pub use connection::{Lease, ResponseBody};
+pub use server::is_loopback;
+use server::{Protocol, Server, ServerTls};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UpstreamConfig {
@@ -40,6 +43,10 @@ pub struct UpstreamConfig {
     pub connect_timeout: Duration,
     /// Connections that are kept for the next request, of each server.
     pub max_idle: usize,
+    /// Connections at once, to each server.
+    pub max_connections: usize,
+    /// A connection that is older takes no more requests.
+    pub max_age: Duration,
 }
 
 /// All servers.
@@ -63,10 +70,10 @@ pub enum UpstreamError {
 impl Upstream {
     /// `connections` owns the connections.
     pub fn load(config: &UpstreamConfig, connections: &Tasks) -> anyhow::Result<(Self, Arc<dyn Follow>)> {
-        let tls = config.tls.clone();
+        let (tls, http2) = (config.tls.clone(), config.http2);
         let files: Vec<PathBuf> = config.tls.files();
         let tls = Reloaded::load("the API server's CA and the front-proxy certificate", files, move || {
-            tls.config().map(Arc::new)
+            tls.config().map(|config| ServerTls::new(config, http2))
         })?;
         let servers = config
             .servers
@@ -77,10 +84,7 @@ impl Upstream {
     }
 
     /// Sends a request that does not change protocols.
-    pub async fn send(
-        &self,
-        request: Request<RequestBody>,
-    ) -> Result<(Response<Incoming>, Lease), UpstreamError> {
+    pub async fn send(&self, request: Request<RequestBody>) -> Result<Response<ResponseBody>, UpstreamError> {
         self.exchange(request, Protocol::Any).await
     }
 
@@ -88,7 +92,7 @@ impl Upstream {
     pub async fn upgrade(
         &self,
         request: Request<RequestBody>,
-    ) -> Result<(Response<Incoming>, Lease), UpstreamError> {
+    ) -> Result<Response<ResponseBody>, UpstreamError> {
         self.exchange(request, Protocol::Http1).await
     }
 
@@ -96,14 +100,14 @@ impl Upstream {
         &self,
         mut request: Request<RequestBody>,
         protocol: Protocol,
-    ) -> Result<(Response<Incoming>, Lease), UpstreamError> {
+    ) -> Result<Response<ResponseBody>, UpstreamError> {
         let mut last = String::new();
         for server in self.in_order() {
             loop {
                 let connection = match server.connection(protocol).await {
                     Ok(connection) => connection,
                     Err(error) => {
-                        server.failed(&error);
+                        server.unconnected(&error);
                         last = error.to_string();
                         break;
                     }
@@ -112,7 +116,7 @@ impl Upstream {
                 // A kept connection may end while the request is on its way.
                 let again = kept.then(|| repeatable(&request)).flatten();
                 match connection.send(request).await {
-                    Ok(exchange) => return Ok(exchange),
+                    Ok(response) => return Ok(response),
                     Err((_, Some(unsent))) if kept => request = unsent,
                     Err((error, Some(unsent))) => {
                         server.failed(&error);
@@ -123,7 +127,7 @@ impl Upstream {
                     Err((error, None)) => match (body::cause(&error), again) {
                         (Some(error), _) => return Err(UpstreamError::Body(error)),
                         (None, Some(again)) => request = again,
-                        (None, None) => return Err(UpstreamError::Broken(server::causes(&error))),
+                        (None, None) => return Err(UpstreamError::Broken(connection::causes(&error))),
                     },
                 }
             }

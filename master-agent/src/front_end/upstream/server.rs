@@ -1,50 +1,53 @@
-//! One API server: its connections, and whether it works.
+//! One API server: connections to it, and whether it works.
 
 use std::{
-    future::poll_fn,
     io,
     net::IpAddr,
-    pin::{Pin, pin},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    task::{Context, Poll, Waker},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::{Context as _, bail};
-use futures_util::FutureExt;
+use http_body_util::{BodyExt, Limited};
 use hyper::{
-    Request, Response, Uri,
-    body::Incoming,
+    Request, Uri,
     client::conn::{http1, http2},
-    header,
-    http::uri::{Authority, PathAndQuery, Scheme},
+    header::HeaderValue,
+    http::uri::{Authority, PathAndQuery},
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use proto::io::tasks::Tasks;
+use proto::io::{socket, tasks::Tasks};
 use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
+    sync::OwnedSemaphorePermit,
+    time::Instant,
 };
 use tokio_rustls::TlsConnector;
 
-use super::{RequestBody, UpstreamConfig};
-use crate::{front_end::reloaded::Reloaded, http::Executor};
+use super::{
+    RequestBody, UpstreamConfig,
+    connection::{Connection, Driver, Http1, Made, Sender, causes},
+    pool::{MAX_STREAMS, Pool},
+};
+use crate::{
+    front_end::reloaded::{Follow, Reloaded},
+    http::Executor,
+};
 
 const MAX_HEADERS: usize = 256;
 const MAX_HEAD: usize = 1024 * 1024;
-/// Requests on one HTTP/2 connection.
-const MAX_STREAMS: usize = 100;
 const STREAM_WINDOW: u32 = 1024 * 1024;
 /// As much as all streams may take, so that one that is not read does not hold up the others.
 const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MAX_STREAMS as u32;
-/// How long a connection is kept without a request.
-const MAX_IDLE: Duration = Duration::from_secs(90);
 /// Checks that fail in a row before a server is not asked any more.
 const FAILURES: usize = 2;
+/// Bytes of an answer to a check that are read, to keep its connection.
+const MAX_HEALTH: usize = 64 * 1024;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {
@@ -53,193 +56,84 @@ pub enum Protocol {
     Any,
 }
 
+/// TLS by what a connection may speak.
+pub struct ServerTls {
+    any: Arc<ClientConfig>,
+    http1: Arc<ClientConfig>,
+}
+
+impl ServerTls {
+    pub fn new(mut config: ClientConfig, http2: bool) -> Self {
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        let http1 = Arc::new(config.clone());
+        if http2 {
+            config.alpn_protocols.insert(0, b"h2".to_vec());
+        }
+        Self { any: Arc::new(config), http1 }
+    }
+}
+
 pub struct Server {
     /// For people.
     name: String,
     authority: Authority,
+    host_header: Option<HeaderValue>,
     host: String,
     port: u16,
+    tls: Arc<Reloaded<ServerTls>>,
     /// `None` is plain HTTP.
-    tls: Option<(Arc<Reloaded<Arc<ClientConfig>>>, ServerName<'static>)>,
-    http2: bool,
+    tls_name: Option<ServerName<'static>>,
+    /// The server is taken to speak HTTP/2.
+    multiplexes: AtomicBool,
+    /// Of those who make a connection for many.
+    turn: tokio::sync::Mutex<()>,
+    pool: Pool,
     health: PathAndQuery,
     timeout: Duration,
-    max_idle: usize,
-    idle: Mutex<Vec<Http1>>,
-    shared: Mutex<Vec<(http2::SendRequest<RequestBody>, Arc<AtomicUsize>)>>,
     failures: AtomicUsize,
     down: AtomicBool,
     connections: Tasks,
 }
 
-/// A connection that takes a request.
-pub struct Connection {
-    /// It has served a request before.
-    pub kept: bool,
-    server: Arc<Server>,
-    sender: Sender,
-}
-
-enum Sender {
-    Http1(Http1),
-    Http2(http2::SendRequest<RequestBody>, Place),
-}
-
-/// A connection without a task of its own: whoever waits for something from it moves it on, so that a request
-/// changes no tasks, and one that is given up ends its connection at once.
-struct Http1 {
-    sender: http1::SendRequest<RequestBody>,
-    /// `None` once it has ended.
-    driver: Option<Driver>,
-    used: Instant,
-}
-
-type Driver = Pin<Box<dyn Future<Output = hyper::Result<()>> + Send>>;
-
-impl Http1 {
-    fn drive(&mut self, cx: &mut Context<'_>) {
-        drive(&mut self.driver, cx);
-    }
-
-    /// Whether it can take a request now.
-    fn is_ready(&mut self) -> bool {
-        self.drive(&mut Context::from_waker(Waker::noop()));
-        self.driver.is_some() && matches!(self.sender.ready().now_or_never(), Some(Ok(())))
-    }
-}
-
-fn drive(driver: &mut Option<Driver>, cx: &mut Context<'_>) {
-    let Some(connection) = driver else { return };
-    if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
-        *driver = None;
-        if let Err(error) = ended {
-            tracing::debug!(error = causes(&error), "a connection to an API server failed");
-        }
-    }
-}
-
-/// One stream of a shared connection.
-struct Place(Arc<AtomicUsize>);
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// Keeps a connection while its response is read.
-pub struct Lease {
-    server: Arc<Server>,
-    sender: Option<Sender>,
-}
-
-impl Lease {
-    /// Moves the connection on. To be done whenever its response has nothing more to read yet.
-    pub fn drive(&mut self, cx: &mut Context<'_>) {
-        if let Some(Sender::Http1(connection)) = &mut self.sender {
-            connection.drive(cx);
-        }
-    }
-
-    /// The response has been read to its end: the connection can serve another request, unless the rest of this
-    /// one is still being sent.
-    pub fn finish(&mut self) {
-        let Some(Sender::Http1(mut connection)) = self.sender.take() else { return };
-        if !connection.is_ready() {
-            return;
-        }
-        connection.used = Instant::now();
-        let mut idle = self.server.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        if idle.len() < self.server.max_idle {
-            idle.push(connection);
-        }
-    }
-}
-
-impl Connection {
-    /// Sends a request. A failure gives the request back where nothing of it has been sent.
-    pub async fn send(
-        self,
-        mut request: Request<RequestBody>,
-    ) -> Result<(Response<Incoming>, Lease), (hyper::Error, Option<Request<RequestBody>>)> {
-        let Self { server, sender, .. } = self;
-        let path = request.uri().path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
-        match sender {
-            Sender::Http1(mut connection) => {
-                *request.uri_mut() = Uri::from(path);
-                if let Ok(host) = header::HeaderValue::try_from(server.authority.as_str()) {
-                    request.headers_mut().insert(header::HOST, host);
-                }
-                let Http1 { sender, driver, .. } = &mut connection;
-                let mut sending = pin!(sender.try_send_request(request));
-                let sent = poll_fn(|cx| {
-                    if let Poll::Ready(sent) = sending.as_mut().poll(cx) {
-                        return Poll::Ready(sent);
-                    }
-                    drive(driver, cx);
-                    sending.as_mut().poll(cx)
-                });
-                match sent.await {
-                    Ok(response) => Ok((response, Lease { server, sender: Some(Sender::Http1(connection)) })),
-                    Err(mut error) => {
-                        let unsent = error.take_message();
-                        Err((error.into_error(), unsent))
-                    }
-                }
-            }
-            Sender::Http2(mut sender, place) => {
-                request.headers_mut().remove(header::HOST);
-                let mut parts = hyper::http::uri::Parts::default();
-                parts.scheme = Some(Scheme::HTTPS);
-                parts.authority = Some(server.authority.clone());
-                parts.path_and_query = Some(path);
-                if let Ok(uri) = Uri::from_parts(parts) {
-                    *request.uri_mut() = uri;
-                }
-                *request.version_mut() = hyper::Version::HTTP_2;
-                match sender.try_send_request(request).await {
-                    Ok(response) => {
-                        Ok((response, Lease { server, sender: Some(Sender::Http2(sender, place)) }))
-                    }
-                    Err(mut error) => {
-                        let unsent = error.take_message().map(|mut request| {
-                            *request.version_mut() = hyper::Version::HTTP_11;
-                            request
-                        });
-                        Err((error.into_error(), unsent))
-                    }
-                }
-            }
-        }
-    }
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    #[error("{0}: max_connections are in use")]
+    Full(String),
+    /// Which says nothing of the server.
+    #[error("{0}: no connection can be made from here: {1}")]
+    Here(String, io::Error),
+    #[error("{0}: {1}")]
+    Server(String, io::Error),
 }
 
 impl Server {
     pub fn new(
         uri: &Uri,
         config: &UpstreamConfig,
-        tls: Arc<Reloaded<Arc<ClientConfig>>>,
+        tls: Arc<Reloaded<ServerTls>>,
         connections: Tasks,
     ) -> anyhow::Result<Self> {
         let authority = uri.authority().cloned().context("an upstream needs a host")?;
         let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
-        let (tls, default_port) = match uri.scheme_str() {
-            Some("https") => (Some((tls, ServerName::try_from(host.clone())?)), 443),
+        let (tls_name, default_port) = match uri.scheme_str() {
+            Some("https") => (Some(ServerName::try_from(host.clone())?), 443),
             Some("http") if is_loopback(&host) => (None, 80),
             _ => bail!("{uri}: an upstream is https://, or http:// on loopback"),
         };
         Ok(Self {
             name: uri.to_string(),
             port: authority.port_u16().unwrap_or(default_port),
+            host_header: HeaderValue::try_from(authority.as_str()).ok(),
             authority,
             host,
+            multiplexes: AtomicBool::new(config.http2 && tls_name.is_some()),
             tls,
-            http2: config.http2,
+            tls_name,
+            turn: tokio::sync::Mutex::default(),
+            pool: Pool::new(config),
             health: config.health_path.parse()?,
             timeout: config.connect_timeout,
-            max_idle: config.max_idle,
-            idle: Mutex::default(),
-            shared: Mutex::default(),
             failures: AtomicUsize::new(0),
             down: AtomicBool::new(false),
             connections,
@@ -250,7 +144,23 @@ impl Server {
         !self.down.load(Ordering::Relaxed)
     }
 
-    /// It can't be connected to.
+    pub(super) fn authority(&self) -> &Authority {
+        &self.authority
+    }
+
+    pub(super) fn host_header(&self) -> Option<HeaderValue> {
+        self.host_header.clone()
+    }
+
+    /// There is no connection, for this reason.
+    pub fn unconnected(&self, error: &ConnectError) {
+        match error {
+            ConnectError::Server(_, error) => self.failed(error),
+            ConnectError::Full(_) | ConnectError::Here(..) => {}
+        }
+    }
+
+    /// It does not work.
     pub fn failed(&self, error: &dyn std::fmt::Display) {
         let failures = self.failures.fetch_add(1, Ordering::Relaxed) + 1;
         if failures >= FAILURES && !self.down.swap(true, Ordering::Relaxed) {
@@ -267,102 +177,90 @@ impl Server {
 
     /// Asks whether it works. An answer that is no `5xx` says so, whoever may see the path.
     pub async fn check(self: &Arc<Self>) {
-        self.sweep();
-        let asked = async {
-            let connection = self.connection(Protocol::Any).await?;
-            let mut request = Request::new(RequestBody::empty());
-            *request.uri_mut() = Uri::from(self.health.clone());
-            let (response, _) =
-                connection.send(request).await.map_err(|(error, _)| io::Error::other(causes(&error)))?;
-            if response.status().is_server_error() {
-                return Err(io::Error::other(format!("{} answers {}", self.health, response.status())));
-            }
-            Ok(())
-        };
-        match tokio::time::timeout(self.timeout, asked).await {
+        self.pool.sweep(self.tls.generation());
+        match tokio::time::timeout(self.timeout, self.ask()).await {
             Ok(Ok(())) => self.works(),
-            Ok(Err(error)) => self.failed(&error),
+            Ok(Err(error)) => self.unconnected(&error),
             Err(_) => self.failed(&"no answer in time"),
         }
     }
 
+    async fn ask(self: &Arc<Self>) -> Result<(), ConnectError> {
+        let failed = |error| ConnectError::Server(self.name.clone(), io::Error::other(error));
+        loop {
+            let connection = self.connection(Protocol::Any).await?;
+            let kept = connection.kept;
+            let mut request = Request::new(RequestBody::empty());
+            *request.uri_mut() = Uri::from(self.health.clone());
+            let response = match connection.send(request).await {
+                Ok(response) => response,
+                // The server may have ended it meanwhile.
+                Err(_) if kept => continue,
+                Err((error, _)) => return Err(failed(causes(&error))),
+            };
+            let status = response.status();
+            let _ = Limited::new(response.into_body(), MAX_HEALTH).collect().await;
+            if status.is_server_error() {
+                return Err(failed(format!("{} answers {status}", self.health)));
+            }
+            return Ok(());
+        }
+    }
+
     /// A kept connection, or a new one.
-    pub async fn connection(self: &Arc<Self>, protocol: Protocol) -> io::Result<Connection> {
+    pub async fn connection(self: &Arc<Self>, protocol: Protocol) -> Result<Connection, ConnectError> {
         let connection = |kept, sender| Connection { kept, server: self.clone(), sender };
-        if protocol == Protocol::Any
-            && let Some(sender) = self.kept()
-        {
+        let kept = || match protocol {
+            Protocol::Any => self.pool.take(self.tls.generation()),
+            Protocol::Http1 => None,
+        };
+        if let Some(sender) = kept() {
             return Ok(connection(true, sender));
         }
-        let connecting = self.connect(protocol);
-        let sender = tokio::time::timeout(self.timeout, connecting).await.map_err(|_| {
-            io::Error::new(io::ErrorKind::TimedOut, format!("{} did not answer in time", self.name))
-        })??;
-        Ok(connection(false, sender))
-    }
-
-    fn kept(&self) -> Option<Sender> {
-        {
-            let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
-            shared.retain(|(sender, _)| !sender.is_closed());
-            let free = shared.iter().find(|(_, streams)| streams.load(Ordering::Relaxed) < MAX_STREAMS);
-            if let Some((sender, streams)) = free {
-                streams.fetch_add(1, Ordering::Relaxed);
-                return Some(Sender::Http2(sender.clone(), Place(streams.clone())));
+        let connecting = async {
+            // Who comes while a connection for many is made waits for it.
+            let shares = protocol == Protocol::Any && self.multiplexes.load(Ordering::Relaxed);
+            let _turn = if shares { Some(self.turn.lock().await) } else { None };
+            if let Some(sender) = kept().filter(|_| shares) {
+                return Ok(connection(true, sender));
             }
-        }
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        // The last one first, so that those that are not needed grow old.
-        while let Some(mut connection) = idle.pop() {
-            if connection.is_ready() {
-                return Some(Sender::Http1(connection));
-            }
-        }
-        None
-    }
-
-    /// Ends kept connections that the server has ended, or that nobody has needed.
-    fn sweep(&self) {
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        idle.retain_mut(|connection| connection.used.elapsed() < MAX_IDLE && connection.is_ready());
-    }
-
-    async fn connect(&self, protocol: Protocol) -> io::Result<Sender> {
-        let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", self.name));
-        let socket = TcpStream::connect((self.host.as_str(), self.port)).await.map_err(named)?;
-        socket.set_nodelay(true)?;
-        let Some((config, name)) = &self.tls else { return self.http1(socket).await.map_err(named) };
-        let mut config = ClientConfig::clone(&config.get());
-        config.alpn_protocols = match protocol {
-            Protocol::Any if self.http2 => vec![b"h2".to_vec(), b"http/1.1".to_vec()],
-            Protocol::Any | Protocol::Http1 => vec![b"http/1.1".to_vec()],
+            let permit = self.pool.permit().ok_or_else(|| ConnectError::Full(self.name.clone()))?;
+            let sender = self.connect(protocol, permit).await.map_err(|error| {
+                let reason = if is_ours(&error) { ConnectError::Here } else { ConnectError::Server };
+                reason(self.name.clone(), error)
+            })?;
+            Ok(connection(false, sender))
         };
-        let tls = TlsConnector::from(Arc::new(config)).connect(name.clone(), socket).await.map_err(named)?;
-        if tls.get_ref().1.alpn_protocol() == Some(b"h2") {
-            return self.http2(tls).await.map_err(named);
-        }
-        self.http1(tls).await.map_err(named)
+        tokio::time::timeout(self.timeout, connecting).await.unwrap_or_else(|_| {
+            let late = io::Error::new(io::ErrorKind::TimedOut, "no connection in time");
+            Err(ConnectError::Server(self.name.clone(), late))
+        })
     }
 
-    async fn http1<S>(&self, socket: S) -> io::Result<Sender>
-    where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    {
-        let (sender, connection) = http1::Builder::new()
-            .max_headers(MAX_HEADERS)
-            .max_buf_size(MAX_HEAD)
-            .handshake(TokioIo::new(socket))
-            .await
-            .map_err(io::Error::other)?;
-        let driver: Driver = Box::pin(connection.with_upgrades());
-        let mut connection = Http1 { sender, driver: Some(driver), used: Instant::now() };
-        if !connection.is_ready() {
-            return Err(io::Error::other("the connection ended at once"));
-        }
-        Ok(Sender::Http1(connection))
+    pub(super) fn keep(&self, connection: Http1) {
+        self.pool.put(connection, self.tls.generation());
     }
 
-    async fn http2<S>(&self, socket: S) -> io::Result<Sender>
+    async fn connect(&self, protocol: Protocol, permit: OwnedSemaphorePermit) -> io::Result<Sender> {
+        let socket = TcpStream::connect((self.host.as_str(), self.port)).await?;
+        socket::tune(&socket);
+        // In this order: files that change in between make it one of the old ones.
+        let made = Made { generation: self.tls.generation(), at: Instant::now() };
+        let Some(name) = &self.tls_name else { return http1(socket, made, permit).await };
+        let tls = self.tls.get();
+        let config = match protocol {
+            Protocol::Any => tls.any.clone(),
+            Protocol::Http1 => tls.http1.clone(),
+        };
+        let tls = TlsConnector::from(config).connect(name.clone(), socket).await?;
+        let http2 = tls.get_ref().1.alpn_protocol() == Some(b"h2");
+        if protocol == Protocol::Any {
+            self.multiplexes.store(http2, Ordering::Relaxed);
+        }
+        if http2 { self.http2(tls, made, permit).await } else { http1(tls, made, permit).await }
+    }
+
+    async fn http2<S>(&self, socket: S, made: Made, permit: OwnedSemaphorePermit) -> io::Result<Sender>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
@@ -376,16 +274,47 @@ impl Server {
             .await
             .map_err(io::Error::other)?;
         self.connections.spawn(async move {
+            let _permit = permit;
             if let Err(error) = connection.await {
                 tracing::debug!(error = causes(&error), "a connection to an API server failed");
             }
         });
         sender.ready().await.map_err(io::Error::other)?;
-        let streams = Arc::new(AtomicUsize::new(1));
-        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
-        shared.push((sender.clone(), streams.clone()));
-        Ok(Sender::Http2(sender, Place(streams)))
+        let place = self.pool.share(&sender, made);
+        Ok(Sender::Http2(sender, place))
     }
+}
+
+async fn http1<S>(socket: S, made: Made, permit: OwnedSemaphorePermit) -> io::Result<Sender>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (sender, connection) = http1::Builder::new()
+        .max_headers(MAX_HEADERS)
+        .max_buf_size(MAX_HEAD)
+        .handshake(TokioIo::new(socket))
+        .await
+        .map_err(io::Error::other)?;
+    let driver: Driver = Box::pin(connection.with_upgrades());
+    let mut connection = Http1::new(sender, driver, made, permit);
+    if !connection.is_ready() {
+        return Err(io::Error::other("the connection ended at once"));
+    }
+    Ok(Sender::Http1(connection))
+}
+
+/// Whether an error of connecting is for want of descriptors, memory, ports or a network on this machine.
+fn is_ours(error: &io::Error) -> bool {
+    let ours = [
+        libc::EMFILE,
+        libc::ENFILE,
+        libc::ENOMEM,
+        libc::ENOBUFS,
+        libc::EADDRNOTAVAIL,
+        libc::ENETUNREACH,
+        libc::ENETDOWN,
+    ];
+    error.raw_os_error().is_some_and(|code| ours.contains(&code))
 }
 
 /// Whether a host, as a URL has it, is this one.
@@ -394,14 +323,23 @@ pub fn is_loopback(host: &str) -> bool {
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
 }
 
-/// hyper's errors show their cause only when they are asked for it.
-pub fn causes(error: &hyper::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wanting_here_says_nothing_of_the_server() {
+        let codes = [
+            (libc::EMFILE, true),
+            (libc::ENETUNREACH, true),
+            (libc::EADDRNOTAVAIL, true),
+            (libc::ECONNREFUSED, false),
+            (libc::ECONNRESET, false),
+            (libc::EHOSTUNREACH, false),
+            (libc::ETIMEDOUT, false),
+        ];
+        for (code, ours) in codes {
+            assert_eq!(is_ours(&io::Error::from_raw_os_error(code)), ours, "{code}");
+        }
     }
-    text
 }

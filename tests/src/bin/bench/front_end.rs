@@ -4,6 +4,7 @@ use std::{
     cell::Cell,
     collections::BTreeMap,
     net::SocketAddr,
+    os::unix::process::CommandExt,
     path::Path as File,
     process::Command,
     sync::Arc,
@@ -45,20 +46,23 @@ struct Site {
     nginx: SocketAddr,
     with: Arc<ClientConfig>,
     without: Arc<ClientConfig>,
-    _cluster: Cluster,
-    _nginx: Nginx,
+    cluster: Cluster,
+    server: Nginx,
     _target: Process,
 }
 
-/// Requests a second on kept connections, and the time of one request, of all ways in turn.
+/// Requests a second on kept connections, what one costs, and the time of one, of all ways in turn.
 pub async fn figures(n: usize, time: Duration) -> anyhow::Result<BTreeMap<&'static str, Figure>> {
     let site = Site::start().await?;
     let ways = [Way::Plain, Way::Nginx, Way::Ours, Way::Anonymous];
     let mut rates: BTreeMap<Way, Vec<f64>> = BTreeMap::new();
+    let mut costs: BTreeMap<Way, Vec<f64>> = BTreeMap::new();
     let mut times: BTreeMap<Way, Vec<f64>> = BTreeMap::new();
     for _ in 0..n {
         for way in ways {
-            rates.entry(way).or_default().push(site.rate(way, time).await?);
+            let (rate, cost) = site.rate(way, time).await?;
+            rates.entry(way).or_default().push(rate);
+            costs.entry(way).or_default().push(cost);
             times.entry(way).or_default().push(site.one_by_one(way, 1000).await?);
         }
     }
@@ -67,12 +71,17 @@ pub async fn figures(n: usize, time: Duration) -> anyhow::Result<BTreeMap<&'stat
     let figure = |unit, direct, ours, ratio| Figure { unit, direct, openssh: None, ours, ratio };
     let (plain, nginx, ours) = (get(&rates, Way::Plain), get(&rates, Way::Nginx), get(&rates, Way::Ours));
     let (anonymous, p50) = (get(&rates, Way::Anonymous), |way| get(&times, way));
+    let cost = |way| get(&costs, way);
     let added = |way| p50(way).zip(p50(Way::Plain)).map(|(through, plain)| through - plain);
     Ok(BTreeMap::from([
         ("front_end_rate_32_by_nginx", figure("1/s", plain, ours, by(ours, nginx))),
         (
             "front_end_added_p50_by_nginx",
             figure("us", None, added(Way::Ours), by(added(Way::Ours), added(Way::Nginx))),
+        ),
+        (
+            "front_end_cpu_by_nginx",
+            figure("us", None, cost(Way::Ours), by(cost(Way::Ours), cost(Way::Nginx))),
         ),
         ("front_end_rate_32_by_anonymous", figure("1/s", plain, ours, by(ours, anonymous))),
     ]))
@@ -102,9 +111,9 @@ impl Site {
             nginx: local(nginx),
             with: client_config(&ca, Some((path, "kube-apiserver")))?,
             without: client_config(&ca, None)?,
-            _nginx: server,
+            server,
             _target: target,
-            _cluster: cluster,
+            cluster,
         })
     }
 
@@ -123,14 +132,24 @@ impl Site {
         Ok(BufReader::new(Box::new(tls)))
     }
 
-    async fn rate(&self, way: Way, time: Duration) -> anyhow::Result<f64> {
+    /// Seconds of user and system time that the proxies have had.
+    fn cpu(&self, way: Way) -> f64 {
+        match way {
+            Way::Plain => 0.0,
+            Way::Nginx => self.server.0.usage().cpu,
+            Way::Ours | Way::Anonymous => self.cluster.master.usage().cpu,
+        }
+    }
+
+    /// Requests a second, and microseconds of the proxy's user and system time for each.
+    async fn rate(&self, way: Way, time: Duration) -> anyhow::Result<(f64, f64)> {
         let mut streams = Vec::new();
         for _ in 0..CONNECTIONS {
             let mut stream = self.connect(way).await?;
             get(&mut stream).await?;
             streams.push(stream);
         }
-        let began = Instant::now();
+        let (began, before) = (Instant::now(), self.cpu(way));
         let done = Cell::new(0u64);
         try_all(streams.into_iter().map(|mut stream| {
             let done = &done;
@@ -143,7 +162,8 @@ impl Site {
             }
         }))
         .await?;
-        Ok(done.get() as f64 / began.elapsed().as_secs_f64())
+        let done = done.get() as f64;
+        Ok((done / began.elapsed().as_secs_f64(), (self.cpu(way) - before) * 1e6 / done))
     }
 
     /// Microseconds, the median.
@@ -188,7 +208,10 @@ struct Nginx(Process);
 impl Drop for Nginx {
     fn drop(&mut self) {
         self.0.signal("TERM");
-        let _ = self.0.wait(Duration::from_secs(5));
+        if self.0.wait(Duration::from_secs(5)).is_err() {
+            let group = format!("-{}", self.0.pid());
+            let _ = Command::new("kill").args(["-s", "KILL", "--", &group]).status();
+        }
     }
 }
 
@@ -214,7 +237,9 @@ fn start_nginx(directory: &File, port: u16, upstream: u16) -> anyhow::Result<Ngi
     );
     let file = directory.join("nginx.conf");
     std::fs::write(&file, config)?;
-    let mut command = Command::new("nginx");
+    // It ends with whoever started it, also when that is killed.
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "TERM", "nginx"]).process_group(0);
     command.arg("-c").arg(&file).arg("-e").arg(at("nginx-error.log"));
     let process = Nginx(Process::start("nginx", &mut command, &directory.join("nginx.log"))?);
     openssh::wait_for_port(port).context("nginx did not start")?;

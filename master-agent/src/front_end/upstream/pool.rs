@@ -1,0 +1,275 @@
+//! The connections to one API server that are kept for the next request, and how many there may be.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use hyper::client::conn::http2;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
+
+use super::{
+    RequestBody, UpstreamConfig,
+    connection::{Http1, Made, Place, Sender},
+};
+
+/// Requests on one HTTP/2 connection.
+pub const MAX_STREAMS: usize = 100;
+/// How long a connection is kept without a request.
+const MAX_UNUSED: Duration = Duration::from_secs(90);
+
+pub struct Pool {
+    /// The one that was used last is at the end, and is used next, so that those that are not needed grow old.
+    idle: Mutex<VecDeque<Http1>>,
+    shared: Mutex<Vec<Http2>>,
+    permits: Arc<Semaphore>,
+    max_idle: usize,
+    max_age: Duration,
+}
+
+/// A connection for many requests, moved on by a task of its own.
+struct Http2 {
+    sender: http2::SendRequest<RequestBody>,
+    streams: Arc<AtomicUsize>,
+    made: Made,
+    /// When it was last seen to have streams.
+    used: Instant,
+}
+
+impl Pool {
+    pub fn new(config: &UpstreamConfig) -> Self {
+        Self {
+            idle: Mutex::default(),
+            shared: Mutex::default(),
+            permits: Arc::new(Semaphore::new(config.max_connections)),
+            max_idle: config.max_idle,
+            max_age: config.max_age,
+        }
+    }
+
+    /// For a new connection, at the cost of one that is kept if need be.
+    pub fn permit(&self) -> Option<OwnedSemaphorePermit> {
+        let permit = || self.permits.clone().try_acquire_owned().ok();
+        permit().or_else(|| {
+            let oldest = self.idle().pop_front();
+            drop(oldest);
+            permit()
+        })
+    }
+
+    /// One that was made by the files as they are.
+    pub fn take(&self, generation: u64) -> Option<Sender> {
+        if let Some((sender, place)) = self.stream(generation) {
+            return Some(Sender::Http2(sender, place));
+        }
+        loop {
+            // Moving it on may take a while.
+            let mut connection = self.idle().pop_back()?;
+            if self.is_current(&connection.made, generation) && connection.is_ready() {
+                return Some(Sender::Http1(connection));
+            }
+        }
+    }
+
+    fn stream(&self, generation: u64) -> Option<(http2::SendRequest<RequestBody>, Place)> {
+        let mut shared = self.shared();
+        // Requests that are under way keep theirs.
+        shared.retain(|one| !one.sender.is_closed() && self.is_current(&one.made, generation));
+        let one = shared.iter_mut().find(|one| one.streams.load(Ordering::Relaxed) < MAX_STREAMS)?;
+        one.used = Instant::now();
+        Some((one.sender.clone(), Place::take(&one.streams)))
+    }
+
+    /// Keeps one that has been used, if there is room and it can be used again.
+    pub fn put(&self, mut connection: Http1, generation: u64) {
+        if !self.is_current(&connection.made, generation) || !connection.is_ready() {
+            return;
+        }
+        connection.used = Instant::now();
+        let mut idle = self.idle();
+        if idle.len() < self.max_idle {
+            idle.push_back(connection);
+        }
+    }
+
+    /// Keeps one for many requests, of which this is the first.
+    pub fn share(&self, sender: &http2::SendRequest<RequestBody>, made: Made) -> Place {
+        let streams = Arc::default();
+        let place = Place::take(&streams);
+        self.shared().push(Http2 { sender: sender.clone(), streams, made, used: Instant::now() });
+        place
+    }
+
+    /// Ends those that the server has ended, that nobody has needed, that are old, or of files that have changed.
+    pub fn sweep(&self, generation: u64) {
+        let kept = self.idle().len();
+        for _ in 0..kept {
+            let Some(mut connection) = self.idle().pop_front() else { break };
+            let good = connection.used.elapsed() < MAX_UNUSED
+                && self.is_current(&connection.made, generation)
+                && connection.is_ready();
+            if good {
+                self.idle().push_back(connection);
+            }
+        }
+        self.shared().retain_mut(|one| {
+            if one.streams.load(Ordering::Relaxed) > 0 {
+                one.used = Instant::now();
+            }
+            one.used.elapsed() < MAX_UNUSED
+                && !one.sender.is_closed()
+                && self.is_current(&one.made, generation)
+        });
+    }
+
+    fn is_current(&self, made: &Made, generation: u64) -> bool {
+        made.generation == generation && made.at.elapsed() < self.max_age
+    }
+
+    fn idle(&self) -> MutexGuard<'_, VecDeque<Http1>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn shared(&self) -> MutexGuard<'_, Vec<Http2>> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{future::poll_fn, task::Poll};
+
+    use hyper::client::conn::http1;
+    use hyper_util::rt::{TokioExecutor, TokioIo};
+    use tokio::{io::DuplexStream, task::coop::has_budget_remaining};
+
+    use super::*;
+
+    fn pool(max_idle: usize, max_connections: usize) -> Pool {
+        Pool::new(&UpstreamConfig {
+            servers: Vec::new(),
+            tls: Default::default(),
+            http2: true,
+            health_path: "/".to_owned(),
+            health_interval: Duration::from_secs(5),
+            connect_timeout: Duration::from_secs(5),
+            max_idle,
+            max_connections,
+            max_age: Duration::from_secs(600),
+        })
+    }
+
+    fn made(generation: u64) -> Made {
+        Made { generation, at: Instant::now() }
+    }
+
+    async fn http1(pool: &Pool, generation: u64) -> (Http1, DuplexStream) {
+        let (near, far) = tokio::io::duplex(1024);
+        let (sender, connection) = http1::handshake(TokioIo::new(near)).await.unwrap();
+        let driver = Box::pin(connection.with_upgrades());
+        let mut connection = Http1::new(sender, driver, made(generation), pool.permit().unwrap());
+        assert!(connection.is_ready());
+        (connection, far)
+    }
+
+    /// Uses up what a task may do before others have their turn.
+    async fn work_hard() {
+        let (sender, mut receiver) = tokio::sync::mpsc::unbounded_channel();
+        for _ in 0..1000 {
+            sender.send(()).unwrap();
+        }
+        poll_fn(|cx| {
+            while has_budget_remaining() {
+                let _ = receiver.poll_recv(cx);
+            }
+            Poll::Ready(())
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_busy_task_finds_and_keeps_good_connections_and_no_ended_ones() {
+        let pool = pool(10, 10);
+        let (good, _far) = http1(&pool, 0).await;
+        let (ended, gone) = http1(&pool, 0).await;
+        drop(gone);
+        work_hard().await;
+        pool.put(good, 0);
+        pool.put(ended, 0);
+        assert_eq!(pool.idle().len(), 1);
+        assert!(pool.take(0).is_some());
+    }
+
+    #[tokio::test]
+    async fn kept_ones_are_bounded_and_give_way_to_new_ones() {
+        let pool = pool(2, 3);
+        let mut all = Vec::new();
+        let mut ends = Vec::new();
+        for _ in 0..3 {
+            let (connection, far) = http1(&pool, 0).await;
+            all.push(connection);
+            ends.push(far);
+        }
+        assert!(pool.permit().is_none());
+        for connection in all {
+            pool.put(connection, 0);
+        }
+        assert_eq!(pool.idle().len(), 2);
+        let permits: Vec<_> = std::iter::from_fn(|| pool.permit()).collect();
+        assert_eq!((permits.len(), pool.idle().len()), (3, 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn those_of_other_files_and_old_ones_are_not_used() {
+        let pool = pool(10, 10);
+        let (old, _far) = http1(&pool, 0).await;
+        pool.put(old, 0);
+        assert!(pool.take(1).is_none());
+        let (late, _far) = http1(&pool, 0).await;
+        pool.put(late, 1);
+        assert_eq!(pool.idle().len(), 0);
+        let (aged, _far) = http1(&pool, 1).await;
+        tokio::time::advance(Duration::from_secs(601)).await;
+        pool.put(aged, 1);
+        assert!(pool.take(1).is_none());
+        let (unused, _far) = http1(&pool, 1).await;
+        pool.put(unused, 1);
+        pool.sweep(1);
+        assert_eq!(pool.idle().len(), 1);
+        tokio::time::advance(MAX_UNUSED).await;
+        pool.sweep(1);
+        assert_eq!(pool.idle().len(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn shared_ones_fill_up_one_after_the_other_and_go_when_nobody_needs_them() {
+        let pool = pool(10, 10);
+        let (near, _far) = tokio::io::duplex(1024);
+        let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(near)).await.unwrap();
+        #[allow(clippy::disallowed_methods, reason = "a test owns its tasks by its runtime")]
+        tokio::spawn(connection);
+        let first: Vec<_> = std::iter::once(Sender::Http2(sender.clone(), pool.share(&sender, made(0))))
+            .chain(std::iter::from_fn(|| pool.take(0)))
+            .collect();
+        assert_eq!(first.len(), MAX_STREAMS);
+        let second = pool.share(&sender, made(0));
+        drop(second);
+        tokio::time::advance(MAX_UNUSED).await;
+        pool.sweep(0);
+        assert_eq!(pool.shared().len(), 1, "the first is in use");
+        drop(first);
+        tokio::time::advance(MAX_UNUSED).await;
+        pool.sweep(0);
+        assert_eq!(pool.shared().len(), 0);
+        let place = pool.share(&sender, made(0));
+        assert!(pool.take(1).is_none() && pool.shared().is_empty(), "of other files");
+        drop(place);
+    }
+}
