@@ -26,6 +26,7 @@ use super::{
     authz::{Attributes, impersonate::Impersonation},
     headers,
     limits::Place,
+    link::Link,
     local::refuse_pages,
     recorder::Recorder,
     request_info::RequestInfo,
@@ -67,12 +68,16 @@ impl Connection {
         record.answered(response.status());
         let record = Arc::new(record);
         let held = Held { record: record.clone(), busy };
-        if let Some(upgrade) = upgrade {
-            let busy = self.activity.busy();
-            self.front_end.connections.spawn(async move {
-                let _busy = busy;
-                upgrade.carry(&record).await;
-            });
+        match upgrade {
+            Some(Upgrade::Link(link)) => link.begin(&record, self.activity.busy()),
+            Some(Upgrade::Stream(upgrade)) => {
+                let busy = self.activity.busy();
+                self.front_end.connections.spawn(async move {
+                    let _busy = busy;
+                    upgrade.carry(&record).await;
+                });
+            }
+            None => {}
         }
         Ok(response.map(|body| Answer { held: Some(held), ..body }))
     }
@@ -87,7 +92,10 @@ impl Connection {
         front_end.limits.address(&self.peer).inspect_err(|_| record.limited())?;
         let (mut head, body) = request.into_parts();
         headers::refuse_ambiguous(&head)?;
-        let caller = self.authenticate(&head, record).await?;
+        let caller = match self.joining(&head, record).await? {
+            Some(caller) => caller,
+            None => self.authenticate(&head, record).await?,
+        };
         let mut hop = if head.version < Version::HTTP_2 { Hop::of(&head.headers) } else { Hop::default() };
         hop.upgrade = headers::known_upgrade(&hop).cloned();
         let info = RequestInfo::resolve(
@@ -98,6 +106,9 @@ impl Connection {
         )
         .map_err(|error| Failure::new(StatusCode::BAD_REQUEST, error.to_string()))?;
         record.about(&info);
+        if let Some(call) = self.call(&info)? {
+            return call.answer(self, Request::from_parts(head, body), caller, &info, record).await;
+        }
         let urls = front_end.proxy_urls.as_ref().filter(|_| is_proxy_url(&info));
         let user = self.authorize(&head, caller, &info, urls.is_some(), record).await?;
         let long_running = hop.upgrade.is_some() || is_long_running(&info, head.uri.query());
@@ -160,8 +171,8 @@ impl Connection {
         };
         let server = hyper::upgrade::on(&mut response);
         let half_closed_timeout = front_end.config.half_closed_timeout;
-        let upgrade = Upgrade::Server { caller, server, lease, _place: place, half_closed_timeout };
-        Ok((response.map(|_| Answer::from(Content::Own(Full::default()))), Some(upgrade)))
+        let upgrade = Stream::Server { caller, server, lease, _place: place, half_closed_timeout };
+        Ok((response.map(|_| Answer::from(Content::Own(Full::default()))), Some(Upgrade::Stream(upgrade))))
     }
 
     /// Answers a proxy URL: to its target goes nothing of who asks.
@@ -177,7 +188,7 @@ impl Connection {
         let caller = Caller { door: DOOR, origin };
         let (response, upgrade) = urls.answer(caller, self.peer.ip(), &self.activity, request).await?;
         let (held, upgrade) = match upgrade {
-            Some(upgrade) => (None, Some(Upgrade::Target { upgrade, _place: place })),
+            Some(upgrade) => (None, Some(Upgrade::Stream(Stream::Target { upgrade, _place: place }))),
             None => (Some(place), None),
         };
         Ok((response.map(|body| Answer { _place: held, ..Answer::from(Content::Target(body)) }), upgrade))
@@ -223,7 +234,7 @@ impl Connection {
     }
 
     /// The user on whose behalf the request goes on.
-    async fn authorize(
+    pub(super) async fn authorize(
         &self,
         head: &Parts,
         caller: Authenticated,
@@ -332,7 +343,7 @@ fn is_long_running(info: &RequestInfo, query: Option<&str>) -> bool {
 }
 
 /// A response, and what follows it.
-type Answered = (Response<Answer>, Option<Upgrade>);
+pub(super) type Answered = (Response<Answer>, Option<Upgrade>);
 
 /// The body of a response.
 pub struct Answer {
@@ -341,7 +352,7 @@ pub struct Answer {
     _place: Option<Place>,
 }
 
-enum Content {
+pub(super) enum Content {
     Own(Full<Bytes>),
     Relayed {
         incoming: Incoming,
@@ -359,7 +370,14 @@ struct Held {
 }
 
 /// A connection that changes to another protocol.
-enum Upgrade {
+pub(super) enum Upgrade {
+    Stream(Stream),
+    /// Of a node that calls home.
+    Link(Link),
+}
+
+/// One whose bytes are passed on.
+pub(super) enum Stream {
     Server {
         caller: OnUpgrade,
         server: OnUpgrade,
@@ -373,7 +391,7 @@ enum Upgrade {
     },
 }
 
-impl Upgrade {
+impl Stream {
     /// Passes on raw bytes until both directions have ended.
     async fn carry(self, record: &Recorder) {
         match self {

@@ -66,7 +66,7 @@ impl Upstream {
         let tls = config.tls.clone();
         let files: Vec<PathBuf> = config.tls.files();
         let tls = Reloaded::load("the API server's CA and the front-proxy certificate", files, move || {
-            tls.config().map(Arc::new)
+            Ok(tls.config().map(Arc::new)?)
         })?;
         let servers = config
             .servers
