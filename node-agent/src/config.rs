@@ -538,6 +538,16 @@ policy:
                 "listen: 0.0.0.0:22\nfront_end: {tcp: 0.0.0.0:6443}",
                 "2:18: front_end.tcp: 0.0.0.0:6443: give the one address",
             ),
+            ("call_home: ['https://m']", "1:12: call_home: a front end takes calls home with a credential"),
+            ("call_home: ['http://m']", "1:13: call_home[0]: \"http://m\": expected HOST:PORT, or https"),
+            (
+                "listen: 0.0.0.0:22\ncall_home_https: {cert: a}",
+                "2:1: call_home_https: cert and key go together",
+            ),
+            (
+                "listen: 0.0.0.0:22\ncall_home_https: {proxy: 'socks5://u:p@h:1'}",
+                "2:26: call_home_https.proxy: expected environment, none or an address: expected http://",
+            ),
             ("listen: 0.0.0.0:22\nusers:\n", "2:1: users: has no value: give it one, or remove it"),
             ("listen: 0.0.0.0:22\nlimits:\n\tmax_streams: 5\n", "3:2: not YAML: tabs"),
         ];

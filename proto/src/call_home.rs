@@ -41,7 +41,7 @@ pub enum Master {
 pub enum InvalidMaster {
     #[error("expected HOST:PORT, or https://HOST:PORT without a path or user")]
     Url,
-    #[error("expected HOST:PORT or https://HOST:PORT: {0}")]
+    #[error("{0}")]
     Target(InvalidTarget),
 }
 

@@ -509,7 +509,7 @@ async fn hostile_requests_are_answered_and_do_not_keep_nodes_out() {
             held.push(stream);
         } else {
             let mut stream = world.connect(own).await;
-            stream.write_all(upgrade(LINK, "")[..60].as_bytes()).await.unwrap();
+            stream.write_all(&upgrade(LINK, "").as_bytes()[..60]).await.unwrap();
             stream.flush().await.unwrap();
             held.push(stream);
         }
