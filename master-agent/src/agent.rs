@@ -32,6 +32,9 @@ use crate::{
     store::Store,
 };
 
+/// Connections that have not authenticated, where no port for them alone is configured.
+const HANDSHAKES: usize = 256;
+
 /// Configuration, identity, registry and counters, and the owner of every session.
 pub struct Agent {
     pub config: Config,
@@ -74,7 +77,7 @@ impl Agent {
             authorities,
             sessions: Tasks::new(),
             draining: CancellationToken::new(),
-            handshakes: Places::new(config.call_home.as_ref().map_or(1, |c| c.max_handshakes)),
+            handshakes: Places::new(config.call_home.as_ref().map_or(HANDSHAKES, |c| c.max_handshakes)),
             front_end: OnceLock::new(),
             user: RwLock::new(Arc::new(user)),
             of_file: RwLock::default(),

@@ -244,6 +244,9 @@ fn serve(
         )?;
         front_end.watch(background);
         audit = Some(writer);
+        if agent.config.calls_over_https() {
+            front_end.take_calls(agent);
+        }
         if config.through_tunnels {
             let _ = agent.front_end.set(front_end.clone());
         }

@@ -89,9 +89,10 @@ pub struct TokenCreateArgs {
     /// How long it can be used, for instance 30m.
     #[arg(long, default_value = "1h", value_parser = humantime::parse_duration)]
     pub ttl: Duration,
-    /// The master's call-home address as the new host sees it; the host name and the configured port by default.
+    /// The master's call-home address as the new host sees it; the host name and the configured port by default. With
+    /// https:// before it, that of the front end.
     #[arg(long, value_name = "HOST:PORT")]
-    pub address: Option<proto::Target>,
+    pub address: Option<proto::call_home::Master>,
 }
 
 #[derive(Debug, Subcommand)]

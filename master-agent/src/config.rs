@@ -249,6 +249,12 @@ impl Config {
         config::parse(text, Source { origin, base_dir, check_files: false }, Self::read)
     }
 
+    /// Whether nodes call home, and hosts join, over the front end's port.
+    pub fn calls_over_https(&self) -> bool {
+        let home = self.call_home.is_some();
+        self.front_end.as_ref().is_some_and(|front_end| front_end.call_home.unwrap_or(home))
+    }
+
     fn read(s: &Section<'_>) -> Option<Self> {
         let config = Self {
             state_dir: s.directory("state_dir", "/var/lib/master-agent"),
@@ -734,6 +740,7 @@ mod tests {
             "serve_proxy_urls",
             "local",
             "through_tunnels",
+            "call_home",
             "max_connections_per_node",
             "upstream",
             "servers",

@@ -27,9 +27,16 @@ use crate::{
 /// The master's SSH user name, and the principal of its certificates.
 pub const LOGIN: &str = "master-agent";
 
-/// Offers the join exchange on a session; `false` when the other side does not want to join.
-pub async fn serve(agent: &Arc<Agent>, session: Session, key: &PublicKey, peer: SocketAddr) -> bool {
-    let joined = exchange(agent, &session, key, peer).await;
+/// Offers the join exchange on a session; `false` when the other side does not want to join. With a `name` it was
+/// admitted under that name and joins under no other.
+pub async fn serve(
+    agent: &Arc<Agent>,
+    session: Session,
+    key: &PublicKey,
+    name: Option<&NodeName>,
+    peer: SocketAddr,
+) -> bool {
+    let joined = exchange(agent, &session, key, name, peer).await;
     session.close("the join exchange has ended").await;
     joined.unwrap_or(false)
 }
@@ -38,6 +45,7 @@ async fn exchange(
     agent: &Arc<Agent>,
     session: &Session,
     key: &PublicKey,
+    name: Option<&NodeName>,
     peer: SocketAddr,
 ) -> Result<bool, russh::Error> {
     let mut channel = session.handle.channel_open_session().await?;
@@ -48,7 +56,16 @@ async fn exchange(
             Some(ChannelMsg::Data { data }) => {
                 bytes.extend_from_slice(&data);
                 match JoinRequest::decode(&bytes) {
-                    Ok(Some(request)) => break decide(agent, request, key, peer).await,
+                    Ok(Some(mut request)) => match (name, &request.node) {
+                        (Some(name), Some(asked)) if name != asked => {
+                            break other_name(agent, name, asked, peer);
+                        }
+                        (Some(name), _) => {
+                            request.node = Some(name.clone());
+                            break decide(agent, request, key, peer).await;
+                        }
+                        (None, _) => break decide(agent, request, key, peer).await,
+                    },
                     Ok(None) => {}
                     Err(error) => {
                         tracing::warn!(%peer, %error, "refused a join request that can't be read");
@@ -65,6 +82,14 @@ async fn exchange(
     // The host leaves when it has read the answer.
     while channel.wait().await.is_some() {}
     Ok(true)
+}
+
+fn other_name(agent: &Agent, admitted: &NodeName, asked: &NodeName, peer: SocketAddr) -> JoinResponse {
+    let reason = format!("what admitted this call is for node {admitted}, and it asks to join as {asked}");
+    tracing::warn!(%peer, reason, "refused to let a host join");
+    agent.count_refused("other_node");
+    agent.metrics.joins.get_or_create(&Reason { reason: "refused" }).inc();
+    JoinResponse::Refused { reason, hint: "Nothing was used up.".to_owned() }
 }
 
 async fn decide(agent: &Arc<Agent>, request: JoinRequest, key: &PublicKey, peer: SocketAddr) -> JoinResponse {

@@ -178,51 +178,76 @@ pub async fn accept(agent: Arc<Agent>, listener: TcpListener) {
         let place = agent.handshakes.take(peer.ip());
         let agent = agent.clone();
         let tasks = agent.sessions.clone();
-        tasks.spawn(async move {
-            let held = called(&agent, socket, peer, &place).await;
-            drop(place);
-            match held {
-                Ok(Some((registration, events))) => {
-                    let node = registration.tunnel().node.clone();
-                    let reason = hold(&agent, registration, events).await;
-                    if !agent.registry.is_connected(&node) {
-                        agent.registry.set_absent(&node, Absent::Lost { reason, since: SystemTime::now() });
-                    }
-                }
-                Ok(None) => {}
-                // As many as anybody likes to send; they are counted.
-                Err(error @ TunnelError::Evicted) => tracing::debug!(%peer, %error, "refused a call home"),
-                Err(error) => tracing::warn!(%peer, %error, "refused a call home"),
+        tasks.spawn(async move { answer(&agent, socket, peer, Asked::Anything, place).await });
+    }
+}
+
+/// What a call home is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// What it is shows in the handshake.
+    Anything,
+    /// Admitted over the front end's port as this node's link.
+    Link(NodeName),
+    /// Admitted over the front end's port to join, under this name if one was given.
+    Join(Option<NodeName>),
+}
+
+/// Answers a call home, and keeps its tunnel to its end.
+pub async fn answer<T>(agent: &Arc<Agent>, socket: T, peer: SocketAddr, asked: Asked, place: Place)
+where
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let held = called(agent, socket, peer, asked, &place).await;
+    drop(place);
+    match held {
+        Ok(Some((registration, events))) => {
+            let node = registration.tunnel().node.clone();
+            let reason = hold(agent, registration, events).await;
+            if !agent.registry.is_connected(&node) {
+                agent.registry.set_absent(&node, Absent::Lost { reason, since: SystemTime::now() });
             }
-        });
+        }
+        Ok(None) => {}
+        // As many as anybody likes to send; they are counted.
+        Err(error @ TunnelError::Evicted) => tracing::debug!(%peer, %error, "refused a call home"),
+        Err(error) => tracing::warn!(%peer, %error, "refused a call home"),
     }
 }
 
 /// What a node that calls home is: a tunnel, or a host that joins (and calls again).
-async fn called(
+async fn called<T>(
     agent: &Arc<Agent>,
-    socket: TcpStream,
+    socket: T,
     peer: SocketAddr,
+    asked: Asked,
     place: &Place,
-) -> Result<Option<(Registration, Option<Events>)>, TunnelError> {
+) -> Result<Option<(Registration, Option<Events>)>, TunnelError>
+where
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let session = shake(
         agent,
         socket,
-        trust::call_home(agent),
+        admitted(trust::call_home(agent), &asked),
         (join::LOGIN, &agent.user()),
         &agent.sessions,
         Some(place),
     )
     .await?;
+    let (direction, name) = match asked {
+        Asked::Anything => (Direction::CallHome, None),
+        Asked::Link(_) => (Direction::CallHomeHttps, None),
+        Asked::Join(name) => (Direction::CallHomeHttps, name),
+    };
     match session.identity.clone() {
         HostIdentity::Verified(host) => {
-            let tunnels = &agent.config.tunnels;
             let (tunnel, events) =
-                session.into_tunnel(host, Direction::CallHome, Some(peer), tunnels).await?;
+                session.into_tunnel(host, direction, Some(peer), &agent.config.tunnels).await?;
             register(agent, tunnel).map(|registration| Some((registration, events)))
         }
         HostIdentity::Unknown(key, why) => {
-            let join = join::serve(agent, session, &key, peer);
+            let join = join::serve(agent, session, &key, name.as_ref(), peer);
             let joined = tokio::select! {
                 joined = tokio::time::timeout(agent.config.tunnels.handshake_timeout, join) => joined,
                 () = place.evicted.cancelled() => return Err(TunnelError::Evicted),
@@ -233,6 +258,19 @@ async fn called(
             }
         }
     }
+}
+
+/// Takes only what the call was admitted as: that node, or a host that is none yet.
+fn admitted(verify: Verify, asked: &Asked) -> Verify {
+    let asked = asked.clone();
+    Box::new(move |presented| match (verify(presented)?, &asked) {
+        (HostIdentity::Verified(host), Asked::Link(node)) if host.node != *node => {
+            Err(HostKeyError::OtherNode { admitted: node.clone(), node: host.node })
+        }
+        (HostIdentity::Verified(host), Asked::Join(_)) => Err(HostKeyError::NotJoining { node: host.node }),
+        (HostIdentity::Unknown(_, why), Asked::Link(_)) => Err(why.as_ref().clone()),
+        (identity, Asked::Anything | Asked::Link(_) | Asked::Join(_)) => Ok(identity),
+    })
 }
 
 async fn shake<T>(

@@ -17,7 +17,7 @@ use master_agent::{
     store::{SqliteStore, Store},
     token, top,
 };
-use proto::io::telemetry;
+use proto::{call_home::Master, io::telemetry};
 use russh::keys::PublicKey;
 
 /// sysexits.h: the configuration has errors.
@@ -102,19 +102,26 @@ async fn command(cli: Cli, config: Config) -> anyhow::Result<()> {
 }
 
 fn token_create(config: &Config, args: TokenCreateArgs) -> anyhow::Result<()> {
-    let Some(call_home) = &config.call_home else {
-        bail!("`call_home:` is not configured: a new host joins over that port");
+    let https =
+        config.front_end.as_ref().filter(|_| config.calls_over_https()).map(|f| ("https://", f.listen));
+    let Some((scheme, listen)) = config.call_home.as_ref().map(|c| ("", c.listen)).or(https) else {
+        bail!(
+            "neither `call_home:` nor `front_end:` with `call_home: true` is configured: a new host joins there"
+        );
     };
+    if matches!(args.address, Some(Master::Https(_))) && https.is_none() {
+        bail!("hosts can't join over HTTPS: `front_end:` with `call_home: true` is not configured");
+    }
     let authorities = Authorities::load_or_create(&config.state_dir)?;
     let store = SqliteStore::open(&config.state_dir)?;
     let address = match args.address {
         Some(address) => address.to_string(),
-        None if call_home.listen.ip().is_unspecified() => {
+        None if listen.ip().is_unspecified() => {
             let name =
                 std::fs::read_to_string("/proc/sys/kernel/hostname").context("can't read the host's name")?;
-            format!("{}:{}", name.trim(), call_home.listen.port())
+            format!("{scheme}{}:{}", name.trim(), listen.port())
         }
-        None => call_home.listen.to_string(),
+        None => format!("{scheme}{listen}"),
     };
     let token = token::create(&store, args.node, args.ttl, SystemTime::now())?;
     println!("node-agent join {address} --ca-pin {} --token {}", authorities.user_ca_pin(), token.reveal());

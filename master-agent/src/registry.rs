@@ -318,6 +318,7 @@ fn node_status(name: &NodeName, node: &Node) -> NodeStatus {
         direction: match tunnel.direction {
             Direction::Dialled => "dialled",
             Direction::CallHome => "call-home",
+            Direction::CallHomeHttps => "call-home-https",
         }
         .to_owned(),
         kind: if tunnel.is_node_agent() { "node-agent" } else { "sshd" }.to_owned(),
@@ -343,6 +344,7 @@ fn connected(tunnel: &Tunnel) -> String {
     match tunnel.direction {
         Direction::Dialled => format!("dialled {peer}"),
         Direction::CallHome => format!("called home from {peer}"),
+        Direction::CallHomeHttps => format!("called home over HTTPS from {peer}"),
     }
 }
 

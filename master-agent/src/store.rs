@@ -90,6 +90,9 @@ pub trait Store: Send + Sync {
     /// `false` if there was none.
     fn remove_token(&self, id: &str) -> anyhow::Result<bool>;
 
+    /// The node that a token is bound to, if it could be used now. Uses nothing up.
+    fn check(&self, id: &str, hash: &[u8; 32], now: SystemTime) -> Result<Option<NodeName>, TokenError>;
+
     /// Uses a token up, in one step: of any number of hosts that try at the same time, one succeeds. Gives the
     /// node's name. `listed` says which names a token that is bound to none is good for.
     fn redeem(
@@ -230,6 +233,10 @@ impl Store for SqliteStore {
         Ok(self.db().execute("DELETE FROM tokens WHERE id = ?1", [id])? > 0)
     }
 
+    fn check(&self, id: &str, hash: &[u8; 32], now: SystemTime) -> Result<Option<NodeName>, TokenError> {
+        usable(&self.db(), id, hash, now)
+    }
+
     fn redeem(
         &self,
         id: &str,
@@ -240,30 +247,7 @@ impl Store for SqliteStore {
     ) -> Result<NodeName, TokenError> {
         let mut db = self.db();
         let transaction = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        type Row = (Vec<u8>, Option<String>, i64, Option<String>);
-        let row: Option<Row> = transaction
-            .query_row("SELECT hash, node, expires, used_by FROM tokens WHERE id = ?1", [id], |row| {
-                Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?))
-            })
-            .optional()?;
-        let (stored, bound, expires, used) = row.ok_or(TokenError::Unknown)?;
-        // Nothing is told of a token to who does not hold its secret.
-        if !bool::from(stored.as_slice().ct_eq(hash.as_slice())) {
-            return Err(TokenError::Unknown);
-        }
-        if used.is_some() {
-            return Err(TokenError::Used);
-        }
-        if expires <= unix(now) {
-            return Err(TokenError::Expired);
-        }
-        // A binding that can't be read must not make the token good for any node.
-        let bound = match bound {
-            Some(text) => Some(
-                text.parse().map_err(|_| TokenError::Store(format!("token {id} is bound to {text:?}")))?,
-            ),
-            None => None,
-        };
+        let bound = usable(&transaction, id, hash, now)?;
         let node = match (bound, asked) {
             (Some(bound), Some(asked)) if bound != *asked => {
                 return Err(TokenError::WrongNode { bound, asked: asked.clone() });
@@ -355,6 +339,35 @@ impl Store for SqliteStore {
         db.execute("DELETE FROM addresses WHERE node = ?1", [node.as_str()])?;
         Ok(first + joined > 0)
     }
+}
+
+/// What a token that can be used now is bound to.
+fn usable(
+    db: &Connection,
+    id: &str,
+    hash: &[u8; 32],
+    now: SystemTime,
+) -> Result<Option<NodeName>, TokenError> {
+    type Row = (Vec<u8>, Option<String>, i64, Option<String>);
+    let row: Option<Row> = db
+        .query_row("SELECT hash, node, expires, used_by FROM tokens WHERE id = ?1", [id], |row| {
+            Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?))
+        })
+        .optional()?;
+    let (stored, bound, expires, used) = row.ok_or(TokenError::Unknown)?;
+    // Nothing is told of a token to who does not hold its secret.
+    if !bool::from(stored.as_slice().ct_eq(hash.as_slice())) {
+        return Err(TokenError::Unknown);
+    }
+    if used.is_some() {
+        return Err(TokenError::Used);
+    }
+    if expires <= unix(now) {
+        return Err(TokenError::Expired);
+    }
+    // A binding that can't be read must not make the token good for any node.
+    let unreadable = |text: &str| TokenError::Store(format!("token {id} is bound to {text:?}"));
+    bound.map(|text| text.parse().map_err(|_| unreadable(&text))).transpose()
 }
 
 #[cfg(test)]

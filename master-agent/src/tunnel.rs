@@ -65,6 +65,8 @@ const OPENS_WINDOW: Duration = Duration::from_secs(10);
 pub enum Direction {
     Dialled,
     CallHome,
+    /// Over the front end's port.
+    CallHomeHttps,
 }
 
 /// What verification made of a presented host key.

@@ -3,7 +3,7 @@
 use std::{net::IpAddr, path::PathBuf};
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
-use proto::{NodeName, Target};
+use proto::{NodeName, call_home::Master};
 
 /// The node's end of the tunnel, and the policy that decides what masters reach through it.
 #[derive(Debug, Parser)]
@@ -39,9 +39,9 @@ pub enum Command {
 
 #[derive(Debug, Args)]
 pub struct JoinArgs {
-    /// The master's call-home address.
+    /// The master's call-home address, or its front end's with https:// before it.
     #[arg(value_name = "HOST:PORT")]
-    pub master: Target,
+    pub master: Master,
     /// The token; or set NODE_AGENT_TOKEN, which other users of this host can't see.
     #[arg(long, env = "NODE_AGENT_TOKEN", hide_env_values = true)]
     pub token: String,
@@ -54,6 +54,9 @@ pub struct JoinArgs {
     /// The node's own addresses; those of this host's interfaces towards the master by default.
     #[arg(long = "address", value_name = "ADDRESS")]
     pub addresses: Vec<IpAddr>,
+    /// The CA of the front end's certificate; the configuration's call_home_https.ca by default, else the system's.
+    #[arg(long, value_name = "FILE")]
+    pub https_ca: Option<PathBuf>,
     /// Where keys and certificates are kept; the configuration's state_dir by default.
     #[arg(long, value_name = "DIRECTORY")]
     pub state_dir: Option<PathBuf>,

@@ -9,10 +9,13 @@ use std::{
 
 use ipnet::IpNet;
 use proto::{
-    NodeName, Target,
+    NodeName,
+    call_home::Master,
     config::{self, At, Errors, Log, Mode, Ports, Section, Source, Value},
     policy::{Policy, Rule},
 };
+
+use crate::https::CallHomeHttps;
 
 /// A configuration without mistakes, its defaults filled in and its paths usable from the working directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,7 +29,9 @@ pub struct Config {
     /// Where masters and people may dial this node's SSH server.
     pub listen: Option<SocketAddr>,
     /// The masters to dial, for the same sessions over links made from here.
-    pub call_home: Vec<Target>,
+    pub call_home: Vec<Master>,
+    /// How those are reached that are front ends.
+    pub call_home_https: CallHomeHttps,
     /// The node's own addresses; empty leaves them to the host certificate.
     pub addresses: Vec<IpAddr>,
     pub policy: PolicyConfig,
@@ -165,6 +170,7 @@ impl Config {
             admin: s.section_or_default("admin", AdminConfig::read),
             listen: if s.at("listen").is_some() { s.listen("listen", None) } else { None },
             call_home: unique(s, "call_home"),
+            call_home_https: s.section("call_home_https", CallHomeHttps::read).unwrap_or_default(),
             addresses: unique(s, "addresses"),
             policy: s.section_or_default("policy", PolicyConfig::read),
             users: unique(s, "users"),
@@ -176,6 +182,11 @@ impl Config {
         let none_given = s.at("listen").is_none() && s.at("call_home").is_none_or(|at| at.is_empty_list());
         if none_given {
             s.section_error("listen or call_home is required: without either no master reaches this node");
+        }
+        let https = config.call_home.iter().any(|master| matches!(master, Master::Https(_)));
+        if https && !config.call_home_https.has_credential() {
+            let message = "a front end takes calls home with a credential: give call_home_https cert and key, or token_file";
+            s.error("call_home", message);
         }
         Some(config)
     }
@@ -340,6 +351,7 @@ mod tests {
         let examples = Config {
             node: None,
             call_home: vec![],
+            call_home_https: CallHomeHttps::default(),
             addresses: vec![],
             policy: default.policy.clone(),
             users: vec![],
@@ -357,6 +369,13 @@ mod tests {
             "listen",
             "allow_remote",
             "call_home",
+            "call_home_https",
+            "ca",
+            "cert",
+            "key",
+            "token_file",
+            "server_name",
+            "proxy",
             "addresses",
             "policy",
             "kubelet_port",
@@ -518,6 +537,16 @@ policy:
             (
                 "listen: 0.0.0.0:22\nfront_end: {tcp: 0.0.0.0:6443}",
                 "2:18: front_end.tcp: 0.0.0.0:6443: give the one address",
+            ),
+            ("call_home: ['https://m']", "1:12: call_home: a front end takes calls home with a credential"),
+            ("call_home: ['http://m']", "1:13: call_home[0]: \"http://m\": expected HOST:PORT, or https"),
+            (
+                "listen: 0.0.0.0:22\ncall_home_https: {cert: a}",
+                "2:1: call_home_https: cert and key go together",
+            ),
+            (
+                "listen: 0.0.0.0:22\ncall_home_https: {proxy: 'socks5://u:p@h:1'}",
+                "2:26: call_home_https.proxy: expected environment, none or an address: expected http://",
             ),
             ("listen: 0.0.0.0:22\nusers:\n", "2:1: users: has no value: give it one, or remove it"),
             ("listen: 0.0.0.0:22\nlimits:\n\tmax_streams: 5\n", "3:2: not YAML: tabs"),

@@ -12,7 +12,8 @@ use std::{
 };
 
 use proto::{
-    NodeName, Target,
+    NodeName,
+    call_home::{Master, Purpose},
     io::{link::Link, ssh},
     join::{JoinRequest, JoinResponse, SUBSYSTEM},
 };
@@ -21,17 +22,26 @@ use russh::{
     keys::Certificate,
     server::{self, Auth, ChannelOpenHandle, Msg},
 };
-use tokio::{net::TcpStream, sync::mpsc};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::mpsc,
+};
 use tokio_util::sync::CancellationToken;
 
-use crate::{identity::NodeIdentity, links::connect};
+use crate::{
+    https::{self, CallHomeHttps},
+    identity::NodeIdentity,
+    links,
+};
 
 /// How long the whole exchange may take.
 const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What joining needs to know.
 pub struct Join {
-    pub master: Target,
+    pub master: Master,
+    /// How it is reached if it is a front end. Without a credential of its own, the join token is presented there, too.
+    pub https: CallHomeHttps,
     pub token: String,
     pub ca_pin: String,
     pub node: Option<NodeName>,
@@ -46,9 +56,9 @@ pub enum JoinError {
     #[error(
         "the master at {master} did not prove itself: {reason}. Compare --ca-pin with the line that `master-agent token create` printed; if it is the same, something between this host and the master answers in its place"
     )]
-    Pin { master: Target, reason: String },
+    Pin { master: Master, reason: String },
     #[error("the master at {0} did not complete the exchange; its log says why")]
-    Incomplete(Target),
+    Incomplete(Master),
     #[error("the master refused: {reason}. {hint}")]
     Refused { reason: String, hint: String },
     #[error("the master's answer can't be read: {0}")]
@@ -64,10 +74,19 @@ enum Event {
 
 /// Joins, and installs what the master gave into `identity`. Gives the node's name.
 pub async fn join(identity: &mut NodeIdentity, join: Join) -> Result<NodeName, JoinError> {
-    let socket = connect(&join.master, TIMEOUT).await.map_err(JoinError::Connect)?;
-    let response = tokio::time::timeout(TIMEOUT, exchange(identity, &join, socket))
-        .await
-        .map_err(|_| JoinError::Incomplete(join.master.clone()))??;
+    let response = match &join.master {
+        Master::Tcp(master) => {
+            let socket = links::connect(master, TIMEOUT).await.map_err(JoinError::Connect)?;
+            let local = socket.local_addr().map(|a| a.ip()).ok();
+            exchange(identity, &join, socket, local).await?
+        }
+        Master::Https(front_end) => {
+            let (node, token) = (join.node.as_ref(), Some(join.token.as_str()));
+            let link = https::connect(&join.https, front_end, node, Purpose::Join, token, TIMEOUT);
+            let link = link.await.map_err(JoinError::Connect)?;
+            exchange(identity, &join, link.stream, link.local).await?
+        }
+    };
     match response {
         JoinResponse::Accepted { .. } => {
             identity.install(&response).map_err(|e| JoinError::Identity(e.to_string()))?;
@@ -79,14 +98,30 @@ pub async fn join(identity: &mut NodeIdentity, join: Join) -> Result<NodeName, J
     }
 }
 
-async fn exchange(
+async fn exchange<T>(
     identity: &NodeIdentity,
     join: &Join,
-    socket: TcpStream,
-) -> Result<JoinResponse, JoinError> {
-    let local = socket.local_addr().map(|a| a.ip());
+    socket: T,
+    local: Option<IpAddr>,
+) -> Result<JoinResponse, JoinError>
+where
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let exchanged = tokio::time::timeout(TIMEOUT, exchange_within(identity, join, socket, local));
+    exchanged.await.map_err(|_| JoinError::Incomplete(join.master.clone()))?
+}
+
+async fn exchange_within<T>(
+    identity: &NodeIdentity,
+    join: &Join,
+    socket: T,
+    local: Option<IpAddr>,
+) -> Result<JoinResponse, JoinError>
+where
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let addresses = match (join.addresses.as_slice(), local) {
-        ([], Ok(local)) => vec![local.to_canonical()],
+        ([], Some(local)) => vec![local.to_canonical()],
         (given, _) => given.to_vec(),
     };
     let request = JoinRequest { version: 1, token: join.token.clone(), node: join.node.clone(), addresses };

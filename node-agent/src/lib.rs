@@ -5,6 +5,8 @@ pub mod app;
 pub mod cli;
 pub mod config;
 pub mod dialer;
+pub mod http_proxy;
+pub mod https;
 pub mod identity;
 pub mod join;
 pub mod links;

@@ -1,20 +1,23 @@
 //! Where links come from: masters that dial this node, and masters that this node dials (call home,
 //! RFC 8071). Above the link both are the same session.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use proto::{
     Target,
     backoff::Backoff,
+    call_home::{Master, Purpose},
     io::{admin::accept_error, socket},
 };
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::oneshot,
 };
 
 use crate::{
     agent::Agent,
+    https,
     session::{self, SessionError},
 };
 
@@ -47,7 +50,7 @@ pub async fn accept(agent: Arc<Agent>, listener: TcpListener) {
 }
 
 /// Keeps one link to a master, for ever.
-pub async fn call_home(agent: Arc<Agent>, master: Target) {
+pub async fn call_home(agent: Arc<Agent>, master: Master) {
     let mut backoff = Backoff::new(Duration::from_millis(250), Duration::from_secs(2));
     while !agent.draining.is_cancelled() {
         let started = tokio::time::Instant::now();
@@ -72,9 +75,34 @@ pub async fn call_home(agent: Arc<Agent>, master: Target) {
     }
 }
 
-async fn call_once(agent: &Arc<Agent>, master: &Target) -> Result<(), String> {
-    let socket = connect(master, agent.config.limits.dial_timeout).await?;
-    let peer = socket.peer_addr().ok();
+async fn call_once(agent: &Arc<Agent>, master: &Master) -> Result<(), String> {
+    let timeout = agent.config.limits.dial_timeout;
+    match master {
+        Master::Tcp(address) => {
+            let socket = connect(address, timeout).await?;
+            let peer = socket.peer_addr().ok();
+            serve(agent, master, socket, peer).await
+        }
+        Master::Https(front_end) => {
+            let Some(node) = agent.dialer.scope().node.clone() else {
+                return Err("this host has no name yet: join it (`node-agent join`)".to_owned());
+            };
+            let config = &agent.config.call_home_https;
+            let link = https::connect(config, front_end, Some(&node), Purpose::Link, None, timeout).await?;
+            serve(agent, master, link.stream, link.peer).await
+        }
+    }
+}
+
+async fn serve<T>(
+    agent: &Arc<Agent>,
+    master: &Master,
+    socket: T,
+    peer: Option<SocketAddr>,
+) -> Result<(), String>
+where
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let (authenticated, proof) = oneshot::channel();
     let served = session::serve(agent.clone(), socket, peer, None, authenticated);
     tokio::pin!(served);
@@ -85,7 +113,7 @@ async fn call_once(agent: &Arc<Agent>, master: &Target) -> Result<(), String> {
     served.await.map_err(|e| e.to_string())
 }
 
-/// Connects to a master's call-home port.
+/// Connects to a master, or to what is on the way to it.
 pub async fn connect(master: &Target, timeout: Duration) -> Result<TcpStream, String> {
     let dial = TcpStream::connect((master.host.to_string(), master.port));
     let socket = tokio::time::timeout(timeout, dial)

@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use anyhow::bail;
 use clap::Parser;
 use node_agent::{
     app,
@@ -10,7 +11,7 @@ use node_agent::{
     identity::NodeIdentity,
     join::{Join, join},
 };
-use proto::io::telemetry;
+use proto::{call_home::Master, io::telemetry};
 
 /// sysexits.h: the configuration has errors.
 const EX_CONFIG: u8 = 78;
@@ -56,13 +57,21 @@ fn main() -> ExitCode {
 }
 
 async fn run_join(config: &std::path::Path, args: JoinArgs) -> anyhow::Result<()> {
-    let state_dir = match args.state_dir {
-        Some(directory) => directory,
-        None => Config::load(config)?.state_dir,
+    // A host that only joins needs no configuration.
+    let https = matches!(args.master, Master::Https(_));
+    let config = match &args.state_dir {
+        Some(_) if !(https && config.exists()) => None,
+        Some(_) | None => Some(Config::load(config)?),
     };
+    let (configured, mut https) = config.map(|c| (c.state_dir, c.call_home_https)).unzip();
+    let Some(state_dir) = args.state_dir.or(configured) else { bail!("no --state-dir") };
+    if let Some(ca) = args.https_ca {
+        https.get_or_insert_default().tls.ca = Some(ca);
+    }
     let mut identity = NodeIdentity::load_or_create(&state_dir)?;
     let asked = Join {
         master: args.master,
+        https: https.unwrap_or_default(),
         token: args.token,
         ca_pin: args.ca_pin,
         node: args.node,

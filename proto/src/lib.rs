@@ -5,6 +5,7 @@
 //! agents use.
 
 pub mod backoff;
+pub mod call_home;
 pub mod config;
 pub mod connect;
 pub mod error;

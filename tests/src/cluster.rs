@@ -28,6 +28,8 @@ pub enum Kind {
     Dialled,
     /// A node-agent that calls home.
     CallHome,
+    /// A node-agent that calls home over the front end's port, with a client certificate.
+    CallHomeHttps,
     /// A plain OpenSSH sshd.
     Sshd,
 }
@@ -54,6 +56,12 @@ pub struct Options {
     pub call_home: Option<SocketAddr>,
     /// The master's own port for nodes that call home; a free one without.
     pub call_home_port: Option<u16>,
+    /// Of nodes that call home over HTTPS, in place of the section `call_home_https` that shows a client certificate.
+    pub https: Option<String>,
+    /// Their master as they dial it, in place of `https://localhost:PORT`.
+    pub https_master: Option<String>,
+    /// Lines of the section `front_end`, which is there for them, in place of those that admit client certificates.
+    pub front_end: Option<String>,
     /// No link is made at the start; the test starts the nodes.
     pub nodes_down: bool,
 }
@@ -66,7 +74,10 @@ pub struct Cluster {
     pub unix: Door,
     pub tls: Door,
     pub call_home: SocketAddr,
+    /// The front end's, where there are nodes that call home over HTTPS.
+    pub https: SocketAddr,
     pub admin: SocketAddr,
+    pub pki: Authority,
     options: Options,
 }
 
@@ -108,12 +119,17 @@ impl Cluster {
         pki.client(path, "kube-apiserver")?;
         let (call_home, admin, tls) =
             (local(options.call_home_port.unwrap_or_else(free_port)), local(free_port()), local(free_port()));
+        let https = local(free_port());
+        let mut front_end = String::new();
+        if options.nodes.iter().any(|(_, kind)| *kind == Kind::CallHomeHttps) {
+            front_end = front_end_section(https, options.front_end.as_deref());
+        }
         std::fs::write(
             path.join("master.yaml"),
             format!(
                 "state_dir: master\nadmin: {{listen: '{admin}', socket: admin.sock}}\ninventory: inventory.yaml\n\
                  http_connect:\n  unix: {{path: connect.sock}}\n  tls: {{listen: '{tls}', cert: server.crt, key: server.key, client_ca: ca.crt}}\n\
-                 call_home: {{listen: '{call_home}'}}\n{}\n",
+                 call_home: {{listen: '{call_home}'}}\n{front_end}\n{}\n",
                 options.master_config
             ),
         )?;
@@ -140,7 +156,9 @@ impl Cluster {
             master,
             nodes,
             call_home,
+            https,
             admin,
+            pki,
             options,
         };
         cluster.wait_for_master().await;
@@ -158,6 +176,12 @@ impl Cluster {
 
     pub fn path(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// The front end as nodes dial it.
+    pub fn https_master(&self) -> String {
+        let master = self.options.https_master.clone();
+        master.unwrap_or_else(|| format!("https://localhost:{}", self.https.port()))
     }
 
     /// Where a node's local endpoint listens.
@@ -203,7 +227,7 @@ impl Cluster {
                 openssh::keygen(&node.dir.join("host_key"))?;
                 Ok(())
             }
-            Kind::Dialled | Kind::CallHome => {
+            Kind::Dialled | Kind::CallHome | Kind::CallHomeHttps => {
                 let mut policy = String::new();
                 for port in &self.options.ports {
                     for (i, address) in addresses(index).iter().enumerate() {
@@ -216,7 +240,16 @@ impl Cluster {
                 }
                 let link = match node.kind {
                     Kind::Dialled => format!("listen: '127.0.0.1:{}'", node.port),
-                    _ => format!("call_home: ['{}']", self.options.call_home.unwrap_or(self.call_home)),
+                    Kind::CallHomeHttps => {
+                        let user = format!("system:node:{}", node.name);
+                        self.pki.client_in(&node.dir, "client", &user, ["system:nodes", "agents"])?;
+                        let shown = "{ca: ../ca.crt, cert: client.crt, key: client.key}";
+                        let shown = self.options.https.as_deref().unwrap_or(shown);
+                        format!("call_home: ['{}']\ncall_home_https: {shown}", self.https_master())
+                    }
+                    Kind::CallHome | Kind::Sshd => {
+                        format!("call_home: ['{}']", self.options.call_home.unwrap_or(self.call_home))
+                    }
                 };
                 let endpoint = self.options.local_endpoints.get(index).map(|address| {
                     format!("front_end: {{wait: 500ms, tcp: '{address}', unix: {{path: front-end.sock}}}}\n")
@@ -253,7 +286,7 @@ impl Cluster {
 
     pub fn start_node(&mut self, index: usize) -> anyhow::Result<()> {
         let process = match self.nodes[index].kind {
-            Kind::Dialled | Kind::CallHome => {
+            Kind::Dialled | Kind::CallHome | Kind::CallHomeHttps => {
                 let node = &self.nodes[index];
                 let mut command = Command::new(binary("node-agent"));
                 command.arg("--config").arg(node.dir.join("node.yaml")).arg("run").current_dir(&node.dir);
@@ -344,6 +377,14 @@ impl Cluster {
     }
 }
 
+fn front_end_section(listen: SocketAddr, lines: Option<&str>) -> String {
+    let lines = lines.unwrap_or("  authentication: [{x509: {ca: ca.crt}}]\n  authorization: [{node: {}}]\n");
+    format!(
+        "front_end:\n  listen: '{listen}'\n  certificates: [{{cert: server.crt, key: server.key}}]\n  upstream: \
+         {{servers: ['http://127.0.0.1:9']}}\n  audit: {{file: audit.log}}\n{lines}"
+    )
+}
+
 fn start_master(path: &Path) -> anyhow::Result<Process> {
     let mut command = Command::new(binary("master-agent"));
     command.arg("--config").arg(path.join("master.yaml")).arg("run").current_dir(path);
@@ -367,7 +408,7 @@ fn write_inventory(path: &Path, nodes: &[Node], options: &Options) -> anyhow::Re
             addresses.join(", "),
             options.inventory
         )?;
-        if node.kind != Kind::CallHome {
+        if !matches!(node.kind, Kind::CallHome | Kind::CallHomeHttps) {
             let dial = options.dial.iter().find(|(name, _)| *name == node.name);
             let dial = dial.map_or_else(|| local(node.port), |(_, address)| *address);
             writeln!(text, "    dial: '{dial}'")?;

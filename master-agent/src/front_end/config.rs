@@ -30,6 +30,8 @@ pub struct FrontEndConfig {
     pub serve_proxy_urls: bool,
     /// Serve callers that come through their node's tunnel.
     pub through_tunnels: bool,
+    /// Let nodes call home, and hosts join, over this port; `None` does where they may over a port of its own.
+    pub call_home: Option<bool>,
     pub upstream: UpstreamConfig,
     /// `None` serves no plain port.
     pub local: Option<LocalConfig>,
@@ -57,6 +59,7 @@ impl FrontEndConfig {
             authorize_everything: s.or("authorize_everything", false),
             serve_proxy_urls: s.or("serve_proxy_urls", false),
             through_tunnels: s.or("through_tunnels", true),
+            call_home: s.optional("call_home"),
             limits: s.section_or_default("limits", LimitsConfig::read),
             audit: s.section_or_default("audit", AuditConfig::read),
             local: s.section("local", LocalConfig::read),

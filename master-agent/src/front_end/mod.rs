@@ -11,6 +11,7 @@ pub mod config;
 mod headers;
 pub mod https_client;
 pub mod limits;
+mod link;
 pub mod local;
 mod proxy;
 mod recorder;

@@ -21,10 +21,12 @@ use proto::io::{dialer::Origin, relay::relay_until};
 
 use super::{
     answer::{Answer, Content, Held},
+    audit,
     authn::{self, Authenticated, Moment, Presented},
     authz::{Attributes, impersonate::Impersonation},
     headers,
     limits::{Attempt, Place, too_many},
+    link::Link,
     local::refuse_pages,
     recorder::Recorder,
     request_info::RequestInfo,
@@ -72,18 +74,22 @@ impl Connection {
         record.answered(response.status());
         let record = Arc::new(record);
         let held = Held { record: record.clone(), _busy: busy, _place: place, progress: streams::progress() };
-        if let Some(upgrade) = upgrade {
-            let (connection, busy) = (self.clone(), self.activity.busy());
-            self.front_end.connections.spawn(async move {
-                let expired = async {
-                    match left(expires) {
-                        Some(left) => tokio::time::sleep(left).await,
-                        None => std::future::pending().await,
-                    }
-                };
-                upgrade.carry(&record, expired).await;
-                drop((busy, connection));
-            });
+        let kept = (self.clone(), self.activity.busy());
+        match upgrade {
+            Some(Upgrade::Link(link)) => link.begin(&record, kept),
+            Some(Upgrade::Stream(stream)) => {
+                self.front_end.connections.spawn(async move {
+                    let expired = async {
+                        match left(expires) {
+                            Some(left) => tokio::time::sleep(left).await,
+                            None => std::future::pending().await,
+                        }
+                    };
+                    stream.carry(&record, expired).await;
+                    drop(kept);
+                });
+            }
+            None => {}
         }
         let end = left(expires).map(tokio::time::sleep);
         Ok(response.map(|content| Answer::new(content, held, end)))
@@ -99,7 +105,10 @@ impl Connection {
         front_end.limits.address(&self.peer).inspect_err(|_| record.limited())?;
         let (mut head, body) = request.into_parts();
         headers::refuse_ambiguous(&head)?;
-        let caller = self.authenticate(&head, record).await?;
+        let caller = match self.joining(&head, record).await? {
+            Some(caller) => caller,
+            None => self.authenticate(&head, record).await?,
+        };
         self.authenticated(&caller);
         let expires = caller.expires;
         let mut hop = if head.version < Version::HTTP_2 { Hop::of(&head.headers) } else { Hop::default() };
@@ -112,14 +121,13 @@ impl Connection {
         )
         .map_err(|error| Failure::new(StatusCode::BAD_REQUEST, error.to_string()))?;
         record.about(&info);
+        if let Some(call) = self.call(&info)? {
+            return call.answer(self, Request::from_parts(head, body), caller, &info, record).await;
+        }
         let urls = front_end.proxy_urls.as_ref().filter(|_| is_proxy_url(&info));
         let long_running = is_long_running(&info, head.uri.query());
         // What may become long is recorded, and bounded, as if it were.
-        record.reserve(long_running || hop.upgrade.is_some()).await.map_err(|_full| {
-            record.limited();
-            Failure::new(StatusCode::SERVICE_UNAVAILABLE, "the request can't be recorded at the moment")
-                .retry_after(1)
-        })?;
+        reserve(record, long_running || hop.upgrade.is_some()).await?;
         // Whoever the caller acts as, and before authorizers do anything for it.
         let place = front_end.limits.place(&caller.user.name, long_running).await;
         let mut place = place.inspect_err(|_| record.limited())?;
@@ -183,9 +191,9 @@ impl Connection {
         let half_closed_timeout = front_end.config.half_closed_timeout;
         let (head, body) = response.into_parts();
         let lease = body.into_lease();
-        let upgrade = Upgrade::Server { caller, server, lease, _place: place, half_closed_timeout };
+        let upgrade = Stream::Server { caller, server, lease, _place: place, half_closed_timeout };
         let response = Response::from_parts(head, Content::Own(Full::default()));
-        Ok(Answered { response, place: None, expires, upgrade: Some(upgrade) })
+        Ok(Answered { response, place: None, expires, upgrade: Some(Upgrade::Stream(upgrade)) })
     }
 
     /// Answers a proxy URL: to its target goes nothing of who asks.
@@ -201,7 +209,7 @@ impl Connection {
         let caller = Caller { door: DOOR, origin };
         let (response, upgrade) = urls.answer(caller, self.peer.ip(), &self.activity, request).await?;
         let (place, upgrade) = match upgrade {
-            Some(upgrade) => (None, Some(Upgrade::Target { upgrade, _place: place })),
+            Some(upgrade) => (None, Some(Upgrade::Stream(Stream::Target { upgrade, _place: place }))),
             None => (Some(place), None),
         };
         Ok(Answered { response: response.map(Content::Target), place, expires: None, upgrade })
@@ -263,7 +271,7 @@ impl Connection {
     }
 
     /// The user on whose behalf the request goes on.
-    async fn authorize(
+    pub(super) async fn authorize(
         &self,
         head: &Parts,
         caller: Authenticated,
@@ -368,13 +376,13 @@ fn is_long_running(info: &RequestInfo, query: Option<&str>) -> bool {
 }
 
 /// A response, and what is to become of it.
-struct Answered {
-    response: Response<Content>,
+pub(super) struct Answered {
+    pub response: Response<Content>,
     /// Of the request while its response is passed on.
-    place: Option<Place>,
+    pub place: Option<Place>,
     /// When what was granted ends.
-    expires: Option<SystemTime>,
-    upgrade: Option<Upgrade>,
+    pub expires: Option<SystemTime>,
+    pub upgrade: Option<Upgrade>,
 }
 
 impl From<Failure> for Answered {
@@ -384,13 +392,28 @@ impl From<Failure> for Answered {
     }
 }
 
+/// What can't be recorded is not served.
+pub(super) async fn reserve(record: &mut Recorder, lasting: bool) -> Result<(), Failure> {
+    let Err(audit::Full) = record.reserve(lasting).await else { return Ok(()) };
+    record.limited();
+    let message = "the request can't be recorded at the moment";
+    Err(Failure::new(StatusCode::SERVICE_UNAVAILABLE, message).retry_after(1))
+}
+
 /// How long a credential is good for.
 fn left(expires: Option<SystemTime>) -> Option<Duration> {
     expires.map(|end| end.duration_since(SystemTime::now()).unwrap_or_default())
 }
 
 /// A connection that changes to another protocol.
-enum Upgrade {
+pub(super) enum Upgrade {
+    Stream(Stream),
+    /// Of a node that calls home.
+    Link(Link),
+}
+
+/// One whose bytes are passed on.
+pub(super) enum Stream {
     Server {
         caller: OnUpgrade,
         server: OnUpgrade,
@@ -404,7 +427,7 @@ enum Upgrade {
     },
 }
 
-impl Upgrade {
+impl Stream {
     /// Passes on raw bytes until both directions have ended, or `expired` completes.
     async fn carry(self, record: &Recorder, expired: impl Future<Output = ()>) {
         match self {

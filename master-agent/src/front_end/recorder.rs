@@ -81,6 +81,33 @@ impl Recorder {
         }
     }
 
+    /// One more record of the same request, for what it led to.
+    pub fn again(&self) -> Self {
+        Self {
+            audit: self.audit.clone(),
+            room: None,
+            id: self.id,
+            received: self.received,
+            began: self.began,
+            source: self.source.clone(),
+            node: self.node.clone(),
+            method: self.method.clone(),
+            path: self.path.clone(),
+            query: self.query.clone(),
+            user: self.user.clone(),
+            authenticator: self.authenticator,
+            impersonated: self.impersonated.clone(),
+            request: self.request.clone(),
+            outcome: self.outcome,
+            authorizer: self.authorizer,
+            rule: self.rule.clone(),
+            code: self.code,
+            received_bytes: Arc::default(),
+            sent_bytes: AtomicU64::new(0),
+            carried: Counters::default(),
+        }
+    }
+
     pub fn authenticated(&mut self, who: &Authenticated) {
         self.user = Some(who.user.clone());
         self.authenticator = Some(who.authenticator);

@@ -3,7 +3,7 @@
 use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError, Weak},
     time::{Duration, Instant},
 };
 
@@ -43,6 +43,7 @@ use super::{
     user::UNAUTHENTICATED,
 };
 use crate::{
+    agent::Agent,
     front_door::proxy_url::ProxyUrls,
     http::watched::{Activity, PatientWriter, Watched},
     metrics::Metrics,
@@ -80,6 +81,8 @@ pub struct FrontEnd {
     /// Callers and upgraded connections; drained at the end.
     pub(super) connections: Tasks,
     pub(super) draining: CancellationToken,
+    /// Whose nodes may call home here.
+    home: OnceLock<Weak<Agent>>,
     permits: Arc<Semaphore>,
     handshakes: Places,
     files: Vec<Arc<dyn Follow>>,
@@ -188,6 +191,7 @@ impl FrontEnd {
             metrics,
             connections: callers.clone(),
             draining,
+            home: OnceLock::new(),
             permits: Arc::new(Semaphore::new(config.limits.max_connections)),
             handshakes: Places::new(HANDSHAKES),
             files,
@@ -199,6 +203,15 @@ impl FrontEnd {
     pub fn watch(self: &Arc<Self>, background: &Tasks) {
         background.spawn(follow(self.files.clone()));
         background.spawn(self.upstream.clone().watch_health());
+    }
+
+    /// Lets nodes call home, and hosts join, over this port.
+    pub fn take_calls(&self, agent: &Arc<Agent>) {
+        let _ = self.home.set(Arc::downgrade(agent));
+    }
+
+    pub(super) fn home(&self) -> Option<Arc<Agent>> {
+        self.home.get().and_then(Weak::upgrade)
     }
 
     /// How many API servers work, and how many there are.

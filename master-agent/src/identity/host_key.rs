@@ -85,6 +85,12 @@ pub enum HostKeyError {
         "no key of node {node} is known here (it was forgotten, or the state was lost): join it anew with `master-agent token create --node {node}`, or run `master-agent sshd-config {node}` again"
     )]
     Forgotten { node: NodeName },
+    #[error("what admitted the call home is of node {admitted}, and the host key is of node {node}")]
+    OtherNode { admitted: NodeName, node: NodeName },
+    #[error(
+        "the host key is of node {node} already, which the call home was not admitted as: it was to join"
+    )]
+    NotJoining { node: NodeName },
     #[error("node {node} is not in the inventory")]
     UnknownNode { node: NodeName },
     #[error("the store can't be read: {0}")]
@@ -110,6 +116,8 @@ impl HostKeyError {
             Self::Changed { .. } => "key_changed",
             Self::Superseded { .. } => "superseded",
             Self::Forgotten { .. } => "forgotten",
+            Self::OtherNode { .. } => "other_node",
+            Self::NotJoining { .. } => "not_joining",
             Self::UnknownNode { .. } => "unknown_node",
             Self::Store(_) => "store",
         }
@@ -133,6 +141,8 @@ impl HostKeyError {
             | Self::Changed { node, .. }
             | Self::Superseded { node, .. }
             | Self::Forgotten { node }
+            | Self::NotJoining { node }
+            | Self::OtherNode { admitted: node, .. }
             | Self::UnknownNode { node } => Some(node),
             Self::NoName { .. } | Self::Store(_) => None,
         }

@@ -10,7 +10,7 @@ use std::{
 use ipnet::IpNet;
 
 use super::{At, Kind};
-use crate::{NodeName, Target, io::telemetry::LogFormat};
+use crate::{NodeName, Target, call_home::Master, io::telemetry::LogFormat};
 
 /// A type with one way of being written in a configuration.
 pub trait Value: Sized {
@@ -132,6 +132,14 @@ impl Value for NodeName {
 impl Value for Target {
     fn read(at: &At<'_>) -> Option<Self> {
         let (text, _) = at.scalar("HOST:PORT")?;
+        let parsed = text.parse::<Self>();
+        parsed.or_else(|error| at.complain(text, &error.to_string()).ok_or(error)).ok()
+    }
+}
+
+impl Value for Master {
+    fn read(at: &At<'_>) -> Option<Self> {
+        let (text, _) = at.scalar("HOST:PORT or https://HOST:PORT")?;
         let parsed = text.parse::<Self>();
         parsed.or_else(|error| at.complain(text, &error.to_string()).ok_or(error)).ok()
     }

@@ -1,5 +1,5 @@
 //! The pieces with sockets that both agents use: links, the multiplexer's and the channel's streams, the
-//! half-closing relay, task ownership, admin endpoints, telemetry.
+//! half-closing relay, task ownership, TLS, admin endpoints, telemetry.
 
 pub mod admin;
 pub mod channel;
@@ -13,4 +13,5 @@ pub mod ssh;
 pub mod stream;
 pub mod tasks;
 pub mod telemetry;
+pub mod tls;
 pub mod unix;

@@ -375,8 +375,10 @@ fn the_sample_files_load() {
     pki.server(dir.path(), "tls", &["localhost"]).unwrap();
     pki.client(dir.path(), "kubelet-client").unwrap();
     pki.client(dir.path(), "front-proxy-client").unwrap();
-    for ca in ["client-ca", "kubelet-ca", "target-ca", "apiserver-ca", "webhook-ca", "oidc-ca"]
-        .map(|ca| format!("{ca}.crt"))
+    pki.client(dir.path(), "client").unwrap();
+    for ca in
+        ["client-ca", "kubelet-ca", "target-ca", "apiserver-ca", "webhook-ca", "oidc-ca", "front-end-ca"]
+            .map(|ca| format!("{ca}.crt"))
     {
         std::fs::write(dir.path().join(ca), pki.pem()).unwrap();
     }
@@ -387,7 +389,7 @@ fn the_sample_files_load() {
     for secret in ["tokens.csv", "bootstrap-tokens.csv"] {
         proto::secret_file::write_new(&dir.path().join(secret), b"").unwrap();
     }
-    for file in ["service-account.pub", "rbac.yaml"] {
+    for file in ["service-account.pub", "rbac.yaml", "token"] {
         std::fs::write(dir.path().join(file), "").unwrap();
     }
     for agent in AGENTS {

@@ -2,6 +2,7 @@
 #![allow(clippy::disallowed_methods, reason = "a test owns its tasks by its runtime")]
 
 mod authorization;
+mod call_home_443;
 mod chaos;
 mod commands;
 mod compare;

@@ -188,7 +188,7 @@ impl Watched<'_> {
             let node = &self.cluster.nodes[0];
             let on_node = match node.kind {
                 Kind::Sshd => 0.0,
-                Kind::Dialled | Kind::CallHome => {
+                Kind::Dialled | Kind::CallHome | Kind::CallHomeHttps => {
                     self.cluster.metric(node.admin, "node_agent_streams").await.ok()?
                 }
             };
@@ -292,7 +292,7 @@ async fn streams_leave_nothing_behind(kind: Kind) {
     let mut agents = vec![("master-agent", &cluster.master)];
     let total = match kind {
         Kind::Sshd => streams() / 10,
-        Kind::Dialled | Kind::CallHome => {
+        Kind::Dialled | Kind::CallHome | Kind::CallHomeHttps => {
             agents.push(("node-agent", cluster.nodes[0].process.as_ref().unwrap()));
             streams()
         }

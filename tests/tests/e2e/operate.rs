@@ -790,7 +790,7 @@ fn inventory(cluster: &Cluster, nodes: &[usize], more: &str) -> String {
         let node = &cluster.nodes[*i];
         let own: Vec<String> = addresses(*i).iter().map(|a| format!("'{a}'")).collect();
         let dial = match node.kind {
-            Kind::CallHome => String::new(),
+            Kind::CallHome | Kind::CallHomeHttps => String::new(),
             Kind::Dialled | Kind::Sshd => format!(", dial: '{}'", local(node.port)),
         };
         text += &format!("  - {{name: {}, addresses: [{}]{dial}}}\n", node.name, own.join(", "));

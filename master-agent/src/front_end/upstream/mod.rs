@@ -73,7 +73,7 @@ impl Upstream {
         let (tls, http2) = (config.tls.clone(), config.http2);
         let files: Vec<PathBuf> = config.tls.files();
         let tls = Reloaded::load("the API server's CA and the front-proxy certificate", files, move || {
-            tls.config().map(|config| ServerTls::new(config, http2))
+            Ok(ServerTls::new(tls.config()?, http2))
         })?;
         let servers = config
             .servers

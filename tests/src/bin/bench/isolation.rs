@@ -86,7 +86,9 @@ impl Way<'_> {
     /// GETs a second on 32 streams.
     async fn rate(&self) -> anyhow::Result<f64> {
         let (bench, connection) = match self {
-            Self::Connect(bench) => return kept_get_rate(bench, Path::Ours, TIME).await,
+            Self::Connect(bench) => {
+                return kept_get_rate(async || bench.connect(Path::Ours).await, TIME).await;
+            }
             Self::Konnectivity(bench, connection) => (bench, connection),
         };
         let began = Instant::now();
@@ -110,7 +112,7 @@ impl Way<'_> {
     /// One download, MB/s.
     async fn speed(&self) -> anyhow::Result<f64> {
         let (bench, connection) = match self {
-            Self::Connect(bench) => return download(bench, Path::Ours, VOLUME).await,
+            Self::Connect(bench) => return download(bench.connect(Path::Ours).await?, VOLUME).await,
             Self::Konnectivity(bench, connection) => (bench, connection),
         };
         let (mut call, id) = connection.dial(&bench.target.to_string()).await?;

@@ -4,6 +4,7 @@
 //! is off never makes this fail.
 #![allow(clippy::disallowed_methods, reason = "a benchmark owns its tasks by its runtime")]
 
+mod call_home;
 mod front_end;
 mod isolation;
 mod kubernetes;
@@ -76,7 +77,8 @@ fn main() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         if let Some(port) = args.serve {
-            target::serve(SocketAddr::from(([127, 0, 0, 1], port))).await?;
+            // Nodes are 127.0.0.1, 127.0.0.2 and so on.
+            target::serve(SocketAddr::from(([0, 0, 0, 0], port))).await?;
             return std::future::pending().await;
         }
         if let Some(port) = args.apiserver {
@@ -325,7 +327,7 @@ async fn measure(args: &Args) -> anyhow::Result<BTreeMap<&'static str, Figure>> 
             let mut cpu: BTreeMap<Path, Vec<f64>> = BTreeMap::new();
             let throughput = rounds(&ALL, n, async |path| {
                 let before = bench.usage(path).cpu;
-                let speed = download(&bench, path, megabytes << 20).await?;
+                let speed = download(bench.connect(path).await?, megabytes << 20).await?;
                 let gigabytes = (megabytes << 20) as f64 / 1e9;
                 cpu.entry(path).or_default().push((bench.usage(path).cpu - before) / gigabytes);
                 Ok(speed)
@@ -338,7 +340,8 @@ async fn measure(args: &Args) -> anyhow::Result<BTreeMap<&'static str, Figure>> 
         }
         if wanted("upload_throughput") {
             eprintln!("uploads");
-            let values = rounds(&ALL, n, async |path| upload(&bench, path, megabytes << 20).await).await;
+            let values =
+                rounds(&ALL, n, async |path| upload(bench.connect(path).await?, megabytes << 20).await).await;
             figures.insert("upload_throughput", figure("MB/s", &values));
         }
         if wanted("new_connection") {
@@ -356,12 +359,14 @@ async fn measure(args: &Args) -> anyhow::Result<BTreeMap<&'static str, Figure>> 
             eprintln!("kept connections");
             let values = rounds(&ALL, n, async |path| {
                 let count = if path == Path::OpenSsh { 50 } else { 2000 };
-                kept_gets(&bench, path, count).await
+                kept_gets(bench.connect(path).await?, count).await
             })
             .await;
             figures.insert("kept_get_p50", figure("us", &values));
             let time = Duration::from_millis(if args.quick { 500 } else { 1500 });
-            let values = rounds(&ALL, n, async |path| kept_get_rate(&bench, path, time).await).await;
+            let values =
+                rounds(&ALL, n, async |path| kept_get_rate(async || bench.connect(path).await, time).await)
+                    .await;
             figures.insert("kept_get_rate_32", figure("1/s", &values));
         }
         if wanted("isolation") {
@@ -384,12 +389,17 @@ async fn measure(args: &Args) -> anyhow::Result<BTreeMap<&'static str, Figure>> 
         let time = Duration::from_millis(if args.quick { 500 } else { 1500 });
         figures.extend(front_end::figures(n, time).await?);
     }
+    if wanted("call_home_https") {
+        eprintln!("call home over HTTPS beside TCP");
+        let time = Duration::from_millis(if args.quick { 500 } else { 1500 });
+        figures.extend(call_home::figures(n, megabytes, time).await?);
+    }
     if wanted("download_100ms_rtt") {
         eprintln!("100 ms round trip");
         let bench = Bench::start(Some(Duration::from_millis(50))).await?;
         let megabytes: u64 = if args.quick { 128 } else { 256 };
         let values = rounds(&[Path::OpenSsh, Path::Ours], if args.quick { 1 } else { 3 }, async |path| {
-            download(&bench, path, megabytes << 20).await
+            download(bench.connect(path).await?, megabytes << 20).await
         })
         .await;
         figures.insert("download_100ms_rtt", figure("MB/s", &values));
@@ -398,8 +408,7 @@ async fn measure(args: &Args) -> anyhow::Result<BTreeMap<&'static str, Figure>> 
 }
 
 /// One download; MB/s from the request to the last byte.
-async fn download(bench: &Bench, path: Path, bytes: u64) -> anyhow::Result<f64> {
-    let mut stream = bench.connect(path).await?;
+async fn download(mut stream: Stream, bytes: u64) -> anyhow::Result<f64> {
     let mut buffer = vec![0; 1 << 20];
     let began = Instant::now();
     stream.write_all(format!("source {bytes}\n").as_bytes()).await?;
@@ -418,8 +427,7 @@ async fn download(bench: &Bench, path: Path, bytes: u64) -> anyhow::Result<f64> 
 }
 
 /// One upload; MB/s from the first byte to the answer that counts them.
-async fn upload(bench: &Bench, path: Path, bytes: u64) -> anyhow::Result<f64> {
-    let mut stream = bench.connect(path).await?;
+async fn upload(mut stream: Stream, bytes: u64) -> anyhow::Result<f64> {
     let buffer = vec![0; 256 * 1024];
     let began = Instant::now();
     stream.write_all(b"drain\n").await?;
@@ -466,8 +474,7 @@ async fn new_connection_rate(bench: &Bench, path: Path, count: usize) -> anyhow:
     Ok((count / 32 * 32) as f64 / began.elapsed().as_secs_f64())
 }
 
-async fn kept_gets(bench: &Bench, path: Path, count: usize) -> anyhow::Result<f64> {
-    let mut stream = bench.connect(path).await?;
+async fn kept_gets(mut stream: Stream, count: usize) -> anyhow::Result<f64> {
     let mut times = Vec::with_capacity(count);
     for _ in 0..count {
         let began = Instant::now();
@@ -477,11 +484,14 @@ async fn kept_gets(bench: &Bench, path: Path, count: usize) -> anyhow::Result<f6
     median(times).context("no times")
 }
 
-async fn kept_get_rate(bench: &Bench, path: Path, time: Duration) -> anyhow::Result<f64> {
+async fn kept_get_rate(
+    connect: impl AsyncFn() -> anyhow::Result<Stream>,
+    time: Duration,
+) -> anyhow::Result<f64> {
     let began = Instant::now();
     let done = std::cell::Cell::new(0u64);
     let workers = (0..32).map(|_| async {
-        let mut stream = bench.connect(path).await?;
+        let mut stream = connect().await?;
         while began.elapsed() < time {
             get(&mut stream).await?;
             done.set(done.get() + 1);

@@ -1,0 +1,274 @@
+//! The HTTP proxy that stands between this node and masters, if there is one: given by the configuration, or by the
+//! environment as other programs of a cluster's nodes read it (Go's `httpproxy`).
+
+use std::{fmt, net::IpAddr, str::FromStr};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use ipnet::IpNet;
+use percent_encoding::percent_decode_str;
+use proto::{
+    Host, Target,
+    config::{At, Value},
+};
+
+/// An HTTP proxy. Its credentials are never shown.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Proxy {
+    pub address: Target,
+    /// The value of `Proxy-Authorization`.
+    pub authorization: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidProxy {
+    #[error("expected http://[USER:PASSWORD@]HOST:PORT; other kinds of proxies are not supported")]
+    Scheme,
+    /// Without the text, which may hold a password.
+    #[error("the proxy's address is not of the form http://[USER:PASSWORD@]HOST:PORT")]
+    Address,
+}
+
+impl FromStr for Proxy {
+    type Err = InvalidProxy;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let rest = match text.split_once("://") {
+            Some((scheme, rest)) if scheme.eq_ignore_ascii_case("http") => rest,
+            Some(_) => return Err(InvalidProxy::Scheme),
+            None => text,
+        };
+        let rest = rest.strip_suffix('/').unwrap_or(rest);
+        let (user, authority) = match rest.rsplit_once('@') {
+            Some((user, authority)) => (Some(user), authority),
+            None => (None, rest),
+        };
+        let has_port = authority.rsplit_once(':').is_some_and(|(_, port)| !port.ends_with(']'));
+        let address = if has_port { authority.parse() } else { format!("{authority}:80").parse() };
+        let authorization = user.map(|user| {
+            let (name, password) = user.split_once(':').unwrap_or((user, ""));
+            let mut plain: Vec<u8> = percent_decode_str(name).collect();
+            plain.push(b':');
+            plain.extend(percent_decode_str(password));
+            format!("Basic {}", STANDARD.encode(plain))
+        });
+        Ok(Self { address: address.map_err(|_| InvalidProxy::Address)?, authorization })
+    }
+}
+
+impl fmt::Display for Proxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "http://{}", self.address)
+    }
+}
+
+impl fmt::Debug for Proxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// What the configuration says of proxies.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Choice {
+    /// That of `HTTPS_PROXY`, except for what `NO_PROXY` names.
+    #[default]
+    Environment,
+    None,
+    Use(Proxy),
+}
+
+impl Choice {
+    /// The proxy on the way to a target.
+    pub fn towards(&self, target: &Target) -> Result<Option<Proxy>, InvalidProxy> {
+        match self {
+            Self::Environment => Environment::read().towards(target),
+            Self::None => Ok(None),
+            Self::Use(proxy) => Ok(Some(proxy.clone())),
+        }
+    }
+}
+
+impl Value for Choice {
+    fn read(at: &At<'_>) -> Option<Self> {
+        match at.text()? {
+            "environment" => Some(Self::Environment),
+            "none" => Some(Self::None),
+            text => match text.parse() {
+                Ok(proxy) => Some(Self::Use(proxy)),
+                Err(error) => {
+                    at.error(format!("expected environment, none or an address: {error}"));
+                    None
+                }
+            },
+        }
+    }
+}
+
+/// The variables.
+#[derive(Clone, Default)]
+pub struct Environment {
+    pub https_proxy: String,
+    pub no_proxy: String,
+}
+
+impl Environment {
+    /// Capital letters come before small ones.
+    pub fn read() -> Self {
+        let variable = |names: [&str; 2]| {
+            let mut set = names.into_iter().filter_map(|name| std::env::var(name).ok());
+            set.find(|value| !value.is_empty()).unwrap_or_default()
+        };
+        Self {
+            https_proxy: variable(["HTTPS_PROXY", "https_proxy"]),
+            no_proxy: variable(["NO_PROXY", "no_proxy"]),
+        }
+    }
+
+    fn towards(&self, target: &Target) -> Result<Option<Proxy>, InvalidProxy> {
+        match self.https_proxy.trim() {
+            "" => Ok(None),
+            _ if self.exempts(target) => Ok(None),
+            proxy => proxy.parse().map(Some),
+        }
+    }
+
+    /// Whether a target is reached without the proxy. This host always is.
+    fn exempts(&self, target: &Target) -> bool {
+        let this_host = match &target.host {
+            Host::Addr(address) => address.is_loopback(),
+            Host::Name(name) => name == "localhost",
+        };
+        let entries = self.no_proxy.split([',', ' ']).map(str::trim).filter(|entry| !entry.is_empty());
+        this_host || entries.into_iter().any(|entry| is_for(&entry.to_ascii_lowercase(), target))
+    }
+}
+
+/// Whether one entry of `NO_PROXY` is for a target: `*`, an address, a network, a domain with what is below it
+/// (`.example` without the domain itself), the latter two with a port or without.
+fn is_for(entry: &str, target: &Target) -> bool {
+    if entry == "*" {
+        return true;
+    }
+    let address = match &target.host {
+        Host::Addr(address) => Some(*address),
+        Host::Name(_) => None,
+    };
+    if let Ok(network) = entry.parse::<IpNet>() {
+        return address.is_some_and(|address| network.contains(&address));
+    }
+    let (host, port) = match entry.rsplit_once(':') {
+        Some((host, port)) if !host.contains(':') || host.ends_with(']') => (host, Some(port)),
+        Some(_) | None => (entry, None),
+    };
+    if port.is_some_and(|port| port != target.port.to_string()) {
+        return false;
+    }
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    if let Ok(of_entry) = host.parse::<IpAddr>() {
+        return address == Some(of_entry.to_canonical());
+    }
+    let Host::Name(name) = &target.host else { return false };
+    let host = host.strip_prefix('*').unwrap_or(host);
+    let below = |domain: &str| name.strip_suffix(domain).is_some_and(|rest| !rest.is_empty());
+    match host.strip_prefix('.') {
+        Some("") => false,
+        Some(_) => below(host),
+        None => !host.is_empty() && (name == host || below(&format!(".{host}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_proxy() {
+        for (no_proxy, target, exempt) in [
+            ("", "a.example:443", false),
+            ("*", "a.example:443", true),
+            ("b.example,*", "a.example:443", true),
+            ("", "localhost:443", true),
+            ("", "127.0.0.1:443", true),
+            ("", "[::1]:443", true),
+            ("a.example", "a.example:443", true),
+            ("A.Example", "a.example:443", true),
+            ("a.example", "b.a.example:443", true),
+            ("a.example", "ba.example:443", false),
+            (".a.example", "b.a.example:443", true),
+            (".a.example", "a.example:443", false),
+            ("*.a.example", "b.a.example:443", true),
+            ("*.a.example", "a.example:443", false),
+            ("b.example, a.example", "a.example:443", true),
+            ("b.example a.example", "a.example:443", true),
+            (",, ,", "a.example:443", false),
+            ("a.example:443", "a.example:443", true),
+            ("a.example:6443", "a.example:443", false),
+            (".example:443", "a.example:443", true),
+            ("10.0.0.1", "10.0.0.1:443", true),
+            ("10.0.0.1", "10.0.0.10:443", false),
+            ("10.0.0.1:443", "10.0.0.1:443", true),
+            ("10.0.0.1:80", "10.0.0.1:443", false),
+            ("10.0.0.0/8", "10.1.2.3:443", true),
+            ("10.0.0.0/8", "11.1.2.3:443", false),
+            ("10.0.0.0/8", "a.example:443", false),
+            ("10.0.0.0/33", "10.1.2.3:443", false),
+            ("fd00::/8", "[fd00::1]:443", true),
+            ("fd00::1", "[fd00::1]:443", true),
+            ("[fd00::1]", "[fd00::1]:443", true),
+            ("[fd00::1]:443", "[fd00::1]:443", true),
+            ("[fd00::1]:80", "[fd00::1]:443", false),
+            ("::ffff:10.0.0.1", "10.0.0.1:443", true),
+            ("1", "10.0.0.1:443", false),
+            (".", "a.example:443", false),
+            ("example", "a.example:443", true),
+        ] {
+            let environment =
+                Environment { https_proxy: "http://proxy:3128".into(), no_proxy: no_proxy.into() };
+            let proxy = environment.towards(&target.parse().unwrap()).unwrap();
+            assert_eq!(proxy.is_none(), exempt, "NO_PROXY={no_proxy} {target}");
+        }
+    }
+
+    #[test]
+    fn proxies() {
+        for (text, address, authorization) in [
+            ("http://proxy.example:3128", "proxy.example:3128", None),
+            ("HTTP://proxy.example:3128/", "proxy.example:3128", None),
+            ("proxy.example:3128", "proxy.example:3128", None),
+            ("http://proxy.example", "proxy.example:80", None),
+            ("http://[fd00::1]", "[fd00::1]:80", None),
+            ("http://[fd00::1]:3128", "[fd00::1]:3128", None),
+            ("http://user:pass@proxy.example:3128", "proxy.example:3128", Some("user:pass")),
+            ("http://user@proxy.example:3128", "proxy.example:3128", Some("user:")),
+            ("http://us%3Aer:p%40ss:@proxy.example:3128", "proxy.example:3128", Some("us:er:p@ss:")),
+            ("user:p@ss@proxy.example:3128", "proxy.example:3128", Some("user:p@ss")),
+        ] {
+            let proxy: Proxy = text.parse().unwrap();
+            assert_eq!(proxy.address.to_string(), address, "{text}");
+            let expected = authorization.map(|plain| format!("Basic {}", STANDARD.encode(plain)));
+            assert_eq!(proxy.authorization, expected, "{text}");
+            assert_eq!(format!("{proxy} {proxy:?}"), format!("http://{address} http://{address}"));
+        }
+        for text in [
+            "",
+            "http://",
+            "https://proxy.example",
+            "socks5://user:secret@proxy:1080",
+            "http://user:secret@",
+            "http://proxy:secret@proxy:99999",
+            "http://proxy.example/path",
+        ] {
+            let error = text.parse::<Proxy>().unwrap_err().to_string();
+            assert!(!error.contains("secret"), "{error}");
+        }
+    }
+
+    #[test]
+    fn without_a_proxy_there_is_none() {
+        let target: Target = "a.example:443".parse().unwrap();
+        assert_eq!(Environment::default().towards(&target), Ok(None));
+        let broken = Environment { https_proxy: "ftp://proxy".into(), no_proxy: String::new() };
+        assert_eq!(broken.towards(&target), Err(InvalidProxy::Scheme));
+        assert_eq!(Choice::None.towards(&target), Ok(None));
+    }
+}

@@ -1,0 +1,759 @@
+//! Nodes that call home, and hosts that join, over the front end's HTTPS port.
+
+use std::{
+    net::SocketAddr,
+    path::Path,
+    process::Command,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use jsonwebtoken::{Algorithm, EncodingKey, Header};
+use rustls::pki_types::ServerName;
+use serde_json::{Value, json};
+use tests::{
+    client::Stream,
+    cluster::{Cluster, Kind, Options, SOON, binary},
+    front_end::{Heard, hear},
+    load::{completes, download, upload},
+    pki::{Authority, client_config, server_config},
+    process::{Process, TempDir, eventually, free_port},
+    target,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+const MB: u64 = 1 << 20;
+const BOOTSTRAP: &str = "abcdef.0123456789abcdef";
+const EXPIRED: &str = "abcdeg.0123456789abcdef";
+/// Of a group that nothing is allowed.
+const OTHER_GROUP: &str = "token-of-another-group";
+const ISSUER: &str = "https://kubernetes.default.svc";
+
+const RBAC: &str = r"
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: call-home}
+rules:
+- {apiGroups: [master-agent], resources: [nodes/link, nodes/join], verbs: [create]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: call-home}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: call-home}
+subjects:
+- {apiGroup: rbac.authorization.k8s.io, kind: Group, name: 'system:bootstrappers'}
+- {kind: ServiceAccount, name: node-agent, namespace: kube-system}
+";
+
+/// Bytes each way: 64 MB, or what TEST_BYTES says.
+fn volume() -> u64 {
+    std::env::var("TEST_BYTES").ok().and_then(|v| v.parse().ok()).unwrap_or(64 * MB)
+}
+
+fn local(port: u16) -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], port))
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
+}
+
+struct World {
+    cluster: Cluster,
+    target: u16,
+    files: TempDir,
+    service_accounts: rcgen::KeyPair,
+}
+
+/// Nodes n1 and n2, which call home over HTTPS with their client certificates.
+async fn world(change: impl FnOnce(&mut Options, &Path)) -> World {
+    let files = TempDir::new("credentials").unwrap();
+    let path = files.path();
+    let file = |name: &str| path.join(name).display().to_string();
+    let service_accounts = rcgen::KeyPair::generate().unwrap();
+    std::fs::write(path.join("sa.pub"), service_accounts.public_key_pem()).unwrap();
+    std::fs::write(path.join("rbac.yaml"), RBAC).unwrap();
+    let secret =
+        |name: &str, text: &str| proto::secret_file::replace(&path.join(name), text.as_bytes()).unwrap();
+    secret("bootstrap.csv", &format!("{BOOTSTRAP},,\n{EXPIRED},2020-01-01T00:00:00Z,\n"));
+    secret("tokens.csv", &format!("{OTHER_GROUP},sam,uid-7,others\n"));
+    let target = target::start().await;
+    let mut options = Options {
+        nodes: ["n1", "n2"].map(|name| (name.to_owned(), Kind::CallHomeHttps)).to_vec(),
+        ports: vec![target],
+        node_config: "limits: {dial_timeout: 2s}".to_owned(),
+        front_end: Some(format!(
+            "  authentication:\n  - x509: {{ca: ca.crt}}\n  - service_account: {{issuers: ['{ISSUER}'], audiences: \
+             ['{ISSUER}'], key_files: [{}]}}\n  - bootstrap_tokens: {{file: {}}}\n  - token_file: {}\n  authorization: \
+             [{{node: {{}}}}, {{rbac: {{files: [{}]}}}}]\n  limits: {{failures_per_second_per_address: 1000, \
+             head_timeout: 2s}}\n",
+            file("sa.pub"),
+            file("bootstrap.csv"),
+            file("tokens.csv"),
+            file("rbac.yaml"),
+        )),
+        ..Options::default()
+    };
+    change(&mut options, path);
+    let cluster = completes("the cluster starts", Cluster::start(options)).await.unwrap();
+    World { cluster, target, files, service_accounts }
+}
+
+impl World {
+    /// A token of the service account `kube-system/node-agent`, of a pod on `node`.
+    fn service_account(&self, node: &str, audience: &str, expires: u64) -> String {
+        let claims = json!({
+            "iss": ISSUER,
+            "aud": [audience],
+            "sub": "system:serviceaccount:kube-system:node-agent",
+            "iat": now() - 100,
+            "nbf": now() - 100,
+            "exp": expires,
+            "kubernetes.io": {
+                "namespace": "kube-system",
+                "serviceaccount": {"name": "node-agent", "uid": "u"},
+                "pod": {"name": "node-agent-x", "uid": "p"},
+                "node": {"name": node, "uid": "n"},
+            },
+        });
+        let key = EncodingKey::from_ec_pem(self.service_accounts.serialize_pem().as_bytes()).unwrap();
+        jsonwebtoken::encode(&Header::new(Algorithm::ES256), &claims, &key).unwrap()
+    }
+
+    /// A TLS connection with this node's certificate.
+    async fn connect(&self, certificate: Option<&str>) -> Stream {
+        let dir = certificate.map(|node| self.cluster.path().join(node));
+        let identity = dir.as_deref().map(|dir| (dir, "client"));
+        let config = client_config(&self.cluster.path().join("ca.crt"), identity).unwrap();
+        let socket = TcpStream::connect(self.cluster.https).await.unwrap();
+        let name = ServerName::try_from("localhost").unwrap();
+        Box::new(TlsConnector::from(config).connect(name, socket).await.unwrap())
+    }
+
+    /// What a request is answered, and the connection.
+    async fn ask(&self, certificate: Option<&str>, head: &str) -> (Heard, Stream) {
+        let mut stream = self.connect(certificate).await;
+        stream.write_all(head.as_bytes()).await.unwrap();
+        stream.flush().await.unwrap();
+        let heard = completes("an answer", hear(&mut stream)).await.unwrap().expect(head);
+        (heard, stream)
+    }
+
+    async fn refused(&self, reason: &str) -> f64 {
+        let prefix = format!("master_agent_tunnels_refused_total{{reason=\"{reason}\"}}");
+        self.cluster.metric(self.cluster.admin, &prefix).await.unwrap_or(0.0)
+    }
+
+    /// Writes another configuration for a node.
+    fn configure(&self, index: usize, call_home: &str, lines: &str) {
+        let node = &self.cluster.nodes[index];
+        let text = format!(
+            "state_dir: state\nadmin: {{listen: '{}'}}\ncall_home: ['{call_home}']\nlimits: {{dial_timeout: 2s}}\n\
+             policy: {{allow: [{{name: all, to: 127.0.0.0/8, ports: 1-65535}}]}}\n{lines}\n",
+            node.admin
+        );
+        std::fs::write(node.dir.join("node.yaml"), text).unwrap();
+    }
+
+    /// Audit records of a subresource, whole lines only.
+    fn audited(&self, subresource: &str) -> Vec<Value> {
+        let text = std::fs::read_to_string(self.cluster.path().join("audit.log")).unwrap_or_default();
+        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+        let records = whole.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        records.filter(|record| record["subresource"] == subresource).collect()
+    }
+
+    async fn says(&self, node: usize, part: &str) {
+        let log = self.cluster.nodes[node].dir.join("log");
+        eventually(&format!("{part:?} in {}", log.display()), SOON, async || {
+            std::fs::read_to_string(&log).unwrap_or_default().contains(part).then_some(())
+        })
+        .await;
+    }
+
+    /// Runs a node that is to fail, until it says why. Gives its whole log.
+    async fn fails(&mut self, call_home: &str, lines: &str, part: &str) -> String {
+        self.cluster.kill_node(0);
+        let _ = std::fs::remove_file(self.cluster.nodes[0].dir.join("log"));
+        self.configure(0, call_home, lines);
+        self.cluster.start_node(0).unwrap();
+        self.says(0, part).await;
+        self.cluster.kill_node(0);
+        std::fs::read_to_string(self.cluster.nodes[0].dir.join("log")).unwrap()
+    }
+}
+
+fn upgrade(path: &str, lines: &str) -> String {
+    format!(
+        "POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: master-agent-link\r\n{lines}\r\n"
+    )
+}
+
+const LINK: &str = "/apis/master-agent/v1/nodes/n1/link";
+const JOIN: &str = "/apis/master-agent/v1/nodes/n1/join";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_carries_traffic_comes_back_and_has_its_certificate_renewed() {
+    let mut world =
+        world(|options, _| options.master_config = "certificates: {host_ttl: 30s}".to_owned()).await;
+    let expiry = "node_agent_host_certificate_expiry_timestamp_seconds ";
+    let first = world.cluster.metric(world.cluster.nodes[0].admin, expiry).await.unwrap();
+    for node in ["n1", "n2"] {
+        let tunnel = world.cluster.node_status(node).unwrap()["tunnels"][0].clone();
+        assert_eq!(tunnel["direction"], "call-home-https");
+        let target = format!("{node}:{}", world.target);
+        for door in world.cluster.doors() {
+            download(&door, &target, volume()).await;
+            upload(&door, &target, volume()).await;
+        }
+    }
+    let list = world.cluster.command(&["node", "list"]).unwrap();
+    assert!(list.contains("call-home-https"), "{list}");
+    let admin = world.cluster.nodes[0].admin;
+    eventually("the certificate is renewed", Duration::from_secs(60), async || {
+        (world.cluster.metric(admin, expiry).await.ok()? > first).then_some(())
+    })
+    .await;
+    // One record at the beginning of a link, before anything went over it.
+    let links = world.audited("link");
+    assert_eq!(links.len(), 2, "{links:?}");
+    for (record, node) in links.iter().zip(["n1", "n2"]) {
+        assert_eq!((&record["code"], &record["decision"]), (&json!(101), &json!("allow")), "{record}");
+        assert_eq!((&record["authorizer"], &record["rule"]), (&json!("node"), &json!("own")), "{record}");
+        assert_eq!(record["user"], format!("system:node:{node}"), "{record}");
+        assert_eq!((&record["bytes_in"], &record["bytes_out"]), (&json!(0), &json!(0)), "{record}");
+    }
+    // And one at its end, under the same id.
+    world.cluster.kill_node(0);
+    world.cluster.wait_state("n1", "lost").await;
+    eventually("a record of the end", SOON, async || {
+        let links = world.audited("link");
+        let last = links.iter().filter(|record| record["id"] == links[0]["id"]).nth(1)?;
+        let bytes = |name: &str| last[name].as_u64().unwrap();
+        assert!(bytes("bytes_in") > 2 * volume() && bytes("bytes_out") > 2 * volume(), "{last}");
+        Some(())
+    })
+    .await;
+    world.cluster.start_node(0).unwrap();
+    world.cluster.wait_state("n1", "connected").await;
+    world.cluster.restart_master().unwrap();
+    eventually("the nodes come back", SOON, async || {
+        let state =
+            |node: &str| world.cluster.node_status(node).ok().map(|status| status["state"] == "connected");
+        (state("n1")? && state("n2")?).then_some(())
+    })
+    .await;
+    download(&world.cluster.unix, &format!("n1:{}", world.target), MB).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_may_call_home_as_whom() {
+    let world = world(|_, _| {}).await;
+    let service_account = |node: &str| world.service_account(node, ISSUER, now() + 600);
+    let bearer = |token: &str| format!("Authorization: Bearer {token}\r\n");
+    let none = String::new;
+    let link = |node: &str| format!("/apis/master-agent/v1/nodes/{node}/link");
+    let join = |node: &str| format!("/apis/master-agent/v1/nodes/{node}/join");
+    let before = world.refused("other_node").await;
+    let others = [
+        (None, bearer(&service_account("n2")), link("n1")),
+        (None, bearer(&service_account("n2")), join("n1")),
+        (None, bearer(&service_account("n1")), join("-")),
+    ];
+    for (certificate, lines, path) in &others {
+        let (heard, _) = world.ask(*certificate, &upgrade(path, lines)).await;
+        assert_eq!(heard.status, 403, "{path}: {heard:?}");
+    }
+    assert_eq!(world.refused("other_node").await - before, others.len() as f64);
+    assert!(world.cluster.node_status("n1").unwrap()["refused"].as_u64().unwrap() >= 2);
+
+    for (i, (certificate, lines, path, status)) in [
+        (Some("n1"), none(), link("n1"), 101),
+        (Some("n1"), none(), join("n1"), 101),
+        (Some("n1"), none(), link("n2"), 403),
+        (Some("n2"), none(), link("n1"), 403),
+        (Some("n2"), none(), join("n1"), 403),
+        (Some("n1"), none(), join("-"), 403),
+        (None, none(), link("n1"), 401),
+        (None, none(), join("n1"), 401),
+        (None, bearer(BOOTSTRAP), link("n1"), 101),
+        (None, bearer(BOOTSTRAP), join("n1"), 101),
+        (None, bearer(BOOTSTRAP), join("-"), 101),
+        (None, bearer(EXPIRED), link("n1"), 401),
+        (None, bearer(EXPIRED), join("n1"), 401),
+        (None, bearer("abcdef.wrongwrongwrongw"), link("n1"), 401),
+        (None, bearer(OTHER_GROUP), link("n1"), 403),
+        (None, bearer(OTHER_GROUP), join("n1"), 403),
+        (None, bearer(&service_account("n1")), link("n1"), 101),
+        (None, bearer(&world.service_account("n1", ISSUER, now() - 90)), link("n1"), 401),
+        (None, bearer(&world.service_account("n1", "other", now() + 600)), link("n1"), 401),
+        // What is said twice, or in the query, or of somebody else.
+        (None, format!("{}{}", bearer(BOOTSTRAP), bearer(BOOTSTRAP)), link("n1"), 401),
+        (None, none(), format!("{}?access_token={BOOTSTRAP}", link("n1")), 401),
+        (
+            Some("n1"),
+            "Impersonate-User: system:node:n2\r\nImpersonate-Group: system:nodes\r\n".to_owned(),
+            link("n2"),
+            403,
+        ),
+        (Some("n1"), "X-Remote-User: system:node:n2\r\n".to_owned(), link("n2"), 403),
+        // What is no name.
+        (None, bearer(BOOTSTRAP), link("-"), 400),
+        (None, bearer(BOOTSTRAP), link("N1"), 400),
+        (None, bearer(BOOTSTRAP), link("127.0.0.1"), 400),
+        (None, bearer(BOOTSTRAP), "/apis/master-agent/v1/nodes/../nodes/n1/link".to_owned(), 400),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let (heard, _) = world.ask(certificate, &upgrade(&path, &lines)).await;
+        assert_eq!(heard.status, status, "row {i}, {certificate:?} {path}: {heard:?}");
+        if status == 101 {
+            assert_eq!(heard.header("upgrade"), Some("master-agent-link"), "row {i}");
+        }
+    }
+    world.cluster.wait_connected().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_credential_and_the_ssh_identity_name_the_same_node() {
+    let mut world = world(|_, _| {}).await;
+    // n1's host key, admitted as n2.
+    let shown = "node: n2\ncall_home_https: {ca: ../ca.crt, cert: ../n2/client.crt, key: ../n2/client.key}";
+    let master = world.cluster.https_master();
+    let before = world.refused("other_node").await;
+    world.cluster.kill_node(0);
+    world.configure(0, &master, shown);
+    world.cluster.start_node(0).unwrap();
+    let log = world.cluster.master.log.clone();
+    eventually("the mismatch is refused", SOON, async || {
+        let log = std::fs::read_to_string(&log).unwrap();
+        log.contains("what admitted the call home is of node n2, and the host key is of node n1")
+            .then_some(())
+    })
+    .await;
+    assert!(world.refused("other_node").await > before);
+    assert_ne!(world.cluster.node_status("n1").unwrap()["state"], "connected");
+    let n2 = world.cluster.node_status("n2").unwrap();
+    assert_eq!((n2["tunnels"].as_array().unwrap().len(), &n2["state"]), (1, &json!("connected")));
+    assert!(n2["refused"].as_u64().unwrap() > 0);
+
+    // n1's name and host key, with n2's certificate.
+    let shown = "call_home_https: {ca: ../ca.crt, cert: ../n2/client.crt, key: ../n2/client.key}";
+    world.fails(&master, shown, "403 Forbidden").await;
+    // Admitted to join, which a node that has joined is not here for.
+    let mut joined = world.cluster.nodes[0].dir.join("state");
+    joined.push("host_key-cert.pub");
+    assert!(joined.exists());
+    world.configure(0, &master, "call_home_https: {ca: ../ca.crt, cert: client.crt, key: client.key}");
+    world.cluster.start_node(0).unwrap();
+    world.cluster.wait_connected().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_is_read_again_for_every_link() {
+    let mut world = world(|options, path| {
+        let token = path.join("token");
+        std::fs::write(&token, "wrong.token\n").unwrap();
+        options.https = Some(format!("{{ca: ../ca.crt, token_file: {}}}", token.display()));
+        options.nodes.truncate(1);
+        options.nodes_down = true;
+    })
+    .await;
+    world.cluster.start_node(0).unwrap();
+    world.says(0, "does not recognise this node's credential (401)").await;
+    let file = world.files.path().join("token");
+    let good = world.service_account("n1", ISSUER, now() + 600);
+    for token in [BOOTSTRAP, &good] {
+        std::fs::write(&file, format!("{token}\n")).unwrap();
+        world.cluster.wait_connected().await;
+        download(&world.cluster.unix, &format!("n1:{}", world.target), MB).await;
+        // Without the file the link that is there goes on.
+        std::fs::remove_file(&file).unwrap();
+        download(&world.cluster.unix, &format!("n1:{}", world.target), MB).await;
+        world.cluster.restart_master().unwrap();
+        world.says(0, "can't read ").await;
+    }
+    std::fs::write(&file, "two words").unwrap();
+    world.says(0, "holds no token").await;
+    let log = std::fs::read_to_string(world.cluster.nodes[0].dir.join("log")).unwrap();
+    for secret in [BOOTSTRAP, &good, "two words", "wrong.token"] {
+        assert!(!log.contains(secret) && !world.cluster.master.log_text().contains(secret));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hosts_join_over_the_same_port() {
+    let mut world = world(|options, _| options.nodes_down = true).await;
+    let address = world.cluster.https_master();
+    let ca = world.cluster.path().join("ca.crt").display().to_string();
+    let other = Authority::new("other CA").unwrap();
+    let other_ca = world.cluster.path().join("other-ca.crt");
+    std::fs::write(&other_ca, other.pem()).unwrap();
+    let token = |world: &World, args: &[&str]| {
+        let all = [&["token", "create", "--address", &address], args].concat();
+        world.cluster.command(&all).unwrap().trim().to_owned()
+    };
+    let join = |world: &World, line: &str, args: &[&str]| {
+        let dir = world.cluster.path().join("fresh");
+        let mut words = line.split_whitespace();
+        assert_eq!(words.next(), Some("node-agent"));
+        let mut command = Command::new(binary("node-agent"));
+        let output = command.args(words).arg("--state-dir").arg(dir).args(args).output().unwrap();
+        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let line = token(&world, &["--node", "n1"]);
+    assert!(line.starts_with(&format!("node-agent join {address} --ca-pin SHA256:")), "{line}");
+    let secret = line.rsplit('.').next().unwrap().to_owned();
+    for (args, part) in [
+        (vec!["--https-ca", other_ca.to_str().unwrap()], "no credential was sent"),
+        (vec![], "no credential was sent"),
+        (vec!["--https-ca", &ca, "--node", "n2"], "403 Forbidden"),
+        (vec!["--https-ca", "/nonexistent"], "/nonexistent"),
+    ] {
+        let (joined, error) = join(&world, &line, &args);
+        assert!(!joined && error.contains(part) && !error.contains(&secret), "{args:?}: {error}");
+    }
+    let pin = line.split_whitespace().nth(4).unwrap();
+    let wrong_pin = line.replace(pin, "SHA256:jDvYqkuiVBuJYzQPVwlVyZTdIAbEPi9vmP4kq1pPkW8");
+    let (joined, error) = join(&world, &wrong_pin, &["--https-ca", &ca]);
+    assert!(!joined && error.contains("did not prove itself"), "{error}");
+    // Nothing of this used the token up.
+    assert_eq!(join(&world, &line, &["--https-ca", &ca]), (true, String::new()));
+    for (line, part) in [
+        (line.clone(), "401"),
+        (line.replace(&secret, &secret.chars().rev().collect::<String>()), "401"),
+        (token(&world, &[]), "not bound to a node"),
+    ] {
+        let (joined, error) = join(&world, &line, &["--https-ca", &ca]);
+        assert!(!joined && error.contains(part), "{part}: {error}");
+    }
+    let n2 = token(&world, &[]);
+    let (joined, error) = join(&world, &n2, &["--https-ca", &ca, "--node", "n2"]);
+    // n2 has joined before, which takes a token bound to it.
+    assert!(!joined && error.contains("has joined before"), "{error}");
+
+    // With a credential of its own, and that one only for the node it names.
+    world.configure(0, &address, "call_home_https: {ca: ../ca.crt, cert: client.crt, key: client.key}");
+    world.configure(1, &address, "call_home_https: {ca: ../ca.crt, cert: client.crt, key: client.key}");
+    let line = token(&world, &["--node", "n2"]);
+    let error = world.cluster.node_command(0, &format!("{line} --node n1")).unwrap_err().to_string();
+    assert!(error.contains("bound to node n2"), "{error}");
+    let error = world.cluster.node_command(0, &format!("{line} --node n2")).unwrap_err().to_string();
+    assert!(error.contains("403 Forbidden"), "{error}");
+    world.cluster.node_command(1, &format!("{line} --node n2")).unwrap();
+    world.cluster.node_command(0, &format!("{} --node n1", token(&world, &["--node", "n1"]))).unwrap();
+    for node in 0..2 {
+        world.cluster.start_node(node).unwrap();
+    }
+    world.cluster.wait_connected().await;
+    assert_eq!(
+        world.audited("join").iter().filter(|record| record["authorizer"] == "join-token").count() % 2,
+        0
+    );
+    assert!(!world.cluster.master.log_text().contains(&secret));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hostile_requests_are_answered_and_do_not_keep_nodes_out() {
+    let mut world = world(|options, _| {
+        options.master_config = "tunnels: {handshake_timeout: 2s}".to_owned();
+    })
+    .await;
+    let own = Some("n1");
+    let line = "Connection: Upgrade\r\nUpgrade: master-agent-link\r\n";
+    for (head, status) in [
+        (upgrade(LINK, "Content-Length: 5\r\n") + "hello", 400),
+        (upgrade(LINK, "Transfer-Encoding: chunked\r\n") + "0\r\n\r\n", 400),
+        (format!("POST {LINK} HTTP/1.1\r\nHost: localhost\r\n\r\n"), 400),
+        (format!("POST {LINK} HTTP/1.1\r\nHost: localhost\r\nUpgrade: master-agent-link\r\n\r\n"), 400),
+        (
+            format!(
+                "POST {LINK} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+            ),
+            400,
+        ),
+        (
+            format!("POST {LINK} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: ssh\r\n\r\n"),
+            400,
+        ),
+        (format!("GET {LINK} HTTP/1.1\r\nHost: localhost\r\n{line}\r\n"), 403),
+        (format!("PUT {LINK} HTTP/1.1\r\nHost: localhost\r\n{line}\r\n"), 403),
+        (format!("POST {LINK}?a=b HTTP/1.0\r\n{line}\r\n"), 400),
+        (format!("POST {LINK} HTTP/1.1\r\n{line}\r\n"), 400),
+    ] {
+        let (heard, _) = world.ask(own, &head).await;
+        assert_eq!(heard.status, status, "{head}: {heard:?}");
+    }
+    // What follows the head belongs to the link; what is no SSH ends it.
+    for nonsense in ["SSH-2.0-x\r\n", "\0\0\0\0", "GET / HTTP/1.1\r\n\r\n"] {
+        let (heard, mut stream) = world.ask(own, &(upgrade(LINK, "") + nonsense)).await;
+        assert_eq!(heard.status, 101);
+        let mut all = Vec::new();
+        let _ = completes("the end", stream.read_to_end(&mut all)).await;
+        assert!(all.starts_with(b"SSH-2.0-master-agent\r\n"), "{:?}", String::from_utf8_lossy(&all));
+    }
+    // Upgrades after which nothing comes, and such as are not finished.
+    let mut held = Vec::new();
+    for i in 0..300 {
+        if i % 2 == 0 {
+            let (heard, stream) = world.ask(own, &upgrade(LINK, "")).await;
+            assert_eq!(heard.status, 101, "{i}");
+            held.push(stream);
+        } else {
+            let mut stream = world.connect(own).await;
+            stream.write_all(&upgrade(LINK, "").as_bytes()[..60]).await.unwrap();
+            stream.flush().await.unwrap();
+            held.push(stream);
+        }
+    }
+    world.cluster.kill_node(1);
+    world.cluster.wait_state("n2", "lost").await;
+    world.cluster.start_node(1).unwrap();
+    world.cluster.wait_connected().await;
+    download(&world.cluster.unix, &format!("n2:{}", world.target), MB).await;
+    // They all end by themselves.
+    for mut stream in held {
+        let _ = completes("the end", stream.read_to_end(&mut Vec::new())).await;
+    }
+    world.cluster.wait_connected().await;
+    // HTTP/2 has no such upgrade.
+    let (heard, _) = world.ask(None, &upgrade(JOIN, "Authorization: Bearer mat1.aaaaaaaaaaaa.x\r\n")).await;
+    assert_eq!(heard.status, 401);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_it_is_off_nothing_is_taken() {
+    let world = world(|options, _| {
+        options.front_end.as_mut().unwrap().push_str("  call_home: false\n");
+        options.nodes_down = true;
+    })
+    .await;
+    // On to kube-apiserver, which is not there.
+    let (heard, _) = world.ask(Some("n1"), &upgrade(LINK, "")).await;
+    assert_eq!(heard.status, 503, "{heard:?}");
+    let token = world.cluster.command(&["token", "create", "--node", "n1"]).unwrap();
+    let token = token.split_whitespace().last().unwrap();
+    let (heard, _) = world.ask(None, &upgrade(JOIN, &format!("Authorization: Bearer {token}\r\n"))).await;
+    assert_eq!(heard.status, 401, "{heard:?}");
+    let error = world.cluster.command(&["token", "create", "--address", "https://localhost"]).unwrap_err();
+    assert!(error.to_string().contains("call_home: true"), "{error}");
+}
+
+/// Answers every connection, over TLS if there is a certificate, with the same bytes once a head has come. Nothing
+/// means that it never answers. Keeps the heads.
+async fn fake(
+    certificate: Option<(&Path, &str)>,
+    answer: &'static str,
+    then: usize,
+) -> (u16, Arc<Mutex<String>>) {
+    let listener = TcpListener::bind(local(0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let heads = Arc::new(Mutex::new(String::new()));
+    let kept = heads.clone();
+    let tls = certificate.map(|(dir, name)| TlsAcceptor::from(server_config(dir, name).unwrap()));
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            let (kept, tls) = (kept.clone(), tls.clone());
+            tokio::spawn(async move {
+                let mut stream: Stream = match tls {
+                    Some(tls) => match tls.accept(socket).await {
+                        Ok(tls) => Box::new(tls),
+                        Err(_) => return,
+                    },
+                    None => Box::new(socket),
+                };
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    match stream.read_u8().await {
+                        Ok(byte) => head.push(byte),
+                        Err(_) => return,
+                    }
+                }
+                kept.lock().unwrap().push_str(&String::from_utf8_lossy(&head));
+                if answer.is_empty() {
+                    std::future::pending::<()>().await;
+                }
+                let _ = stream.write_all(answer.as_bytes()).await;
+                let _ = stream.write_all(&vec![b'x'; then]).await;
+                let _ = stream.flush().await;
+                let _ = stream.read_to_end(&mut Vec::new()).await;
+            });
+        }
+    });
+    (port, heads)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn front_ends_that_do_wrong_get_no_link() {
+    let mut world = world(|options, _| options.nodes_down = true).await;
+    let token = world.files.path().join("token");
+    std::fs::write(&token, BOOTSTRAP).unwrap();
+    let shown = format!("call_home_https: {{ca: ../ca.crt, token_file: {}}}", token.display());
+    let dir = world.cluster.path().to_owned();
+    for (answer, then, part) in [
+        (
+            "HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n",
+            0,
+            "does not recognise this node's credential (401)",
+        ),
+        (
+            "HTTP/1.1 403 Forbidden\r\nContent-Length: 63\r\n\r\n{\"message\":\"no, abcdef.0123456789abcdef is \\u001b[31mnot good\"}  ",
+            0,
+            "403 Forbidden no, *** is  [31mnot good",
+        ),
+        ("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", 0, "it answers 200 OK"),
+        (
+            "HTTP/1.1 302 Found\r\nLocation: https://localhost/\r\nContent-Length: 0\r\n\r\n",
+            0,
+            "it answers 302 Found",
+        ),
+        (
+            "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+            0,
+            "changes to another protocol",
+        ),
+        ("HTTP/1.1 101 Switching Protocols\r\n\r\n", 0, "changes to another protocol"),
+        (
+            "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: master-agent-link\r\n\r\n",
+            100_000,
+            "no tunnel to the master",
+        ),
+        ("SSH-2.0-OpenSSH_9.2\r\n\r\n", 0, "does not answer in HTTP/1.1"),
+        ("HTTP/1.1 500 Oops\r\n\r\n", 10_000_000, "500 Internal Server Error"),
+        ("HTTP/1.1 101 Switching Protocols\r\nA: ", 10_000_000, "answers with an endless head"),
+        ("", 0, "did not answer within 2s"),
+    ] {
+        let (port, heads) = fake(Some((&dir, "server")), answer, then).await;
+        let log = world.fails(&format!("https://localhost:{port}"), &shown, part).await;
+        assert!(!log.contains(BOOTSTRAP), "{log}");
+        let heads = heads.lock().unwrap().clone();
+        assert!(heads.starts_with(&format!("POST {LINK} HTTP/1.1\r\n")), "{heads}");
+        assert!(heads.contains(&format!("Bearer {BOOTSTRAP}")), "{heads}");
+    }
+    // Whoever is not verified hears nothing.
+    let other = Authority::new("other CA").unwrap();
+    other.server(&dir, "stranger", &["localhost"]).unwrap();
+    let named = world.cluster.pki.server(&dir, "elsewhere", &["elsewhere.example"]);
+    named.unwrap();
+    for name in ["stranger", "elsewhere"] {
+        let (port, heads) = fake(Some((&dir, name)), "HTTP/1.1 200 OK\r\n\r\n", 0).await;
+        world.fails(&format!("https://localhost:{port}"), &shown, "no credential was sent").await;
+        assert_eq!(heads.lock().unwrap().as_str(), "", "{name}");
+    }
+    let (port, heads) = fake(None, "HTTP/1.1 200 OK\r\n\r\n", 0).await;
+    world.fails(&format!("https://localhost:{port}"), &shown, "did not answer within 2s").await;
+    assert!(!heads.lock().unwrap().contains(BOOTSTRAP));
+}
+
+/// An HTTP proxy that does as it should: it resolves every name to `to`. Counts.
+async fn proxy(to: SocketAddr, credentials: Option<&'static str>) -> (u16, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind(local(0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let count = Arc::new(AtomicUsize::new(0));
+    let counted = count.clone();
+    tokio::spawn(async move {
+        while let Ok((mut near, _)) = listener.accept().await {
+            let counted = counted.clone();
+            tokio::spawn(async move {
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    head.push(near.read_u8().await.unwrap());
+                }
+                let head = String::from_utf8(head).unwrap();
+                assert!(head.starts_with("CONNECT front-end.test:443 HTTP/1.1\r\n"), "{head}");
+                let wanted = credentials.map(|c| format!("proxy-authorization: Basic {c}\r\n"));
+                if wanted.is_some_and(|wanted| !head.contains(&wanted)) {
+                    near.write_all(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n").await.unwrap();
+                    return;
+                }
+                counted.fetch_add(1, Ordering::Relaxed);
+                let mut far = TcpStream::connect(to).await.unwrap();
+                near.write_all(b"HTTP/1.1 200 Connection established\r\nVia: x\r\n\r\n").await.unwrap();
+                let _ = tokio::io::copy_bidirectional(&mut near, &mut far).await;
+            });
+        }
+    });
+    (port, count)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_http_proxy_is_gone_through_and_not_trusted() {
+    let mut world = world(|options, _| options.nodes_down = true).await;
+    let master = "https://front-end.test";
+    let shown = |proxy: &str| {
+        format!(
+            "call_home_https: {{ca: ../ca.crt, cert: client.crt, key: client.key, server_name: localhost, proxy: {proxy}}}"
+        )
+    };
+    for (answer, then, part) in [
+        (
+            "HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n",
+            0,
+            "wants other credentials (407)",
+        ),
+        ("HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n", 0, "it answers 503 Service Unavailable"),
+        (
+            "HTTP/1.1 301 Moved\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n",
+            0,
+            "it answers 301 Moved Permanently",
+        ),
+        ("what?\r\n\r\n", 0, "does not answer in HTTP/1.1"),
+        ("HTTP/1.1 200 OK\r\nA: ", 10_000_000, "answers with an endless head"),
+        ("HTTP/1.1 200 OK\r\n\r\nGET", 0, "sends something of its own behind its answer"),
+        ("", 0, "did not answer within 2s"),
+    ] {
+        let (port, heads) = fake(None, answer, then).await;
+        let log = world.fails(master, &shown(&format!("'http://me:secret@127.0.0.1:{port}'")), part).await;
+        assert!(!log.contains("secret") && !log.contains("bWU6c2VjcmV0"), "{log}");
+        assert!(heads.lock().unwrap().contains("proxy-authorization: Basic bWU6c2VjcmV0\r\n"));
+    }
+    // In between it sees TLS; a front end of its own is not the one.
+    let dir = world.cluster.path().to_owned();
+    Authority::new("proxy CA").unwrap().server(&dir, "between", &["localhost"]).unwrap();
+    let (between, heads) = fake(Some((&dir, "between")), "HTTP/1.1 200 OK\r\n\r\n", 0).await;
+    let (port, _) = proxy(local(between), None).await;
+    world.fails(master, &shown(&format!("'127.0.0.1:{port}'")), "no credential was sent").await;
+    assert_eq!(heads.lock().unwrap().as_str(), "");
+
+    let (port, count) = proxy(world.cluster.https, Some("bWU6c2VjcmV0")).await;
+    world.configure(0, master, &shown(&format!("'http://me:secret@127.0.0.1:{port}'")));
+    world.cluster.start_node(0).unwrap();
+    world.cluster.wait_state("n1", "connected").await;
+    download(&world.cluster.unix, &format!("n1:{}", world.target), volume()).await;
+    assert!(count.load(Ordering::Relaxed) > 0);
+
+    // By the environment, and not for what it exempts.
+    for (i, (no_proxy, proxied)) in [("other.test", true), ("front-end.test", false)].into_iter().enumerate()
+    {
+        world.cluster.kill_node(0);
+        let before = count.load(Ordering::Relaxed);
+        world.configure(0, master, &shown("environment"));
+        let node = &world.cluster.nodes[0];
+        let log = node.dir.join(format!("log-{i}"));
+        let mut command = Command::new(binary("node-agent"));
+        command.arg("--config").arg(node.dir.join("node.yaml")).arg("run").current_dir(&node.dir);
+        command.env("HTTPS_PROXY", format!("http://me:secret@127.0.0.1:{port}")).env("NO_PROXY", no_proxy);
+        let process = Process::start("n1", &mut command, &log).unwrap();
+        if proxied {
+            eventually("called home", SOON, async || {
+                process.log_text().contains("called home").then_some(())
+            })
+            .await;
+            assert!(count.load(Ordering::Relaxed) > before);
+        } else {
+            let part = "can't connect to front-end.test:443";
+            eventually(part, SOON, async || process.log_text().contains(part).then_some(())).await;
+            assert_eq!(count.load(Ordering::Relaxed), before);
+        }
+        assert!(!process.log_text().contains("secret"));
+    }
+    let _ = free_port();
+}
