@@ -97,6 +97,7 @@ impl Connection {
             hop.upgrade.is_some(),
         )
         .map_err(|error| Failure::new(StatusCode::BAD_REQUEST, error.to_string()))?;
+        let info = Arc::new(info);
         record.about(&info);
         let urls = front_end.proxy_urls.as_ref().filter(|_| is_proxy_url(&info));
         let user = self.authorize(&head, caller, &info, urls.is_some(), record).await?;
@@ -228,7 +229,7 @@ impl Connection {
         info: &RequestInfo,
         served_here: bool,
         record: &mut Recorder,
-    ) -> Result<User, Failure> {
+    ) -> Result<Arc<User>, Failure> {
         let front_end = &self.front_end;
         let denied = |reason: String| Failure::new(StatusCode::FORBIDDEN, format!("forbidden: {reason}"));
         let impersonation = Impersonation::requested(&head.headers)
@@ -237,6 +238,7 @@ impl Connection {
             None => caller.user,
             Some(impersonation) => match impersonation.allowed(&caller.user, &front_end.authz).await {
                 Ok(user) => {
+                    let user = Arc::new(user);
                     record.impersonates(&user);
                     user
                 }

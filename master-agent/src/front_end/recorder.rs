@@ -8,7 +8,7 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-use hyper::{Request, StatusCode};
+use hyper::{Method, Request, StatusCode, Uri};
 use proto::{NodeName, io::relay::Counters};
 
 use super::{
@@ -29,13 +29,12 @@ pub struct Recorder {
     source: String,
     /// Whose tunnel the caller came through.
     node: Option<NodeName>,
-    method: String,
-    path: String,
-    query: Option<String>,
-    user: Option<User>,
+    method: Method,
+    uri: Uri,
+    user: Option<Arc<User>>,
     authenticator: Option<&'static str>,
-    impersonated: Option<User>,
-    request: Option<RequestInfo>,
+    impersonated: Option<Arc<User>>,
+    request: Option<Arc<RequestInfo>>,
     outcome: Outcome,
     authorizer: Option<&'static str>,
     rule: String,
@@ -59,9 +58,8 @@ impl Recorder {
                 Peer::Address(_) | Peer::Local(_) => None,
                 Peer::Node { name, .. } => Some(name.clone()),
             },
-            method: request.method().to_string(),
-            path: request.uri().path().to_owned(),
-            query: request.uri().query().map(str::to_owned),
+            method: request.method().clone(),
+            uri: request.uri().clone(),
             user: None,
             authenticator: None,
             impersonated: None,
@@ -89,11 +87,11 @@ impl Recorder {
         self.outcome = Outcome::Limited;
     }
 
-    pub fn about(&mut self, request: &RequestInfo) {
+    pub fn about(&mut self, request: &Arc<RequestInfo>) {
         self.request = Some(request.clone());
     }
 
-    pub fn impersonates(&mut self, user: &User) {
+    pub fn impersonates(&mut self, user: &Arc<User>) {
         self.impersonated = Some(user.clone());
     }
 
@@ -127,13 +125,13 @@ impl Drop for Recorder {
             received: self.received,
             id: self.id,
             source: &self.source,
-            user: self.user.as_ref(),
+            user: self.user.as_deref(),
             authenticator: self.authenticator,
-            impersonated: self.impersonated.as_ref(),
-            method: &self.method,
-            path: &self.path,
-            query: self.query.as_deref(),
-            request: self.request.as_ref(),
+            impersonated: self.impersonated.as_deref(),
+            method: self.method.as_str(),
+            path: self.uri.path(),
+            query: self.uri.query(),
+            request: self.request.as_deref(),
             outcome: self.outcome,
             authorizer: self.authorizer,
             rule: &self.rule,
