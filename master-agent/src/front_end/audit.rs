@@ -11,6 +11,7 @@
 //! log itself once a line can be written again.
 
 use std::{
+    borrow::Cow,
     fmt::{self, Write as _},
     fs::File,
     os::fd::AsFd,
@@ -26,7 +27,7 @@ use std::{
 use anyhow::Context;
 use prometheus_client::metrics::counter::Counter;
 use proto::config::Section;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use super::{request_info::RequestInfo, seldom::Seldom, user::User};
@@ -363,56 +364,63 @@ fn write(mut lines: mpsc::UnboundedReceiver<Message>, mut output: Output, lost: 
 /// The line's fields, in their order.
 #[derive(Serialize)]
 struct Line<'a> {
-    ts: String,
-    id: String,
-    user: Option<String>,
+    #[serde(serialize_with = "shown")]
+    ts: humantime::Rfc3339Timestamp,
+    #[serde(serialize_with = "shown")]
+    id: RequestId,
+    user: Option<Cow<'a, str>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    uid: Option<String>,
+    uid: Option<Cow<'a, str>>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    groups: Vec<String>,
+    groups: Vec<Cow<'a, str>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     authenticator: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    impersonated: Option<String>,
-    source: String,
+    impersonated: Option<Cow<'a, str>>,
+    source: Cow<'a, str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    verb: Option<String>,
-    method: String,
-    path: String,
+    verb: Option<Cow<'a, str>>,
+    method: Cow<'a, str>,
+    path: Cow<'a, str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    group: Option<String>,
+    group: Option<Cow<'a, str>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    resource: Option<String>,
+    resource: Option<Cow<'a, str>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    subresource: Option<String>,
+    subresource: Option<Cow<'a, str>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    namespace: Option<String>,
+    namespace: Option<Cow<'a, str>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    name: Option<String>,
+    name: Option<Cow<'a, str>>,
     decision: Outcome,
     #[serde(skip_serializing_if = "Option::is_none")]
     authorizer: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    rule: Option<String>,
+    rule: Option<Cow<'a, str>>,
     code: u16,
     bytes_in: u64,
     bytes_out: u64,
     duration_ms: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
-    node: Option<String>,
+    node: Option<Cow<'a, str>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     stream: Option<u64>,
 }
 
-impl Record<'_> {
+fn shown<S: Serializer>(value: &impl fmt::Display, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
+}
+
+impl<'a> Record<'a> {
     /// One line of JSON with its end.
     fn line(&self) -> String {
-        let text = |text: &str| shortened(text, MAX_TEXT);
-        let some = |part: &str| Some(part).filter(|part| !part.is_empty()).map(text);
+        let text = |text| shortened(text, MAX_TEXT);
+        let some = |part: &'a str| Some(part).filter(|part| !part.is_empty()).map(text);
         let of = |part: fn(&RequestInfo) -> &String| self.request.and_then(|request| some(part(request)));
+        let path = recorded_path(self.path, self.query);
         let line = Line {
-            ts: humantime::format_rfc3339_millis(self.received).to_string(),
-            id: self.id.to_string(),
+            ts: humantime::format_rfc3339_millis(self.received),
+            id: self.id,
             user: self.user.map(|user| text(&user.name)),
             uid: self.user.and_then(|user| user.uid.as_deref()).map(text),
             groups: self.user.map(groups).unwrap_or_default(),
@@ -421,7 +429,7 @@ impl Record<'_> {
             source: text(self.source),
             verb: of(|request| &request.verb),
             method: text(self.method),
-            path: shortened(&recorded_path(self.path, self.query), MAX_PATH),
+            path: shortened(&path, MAX_PATH),
             group: of(|request| &request.group),
             resource: of(|request| &request.resource),
             subresource: of(|request| &request.subresource),
@@ -437,7 +445,14 @@ impl Record<'_> {
             node: self.node.map(text),
             stream: self.stream,
         };
-        let json = serde_json::to_string(&line).unwrap_or_default();
+        let mut json = Vec::with_capacity(512);
+        // Into memory it can't fail, and it is text.
+        let _ = serde_json::to_writer(&mut json, &line);
+        let mut json = String::from_utf8(json).unwrap_or_default();
+        if json.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
+            json.push('\n');
+            return json;
+        }
         // JSON itself escapes only the first 32.
         let mut plain = String::with_capacity(json.len() + 1);
         for c in json.chars() {
@@ -452,11 +467,11 @@ impl Record<'_> {
     }
 }
 
-fn groups(user: &User) -> Vec<String> {
+fn groups(user: &User) -> Vec<Cow<'_, str>> {
     let mut groups: Vec<_> =
         user.groups.iter().take(MAX_GROUPS).map(|group| shortened(group, MAX_TEXT)).collect();
     if let Some(more) = user.groups.len().checked_sub(MAX_GROUPS).filter(|more| *more > 0) {
-        groups.push(format!("… {more} more"));
+        groups.push(format!("… {more} more").into());
     }
     groups
 }
@@ -467,17 +482,22 @@ fn is_hidden(c: char) -> bool {
         || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
 }
 
-fn shortened(text: &str, most: usize) -> String {
+fn shortened(text: &str, most: usize) -> Cow<'_, str> {
+    // Characters are no fewer bytes.
+    if text.len() <= most {
+        return text.into();
+    }
     match text.char_indices().nth(most) {
-        Some((at, _)) => format!("{}…", text.get(..at).unwrap_or_default()),
-        None => text.to_owned(),
+        Some((at, _)) => format!("{}…", text.get(..at).unwrap_or_default()).into(),
+        None => text.into(),
     }
 }
 
 /// The path, and of the query what can hold no secret.
-fn recorded_path(path: &str, query: Option<&str>) -> String {
+fn recorded_path<'a>(path: &'a str, query: Option<&str>) -> Cow<'a, str> {
+    let Some(query) = query else { return path.into() };
     let mut text = path.to_owned();
-    for (i, pair) in query.into_iter().flat_map(|query| query.split('&')).enumerate() {
+    for (i, pair) in query.split('&').enumerate() {
         if text.len() > MAX_PATH * 4 {
             break;
         }
@@ -494,7 +514,7 @@ fn recorded_path(path: &str, query: Option<&str>) -> String {
             Some(_) | None => text.push_str("***"),
         }
     }
-    text
+    text.into()
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 
 use super::{authn, user::User};
 use crate::http::{
-    hop::{Hop, refuse_other_encodings, remove_hop_by_hop},
+    hop::{Hop, refuse_other_encodings, remove_all, remove_hop_by_hop},
     status::Failure,
 };
 
@@ -128,10 +128,7 @@ pub fn request(headers: &mut HeaderMap, hop: &Hop, user: &User, peer: IpAddr) ->
 
 /// Removes what a caller says of who it is and where it comes from.
 pub fn remove_claims(headers: &mut HeaderMap) {
-    let claims: Vec<HeaderName> = headers.keys().filter(|name| is_not_the_callers(name)).cloned().collect();
-    for name in &claims {
-        headers.remove(name);
-    }
+    remove_all(headers, is_not_the_callers);
 }
 
 /// Makes the head of an API server's response that of the response to the caller.
@@ -147,11 +144,16 @@ pub fn response(headers: &mut HeaderMap, upgraded: bool) {
 
 /// Names that only an authenticating proxy may use, however they are spelled: some servers take `_` for `-`.
 fn is_not_the_callers(name: &HeaderName) -> bool {
-    let name = name.as_str().replace('_', "-");
-    name.starts_with(REMOTE)
-        || name.starts_with(IMPERSONATE)
-        || name == FORWARDED_FOR.as_str()
-        || FORWARDED.contains(&name.as_str())
+    let name = name.as_str();
+    let begins_with = |prefix: &str| {
+        let mut bytes = name.bytes().map(|byte| if byte == b'_' { b'-' } else { byte });
+        prefix.bytes().all(|byte| bytes.next() == Some(byte))
+    };
+    let is = |other: &str| name.len() == other.len() && begins_with(other);
+    begins_with(REMOTE)
+        || begins_with(IMPERSONATE)
+        || is(FORWARDED_FOR.as_str())
+        || FORWARDED.iter().any(|other| is(other))
 }
 
 /// HTTP/2 may send cookies one by one (RFC 9113 §8.2.3).

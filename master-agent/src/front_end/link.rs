@@ -105,7 +105,7 @@ impl Connection {
                 attempt.forgive();
                 let mut user = User { name: format!("master-agent:join-token:{id}"), ..User::default() };
                 user.extra.extend(bound.map(|node| (NODE_NAME.to_owned(), vec![node.to_string()])));
-                let who = Authenticated { user, authenticator: JOIN_TOKEN, expires: None };
+                let who = Authenticated { user: Arc::new(user), authenticator: JOIN_TOKEN, expires: None };
                 record.authenticated(&who);
                 Ok(Some(who))
             }
@@ -181,7 +181,7 @@ impl Call {
         caller: Authenticated,
         info: &RequestInfo,
         record: &mut Recorder,
-    ) -> Result<User, Failure> {
+    ) -> Result<Arc<User>, Failure> {
         let joins = caller.authenticator == JOIN_TOKEN;
         let user = if joins {
             let rule = "joining".to_owned();

@@ -41,7 +41,7 @@ impl LocalConfig {
             groups.push(AUTHENTICATED.to_owned());
         }
         let user = User { name: self.user.clone(), groups, ..User::default() };
-        Authenticated { user, authenticator: "local", expires: None }
+        Authenticated { user: Arc::new(user), authenticator: "local", expires: None }
     }
 }
 

@@ -120,6 +120,7 @@ impl Connection {
             hop.upgrade.is_some(),
         )
         .map_err(|error| Failure::new(StatusCode::BAD_REQUEST, error.to_string()))?;
+        let info = Arc::new(info);
         record.about(&info);
         if let Some(call) = self.call(&info)? {
             return call.answer(self, Request::from_parts(head, body), caller, &info, record).await;
@@ -278,7 +279,7 @@ impl Connection {
         info: &RequestInfo,
         served_here: bool,
         record: &mut Recorder,
-    ) -> Result<User, Failure> {
+    ) -> Result<Arc<User>, Failure> {
         let front_end = &self.front_end;
         let denied = |reason: String| Failure::new(StatusCode::FORBIDDEN, format!("forbidden: {reason}"));
         let impersonation = Impersonation::requested(&head.headers)
@@ -287,6 +288,7 @@ impl Connection {
             None => caller.user,
             Some(impersonation) => match impersonation.allowed(&caller.user, &front_end.authz).await {
                 Ok(user) => {
+                    let user = Arc::new(user);
                     record.impersonates(&user);
                     user
                 }

@@ -8,7 +8,7 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-use hyper::{Request, StatusCode};
+use hyper::{Method, Request, StatusCode, Uri};
 use proto::{NodeName, io::relay::Counters};
 
 use super::{
@@ -33,13 +33,12 @@ pub struct Recorder {
     source: String,
     /// Whose tunnel the caller came through.
     node: Option<NodeName>,
-    method: String,
-    path: String,
-    query: Option<String>,
-    user: Option<User>,
+    method: Method,
+    uri: Uri,
+    user: Option<Arc<User>>,
     authenticator: Option<&'static str>,
-    impersonated: Option<User>,
-    request: Option<RequestInfo>,
+    impersonated: Option<Arc<User>>,
+    request: Option<Arc<RequestInfo>>,
     outcome: Outcome,
     authorizer: Option<&'static str>,
     rule: String,
@@ -64,9 +63,8 @@ impl Recorder {
                 Peer::Address(_) | Peer::Local(_) => None,
                 Peer::Node { name, .. } => Some(name.clone()),
             },
-            method: request.method().to_string(),
-            path: beginning(request.uri().path()),
-            query: request.uri().query().map(beginning),
+            method: request.method().clone(),
+            uri: beginning(request.uri()),
             user: None,
             authenticator: None,
             impersonated: None,
@@ -92,8 +90,7 @@ impl Recorder {
             source: self.source.clone(),
             node: self.node.clone(),
             method: self.method.clone(),
-            path: self.path.clone(),
-            query: self.query.clone(),
+            uri: self.uri.clone(),
             user: self.user.clone(),
             authenticator: self.authenticator,
             impersonated: self.impersonated.clone(),
@@ -142,13 +139,19 @@ impl Recorder {
         self.outcome = Outcome::Limited;
     }
 
-    pub fn about(&mut self, request: &RequestInfo) {
+    pub fn about(&mut self, request: &Arc<RequestInfo>) {
         // A record is kept for as long as its response, and tells nothing of these.
-        let (path, tail, field_selector) = Default::default();
-        self.request = Some(RequestInfo { path, tail, field_selector, ..request.clone() });
+        let RequestInfo { path, tail, field_selector, .. } = request.as_ref();
+        self.request = Some(match path.len() + tail.len() <= KEPT && field_selector.is_empty() {
+            true => request.clone(),
+            false => {
+                let (path, tail, field_selector) = Default::default();
+                Arc::new(RequestInfo { path, tail, field_selector, ..RequestInfo::clone(request) })
+            }
+        });
     }
 
-    pub fn impersonates(&mut self, user: &User) {
+    pub fn impersonates(&mut self, user: &Arc<User>) {
         self.impersonated = Some(user.clone());
     }
 
@@ -176,8 +179,19 @@ impl Recorder {
 }
 
 /// What is kept of a path or a query: more than is recorded.
-fn beginning(text: &str) -> String {
-    text.chars().take(KEPT).collect()
+/// As much of a path and a query as a record keeps for as long as its response.
+fn beginning(uri: &Uri) -> Uri {
+    let (path, query) = (uri.path(), uri.query());
+    let authority = uri.authority().map_or(0, |authority| authority.as_str().len());
+    if authority + path.len() + query.map_or(0, str::len) <= KEPT {
+        return uri.clone();
+    }
+    let first = |text: &str| text.chars().take(KEPT).collect::<String>();
+    let kept = match query {
+        Some(query) => Uri::try_from(format!("{}?{}", first(path), first(query))),
+        None => Uri::try_from(first(path)),
+    };
+    kept.unwrap_or_default()
 }
 
 impl Drop for Recorder {
@@ -188,13 +202,13 @@ impl Drop for Recorder {
             received: self.received,
             id: self.id,
             source: &self.source,
-            user: self.user.as_ref(),
+            user: self.user.as_deref(),
             authenticator: self.authenticator,
-            impersonated: self.impersonated.as_ref(),
-            method: &self.method,
-            path: &self.path,
-            query: self.query.as_deref(),
-            request: self.request.as_ref(),
+            impersonated: self.impersonated.as_deref(),
+            method: self.method.as_str(),
+            path: self.uri.path(),
+            query: self.uri.query(),
+            request: self.request.as_deref(),
             outcome: self.outcome,
             authorizer: self.authorizer,
             rule: &self.rule,

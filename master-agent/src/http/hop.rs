@@ -6,7 +6,7 @@ use hyper::{
 };
 
 /// RFC 9110 §7.6.1, besides what `Connection` itself names.
-const HOP_BY_HOP: [HeaderName; 8] = [
+static HOP_BY_HOP: [HeaderName; 8] = [
     header::CONNECTION,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
@@ -53,7 +53,14 @@ pub fn refuse_other_encodings(headers: &HeaderMap) -> Result<(), String> {
 pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
     let named: Vec<HeaderName> =
         tokens(headers, &header::CONNECTION).filter_map(|t| HeaderName::try_from(t).ok()).collect();
-    for name in HOP_BY_HOP.iter().chain(&named) {
+    remove_all(headers, |name| HOP_BY_HOP.contains(name) || named.contains(name));
+}
+
+/// Removes all headers whose names are such. Of those that most messages have none of, looking for each would take
+/// longer.
+pub fn remove_all(headers: &mut HeaderMap, such: impl Fn(&HeaderName) -> bool) {
+    let gone: Vec<HeaderName> = headers.keys().filter(|name| such(name)).cloned().collect();
+    for name in &gone {
         headers.remove(name);
     }
 }

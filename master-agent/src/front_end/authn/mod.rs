@@ -109,7 +109,7 @@ pub trait Authenticator: Send + Sync {
 /// Who a caller is, and who says so.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Authenticated {
-    pub user: User,
+    pub user: Arc<User>,
     /// As the kind of credential is named in the configuration.
     pub authenticator: &'static str,
     /// When the credential ends, where it says so: what was granted for it may last no longer.
@@ -263,7 +263,7 @@ fn authenticated(authenticator: &'static str, recognized: Recognized) -> Authent
     if !user.in_group(AUTHENTICATED) && !user.in_group(UNAUTHENTICATED) {
         user.groups.push(AUTHENTICATED.to_owned());
     }
-    Authenticated { user, authenticator, expires }
+    Authenticated { user: Arc::new(user), authenticator, expires }
 }
 
 /// Bytes of a user's names, groups and extra together.

@@ -96,7 +96,7 @@ fn load(items: &str, world: &World) -> (Authenticators, Vec<Arc<dyn Follow>>) {
 
 /// `NAME uid=UID [GROUPS] {EXTRA} by KIND`, the UID and the extra where there are any.
 fn show(found: &Authenticated) -> String {
-    let User { name, uid, groups, extra } = &found.user;
+    let User { name, uid, groups, extra } = &*found.user;
     let uid = uid.as_ref().map(|uid| format!(" uid={uid}")).unwrap_or_default();
     let extra = extra.iter().map(|(key, values)| {
         let key = key.strip_prefix("authentication.kubernetes.io/").unwrap_or(key);

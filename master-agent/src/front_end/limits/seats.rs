@@ -69,7 +69,14 @@ impl Seats {
             let mut state = self.lock();
             let id = state.next;
             state.next += 1;
+            let free = state.taken < limits.total;
             let line = state.lines.entry(user.to_owned()).or_default();
+            // Nobody is passed over: while there are seats, all who wait have as many as one may.
+            if free && line.waiting.is_empty() && line.held < limits.per_user {
+                line.held += 1;
+                state.taken += 1;
+                return Ok(Seat { seats: self.clone(), user: user.to_owned(), working: true });
+            }
             if line.waiting.len() >= limits.queue {
                 return Err(Busy);
             }
