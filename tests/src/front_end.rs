@@ -28,7 +28,7 @@ use tokio_rustls::TlsConnector;
 
 use crate::{
     client::Stream,
-    cluster::{Cluster, Options},
+    cluster::{Cluster, Kind, Options},
     pki::{Authority, client_config},
     process::{TempDir, free_port},
     upstream::{HEALTH, Identity, PROXY_NAME, Upstream},
@@ -111,6 +111,8 @@ pub struct Setup {
     pub unconfigured: bool,
     /// The rest of the master's configuration.
     pub master_config: String,
+    /// Nodes whose local endpoints lead here, each with an address of its own for that.
+    pub nodes: Vec<(String, Kind)>,
 }
 
 const LIMITS: &str = "{head_timeout: 3s, body_timeout: 3s, failures_per_second_per_address: 1000000, \
@@ -177,6 +179,10 @@ impl FrontEnd {
         let config = configuration(path, address, &upstream, &setup);
         let cluster = Cluster::start(Options {
             master_config: format!("{config}{}", setup.master_config),
+            local_endpoints: (0..setup.nodes.len())
+                .map(|i| SocketAddr::from(([127, 0, 0, i as u8 + 1], free_port())))
+                .collect(),
+            nodes: setup.nodes,
             ..Options::default()
         })
         .await?;

@@ -3,6 +3,7 @@
 
 pub mod apiserver;
 pub mod browser;
+pub mod certificates;
 pub mod client;
 pub mod cluster;
 pub mod dns;

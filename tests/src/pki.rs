@@ -27,6 +27,11 @@ impl Authority {
         self.0.pem()
     }
 
+    /// The private key, PEM.
+    pub fn key_pem(&self) -> String {
+        self.0.key().serialize_pem()
+    }
+
     /// Writes `NAME.crt` and `NAME.key` for a server with these names and addresses.
     pub fn server(&self, directory: &Path, name: &str, names: &[&str]) -> anyhow::Result<()> {
         self.issue(directory, name, names, ExtendedKeyUsagePurpose::ServerAuth)

@@ -5,6 +5,7 @@
 //! | --- | --- |
 //! | what [`ApiServer`] knows: lists, watches, pods and their subresources | that one's |
 //! | [`HEALTH`] | `ok`; such requests aren't kept |
+//! | [`certificates::PATH`] | requests for certificates, for the test to approve |
 //! | an `Upgrade` to anything, of no pod | 101; what comes is sent back; after its end, [`GOODBYE`] and the end |
 //! | anything else | `{"received": N}`: the index of the request in [`Upstream::received`] |
 
@@ -49,6 +50,7 @@ use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 use crate::{
     apiserver::{ApiServer, Body, failure, json_body},
+    certificates::{self, Requests},
     pki::Authority,
     process::{TempDir, free_port},
 };
@@ -172,6 +174,7 @@ impl Upstream {
             checks: Arc::default(),
             waiting: Arc::default(),
             upgraded: Arc::default(),
+            certificates: Requests::default(),
         };
         let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
         let this = Self { directory, address, api, proxies, server, serving: Mutex::new(None) };
@@ -204,6 +207,11 @@ impl Upstream {
     /// What answers lists and watches, for the test to say what happens.
     pub fn api(&self) -> &ApiServer {
         &self.api
+    }
+
+    /// The certificates that have been asked for.
+    pub fn certificates(&self) -> &Requests {
+        &self.server.certificates
     }
 
     pub fn received(&self) -> Vec<Received> {
@@ -319,6 +327,7 @@ struct Server {
     checks: Arc<AtomicUsize>,
     waiting: Arc<AtomicUsize>,
     upgraded: Arc<AtomicUsize>,
+    certificates: Requests,
 }
 
 #[derive(Default)]
@@ -418,9 +427,20 @@ impl Server {
         tokio::time::sleep(behaviour.delay).await;
         drop(waiting);
         let upgrade = request.headers().get(header::UPGRADE).cloned();
+        // What is created is only received.
+        let creates = request.method() == hyper::Method::POST && upgrade.is_none();
         let mut response = if let Some(status) = behaviour.status {
             failure(status, "Ordered", "this failure was ordered by a test")
-        } else if is_apiservers(request.uri().path()) {
+        } else if request.uri().path().starts_with(certificates::PATH) {
+            let (uri, method) = (request.uri().clone(), request.method().to_string());
+            self.read(request.into_body(), index).await;
+            let received = self.shared().at(index).cloned();
+            let Some((received, caller)) = received.and_then(|r| Some((r.clone(), r.identity().ok()?)))
+            else {
+                return failure(StatusCode::FORBIDDEN, "Forbidden", "who is asking?");
+            };
+            self.certificates.answer(&method, &uri, &received.body, &caller.user, &caller.groups)
+        } else if is_apiservers(request.uri().path()) && !creates {
             self.api.answer(request, &connection.tasks).await
         } else if let Some(upgrade) = upgrade.filter(|_| !behaviour.no_upgrade) {
             self.upgrade(&mut request, upgrade, &connection.tasks)

@@ -8,6 +8,7 @@ mod commands;
 mod compare;
 mod examples;
 mod front_end;
+mod front_end_bootstrap;
 mod front_end_credentials;
 mod front_end_h2;
 mod front_end_held;
