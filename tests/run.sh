@@ -58,9 +58,14 @@ release() {
 e2e() {
     [ "$(id -u)" = 0 ] || die "the end-to-end tests need root (network namespaces, accounts, port 53)"
     release
-    export TEST_BIN_DIR=$CARGO_TARGET_DIR/release
+    export TEST_BIN_DIR=$CARGO_TARGET_DIR/release TEST_FIGURES=$CARGO_TARGET_DIR/e2e-figures.txt
     local log=$CARGO_TARGET_DIR/e2e.log name failed
-    if cargo test --locked -p tests --test e2e -- --test-threads=1 2>&1 | tee "$log"; then return; fi
+    rm -f "$TEST_FIGURES"
+    if cargo test --locked -p tests --test e2e -- --test-threads=1 2>&1 | tee "$log"; then
+        printf '\n==== figures on the way\n'
+        cat "$TEST_FIGURES"
+        return
+    fi
     mapfile -t failed < <(sed -n 's/^test \(.*\) \.\.\. FAILED$/\1/p' "$log")
     # Without names of failed tests, something else went wrong: the build, say.
     [ ${#failed[@]} -gt 0 ] && [ ${#failed[@]} -le 5 ] || die "the end-to-end tests failed"

@@ -104,6 +104,11 @@ pub fn binary(name: &str) -> PathBuf {
     path.join(name)
 }
 
+/// Whether the binaries are of the release profile: only then do figures say something.
+pub fn optimized() -> bool {
+    binary("master-agent").parent().is_some_and(|directory| directory.ends_with("release"))
+}
+
 fn local(port: u16) -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], port))
 }

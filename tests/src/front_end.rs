@@ -212,6 +212,15 @@ impl FrontEnd {
 
     /// A token of the service account `builder`, with some claims replaced.
     pub fn service_account_token(&self, claims: &[(&str, Value)]) -> anyhow::Result<String> {
+        self.service_account_token_by(&self.service_accounts, claims)
+    }
+
+    /// The same, signed by another key.
+    pub fn service_account_token_by(
+        &self,
+        key: &rcgen::KeyPair,
+        claims: &[(&str, Value)],
+    ) -> anyhow::Result<String> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
         let mut all = json!({
             "iss": ISSUER,
@@ -230,7 +239,7 @@ impl FrontEnd {
         for (name, value) in claims {
             all[name] = value.clone();
         }
-        let key = EncodingKey::from_ec_pem(self.service_accounts.serialize_pem().as_bytes())?;
+        let key = EncodingKey::from_ec_pem(key.serialize_pem().as_bytes())?;
         Ok(jsonwebtoken::encode(&Header::new(Algorithm::ES256), &all, &key)?)
     }
 

@@ -7,6 +7,7 @@ pub mod certificates;
 pub mod client;
 pub mod cluster;
 pub mod dns;
+pub mod figures;
 pub mod front_end;
 pub mod h2;
 pub mod http;

@@ -3,7 +3,8 @@
 use std::{path::PathBuf, time::Duration};
 
 use tests::{
-    cluster::{Cluster, Kind, Options, SOON, binary},
+    cluster::{Cluster, Kind, Options, SOON, binary, optimized},
+    figures,
     process::{TempDir, eventually},
     target,
 };
@@ -201,9 +202,8 @@ async fn a_thousand_nodes_cost_little() {
     let (before, began) = (cpu(pid), Instant::now());
     tokio::time::sleep(Duration::from_secs(10)).await;
     let share = (cpu(pid) - before).as_secs_f64() / began.elapsed().as_secs_f64();
-    println!("top with 1,000 nodes: shown after {shown:?}, {:.1} % of a core", share * 100.0);
-    let optimized = std::env::var("TEST_BIN_DIR").is_ok_and(|dir| dir.ends_with("release"));
-    assert!(share < if optimized { 0.03 } else { 0.3 }, "{share}");
+    figures::note(&format!("top with 1,000 nodes: shown after {shown:?}, {:.1} % of a core", share * 100.0));
+    assert!(share < if optimized() { 0.03 } else { 0.3 }, "{share}");
     terminal.keys(&["q"]).await;
     terminal.shows("ended with 0").await;
 }
