@@ -359,13 +359,13 @@ mod tests {
         }
         let small = screen(&model, 60, 15);
         assert!(
-            small.contains("node-12 ") && small.contains("STREAMS") && !small.contains("REASON"),
+            small.contains("node-11 ") && small.contains("STREAMS") && !small.contains("REASON"),
             "{small}"
         );
         assert!(model.press(Key::Last));
         let last = screen(&model, 60, 15);
         assert!(
-            last.contains("node-999") && last.contains("node-987") && !last.contains("node-986"),
+            last.contains("node-999") && last.contains("node-988") && !last.contains("node-987"),
             "{last}"
         );
         assert!(model.press(Key::Up(3)) && screen(&model, 60, 15).contains("node-999"));
