@@ -253,7 +253,7 @@ impl FrontEnd {
         }
     }
 
-    fn tls(&self, credential: Credential, http: Http) -> anyhow::Result<Arc<ClientConfig>> {
+    pub fn tls(&self, credential: Credential, http: Http) -> anyhow::Result<Arc<ClientConfig>> {
         let identity = (credential == Credential::Certificate).then(|| (self.path(), "jane"));
         let mut config = ClientConfig::clone(&*client_config(&self.file("ca.crt"), identity)?);
         config.alpn_protocols = match http {
@@ -275,7 +275,16 @@ impl FrontEnd {
         credential: Credential,
         http: Http,
     ) -> anyhow::Result<Stream> {
-        let config = self.tls(credential, http)?;
+        self.connect_with(source, self.tls(credential, http)?, http).await
+    }
+
+    /// The same with a configuration that is there already, for those who come often.
+    pub async fn connect_with(
+        &self,
+        source: [u8; 4],
+        config: Arc<ClientConfig>,
+        http: Http,
+    ) -> anyhow::Result<Stream> {
         let socket = TcpSocket::new_v4()?;
         socket.bind((source, 0).into())?;
         let socket = socket.connect(self.address).await?;

@@ -4,7 +4,7 @@ use std::{
     convert::Infallible,
     future::poll_fn,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, SystemTime},
 };
 
@@ -43,6 +43,9 @@ use crate::{
     http::{hop::Hop, status::Failure},
 };
 
+/// Answers of 429 on one connection before whoever has not authenticated there has to make another.
+const LIMITED: u32 = 16;
+
 impl Connection {
     pub(super) async fn answer(
         self: Arc<Self>,
@@ -64,7 +67,10 @@ impl Connection {
         };
         let Answered { mut response, place, expires, upgrade } = answered;
         // Who has shown nothing that is good yet does not keep a connection by asking again.
-        if response.status().is_client_error() && self.is_strangers() {
+        if response.status().is_client_error()
+            && self.is_strangers()
+            && !self.may_ask_again(response.status())
+        {
             last = http1;
             self.ending.cancel();
         }
@@ -93,6 +99,11 @@ impl Connection {
         }
         let end = left(expires).map(tokio::time::sleep);
         Ok(response.map(|content| Answer::new(content, held, end)))
+    }
+
+    /// Who is told to come later would only come with another handshake, which costs more than this answer.
+    fn may_ask_again(&self, refused: StatusCode) -> bool {
+        refused == StatusCode::TOO_MANY_REQUESTS && self.limited.fetch_add(1, Ordering::Relaxed) < LIMITED
     }
 
     async fn proxy(

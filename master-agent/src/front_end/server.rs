@@ -3,7 +3,7 @@
 use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    sync::{Arc, Mutex, OnceLock, PoisonError, Weak},
+    sync::{Arc, Mutex, OnceLock, PoisonError, Weak, atomic::AtomicU32},
     time::{Duration, Instant},
 };
 
@@ -157,6 +157,8 @@ pub(super) struct Connection {
     pub admission: Admission,
     /// Cancelled once no more requests are taken.
     pub ending: CancellationToken,
+    /// How often its requests were too many.
+    pub limited: AtomicU32,
 }
 
 impl FrontEnd {
@@ -306,6 +308,7 @@ impl Connection {
             activity: Activity::default(),
             admission,
             ending: CancellationToken::new(),
+            limited: AtomicU32::new(0),
         }
     }
 

@@ -303,7 +303,6 @@ async fn ten_thousand_idle_connections_cost_little_and_go() {
     assert_eq!(status(&front_end, Credential::Token, None, false).await, 200);
     let health = Health::of(&front_end.cluster.master);
     let quiet = Honest::quiet(&front_end, 4, Duration::from_millis(20)).await;
-    let honest = Honest::start(&front_end, 4, Duration::from_millis(20));
     let (count, mut idle) = (Arc::new(AtomicUsize::new(0)), JoinSet::new());
     for worker in 0..8_u8 {
         let (front_end, count) = (front_end.clone(), count.clone());
@@ -323,14 +322,15 @@ async fn ten_thousand_idle_connections_cost_little_and_go() {
     }
     let open = completes("the connections", idle.join_all()).await;
     assert_eq!(open.iter().map(Vec::len).sum::<usize>(), IDLE);
-    let growth = health.growth();
+    let honest = Honest::start(&front_end, 4, Duration::from_millis(20));
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let (growth, _) = (health.growth(), honest.end("10000 idle connections", Some(quiet)).await);
     figures::note(&format!(
         "{IDLE} idle connections: {} KB, {} KB each",
         growth / 1024,
         growth / 1024 / IDLE as u64
     ));
     assert!(growth < IDLE as u64 * 100 * 1024);
-    honest.end("10000 idle connections", Some(quiet)).await;
     drop(open);
     front_end.upstream.refuse().await;
     front_end.upstream.accept().await.unwrap();
@@ -424,6 +424,8 @@ async fn rapid_resets_are_ended_and_hold_up_nobody() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn wrong_tokens_are_slowed_down_and_hold_up_nobody() {
     const WRONG: usize = 20_000;
+    /// Of each of 16 attackers, between two tokens: 100,000 a minute by all.
+    const PACE: Duration = Duration::from_micros(9_600);
     let limits = Some("{}".to_owned());
     let front_end = Arc::new(FrontEnd::start(Setup { limits, ..Setup::default() }).await.unwrap());
     assert_eq!(status(&front_end, Credential::Token, None, false).await, 200);
@@ -432,18 +434,24 @@ async fn wrong_tokens_are_slowed_down_and_hold_up_nobody() {
     let quiet = Honest::quiet(&front_end, 4, Duration::from_millis(20)).await;
     let honest = Honest::start(&front_end, 4, Duration::from_millis(20));
     let (count, mut attackers) = (Arc::new(AtomicUsize::new(0)), JoinSet::new());
+    let tls = front_end.tls(Credential::None, Http::V2).unwrap();
     for _ in 0..16 {
-        let (front_end, count) = (front_end.clone(), count.clone());
+        let (front_end, count, tls) = (front_end.clone(), count.clone(), tls.clone());
         attackers.spawn(async move {
             let mut statuses = [0_usize; 2];
+            let mut pace = tokio::time::interval(PACE);
             while count.load(Ordering::SeqCst) < WRONG {
-                let stream = front_end.connect_from(ATTACKER, Credential::None, Http::V2).await.unwrap();
+                let stream = front_end.connect_with(ATTACKER, tls.clone(), Http::V2).await.unwrap();
                 let mut caller = front_end.caller_on(stream, None, Http::V2).await.unwrap();
                 // Until the server has had enough of this connection.
                 while count.fetch_add(1, Ordering::SeqCst) < WRONG {
                     let token = format!("Bearer wrong-{:016x}", rand::random::<u64>());
                     let request = Request::get("/evil").header(header::AUTHORIZATION, token);
-                    let Ok(answer) = caller.ask(request.body(Full::default()).unwrap()).await else { break };
+                    let Ok(answer) = caller.ask(request.body(Full::default()).unwrap()).await else {
+                        count.fetch_sub(1, Ordering::SeqCst);
+                        break;
+                    };
+                    pace.tick().await;
                     match answer.status {
                         StatusCode::UNAUTHORIZED => statuses[0] += 1,
                         StatusCode::TOO_MANY_REQUESTS => {
