@@ -262,7 +262,7 @@ mod tests {
 
     fn stream(target: &str) -> Arc<Live> {
         Arc::new(Live {
-            caller: Caller { door: "connect-unix", origin: Origin("x".repeat(5000)) },
+            caller: Caller::new("connect-unix", Origin("x".repeat(5000))),
             target: target.parse().unwrap(),
             reason: "node name n1".to_owned(),
             began: Instant::now(),

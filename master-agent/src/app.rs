@@ -38,6 +38,7 @@ use crate::{
     links::{self, DialLinks},
     metrics::Reason,
     store::SqliteStore,
+    traces::Traces,
     tunnel::Tunnel,
 };
 
@@ -89,6 +90,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         None => None,
     };
     let sockets = bind(&config).await?;
+    let traces = config.traces.as_ref().map(Traces::start).transpose().context("traces")?;
     let agent = Arc::new(Agent::new(config, inventory, store, authorities)?);
 
     let background = Tasks::new();
@@ -122,6 +124,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         && !audit.close(Duration::from_secs(2)).await
     {
         tracing::error!("the last audit records were not written in time");
+    }
+    if let Some(traces) = traces {
+        traces.close(Duration::from_secs(2)).await;
     }
     tracing::info!(cut, "stopped");
     Ok(())

@@ -17,6 +17,7 @@ use crate::{
     front_end::config::FrontEndConfig,
     inventory::{DEFAULT_USER, HostTrust, Inventory, InventoryNode, front_end_listen, login_name},
     routing::cluster::Node,
+    traces::TracesConfig,
 };
 
 /// A configuration without mistakes, its defaults filled in and its paths usable from the working directory.
@@ -38,6 +39,8 @@ pub struct Config {
     pub certificates: CertificatesConfig,
     /// `None` serves no HTTPS front end.
     pub front_end: Option<FrontEndConfig>,
+    /// `None` keeps no traces.
+    pub traces: Option<TracesConfig>,
     /// How long streams may go on after SIGTERM.
     pub shutdown_grace: Duration,
     /// The file of [`crate::inventory::Inventory`].
@@ -268,6 +271,7 @@ impl Config {
             front_end: s.section("front_end", FrontEndConfig::read),
             tunnels: s.section_or_default("tunnels", TunnelsConfig::read),
             certificates: s.section_or_default("certificates", CertificatesConfig::read),
+            traces: s.section("traces", TracesConfig::read),
             shutdown_grace: s.duration("shutdown_grace", secs(30), Duration::ZERO..=DAY),
             inventory: s.file("inventory"),
             kubernetes: s.section("kubernetes", |s| Some(KubernetesConfig::read(s))),
@@ -638,6 +642,12 @@ mod tests {
             KubernetesConfig { kubeconfig: None, nodes: None, ..kubernetes },
             KubernetesConfig { nodes: None, ..defaults }
         );
+        let traces = sample.traces.take().unwrap();
+        assert!(traces.headers_file.is_some() && traces.tls.ca.is_some() && traces.tls.identity.is_some());
+        let defaults =
+            parse(&format!("traces: {{endpoint: '{}'}}", traces.endpoint)).unwrap().traces.unwrap();
+        let (tls, headers_file) = (defaults.tls.clone(), defaults.headers_file.clone());
+        assert_eq!(TracesConfig { tls, headers_file, ..traces }, defaults);
         assert_eq!(sample, parse("").unwrap());
     }
 

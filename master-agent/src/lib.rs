@@ -23,5 +23,6 @@ pub mod sshd_config;
 pub mod store;
 pub mod token;
 pub mod top;
+pub mod traces;
 pub mod trust;
 pub mod tunnel;

@@ -113,6 +113,8 @@ pub struct Setup {
     pub master_config: String,
     /// Nodes whose local endpoints lead here, each with an address of its own for that.
     pub nodes: Vec<(String, Kind)>,
+    /// Ports that their policies allow on their own addresses.
+    pub ports: Vec<u16>,
 }
 
 const LIMITS: &str = "{head_timeout: 3s, body_timeout: 3s, failures_per_second_per_address: 1000000, \
@@ -183,6 +185,7 @@ impl FrontEnd {
                 .map(|i| SocketAddr::from(([127, 0, 0, i as u8 + 1], free_port())))
                 .collect(),
             nodes: setup.nodes,
+            ports: setup.ports,
             ..Options::default()
         })
         .await?;

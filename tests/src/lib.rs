@@ -6,6 +6,7 @@ pub mod browser;
 pub mod certificates;
 pub mod client;
 pub mod cluster;
+pub mod collector;
 pub mod dns;
 pub mod figures;
 pub mod front_end;

@@ -8,10 +8,10 @@ use std::{
 };
 
 use bytes::BytesMut;
-use proto::{DialError, Target, io::dialer::Connection};
+use proto::{DialError, Target};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf};
 
-use super::{Caller, Common, listen::Socket};
+use super::{Caller, Common, Dialled, listen::Socket};
 
 /// Bytes a caller may send before the dial has been answered.
 const EARLY: usize = 64 * 1024;
@@ -26,11 +26,11 @@ pub async fn dial<S: Socket>(
     target: &Target,
     caller: &Caller,
     mut early: BytesMut,
-) -> Result<(Connection, BytesMut), DialError> {
+) -> Result<(Dialled, BytesMut), DialError> {
     let dial = common.dial(target, caller);
     tokio::select! {
         biased;
-        connection = dial => connection.map(|connection| (connection, early)),
+        dialled = dial => dialled.map(|dialled| (dialled, early)),
         () = gone(socket, &mut early) => Err(DialError::Cancelled),
     }
 }

@@ -6,12 +6,11 @@ use bytes::{Buf, BytesMut};
 use proto::{
     DialError, Target,
     connect::{self, HeadError},
-    io::dialer::Connection,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::{
-    Caller, Common, FrontDoor,
+    Caller, Common, Dialled, FrontDoor,
     early::{self, WithEarly},
     listen::Socket,
 };
@@ -33,22 +32,22 @@ impl FrontDoor for HttpConnect {
     async fn serve<S: Socket>(self: Arc<Self>, mut socket: S, caller: Caller) {
         // Boxed, so that a long-lived stream does not keep the room that the beginning needed.
         let begun = Box::pin(Call { common: &self.0, caller: &caller }.begin(&mut socket)).await;
-        if let Some((target, connection, early)) = begun {
+        if let Some((target, dialled, early)) = begun {
             let (read, write) = socket.halves();
-            self.0.relay(WithEarly { early, inner: read }, write, connection, target, caller).await;
+            self.0.relay(WithEarly { early, inner: read }, write, dialled, target, caller).await;
         }
     }
 }
 
 impl Call<'_> {
     /// Up to the answer: the connection if it was 200, and what the caller has sent already.
-    async fn begin<S: Socket>(&self, socket: &mut S) -> Option<(Target, Connection, BytesMut)> {
+    async fn begin<S: Socket>(&self, socket: &mut S) -> Option<(Target, Dialled, BytesMut)> {
         let (target, early) = self.read_head(socket).await?;
         match early::dial(self.common, socket, &target, self.caller, early).await {
-            Ok((connection, early)) => {
+            Ok((dialled, early)) => {
                 socket.write_all(connect::ESTABLISHED).await.ok()?;
                 socket.flush().await.ok()?;
-                Some((target, connection, early))
+                Some((target, dialled, early))
             }
             Err(error) => {
                 self.common.dial_failed(&target, self.caller, &error);

@@ -38,7 +38,7 @@ pub async fn unix<D: FrontDoor>(door: Arc<D>, name: &'static str, listener: Unix
                 Ok(cred) => Origin(format!("unix uid={} pid={}", cred.uid(), cred.pid().unwrap_or_default())),
                 Err(_) => Origin("unix".to_owned()),
             };
-            served.serve(socket, Caller { door: name, origin }).await;
+            served.serve(socket, Caller::new(name, origin)).await;
             drop(permit);
         });
     }
@@ -59,7 +59,7 @@ pub async fn tcp<D: FrontDoor>(door: Arc<D>, name: &'static str, listener: TcpLi
         socket::tune_caller(&socket);
         let served = door.clone();
         door.common().connections.spawn(async move {
-            served.serve(socket, Caller { door: name, origin: Origin(format!("tcp {peer}")) }).await;
+            served.serve(socket, Caller::new(name, Origin(format!("tcp {peer}")))).await;
             drop(permit);
         });
     }
@@ -108,7 +108,7 @@ pub async fn tls<D: FrontDoor>(
                 Err(error) => return common.bad_request(name, &peer, &error),
             };
             let Some(_permit) = permit(&permits, name) else { return };
-            served.serve(tls, Caller { door: name, origin: Origin(format!("tls {caller} {peer}")) }).await;
+            served.serve(tls, Caller::new(name, Origin(format!("tls {caller} {peer}")))).await;
         });
     }
 }

@@ -22,7 +22,10 @@ use proto::{
 };
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use crate::metrics::{Door, Metrics, Outcome};
+use crate::{
+    metrics::{Door, Metrics, Outcome},
+    traces::{Span, SpanContext},
+};
 use listen::Socket;
 use record::Record;
 use target_socket::TargetSocket;
@@ -41,6 +44,20 @@ pub struct Caller {
     /// The listener's name in records and metrics, for instance `connect-unix`.
     pub door: &'static str,
     pub origin: Origin,
+    /// Of what its streams are part.
+    pub span: Option<SpanContext>,
+}
+
+impl Caller {
+    pub fn new(door: &'static str, origin: Origin) -> Self {
+        Self { door, origin, span: None }
+    }
+}
+
+/// A connection to a target, and the span that lasts until its stream has ended.
+pub struct Dialled {
+    pub connection: Connection,
+    pub span: Span,
 }
 
 /// What every front door holds.
@@ -59,17 +76,22 @@ pub struct Common {
 
 impl Common {
     /// Dials, and counts and records a failure. Dropping the future cancels the dial.
-    pub async fn dial(&self, target: &Target, caller: &Caller) -> Result<Connection, DialError> {
+    pub async fn dial(&self, target: &Target, caller: &Caller) -> Result<Dialled, DialError> {
         let began = std::time::Instant::now();
-        let connection = self.dialer.dial(target, &caller.origin).await?;
+        let mut span = record::span(caller, target);
+        let connection = self.dialer.dial(target, &caller.origin).await.inspect_err(|error| {
+            span.set_text("master_agent.fault", &error.fault().to_string());
+            span.fail(error.kind(), &error.to_string());
+        })?;
         self.metrics.dial_seconds.observe(began.elapsed().as_secs_f64());
         self.count(caller, "ok", "none".to_owned());
-        Ok(connection)
+        span.event("dialled");
+        Ok(Dialled { connection, span })
     }
 
     /// Counts and records a dial that failed, or that the caller gave up.
     pub fn dial_failed(&self, target: &Target, caller: &Caller, error: &DialError) {
-        let Caller { door: front_door, origin } = caller;
+        let Caller { door: front_door, origin, .. } = caller;
         let fault = error.fault();
         self.count(caller, error.kind(), fault.to_string());
         match fault {
@@ -98,7 +120,7 @@ impl Common {
         &self,
         read: R,
         write: W,
-        connection: Connection,
+        dialled: Dialled,
         target: Target,
         caller: Caller,
     ) -> Ended
@@ -106,8 +128,8 @@ impl Common {
         R: AsyncRead + Unpin,
         W: AsyncWrite + Unpin,
     {
-        let Connection { stream, node, reason, permit } = connection;
-        let mut record = Record::new(self.metrics.clone(), caller, target, node, reason);
+        let Dialled { connection: Connection { stream, node, reason, permit }, span } = dialled;
+        let mut record = Record::new(self.metrics.clone(), caller, target, node, reason, span);
         let outcome = relay(
             read,
             write,
@@ -123,12 +145,12 @@ impl Common {
     }
 
     /// A socket for code that speaks a protocol of its own with the target.
-    pub fn socket(&self, connection: Connection, target: Target, caller: Caller) -> TargetSocket {
+    pub fn socket(&self, dialled: Dialled, target: Target, caller: Caller) -> TargetSocket {
         let (near, far) = target_socket::pair();
         let common = self.clone();
         self.connections.spawn(far.carry(|mut io| async move {
             let (read, write) = tokio::io::split(&mut io);
-            let ended = common.relay(read, write, connection, target, caller).await;
+            let ended = common.relay(read, write, dialled, target, caller).await;
             (io, ended == Ended::Closed)
         }));
         near

@@ -2,15 +2,17 @@
 
 use std::{
     sync::{Arc, atomic::Ordering::Relaxed},
-    time::Instant,
+    time::{Instant, SystemTime},
 };
 
+use opentelemetry::trace::SpanKind;
 use proto::{NodeName, Target, io::relay::Counters};
 
 use super::Caller;
 use crate::{
     activity::{Live, Place},
     metrics::{Door, DoorDirection, Metrics},
+    traces::{self, Span},
 };
 
 pub struct Record {
@@ -18,6 +20,7 @@ pub struct Record {
     stream: Arc<Live>,
     node: Option<NodeName>,
     _place: Option<Place>,
+    span: Span,
     pub outcome: &'static str,
 }
 
@@ -28,13 +31,14 @@ impl Record {
         target: Target,
         node: Option<NodeName>,
         reason: String,
+        span: Span,
     ) -> Self {
         metrics.streams.get_or_create(&Door { front_door: caller.door }).inc();
         let (began, counters) = (Instant::now(), Counters::default());
         let stream = Arc::new(Live { caller, target, reason, began, counters });
         let activity = node.as_ref().and_then(|node| metrics.nodes.activity(node));
         let place = activity.map(|activity| activity.open(stream.clone()));
-        Self { metrics, stream, node, _place: place, outcome: "cancelled" }
+        Self { metrics, stream, node, _place: place, span, outcome: "cancelled" }
     }
 
     /// To be counted in while the stream is carried.
@@ -49,6 +53,8 @@ impl Drop for Record {
         let front_door = caller.door;
         let (up, down) = (counters.up.load(Relaxed), counters.down.load(Relaxed));
         let seconds = began.elapsed().as_secs_f64();
+        let span = self.span.context().or(caller.span.as_ref()).map(traces::ids);
+        let (trace_id, span_id) = span.unzip();
         self.metrics.streams.get_or_create(&Door { front_door }).dec();
         for (direction, bytes) in [("up", up), ("down", down)] {
             self.metrics.bytes.get_or_create(&DoorDirection { front_door, direction }).inc_by(bytes);
@@ -63,7 +69,39 @@ impl Drop for Record {
             down,
             seconds,
             outcome = self.outcome,
+            trace_id,
+            span_id,
             "stream ended"
         );
+        end(&mut self.span, self.outcome, self.node.as_ref(), reason, [up, down]);
     }
+}
+
+/// Of a stream, from before its dial.
+pub fn span(caller: &Caller, target: &Target) -> Span {
+    let parent = caller.span.as_ref();
+    let name = || format!("stream {}", caller.door);
+    let mut span = Span::start(SpanKind::Client, parent, SystemTime::now(), name);
+    if span.is_sent() {
+        span.set_text("server.address", &target.host.to_string());
+        span.set("server.port", i64::from(target.port));
+        span.set("master_agent.front_door", caller.door);
+        span.set_text("master_agent.origin", &caller.origin.0);
+    }
+    span
+}
+
+fn end(span: &mut Span, outcome: &'static str, node: Option<&NodeName>, reason: &str, [up, down]: [u64; 2]) {
+    if !span.is_sent() {
+        return;
+    }
+    if let Some(node) = node {
+        span.set_text("master_agent.node", node.as_str());
+    }
+    span.set_text("master_agent.route", reason);
+    for (key, bytes) in [("master_agent.bytes.up", up), ("master_agent.bytes.down", down)] {
+        span.set(key, i64::try_from(bytes).unwrap_or(i64::MAX));
+    }
+    span.set("master_agent.outcome", outcome);
+    span.settle();
 }

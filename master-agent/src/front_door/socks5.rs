@@ -22,10 +22,7 @@ use fast_socks5::{
 };
 use proto::{
     DialError, Host, Target,
-    io::{
-        dialer::{Connection, Origin},
-        handshake::Places,
-    },
+    io::{dialer::Origin, handshake::Places},
     secret_file,
     target::InvalidTarget,
 };
@@ -34,7 +31,7 @@ use subtle::ConstantTimeEq;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::{
-    Caller, Common, FrontDoor,
+    Caller, Common, Dialled, FrontDoor,
     early::{self, WithEarly},
     listen::Socket,
 };
@@ -105,13 +102,13 @@ impl Socks5 {
         &self,
         socket: &mut S,
         caller: &mut Caller,
-    ) -> Option<(Target, Connection, BytesMut)> {
+    ) -> Option<(Target, Dialled, BytesMut)> {
         let target = self.bounded_greeting(socket, caller).await?;
         match early::dial(&self.common, socket, &target, caller, BytesMut::new()).await {
-            Ok((connection, early)) => {
+            Ok((dialled, early)) => {
                 socket.write_all(&reply(ReplyError::Succeeded)).await.ok()?;
                 socket.flush().await.ok()?;
-                Some((target, connection, early))
+                Some((target, dialled, early))
             }
             Err(error) => {
                 self.common.dial_failed(&target, caller, &error);

@@ -174,6 +174,8 @@ pub struct Record<'a> {
     /// Whose tunnel it came or went through.
     pub node: Option<&'a str>,
     pub stream: Option<u64>,
+    /// Of the trace that it is part of.
+    pub trace_id: Option<&'a str>,
 }
 
 /// Where records go. Cloning gives another handle.
@@ -405,6 +407,8 @@ struct Line<'a> {
     node: Option<Cow<'a, str>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     stream: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    trace_id: Option<&'a str>,
 }
 
 fn shown<S: Serializer>(value: &impl fmt::Display, serializer: S) -> Result<S::Ok, S::Error> {
@@ -444,6 +448,7 @@ impl<'a> Record<'a> {
             duration_ms: u64::try_from(self.duration.as_millis()).unwrap_or(u64::MAX),
             node: self.node.map(text),
             stream: self.stream,
+            trace_id: self.trace_id,
         };
         let mut json = Vec::with_capacity(512);
         // Into memory it can't fail, and it is text.

@@ -158,11 +158,13 @@ impl Connection {
                 ));
             }
             headers::remove_claims(&mut head.headers);
+            record.inject(&mut head.headers);
             let request = Request::from_parts(head, body);
             let answered = self.through_tunnel(urls, &user, place, request, record).await?;
             return Ok(Answered { expires, ..answered });
         }
         headers::request(&mut head.headers, &hop, &user, peer)?;
+        record.inject(&mut head.headers);
         head.version = Version::HTTP_11;
         let announced = body.size_hint().lower();
         if announced > front_end.config.max_body {
@@ -218,7 +220,7 @@ impl Connection {
         record: &Recorder,
     ) -> Result<Answered, Failure> {
         let origin = Origin(format!("front-end request {} of {:?} from {}", record.id, user.name, self.peer));
-        let caller = Caller { door: DOOR, origin };
+        let caller = Caller { door: DOOR, origin, span: record.span() };
         let (response, upgrade) = urls.answer(caller, self.peer.ip(), &self.activity, request).await?;
         let (place, upgrade) = match upgrade {
             Some(upgrade) => (None, Some(Upgrade::Stream(Stream::Target { upgrade, _place: place }))),

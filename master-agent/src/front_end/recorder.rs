@@ -8,7 +8,8 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-use hyper::{Method, Request, StatusCode, Uri};
+use hyper::{HeaderMap, Method, Request, StatusCode, Uri};
+use opentelemetry::trace::SpanKind;
 use proto::{NodeName, io::relay::Counters};
 
 use super::{
@@ -19,6 +20,7 @@ use super::{
     server::Peer,
     user::{UNAUTHENTICATED, User},
 };
+use crate::traces::{self, Span, SpanContext};
 
 /// Characters.
 const KEPT: usize = 8 * 1024;
@@ -48,6 +50,9 @@ pub struct Recorder {
     sent_bytes: AtomicU64,
     /// Of an upgraded connection.
     pub carried: Counters,
+    /// What the request is part of, as its caller says.
+    parent: Option<SpanContext>,
+    span: Span,
 }
 
 impl Recorder {
@@ -76,6 +81,8 @@ impl Recorder {
             received_bytes: Arc::default(),
             sent_bytes: AtomicU64::new(0),
             carried: Counters::default(),
+            parent: traces::parent(request.headers()),
+            span: Span::default(),
         }
     }
 
@@ -102,12 +109,34 @@ impl Recorder {
             received_bytes: Arc::default(),
             sent_bytes: AtomicU64::new(0),
             carried: Counters::default(),
+            parent: self.parent.clone(),
+            span: Span::default(),
         }
     }
 
     pub fn authenticated(&mut self, who: &Authenticated) {
         self.user = Some(who.user.clone());
         self.authenticator = Some(who.authenticator);
+        // Nobody else has a part in traces.
+        if self.queue() == Queue::Known {
+            let name = || self.method.to_string();
+            self.span = Span::start(SpanKind::Server, self.parent.as_ref(), self.received, name);
+        } else {
+            self.parent = None;
+        }
+    }
+
+    /// What the request leads to is part of this.
+    pub fn span(&self) -> Option<SpanContext> {
+        self.user.as_ref()?;
+        self.span.context().or(self.parent.as_ref()).cloned()
+    }
+
+    /// Says so to whoever answers the request.
+    pub fn inject(&self, headers: &mut HeaderMap) {
+        if let Some(span) = self.span.context() {
+            traces::inject(span, headers);
+        }
     }
 
     pub fn unauthenticated(&mut self) {
@@ -172,13 +201,45 @@ impl Recorder {
         self.code = code.as_u16();
     }
 
+    fn end_span(&mut self, up: u64, down: u64) {
+        let span = &mut self.span;
+        if !span.is_sent() {
+            return;
+        }
+        let bytes = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+        if let Some(request) = self.request.as_deref().filter(|request| request.is_resource) {
+            let RequestInfo { verb, resource, subresource, .. } = request;
+            let slash = if subresource.is_empty() { "" } else { "/" };
+            span.name(format!("{verb} {resource}{slash}{subresource}"));
+            span.set_text("k8s.namespace.name", &request.namespace);
+        }
+        span.set_text("http.request.method", self.method.as_str());
+        span.set_text("url.path", self.uri.path());
+        span.set_text("client.address", &self.source);
+        span.set("http.response.status_code", i64::from(self.code));
+        span.set("http.request.body.size", bytes(self.received_bytes.load(Ordering::Relaxed) + up));
+        span.set("http.response.body.size", bytes(self.sent_bytes.load(Ordering::Relaxed) + down));
+        if let Some(user) = &self.user {
+            span.set_text("user.name", &user.name);
+        }
+        if let Some(user) = &self.impersonated {
+            span.set_text("master_agent.impersonated", &user.name);
+        }
+        span.set("master_agent.request", self.id.to_string());
+        span.set_text("master_agent.rule", &self.rule);
+        match self.code {
+            0 => {}
+            500.. => span.fail("5xx", "the request failed"),
+            _ => span.settle(),
+        }
+    }
+
     /// Bytes of the response's body.
     pub fn sent(&self, bytes: u64) {
         self.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 }
 
-/// What is kept of a path or a query: more than is recorded.
 /// As much of a path and a query as a record keeps for as long as its response.
 fn beginning(uri: &Uri) -> Uri {
     let (path, query) = (uri.path(), uri.query());
@@ -198,6 +259,7 @@ impl Drop for Recorder {
     fn drop(&mut self) {
         let (up, down) = (self.carried.up.load(Ordering::Relaxed), self.carried.down.load(Ordering::Relaxed));
         let (queue, room) = (self.queue(), self.room.take());
+        let trace_id = self.span().map(|span| traces::ids(&span).0);
         let record = Record {
             received: self.received,
             id: self.id,
@@ -219,7 +281,9 @@ impl Drop for Recorder {
             node: self.node.as_ref().map(NodeName::as_str),
             // The records of streams have the request's id in their origin.
             stream: None,
+            trace_id: trace_id.as_deref(),
         };
         self.audit.record(&record, queue, room);
+        self.end_span(up, down);
     }
 }

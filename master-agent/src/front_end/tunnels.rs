@@ -23,6 +23,7 @@ use crate::{
     agent::Agent,
     front_door::{Caller, record::Record, target_socket},
     inventory::InventoryNode,
+    traces::Span,
     tunnel::Tunnel,
 };
 
@@ -135,9 +136,11 @@ async fn carry(
     let Ok(target) = FRONT_END.parse::<Target>() else { return };
     let origin: String = origin.chars().take(ORIGIN).collect();
     let origin = Origin(format!("node {}, which says {origin:?}", tunnel.node));
-    let caller = Caller { door: DOOR, origin };
+    let caller = Caller::new(DOOR, origin);
     let node = Some(tunnel.node.clone());
-    let mut record = Record::new(front_end.metrics.clone(), caller, target, node, "tunnel".to_owned());
+    let metrics = front_end.metrics.clone();
+    // Its requests have spans of their own.
+    let mut record = Record::new(metrics, caller, target, node, "tunnel".to_owned(), Span::default());
     let (near, far) = target_socket::pair_of(PIPE);
     let half_closed = front_end.config.half_closed_timeout;
     let served = front_end.clone().serve(near, peer(tunnel), admission);

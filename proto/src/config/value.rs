@@ -65,6 +65,17 @@ impl Value for usize {
     }
 }
 
+impl Value for f64 {
+    fn read(at: &At<'_>) -> Option<Self> {
+        match at.scalar("a number")? {
+            (text, true) if text.bytes().all(|b| b.is_ascii_digit() || b == b'.') => {
+                text.parse().ok().or_else(|| at.complain(text, "expected a number such as 0.5"))
+            }
+            (text, _) => at.complain(text, "expected a number such as 0.5, without quotes"),
+        }
+    }
+}
+
 impl Value for u16 {
     fn read(at: &At<'_>) -> Option<Self> {
         let number = usize::read(at)?;

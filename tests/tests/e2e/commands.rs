@@ -376,9 +376,18 @@ fn the_sample_files_load() {
     pki.client(dir.path(), "kubelet-client").unwrap();
     pki.client(dir.path(), "front-proxy-client").unwrap();
     pki.client(dir.path(), "client").unwrap();
-    for ca in
-        ["client-ca", "kubelet-ca", "target-ca", "apiserver-ca", "webhook-ca", "oidc-ca", "front-end-ca"]
-            .map(|ca| format!("{ca}.crt"))
+    pki.client(dir.path(), "collector-client").unwrap();
+    for ca in [
+        "client-ca",
+        "kubelet-ca",
+        "target-ca",
+        "apiserver-ca",
+        "webhook-ca",
+        "oidc-ca",
+        "front-end-ca",
+        "collector-ca",
+    ]
+    .map(|ca| format!("{ca}.crt"))
     {
         std::fs::write(dir.path().join(ca), pki.pem()).unwrap();
     }
@@ -386,7 +395,7 @@ fn the_sample_files_load() {
     openssh::keygen(&dir.path().join("id_ed25519")).unwrap();
     let user = format!("alice:{}\n", "0".repeat(64));
     proto::secret_file::write_new(&dir.path().join("socks5-users"), user.as_bytes()).unwrap();
-    for secret in ["tokens.csv", "bootstrap-tokens.csv"] {
+    for secret in ["tokens.csv", "bootstrap-tokens.csv", "collector-headers"] {
         proto::secret_file::write_new(&dir.path().join(secret), b"").unwrap();
     }
     for file in ["service-account.pub", "rbac.yaml", "token"] {

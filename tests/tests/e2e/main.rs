@@ -32,4 +32,5 @@ mod proxy_urls;
 mod socks5;
 mod socks5_clients;
 mod top;
+mod traces;
 mod traffic;

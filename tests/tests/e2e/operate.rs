@@ -315,7 +315,9 @@ async fn the_metrics_are_those_of_the_readme() {
     let token = cluster.command(&["token", "create"]).unwrap().replace("mat1.", "mat1.x");
     cluster.node_command(1, token.trim()).unwrap_err();
     let renewed = "node_agent_certificate_renewals_total{result=\"ok\"}";
-    eventually(renewed, PATIENCE, async || cluster.metric(cluster.nodes[0].admin, renewed).await.ok()).await;
+    for node in &cluster.nodes {
+        eventually(renewed, PATIENCE, async || cluster.metric(node.admin, renewed).await.ok()).await;
+    }
     cluster.nodes[0].process.as_mut().unwrap().kill();
     cluster.start_node(0).unwrap();
     let lost = async || {

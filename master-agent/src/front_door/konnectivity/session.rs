@@ -33,7 +33,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use super::inbox::{Inbox, Overrun, Phase};
-use crate::front_door::{Caller, Common, record::Record};
+use crate::front_door::{Caller, Common, Dialled, record::Record};
 
 /// Dials and connections at once on one gRPC stream, those that are still being closed included.
 const CONNECTIONS: usize = 4096;
@@ -235,9 +235,9 @@ impl Session {
         };
         let opened = self.end_dial(&dial, dialled.is_ok());
         match (dialled, opened) {
-            (Ok(connection), Some((id, inbox))) => {
+            (Ok(dialled), Some((id, inbox))) => {
                 self.answer(Ok(Packet::dialled(dial.random, id))).await;
-                self.carry(id, &inbox, connection, target).await;
+                self.carry(id, &inbox, dialled, target).await;
             }
             // Given up just as it opened; dropping it closes it.
             (Ok(_), None) => self.common.dial_failed(&target, &self.caller, &DialError::Cancelled),
@@ -266,9 +266,10 @@ impl Session {
         Some((id, inbox))
     }
 
-    async fn carry(&self, id: i64, inbox: &Inbox, connection: Connection, target: Target) {
-        let Connection { stream, node, reason, permit } = connection;
-        let mut record = Record::new(self.common.metrics.clone(), self.caller.clone(), target, node, reason);
+    async fn carry(&self, id: i64, inbox: &Inbox, dialled: Dialled, target: Target) {
+        let Dialled { connection: Connection { stream, node, reason, permit }, span } = dialled;
+        let (metrics, caller) = (self.common.metrics.clone(), self.caller.clone());
+        let mut record = Record::new(metrics, caller, target, node, reason, span);
         let Tunnelled { mut reader, mut writer } = stream;
         let (end, in_order) = self.converse(id, inbox, &mut reader, &mut writer, &record).await;
         if !in_order {

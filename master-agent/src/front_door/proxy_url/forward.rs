@@ -33,7 +33,7 @@ use super::{
     upload::{Answered, Stalled, Upload},
     watched::Busy,
 };
-use crate::{front_door::Caller, http::hop::Hop};
+use crate::{front_door::Caller, http::hop::Hop, traces};
 
 /// How long the rest of an exchange may take once its response has been passed on: an upload that was answered
 /// before its end, or the target's closing.
@@ -60,7 +60,9 @@ impl Call {
         *request.uri_mut() = target_uri(rest, request.uri().query())?;
         *request.version_mut() = Version::HTTP_11;
 
-        let (mut sender, exchange) = self.connect(&endpoint).await?;
+        let mut caller = self.caller.clone();
+        caller.span = caller.span.or_else(|| traces::parent(request.headers()));
+        let (mut sender, exchange) = self.connect(&endpoint, caller).await?;
         let answered = Answered::default();
         let request = request.map(|body| Upload::new(body, self.door.idle_timeout, answered.clone()));
         let mut response = sender.send_request(request).await.map_err(|error| {
@@ -92,17 +94,21 @@ impl Call {
     }
 
     /// A connection to the target on which one request can be made.
-    async fn connect(&self, endpoint: &Endpoint) -> Result<(SendRequest<Upload>, Exchange), Failure> {
+    async fn connect(
+        &self,
+        endpoint: &Endpoint,
+        caller: Caller,
+    ) -> Result<(SendRequest<Upload>, Exchange), Failure> {
         let Endpoint { target, who, tls } = endpoint;
         let common = &self.door.common;
         let mut dialling = Dialling { call: self, target, ended: false };
-        let dialled = common.dial(target, &self.caller).await;
+        let dialled = common.dial(target, &caller).await;
         dialling.ended = true;
-        let connection = dialled.map_err(|error| {
-            common.dial_failed(target, &self.caller, &error);
+        let dialled = dialled.map_err(|error| {
+            common.dial_failed(target, &caller, &error);
             Failure::from(&error)
         })?;
-        let socket = common.socket(connection, target.clone(), self.caller.clone());
+        let socket = common.socket(dialled, target.clone(), caller);
         match tls {
             None => self.handshake(socket, endpoint).await,
             Some(expected) => {
@@ -141,7 +147,7 @@ impl Call {
     }
 
     fn log(&self, target: &Target, failure: &Failure) {
-        let Caller { door: front_door, origin } = &self.caller;
+        let Caller { door: front_door, origin, .. } = &self.caller;
         tracing::info!(front_door, %origin, %target, error = %failure, "request failed");
     }
 }

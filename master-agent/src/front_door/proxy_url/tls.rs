@@ -99,7 +99,7 @@ impl TargetTls {
                 config
             }
             Trust::Believe(config) => {
-                let Caller { door: front_door, origin } = caller;
+                let Caller { door: front_door, origin, .. } = caller;
                 tracing::warn!(front_door, %origin, %target, "the certificate of {who} is not verified");
                 config.clone()
             }

@@ -63,6 +63,7 @@ fn record<'a>() -> Record<'a> {
         duration: Duration::from_micros(3999),
         node: None,
         stream: None,
+        trace_id: None,
     }
 }
 
@@ -107,6 +108,7 @@ fn a_line() {
         rule: "r",
         node: Some("n"),
         stream: Some(9),
+        trace_id: Some("0af7651916cd43dd8448eb211c80319c"),
         code: 200,
         ..record()
     };
@@ -115,7 +117,7 @@ fn a_line() {
         "authenticator": "oidc", "impersonated": "bob", "source": "192.0.2.1:5000", "verb": "update", "method": "PUT",
         "path": path, "group": "apps", "resource": "deployments", "subresource": "scale", "namespace": "a", "name": "d",
         "decision": "allow", "authorizer": "rbac", "rule": "r", "code": 200, "bytes_in": 1, "bytes_out": 2,
-        "duration_ms": 3, "node": "n", "stream": 9,
+        "duration_ms": 3, "node": "n", "stream": 9, "trace_id": "0af7651916cd43dd8448eb211c80319c",
     });
     assert_eq!(serde_json::from_str::<Value>(&full.line()).unwrap(), expected);
 }

@@ -86,7 +86,7 @@ impl Client {
             max_connections: 1,
             connections: Tasks::new(),
         };
-        let caller = Caller { door: DOOR, origin: Origin("test".to_owned()) };
+        let caller = Caller::new(DOOR, Origin("test".to_owned()));
         let gone = CancellationToken::new();
         let (session, answers) = Session::new(common.clone(), caller, gone.clone());
         let (packets, mut queue) = mpsc::unbounded_channel();

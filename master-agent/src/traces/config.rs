@@ -1,0 +1,115 @@
+//! The `traces` section of the configuration.
+
+use std::{
+    collections::HashMap,
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+use hyper::{
+    Uri,
+    header::{HeaderName, HeaderValue},
+};
+use proto::{config::Section, io::tls::ClientTls};
+
+use crate::{
+    config::{WAIT, secs},
+    front_end::upstream::is_loopback,
+};
+
+/// The most that is read of a file of headers.
+const MAX_HEADERS_FILE: u64 = 64 * 1024;
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct TracesConfig {
+    /// Where spans are posted to: OTLP over HTTP, binary protobuf.
+    pub endpoint: Uri,
+    pub tls: ClientTls,
+    /// Lines `NAME: VALUE` that every request has, such as an authorization.
+    pub headers_file: Option<PathBuf>,
+    /// Of all traces, those that are sent: 0 to 1.
+    pub sample_ratio: f64,
+    pub service_name: String,
+    /// For one request to the collector.
+    pub timeout: Duration,
+    /// Spans that may wait to be sent. More are lost.
+    pub queue: usize,
+}
+
+impl Eq for TracesConfig {}
+
+impl TracesConfig {
+    pub fn read(s: &Section<'_>) -> Option<Self> {
+        let (cert, key) = (s.file("cert"), s.private_file("key"));
+        if cert.is_some() != key.is_some() {
+            s.section_error("cert and key go together: give both or none");
+        }
+        let sample_ratio = s.or("sample_ratio", 1.0);
+        if !(0.0..=1.0).contains(&sample_ratio) {
+            s.error("sample_ratio", "must be from 0 to 1");
+        }
+        let headers_file = s.private_file("headers_file");
+        if let (Some(path), Some(at)) = (&headers_file, s.at("headers_file"))
+            && path.is_file()
+            && let Err(error) = read_headers(path)
+        {
+            at.error(format!("{error:#}"));
+        }
+        Some(Self {
+            tls: ClientTls { ca: s.file("ca"), identity: cert.zip(key) },
+            headers_file,
+            sample_ratio,
+            service_name: s.or("service_name", "master-agent".to_owned()),
+            timeout: s.duration("timeout", secs(10), WAIT),
+            queue: s.number("queue", 4096, 1..=1_000_000),
+            endpoint: endpoint(s)?,
+        })
+    }
+
+    pub fn headers(&self) -> anyhow::Result<HashMap<String, String>> {
+        self.headers_file.as_deref().map_or_else(|| Ok(HashMap::new()), read_headers)
+    }
+}
+
+fn endpoint(s: &Section<'_>) -> Option<Uri> {
+    let at = s.required_at("endpoint")?;
+    let text = at.text()?;
+    let uri = text.parse::<Uri>().ok().filter(|uri| uri.host().is_some() && uri.query().is_none());
+    let Some(uri) = uri.filter(|uri| uri.path().len() > 1) else {
+        at.error(format!("{text:?}: expected https://HOST:4318/v1/traces"));
+        return None;
+    };
+    match uri.scheme_str() {
+        Some("https") => Some(uri),
+        Some("http") if is_loopback(uri.host().unwrap_or_default()) => Some(uri),
+        _ => {
+            at.error(format!("{text:?}: must be https://, as http:// is for loopback only"));
+            None
+        }
+    }
+}
+
+/// The values are secrets, and part of no error.
+pub(super) fn read_headers(path: &Path) -> anyhow::Result<HashMap<String, String>> {
+    let name = path.display();
+    let size = fs::metadata(path).with_context(|| format!("can't read {name}"))?.len();
+    if size > MAX_HEADERS_FILE {
+        bail!("{name} is larger than {MAX_HEADERS_FILE} bytes");
+    }
+    let text = fs::read_to_string(path).with_context(|| format!("can't read {name}"))?;
+    let lines =
+        text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty() && !line.starts_with('#'));
+    lines
+        .map(|(at, line)| {
+            let (key, value) = line
+                .split_once(':')
+                .filter(|(key, value)| {
+                    HeaderName::try_from(*key).is_ok() && HeaderValue::from_str(value.trim()).is_ok()
+                })
+                .with_context(|| format!("{name} line {}: expected NAME: VALUE", at + 1))?;
+            Ok((key.to_owned(), value.trim().to_owned()))
+        })
+        .collect()
+}

@@ -1,0 +1,187 @@
+//! Traces: a span for each request that the front end serves and for each stream, sent to an OpenTelemetry collector by
+//! OTLP. Off unless configured.
+//!
+//! Like the log they are the process's. A caller's `traceparent` (W3C Trace Context) says which trace a span is part of; whether a
+//! span is sent is decided by the trace's number and the configured ratio alone, so that no caller can have more sent.
+
+mod collector;
+mod config;
+
+use std::{
+    sync::OnceLock,
+    time::{Duration, SystemTime},
+};
+
+use anyhow::Context as _;
+use hyper::{HeaderMap, header::HeaderName};
+pub use opentelemetry::trace::SpanContext;
+use opentelemetry::{
+    Context, KeyValue, Value,
+    propagation::TextMapPropagator,
+    trace::{Span as _, SpanBuilder, SpanKind, Status, TraceContextExt, Tracer as _, TracerProvider as _},
+};
+use opentelemetry_http::{HeaderExtractor, HeaderInjector};
+use opentelemetry_sdk::{
+    Resource,
+    propagation::TraceContextPropagator,
+    trace::{BatchConfigBuilder, BatchSpanProcessor, Sampler, SdkTracer, SdkTracerProvider, SpanLimits},
+};
+
+use collector::exporter;
+pub use config::TracesConfig;
+
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+/// How long spans gather before they are sent together.
+const GATHER: Duration = Duration::from_secs(1);
+/// Spans sent together.
+const BATCH: usize = 512;
+/// Characters of a text that callers have a part in.
+const TEXT: usize = 1024;
+
+static TRACER: OnceLock<SdkTracer> = OnceLock::new();
+
+/// Sends spans until it is closed.
+pub struct Traces(SdkTracerProvider);
+
+impl Traces {
+    /// Starts traces for the process, in a tokio runtime.
+    pub fn start(config: &TracesConfig) -> anyhow::Result<Self> {
+        let exporter = exporter(config)?;
+        let batches = BatchConfigBuilder::default()
+            .with_max_queue_size(config.queue)
+            .with_max_export_batch_size(BATCH.min(config.queue))
+            .with_scheduled_delay(GATHER)
+            .build();
+        let resource = Resource::builder()
+            .with_attribute(KeyValue::new("service.name", config.service_name.clone()))
+            .with_attribute(KeyValue::new("service.version", env!("CARGO_PKG_VERSION")))
+            .build();
+        let provider = SdkTracerProvider::builder()
+            .with_resource(resource)
+            .with_sampler(Sampler::TraceIdRatioBased(config.sample_ratio))
+            .with_span_limits(SpanLimits::default())
+            .with_span_processor(BatchSpanProcessor::builder(exporter).with_batch_config(batches).build())
+            .build();
+        TRACER.set(provider.tracer("master-agent")).ok().context("traces have been started before")?;
+        Ok(Self(provider))
+    }
+
+    /// Sends what is left, for at most `timeout`.
+    pub async fn close(self, timeout: Duration) {
+        let closing = tokio::task::spawn_blocking(move || self.0.shutdown_with_timeout(timeout));
+        match tokio::time::timeout(timeout, closing).await {
+            Ok(Ok(Ok(()))) => {}
+            Ok(Ok(Err(error))) => tracing::warn!(%error, "the last spans were not sent"),
+            Ok(Err(_)) | Err(_) => tracing::warn!("the last spans were not sent in time"),
+        }
+    }
+}
+
+/// The span that a request is part of, as its `traceparent` has it. Whoever sent it must have been authenticated.
+pub fn parent(headers: &HeaderMap) -> Option<SpanContext> {
+    let mut values = headers.get_all(TRACEPARENT).iter();
+    if values.next().is_none() || values.next().is_some() {
+        return None;
+    }
+    let context =
+        TraceContextPropagator::new().extract_with_context(&Context::new(), &HeaderExtractor(headers));
+    let context = context.span().span_context().clone();
+    context.is_valid().then_some(context)
+}
+
+/// Says in a request that what it leads to is part of `span`.
+pub fn inject(span: &SpanContext, headers: &mut HeaderMap) {
+    let context = Context::new().with_remote_span_context(span.clone());
+    TraceContextPropagator::new().inject_context(&context, &mut HeaderInjector(headers));
+}
+
+/// Something that takes time, from [`Span::start`] until it is dropped; nothing where it is not to be sent.
+#[derive(Default)]
+pub struct Span {
+    span: Option<Box<opentelemetry_sdk::trace::Span>>,
+    settled: bool,
+}
+
+impl Span {
+    /// `parent` is the span that it is part of; without one it begins a trace.
+    pub fn start(
+        kind: SpanKind,
+        parent: Option<&SpanContext>,
+        began: SystemTime,
+        name: impl FnOnce() -> String,
+    ) -> Self {
+        let Some(tracer) = TRACER.get() else { return Self::default() };
+        let context = Context::new();
+        let context = match parent {
+            Some(parent) => context.with_remote_span_context(parent.clone()),
+            None => context,
+        };
+        let builder = SpanBuilder::from_name(name()).with_kind(kind).with_start_time(began);
+        let span = tracer.build_with_context(builder, &context);
+        Self { span: span.is_recording().then(|| Box::new(span)), settled: false }
+    }
+
+    /// For the spans that are part of it; `None` where it is not sent.
+    pub fn context(&self) -> Option<&SpanContext> {
+        self.span.as_ref().map(|span| span.span_context())
+    }
+
+    pub fn is_sent(&self) -> bool {
+        self.span.is_some()
+    }
+
+    /// Renames it, once more is known of it.
+    pub fn name(&mut self, name: String) {
+        if let Some(span) = &mut self.span {
+            span.update_name(name);
+        }
+    }
+
+    pub fn set(&mut self, key: &'static str, value: impl Into<Value>) {
+        if let Some(span) = &mut self.span {
+            span.set_attribute(KeyValue::new(key, value));
+        }
+    }
+
+    /// The same of a text that callers have a part in.
+    pub fn set_text(&mut self, key: &'static str, value: &str) {
+        if self.is_sent() {
+            self.set(key, value.chars().take(TEXT).collect::<String>());
+        }
+    }
+
+    pub fn event(&mut self, name: &'static str) {
+        if let Some(span) = &mut self.span {
+            span.add_event(name, Vec::new());
+        }
+    }
+
+    /// It came to its end. A span that is dropped without having been settled, or failed, was cancelled.
+    pub fn settle(&mut self) {
+        self.settled = true;
+    }
+
+    pub fn fail(&mut self, kind: &'static str, error: &str) {
+        self.settled = true;
+        self.set("error.type", kind);
+        if let Some(span) = &mut self.span {
+            span.set_status(Status::error(error.chars().take(TEXT).collect::<String>()));
+        }
+    }
+}
+
+impl Drop for Span {
+    fn drop(&mut self) {
+        if !self.settled && self.is_sent() {
+            self.fail("cancelled", "the caller left");
+        }
+    }
+}
+
+/// As records show it: the trace's number, and the span's.
+pub fn ids(context: &SpanContext) -> (String, String) {
+    (context.trace_id().to_string(), context.span_id().to_string())
+}
+
+#[cfg(test)]
+mod tests;
