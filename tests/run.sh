@@ -127,7 +127,9 @@ wanted = {
     "isolation_throughput", "isolation_memory", "route_lookup_p99", "route_update_p99", "route_memory",
     "dial_p99_100_updates", "watch_memory", "konnectivity_isolation_rate", "konnectivity_isolation_throughput",
     "konnectivity_isolation_memory", "front_end_rate_32_by_nginx", "front_end_added_p50_by_nginx",
-    "front_end_rate_32_by_anonymous",
+    "front_end_rate_32_by_anonymous", "front_end_cpu_by_nginx", "call_home_https_download",
+    "call_home_https_upload", "call_home_https_cpu_per_gb", "call_home_https_kept_get_p50", "call_home_https_rate_32",
+    "watching_throughput", "watching_rate_32",
 }
 assert set(figures) == wanted, set(figures) ^ wanted
 for name, figure in figures.items():

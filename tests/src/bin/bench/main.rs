@@ -8,6 +8,7 @@ mod call_home;
 mod front_end;
 mod isolation;
 mod kubernetes;
+mod watching;
 
 use std::{
     collections::BTreeMap,
@@ -393,6 +394,11 @@ async fn measure(args: &Args) -> anyhow::Result<BTreeMap<&'static str, Figure>> 
         eprintln!("call home over HTTPS beside TCP");
         let time = Duration::from_millis(if args.quick { 500 } else { 1500 });
         figures.extend(call_home::figures(n, megabytes, time).await?);
+    }
+    if wanted("watching_throughput") || wanted("watching_rate_32") {
+        eprintln!("while somebody watches");
+        let time = Duration::from_millis(if args.quick { 500 } else { 1500 });
+        figures.extend(watching::figures(n, time).await?);
     }
     if wanted("download_100ms_rtt") {
         eprintln!("100 ms round trip");
