@@ -217,11 +217,15 @@ impl Connection {
         user: &User,
         place: Place,
         request: Request<Incoming>,
-        record: &Recorder,
+        record: &mut Recorder,
     ) -> Result<Answered, Failure> {
         let origin = Origin(format!("front-end request {} of {:?} from {}", record.id, user.name, self.peer));
         let caller = Caller { door: DOOR, origin, span: record.span() };
-        let (response, upgrade) = urls.answer(caller, self.peer.ip(), &self.activity, request).await?;
+        let (answered, node) = urls.answer(caller, self.peer.ip(), &self.activity, request).await;
+        if let Some(node) = node {
+            record.through(node);
+        }
+        let (response, upgrade) = answered?;
         let (place, upgrade) = match upgrade {
             Some(upgrade) => (None, Some(Upgrade::Stream(Stream::Target { upgrade, _place: place }))),
             None => (Some(place), None),

@@ -33,7 +33,7 @@ pub struct Recorder {
     received: SystemTime,
     began: Instant,
     source: String,
-    /// Whose tunnel the caller came through.
+    /// Whose tunnel the caller came through, or the request went through.
     node: Option<NodeName>,
     method: Method,
     uri: Uri,
@@ -190,6 +190,11 @@ impl Recorder {
         if !verdict.allowed {
             self.outcome = Outcome::Deny;
         }
+    }
+
+    /// The request was answered at the end of a node's tunnel.
+    pub fn through(&mut self, node: NodeName) {
+        self.node = Some(node);
     }
 
     /// The request goes on to who answers it.

@@ -14,6 +14,7 @@ mod front_end_h2;
 mod front_end_held;
 mod front_end_hostile;
 mod front_end_kubectl;
+mod front_end_proxy_urls;
 mod front_end_smuggling;
 mod front_end_upstream;
 mod hostile;

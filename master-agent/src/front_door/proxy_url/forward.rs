@@ -108,6 +108,9 @@ impl Call {
             common.dial_failed(target, &caller, &error);
             Failure::from(&error)
         })?;
+        if let Some(node) = &dialled.connection.node {
+            let _ = self.node.set(node.clone());
+        }
         let socket = common.socket(dialled, target.clone(), caller);
         match tls {
             None => self.handshake(socket, endpoint).await,

@@ -16,7 +16,7 @@ mod upload;
 use std::{
     convert::Infallible,
     net::IpAddr,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -28,7 +28,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use proto::io::relay::Counters;
+use proto::{NodeName, io::relay::Counters};
 use tokio_util::sync::CancellationToken;
 
 use super::{Caller, Common, FrontDoor, listen::Socket};
@@ -63,6 +63,8 @@ struct Call {
     caller: Caller,
     entrance: Entrance,
     activity: Activity,
+    /// Whose tunnel the request went through.
+    node: OnceLock<NodeName>,
     upgrade: Mutex<Option<Upgrade>>,
 }
 
@@ -92,24 +94,26 @@ impl Entrance {
 }
 
 impl ProxyUrls {
-    /// Answers one request of a caller whose right to make it has been checked. An upgrade is to be carried once
-    /// the response is on its way.
+    /// Answers one request of a caller whose right to make it has been checked, and says through whose tunnel. An
+    /// upgrade is to be carried once the response is on its way.
     pub async fn answer(
         self: &Arc<Self>,
         caller: Caller,
         peer: IpAddr,
         activity: &Activity,
         request: Request<Incoming>,
-    ) -> Result<(Response<Body>, Option<Upgrade>), Failure> {
+    ) -> (Result<(Response<Body>, Option<Upgrade>), Failure>, Option<NodeName>) {
         let call = Call {
             door: self.clone(),
             caller,
             entrance: Entrance::FrontEnd(peer),
             activity: activity.clone(),
+            node: OnceLock::new(),
             upgrade: Mutex::default(),
         };
-        let response = call.proxy(request).await?;
-        Ok((response, call.upgrade.into_inner().unwrap_or_else(PoisonError::into_inner)))
+        let response = call.proxy(request).await;
+        let upgrade = call.upgrade.into_inner().unwrap_or_else(PoisonError::into_inner);
+        (response.map(|response| (response, upgrade)), call.node.into_inner())
     }
 }
 
@@ -123,6 +127,7 @@ impl FrontDoor for ProxyUrls {
         let call = Arc::new(Call {
             entrance: socket.peer().map_or(Entrance::Unix, Entrance::Loopback),
             activity: activity.clone(),
+            node: OnceLock::new(),
             upgrade: Mutex::default(),
             door: self,
             caller,
