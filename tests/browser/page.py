@@ -1,6 +1,7 @@
 """Opens the agent's page, or a report of `compare`, in Debian's chromium, and asserts what has to hold there.
 
     page.py page URL SHOTS NODE PID TARGET   logs in at URL; PID is the process of NODE, and is killed
+    page.py many URL SHOTS                   the same with 5,000 nodes
     page.py report FILE SHOTS
 
 Screenshots go to the directory SHOTS. Figures are printed; what does not hold is an error.
@@ -196,6 +197,34 @@ def page_of_agent(browser, url, shots, node, pid, target):
         visit.close()
 
 
+def many_nodes(browser, url, shots):
+    parts = urlsplit(url)
+    visit = Visit(browser, f"{parts.scheme}://{parts.netloc}/page/", "light", 1280)
+    page = visit.page
+    page.add_init_script(
+        "window.long = 0; new PerformanceObserver(list => list.getEntries().forEach(entry => {"
+        " window.long = Math.max(window.long, entry.duration); })).observe({ type: 'longtask', buffered: true });"
+    )
+    page.goto(url)
+    rows = page.locator("#table tbody tr")
+    expect(rows).to_have_count(200)
+    expect(page.locator("#counts")).to_contain_text("5000 nodes")
+    expect(page.locator("#shown")).to_have_text("the first 200 are shown")
+    page.get_by_role("button", name="Show more").click()
+    expect(rows).to_have_count(400)
+    for text, count in [("n49", 111), ("n4999", 1), ("no such node", 0), ("", 200)]:
+        page.locator("#filter").fill(text)
+        expect(rows).to_have_count(count)
+    page.get_by_role("button", name="Node", exact=True).click()
+    page.get_by_role("button", name="Node", exact=True).click()
+    expect(page.locator("#table tbody th").first).to_have_text("n4999")
+    expect(page.locator("#table tbody th").nth(199)).to_have_text("n4800")
+    print(f"with 5,000 nodes, the longest the page was busy is {page.evaluate('window.long'):.0f} ms")
+    visit.check("5,000 nodes")
+    visit.shoot(shots, "many", full=False)
+    visit.close()
+
+
 def report(browser, file, shots):
     url = pathlib.Path(file).resolve().as_uri()
     for scheme in SCHEMES:
@@ -217,6 +246,8 @@ def main(what, *args):
         if what == "page":
             url, shots, node, pid, target = args
             page_of_agent(browser, url, shots, node, int(pid), target)
+        elif what == "many":
+            many_nodes(browser, *args)
         else:
             report(browser, *args)
         browser.close()

@@ -2,10 +2,14 @@
 
 use std::{net::SocketAddr, process::Command};
 
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::Request;
 use tests::{
     browser::{drive, screenshots},
     cluster::{Cluster, Kind, Options, SOON, binary},
     figures,
+    front_end::{Credential, FrontEnd, Http, Setup},
     process::{Process, eventually, free_port},
 };
 use tokio::{
@@ -375,4 +379,110 @@ async fn the_page_and_the_report_hold_in_a_real_browser() {
     for line in String::from_utf8_lossy(&outcome.stdout).lines() {
         figures::note(line);
     }
+}
+
+/// As many as a large cluster has, none of which ever comes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn five_thousand_nodes_are_shown_a_part_at_a_time() {
+    let site = Site::start(Options::default()).await;
+    let nodes = (0..5000).map(|i| format!("  - {{name: n{i}, addresses: [10.0.{}.{}]}}\n", i / 250, i % 250));
+    let inventory: String = ["nodes:\n".to_owned()].into_iter().chain(nodes).collect();
+    std::fs::write(site.cluster.path().join("inventory.yaml"), inventory).unwrap();
+    site.cluster.master.signal("HUP");
+    eventually("the inventory is read again", SOON, async || {
+        site.cluster.master.log_text().contains("inventory read again").then_some(())
+    })
+    .await;
+    let url = site.cluster.command(&["page"]).unwrap();
+    let shots = screenshots().unwrap();
+    let outcome = drive(&["many", url.trim(), shots.to_str().unwrap()]).await.unwrap();
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    for line in String::from_utf8_lossy(&outcome.stdout).lines() {
+        figures::note(line);
+    }
+}
+
+/// Jane may see and explain, Sam may see, and the others may nothing.
+#[tokio::test]
+async fn on_the_front_end_the_page_is_for_whom_the_authorizers_let_in() {
+    let lines = "  serve_page: true\n".to_owned();
+    let limits = Some("{long_running_per_user: 1}".to_owned());
+    let front_end = FrontEnd::start(Setup { lines, limits, ..Setup::default() }).await.unwrap();
+    let origin = format!("https://{}", front_end.address);
+    for http in [Http::V1, Http::V2] {
+        let status = async |who, method: &str, path: &str, head: &[(&str, &str)]| {
+            let mut caller = front_end.caller(who, http).await.unwrap();
+            let request = Request::builder().method(method).uri(path);
+            let request = head.iter().fold(request, |request, (name, value)| request.header(*name, *value));
+            let body = if method == "POST" { "n1:1" } else { "" };
+            let answer = caller.ask(request.body(Full::new(Bytes::from(body))).unwrap()).await.unwrap();
+            if answer.status == 200 {
+                let policy = answer.headers["content-security-policy"].to_str().unwrap();
+                assert!(policy.starts_with("default-src 'none'; script-src 'self';"), "{policy}");
+            }
+            answer.status.as_u16()
+        };
+        let (jane, sam, nobody) = (Credential::Certificate, Credential::Token, Credential::None);
+        let own = ("origin", &*origin);
+        for (who, method, path, head, expected) in [
+            (nobody, "GET", "/agent/page/", &[][..], 401),
+            (Credential::ServiceAccount, "GET", "/agent/page/", &[], 403),
+            (Credential::ServiceAccount, "GET", "/agent/page/events", &[], 403),
+            (sam, "GET", "/agent/page", &[], 308),
+            (sam, "GET", "/agent/page/", &[], 200),
+            (sam, "GET", "/agent/page/page.js", &[], 200),
+            (sam, "GET", "/agent/page/login", &[], 404),
+            (sam, "GET", "/agent/page/nodes/n1", &[], 404),
+            (sam, "POST", "/agent/page/explain", &[own], 403),
+            (jane, "GET", "/agent/page/explain", &[own], 405),
+            (jane, "POST", "/agent/page/explain", &[], 403),
+            (jane, "POST", "/agent/page/explain", &[("origin", "https://page.example")], 403),
+            (jane, "POST", "/agent/page/explain", &[("sec-fetch-site", "cross-site"), own], 403),
+            (jane, "POST", "/agent/page/explain", &[own], 200),
+            // As through `kubectl proxy`, whose own origin the page then has.
+            (
+                jane,
+                "POST",
+                "/agent/page/explain",
+                &[("sec-fetch-site", "same-origin"), ("origin", "http://127.0.0.1:8001")],
+                200,
+            ),
+        ] {
+            assert_eq!(
+                status(who, method, path, head).await,
+                expected,
+                "{http:?} {who:?} {method} {path} {head:?}"
+            );
+        }
+        // What is live counts as a watch does.
+        let mut caller = front_end.caller(sam, http).await.unwrap();
+        let events = || Request::get("/agent/page/events").body(Full::default()).unwrap();
+        let mut watched = caller.send(events()).await.unwrap();
+        let first = watched.body_mut().frame().await.unwrap().unwrap().into_data().unwrap();
+        assert!(first.starts_with(b"data: {"), "{first:?}");
+        assert_eq!(status(sam, "GET", "/agent/page/events", &[]).await, 429);
+        drop((watched, caller));
+        eventually("there is room again", SOON, async || {
+            let mut caller = front_end.caller(sam, http).await.unwrap();
+            (caller.send(events()).await.unwrap().status() == 200).then_some(())
+        })
+        .await;
+    }
+    assert!(front_end.upstream.take().is_empty());
+    let audit = eventually("it is recorded", SOON, async || {
+        let audit = std::fs::read_to_string(front_end.file("audit.log")).unwrap();
+        audit.contains("/agent/page/events").then_some(audit)
+    })
+    .await;
+    let explained =
+        audit.lines().filter(|line| line.contains("/agent/page/explain") && line.contains("jane"));
+    assert!(explained.count() >= 10, "{audit}");
+}
+
+#[tokio::test]
+async fn a_front_end_that_serves_no_page_hands_its_path_on() {
+    let front_end = FrontEnd::start(Setup::default()).await.unwrap();
+    let mut caller = front_end.caller(Credential::Certificate, Http::V1).await.unwrap();
+    caller.get("/agent/page/").await.unwrap();
+    assert_eq!(front_end.upstream.take().len(), 1);
 }

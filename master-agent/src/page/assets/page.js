@@ -4,7 +4,6 @@
 (() => {
   const SHOWN = 200; // rows at first, and with each "more"
   const SILENCE = 12_000;
-  const BAD = ['lost', 'retrying'];
   const STATES = ['lost', 'retrying', 'connecting', 'waiting', 'connected'];
 
   const $ = (selector) => document.querySelector(selector);
@@ -144,10 +143,16 @@
     return made;
   }
 
+  // A reason says again what the state is, for where it stands alone.
+  function why(node) {
+    const again = `${node.state}: `;
+    return node.reason?.startsWith(again) ? node.reason.slice(again.length) : node.reason ?? '';
+  }
+
   function update(made, node) {
     if (made.row.className !== node.state) made.row.className = node.state;
     write(made.word, node.state);
-    write(made.reason, node.reason ?? '');
+    write(made.reason, why(node));
     COLUMNS.slice(1).forEach(([, , , text], at) => {
       if (text) write(made.cells[at], text(node));
     });
@@ -277,7 +282,7 @@
     }
     if (turn !== asking) return;
     const about = $('#node .about');
-    const text = `${detail.reason ? `: ${detail.reason}` : ''} – ${bytes(detail.totals.up)} up and ${bytes(detail.totals.down)} down in ${many(detail.totals.streams, 'stream')}`;
+    const text = `${why(detail) ? `: ${why(detail)}` : ''} – ${bytes(detail.totals.up)} up and ${bytes(detail.totals.down)} down in ${many(detail.totals.streams, 'stream')}`;
     if (about.className !== `about ${detail.state}` || about.children.length !== 1) {
       about.className = `about ${detail.state}`;
       about.replaceChildren(element('span', { class: 'word', text: detail.state }), '');
@@ -341,7 +346,7 @@
     svg.replaceChildren(...shapes);
     const last = times[times.length - 1];
     const without = times.length - known.length;
-    const gap = without ? `; without a tunnel at ${without} of ${many(times.length, 'sample')}` : '';
+    const gap = without ? `; none at ${without} of ${many(times.length, 'sample')}` : '';
     write($('#plot-text'), `Round trip over the last ${duration(times.length * every)}: now ${last === null ? 'none' : milliseconds(last)}, ` +
       `least ${milliseconds(sorted[0])}, median ${milliseconds(sorted[sorted.length >> 1])}, most ${milliseconds(most)}${gap}.`);
   }
@@ -392,7 +397,7 @@
       table.replaceChildren();
       const values = (line) => line.values.map((value) =>
         (line.closed ? 'closed' : !value ? '–' : value[1] ? `${value[0]} (× ${value[1]})` : value[0]));
-      fill(table, [['Target', ''], ['Path', ''], ...said.columns.map((title) => [title, 'number'])],
+      fill(table, [['Target', 'text'], ['Path', ''], ...said.columns.map((title) => [title, 'number'])],
         said.lines.slice(0, SHOWN).map((line) => [line.target, line.path, ...values(line)]));
       const rest = said.lines.length > SHOWN ? ` The first ${SHOWN} of ${said.lines.length} lines are shown.` : '';
       part.querySelector('.about').textContent = `Begun at ${said.started}; ${said.rounds} rounds in ${said.seconds} s. ` +
