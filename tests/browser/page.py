@@ -1,7 +1,7 @@
 """Opens the agent's page, or a report of `compare`, in Debian's chromium, and asserts what has to hold there.
 
     page.py page URL SHOTS NODE PID TARGET   logs in at URL; PID is the process of NODE, and is killed
-    page.py many URL SHOTS                   the same with 5,000 nodes
+    page.py many URL SHOTS PID               the same with 5,000 nodes; PID is the agent's, and is killed
     page.py report FILE SHOTS
 
 Screenshots go to the directory SHOTS. Figures are printed; what does not hold is an error.
@@ -197,7 +197,7 @@ def page_of_agent(browser, url, shots, node, pid, target):
         visit.close()
 
 
-def many_nodes(browser, url, shots):
+def many_nodes(browser, url, shots, pid):
     parts = urlsplit(url)
     visit = Visit(browser, f"{parts.scheme}://{parts.netloc}/page/", "light", 1280)
     page = visit.page
@@ -222,6 +222,13 @@ def many_nodes(browser, url, shots):
     print(f"with 5,000 nodes, the longest the page was busy is {page.evaluate('window.long'):.0f} ms")
     visit.check("5,000 nodes")
     visit.shoot(shots, "many", full=False)
+    assert not visit.said, visit.said
+    os.kill(pid, signal.SIGKILL)
+    expect(page.locator("#link")).to_contain_text("can’t be reached", timeout=15000)
+    visit.check("5,000 nodes without the agent")
+    visit.shoot(shots, "gone", full=False)
+    # The browser itself tells of what it can't load.
+    visit.said = [said for said in visit.said if "Failed to load resource: net::" not in said]
     visit.close()
 
 
@@ -247,7 +254,8 @@ def main(what, *args):
             url, shots, node, pid, target = args
             page_of_agent(browser, url, shots, node, int(pid), target)
         elif what == "many":
-            many_nodes(browser, *args)
+            url, shots, pid = args
+            many_nodes(browser, url, shots, int(pid))
         else:
             report(browser, *args)
         browser.close()

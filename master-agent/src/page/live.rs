@@ -57,9 +57,9 @@ struct Row {
     /// To two digits: no more is shown, and what is not is no change.
     round_trip_microseconds: Option<u64>,
     streams: usize,
-    /// Bytes a second; `None` where there is nothing to compare with.
-    up: Option<u64>,
-    down: Option<u64>,
+    /// Bytes a second; 0 where there is nothing to compare with.
+    up: u64,
+    down: u64,
     errors: u64,
     changed_unix_milliseconds: Option<u64>,
     #[serde(skip)]
@@ -80,6 +80,8 @@ struct Refusal {
 struct Snapshot {
     at: Instant,
     unix_milliseconds: u64,
+    /// There was one before it to compare bytes with.
+    rates: bool,
     /// By name. Those that did not change are the same as in the one before.
     rows: Vec<Arc<Row>>,
     refusals: Arc<Vec<Refusal>>,
@@ -93,6 +95,9 @@ struct Change<'a> {
     unix_milliseconds: u64,
     /// Nothing of what was sent before holds.
     whole: bool,
+    /// Whether bytes a second are known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rates: Option<bool>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     rows: Vec<&'a Row>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -172,6 +177,7 @@ impl Live {
 
     fn snapshot(&self, last: Option<&Snapshot>, now: Instant) -> Snapshot {
         let rows = rows(self.registry.status(), last, now);
+        let rates = since(last, now).is_some();
         let refused = |rows: &[Arc<Row>]| rows.iter().map(|row| row.refusals).sum::<u64>();
         let refusals = match last {
             Some(last) if refused(&last.rows) == refused(&rows) => last.refusals.clone(),
@@ -181,7 +187,7 @@ impl Live {
             }
         };
         let unix_milliseconds = unix_milliseconds(SystemTime::now());
-        Snapshot { at: now, unix_milliseconds, rows, refusals, compared: self.compared.load(Relaxed) }
+        Snapshot { at: now, unix_milliseconds, rates, rows, refusals, compared: self.compared.load(Relaxed) }
     }
 }
 
@@ -224,6 +230,7 @@ impl<'a> Change<'a> {
         Self {
             unix_milliseconds: next.unix_milliseconds,
             whole: seen.is_none(),
+            rates: new(|a, b| a.rates == b.rates).then_some(next.rates),
             rows,
             gone,
             refusals: new(|a, b| Arc::ptr_eq(&a.refusals, &b.refusals)).then(|| next.refusals.as_slice()),
@@ -233,6 +240,7 @@ impl<'a> Change<'a> {
 
     fn is_empty(&self) -> bool {
         !self.whole
+            && self.rates.is_none()
             && self.rows.is_empty()
             && self.gone.is_empty()
             && self.refusals.is_none()
@@ -269,10 +277,15 @@ fn difference<'a>(before: &'a [Arc<Row>], now: &'a [Arc<Row>]) -> (Vec<&'a Row>,
     }
 }
 
+/// How long ago the last snapshot was, unless that was long ago.
+fn since(last: Option<&Snapshot>, now: Instant) -> Option<Duration> {
+    last.map(|last| now.duration_since(last.at)).filter(|since| *since <= RECENT)
+}
+
 fn rows(status: Vec<NodeStatus>, last: Option<&Snapshot>, now: Instant) -> Vec<Arc<Row>> {
     let before: HashMap<&NodeName, &Arc<Row>> =
         last.into_iter().flat_map(|last| &last.rows).map(|row| (&row.name, row)).collect();
-    let since = last.map(|last| now.duration_since(last.at)).filter(|since| *since <= RECENT);
+    let since = since(last, now);
     let row = |status: NodeStatus| {
         let before = before.get(&status.name).copied();
         let row = Row::new(status, before.map(|row| row.totals).zip(since));
@@ -294,8 +307,8 @@ impl Row {
             tunnels: status.tunnels.len(),
             round_trip_microseconds: tunnel.and_then(|t| t.round_trip_microseconds).map(two_digits),
             streams: status.streams(),
-            up: before.map(|((up, _), time)| rate(totals.0, up, time)),
-            down: before.map(|((_, down), time)| rate(totals.1, down, time)),
+            up: before.map_or(0, |((up, _), time)| rate(totals.0, up, time)),
+            down: before.map_or(0, |((_, down), time)| rate(totals.1, down, time)),
             errors: status.errors(),
             changed_unix_milliseconds: status.totals.changed_unix_milliseconds,
             totals,
@@ -333,12 +346,14 @@ mod tests {
 
     fn snapshot(status: Vec<NodeStatus>, last: Option<&Snapshot>, at: Instant) -> Snapshot {
         let rows = rows(status, last, at);
-        Snapshot { at, unix_milliseconds: 0, rows, refusals: Arc::default(), compared: 0 }
+        let refusals = last.map_or_else(Arc::default, |last| last.refusals.clone());
+        let rates = since(last, at).is_some();
+        Snapshot { at, unix_milliseconds: 0, rates, rows, refusals, compared: 0 }
     }
 
     fn changed(before: &Snapshot, now: &Snapshot) -> (Vec<String>, Vec<String>) {
         let change = Change::between(Some(before), now);
-        let rows = change.rows.iter().map(|row| format!("{} {} {:?}", row.name, row.state, row.up));
+        let rows = change.rows.iter().map(|row| format!("{} {} {}", row.name, row.state, row.up));
         (rows.collect(), change.gone.iter().map(ToString::to_string).collect())
     }
 
@@ -350,23 +365,28 @@ mod tests {
         let first = snapshot(list("connected", 0), None, now);
         assert_eq!(Change::between(None, &first).rows.len(), 2);
         let second = snapshot(list("connected", 2000), Some(&first), later(2));
-        assert_eq!(changed(&first, &second).0, ["a connected Some(0)", "b connected Some(1000)"]);
+        assert_eq!(changed(&first, &second).0, ["b connected 1000"]);
         let third = snapshot(list("lost", 2000), Some(&second), later(3));
-        assert_eq!(changed(&second, &third).0, ["b lost Some(0)"]);
+        assert_eq!(changed(&second, &third).0, ["b lost 0"]);
         let mut more = list("lost", 2000);
         more.remove(0);
         more.push(status("c", "connecting", 0));
         let fourth = snapshot(more.clone(), Some(&third), later(4));
-        assert_eq!(changed(&third, &fourth), (vec!["c connecting None".to_owned()], vec!["a".to_owned()]));
+        assert_eq!(changed(&third, &fourth), (vec!["c connecting 0".to_owned()], vec!["a".to_owned()]));
         // Who missed some is told of them together.
-        assert_eq!(changed(&first, &fourth).0, ["b lost Some(0)", "c connecting None"]);
+        assert_eq!(changed(&first, &fourth).0, ["b lost 0", "c connecting 0"]);
         let fifth = snapshot(more.clone(), Some(&fourth), later(5));
-        assert_eq!(changed(&fourth, &fifth).0, ["c connecting Some(0)"]);
-        let sixth = snapshot(more.clone(), Some(&fifth), later(6));
-        assert!(Change::between(Some(&fifth), &sixth).is_empty());
+        assert!(Change::between(Some(&fourth), &fifth).is_empty());
         // What was long ago is no rate.
-        let seventh = snapshot(more, Some(&sixth), later(60));
-        assert_eq!(changed(&sixth, &seventh).0, ["b lost None", "c connecting None"]);
+        more[0].totals.up += 1000;
+        let sixth = snapshot(more.clone(), Some(&fifth), later(60));
+        assert_eq!(changed(&fifth, &sixth).0, ["b lost 0"]);
+        assert_eq!(Change::between(Some(&fifth), &sixth).rates, Some(false));
+        // Elsewhere in the sum, so that the row is the same as it was.
+        more[0].totals.up += 10;
+        let seventh = snapshot(more.clone(), Some(&sixth), later(61));
+        let eighth = snapshot(more, Some(&seventh), later(62));
+        assert_eq!(changed(&seventh, &eighth).0, ["b lost 0"]);
     }
 
     #[test]
@@ -407,7 +427,11 @@ mod tests {
         registry.count_refused(&n1, &"an impostor");
         for body in [&mut one, &mut other] {
             let change = next(body).await.unwrap();
-            assert_eq!((&change["whole"], change["rows"].as_array().unwrap().len()), (&false.into(), 1));
+            assert_eq!(
+                (&change["whole"], change["rows"].as_array().unwrap().len()),
+                (&false.into(), 1),
+                "{change}"
+            );
             assert_eq!(change["rows"][0]["state"], "lost");
             let refusals = change["refusals"].as_array().unwrap();
             assert_eq!((refusals.len(), &refusals[0]["node"]), (2, &"n1".into()));

@@ -361,6 +361,11 @@ fn an_admin_address_that_others_reach_has_to_be_allowed() {
         assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_err());
         std::fs::write(&config, text(", allow_remote: true")).unwrap();
         ran(agent, Some(&config), &["check-config"]).succeeded();
+        if agent == "master-agent" {
+            std::fs::write(&config, text(", allow_remote: true, page: true")).unwrap();
+            ran(agent, Some(&config), &["check-config"])
+                .failed(EX_CONFIG, &["admin.page", "loopback", "front_end.serve_page"]);
+        }
     }
 }
 

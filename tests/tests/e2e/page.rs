@@ -395,7 +395,8 @@ async fn five_thousand_nodes_are_shown_a_part_at_a_time() {
     .await;
     let url = site.cluster.command(&["page"]).unwrap();
     let shots = screenshots().unwrap();
-    let outcome = drive(&["many", url.trim(), shots.to_str().unwrap()]).await.unwrap();
+    let pid = site.cluster.master.pid().to_string();
+    let outcome = drive(&["many", url.trim(), shots.to_str().unwrap(), &pid]).await.unwrap();
     assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
     for line in String::from_utf8_lossy(&outcome.stdout).lines() {
         figures::note(line);

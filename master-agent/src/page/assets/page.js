@@ -17,6 +17,7 @@
   let heard = 0;
   let limit = SHOWN;
   let sort = { by: 'state', down: false };
+  let rates = false;
   let news = new Map();
 
   // ---- text
@@ -40,7 +41,6 @@
   }
 
   function bytes(value) {
-    if (value === null || value === undefined) return '–';
     for (const unit of ['B', 'kB', 'MB', 'GB', 'TB']) {
       if (value < 999.5) return `${unit === 'B' || value >= 99.95 ? value.toFixed(0) : value.toFixed(1)} ${unit}`;
       value /= 1000;
@@ -48,7 +48,7 @@
     return `${value.toFixed(0)} PB`;
   }
 
-  const rate = (value) => (value === null || value === undefined ? '–' : `${bytes(value)}/s`);
+  const rate = (value) => (rates ? `${bytes(value)}/s` : '–');
   const many = (count, what) => `${count.toLocaleString('en')} ${what}${count === 1 ? '' : 's'}`;
 
   // ---- the document
@@ -87,7 +87,6 @@
   // ---- nodes
 
   const rank = (node) => STATES.indexOf(node.state);
-  const traffic = (node) => (node.up ?? 0) + (node.down ?? 0);
   // [key, title, class, text, value to sort by; what one looks for comes first]
   const COLUMNS = [
     ['name', 'Node', '', null, (n) => n.order],
@@ -96,8 +95,8 @@
     ['kind', 'Kind', 'spare', (n) => n.kind ?? '–', (n) => n.kind ?? '~'],
     ['round-trip', 'Round trip', 'number', (n) => milliseconds(n.round_trip_microseconds), (n) => -(n.round_trip_microseconds ?? -1)],
     ['streams', 'Streams', 'number', (n) => String(n.streams), (n) => -n.streams],
-    ['up', 'Up', 'number less', (n) => rate(n.up), (n) => -traffic(n)],
-    ['down', 'Down', 'number less', (n) => rate(n.down), (n) => -(n.down ?? 0)],
+    ['up', 'Up', 'number less', (n) => rate(n.up), (n) => -n.up],
+    ['down', 'Down', 'number less', (n) => rate(n.down), (n) => -n.down],
     ['errors', 'Errors', 'number less', (n) => String(n.errors), (n) => -n.errors],
     ['changed', 'Changed', 'number less', (n) => age(n.changed_unix_milliseconds), (n) => -(n.changed_unix_milliseconds ?? 0)],
   ];
@@ -210,8 +209,8 @@
     for (const node of nodes.values()) {
       counts.set(node.state, (counts.get(node.state) ?? 0) + 1);
       streams += node.streams;
-      up += node.up ?? 0;
-      down += node.down ?? 0;
+      up += node.up;
+      down += node.down;
     }
     const connected = counts.get('connected');
     const states = [...counts].reverse().filter(([state, count]) => count || state === 'connected');
@@ -429,6 +428,7 @@
       node.order = before?.order ?? 0;
       nodes.set(node.name, node);
     }
+    rates = change.rates ?? rates;
     if (change.refusals) refusals = change.refusals;
     if (change.compared !== undefined && change.compared !== compared) {
       compared = change.compared;
@@ -465,13 +465,15 @@
       take(JSON.parse(event.data));
     });
     events.addEventListener('error', async () => {
-      reachable('The agent can’t be reached; trying again. What is shown is old.');
-      if (events.readyState !== EventSource.CLOSED) return;
+      const gone = 'The agent can’t be reached; trying again. What is shown is old.';
+      if (events.readyState !== EventSource.CLOSED) return reachable(gone);
       // It has answered otherwise, and the browser does not try again by itself.
       setTimeout(connect, 5000);
       const answer = await fetch('page.css').catch(() => null);
-      if (answer?.status === 401) reachable('You are not logged in any more: run master-agent page on the master’s host, and open what it prints.');
-      else if (answer?.ok) reachable('The agent sends nothing: too many pages may be open. Trying again.');
+      if (!answer) reachable(gone);
+      else if (answer.ok) reachable('The agent sends nothing: too many pages may be open. Trying again.');
+      else if (answer.status === 401) reachable('You are not logged in any more: run master-agent page on the master’s host, and open what it prints.');
+      else reachable(`The agent refuses to be watched (${answer.status}). Trying again.`);
     });
   }
 
