@@ -25,6 +25,7 @@ install_missing() {
         chromium:chromium nginx:nginx-light tmux:tmux; do
         command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
     done
+    python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
     if [ ${#missing[@]} -gt 0 ]; then
         [ "$(id -u)" = 0 ] || die "install these first: ${missing[*]}"
         DEBIAN_FRONTEND=noninteractive apt-get update -qq
@@ -47,6 +48,18 @@ deny() {
     "$tools/bin/cargo-deny" --locked check bans licenses sources
 }
 
+# What drives the browser for the tests of pages.
+browser() {
+    local venv=$tools/browser
+    if ! cmp -s tests/browser/requirements.txt "$venv/installed"; then
+        rm -rf "$venv"
+        python3 -m venv "$venv"
+        "$venv/bin/pip" install --quiet --disable-pip-version-check -r tests/browser/requirements.txt
+        cp tests/browser/requirements.txt "$venv/installed"
+    fi
+    export BROWSER_PYTHON=$venv/bin/python
+}
+
 unit() { cargo test --locked --workspace --lib --bins; }
 
 release() {
@@ -58,6 +71,7 @@ release() {
 e2e() {
     [ "$(id -u)" = 0 ] || die "the end-to-end tests need root (network namespaces, accounts, port 53)"
     release
+    browser
     export TEST_BIN_DIR=$CARGO_TARGET_DIR/release TEST_FIGURES=$CARGO_TARGET_DIR/e2e-figures.txt
     local log=$CARGO_TARGET_DIR/e2e.log name failed
     rm -f "$TEST_FIGURES"

@@ -64,6 +64,9 @@ pub struct Event {
     pub unix_milliseconds: u64,
     pub kind: EventKind,
     pub text: String,
+    /// Of the node's policy, where it refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rule: Option<String>,
     /// How often, one after the other; the time is that of the last.
     pub times: u64,
 }
@@ -148,13 +151,20 @@ impl NodeActivity {
     }
 
     pub fn event(&self, kind: EventKind, text: &str) {
+        self.event_by(kind, text, None);
+    }
+
+    fn event_by(&self, kind: EventKind, text: &str, rule: Option<&str>) {
         if kind == EventKind::Lost {
             self.lost.fetch_add(1, Relaxed);
         }
-        let text: String = text.chars().take(TEXT).collect();
+        let short = |text: &str| text.chars().take(TEXT).collect::<String>();
+        let (text, rule) = (short(text), rule.map(short));
         let unix_milliseconds = unix_milliseconds(SystemTime::now());
         let mut lately = self.lately();
-        if let Some(last) = lately.events.back_mut().filter(|e| e.kind == kind && e.text == text) {
+        if let Some(last) =
+            lately.events.back_mut().filter(|e| e.kind == kind && e.text == text && e.rule == rule)
+        {
             last.times += 1;
             last.unix_milliseconds = unix_milliseconds;
             return;
@@ -165,7 +175,7 @@ impl NodeActivity {
             let least = lately.events.iter().position(|e| dial(e.kind)).unwrap_or_default();
             lately.events.remove(least);
         }
-        lately.events.push_back(Event { unix_milliseconds, kind, text, times: 1 });
+        lately.events.push_back(Event { unix_milliseconds, kind, text, rule, times: 1 });
     }
 
     /// Counts a dial through this node that failed.
@@ -178,7 +188,8 @@ impl NodeActivity {
             Fault::Tunnel | Fault::Target => EventKind::DialFailed,
             Fault::Caller | Fault::Route => return,
         };
-        self.event(kind, &format!("{target}: {error}"));
+        let rule = if let DialError::Policy { rule, .. } = error { Some(rule.as_str()) } else { None };
+        self.event_by(kind, &format!("{target}: {error}"), rule);
     }
 
     pub fn sample(&self, round_trip: Option<Duration>) {
@@ -210,6 +221,12 @@ impl NodeActivity {
                 lately.events.iter().rev().find(|event| state(event.kind)).map(|e| e.unix_milliseconds)
             },
         }
+    }
+
+    /// Who was refused: by the node's policy, or as an impostor of the node. The newest first.
+    pub fn refusals(&self) -> Vec<Event> {
+        let refused = |event: &&Event| matches!(event.kind, EventKind::Policy | EventKind::Impostor);
+        self.lately().events.iter().rev().filter(refused).cloned().collect()
     }
 
     pub fn detail(&self) -> Detail {
@@ -249,7 +266,7 @@ impl Drop for Place {
     }
 }
 
-fn unix_milliseconds(time: SystemTime) -> u64 {
+pub fn unix_milliseconds(time: SystemTime) -> u64 {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
@@ -304,6 +321,8 @@ mod tests {
             (EVENTS, EventKind::Policy, EventKind::Connected)
         );
         assert!(events[0].text.contains("rule default") && events[0].times == 2, "{events:?}");
+        assert_eq!(events[0].rule.as_deref(), Some("default"));
+        assert_eq!((events[EVENTS - 1].rule.as_ref(), activity.refusals().len()), (None, EVENTS - 1));
         let totals = activity.totals();
         assert_eq!(totals.failed, HashMap::from([("policy".to_owned(), 1001), ("caller".to_owned(), 1)]));
         assert_eq!(totals.changed_unix_milliseconds, Some(events[EVENTS - 1].unix_milliseconds));

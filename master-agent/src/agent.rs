@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use hyper::{Method, Request, body::Incoming};
 use percent_encoding::percent_decode_str;
 use proto::{
     Host, NodeName, Target,
@@ -27,6 +28,7 @@ use crate::{
     inventory::Inventory,
     kubernetes::Watches,
     metrics::{Metrics, Reason},
+    page::{self, Page},
     registry::{Absent, Registry},
     routing::InventoryRoutes,
     store::Store,
@@ -52,6 +54,7 @@ pub struct Agent {
     pub handshakes: Places,
     /// What callers reach through their node's tunnel.
     pub front_end: OnceLock<Arc<FrontEnd>>,
+    pub page: Page,
     user: RwLock<Arc<UserIdentity>>,
     of_file: RwLock<Arc<Inventory>>,
     inventory: RwLock<Arc<Inventory>>,
@@ -70,6 +73,7 @@ impl Agent {
         let user = authorities.issue_user(SystemTime::now(), config.certificates.user_ttl)?;
         let agent = Self {
             metrics: Metrics::new(registry.clone()),
+            page: Page::new(registry.clone()),
             watches: config.kubernetes.as_ref().map(|k| Watches::new(dialer.clone(), k.stale_after)),
             dialer,
             registry,
@@ -164,7 +168,7 @@ impl Agent {
 
     /// Finds the ways to a target, then takes them: the time of each hop, and the verdict of the node's policy,
     /// are those of a real dial, whose connection is closed at once.
-    async fn explain(&self, target: &str) -> Result<Explanation, String> {
+    pub async fn explain(&self, target: &str) -> Result<Explanation, String> {
         let target: Target = target.parse().map_err(|e| format!("{target:?} is no target: {e}"))?;
         let mut explanation = Explanation { target: target.to_string(), ..Explanation::default() };
         let began = Instant::now();
@@ -258,13 +262,30 @@ impl admin::Admin for Agent {
         }
     }
 
-    fn get<'a>(&'a self, path: &'a str, query: &'a str) -> admin::AnswerFuture<'a> {
-        Box::pin(self.answer(path, query))
+    fn answer(self: Arc<Self>, request: Request<Incoming>, door: admin::Door) -> admin::AnswerFuture {
+        Box::pin(async move {
+            match door {
+                admin::Door::Tcp => page::serve(&self, request).await,
+                admin::Door::Unix => self.told(request).await.map(admin::respond),
+            }
+        })
     }
 }
 
 impl Agent {
-    async fn answer(&self, path: &str, query: &str) -> Option<admin::Answer> {
+    /// Answers the commands of this host.
+    async fn told(&self, request: Request<Incoming>) -> Option<admin::Answer> {
+        let (head, body) = request.into_parts();
+        let (path, query) = (head.uri.path(), head.uri.query().unwrap_or_default());
+        match (&head.method, path) {
+            (&Method::GET, _) => self.asked(path, query).await,
+            (&Method::POST, "/page/token") => Some(page::token(self)),
+            (&Method::PUT, "/comparison") => Some(self.page.take_comparison(body).await),
+            _ => None,
+        }
+    }
+
+    async fn asked(&self, path: &str, query: &str) -> Option<admin::Answer> {
         let json = |value: Result<String, serde_json::Error>| match value {
             Ok(text) => (hyper::StatusCode::OK, "application/json", text),
             Err(e) => (hyper::StatusCode::INTERNAL_SERVER_ERROR, "text/plain", e.to_string()),

@@ -252,6 +252,9 @@ fn serve(
         if agent.config.calls_over_https() {
             front_end.take_calls(agent);
         }
+        if config.serve_page {
+            front_end.serve_page(agent);
+        }
         if config.through_tunnels {
             let _ = agent.front_end.set(front_end.clone());
         }

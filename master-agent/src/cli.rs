@@ -8,13 +8,16 @@ use std::{
 use anyhow::{Context, bail};
 use bytes::Bytes;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
-use http_body_util::{BodyExt, Empty};
+use http_body_util::{BodyExt, Full};
+use hyper::Method;
 use hyper_util::rt::TokioIo;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use proto::{NodeName, io::tasks::Tasks};
 use tokio::net::UnixStream;
 
-use crate::{agent::Explanation, compare::CompareArgs, config::Config, registry::NodeStatus, top::TopArgs};
+use crate::{
+    agent::Explanation, compare::CompareArgs, config::Config, page, registry::NodeStatus, top::TopArgs,
+};
 
 /// Runs beside kube-apiserver: keeps SSH tunnels to every node and carries connections over them.
 #[derive(Debug, Parser)]
@@ -55,6 +58,8 @@ pub enum Command {
         #[command(flatten)]
         output: OutputArgs,
     },
+    /// Print the address under which a browser on this host, or one behind `ssh -L`, shows the running agent's page.
+    Page,
     /// The nodes of the running agent, live.
     Top(TopArgs),
     /// Measure targets over their tunnels and directly, pair by pair: what a tunnel costs.
@@ -276,8 +281,20 @@ pub async fn explain(config: &Config, target: &str, output: Output) -> anyhow::R
     Ok(())
 }
 
+/// `page`.
+pub async fn page(config: &Config) -> anyhow::Result<()> {
+    let token = send(config, Method::POST, "/page/token", String::new()).await?;
+    println!("http://{}{}login?token={token}", config.admin.listen, page::ADMIN);
+    Ok(())
+}
+
 /// Asks the running agent over its admin socket.
 pub async fn ask(config: &Config, path: &str) -> anyhow::Result<String> {
+    send(config, Method::GET, path, String::new()).await
+}
+
+/// Tells the running agent something over its admin socket; gives its answer.
+pub async fn send(config: &Config, method: Method, path: &str, body: String) -> anyhow::Result<String> {
     let socket = &config.admin.socket;
     let stream = UnixStream::connect(socket).await.with_context(|| {
         format!("can't reach the running agent at {}: does `master-agent run` run?", socket.display())
@@ -285,8 +302,11 @@ pub async fn ask(config: &Config, path: &str) -> anyhow::Result<String> {
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let tasks = Tasks::new();
     tasks.spawn(connection);
-    let request =
-        hyper::Request::get(path).header(hyper::header::HOST, "master-agent").body(Empty::<Bytes>::new())?;
+    let request = hyper::Request::builder()
+        .method(method)
+        .uri(path)
+        .header(hyper::header::HOST, "master-agent")
+        .body(Full::new(Bytes::from(body)))?;
     let response = sender.send_request(request).await?;
     let status = response.status();
     let body = response.into_body().collect().await?.to_bytes();

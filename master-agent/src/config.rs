@@ -81,6 +81,8 @@ pub struct WatchedNodes {
 pub struct AdminConfig {
     /// Health and metrics, for scrapers. Loopback unless the file says `allow_remote: true`.
     pub listen: SocketAddr,
+    /// Also the page, for whoever has `master-agent page` print a login.
+    pub page: bool,
     /// What the command line talks to.
     pub socket: PathBuf,
 }
@@ -324,10 +326,12 @@ impl WatchedNodes {
 
 impl AdminConfig {
     fn read(s: &Section<'_>) -> Self {
-        Self {
-            listen: s.listen_local("listen", loopback(9070)),
-            socket: s.listen_unix("socket", "/run/master-agent/admin.sock"),
+        let (listen, page) = (s.listen_local("listen", loopback(9070)), s.or("page", false));
+        if page && !listen.ip().to_canonical().is_loopback() {
+            let message = "is for a loopback address, as nothing is encrypted there; front_end.serve_page is for others";
+            s.error("page", message);
         }
+        Self { listen, page, socket: s.listen_unix("socket", "/run/master-agent/admin.sock") }
     }
 }
 

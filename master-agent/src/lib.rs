@@ -17,6 +17,7 @@ pub mod join;
 pub mod kubernetes;
 pub mod links;
 pub mod metrics;
+pub mod page;
 pub mod registry;
 pub mod routing;
 pub mod sshd_config;

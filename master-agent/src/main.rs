@@ -37,6 +37,7 @@ fn main() -> ExitCode {
         | Command::SshdConfig(_)
         | Command::Explain { .. }
         | Command::Compare(_)
+        | Command::Page
         | Command::Top(_)
         | Command::SignUser(_)
         | Command::Completions { .. } => Config::load_alone,
@@ -88,6 +89,7 @@ async fn command(cli: Cli, config: Config) -> anyhow::Result<()> {
             Ok(())
         }
         Command::Explain { target, output } => cli::explain(&config, &target, output.output).await,
+        Command::Page => cli::page(&config).await,
         Command::Top(args) => top::top(&config, args).await,
         Command::Compare(args) => compare::compare(&config, *args).await,
         Command::Token(TokenCommand::Create(args)) => token_create(&config, args),

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
-    activity::{self, Detail, EventKind, NodeActivity, Totals},
+    activity::{self, Detail, Event, EventKind, NodeActivity, Totals},
     tunnel::{Direction, Tunnel},
 };
 
@@ -54,6 +54,7 @@ impl std::fmt::Display for Absent {
     }
 }
 
+#[derive(Clone)]
 struct Node {
     tunnels: Vec<Arc<Tunnel>>,
     absent: Absent,
@@ -279,7 +280,22 @@ impl Registry {
     }
 
     pub fn status(&self) -> Vec<NodeStatus> {
-        self.nodes().iter().map(|(name, node)| node_status(name, node)).collect()
+        // Dials wait for the lock, and texts take a while.
+        let nodes: Vec<_> = self.nodes().iter().map(|(name, node)| (name.clone(), node.clone())).collect();
+        nodes.iter().map(|(name, node)| node_status(name, node)).collect()
+    }
+
+    /// The last refusals of all nodes, at most so many, the newest first.
+    pub fn refusals(&self, most: usize) -> Vec<(NodeName, Event)> {
+        let nodes: Vec<_> =
+            self.nodes().iter().map(|(name, node)| (name.clone(), node.activity.clone())).collect();
+        let mut refusals: Vec<_> = nodes
+            .into_iter()
+            .flat_map(|(name, activity)| activity.refusals().into_iter().map(move |e| (name.clone(), e)))
+            .collect();
+        refusals.sort_by_key(|(_, event)| std::cmp::Reverse(event.unix_milliseconds));
+        refusals.truncate(most);
+        refusals
     }
 
     /// One node with its streams and what happened to it; `None` of one that is not known.
@@ -287,6 +303,23 @@ impl Registry {
         let nodes = self.nodes();
         let node = nodes.get(name)?;
         Some(NodeDetail { status: node_status(name, node), detail: node.activity.detail() })
+    }
+}
+
+impl NodeStatus {
+    /// Open ones, over all tunnels.
+    pub fn streams(&self) -> usize {
+        self.tunnels.iter().map(|tunnel| tunnel.streams).sum()
+    }
+
+    /// Failed dials, impostors and lost tunnels.
+    pub fn errors(&self) -> u64 {
+        self.totals.failed.values().sum::<u64>() + self.refused + self.totals.lost
+    }
+
+    /// Dials that the node's policy refused, and impostors.
+    pub fn refusals(&self) -> u64 {
+        self.totals.failed.get(&proto::Fault::Policy.to_string()).copied().unwrap_or_default() + self.refused
     }
 }
 

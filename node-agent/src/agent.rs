@@ -6,6 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use hyper::{Request, body::Incoming};
 use proto::{
     DialError, Target,
     io::{admin, handshake::Places, tasks::Tasks},
@@ -181,7 +182,7 @@ impl admin::Admin for Agent {
         Ok(Vec::new())
     }
 
-    fn get<'a>(&'a self, _path: &'a str, _query: &'a str) -> admin::AnswerFuture<'a> {
+    fn answer(self: Arc<Self>, _: Request<Incoming>, _: admin::Door) -> admin::AnswerFuture {
         Box::pin(std::future::ready(None))
     }
 }

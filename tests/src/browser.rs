@@ -1,6 +1,10 @@
 //! A web browser: Debian's chromium, without a screen.
 
-use std::{net::SocketAddr, path::Path, process::Stdio};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::Stdio,
+};
 
 use crate::person::{Outcome, finish};
 
@@ -21,4 +25,25 @@ pub async fn dump_dom(directory: &Path, socks5: Option<SocketAddr>, url: &str) -
         .env("HOME", directory);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     finish(command, b"").await
+}
+
+/// Runs `tests/browser/page.py`, which drives it.
+pub async fn drive(args: &[&str]) -> anyhow::Result<Outcome> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    // Where tests/run.sh has put it.
+    let python = std::env::var_os("BROWSER_PYTHON").map(PathBuf::from);
+    let python = python.unwrap_or_else(|| root.join("target/tools/browser/bin/python"));
+    let mut command = tokio::process::Command::new(python);
+    command.arg(root.join("tests/browser/page.py")).args(args);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+    finish(command, b"").await
+}
+
+/// Where pictures of pages go.
+pub fn screenshots() -> anyhow::Result<PathBuf> {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
+    let target = target.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"));
+    let directory = target.join("page-screenshots");
+    std::fs::create_dir_all(&directory)?;
+    Ok(directory)
 }

@@ -40,6 +40,8 @@ pub struct Options {
     pub nodes: Vec<(String, Kind)>,
     /// YAML lines appended to the master's configuration, to every node's, to every node's inventory entry.
     pub master_config: String,
+    /// Further fields of the master's section `admin`, each behind a comma.
+    pub admin: &'static str,
     pub node_config: String,
     pub inventory: String,
     /// Where the nodes' local endpoints listen, in order; none where it ends. A node-agent has `front-end.sock`, too.
@@ -132,10 +134,10 @@ impl Cluster {
         std::fs::write(
             path.join("master.yaml"),
             format!(
-                "state_dir: master\nadmin: {{listen: '{admin}', socket: admin.sock}}\ninventory: inventory.yaml\n\
+                "state_dir: master\nadmin: {{listen: '{admin}', socket: admin.sock{}}}\ninventory: inventory.yaml\n\
                  http_connect:\n  unix: {{path: connect.sock}}\n  tls: {{listen: '{tls}', cert: server.crt, key: server.key, client_ca: ca.crt}}\n\
                  call_home: {{listen: '{call_home}'}}\n{front_end}\n{}\n",
-                options.master_config
+                options.admin, options.master_config
             ),
         )?;
         let mut nodes = Vec::new();

@@ -133,6 +133,33 @@ metadata: {name: impersonator}
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: impersonator}
 subjects:
 - {apiGroup: rbac.authorization.k8s.io, kind: User, name: jane}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: page}
+rules:
+- {nonResourceURLs: [/agent/page, /agent/page/*], verbs: [get]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: page}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: page}
+subjects:
+- {apiGroup: rbac.authorization.k8s.io, kind: User, name: jane}
+- {apiGroup: rbac.authorization.k8s.io, kind: User, name: sam}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: explain}
+rules:
+- {nonResourceURLs: [/agent/page/explain], verbs: [post]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: explain}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: explain}
+subjects:
+- {apiGroup: rbac.authorization.k8s.io, kind: User, name: jane}
 ";
 
 /// The running front end.

@@ -64,13 +64,6 @@ fn write_page(page: &mut String, report: &Report) -> fmt::Result {
     Ok(())
 }
 
-fn name(target: &TargetReport) -> String {
-    match &target.node {
-        Some(node) => format!("{node}: {}", target.url),
-        None => target.url.clone(),
-    }
-}
-
 /// Begins a table that may be wider than the screen.
 fn begin_table(page: &mut String, label: &str) -> fmt::Result {
     let label = Escaped(label);
@@ -80,41 +73,35 @@ fn begin_table(page: &mut String, label: &str) -> fmt::Result {
     )
 }
 
-/// A line for each target and path.
 fn overview(page: &mut String, report: &Report) -> fmt::Result {
-    let kinds =
-        [(Name::Connect, false), (Name::Request, false), (Name::Download, false), (Name::Download, true)];
-    let found = |target: &'_ TargetReport, (name, many): (Name, bool)| {
-        target.figures.iter().position(|f| f.name == name && (f.connections > 1) == many)
-    };
+    let overview = report.overview();
     begin_table(page, "All targets")?;
     page.push_str("<thead><tr><th scope=\"col\">target</th><th scope=\"col\">path</th>");
-    for (name, many) in kinds {
-        let many = if many { format!(" x{}", report.connections) } else { String::new() };
-        write!(page, "<th scope=\"col\">{}{many}</th>", name.title())?;
+    for column in &overview.columns {
+        write!(page, "<th scope=\"col\">{column}</th>")?;
     }
     page.push_str("</tr></thead>\n<tbody>\n");
-    for (at, target) in report.targets.iter().enumerate() {
-        for (index, path) in target.paths.iter().enumerate() {
-            write!(
-                page,
-                "<tr><th scope=\"row\"><a href=\"#t{at}\">{}</a></th><td>{}</td>",
-                Escaped(name(target)),
-                Escaped(&path.name)
-            )?;
-            if path.closed.is_some() {
-                writeln!(page, "<td colspan=\"{}\" class=\"closed\">closed</td></tr>", kinds.len())?;
-                continue;
-            }
-            for kind in kinds {
-                let figure = found(target, kind).and_then(|figure| target.figures.get(figure));
-                let value = figure.and_then(|f| Some(f.unit.show(f.paths.get(index)?.as_ref()?.p50)));
-                let ratio = figure.and_then(|f| f.ratios.get(index)?.as_ref());
-                let ratio = ratio.map_or_else(String::new, |r| format!(" <b>x {:.2}</b>", r.median));
-                write!(page, "<td>{}{ratio}</td>", Escaped(value.unwrap_or_else(|| "-".to_owned())))?;
-            }
-            page.push_str("</tr>\n");
+    for line in &overview.lines {
+        write!(
+            page,
+            "<tr><th scope=\"row\"><a href=\"#t{}\">{}</a></th><td>{}</td>",
+            line.at,
+            Escaped(&line.target),
+            Escaped(&line.path)
+        )?;
+        if line.closed {
+            writeln!(page, "<td colspan=\"{}\" class=\"closed\">closed</td></tr>", line.values.len())?;
+            continue;
         }
+        for value in &line.values {
+            let (median, ratio) = match value {
+                Some((median, ratio)) => (median.as_str(), ratio.as_ref()),
+                None => ("-", None),
+            };
+            let ratio = ratio.map_or_else(String::new, |ratio| format!(" <b>x {ratio}</b>"));
+            write!(page, "<td>{}{ratio}</td>", Escaped(median))?;
+        }
+        page.push_str("</tr>\n");
     }
     page.push_str("</tbody>\n</table>\n</div>\n");
     Ok(())
@@ -124,7 +111,7 @@ fn section(page: &mut String, at: usize, target: &TargetReport) -> fmt::Result {
     writeln!(
         page,
         "<section id=\"t{at}\" aria-labelledby=\"h{at}\">\n<h2 id=\"h{at}\">{}</h2>\n<ul class=\"paths\">",
-        Escaped(name(target))
+        Escaped(target.title())
     )?;
     for (index, path) in target.paths.iter().enumerate() {
         let closed = if path.closed.is_some() { " class=\"closed\"" } else { "" };
@@ -156,7 +143,7 @@ fn section(page: &mut String, at: usize, target: &TargetReport) -> fmt::Result {
 }
 
 fn figures(page: &mut String, target: &TargetReport) -> fmt::Result {
-    begin_table(page, &format!("Figures of {}", name(target)))?;
+    begin_table(page, &format!("Figures of {}", target.title()))?;
     page.push_str("<thead><tr><th scope=\"col\">figure</th>");
     let base = TargetReport::base(&target.paths);
     let base_name = base.and_then(|base| target.paths.get(base)).map(|path| path.name.as_str());
@@ -219,7 +206,7 @@ fn distribution(page: &mut String, target: &TargetReport, figure: &Figure) -> fm
                 )?;
                 // Labels of neighbours would run into each other.
                 if digit == 1.0 || to - from < 1.6 {
-                    let at_label = at.clamp(24.0, WIDTH - 28.0);
+                    let at_label = at.clamp(46.0, WIDTH - 48.0);
                     writeln!(
                         page,
                         "<text x=\"{at_label:.1}\" y=\"{:.1}\">{}</text>",

@@ -3,7 +3,7 @@
 //! [`measure`] does the work and makes a [`report::Report`]; [`print`] and [`html`] only show it.
 
 mod client;
-mod html;
+pub mod html;
 mod measure;
 mod path;
 mod print;
@@ -14,7 +14,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
-use hyper::header::HeaderValue;
+use hyper::{Method, header::HeaderValue};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use proto::{Host, NodeName, Target};
@@ -23,7 +23,7 @@ use tokio::time::Instant;
 
 use crate::{
     agent::Explanation,
-    cli::{ask, read_text},
+    cli::{ask, read_text, send},
     config::Config,
     front_door::proxy_url::tls::believe_any,
     front_end::https_client::{ClientTls, roots},
@@ -136,6 +136,7 @@ pub async fn compare(config: &Config, args: CompareArgs) -> anyhow::Result<()> {
             std::fs::write(file, text).with_context(|| format!("can't write {}", file.display()))?;
         }
     }
+    hand_over(config, json.clone()).await;
     match args.output {
         Form::Table => print!("{}", print::table(&report)),
         Form::Json => print!("{json}"),
@@ -145,6 +146,13 @@ pub async fn compare(config: &Config, args: CompareArgs) -> anyhow::Result<()> {
         bail!("nothing could be measured: see why above");
     }
     Ok(())
+}
+
+/// Gives the running agent the report for its page.
+async fn hand_over(config: &Config, report: String) {
+    if let Err(error) = send(config, Method::PUT, "/comparison", report).await {
+        eprintln!("master-agent: the running agent did not take the comparison for its page: {error:#}");
+    }
 }
 
 impl CompareArgs {

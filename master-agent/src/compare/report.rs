@@ -62,6 +62,27 @@ pub struct Figure {
     pub ratios: Vec<Option<Ratio>>,
 }
 
+/// A line for each target and path: what is shown of a report at first.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Overview {
+    /// The figures that each line has.
+    pub columns: Vec<String>,
+    pub lines: Vec<Line>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Line {
+    /// Which of the targets.
+    #[serde(skip)]
+    pub at: usize,
+    pub target: String,
+    pub path: String,
+    /// Nothing was measured.
+    pub closed: bool,
+    /// As people read them: the median, and its ratio to the base path.
+    pub values: Vec<Option<(String, Option<String>)>>,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Name {
@@ -161,7 +182,46 @@ impl Ratio {
     }
 }
 
+impl Report {
+    pub fn overview(&self) -> Overview {
+        let kinds =
+            [(Name::Connect, false), (Name::Request, false), (Name::Download, false), (Name::Download, true)];
+        let column = |(name, many): (Name, bool)| {
+            let many = if many { format!(" x{}", self.connections) } else { String::new() };
+            format!("{}{many}", name.title())
+        };
+        let line = |at: usize, target: &TargetReport, index: usize, path: &PathReport| {
+            let value = |(name, many): (Name, bool)| {
+                let figure = target.figures.iter().find(|f| f.name == name && (f.connections > 1) == many)?;
+                let median = figure.unit.show(figure.paths.get(index)?.as_ref()?.p50);
+                let ratio = figure.ratios.get(index).and_then(Option::as_ref);
+                Some((median, ratio.map(|ratio| format!("{:.2}", ratio.median))))
+            };
+            Line {
+                at,
+                target: target.title(),
+                path: path.name.clone(),
+                closed: path.closed.is_some(),
+                values: kinds.into_iter().map(value).collect(),
+            }
+        };
+        let targets = self.targets.iter().enumerate();
+        let lines = targets.flat_map(|(at, target)| {
+            target.paths.iter().enumerate().map(move |(index, path)| line(at, target, index, path))
+        });
+        Overview { columns: kinds.into_iter().map(column).collect(), lines: lines.collect() }
+    }
+}
+
 impl TargetReport {
+    /// What is asked for, and on which node.
+    pub fn title(&self) -> String {
+        match &self.node {
+            Some(node) => format!("{node}: {}", self.url),
+            None => self.url.clone(),
+        }
+    }
+
     /// What others are compared with: the direct path if anything was measured on it, else the first such.
     pub fn base(paths: &[PathReport]) -> Option<usize> {
         let open = |path: &PathReport| path.closed.is_none();

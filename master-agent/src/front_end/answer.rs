@@ -13,6 +13,7 @@ use std::{
 use bytes::{Buf, Bytes};
 use http_body_util::Full;
 use hyper::body::{Body, Frame, SizeHint};
+use proto::io::admin;
 use tokio::{sync::Notify, time::Sleep};
 
 use super::{limits::Place, recorder::Recorder, upstream::ResponseBody};
@@ -117,6 +118,8 @@ pub enum Content {
     Relayed(ResponseBody),
     /// Of what was reached through a tunnel.
     Target(proxy_url::Body),
+    /// Of the agent's page.
+    Page(admin::Body),
 }
 
 impl Answer {
@@ -139,6 +142,7 @@ impl Body for Answer {
         }
         let frame = match &mut this.content {
             Content::Own(body) => Pin::new(body).poll_frame(cx).map_err(|never| match never {}),
+            Content::Page(body) => Pin::new(body).poll_frame(cx).map_err(|never| match never {}),
             Content::Target(body) => Pin::new(body).poll_frame(cx),
             Content::Relayed(body) => Pin::new(body).poll_frame(cx),
         };
@@ -154,6 +158,7 @@ impl Body for Answer {
     fn is_end_stream(&self) -> bool {
         match &self.content {
             Content::Own(body) => body.is_end_stream(),
+            Content::Page(body) => body.is_end_stream(),
             Content::Target(body) => body.is_end_stream(),
             Content::Relayed(body) => body.is_end_stream(),
         }
@@ -162,6 +167,7 @@ impl Body for Answer {
     fn size_hint(&self) -> SizeHint {
         match &self.content {
             Content::Own(body) => body.size_hint(),
+            Content::Page(body) => body.size_hint(),
             Content::Target(body) => body.size_hint(),
             Content::Relayed(body) => body.size_hint(),
         }

@@ -28,6 +28,8 @@ pub struct FrontEndConfig {
     pub authorize_everything: bool,
     /// Answer proxy URLs of nodes, pods and services here, through tunnels, rather than hand them on.
     pub serve_proxy_urls: bool,
+    /// Answer the page here.
+    pub serve_page: bool,
     /// Serve callers that come through their node's tunnel.
     pub through_tunnels: bool,
     /// Let nodes call home, and hosts join, over this port; `None` does where they may over a port of its own.
@@ -58,6 +60,7 @@ impl FrontEndConfig {
             authz: AuthzConfig::read(s, "authorization"),
             authorize_everything: s.or("authorize_everything", false),
             serve_proxy_urls: s.or("serve_proxy_urls", false),
+            serve_page: s.or("serve_page", false),
             through_tunnels: s.or("through_tunnels", true),
             call_home: s.optional("call_home"),
             limits: s.section_or_default("limits", LimitsConfig::read),

@@ -7,7 +7,7 @@
 use std::{net::SocketAddr, sync::Arc};
 
 use hyper::{StatusCode, http::request::Parts};
-use proto::io::{admin::accept_error, socket};
+use proto::io::{admin::accept_error, patient::PatientWriter, socket};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
@@ -18,11 +18,7 @@ use super::{
     server::{Connection, FrontEnd, Peer},
     user::{AUTHENTICATED, User},
 };
-use crate::{
-    config::UnixConfig,
-    front_door::proxy_url,
-    http::{status::Failure, watched::PatientWriter},
-};
+use crate::{config::UnixConfig, front_door::proxy_url, http::status::Failure};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LocalConfig {

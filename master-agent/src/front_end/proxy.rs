@@ -41,6 +41,7 @@ use crate::{
         proxy_url::{self, ProxyUrls},
     },
     http::{hop::Hop, status::Failure},
+    page,
 };
 
 /// Answers of 429 on one connection before whoever has not authenticated there has to make another.
@@ -137,14 +138,17 @@ impl Connection {
             return call.answer(self, Request::from_parts(head, body), caller, &info, record).await;
         }
         let urls = front_end.proxy_urls.as_ref().filter(|_| is_proxy_url(&info));
-        let long_running = is_long_running(&info, head.uri.query());
+        let page = front_end.page(&info.path).filter(|_| !info.is_resource);
+        let long_running =
+            is_long_running(&info, head.uri.query()) || page.is_some() && page::is_long_running(&info.path);
         // What may become long is recorded, and bounded, as if it were.
         reserve(record, long_running || hop.upgrade.is_some()).await?;
         // Whoever the caller acts as, and before authorizers do anything for it.
         let place = front_end.limits.place(&caller.user.name, long_running).await;
         let mut place = place.inspect_err(|_| record.limited())?;
         let counted = hop.upgrade.as_ref().map(|_| caller.user.name.clone());
-        let user = self.authorize(&head, caller, &info, urls.is_some(), record).await?;
+        let served_here = urls.is_some() || page.is_some();
+        let user = self.authorize(&head, caller, &info, served_here, record).await?;
         // What is short may come to its end.
         let expires = expires.filter(|_| long_running || hop.upgrade.is_some());
 
@@ -163,6 +167,12 @@ impl Connection {
             let answered = self.through_tunnel(urls, &user, place, request, record).await?;
             return Ok(Answered { expires, ..answered });
         }
+        if let Some(agent) = page {
+            let body = self.limited(body, record);
+            let request = Request::from_parts(head, body);
+            let response = page::answer_on_front_end(&agent, &info.path, request).await.map(Content::Page);
+            return Ok(Answered { response, place: Some(place), expires, upgrade: None });
+        }
         headers::request(&mut head.headers, &hop, &user, peer)?;
         record.inject(&mut head.headers);
         head.version = Version::HTTP_11;
@@ -176,12 +186,7 @@ impl Connection {
             on
         });
         head.extensions.clear();
-        let body = RequestBody::new(
-            body,
-            front_end.config.max_body,
-            front_end.config.body_timeout,
-            record.received_bytes.clone(),
-        );
+        let body = self.limited(body, record);
         let request = Request::from_parts(head, body);
         let timeout = if long_running { left(expires) } else { Some(front_end.config.request_timeout) };
         let mut response = self.send(request, caller_upgrade.is_some(), timeout).await?;
@@ -208,6 +213,11 @@ impl Connection {
         let upgrade = Stream::Server { caller, server, lease, _place: place, half_closed_timeout };
         let response = Response::from_parts(head, Content::Own(Full::default()));
         Ok(Answered { response, place: None, expires, upgrade: Some(Upgrade::Stream(upgrade)) })
+    }
+
+    fn limited(&self, body: Incoming, record: &Recorder) -> RequestBody {
+        let config = &self.front_end.config;
+        RequestBody::new(body, config.max_body, config.body_timeout, record.received_bytes.clone())
     }
 
     /// Answers a proxy URL: to its target goes nothing of who asks.

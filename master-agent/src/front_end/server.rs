@@ -17,6 +17,7 @@ use proto::{
     io::{
         admin::accept_error,
         handshake::{Place, Places},
+        patient::PatientWriter,
         socket,
         tasks::Tasks,
     },
@@ -45,8 +46,9 @@ use super::{
 use crate::{
     agent::Agent,
     front_door::proxy_url::ProxyUrls,
-    http::watched::{Activity, PatientWriter, Watched},
+    http::watched::{Activity, Watched},
     metrics::Metrics,
+    page,
 };
 
 /// Connections at once on which nobody has authenticated.
@@ -83,6 +85,8 @@ pub struct FrontEnd {
     pub(super) draining: CancellationToken,
     /// Whose nodes may call home here.
     home: OnceLock<Weak<Agent>>,
+    /// Whose page is served here.
+    page: OnceLock<Weak<Agent>>,
     permits: Arc<Semaphore>,
     handshakes: Places,
     files: Vec<Arc<dyn Follow>>,
@@ -194,6 +198,7 @@ impl FrontEnd {
             connections: callers.clone(),
             draining,
             home: OnceLock::new(),
+            page: OnceLock::new(),
             permits: Arc::new(Semaphore::new(config.limits.max_connections)),
             handshakes: Places::new(HANDSHAKES),
             files,
@@ -214,6 +219,16 @@ impl FrontEnd {
 
     pub(super) fn home(&self) -> Option<Arc<Agent>> {
         self.home.get().and_then(Weak::upgrade)
+    }
+
+    /// Serves the agent's page.
+    pub fn serve_page(&self, agent: &Arc<Agent>) {
+        let _ = self.page.set(Arc::downgrade(agent));
+    }
+
+    /// The agent whose page a path is of.
+    pub(super) fn page(&self, path: &str) -> Option<Arc<Agent>> {
+        page::on_front_end(path).and_then(|_| self.page.get()).and_then(Weak::upgrade)
     }
 
     /// How many API servers work, and how many there are.

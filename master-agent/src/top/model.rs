@@ -77,10 +77,10 @@ impl Row {
             kind: text(tunnel.map(|t| &t.kind)),
             tunnels: node.tunnels.len(),
             round_trip: tunnel.and_then(|t| t.round_trip_microseconds).map(Duration::from_micros),
-            streams: node.tunnels.iter().map(|t| t.streams).sum(),
+            streams: node.streams(),
             up: rate(node.totals.up, |n| n.totals.up),
             down: rate(node.totals.down, |n| n.totals.down),
-            errors: node.totals.failed.values().sum::<u64>() + node.refused + node.totals.lost,
+            errors: node.errors(),
             changed_unix_milliseconds: node.totals.changed_unix_milliseconds,
         }
     }

@@ -341,6 +341,7 @@ mod tests {
                     unix_milliseconds: 1000,
                     kind: EventKind::Policy,
                     text: "169.254.169.254:80: rule default".to_owned(),
+                    rule: Some("default".to_owned()),
                     times: 3,
                 }],
                 round_trips_microseconds: vec![Some(100), None, Some(900)],

@@ -1,10 +1,10 @@
 //! Small HTTP/1.1 endpoints for people and monitoring: `/livez`, `/readyz`, `/metrics`, and what an agent
-//! adds. Loopback or a Unix socket only; there is no authentication here.
+//! adds. Loopback or a Unix socket only; there is no authentication for these.
 
 use std::{convert::Infallible, pin::Pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http_body_util::Full;
+use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use hyper::{Request, Response, StatusCode, body::Incoming, header, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus_client::registry::Registry;
@@ -14,23 +14,37 @@ use tokio::{
     sync::Semaphore,
 };
 
-use super::{socket, tasks::Tasks};
+use super::{patient::PatientWriter, socket, tasks::Tasks};
 
 /// Connections served at once.
 const CONNECTIONS: usize = 64;
 
-/// An answer: status, content type, body.
+/// How long a caller may take nothing of its answer.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A short answer: status, content type, body.
 pub type Answer = (StatusCode, &'static str, String);
 
-pub type AnswerFuture<'a> = Pin<Box<dyn Future<Output = Option<Answer>> + Send + 'a>>;
+/// Of any answer; it may go on for as long as the agent runs.
+pub type Body = UnsyncBoxBody<Bytes, Infallible>;
+
+pub type AnswerFuture = Pin<Box<dyn Future<Output = Option<Response<Body>>> + Send>>;
+
+/// Where a request came in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Door {
+    Tcp,
+    /// Only for whom the socket's file lets in.
+    Unix,
+}
 
 /// What an agent serves beside metrics.
 pub trait Admin: Send + Sync + 'static {
     /// `Err` says why the agent is not ready, `Ok` what is amiss all the same.
     fn ready(&self) -> Result<Vec<String>, String>;
 
-    /// Further paths, on the Unix socket only; `None` is 404.
-    fn get<'a>(&'a self, path: &'a str, query: &'a str) -> AnswerFuture<'a>;
+    /// Answers what is not for health and metrics; `None` is 404.
+    fn answer(self: Arc<Self>, request: Request<Incoming>, door: Door) -> AnswerFuture;
 }
 
 /// The endpoints, and what they show.
@@ -49,7 +63,7 @@ impl Endpoints {
             match listener.accept().await {
                 Ok((socket, _)) => {
                     socket::tune(&socket);
-                    let connection = self.clone().connection(socket, false);
+                    let connection = self.clone().connection(socket, Door::Tcp);
                     tasks.spawn(async move {
                         connection.await;
                         drop(permit);
@@ -67,7 +81,7 @@ impl Endpoints {
             let Ok(permit) = permits.clone().acquire_owned().await else { return };
             match listener.accept().await {
                 Ok((socket, _)) => {
-                    let connection = self.clone().connection(socket, true);
+                    let connection = self.clone().connection(socket, Door::Unix);
                     tasks.spawn(async move {
                         connection.await;
                         drop(permit);
@@ -78,49 +92,42 @@ impl Endpoints {
         }
     }
 
-    async fn connection<S: AsyncRead + AsyncWrite + Unpin>(self, socket: S, trusted: bool) {
+    async fn connection<S: AsyncRead + AsyncWrite + Unpin>(self, socket: S, door: Door) {
         let service = service_fn(|request: Request<Incoming>| {
             let endpoints = self.clone();
-            async move { Ok::<_, Infallible>(endpoints.respond(&request, trusted).await) }
+            async move { Ok::<_, Infallible>(endpoints.respond(request, door).await) }
         });
         let served = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(Duration::from_secs(10))
             .max_headers(64)
-            .serve_connection(TokioIo::new(socket), service)
+            .serve_connection(TokioIo::new(PatientWriter::new(socket, PATIENCE)), service)
             .await;
         if let Err(error) = served {
             tracing::debug!(%error, "admin connection failed");
         }
     }
 
-    async fn respond(&self, request: &Request<Incoming>, trusted: bool) -> Response<Full<Bytes>> {
+    async fn respond(&self, request: Request<Incoming>, door: Door) -> Response<Body> {
         let text = "text/plain; charset=utf-8";
-        let path = request.uri().path();
-        let (status, content_type, body) = if request.method() != hyper::Method::GET {
-            (StatusCode::METHOD_NOT_ALLOWED, text, "only GET is served here\n".to_owned())
-        } else {
-            match path {
-                "/livez" => (StatusCode::OK, text, "ok\n".to_owned()),
-                "/readyz" => match self.admin.ready() {
-                    Ok(amiss) => {
-                        let lines = std::iter::once("ok".to_owned()).chain(amiss);
-                        (StatusCode::OK, text, lines.map(|line| line + "\n").collect())
-                    }
-                    Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, text, format!("not ready: {reason}\n")),
-                },
-                "/metrics" => self.metrics(),
-                _ => match trusted {
-                    true => self.admin.get(path, request.uri().query().unwrap_or_default()).await,
-                    false => None,
+        let get = request.method() == hyper::Method::GET;
+        let answer = match (request.uri().path(), get) {
+            ("/livez", true) => (StatusCode::OK, text, "ok\n".to_owned()),
+            ("/readyz", true) => match self.admin.ready() {
+                Ok(amiss) => {
+                    let lines = std::iter::once("ok".to_owned()).chain(amiss);
+                    (StatusCode::OK, text, lines.map(|line| line + "\n").collect())
                 }
-                .unwrap_or_else(|| (StatusCode::NOT_FOUND, text, "no such path\n".to_owned())),
-            }
+                Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, text, format!("not ready: {reason}\n")),
+            },
+            ("/metrics", true) => self.metrics(),
+            _ => match self.admin.clone().answer(request, door).await {
+                Some(response) => return response,
+                None if get => (StatusCode::NOT_FOUND, text, "no such path\n".to_owned()),
+                None => (StatusCode::METHOD_NOT_ALLOWED, text, "only GET is served here\n".to_owned()),
+            },
         };
-        let mut response = Response::new(Full::new(Bytes::from(body)));
-        *response.status_mut() = status;
-        response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(content_type));
-        response
+        respond(answer)
     }
 
     fn metrics(&self) -> Answer {
@@ -130,6 +137,14 @@ impl Endpoints {
             Err(e) => (StatusCode::INTERNAL_SERVER_ERROR, "text/plain", format!("metrics: {e}\n")),
         }
     }
+}
+
+/// Makes a response of a short answer.
+pub fn respond((status, content_type, body): Answer) -> Response<Body> {
+    let mut response = Response::new(Full::new(Bytes::from(body)).boxed_unsync());
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(content_type));
+    response
 }
 
 /// Out of descriptors, or the peer was quicker to leave: neither is a reason to stop accepting, nor to spin.

@@ -7,6 +7,7 @@ pub mod dialer;
 pub mod handshake;
 pub mod link;
 pub mod mux;
+pub mod patient;
 pub mod relay;
 pub mod socket;
 pub mod ssh;

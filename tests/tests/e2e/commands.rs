@@ -94,7 +94,7 @@ fn commands(agent: &str) -> Vec<Vec<String>> {
 
 #[test]
 fn every_command_explains_itself_within_the_width() {
-    for (agent, count) in [("master-agent", 16), ("node-agent", 5)] {
+    for (agent, count) in [("master-agent", 17), ("node-agent", 5)] {
         let commands = commands(agent);
         assert_eq!(commands.len(), count, "{commands:?}");
         for command in commands {
@@ -361,6 +361,11 @@ fn an_admin_address_that_others_reach_has_to_be_allowed() {
         assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_err());
         std::fs::write(&config, text(", allow_remote: true")).unwrap();
         ran(agent, Some(&config), &["check-config"]).succeeded();
+        if agent == "master-agent" {
+            std::fs::write(&config, text(", allow_remote: true, page: true")).unwrap();
+            ran(agent, Some(&config), &["check-config"])
+                .failed(EX_CONFIG, &["admin.page", "loopback", "front_end.serve_page"]);
+        }
     }
 }
 

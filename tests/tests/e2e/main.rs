@@ -28,6 +28,7 @@ mod kubernetes;
 mod local_endpoint;
 mod memory;
 mod operate;
+mod page;
 mod policy;
 mod proxy_urls;
 mod socks5;

@@ -1,0 +1,461 @@
+//! What the page is told while it is open, as server-sent events.
+//!
+//! There is no task: whoever watches takes the snapshot of the present second, which the first of them makes for all.
+//! Each is sent what differs from the snapshot that it had before, once it has taken that. So one that is slow
+//! misses snapshots, nothing is kept for it, and nothing happens while nobody watches.
+
+use std::{
+    cmp::Ordering,
+    collections::HashMap,
+    convert::Infallible,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, SystemTime},
+};
+
+use bytes::Bytes;
+use futures_util::stream;
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::Frame;
+use proto::{NodeName, io::admin::Body};
+use serde::Serialize;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    activity::{Event, unix_milliseconds},
+    registry::{NodeStatus, Registry},
+};
+
+/// Pages that are open at once.
+const WATCHERS: usize = 16;
+/// Between snapshots.
+const EVERY: Duration = Duration::from_secs(1);
+/// Something is sent at least so often, also that the page can tell a silent agent from one that is gone.
+const WORD: Duration = Duration::from_secs(5);
+/// Rates are those of the time since the last snapshot, unless that is longer ago.
+const RECENT: Duration = Duration::from_secs(5);
+/// Of all nodes together.
+const REFUSALS: usize = 100;
+
+/// One node, as the page's table shows it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+struct Row {
+    name: NodeName,
+    state: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    reason: String,
+    /// Of the active tunnel.
+    direction: Option<String>,
+    kind: Option<String>,
+    tunnels: usize,
+    /// To two digits: no more is shown, and what is not is no change.
+    round_trip_microseconds: Option<u64>,
+    streams: usize,
+    /// Bytes a second; 0 where there is nothing to compare with.
+    up: u64,
+    down: u64,
+    errors: u64,
+    changed_unix_milliseconds: Option<u64>,
+    #[serde(skip)]
+    totals: (u64, u64),
+    #[serde(skip)]
+    refusals: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize)]
+struct Refusal {
+    node: NodeName,
+    #[serde(flatten)]
+    event: Event,
+}
+
+/// All nodes at one time.
+#[derive(Debug)]
+struct Snapshot {
+    at: Instant,
+    unix_milliseconds: u64,
+    /// There was one before it to compare bytes with.
+    rates: bool,
+    /// By name. Those that did not change are the same as in the one before.
+    rows: Vec<Arc<Row>>,
+    refusals: Arc<Vec<Refusal>>,
+    /// When the latest comparison came.
+    compared: u64,
+}
+
+/// What is sent.
+#[derive(Debug, Serialize)]
+struct Change<'a> {
+    unix_milliseconds: u64,
+    /// Nothing of what was sent before holds.
+    whole: bool,
+    /// Whether bytes a second are known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rates: Option<bool>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    rows: Vec<&'a Row>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    gone: Vec<&'a NodeName>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    refusals: Option<&'a [Refusal]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    compared: Option<u64>,
+}
+
+pub struct Live {
+    registry: Arc<Registry>,
+    last: Mutex<Option<Arc<Snapshot>>>,
+    compared: AtomicU64,
+    places: Arc<Semaphore>,
+}
+
+impl Live {
+    pub fn new(registry: Arc<Registry>) -> Arc<Self> {
+        let places = Arc::new(Semaphore::new(WATCHERS));
+        Arc::new(Self { registry, last: Mutex::default(), compared: AtomicU64::new(0), places })
+    }
+
+    /// A comparison has come.
+    pub fn compared(&self, unix_milliseconds: u64) {
+        self.compared.store(unix_milliseconds, Relaxed);
+    }
+
+    fn last(&self) -> MutexGuard<'_, Option<Arc<Snapshot>>> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The events for one page, until `draining` is cancelled or at `end`; `None` if there are too many pages.
+    pub fn watch(self: &Arc<Self>, draining: CancellationToken, end: Option<Instant>) -> Option<Body> {
+        let place = self.places.clone().try_acquire_owned().ok()?;
+        let watcher = Watcher { live: self.clone(), seen: None, sent: Instant::now(), place: Some(place) };
+        let events = stream::unfold(watcher, move |mut watcher| {
+            let draining = draining.clone();
+            async move {
+                let over = async {
+                    match end {
+                        Some(end) => tokio::time::sleep_until(end).await,
+                        None => std::future::pending().await,
+                    }
+                };
+                let event = tokio::select! {
+                    biased;
+                    () = draining.cancelled() => return None,
+                    () = over => return None,
+                    event = watcher.next() => event,
+                };
+                Some((Ok::<_, Infallible>(Frame::data(event)), watcher))
+            }
+        });
+        Some(StreamBody::new(events).boxed_unsync())
+    }
+
+    /// The present second's snapshot, once it is not the one of `seen`.
+    async fn next(&self, seen: Option<&Arc<Snapshot>>) -> Arc<Snapshot> {
+        loop {
+            let until = {
+                let mut last = self.last();
+                let now = Instant::now();
+                match last.as_ref().filter(|last| now < last.at + EVERY) {
+                    Some(last) if seen.is_none_or(|seen| !Arc::ptr_eq(seen, last)) => return last.clone(),
+                    Some(last) => last.at + EVERY,
+                    None => {
+                        let snapshot = Arc::new(self.snapshot(last.as_deref(), now));
+                        *last = Some(snapshot.clone());
+                        return snapshot;
+                    }
+                }
+            };
+            tokio::time::sleep_until(until).await;
+        }
+    }
+
+    fn snapshot(&self, last: Option<&Snapshot>, now: Instant) -> Snapshot {
+        let rows = rows(self.registry.status(), last, now);
+        let rates = since(last, now).is_some();
+        let refused = |rows: &[Arc<Row>]| rows.iter().map(|row| row.refusals).sum::<u64>();
+        let refusals = match last {
+            Some(last) if refused(&last.rows) == refused(&rows) => last.refusals.clone(),
+            Some(_) | None => {
+                let refusals = self.registry.refusals(REFUSALS).into_iter();
+                Arc::new(refusals.map(|(node, event)| Refusal { node, event }).collect())
+            }
+        };
+        let unix_milliseconds = unix_milliseconds(SystemTime::now());
+        Snapshot { at: now, unix_milliseconds, rates, rows, refusals, compared: self.compared.load(Relaxed) }
+    }
+}
+
+/// One page.
+struct Watcher {
+    live: Arc<Live>,
+    seen: Option<Arc<Snapshot>>,
+    sent: Instant,
+    place: Option<OwnedSemaphorePermit>,
+}
+
+impl Watcher {
+    async fn next(&mut self) -> Bytes {
+        loop {
+            let next = self.live.next(self.seen.as_ref()).await;
+            let change = Change::between(self.seen.as_deref(), &next);
+            let event = (!change.is_empty() || self.sent.elapsed() >= WORD).then(|| change.event());
+            self.seen = Some(next);
+            if let Some(event) = event {
+                self.sent = Instant::now();
+                return event;
+            }
+        }
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        drop(self.place.take());
+        if self.live.places.available_permits() == WATCHERS {
+            *self.live.last() = None;
+        }
+    }
+}
+
+impl<'a> Change<'a> {
+    fn between(seen: Option<&'a Snapshot>, next: &'a Snapshot) -> Self {
+        let (rows, gone) = difference(seen.map_or(&[][..], |seen| &seen.rows), &next.rows);
+        let new = |same: fn(&Snapshot, &Snapshot) -> bool| seen.is_none_or(|seen| !same(seen, next));
+        Self {
+            unix_milliseconds: next.unix_milliseconds,
+            whole: seen.is_none(),
+            rates: new(|a, b| a.rates == b.rates).then_some(next.rates),
+            rows,
+            gone,
+            refusals: new(|a, b| Arc::ptr_eq(&a.refusals, &b.refusals)).then(|| next.refusals.as_slice()),
+            compared: new(|a, b| a.compared == b.compared).then_some(next.compared),
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        !self.whole
+            && self.rates.is_none()
+            && self.rows.is_empty()
+            && self.gone.is_empty()
+            && self.refusals.is_none()
+            && self.compared.is_none()
+    }
+
+    fn event(&self) -> Bytes {
+        // JSON has no line breaks, and nothing of this can fail to become JSON.
+        let json = serde_json::to_string(self).unwrap_or_default();
+        Bytes::from(format!("data: {json}\n\n"))
+    }
+}
+
+/// The rows that are new or not the same, and the names of those that are gone. Both are sorted by name.
+fn difference<'a>(before: &'a [Arc<Row>], now: &'a [Arc<Row>]) -> (Vec<&'a Row>, Vec<&'a NodeName>) {
+    let (mut before, mut now) = (before.iter().peekable(), now.iter().peekable());
+    let (mut rows, mut gone) = (Vec::new(), Vec::new());
+    loop {
+        let order = match (before.peek(), now.peek()) {
+            (Some(old), Some(new)) => old.name.cmp(&new.name),
+            (Some(_), None) => Ordering::Less,
+            (None, Some(_)) => Ordering::Greater,
+            (None, None) => return (rows, gone),
+        };
+        match order {
+            Ordering::Less => gone.extend(before.next().map(|old| &old.name)),
+            Ordering::Greater => rows.extend(now.next().map(|new| &**new)),
+            Ordering::Equal => {
+                let (old, new) = (before.next(), now.next());
+                let same = old.zip(new).is_some_and(|(old, new)| Arc::ptr_eq(old, new));
+                rows.extend(new.filter(|_| !same).map(|new| &**new));
+            }
+        }
+    }
+}
+
+/// How long ago the last snapshot was, unless that was long ago.
+fn since(last: Option<&Snapshot>, now: Instant) -> Option<Duration> {
+    last.map(|last| now.duration_since(last.at)).filter(|since| *since <= RECENT)
+}
+
+fn rows(status: Vec<NodeStatus>, last: Option<&Snapshot>, now: Instant) -> Vec<Arc<Row>> {
+    let before: HashMap<&NodeName, &Arc<Row>> =
+        last.into_iter().flat_map(|last| &last.rows).map(|row| (&row.name, row)).collect();
+    let since = since(last, now);
+    let row = |status: NodeStatus| {
+        let before = before.get(&status.name).copied();
+        let row = Row::new(status, before.map(|row| row.totals).zip(since));
+        before.filter(|before| ***before == row).cloned().unwrap_or_else(|| Arc::new(row))
+    };
+    status.into_iter().map(row).collect()
+}
+
+impl Row {
+    fn new(status: NodeStatus, before: Option<((u64, u64), Duration)>) -> Self {
+        let totals = (status.totals.up, status.totals.down);
+        let rate = |now: u64, before: u64, time: Duration| {
+            (now.saturating_sub(before) as f64 / time.as_secs_f64().max(0.001)).round() as u64
+        };
+        let tunnel = status.tunnels.first();
+        Self {
+            direction: tunnel.map(|tunnel| tunnel.direction.clone()),
+            kind: tunnel.map(|tunnel| tunnel.kind.clone()),
+            tunnels: status.tunnels.len(),
+            round_trip_microseconds: tunnel.and_then(|t| t.round_trip_microseconds).map(two_digits),
+            streams: status.streams(),
+            up: before.map_or(0, |((up, _), time)| rate(totals.0, up, time)),
+            down: before.map_or(0, |((_, down), time)| rate(totals.1, down, time)),
+            errors: status.errors(),
+            changed_unix_milliseconds: status.totals.changed_unix_milliseconds,
+            totals,
+            refusals: status.refusals(),
+            name: status.name,
+            state: status.state,
+            reason: status.reason,
+        }
+    }
+}
+
+fn two_digits(value: u64) -> u64 {
+    let unit = 10u64.pow(value.checked_ilog10().unwrap_or_default().saturating_sub(1));
+    (value / unit + u64::from(value % unit >= unit.div_ceil(2))) * unit
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        activity::{EventKind, Totals},
+        registry::Absent,
+    };
+
+    fn status(name: &str, state: &str, up: u64) -> NodeStatus {
+        NodeStatus {
+            name: name.parse().unwrap(),
+            state: state.to_owned(),
+            reason: String::new(),
+            tunnels: Vec::new(),
+            refused: 0,
+            totals: Totals { up, ..Totals::default() },
+        }
+    }
+
+    fn snapshot(status: Vec<NodeStatus>, last: Option<&Snapshot>, at: Instant) -> Snapshot {
+        let rows = rows(status, last, at);
+        let refusals = last.map_or_else(Arc::default, |last| last.refusals.clone());
+        let rates = since(last, at).is_some();
+        Snapshot { at, unix_milliseconds: 0, rates, rows, refusals, compared: 0 }
+    }
+
+    fn changed(before: &Snapshot, now: &Snapshot) -> (Vec<String>, Vec<String>) {
+        let change = Change::between(Some(before), now);
+        let rows = change.rows.iter().map(|row| format!("{} {} {}", row.name, row.state, row.up));
+        (rows.collect(), change.gone.iter().map(ToString::to_string).collect())
+    }
+
+    #[test]
+    fn only_what_changed_is_sent() {
+        let now = Instant::now();
+        let later = |seconds| now + Duration::from_secs(seconds);
+        let list = |b: &str, up| vec![status("a", "connected", 7), status("b", b, up)];
+        let first = snapshot(list("connected", 0), None, now);
+        assert_eq!(Change::between(None, &first).rows.len(), 2);
+        let second = snapshot(list("connected", 2000), Some(&first), later(2));
+        assert_eq!(changed(&first, &second).0, ["b connected 1000"]);
+        let third = snapshot(list("lost", 2000), Some(&second), later(3));
+        assert_eq!(changed(&second, &third).0, ["b lost 0"]);
+        let mut more = list("lost", 2000);
+        more.remove(0);
+        more.push(status("c", "connecting", 0));
+        let fourth = snapshot(more.clone(), Some(&third), later(4));
+        assert_eq!(changed(&third, &fourth), (vec!["c connecting 0".to_owned()], vec!["a".to_owned()]));
+        // Who missed some is told of them together.
+        assert_eq!(changed(&first, &fourth).0, ["b lost 0", "c connecting 0"]);
+        let fifth = snapshot(more.clone(), Some(&fourth), later(5));
+        assert!(Change::between(Some(&fourth), &fifth).is_empty());
+        // What was long ago is no rate.
+        more[0].totals.up += 1000;
+        let sixth = snapshot(more.clone(), Some(&fifth), later(60));
+        assert_eq!(changed(&fifth, &sixth).0, ["b lost 0"]);
+        assert_eq!(Change::between(Some(&fifth), &sixth).rates, Some(false));
+        // Elsewhere in the sum, so that the row is the same as it was.
+        more[0].totals.up += 10;
+        let seventh = snapshot(more.clone(), Some(&sixth), later(61));
+        let eighth = snapshot(more, Some(&seventh), later(62));
+        assert_eq!(changed(&seventh, &eighth).0, ["b lost 0"]);
+    }
+
+    #[test]
+    fn a_round_trip_has_two_digits() {
+        for (value, rounded) in
+            [(0, 0), (7, 7), (42, 42), (149, 150), (144, 140), (9960, 10_000), (12_345, 12_000)]
+        {
+            assert_eq!(two_digits(value), rounded);
+        }
+        assert!(two_digits(u64::MAX / 2) > 0);
+    }
+
+    async fn next(body: &mut Body) -> Option<serde_json::Value> {
+        let frame = body.frame().await?.unwrap().into_data().unwrap();
+        let text = String::from_utf8(frame.to_vec()).unwrap();
+        let json = text.strip_prefix("data: ").unwrap().strip_suffix("\n\n").unwrap();
+        Some(serde_json::from_str(json).unwrap())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn watchers_share_snapshots_and_end_with_the_agent() {
+        let registry = Arc::new(Registry::new(1));
+        let expected = |names: &[&str]| {
+            names.iter().map(|name| (name.parse().unwrap(), (1, Absent::WaitingForCallHome))).collect()
+        };
+        registry.expect(&expected(&["n1", "n2"]));
+        let live = Live::new(registry.clone());
+        let (draining, end) = (CancellationToken::new(), Instant::now() + Duration::from_secs(100));
+        let mut one = live.watch(draining.clone(), Some(end)).unwrap();
+        let mut other = live.watch(draining.clone(), None).unwrap();
+        for body in [&mut one, &mut other] {
+            let first = next(body).await.unwrap();
+            assert_eq!((&first["whole"], first["rows"].as_array().unwrap().len()), (&true.into(), 2));
+        }
+        let (n1, began) = ("n1".parse().unwrap(), Instant::now());
+        registry.set_absent(&n1, Absent::Lost { reason: "gone".to_owned(), since: SystemTime::now() });
+        registry.event(&n1, EventKind::Policy, "no");
+        registry.count_refused(&n1, &"an impostor");
+        for body in [&mut one, &mut other] {
+            let change = next(body).await.unwrap();
+            assert_eq!(
+                (&change["whole"], change["rows"].as_array().unwrap().len()),
+                (&false.into(), 1),
+                "{change}"
+            );
+            assert_eq!(change["rows"][0]["state"], "lost");
+            let refusals = change["refusals"].as_array().unwrap();
+            assert_eq!((refusals.len(), &refusals[0]["node"]), (2, &"n1".into()));
+        }
+        assert!(began.elapsed() <= EVERY + Duration::from_millis(1), "{:?}", began.elapsed());
+        // What is missed is not kept.
+        for step in 0..50 {
+            registry.set_absent(&n1, if step % 2 == 0 { Absent::Connecting } else { Absent::New });
+            next(&mut one).await.unwrap();
+        }
+        assert_eq!(next(&mut other).await.unwrap()["rows"].as_array().unwrap().len(), 1);
+        // Without a change there is a word all the same.
+        let began = Instant::now();
+        next(&mut other).await.unwrap();
+        let word = next(&mut other).await.unwrap();
+        assert!(word.get("rows").is_none() && began.elapsed() <= 2 * WORD + EVERY, "{word}");
+        let more: Vec<Body> = (2..WATCHERS).map(|_| live.watch(draining.clone(), None).unwrap()).collect();
+        assert!(live.watch(draining.clone(), None).is_none());
+        drop(more);
+        tokio::time::sleep_until(end).await;
+        assert!(next(&mut one).await.is_none(), "its session has ended");
+        draining.cancel();
+        assert!(next(&mut other).await.is_none());
+        drop((one, other));
+        assert!(live.last().is_none() && live.watch(draining, None).is_some());
+    }
+}
