@@ -7,14 +7,13 @@ use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{Request, Response, StatusCode, body::Incoming, header, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use prometheus_client::registry::Registry;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
     sync::Semaphore,
 };
 
-use super::{socket, tasks::Tasks};
+use super::{exposition::Exposition, socket, tasks::Tasks};
 
 /// Connections served at once.
 const CONNECTIONS: usize = 64;
@@ -36,7 +35,7 @@ pub trait Admin: Send + Sync + 'static {
 /// The endpoints, and what they show.
 #[derive(Clone)]
 pub struct Endpoints {
-    pub registry: Arc<Registry>,
+    pub metrics: Exposition,
     pub admin: Arc<dyn Admin>,
 }
 
@@ -109,7 +108,7 @@ impl Endpoints {
                     }
                     Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, text, format!("not ready: {reason}\n")),
                 },
-                "/metrics" => self.metrics(),
+                "/metrics" => self.metrics(request).await,
                 _ => match trusted {
                     true => self.admin.get(path, request.uri().query().unwrap_or_default()).await,
                     false => None,
@@ -123,10 +122,10 @@ impl Endpoints {
         response
     }
 
-    fn metrics(&self) -> Answer {
-        let mut text = String::new();
-        match prometheus_client::encoding::text::encode(&mut text, &self.registry) {
-            Ok(()) => (StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", text),
+    async fn metrics(&self, request: &Request<Incoming>) -> Answer {
+        let accept = request.headers().get(header::ACCEPT).and_then(|accept| accept.to_str().ok());
+        match self.metrics.scrape(accept.unwrap_or_default()).await {
+            Ok((content_type, text)) => (StatusCode::OK, content_type, text),
             Err(e) => (StatusCode::INTERNAL_SERVER_ERROR, "text/plain", format!("metrics: {e}\n")),
         }
     }

@@ -4,12 +4,14 @@
 pub mod admin;
 pub mod channel;
 pub mod dialer;
+pub mod exposition;
 pub mod handshake;
 pub mod link;
 pub mod mux;
 pub mod relay;
 pub mod socket;
 pub mod ssh;
+pub mod stalls;
 pub mod stream;
 pub mod tasks;
 pub mod telemetry;
