@@ -26,6 +26,7 @@ mod kubectl;
 mod kubernetes;
 mod local_endpoint;
 mod memory;
+mod monitoring;
 mod operate;
 mod policy;
 mod proxy_urls;
