@@ -120,7 +120,7 @@ impl Collector for Certificates {
         let files = self.fixed.iter().chain(&of_files).map(|expiry| expiry.told(now));
         let all = [("ssh_user", "", user), ("node_hosts", "", hosts)].into_iter().chain(files);
         let (name, help) =
-            ("certificate_expiry_timestamp_seconds", "When a certificate expires, by its use and file");
+            ("certificate_expiry_timestamp_seconds", "When a certificate expires, by its use and file.");
         let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
         for (name, file, end) in all {
             let Some(end) = end else { continue };

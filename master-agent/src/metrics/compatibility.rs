@@ -44,11 +44,11 @@ impl Collector for LegacyNames {
         let nodes = self.watches.status().into_iter().next();
         let stale = nodes.and_then(|nodes| nodes.stale_seconds).unwrap_or_default();
         for (name, help, value) in [
-            ("ssh_tunnel_open_count", "Counter of ssh tunnel total open attempts", self.dials.get()),
-            ("ssh_tunnel_open_fail_count", "Counter of ssh tunnel failed open attempts", self.failed.get()),
+            ("ssh_tunnel_open_count", "Attempts to dial a node.", self.dials.get()),
+            ("ssh_tunnel_open_fail_count", "Attempts to dial a node that gave no tunnel.", self.failed.get()),
             (
                 "apiserver_proxy_tunnel_sync_latency_secs",
-                "The time since the last successful synchronization of the SSH tunnels for proxy requests",
+                "For how long the API server has not been heard about nodes.",
                 stale,
             ),
         ] {
@@ -128,13 +128,13 @@ impl Collector for KonnectivityNames {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let Metrics { konnectivity: counts, nodes, dials_pending, stalls, .. } = &self.0;
         for (name, help, histogram) in [
-            (name!("dial_duration_seconds"), "Time to a successful dial", &counts.dial_seconds),
-            (name!("connection_duration_seconds"), "How long ended streams lasted", &counts.stream_seconds),
+            (name!("dial_duration_seconds"), "Time to a successful dial.", &counts.dial_seconds),
+            (name!("connection_duration_seconds"), "How long ended streams lasted.", &counts.stream_seconds),
         ] {
             histogram.encode(encoder.encode_descriptor(name, help, None, MetricType::Histogram)?)?;
         }
         // A counter's name would get another ending.
-        let (name, help) = (name!("dial_failure_count"), "Dials that failed, by reason");
+        let (name, help) = (name!("dial_failure_count"), "Dials that failed, by reason.");
         let mut family = encoder.encode_descriptor(name, help, None, MetricType::Unknown)?;
         for reason in REASONS {
             let times = counts.failures.get(&Reason { reason }).map_or(0, |count| count.get());
@@ -142,19 +142,19 @@ impl Collector for KonnectivityNames {
         }
         let connected = signed(nodes.count().0);
         for (name, help, value) in [
-            (name!("ready_backend_connections"), "Nodes with a tunnel", connected),
-            (name!("pending_backend_dials"), "Dials that are under way", Gauge::get(dials_pending)),
-            (name!("established_connections"), "Streams that are open", self.streams(|_| true)),
+            (name!("ready_backend_connections"), "Nodes with a tunnel.", connected),
+            (name!("pending_backend_dials"), "Dials that are under way.", Gauge::get(dials_pending)),
+            (name!("established_connections"), "Streams that are open.", self.streams(|_| true)),
             (
                 name!("http_connections"),
-                "Streams of HTTP CONNECT that are open",
+                "Streams of HTTP CONNECT that are open.",
                 self.streams(|door| door.starts_with("connect-")),
             ),
         ] {
             let gauge = ConstGauge::new(value);
             gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
         }
-        let (name, help) = (name!("full_receive_channels"), "Streams that wait for a node to have room");
+        let (name, help) = (name!("full_receive_channels"), "Streams that wait for a node to have room.");
         let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
         let waiting = ConstGauge::new(signed(stalls.up.now()));
         waiting.encode(family.encode_family(&[("service_method", "Proxy")])?)

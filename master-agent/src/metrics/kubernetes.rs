@@ -23,13 +23,13 @@ impl Collector for Watched {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         type Value = fn(&WatchStatus) -> u64;
         let gauges: [(&str, &str, Value); 3] = [
-            ("kubernetes_objects", "Objects known from the Kubernetes API, by kind", |s| s.objects as u64),
+            ("kubernetes_objects", "Objects known from the Kubernetes API, by kind.", |s| s.objects as u64),
             (
                 "kubernetes_stale_seconds",
-                "For how long the Kubernetes API has not been heard, by kind",
+                "For how long the Kubernetes API has not been heard, by kind.",
                 |s| s.stale_seconds.unwrap_or_default(),
             ),
-            ("kubernetes_errors", "Lists and watches that failed, by kind", |s| s.errors),
+            ("kubernetes_errors", "Lists and watches that failed, by kind.", |s| s.errors),
         ];
         let status = self.0.status();
         for (name, help, value) in gauges {

@@ -189,7 +189,7 @@ impl Metrics {
         r.register("tunnel_dials", "Attempts to dial a node", self.tunnel_dials.clone());
         r.register(
             "tunnel_dials_failed",
-            "Those of them that gave no tunnel",
+            "Attempts to dial a node that gave no tunnel",
             self.tunnel_dials_failed.clone(),
         );
         r.register("tunnels_established", "Tunnels established", self.tunnels_established.clone());

@@ -36,9 +36,10 @@ impl fmt::Debug for Nodes {
 impl Collector for Nodes {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let (connected, known) = self.registry.count();
-        for (name, help, value) in
-            [("nodes_connected", "Nodes with a tunnel", connected), ("nodes", "Nodes that are known", known)]
-        {
+        for (name, help, value) in [
+            ("nodes_connected", "Nodes with a tunnel.", connected),
+            ("nodes", "Nodes that are known.", known),
+        ] {
             let gauge = ConstGauge::new(signed(value));
             gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
         }
@@ -53,7 +54,7 @@ impl Each<'_> {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         self.gauges(&mut encoder)?;
         self.counters(&mut encoder)?;
-        let help = "Bytes of a node's streams: up to targets, down from them";
+        let help = "Bytes of a node's streams: up to targets, down from them.";
         let mut family = encoder.encode_descriptor("node_stream_bytes", help, None, MetricType::Counter)?;
         for node in self.0 {
             for (direction, bytes) in [("up", node.activity.up), ("down", node.activity.down)] {
@@ -61,7 +62,7 @@ impl Each<'_> {
                 ConstCounter::new(bytes).encode(family.encode_family(&labels)?)?;
             }
         }
-        let help = "Dials through a node that failed, by who is at fault";
+        let help = "Dials through a node that failed, by who is at fault.";
         let mut family = encoder.encode_descriptor("node_dials_failed", help, None, MetricType::Counter)?;
         for node in self.0 {
             // What has no route has no node.
@@ -77,16 +78,16 @@ impl Each<'_> {
     fn gauges(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         type Value = fn(&NodeFigures) -> Option<f64>;
         let gauges: [(&str, &str, Value); 4] = [
-            ("node_connected", "Whether a node has a tunnel", |node| {
+            ("node_connected", "Whether a node has a tunnel.", |node| {
                 Some(f64::from(u8::from(node.connected)))
             }),
-            ("node_streams", "Streams of a node that are open", |node| Some(node.streams as f64)),
-            ("node_round_trip_seconds", "A tunnel's round trip, as it was measured last", |node| {
+            ("node_streams", "Streams of a node that are open.", |node| Some(node.streams as f64)),
+            ("node_round_trip_seconds", "A tunnel's round trip, as it was measured last.", |node| {
                 node.round_trip.map(|time| time.as_secs_f64())
             }),
             (
                 "node_host_certificate_expiry_timestamp_seconds",
-                "When the host certificate that a node has shown expires",
+                "When the host certificate that a node has shown expires.",
                 |node| node.certificate_expires.map(|at| at as f64),
             ),
         ];
@@ -104,11 +105,11 @@ impl Each<'_> {
     fn counters(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         type Value = fn(&NodeFigures) -> u64;
         let counters: [(&str, &str, Value); 3] = [
-            ("node_tunnels_lost", "A node's tunnels that ended", |node| node.activity.lost),
-            ("node_reconnects", "How often a node that had no tunnel any more came back", |node| {
+            ("node_tunnels_lost", "A node's tunnels that ended.", |node| node.activity.lost),
+            ("node_reconnects", "How often a node that had no tunnel any more came back.", |node| {
                 node.activity.reconnects
             }),
-            ("node_impostors", "Links that claimed to be a node's and were refused", |node| node.refused),
+            ("node_impostors", "Links that claimed to be a node's and were refused.", |node| node.refused),
         ];
         for (name, help, value) in counters {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;

@@ -69,18 +69,18 @@ impl Stalls {
 impl Collector for ByDirection {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let all = [([("direction", "up")], &self.up), ([("direction", "down")], &self.down)];
-        let help = "Waits of streams for the other agent to have room, by the direction of what waits";
+        let help = "Waits of streams for the other agent to have room, by the direction of what waits.";
         let mut metric = encoder.encode_descriptor("stream_stalls", help, None, MetricType::Counter)?;
         for (labels, stalls) in &all {
             ConstCounter::new(stalls.begun()).encode(metric.encode_family(labels)?)?;
         }
-        let help = "How long those waits lasted that have ended";
+        let help = "How long such waits lasted that have ended.";
         let mut metric =
             encoder.encode_descriptor("stream_stall_seconds", help, None, MetricType::Counter)?;
         for (labels, stalls) in &all {
             ConstCounter::new(stalls.lasted().as_secs_f64()).encode(metric.encode_family(labels)?)?;
         }
-        let help = "Streams that wait now for the other agent to have room";
+        let help = "Streams that wait now for the other agent to have room.";
         let mut metric = encoder.encode_descriptor("streams_stalled", help, None, MetricType::Gauge)?;
         for (labels, stalls) in &all {
             let now = i64::try_from(stalls.now()).unwrap_or(i64::MAX);
