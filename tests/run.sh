@@ -22,7 +22,7 @@ install_missing() {
     local pair missing=()
     for pair in cc:build-essential sshd:openssh-server ssh:openssh-client ip:iproute2 nft:nftables curl:curl \
         openssl:openssl setpriv:util-linux useradd:passwd python3:python3 systemd-analyze:systemd \
-        chromium:chromium nginx:nginx-light tmux:tmux; do
+        chromium:chromium nginx:nginx-light tmux:tmux promtool:prometheus prometheus:prometheus; do
         command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
     done
     python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)

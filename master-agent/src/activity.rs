@@ -48,6 +48,8 @@ pub struct NodeActivity {
     ended: Counters,
     dials_failed: [AtomicU64; 5],
     lost: AtomicU64,
+    /// How often it came back after it had been without a tunnel.
+    reconnects: AtomicU64,
     lately: Mutex<Lately>,
 }
 
@@ -115,6 +117,16 @@ pub struct Totals {
     pub changed_unix_milliseconds: Option<u64>,
 }
 
+/// Sums, as metrics show them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Figures {
+    pub up: u64,
+    pub down: u64,
+    pub failed: Vec<(Fault, u64)>,
+    pub lost: u64,
+    pub reconnects: u64,
+}
+
 /// What `/nodes/NAME` adds to what `/nodes` tells.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Detail {
@@ -148,6 +160,12 @@ impl NodeActivity {
         let id = self.next.fetch_add(1, Relaxed);
         self.live().insert(id, stream);
         Place { activity: self.clone(), id }
+    }
+
+    /// There is one more tunnel; `again` after there was none for a while.
+    pub fn connected(&self, text: &str, again: bool) {
+        self.reconnects.fetch_add(u64::from(again), Relaxed);
+        self.event(EventKind::Connected, text);
     }
 
     pub fn event(&self, kind: EventKind, text: &str) {
@@ -201,20 +219,42 @@ impl NodeActivity {
         lately.round_trips.push_back(round_trip);
     }
 
-    pub fn totals(&self) -> Totals {
+    fn failures(&self) -> impl Iterator<Item = (Fault, u64)> {
+        FAULTS.into_iter().zip(self.dials_failed.each_ref().map(|count| count.load(Relaxed)))
+    }
+
+    fn bytes(&self) -> (u64, u64) {
+        // Under the lock, as a stream that ends moves its bytes under it.
+        let live = self.live();
         let (mut up, mut down) = (self.ended.up.load(Relaxed), self.ended.down.load(Relaxed));
-        for stream in self.live().values() {
+        for stream in live.values() {
             up += stream.counters.up.load(Relaxed);
             down += stream.counters.down.load(Relaxed);
         }
-        let of = |fault: Fault| self.dials_failed.get(fault as usize).map_or(0, |count| count.load(Relaxed));
-        let failed = FAULTS.into_iter().filter(|fault| of(*fault) > 0);
+        (up, down)
+    }
+
+    /// The counters, without what is for people.
+    pub fn figures(&self) -> Figures {
+        let (up, down) = self.bytes();
+        Figures {
+            up,
+            down,
+            failed: self.failures().collect(),
+            lost: self.lost.load(Relaxed),
+            reconnects: self.reconnects.load(Relaxed),
+        }
+    }
+
+    pub fn totals(&self) -> Totals {
+        let (up, down) = self.bytes();
+        let failed = self.failures().filter(|(_, times)| *times > 0);
         let state = |kind| !matches!(kind, EventKind::Policy | EventKind::DialFailed);
         Totals {
             up,
             down,
             streams: self.next.load(Relaxed),
-            failed: failed.map(|fault| (fault.to_string(), of(fault))).collect(),
+            failed: failed.map(|(fault, times)| (fault.to_string(), times)).collect(),
             lost: self.lost.load(Relaxed),
             changed_unix_milliseconds: {
                 let lately = self.lately();
@@ -259,7 +299,8 @@ const FAULTS: [Fault; 5] = [Fault::Caller, Fault::Route, Fault::Tunnel, Fault::P
 
 impl Drop for Place {
     fn drop(&mut self) {
-        if let Some(stream) = self.activity.live().remove(&self.id) {
+        let mut live = self.activity.live();
+        if let Some(stream) = live.remove(&self.id) {
             self.activity.ended.up.fetch_add(stream.counters.up.load(Relaxed), Relaxed);
             self.activity.ended.down.fetch_add(stream.counters.down.load(Relaxed), Relaxed);
         }

@@ -52,7 +52,6 @@ pub struct Agent {
     /// Set when no new tunnels are to be made.
     pub draining: CancellationToken,
     pub handshakes: Places,
-    /// What callers reach through their node's tunnel.
     pub front_end: OnceLock<Arc<FrontEnd>>,
     pub page: Page,
     user: RwLock<Arc<UserIdentity>>,
@@ -255,10 +254,14 @@ impl admin::Admin for Agent {
         }
         let legacy = self.config.kubernetes.as_ref().is_some_and(|config| config.legacy_names);
         let name = |error| if legacy { format!("SSH Tunnel Check: {error}") } else { error };
-        let stale = self.watches.as_ref().map_or(Ok(Vec::new()), |watches| watches.ready()).map_err(name)?;
+        let mut amiss =
+            self.watches.as_ref().map_or(Ok(Vec::new()), |watches| watches.ready()).map_err(name)?;
+        if let Some((0, servers)) = self.front_end.get().map(|front_end| front_end.upstreams()) {
+            amiss.push(format!("front end: none of {servers} API servers works"));
+        }
         match self.registry.count() {
             (0, known) if known > 0 => Err(format!("none of {known} nodes is connected")),
-            _ => Ok(stale),
+            _ => Ok(amiss),
         }
     }
 

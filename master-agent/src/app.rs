@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::Context;
-use proto::io::{admin::Endpoints, tasks::Tasks, unix};
+use proto::io::{admin::Endpoints, exposition::Exposition, tasks::Tasks, unix};
 use rustls::{
     RootCertStore, ServerConfig,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
@@ -248,15 +248,13 @@ fn serve(
             draining,
         )?;
         front_end.watch(background);
+        let _ = agent.front_end.set(front_end.clone());
         audit = Some(writer);
         if agent.config.calls_over_https() {
             front_end.take_calls(agent);
         }
         if config.serve_page {
             front_end.serve_page(agent);
-        }
-        if config.through_tunnels {
-            let _ = agent.front_end.set(front_end.clone());
         }
         if let (Some(listener), Some(config)) = (sockets.local_unix, &config.local) {
             listeners.spawn(local::accept_unix(front_end.clone(), config.clone(), listener));
@@ -269,7 +267,8 @@ fn serve(
     if let Some(listener) = call_home {
         listeners.spawn(links::accept(agent.clone(), listener));
     }
-    let endpoints = Endpoints { registry: Arc::new(agent.metrics.register(agent)), admin: agent.clone() };
+    let metrics = Exposition::new(agent.metrics.register(agent, agent.front_end.get()));
+    let endpoints = Endpoints { metrics, admin: agent.clone() };
     background.spawn(endpoints.clone().serve_tcp(admin, background.clone()));
     background.spawn(endpoints.serve_unix(admin_unix, background.clone()));
     Ok(audit)

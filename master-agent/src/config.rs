@@ -47,6 +47,15 @@ pub struct Config {
     pub inventory: Option<PathBuf>,
     /// The API server whose cluster is followed; `None` knows the inventory only.
     pub kubernetes: Option<KubernetesConfig>,
+    pub metrics: MetricsConfig,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MetricsConfig {
+    /// Serve some series of each node.
+    pub per_node: bool,
+    /// Also serve the names of a Konnectivity server.
+    pub konnectivity_names: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -277,6 +286,7 @@ impl Config {
             shutdown_grace: s.duration("shutdown_grace", secs(30), Duration::ZERO..=DAY),
             inventory: s.file("inventory"),
             kubernetes: s.section("kubernetes", |s| Some(KubernetesConfig::read(s))),
+            metrics: s.section_or_default("metrics", MetricsConfig::read),
         };
         let through_front_end = config.front_end.as_ref().is_some_and(|f| f.serve_proxy_urls);
         match &config.proxy_urls {
@@ -289,6 +299,12 @@ impl Config {
             Some(_) | None => {}
         }
         Some(config)
+    }
+}
+
+impl MetricsConfig {
+    fn read(s: &Section<'_>) -> Self {
+        Self { per_node: s.or("per_node", true), konnectivity_names: s.or("konnectivity_names", false) }
     }
 }
 

@@ -31,6 +31,7 @@ use crate::{
     identity::{HostKeyError, UserIdentity},
     inventory::InventoryNode,
     join,
+    metrics::Reason,
     registry::{Absent, Registration},
     trust,
     tunnel::{Direction, HostIdentity, Session, Tunnel, TunnelError, Verify, handshake},
@@ -284,7 +285,9 @@ async fn shake<T>(
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let shaken = handshake(link, verify, login, user, &agent.config.tunnels, tasks, place).await;
+    let shaken =
+        handshake(link, verify, (login, user), &agent.config.tunnels, tasks, place, &agent.metrics.stalls)
+            .await;
     shaken.map_err(|error| match &error {
         TunnelError::HostKey(why) => {
             if let Some(node) = why.node() {
@@ -319,6 +322,9 @@ fn register(agent: &Arc<Agent>, tunnel: Tunnel) -> Result<Registration, TunnelEr
         return Err(refuse_key(agent, &why));
     }
     let (registration, others) = agent.registry.register(tunnel)?;
+    if let Some(absence) = registration.absence {
+        agent.metrics.node_absence_seconds.observe(absence.as_secs_f64());
+    }
     let tunnel = registration.tunnel();
     agent.metrics.tunnels_established.inc();
     let kind = if tunnel.is_node_agent() { "node-agent" } else { "sshd" };
@@ -377,7 +383,7 @@ async fn hold(agent: &Arc<Agent>, registration: Registration, events: Option<Eve
             }
         }
     };
-    agent.metrics.tunnels_lost.inc();
+    agent.metrics.tunnels_lost.get_or_create(&Reason { reason: tunnel.loss().kind() }).inc();
     agent.registry.event(&tunnel.node, EventKind::Lost, &reason);
     tracing::warn!(node = %tunnel.node, reason, seconds = tunnel.established.elapsed().as_secs(), "tunnel ended");
     reason

@@ -8,7 +8,7 @@ use std::{
     collections::BTreeMap,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use proto::{DialError, NodeName};
@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
-    activity::{self, Detail, Event, EventKind, NodeActivity, Totals},
+    activity::{self, Detail, Event, EventKind, Figures, NodeActivity, Totals},
     tunnel::{Direction, Tunnel},
 };
 
@@ -60,6 +60,8 @@ struct Node {
     absent: Absent,
     connections: usize,
     streams: Arc<Semaphore>,
+    /// Since its last tunnel ended; `None` while it has one, and before the first.
+    away_since: Option<Instant>,
     /// Connections that claimed this node and were refused.
     refused: u64,
     activity: Arc<NodeActivity>,
@@ -75,6 +77,8 @@ pub struct Registry {
 pub struct Registration {
     registry: Arc<Registry>,
     tunnel: Arc<Tunnel>,
+    /// How long the node had been without a tunnel, if this one brings it back.
+    pub absence: Option<Duration>,
 }
 
 /// What `node list` shows.
@@ -96,6 +100,19 @@ pub struct NodeDetail {
     pub status: NodeStatus,
     #[serde(flatten)]
     pub detail: Detail,
+}
+
+/// What metrics tell of a node.
+#[derive(Clone, Debug)]
+pub struct NodeFigures {
+    pub name: NodeName,
+    pub connected: bool,
+    pub round_trip: Option<Duration>,
+    pub streams: usize,
+    /// Of the certificates in use, the first.
+    pub certificate_expires: Option<u64>,
+    pub refused: u64,
+    pub activity: Figures,
 }
 
 /// One tunnel, as `node list -o json` shows it.
@@ -147,6 +164,7 @@ impl Registry {
             absent,
             connections: 1,
             streams: Arc::new(Semaphore::new(self.max_streams_per_node)),
+            away_since: None,
             refused: 0,
             activity: Arc::default(),
         }
@@ -160,14 +178,19 @@ impl Registry {
         let tunnel = Arc::new(tunnel);
         let mut nodes = self.nodes();
         let node = nodes.get_mut(&tunnel.node).ok_or_else(|| NotRegistered::Unknown(tunnel.node.clone()))?;
+        let had = !node.tunnels.is_empty();
         node.tunnels.retain(|t| !t.has_ended());
+        if had && node.tunnels.is_empty() {
+            node.away_since = Some(Instant::now());
+        }
         if node.tunnels.len() >= node.connections + STANDBY {
             return Err(NotRegistered::Full(tunnel.node.clone()));
         }
         let others = node.tunnels.clone();
         node.tunnels.push(tunnel.clone());
-        node.activity.event(EventKind::Connected, &connected(&tunnel));
-        Ok((Registration { registry: self.clone(), tunnel }, others))
+        let absence = node.away_since.take().map(|since| since.elapsed());
+        node.activity.connected(&connected(&tunnel), absence.is_some());
+        Ok((Registration { registry: self.clone(), tunnel, absence }, others))
     }
 
     pub fn set_absent(&self, name: &NodeName, absent: Absent) {
@@ -279,6 +302,37 @@ impl Registry {
         (connected, nodes.len())
     }
 
+    /// Of the host certificates in use, when the first one expires, in seconds since 1970.
+    pub fn first_certificate_to_expire(&self) -> Option<u64> {
+        let tunnels = self.tunnels();
+        let alive = tunnels.iter().filter(|tunnel| !tunnel.has_ended());
+        alive.filter_map(|tunnel| tunnel.certificate_expires()).min().map(unix_seconds)
+    }
+
+    /// What metrics tell of each node. The nodes are looked at when nobody has to wait for it any more.
+    pub fn figures(&self) -> Vec<NodeFigures> {
+        let all: Vec<_> = {
+            let nodes = self.nodes();
+            nodes
+                .iter()
+                .map(|(name, node)| (name.clone(), node.tunnels.clone(), node.refused, node.activity.clone()))
+                .collect()
+        };
+        let figures = all.into_iter().map(|(name, tunnels, refused, activity)| {
+            let mut alive = tunnels.iter().filter(|tunnel| !tunnel.has_ended()).peekable();
+            NodeFigures {
+                name,
+                connected: alive.peek().is_some(),
+                round_trip: tunnels.iter().find(|t| t.is_usable()).and_then(|t| t.round_trip()),
+                streams: tunnels.iter().map(|tunnel| tunnel.streams()).sum(),
+                certificate_expires: alive.filter_map(|t| t.certificate_expires()).min().map(unix_seconds),
+                refused,
+                activity: activity.figures(),
+            }
+        });
+        figures.collect()
+    }
+
     pub fn status(&self) -> Vec<NodeStatus> {
         // Dials wait for the lock, and texts take a while.
         let nodes: Vec<_> = self.nodes().iter().map(|(name, node)| (name.clone(), node.clone())).collect();
@@ -332,7 +386,11 @@ impl Registration {
 impl Drop for Registration {
     fn drop(&mut self) {
         if let Some(node) = self.registry.nodes().get_mut(&self.tunnel.node) {
+            let had = !node.tunnels.is_empty();
             node.tunnels.retain(|t| t.id != self.tunnel.id);
+            if had && node.tunnels.is_empty() {
+                node.away_since = Some(Instant::now());
+            }
         }
     }
 }

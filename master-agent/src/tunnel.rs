@@ -24,7 +24,7 @@ use proto::{
         handshake::{BEGUN, Place},
         link::{Gate, Link},
         mux::{Events, Feeder, Mux, ProtocolError},
-        ssh,
+        ssh, stalls,
         stream::Stream,
         tasks::Tasks,
     },
@@ -67,6 +67,34 @@ pub enum Direction {
     CallHome,
     /// Over the front end's port.
     CallHomeHttps,
+}
+
+/// How a tunnel came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loss {
+    /// The node left keep-alives unanswered.
+    NoAnswer,
+    /// The link broke off, or SSH failed on it.
+    Link,
+    ByNode,
+    ByMaster,
+    /// The node did what it may not.
+    Protocol,
+}
+
+impl Loss {
+    pub const ALL: [Self; 5] = [Self::NoAnswer, Self::Link, Self::ByNode, Self::ByMaster, Self::Protocol];
+
+    /// A short, fixed word for metric labels.
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::NoAnswer => "no_answer",
+            Self::Link => "link",
+            Self::ByNode => "closed_by_node",
+            Self::ByMaster => "closed_by_master",
+            Self::Protocol => "protocol",
+        }
+    }
 }
 
 /// What verification made of a presented host key.
@@ -123,6 +151,7 @@ struct Parts {
     shared: Arc<Shared>,
     channels: Channels,
     gate: Gate,
+    stalls: stalls::ByDirection,
     tasks: Tasks,
 }
 
@@ -137,7 +166,7 @@ struct Shared {
     forward: Mutex<Option<Forward>>,
     identity: OnceLock<HostIdentity>,
     refused: Mutex<Option<HostKeyError>>,
-    reason: OnceLock<String>,
+    reason: OnceLock<(Loss, String)>,
     ended: CancellationToken,
 }
 
@@ -145,6 +174,7 @@ pub(crate) struct ClientHandler {
     verify: Verify,
     shared: Arc<Shared>,
     channels: Channels,
+    stalls: stalls::ByDirection,
 }
 
 /// What a plain sshd was asked to listen on for the front end.
@@ -188,12 +218,11 @@ impl HostIdentity {
 impl ClientHandler {
     /// A node opens no channels unless asked to. Refusals would wait without bound while keys are exchanged.
     fn unasked(&self) -> Result<(), russh::Error> {
-        let _ = self.shared.reason.set("the node tried to open a channel".to_owned());
-        Err(russh::Error::Inconsistent)
+        Err(self.broken("the node tried to open a channel".to_owned()))
     }
 
     fn broken(&self, reason: String) -> russh::Error {
-        let _ = self.shared.reason.set(reason);
+        let _ = self.shared.reason.set((Loss::Protocol, reason));
         russh::Error::Inconsistent
     }
 
@@ -314,7 +343,7 @@ impl client::Handler for ClientHandler {
         self.channels.on_open(half.id());
         reply.accept().await;
         place.send(Forwarded {
-            stream: self.channels.stream(Half::Client(half)),
+            stream: self.channels.counted_in(&self.stalls.down).stream(Half::Client(half)),
             origin: format!("tcp {originator_address}:{originator_port}"),
             permit,
         });
@@ -388,12 +417,12 @@ impl client::Handler for ClientHandler {
             DisconnectReason::ReceivedDisconnect(info) => {
                 let printable = |c: char| if c.is_control() { ' ' } else { c };
                 let message: String = info.message.chars().take(FAREWELL).map(printable).collect();
-                format!("closed by the node: {message}")
+                (Loss::ByNode, format!("closed by the node: {message}"))
             }
             DisconnectReason::Error(russh::Error::KeepaliveTimeout) => {
-                "the node no longer answers".to_owned()
+                (Loss::NoAnswer, "the node no longer answers".to_owned())
             }
-            DisconnectReason::Error(error) => error.to_string(),
+            DisconnectReason::Error(error) => (Loss::Link, error.to_string()),
         });
         Ok(())
     }
@@ -405,7 +434,7 @@ impl Drop for ClientHandler {
             *fed.lock().unwrap_or_else(PoisonError::into_inner) = None;
         }
         *self.shared.forward.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        self.channels.close(self.shared.reason.get().map_or("the tunnel was lost", String::as_str));
+        self.channels.close(self.shared.reason.get().map_or("the tunnel was lost", |(_, reason)| reason));
         self.shared.ended.cancel();
     }
 }
@@ -431,11 +460,11 @@ fn client_config(config: &TunnelsConfig) -> client::Config {
 pub async fn handshake<T>(
     link: T,
     verify: Verify,
-    login: &str,
-    user: &UserIdentity,
+    (login, user): (&str, &UserIdentity),
     config: &TunnelsConfig,
     tasks: &Tasks,
     place: Option<&Place>,
+    stalls: &stalls::ByDirection,
 ) -> Result<Session, TunnelError>
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -446,7 +475,7 @@ where
     let received = place.map(|place| place.received.clone()).unwrap_or_default();
     let (link, gate) = Link::new(link, cut.clone(), received.clone());
     let tasks = tasks.child();
-    let channels = Channels::new(gate.clone(), tasks.clone(), PATIENCE);
+    let channels = Channels::new(gate.clone(), tasks.clone(), PATIENCE, stalls.up.clone());
     let shared = Arc::new(Shared {
         feeder: Mutex::default(),
         front_end: Mutex::default(),
@@ -456,7 +485,8 @@ where
         reason: OnceLock::new(),
         ended: CancellationToken::new(),
     });
-    let handler = ClientHandler { verify, shared: shared.clone(), channels: channels.clone() };
+    let handler =
+        ClientHandler { verify, shared: shared.clone(), channels: channels.clone(), stalls: stalls.clone() };
     let refused = || shared.refused.lock().unwrap_or_else(PoisonError::into_inner).take();
 
     let run = async {
@@ -493,7 +523,7 @@ where
     let Some(identity) = shared.identity.get().cloned() else {
         return Err(TunnelError::Ssh(russh::Error::UnknownKey));
     };
-    let parts = Parts { shared, channels, gate, tasks };
+    let parts = Parts { shared, channels, gate, stalls: stalls.clone(), tasks };
     Ok(Session { identity, handle: Arc::new(handle), parts, cut, cut_on_drop })
 }
 
@@ -646,8 +676,10 @@ impl Parts {
                 handle.data(id, frame).await.is_ok()
             }) as _
         };
+        // What the master sends to a node's own callers comes down.
+        let stalls = if initiator { &self.stalls.up } else { &self.stalls.down };
         let (mux, feeder, events) =
-            Mux::new(initiator, max_streams, self.gate.clone(), Box::new(out), &self.tasks);
+            Mux::new(initiator, max_streams, self.gate.clone(), stalls.clone(), Box::new(out), &self.tasks);
         self.channels.forget(id);
         *fed.lock().unwrap_or_else(PoisonError::into_inner) = Some((id, feeder));
         channel.request_subsystem(true, subsystem).await?;
@@ -822,7 +854,12 @@ impl Tunnel {
     }
 
     fn ended_reason(&self) -> String {
-        self.parts.shared.reason.get().cloned().unwrap_or_else(|| "the SSH session ended".to_owned())
+        self.parts.shared.reason.get().map_or_else(|| "the SSH session ended".to_owned(), |(_, r)| r.clone())
+    }
+
+    /// Why it has ended, in one word.
+    pub fn loss(&self) -> Loss {
+        self.parts.shared.reason.get().map_or(Loss::Link, |(loss, _)| *loss)
     }
 
     /// Whether the node answers within `timeout`.
@@ -850,7 +887,7 @@ impl Tunnel {
 
     /// Ends the tunnel; its streams are reset.
     pub async fn close(&self, reason: &str) {
-        let _ = self.parts.shared.reason.set(reason.to_owned());
+        let _ = self.parts.shared.reason.set((Loss::ByMaster, reason.to_owned()));
         let bye = self.handle.disconnect(russh::Disconnect::ByApplication, reason, "");
         let _ = tokio::time::timeout(Duration::from_millis(500), bye).await;
         let _ = tokio::time::timeout(Duration::from_millis(500), self.parts.shared.ended.cancelled()).await;

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use anyhow::Context;
-use proto::io::{admin::Endpoints, tasks::Tasks, unix};
+use proto::io::{admin::Endpoints, exposition::Exposition, tasks::Tasks, unix};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -56,7 +56,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     for master in &agent.config.call_home {
         agent.sessions.spawn(links::call_home(agent.clone(), master.clone()));
     }
-    let endpoints = Endpoints { registry: Arc::new(agent.metrics.register()), admin: agent.clone() };
+    let endpoints = Endpoints { metrics: Exposition::new(agent.metrics.register()), admin: agent.clone() };
     background.spawn(endpoints.serve_tcp(admin, background.clone()));
 
     let mut terminate = signal(SignalKind::terminate())?;

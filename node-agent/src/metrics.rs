@@ -7,6 +7,7 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge},
     registry::Registry,
 };
+use proto::io::stalls;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Result {
@@ -44,6 +45,8 @@ pub struct Metrics {
     pub front_end_streams: Gauge,
     /// Bytes carried for those that have.
     pub front_end_bytes: Family<Direction, Counter>,
+    /// Waits of what is sent to masters.
+    pub stalls: stalls::ByDirection,
     /// When the host certificate expires, seconds since the epoch; 0 without one.
     pub certificate_expiry: Gauge<f64, AtomicU64>,
     /// Host certificates received by renewal.
@@ -63,6 +66,7 @@ impl Metrics {
             "Bytes of ended streams: up to targets, down from them",
             self.bytes.clone(),
         );
+        r.register_collector(Box::new(self.stalls.clone()));
         r.register(
             "front_end_callers",
             "Callers of the local endpoint by result",

@@ -86,7 +86,12 @@ where
         person: None,
         valid_before: None,
         proved: Some(proved),
-        channels: Channels::new(gate.clone(), tasks.clone(), CLIENT_PATIENCE),
+        channels: Channels::new(
+            gate.clone(),
+            tasks.clone(),
+            CLIENT_PATIENCE,
+            agent.metrics.stalls.down.clone(),
+        ),
         feeder: None,
         front_end: None,
         gate,
@@ -215,8 +220,10 @@ impl Session {
             Box::pin(async move { handle.data(channel, frame).await.is_ok() }) as _
         };
         let max_streams = self.agent.config.limits.max_streams;
+        let stalls = &self.agent.metrics.stalls;
+        let stalls = if initiator { &stalls.up } else { &stalls.down };
         let (mux, feeder, events) =
-            Mux::new(initiator, max_streams, self.gate.clone(), Box::new(out), &self.tasks);
+            Mux::new(initiator, max_streams, self.gate.clone(), stalls.clone(), Box::new(out), &self.tasks);
         if initiator {
             self.front_end = Some((channel, feeder));
             self.tasks.spawn(local_endpoint::offer(self.agent.clone(), mux, events));

@@ -13,6 +13,7 @@ use anyhow::{Context, bail};
 
 use crate::{
     client::Door,
+    metrics::{OPEN_METRICS, scrape},
     openssh,
     pki::{Authority, client_config},
     process::{Process, TempDir, eventually, free_port},
@@ -369,6 +370,11 @@ impl Cluster {
         let all: Vec<serde_json::Value> =
             serde_json::from_str(&self.command(&["node", "list", "-o", "json"])?)?;
         all.into_iter().find(|n| n["name"] == node).context("no such node")
+    }
+
+    /// The sum of a metric's samples.
+    pub async fn total(&self, admin: SocketAddr, name: &str) -> anyhow::Result<f64> {
+        Ok(scrape(admin, OPEN_METRICS).await?.total(name))
     }
 
     /// The value of a metric's first sample whose line begins with `prefix`.

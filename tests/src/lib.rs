@@ -16,6 +16,7 @@ pub mod konnectivity;
 pub mod kubectl;
 pub mod kubelet;
 pub mod load;
+pub mod metrics;
 pub mod netns;
 pub mod openssh;
 pub mod pattern;

@@ -12,6 +12,7 @@ pub mod target_socket;
 
 use std::{sync::Arc, time::Duration};
 
+use prometheus_client::metrics::gauge::Gauge;
 use proto::{
     DialError, Fault, Target,
     io::{
@@ -29,6 +30,19 @@ use crate::{
 use listen::Socket;
 use record::Record;
 use target_socket::TargetSocket;
+
+/// All names that streams to nodes come under in records and metrics.
+pub const DOORS: [&str; 9] = [
+    "connect-unix",
+    "connect-tls",
+    "konnectivity-unix",
+    "konnectivity-tls",
+    "socks5-unix",
+    "socks5-tcp",
+    "proxy-url-unix",
+    "proxy-url-tcp",
+    "front-end",
+];
 
 /// One way in. Its callers are served each by a task of its own.
 pub trait FrontDoor: Send + Sync + 'static {
@@ -79,12 +93,17 @@ impl Common {
     pub async fn dial(&self, target: &Target, caller: &Caller) -> Result<Dialled, DialError> {
         let began = std::time::Instant::now();
         let mut span = record::span(caller, target);
+        let pending = Pending::new(&self.metrics.dials_pending);
         let connection = self.dialer.dial(target, &caller.origin).await.inspect_err(|error| {
             span.set_text("master_agent.fault", &error.fault().to_string());
             span.fail(error.kind(), &error.to_string());
         })?;
-        self.metrics.dial_seconds.observe(began.elapsed().as_secs_f64());
-        self.count(caller, "ok", "none".to_owned());
+        drop(pending);
+        let seconds = began.elapsed().as_secs_f64();
+        self.metrics.dial_seconds.observe(seconds);
+        self.metrics.konnectivity.dial_seconds.observe(seconds);
+        let outcome = Outcome { front_door: caller.door, result: "ok", fault: "none".to_owned() };
+        self.metrics.dials.get_or_create(&outcome).inc();
         span.event("dialled");
         Ok(Dialled { connection, span })
     }
@@ -93,7 +112,7 @@ impl Common {
     pub fn dial_failed(&self, target: &Target, caller: &Caller, error: &DialError) {
         let Caller { door: front_door, origin, .. } = caller;
         let fault = error.fault();
-        self.count(caller, error.kind(), fault.to_string());
+        self.metrics.dial_failed(front_door, error);
         match fault {
             Fault::Caller | Fault::Policy | Fault::Target => {
                 tracing::info!(front_door, %origin, %target, %error, %fault, "dial failed");
@@ -155,8 +174,20 @@ impl Common {
         }));
         near
     }
+}
 
-    fn count(&self, caller: &Caller, result: &'static str, fault: String) {
-        self.metrics.dials.get_or_create(&Outcome { front_door: caller.door, result, fault }).inc();
+/// A dial that is under way.
+struct Pending<'a>(&'a Gauge);
+
+impl<'a> Pending<'a> {
+    fn new(dials: &'a Gauge) -> Self {
+        dials.inc();
+        Self(dials)
+    }
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        self.0.dec();
     }
 }

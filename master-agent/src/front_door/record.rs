@@ -57,8 +57,12 @@ impl Drop for Record {
         let (trace_id, span_id) = span.unzip();
         self.metrics.streams.get_or_create(&Door { front_door }).dec();
         for (direction, bytes) in [("up", up), ("down", down)] {
-            self.metrics.bytes.get_or_create(&DoorDirection { front_door, direction }).inc_by(bytes);
+            let labels = DoorDirection { front_door, direction };
+            self.metrics.bytes.get_or_create(&labels).inc_by(bytes);
+            self.metrics.stream_size.get_or_create(&labels).observe(bytes as f64);
         }
+        self.metrics.stream_seconds.get_or_create(&Door { front_door }).observe(seconds);
+        self.metrics.konnectivity.stream_seconds.observe(seconds);
         tracing::info!(
             front_door,
             origin = %caller.origin,

@@ -159,7 +159,7 @@ impl Call {
             let failure = Failure::new(StatusCode::SERVICE_UNAVAILABLE, "the master-agent is stopping");
             return Err(failure.retry_after(1));
         }
-        reserve(record, true).await?;
+        reserve(&connection.front_end, record, true).await?;
         // Many nodes may be one user; each is limited by itself.
         let key = format!("{} calling home as {}", user.name, info.name);
         let place = connection.front_end.limits.place(&key, true).await.inspect_err(|_| record.limited())?;

@@ -30,7 +30,7 @@ use super::{
     local::refuse_pages,
     recorder::Recorder,
     request_info::RequestInfo,
-    server::{Connection, DOOR},
+    server::{Connection, DOOR, FrontEnd},
     streams,
     upstream::{BodyError, Lease, RequestBody, ResponseBody, UpstreamError},
     user::User,
@@ -53,7 +53,12 @@ impl Connection {
         request: Request<Incoming>,
     ) -> Result<Response<Answer>, Infallible> {
         let busy = self.activity.busy();
-        let mut record = Recorder::new(self.front_end.audit.clone(), &self.peer, &request);
+        let mut record = Recorder::new(
+            self.front_end.audit.clone(),
+            self.front_end.metrics.front_end.clone(),
+            &self.peer,
+            &request,
+        );
         // A Content-Length beside it is dropped unseen, and whoever stands before this server may have gone by it.
         let http1 = request.version() < Version::HTTP_2;
         let mut last = http1 && request.headers().contains_key(header::TRANSFER_ENCODING);
@@ -142,7 +147,7 @@ impl Connection {
         let long_running =
             is_long_running(&info, head.uri.query()) || page.is_some() && page::is_long_running(&info.path);
         // What may become long is recorded, and bounded, as if it were.
-        reserve(record, long_running || hop.upgrade.is_some()).await?;
+        reserve(front_end, record, long_running || hop.upgrade.is_some()).await?;
         // Whoever the caller acts as, and before authorizers do anything for it.
         let place = front_end.limits.place(&caller.user.name, long_running).await;
         let mut place = place.inspect_err(|_| record.limited())?;
@@ -279,6 +284,7 @@ impl Connection {
     }
 
     fn unrecognized(&self, attempt: Attempt<'_>, why: &authn::Failure, record: &mut Recorder) -> Failure {
+        record.unrecognized(why);
         let limited = match why.not_tried() {
             Some(after) => Some(too_many(after)),
             None if why.is_unavailable() => {
@@ -290,6 +296,7 @@ impl Connection {
             None => attempt.fail().err(),
         };
         if let Some(limited) = limited {
+            self.front_end.limits.count("failures_per_address");
             record.limited();
             return limited;
         }
@@ -422,8 +429,13 @@ impl From<Failure> for Answered {
 }
 
 /// What can't be recorded is not served.
-pub(super) async fn reserve(record: &mut Recorder, lasting: bool) -> Result<(), Failure> {
+pub(super) async fn reserve(
+    front_end: &FrontEnd,
+    record: &mut Recorder,
+    lasting: bool,
+) -> Result<(), Failure> {
     let Err(audit::Full) = record.reserve(lasting).await else { return Ok(()) };
+    front_end.limits.count("audit");
     record.limited();
     let message = "the request can't be recorded at the moment";
     Err(Failure::new(StatusCode::SERVICE_UNAVAILABLE, message).retry_after(1))

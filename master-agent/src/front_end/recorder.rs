@@ -14,13 +14,16 @@ use proto::{NodeName, io::relay::Counters};
 
 use super::{
     audit::{Audit, Full, Outcome, Queue, Record, RequestId, Room},
-    authn::Authenticated,
+    authn::{Authenticated, Failure, Reason},
     authz::Verdict,
     request_info::RequestInfo,
     server::Peer,
     user::{UNAUTHENTICATED, User},
 };
-use crate::traces::{self, Span, SpanContext};
+use crate::{
+    metrics::{Authentication, FrontEndMetrics, RequestOutcome},
+    traces::{self, Span, SpanContext},
+};
 
 /// Characters.
 const KEPT: usize = 8 * 1024;
@@ -28,6 +31,11 @@ const KEPT: usize = 8 * 1024;
 /// Dropping it writes the record: when the response has been passed on, or the caller has left.
 pub struct Recorder {
     audit: Audit,
+    metrics: Arc<FrontEndMetrics>,
+    /// It has been answered by this front end itself, as it can't be served.
+    failed: bool,
+    /// It is not to be measured by how long it takes.
+    lasting: bool,
     room: Option<Room>,
     pub id: RequestId,
     received: SystemTime,
@@ -56,9 +64,12 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    pub fn new<B>(audit: Audit, peer: &Peer, request: &Request<B>) -> Self {
+    pub fn new<B>(audit: Audit, metrics: Arc<FrontEndMetrics>, peer: &Peer, request: &Request<B>) -> Self {
         Self {
             audit,
+            metrics,
+            failed: false,
+            lasting: false,
             room: None,
             id: RequestId::random(),
             received: SystemTime::now(),
@@ -90,6 +101,9 @@ impl Recorder {
     pub fn again(&self) -> Self {
         Self {
             audit: self.audit.clone(),
+            metrics: self.metrics.clone(),
+            failed: self.failed,
+            lasting: true,
             room: None,
             id: self.id,
             received: self.received,
@@ -115,6 +129,7 @@ impl Recorder {
     }
 
     pub fn authenticated(&mut self, who: &Authenticated) {
+        self.metrics.authentication(who.authenticator, Authentication::Ok);
         self.user = Some(who.user.clone());
         self.authenticator = Some(who.authenticator);
         // Nobody else has a part in traces.
@@ -139,12 +154,27 @@ impl Recorder {
         }
     }
 
+    /// Nobody recognises the caller.
+    pub fn unrecognized(&self, why: &Failure) {
+        for (authenticator, reason) in why.by_authenticator() {
+            let result = if matches!(reason, Reason::NotTried(_)) {
+                Authentication::Limited
+            } else if matches!(reason, Reason::Unavailable(_)) {
+                Authentication::Unavailable
+            } else {
+                Authentication::Failed
+            };
+            self.metrics.authentication(authenticator, result);
+        }
+    }
+
     pub fn unauthenticated(&mut self) {
         self.outcome = Outcome::Unauthenticated;
     }
 
     /// Makes sure that there will be room for the record of a request that is to be served.
     pub async fn reserve(&mut self, lasting: bool) -> Result<(), Full> {
+        self.lasting = lasting;
         let queue = if lasting { Queue::Lasting } else { self.queue() };
         self.room = self.audit.room(queue).await?;
         Ok(())
@@ -152,6 +182,7 @@ impl Recorder {
 
     /// Of a request that is not served: its line is lost if there is no room, but whoever makes many is slowed down.
     pub async fn refused(&mut self) {
+        self.failed = true;
         if self.room.is_none() {
             self.room = self.audit.room(self.queue()).await.ok().flatten();
         }
@@ -185,6 +216,7 @@ impl Recorder {
     }
 
     pub fn decided(&mut self, verdict: &Verdict) {
+        self.metrics.decision(verdict);
         self.authorizer = verdict.authorizer;
         self.rule.clone_from(&verdict.rule);
         if !verdict.allowed {
@@ -204,6 +236,15 @@ impl Recorder {
 
     pub fn answered(&mut self, code: StatusCode) {
         self.code = code.as_u16();
+        let outcome = match self.outcome {
+            Outcome::Allow if !self.failed => RequestOutcome::Served,
+            Outcome::Unauthenticated => RequestOutcome::Unauthenticated,
+            Outcome::Deny => RequestOutcome::Forbidden,
+            Outcome::Limited => RequestOutcome::Limited,
+            Outcome::Allow | Outcome::Error if code.is_server_error() => RequestOutcome::Unanswered,
+            Outcome::Allow | Outcome::Error => RequestOutcome::Bad,
+        };
+        self.metrics.request(outcome, Some(code));
     }
 
     fn end_span(&mut self, up: u64, down: u64) {
@@ -262,6 +303,11 @@ fn beginning(uri: &Uri) -> Uri {
 
 impl Drop for Recorder {
     fn drop(&mut self) {
+        match self.code {
+            0 => self.metrics.request(RequestOutcome::Cancelled, None),
+            _ if !self.lasting => self.metrics.short_request(self.began.elapsed()),
+            _ => {}
+        }
         let (up, down) = (self.carried.up.load(Ordering::Relaxed), self.carried.down.load(Ordering::Relaxed));
         let (queue, room) = (self.queue(), self.room.take());
         let trace_id = self.span().map(|span| traces::ids(&span).0);

@@ -22,7 +22,7 @@ use proto::{
         tasks::Tasks,
     },
 };
-use rustls::{ServerConfig, pki_types::CertificateDer};
+use rustls::pki_types::CertificateDer;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,
@@ -40,14 +40,14 @@ use super::{
     reloaded::{Follow, Reloaded, follow},
     streams::Streams,
     tls,
-    upstream::Upstream,
+    upstream::{Upstream, UpstreamStatus},
     user::UNAUTHENTICATED,
 };
 use crate::{
     agent::Agent,
     front_door::proxy_url::ProxyUrls,
     http::watched::{Activity, Watched},
-    metrics::Metrics,
+    metrics::{Expiry, Handshake, Metrics},
     page,
 };
 
@@ -69,7 +69,7 @@ const EVICTED: &str = "gave its place to a newcomer before anybody authenticated
 
 /// The front end, its files read.
 pub struct FrontEnd {
-    tls: Arc<Reloaded<Arc<ServerConfig>>>,
+    tls: Arc<Reloaded<tls::Serving>>,
     pub(super) authn: Authenticators,
     pub(super) authz: Authorizers,
     pub(super) authorize_everything: bool,
@@ -90,6 +90,15 @@ pub struct FrontEnd {
     permits: Arc<Semaphore>,
     handshakes: Places,
     files: Vec<Arc<dyn Follow>>,
+}
+
+/// How many there are at a moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Load {
+    pub connections: usize,
+    pub in_flight: usize,
+    pub queued: usize,
+    pub long_running: usize,
 }
 
 /// Where a caller comes from.
@@ -191,7 +200,7 @@ impl FrontEnd {
             authorize_everything: config.authorize_everything,
             proxy_urls: proxy_urls.filter(|_| config.serve_proxy_urls),
             upstream: Arc::new(upstream),
-            limits: Limits::new(&config.limits),
+            limits: Limits::new(&config.limits, metrics.front_end.limited.clone()),
             config: config.limits.clone(),
             audit,
             metrics,
@@ -231,6 +240,28 @@ impl FrontEnd {
         page::on_front_end(path).and_then(|_| self.page.get()).and_then(Weak::upgrade)
     }
 
+    /// When the certificates in use expire.
+    pub fn expiries(&self) -> Vec<Expiry> {
+        let serving = self.tls.get();
+        let mut all: Vec<_> =
+            serving.expiries.iter().map(|expiry| Expiry::Chain("front_end", expiry.clone())).collect();
+        if let Some(ca) = self.authn.client_ca() {
+            all.push(Expiry::Authorities("front_end_client_ca", ca.get().expiry.clone()));
+        }
+        all.extend(self.upstream.expiries());
+        all
+    }
+
+    pub fn load_now(&self) -> Load {
+        let (in_flight, queued, long_running) = self.limits.requests();
+        let connections = self.config.max_connections.saturating_sub(self.permits.available_permits());
+        Load { connections, in_flight, queued, long_running }
+    }
+
+    pub fn upstreams_now(&self) -> Vec<UpstreamStatus> {
+        self.upstream.status()
+    }
+
     /// How many API servers work, and how many there are.
     pub fn upstreams(&self) -> (usize, usize) {
         self.upstream.healthy()
@@ -259,6 +290,7 @@ impl FrontEnd {
             return Err(self.turned_away(peer, "too many connections of this caller's address or node"));
         };
         let Ok(permit) = self.permits.clone().try_acquire_owned() else {
+            self.limits.count("connections");
             return Err(self.turned_away(peer, "max_connections reached"));
         };
         let place = self.handshakes.take(peer.ip());
@@ -271,17 +303,20 @@ impl FrontEnd {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let acceptor = TlsAcceptor::from(self.tls.get().as_ref().clone());
+        let acceptor = TlsAcceptor::from(self.tls.get().config.clone());
         let handshake = Box::pin(tokio::time::timeout(self.config.head_timeout, acceptor.accept(socket)));
         let tls = tokio::select! {
             handshake = handshake => match handshake {
                 Ok(Ok(tls)) => tls,
-                Ok(Err(error)) => return self.refused(&peer, &error),
-                Err(_) => return self.refused(&peer, &"no TLS handshake in time"),
+                Ok(Err(error)) => return self.no_handshake(Handshake::Failed, &peer, &error),
+                Err(_) => return self.no_handshake(Handshake::TimedOut, &peer, &"no TLS handshake in time"),
             },
-            () = admission.evicted.cancelled() => return self.refused(&peer, &EVICTED),
+            () = admission.evicted.cancelled() => {
+                return self.no_handshake(Handshake::Evicted, &peer, &EVICTED);
+            }
         };
         let session = &tls.get_ref().1;
+        self.metrics.front_end.handshake(Handshake::Ok(session.protocol_version()));
         let http2 = session.alpn_protocol() == Some(b"h2");
         let certificates = session.peer_certificates().unwrap_or_default();
         let certificates = certificates.iter().map(|certificate| certificate.clone().into_owned()).collect();
@@ -299,6 +334,11 @@ impl FrontEnd {
     fn turned_away(&self, peer: &Peer, reason: &'static str) -> &'static str {
         self.refused(peer, &reason);
         reason
+    }
+
+    fn no_handshake(&self, why: Handshake, peer: &Peer, error: &dyn fmt::Display) {
+        self.metrics.front_end.handshake(why);
+        self.refused(peer, error);
     }
 
     pub(super) fn refused(&self, peer: &Peer, error: &dyn fmt::Display) {

@@ -24,6 +24,7 @@ use super::{
     https_client::{chain, private_key},
     reloaded::Reloaded,
 };
+use crate::metrics::X509Expiry;
 
 /// A serving certificate: its chain and its key.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,15 +33,19 @@ pub struct ServingCertificate {
     pub key: PathBuf,
 }
 
+/// What new connections are served with.
+pub struct Serving {
+    pub config: Arc<ServerConfig>,
+    pub expiries: Vec<X509Expiry>,
+}
+
 /// The configuration for new connections, which follows the files. `ask` is whether callers are asked for a
 /// certificate.
-pub fn load(
-    certificates: Vec<ServingCertificate>,
-    ask: bool,
-) -> anyhow::Result<Arc<Reloaded<Arc<ServerConfig>>>> {
+pub fn load(certificates: Vec<ServingCertificate>, ask: bool) -> anyhow::Result<Arc<Reloaded<Serving>>> {
     let files = certificates.iter().flat_map(|c| [c.cert.clone(), c.key.clone()]).collect();
     Reloaded::load("the front end's certificates", files, move || {
-        server_config(&certificates, ask).map(Arc::new)
+        let expiries = certificates.iter().map(|c| X509Expiry::read(&c.cert)).collect::<Result<_, _>>()?;
+        Ok(Serving { config: Arc::new(server_config(&certificates, ask)?), expiries })
     })
 }
 

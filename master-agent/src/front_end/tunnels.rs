@@ -38,7 +38,8 @@ const RETRY: Duration = Duration::from_secs(5);
 
 /// Serves what comes through one tunnel, until it ends. Does nothing where that is not configured.
 pub async fn serve(agent: Arc<Agent>, tunnel: Arc<Tunnel>) {
-    let Some(front_end) = agent.front_end.get().cloned() else { return };
+    let wanted = agent.config.front_end.as_ref().is_some_and(|config| config.through_tunnels);
+    let Some(front_end) = agent.front_end.get().filter(|_| wanted).cloned() else { return };
     if !tunnel.is_node_agent() {
         let listen = |node: &&InventoryNode| node.name == tunnel.node;
         let listen = agent.inventory().nodes.iter().find(listen).and_then(|node| node.front_end_listen);

@@ -7,14 +7,13 @@ use bytes::Bytes;
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use hyper::{Request, Response, StatusCode, body::Incoming, header, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use prometheus_client::registry::Registry;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
     sync::Semaphore,
 };
 
-use super::{patient::PatientWriter, socket, tasks::Tasks};
+use super::{exposition::Exposition, patient::PatientWriter, socket, tasks::Tasks};
 
 /// Connections served at once.
 const CONNECTIONS: usize = 64;
@@ -50,7 +49,7 @@ pub trait Admin: Send + Sync + 'static {
 /// The endpoints, and what they show.
 #[derive(Clone)]
 pub struct Endpoints {
-    pub registry: Arc<Registry>,
+    pub metrics: Exposition,
     pub admin: Arc<dyn Admin>,
 }
 
@@ -120,7 +119,7 @@ impl Endpoints {
                 }
                 Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, text, format!("not ready: {reason}\n")),
             },
-            ("/metrics", true) => self.metrics(),
+            ("/metrics", true) => self.metrics(&request).await,
             _ => match self.admin.clone().answer(request, door).await {
                 Some(response) => return response,
                 None if get => (StatusCode::NOT_FOUND, text, "no such path\n".to_owned()),
@@ -130,10 +129,10 @@ impl Endpoints {
         respond(answer)
     }
 
-    fn metrics(&self) -> Answer {
-        let mut text = String::new();
-        match prometheus_client::encoding::text::encode(&mut text, &self.registry) {
-            Ok(()) => (StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", text),
+    async fn metrics(&self, request: &Request<Incoming>) -> Answer {
+        let accept = request.headers().get(header::ACCEPT).and_then(|accept| accept.to_str().ok());
+        match self.metrics.scrape(accept.unwrap_or_default()).await {
+            Ok((content_type, text)) => (StatusCode::OK, content_type, text),
             Err(e) => (StatusCode::INTERNAL_SERVER_ERROR, "text/plain", format!("metrics: {e}\n")),
         }
     }

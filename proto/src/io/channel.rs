@@ -9,11 +9,12 @@
 use std::{
     collections::HashMap,
     future::poll_fn,
+    pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    task::{Poll, Waker},
+    task::{Context, Poll, Waker},
     time::{Duration, Instant},
 };
 
@@ -23,6 +24,7 @@ use tokio::sync::Notify;
 
 use super::{
     link::Gate,
+    stalls::Stalls,
     stream::{self, Stream, StreamError},
     tasks::Tasks,
 };
@@ -52,6 +54,7 @@ pub struct Channels {
     gate: Gate,
     tasks: Tasks,
     patience: Duration,
+    stalls: Stalls,
 }
 
 /// The sending half of a channel of either side.
@@ -61,9 +64,16 @@ pub enum Half {
 }
 
 impl Channels {
-    /// `patience`: how long the connection may be held up by one stream that takes less than 256 KiB.
-    pub fn new(gate: Gate, tasks: Tasks, patience: Duration) -> Self {
-        Self { table: Arc::default(), buffered: Arc::default(), gate, tasks, patience }
+    /// `patience`: how long the connection may be held up by one stream that takes less than 256 KiB. `stalls` counts
+    /// what waits for the peer's windows.
+    pub fn new(gate: Gate, tasks: Tasks, patience: Duration, stalls: Stalls) -> Self {
+        Self { table: Arc::default(), buffered: Arc::default(), gate, tasks, patience, stalls }
+    }
+
+    /// The same channels, with streams that are counted in `stalls`.
+    #[must_use]
+    pub fn counted_in(&self, stalls: &Stalls) -> Self {
+        Self { stalls: stalls.clone(), ..self.clone() }
     }
 
     fn table(&self) -> MutexGuard<'_, HashMap<ChannelId, Arc<Shared>>> {
@@ -255,6 +265,30 @@ impl Half {
         }
     }
 
+    /// The same, counting the wait for the peer's window if there is one.
+    async fn data_counted(&self, bytes: BytesMut, stalls: &Stalls) -> bool {
+        let mut sending = pin!(self.data(bytes));
+        let mut stall = None;
+        poll_fn(|cx| {
+            let sent = sending.as_mut().poll(cx);
+            if sent.is_pending() && stall.is_none() && self.has_no_window() {
+                stall = Some(stalls.begin());
+            }
+            sent
+        })
+        .await
+    }
+
+    fn has_no_window(&self) -> bool {
+        let size = async {
+            match self {
+                Self::Client(half) => half.writable_packet_size().await,
+                Self::Server(half) => half.writable_packet_size().await,
+            }
+        };
+        pin!(size).poll(&mut Context::from_waker(Waker::noop())) == Poll::Ready(0)
+    }
+
     async fn eof(&self) -> bool {
         match self {
             Self::Client(half) => half.eof().await.is_ok(),
@@ -409,7 +443,11 @@ impl Writer {
     }
 
     pub(super) async fn send(&mut self, bytes: BytesMut) -> Result<(), StreamError> {
-        self.unless_failed(async |half| self.gate.reserve(bytes.len()).await && half.data(bytes).await).await
+        let stalls = &self.owner.channels.stalls;
+        self.unless_failed(async |half| {
+            self.gate.reserve(bytes.len()).await && half.data_counted(bytes, stalls).await
+        })
+        .await
     }
 
     pub(super) async fn finish(&mut self) -> Result<(), StreamError> {

@@ -4,6 +4,7 @@
 pub mod admin;
 pub mod channel;
 pub mod dialer;
+pub mod exposition;
 pub mod handshake;
 pub mod link;
 pub mod mux;
@@ -11,6 +12,7 @@ pub mod patient;
 pub mod relay;
 pub mod socket;
 pub mod ssh;
+pub mod stalls;
 pub mod stream;
 pub mod tasks;
 pub mod telemetry;

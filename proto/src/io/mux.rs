@@ -22,6 +22,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     link::Gate,
+    stalls::Stalls,
     stream::{self, Stream, StreamError},
     tasks::Tasks,
 };
@@ -50,6 +51,7 @@ pub struct Mux(Arc<Inner>);
 struct Inner {
     out: Out,
     gate: Gate,
+    stalls: Stalls,
     answers: mpsc::UnboundedSender<Bytes>,
     /// Their number. What a peer causes is bounded by [`Feeder::feed`]; a RESET must never be lost.
     waiting_answers: AtomicUsize,
@@ -107,11 +109,12 @@ pub struct Events {
 
 impl Mux {
     /// `initiator` opens streams; the other side gets them as [`Events::incoming`]. The tasks
-    /// that send answers and measure the round trip belong to `tasks`.
+    /// that send answers and measure the round trip belong to `tasks`. `stalls` counts what waits for the peer's windows.
     pub fn new(
         initiator: bool,
         max_streams: usize,
         gate: Gate,
+        stalls: Stalls,
         out: Out,
         tasks: &Tasks,
     ) -> (Self, Feeder, Events) {
@@ -121,6 +124,7 @@ impl Mux {
         let mux = Self(Arc::new(Inner {
             out,
             gate,
+            stalls,
             answers,
             waiting_answers: AtomicUsize::new(0),
             streams: Mutex::default(),
@@ -698,6 +702,7 @@ impl std::fmt::Debug for Writer {
 
 impl Writer {
     pub(super) async fn room(&mut self) -> Result<usize, StreamError> {
+        let mut stall = None;
         poll_fn(|cx| {
             let mut state = self.entry.shared.lock();
             if let Some(error) = &state.failed {
@@ -707,6 +712,7 @@ impl Writer {
                 return Poll::Ready(Ok(state.credit.min(self.entry.mux.0.gate.share())));
             }
             state.writer = Some(cx.waker().clone());
+            stall.get_or_insert_with(|| self.entry.mux.0.stalls.begin());
             Poll::Pending
         })
         .await
@@ -757,6 +763,7 @@ mod tests {
     struct Pair {
         master: Mux,
         node: Mux,
+        node_stalls: Stalls,
         incoming: mpsc::Receiver<Incoming>,
         notices: mpsc::Receiver<Notice>,
         tasks: Tasks,
@@ -776,10 +783,11 @@ mod tests {
                     tx.send(frame).await.is_ok()
                 })
             });
-            (Mux::new(initiator, max_streams, gate, out, &tasks), rx)
+            let stalls = Stalls::default();
+            (Mux::new(initiator, max_streams, gate, stalls.clone(), out, &tasks), rx, stalls)
         };
-        let ((master, mut master_feeder, _), mut to_node) = end(true);
-        let ((node, mut node_feeder, events), mut to_master) = end(false);
+        let ((master, mut master_feeder, _), mut to_node, _) = end(true);
+        let ((node, mut node_feeder, events), mut to_master, node_stalls) = end(false);
         tasks.spawn(async move {
             while let Some(frame) = to_node.recv().await {
                 node_feeder.feed(&frame).unwrap();
@@ -790,7 +798,7 @@ mod tests {
                 master_feeder.feed(&frame).unwrap();
             }
         });
-        Pair { master, node, incoming: events.incoming, notices: events.notices, tasks }
+        Pair { master, node, node_stalls, incoming: events.incoming, notices: events.notices, tasks }
     }
 
     fn target() -> Target {
@@ -881,6 +889,30 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn who_waits_for_the_peer_s_window_is_counted_and_nobody_else() {
+        let mut pair = pair(10);
+        let (mut near, mut far) = connect(&mut pair).await;
+        send(&mut far, &vec![1; window::INITIAL as usize]).await;
+        assert_eq!((pair.node_stalls.begun(), pair.node_stalls.now()), (0, 0));
+        let mut room = Box::pin(far.writer.room());
+        let waits = poll_fn(|cx| Poll::Ready(room.as_mut().poll(cx).is_pending())).await;
+        assert!(waits);
+        assert_eq!((pair.node_stalls.begun(), pair.node_stalls.now()), (1, 1));
+        assert_eq!(pair.node_stalls.lasted(), Duration::ZERO);
+        let read = async {
+            while !near.reader.fill().await.unwrap().is_empty() {
+                near.reader.taken().await.unwrap();
+            }
+        };
+        tokio::select! {
+            room = room => assert!(room.unwrap() > 0),
+            () = read => panic!("the stream has not ended"),
+        }
+        assert_eq!((pair.node_stalls.begun(), pair.node_stalls.now()), (1, 0));
+        assert!(pair.node_stalls.lasted() > Duration::ZERO);
+    }
+
+    #[tokio::test]
     async fn refusals_cancellations_and_caps() {
         let mut pair = pair(2);
         let master = pair.master.clone();
@@ -934,7 +966,8 @@ mod tests {
     async fn a_peer_that_breaks_the_rules_is_found_out() {
         let tasks = Tasks::new();
         let out = || -> Out { Box::new(|_| Box::pin(async { true })) };
-        let (mux, mut feeder, _events) = Mux::new(true, 10, Gate::default(), out(), &tasks);
+        let (mux, mut feeder, _events) =
+            Mux::new(true, 10, Gate::default(), Stalls::default(), out(), &tasks);
         let open = Frame::Open { stream: 1, timeout_ms: 1, target: "a:1".into(), origin: String::new() };
         assert!(matches!(feeder.feed(&frame::encode(&open)), Err(ProtocolError::Open(1))));
 

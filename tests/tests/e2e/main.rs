@@ -27,6 +27,7 @@ mod kubectl;
 mod kubernetes;
 mod local_endpoint;
 mod memory;
+mod monitoring;
 mod operate;
 mod page;
 mod policy;

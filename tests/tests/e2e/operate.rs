@@ -15,7 +15,9 @@ use serde_json::Value;
 use tests::{
     client::{Door, Stream},
     cluster::{Cluster, Kind, Options, SOON, addresses, binary},
+    metrics::{Metrics, OPEN_METRICS, assert_golden, documented, scrape},
     pattern::{Checker, fill},
+    pki::client_config,
     process::{Process, TempDir, eventually, free_port},
     relay::Relay,
     target,
@@ -38,7 +40,6 @@ fn nodes(nodes: &[(&str, Kind)]) -> Vec<(String, Kind)> {
 
 struct Answer {
     status: u16,
-    content_type: String,
     body: String,
 }
 
@@ -49,9 +50,7 @@ async fn http(address: SocketAddr, request: &str) -> Option<Answer> {
     let mut text = String::new();
     socket.read_to_string(&mut text).await.ok()?;
     let (head, body) = text.split_once("\r\n\r\n")?;
-    let content_type =
-        head.lines().find_map(|l| l.strip_prefix("content-type: ")).unwrap_or_default().to_owned();
-    Some(Answer { status: head.split(' ').nth(1)?.parse().ok()?, content_type, body: body.to_owned() })
+    Some(Answer { status: head.split(' ').nth(1)?.parse().ok()?, body: body.to_owned() })
 }
 
 /// Waits until `GET path` gives a status, and gives the body.
@@ -189,60 +188,33 @@ async fn a_node_that_only_calls_home_is_ready_with_a_master() {
     until(node, "/readyz", 200).await;
 }
 
-/// The metrics that the README's table names, with their labels.
-fn documented(prefix: &str) -> BTreeMap<String, BTreeSet<String>> {
-    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md")).unwrap();
-    let table =
-        readme.lines().skip_while(|l| *l != "| name | labels | |").skip(2).take_while(|l| l.starts_with('|'));
-    let quoted = |cell: &str| cell.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>();
-    let mut metrics = BTreeMap::new();
-    for row in table {
-        let cells: Vec<&str> = row.split('|').collect();
-        for name in quoted(cells[1]).into_iter().filter(|n| n.starts_with(prefix)) {
-            metrics.insert(name, quoted(cells[2]).into_iter().collect());
-        }
-    }
-    assert!(metrics.len() > 5, "{metrics:?}");
-    metrics
+fn labels(metrics: Metrics) -> BTreeMap<String, BTreeSet<String>> {
+    metrics.into_iter().map(|(name, metric)| (name, metric.labels)).collect()
 }
 
-/// Checks that it is OpenMetrics text, and gives the names of samples with those of their labels.
-fn exported(answer: &Answer) -> BTreeMap<String, BTreeSet<String>> {
-    assert!(
-        answer.content_type.starts_with("application/openmetrics-text; version=1.0.0"),
-        "{}",
-        answer.content_type
-    );
-    let text = answer.body.strip_suffix("# EOF\n").expect("the end of OpenMetrics text");
-    let (mut types, mut helped, mut found) = (BTreeMap::new(), BTreeSet::new(), BTreeMap::new());
-    for line in text.lines() {
-        if let Some(comment) = line.strip_prefix("# ") {
-            let words: Vec<&str> = comment.splitn(3, ' ').collect();
-            match words[0] {
-                "TYPE" => assert!(types.insert(words[1], words[2]).is_none(), "{line} twice"),
-                "HELP" => assert!(words[2].len() > 10 && helped.insert(words[1]), "{line}"),
-                _ => panic!("{line}"),
-            }
-            continue;
-        }
-        let (series, value) = line.rsplit_once(' ').unwrap();
-        value.parse::<f64>().unwrap();
-        let (name, labels) = series.split_once('{').unwrap_or((series, "}"));
-        let (family, kind) = types.iter().rfind(|(family, _)| name.starts_with(**family)).expect(line);
-        assert!(helped.contains(family), "{family} has no help");
-        let suffix = &name[family.len()..];
-        let shown = match (*kind, suffix) {
-            ("counter", "_total") | ("gauge", "") => name,
-            ("histogram", "_bucket" | "_sum" | "_count") => family,
-            _ => panic!("{line} is not of the type {kind}"),
-        };
-        let labels =
-            labels.strip_suffix('}').unwrap().split("\",").filter_map(|l| Some(l.split_once('=')?.0));
-        let labels: BTreeSet<String> = labels.filter(|l| *l != "le").map(str::to_owned).collect();
-        let of_name: &mut BTreeSet<String> = found.entry(shown.to_owned()).or_default();
-        of_name.extend(labels);
+fn documented_of(prefix: &str) -> BTreeMap<String, BTreeSet<String>> {
+    documented().into_iter().filter(|(name, _)| name.starts_with(prefix)).collect()
+}
+
+/// By somebody it knows, who also wants to be somebody else, and by strangers until they are too many.
+async fn front_end_is_called(cluster: &Cluster, front_end: SocketAddr) {
+    let ca = cluster.path().join("ca.crt");
+    for (shown, header, status) in [
+        (true, "", "HTTP/1.1 200"),
+        (true, "Impersonate-User: root\r\n", "HTTP/1.1 403"),
+        (false, "", "HTTP/1.1 401"),
+        (false, "", "HTTP/1.1 401"),
+        (false, "", "HTTP/1.1 429"),
+    ] {
+        let identity = shown.then_some((cluster.path(), "kube-apiserver"));
+        let door = Door::Tls(front_end, client_config(&ca, identity).unwrap());
+        let mut stream = door.enter().await.unwrap();
+        let request = format!("GET /api HTTP/1.1\r\nHost: x\r\n{header}Connection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        let _ = stream.read_to_string(&mut answer).await;
+        assert!(answer.starts_with(status), "{answer}");
     }
-    found
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -251,6 +223,7 @@ async fn the_metrics_are_those_of_the_readme() {
     let api = tests::apiserver::ApiServer::start().await.unwrap();
     let kubeconfig = api.directory().join("kubeconfig");
     api.write_kubeconfig(&kubeconfig).unwrap();
+    let front_end = local(free_port());
     let mut cluster = Cluster::start(Options {
         nodes: nodes(&[("n1", Kind::Dialled), ("n2", Kind::CallHome)]),
         ports: vec![port, closed_port],
@@ -258,10 +231,9 @@ async fn the_metrics_are_those_of_the_readme() {
         // Certificates are renewed when a third of this is left.
         master_config: format!(
             "certificates: {{host_ttl: 20s}}\nkubernetes: {{kubeconfig: '{}'}}\n\
-             front_end:\n  listen: '127.0.0.1:{}'\n  certificates: [{{cert: server.crt, key: server.key}}]\n  \
+             front_end:\n  listen: '{front_end}'\n  limits: {{failures_per_second_per_address: 1}}\n  certificates: [{{cert: server.crt, key: server.key}}]\n  \
              authentication: [{{x509: {{ca: ca.crt}}}}]\n  upstream: {{servers: ['http://127.0.0.1:{port}']}}\n",
             kubeconfig.display(),
-            free_port()
         ),
         nodes_down: true,
         ..Options::default()
@@ -321,13 +293,15 @@ async fn the_metrics_are_those_of_the_readme() {
     cluster.nodes[0].process.as_mut().unwrap().kill();
     cluster.start_node(0).unwrap();
     let lost = async || {
-        (cluster.metric(cluster.admin, "master_agent_tunnels_lost_total").await.ok()? >= 1.0).then_some(())
+        (cluster.total(cluster.admin, "master_agent_tunnels_lost_total").await.ok()? >= 1.0).then_some(())
     };
     eventually("the tunnel was lost", SOON, lost).await;
     cluster.wait_connected().await;
 
-    let answer = http(cluster.admin, "GET /metrics").await.unwrap();
-    assert_eq!(exported(&answer), documented("master_agent_"), "{}", answer.body);
+    front_end_is_called(&cluster, front_end).await;
+    let scraped = scrape(cluster.admin, OPEN_METRICS).await.unwrap();
+    assert_golden(&scraped.metrics(), "master-agent");
+    assert_eq!(labels(scraped.metrics()), documented_of("master_agent_"));
     for (sample, value) in [
         ("master_agent_stream_bytes_total{front_door=\"connect-unix\",direction=\"up\"}", 24.0),
         ("master_agent_stream_bytes_total{front_door=\"connect-tls\",direction=\"down\"}", 2000.0),
@@ -346,8 +320,9 @@ async fn the_metrics_are_those_of_the_readme() {
         assert_eq!(cluster.metric(cluster.admin, &format!("{sample} ")).await.unwrap(), value, "{sample}");
     }
     // The node that was not restarted; its counters, and the other's which strangers came to.
-    let called_home = http(cluster.nodes[1].admin, "GET /metrics").await.unwrap();
-    assert_eq!(exported(&called_home), documented("node_agent_"), "{}", called_home.body);
+    let called_home = scrape(cluster.nodes[1].admin, OPEN_METRICS).await.unwrap();
+    assert_golden(&called_home.metrics(), "node-agent");
+    assert_eq!(labels(called_home.metrics()), documented_of("node_agent_"));
     for (sample, value) in [
         ("node_agent_stream_bytes_total{direction=\"up\"}", 24.0),
         ("node_agent_stream_bytes_total{direction=\"down\"}", 2000.0),

@@ -125,6 +125,11 @@ impl Failure {
         self.0.iter().map(|(_, reason)| reason)
     }
 
+    /// What each authenticator said.
+    pub fn by_authenticator(&self) -> impl Iterator<Item = (&'static str, &Reason)> {
+        self.0.iter().map(|(authenticator, reason)| (*authenticator, reason))
+    }
+
     /// Where the guard let something not be tried: how long until it may.
     pub fn not_tried(&self) -> Option<Duration> {
         self.reasons()

@@ -16,7 +16,10 @@ use sha2::{Digest as _, Sha256};
 use x509_parser::{certificate::X509Certificate, prelude::FromDer, x509::AttributeTypeAndValue};
 
 use super::{Authenticator, BoxFuture, Moment, Presented, Reason, Recognized, X509Config};
-use crate::front_end::{https_client, reloaded::Reloaded, user::User};
+use crate::{
+    front_end::{https_client, reloaded::Reloaded, user::User},
+    metrics::X509Expiry,
+};
 
 /// The attribute of a subject that Kubernetes takes for the user's UID.
 const UID: &str = "1.3.6.1.4.1.57683.2";
@@ -30,6 +33,7 @@ const MAX_CHAIN: usize = 10;
 /// Whom client certificates are accepted from.
 pub struct ClientCa {
     verifier: Arc<dyn ClientCertVerifier>,
+    pub expiry: X509Expiry,
 }
 
 impl ClientCa {
@@ -49,7 +53,7 @@ impl ClientCa {
             builder = builder.with_crls(crls);
         }
         let verifier = builder.allow_unauthenticated().build().context("the client CA can't be used")?;
-        Ok(Self { verifier })
+        Ok(Self { verifier, expiry: X509Expiry::read(&config.ca)? })
     }
 
     /// For the handshake: callers without a certificate are let in.

@@ -14,6 +14,10 @@ use std::{
 };
 
 use hyper::StatusCode;
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family},
+};
 use proto::NodeName;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -68,6 +72,14 @@ pub struct Limits {
     all_long_running: Arc<Semaphore>,
     connections: Counts<Source>,
     of_nodes: Counts<Source>,
+    max_long_running: usize,
+    limited: Family<Limited, Counter>,
+}
+
+/// What was turned away, by kind of limit.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Limited {
+    pub limit: &'static str,
 }
 
 /// Who shares one measure.
@@ -110,7 +122,7 @@ impl Place {
 }
 
 impl Limits {
-    pub fn new(config: &LimitsConfig) -> Self {
+    pub fn new(config: &LimitsConfig, limited: Family<Limited, Counter>) -> Self {
         let now = Instant::now();
         let rates = |per_second: u32| (per_second, per_second.saturating_mul(BURST));
         let ((address, addresses), (failure, failures), (user, users)) = (
@@ -127,20 +139,45 @@ impl Limits {
             all_long_running: Arc::new(Semaphore::new(config.max_long_running)),
             connections: Counts::new(config.max_connections_per_address),
             of_nodes: Counts::new(config.max_connections_per_node),
+            max_long_running: config.max_long_running,
+            limited,
         }
     }
 
     /// One more connection of a peer; `None` where it has all that it may.
     pub fn connection(&self, peer: &Peer) -> Option<Counted<Source>> {
-        match peer {
-            Peer::Address(_) | Peer::Local(_) => self.connections.take(Source::of(peer)),
-            Peer::Node { .. } => self.of_nodes.take(Source::of(peer)),
+        let (counts, limit) = match peer {
+            Peer::Address(_) | Peer::Local(_) => (&self.connections, "connections_per_address"),
+            Peer::Node { .. } => (&self.of_nodes, "connections_per_node"),
+        };
+        let counted = counts.take(Source::of(peer));
+        if counted.is_none() {
+            self.count(limit);
         }
+        counted
+    }
+
+    /// Counts what a limit turns away.
+    pub fn count(&self, limit: &'static str) {
+        self.limited.get_or_create(&Limited { limit }).inc();
+    }
+
+    /// Requests that are answered, that wait for that, and that are long-running.
+    pub fn requests(&self) -> (usize, usize, usize) {
+        let (in_flight, queued) = self.seats.count();
+        let long_running = self.max_long_running.saturating_sub(self.all_long_running.available_permits());
+        (in_flight, queued, long_running)
+    }
+
+    fn too_many(&self, limit: &'static str, after: Duration) -> Failure {
+        self.count(limit);
+        too_many(after)
     }
 
     /// A request from a peer, before anything is known of it.
     pub fn address(&self, peer: &Peer) -> Result<(), Failure> {
-        self.addresses.take(Source::of(peer), Instant::now()).map_err(too_many)
+        let taken = self.addresses.take(Source::of(peer), Instant::now());
+        taken.map_err(|after| self.too_many("requests_per_address", after))
     }
 
     /// A peer's request begins to authenticate.
@@ -150,11 +187,13 @@ impl Limits {
 
     /// Waits for a user's turn.
     pub async fn place(&self, user: &str, long_running: bool) -> Result<Place, Failure> {
-        self.users.take(user.to_owned(), Instant::now()).map_err(too_many)?;
+        let taken = self.users.take(user.to_owned(), Instant::now());
+        taken.map_err(|after| self.too_many("requests_per_user", after))?;
         if long_running {
             return self.long_running(user);
         }
-        self.seats.take(user).await.map(Place::Seat).map_err(|Busy| too_many(Duration::from_secs(1)))
+        let seat = self.seats.take(user).await;
+        seat.map(Place::Seat).map_err(|Busy| self.too_many("in_flight", Duration::from_secs(1)))
     }
 
     /// The place of a request whose connection has changed to another protocol, however short it was to be.
@@ -170,7 +209,7 @@ impl Limits {
         let of_all = self.all_long_running.clone().try_acquire_owned();
         match (of_user, of_all) {
             (Some(_of_user), Ok(_of_all)) => Ok(Place::LongRunning(LongRunning { _of_user, _of_all })),
-            (None, _) | (_, Err(_)) => Err(too_many(Duration::from_secs(1))),
+            (None, _) | (_, Err(_)) => Err(self.too_many("long_running", Duration::from_secs(1))),
         }
     }
 }

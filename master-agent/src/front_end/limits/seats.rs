@@ -97,6 +97,14 @@ impl Seats {
         }
     }
 
+    /// How many are taken, and how many wait.
+    pub fn count(&self) -> (usize, usize) {
+        let state = self.lock();
+        let waiting =
+            state.turns.iter().filter_map(|user| state.lines.get(user)).map(|line| line.waiting.len());
+        (state.taken, waiting.sum())
+    }
+
     /// Gives free seats to those whose turn it is.
     fn hand_out(&self) {
         let mut given = Vec::new();

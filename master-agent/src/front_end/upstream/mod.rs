@@ -24,6 +24,7 @@ use super::{
     https_client::ClientTls,
     reloaded::{Follow, Reloaded},
 };
+use crate::metrics::Expiry;
 
 pub use body::{BodyError, Progress, RequestBody};
 pub use connection::{Lease, ResponseBody};
@@ -56,6 +57,16 @@ pub struct Upstream {
     interval: Duration,
 }
 
+/// One server, as metrics show it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UpstreamStatus {
+    /// Host and port.
+    pub server: String,
+    pub healthy: bool,
+    /// What failed since the start.
+    pub failures: u64,
+}
+
 /// Why there is no response.
 #[derive(Debug, thiserror::Error)]
 pub enum UpstreamError {
@@ -73,7 +84,7 @@ impl Upstream {
         let (tls, http2) = (config.tls.clone(), config.http2);
         let files: Vec<PathBuf> = config.tls.files();
         let tls = Reloaded::load("the API server's CA and the front-proxy certificate", files, move || {
-            Ok(ServerTls::new(tls.config()?, http2))
+            ServerTls::read(&tls, http2)
         })?;
         let servers = config
             .servers
@@ -148,6 +159,16 @@ impl Upstream {
     /// How many servers work, and how many there are.
     pub fn healthy(&self) -> (usize, usize) {
         (self.servers.iter().filter(|server| server.is_healthy()).count(), self.servers.len())
+    }
+
+    pub fn status(&self) -> Vec<UpstreamStatus> {
+        self.servers.iter().map(|server| server.status()).collect()
+    }
+
+    /// When the certificates in use expire.
+    pub fn expiries(&self) -> Vec<Expiry> {
+        let Some(server) = self.servers.first() else { return Vec::new() };
+        server.expiries()
     }
 
     /// Looks at each server again and again, for ever.

@@ -5,7 +5,7 @@ use std::{
     net::IpAddr,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -19,7 +19,10 @@ use hyper::{
     http::uri::{Authority, PathAndQuery},
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use proto::io::{socket, tasks::Tasks};
+use proto::{
+    Host, Target,
+    io::{socket, tasks::Tasks},
+};
 use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -30,13 +33,17 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 
 use super::{
-    RequestBody, UpstreamConfig,
+    RequestBody, UpstreamConfig, UpstreamStatus,
     connection::{Connection, Driver, Http1, Made, Sender, causes},
     pool::{MAX_STREAMS, Pool},
 };
 use crate::{
-    front_end::reloaded::{Follow, Reloaded},
+    front_end::{
+        https_client::ClientTls,
+        reloaded::{Follow, Reloaded},
+    },
     http::Executor,
+    metrics::{Expiry, X509Expiry},
 };
 
 const MAX_HEADERS: usize = 256;
@@ -60,16 +67,25 @@ pub enum Protocol {
 pub struct ServerTls {
     any: Arc<ClientConfig>,
     http1: Arc<ClientConfig>,
+    expiries: Vec<Expiry>,
 }
 
 impl ServerTls {
-    pub fn new(mut config: ClientConfig, http2: bool) -> Self {
+    pub fn read(tls: &ClientTls, http2: bool) -> anyhow::Result<Self> {
+        let mut config = tls.config()?;
+        let mut expiries = Vec::new();
+        if let Some((cert, _)) = &tls.identity {
+            expiries.push(Expiry::Chain("upstream_client", X509Expiry::read(cert)?));
+        }
+        if let Some(ca) = &tls.ca {
+            expiries.push(Expiry::Authorities("upstream_ca", X509Expiry::read(ca)?));
+        }
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         let http1 = Arc::new(config.clone());
         if http2 {
             config.alpn_protocols.insert(0, b"h2".to_vec());
         }
-        Self { any: Arc::new(config), http1 }
+        Ok(Self { any: Arc::new(config), http1, expiries })
     }
 }
 
@@ -91,6 +107,8 @@ pub struct Server {
     health: PathAndQuery,
     timeout: Duration,
     failures: AtomicUsize,
+    /// Since the start.
+    failures_counted: AtomicU64,
     down: AtomicBool,
     connections: Tasks,
 }
@@ -135,6 +153,7 @@ impl Server {
             health: config.health_path.parse()?,
             timeout: config.connect_timeout,
             failures: AtomicUsize::new(0),
+            failures_counted: AtomicU64::new(0),
             down: AtomicBool::new(false),
             connections,
         })
@@ -142,6 +161,23 @@ impl Server {
 
     pub fn is_healthy(&self) -> bool {
         !self.down.load(Ordering::Relaxed)
+    }
+
+    pub fn status(&self) -> UpstreamStatus {
+        UpstreamStatus {
+            server: Target::new(
+                self.host.parse().map_or_else(|_| Host::Name(self.host.clone()), Host::Addr),
+                self.port,
+            )
+            .to_string(),
+            healthy: self.is_healthy(),
+            failures: self.failures_counted.load(Ordering::Relaxed),
+        }
+    }
+
+    /// When the certificates in use expire.
+    pub fn expiries(&self) -> Vec<Expiry> {
+        self.tls.get().expiries.clone()
     }
 
     pub(super) fn authority(&self) -> &Authority {
@@ -162,6 +198,7 @@ impl Server {
 
     /// It does not work.
     pub fn failed(&self, error: &dyn std::fmt::Display) {
+        self.failures_counted.fetch_add(1, Ordering::Relaxed);
         let failures = self.failures.fetch_add(1, Ordering::Relaxed) + 1;
         if failures >= FAILURES && !self.down.swap(true, Ordering::Relaxed) {
             tracing::warn!(server = self.name, %error, "an API server does not work");

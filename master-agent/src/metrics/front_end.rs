@@ -1,0 +1,241 @@
+//! The HTTPS front end: what callers do there is counted as it happens, how it stands is read off it when asked.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use hyper::StatusCode;
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric},
+    metrics::{
+        MetricType,
+        counter::{ConstCounter, Counter},
+        family::Family,
+        gauge::ConstGauge,
+        histogram::Histogram,
+    },
+    registry::Registry,
+};
+use rustls::ProtocolVersion;
+
+use super::signed;
+use crate::front_end::{authz::Verdict, limits::Limited, server::FrontEnd};
+
+/// What became of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RequestOutcome {
+    /// Answered by an API server, or by what stands behind a proxy URL.
+    Served,
+    Unauthenticated,
+    Forbidden,
+    Limited,
+    /// There was nobody to answer it.
+    Unanswered,
+    /// It can't be served as it is.
+    Bad,
+    /// Its caller left before the answer.
+    Cancelled,
+}
+
+impl RequestOutcome {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Served => "served",
+            Self::Unauthenticated => "unauthenticated",
+            Self::Forbidden => "forbidden",
+            Self::Limited => "limited",
+            Self::Unanswered => "unanswered",
+            Self::Bad => "bad",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Requested {
+    code: &'static str,
+    outcome: &'static str,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Handshake {
+    Ok(Option<ProtocolVersion>),
+    Failed,
+    TimedOut,
+    Evicted,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Shaken {
+    result: &'static str,
+    version: &'static str,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Authentication {
+    Ok,
+    Failed,
+    /// Whoever could say can't be asked.
+    Unavailable,
+    /// Not tried, after too many failures.
+    Limited,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Authenticated {
+    authenticator: &'static str,
+    result: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Decided {
+    authorizer: &'static str,
+    decision: &'static str,
+}
+
+pub struct FrontEndMetrics {
+    requests: Family<Requested, Counter>,
+    request_seconds: Histogram,
+    handshakes: Family<Shaken, Counter>,
+    authentications: Family<Authenticated, Counter>,
+    decisions: Family<Decided, Counter>,
+    pub limited: Family<Limited, Counter>,
+}
+
+impl Default for FrontEndMetrics {
+    fn default() -> Self {
+        Self {
+            requests: Family::default(),
+            request_seconds: Histogram::new([
+                0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+            ]),
+            handshakes: Family::default(),
+            authentications: Family::default(),
+            decisions: Family::default(),
+            limited: Family::default(),
+        }
+    }
+}
+
+impl FrontEndMetrics {
+    pub fn request(&self, outcome: RequestOutcome, code: Option<StatusCode>) {
+        let code = match code.map(|code| code.as_u16() / 100) {
+            Some(1) => "1xx",
+            Some(2) => "2xx",
+            Some(3) => "3xx",
+            Some(4) => "4xx",
+            Some(5) => "5xx",
+            Some(_) | None => "none",
+        };
+        self.requests.get_or_create(&Requested { code, outcome: outcome.word() }).inc();
+    }
+
+    /// One that was not to last has come to its end.
+    pub fn short_request(&self, took: Duration) {
+        self.request_seconds.observe(took.as_secs_f64());
+    }
+
+    pub fn handshake(&self, handshake: Handshake) {
+        let (result, version) = match handshake {
+            Handshake::Ok(Some(ProtocolVersion::TLSv1_3)) => ("ok", "1.3"),
+            Handshake::Ok(_) => ("ok", "1.2"),
+            Handshake::Failed => ("failed", "none"),
+            Handshake::TimedOut => ("timeout", "none"),
+            Handshake::Evicted => ("evicted", "none"),
+        };
+        self.handshakes.get_or_create(&Shaken { result, version }).inc();
+    }
+
+    pub fn authentication(&self, authenticator: &'static str, result: Authentication) {
+        let result = match result {
+            Authentication::Ok => "ok",
+            Authentication::Failed => "failed",
+            Authentication::Unavailable => "unavailable",
+            Authentication::Limited => "limited",
+        };
+        self.authentications.get_or_create(&Authenticated { authenticator, result }).inc();
+    }
+
+    pub fn decision(&self, verdict: &Verdict) {
+        let authorizer = verdict.authorizer.unwrap_or("none");
+        let decision = if verdict.allowed { "allow" } else { "deny" };
+        self.decisions.get_or_create(&Decided { authorizer, decision }).inc();
+    }
+
+    pub fn register(&self, r: &mut Registry, front_end: &Arc<FrontEnd>) {
+        r.register(
+            "front_end_requests",
+            "Requests to the front end, by class of their status and what became of them",
+            self.requests.clone(),
+        );
+        r.register(
+            "front_end_request_duration_seconds",
+            "Time to the end of the response, but for long-running requests",
+            self.request_seconds.clone(),
+        );
+        r.register(
+            "front_end_handshakes",
+            "TLS handshakes with the front end, by result and version",
+            self.handshakes.clone(),
+        );
+        r.register(
+            "front_end_authentications",
+            "Credentials that were looked at, by authenticator and result",
+            self.authentications.clone(),
+        );
+        r.register(
+            "front_end_decisions",
+            "Requests that were authorized or denied here, by authorizer",
+            self.decisions.clone(),
+        );
+        r.register(
+            "front_end_limited",
+            "What was turned away by a limit, by kind of limit",
+            self.limited.clone(),
+        );
+        r.register_collector(Box::new(Standing(front_end.clone())));
+    }
+}
+
+/// How the front end stands.
+struct Standing(Arc<FrontEnd>);
+
+impl fmt::Debug for Standing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Standing")
+    }
+}
+
+impl Collector for Standing {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let load = self.0.load_now();
+        for (name, help, value) in [
+            ("front_end_connections", "Connections to the front end that are open.", load.connections),
+            ("front_end_requests_in_flight", "Requests that are being answered.", load.in_flight),
+            ("front_end_requests_queued", "Requests that wait for their turn.", load.queued),
+            (
+                "front_end_requests_long_running",
+                "Watches, followed logs, upgrades and the like that are open.",
+                load.long_running,
+            ),
+        ] {
+            let gauge = ConstGauge::new(signed(value));
+            gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
+        }
+        let upstreams = self.0.upstreams_now();
+        let help = "Whether an API server behind the front end works.";
+        let mut family =
+            encoder.encode_descriptor("front_end_upstream_healthy", help, None, MetricType::Gauge)?;
+        for upstream in &upstreams {
+            let labels = [("server", &*upstream.server)];
+            ConstGauge::new(i64::from(upstream.healthy)).encode(family.encode_family(&labels)?)?;
+        }
+        let help = "Connections, requests and checks of an API server that failed.";
+        let mut family =
+            encoder.encode_descriptor("front_end_upstream_failures", help, None, MetricType::Counter)?;
+        for upstream in &upstreams {
+            let labels = [("server", &*upstream.server)];
+            ConstCounter::new(upstream.failures).encode(family.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+}
