@@ -47,7 +47,7 @@ class Visit:
         assert len(found["passes"]) > 10, f"axe has hardly looked: {len(found['passes'])}"
         bad = [v for v in found["violations"] if v["impact"] in ("serious", "critical")]
         for violation in bad:
-            for node in violation["nodes"]:
+            for node in violation["nodes"][:3]:
                 print(violation["id"], node["html"], node["failureSummary"], file=sys.stderr)
         assert not bad, f"{what} at {self.name}: {[v['id'] for v in bad]}"
         wide = self.page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
