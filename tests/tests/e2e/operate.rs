@@ -316,9 +316,34 @@ async fn the_metrics_are_those_of_the_readme() {
         ("master_agent_joins_total{reason=\"refused\"}", 1.0),
         ("master_agent_nodes", 2.0),
         ("master_agent_nodes_connected", 2.0),
+        ("master_agent_tunnels_lost_total{reason=\"link\"}", 1.0),
+        ("master_agent_node_absence_seconds_count", 1.0),
+        ("master_agent_node_reconnects_total{node=\"n1\"}", 1.0),
+        ("master_agent_node_reconnects_total{node=\"n2\"}", 0.0),
+        ("master_agent_stream_size_bytes_sum{front_door=\"connect-tls\",direction=\"down\"}", 2000.0),
+        ("master_agent_stream_duration_seconds_count{front_door=\"connect-unix\"}", 2.0),
+        ("master_agent_policy_refusals_total{rule=\"loopback\"}", 4.0),
+        ("master_agent_node_dials_failed_total{node=\"n1\",fault=\"policy\"}", 2.0),
+        ("master_agent_front_end_requests_total{code=\"2xx\",outcome=\"served\"}", 1.0),
+        ("master_agent_front_end_requests_total{code=\"4xx\",outcome=\"forbidden\"}", 1.0),
+        ("master_agent_front_end_requests_total{code=\"4xx\",outcome=\"unauthenticated\"}", 2.0),
+        ("master_agent_front_end_requests_total{code=\"4xx\",outcome=\"limited\"}", 1.0),
+        ("master_agent_front_end_authentications_total{authenticator=\"x509\",result=\"ok\"}", 2.0),
+        ("master_agent_front_end_limited_total{limit=\"failures_per_address\"}", 1.0),
     ] {
         assert_eq!(cluster.metric(cluster.admin, &format!("{sample} ")).await.unwrap(), value, "{sample}");
     }
+    let certificates: BTreeSet<&str> = scraped
+        .text
+        .lines()
+        .filter_map(|line| {
+            line.strip_prefix("master_agent_certificate_expiry_timestamp_seconds{certificate=\"")
+        })
+        .filter_map(|rest| rest.split('"').next())
+        .collect();
+    let wanted =
+        ["ssh_user", "node_hosts", "connect", "connect_client_ca", "front_end", "front_end_client_ca"];
+    assert_eq!(certificates, BTreeSet::from(wanted));
     // The node that was not restarted; its counters, and the other's which strangers came to.
     let called_home = scrape(cluster.nodes[1].admin, OPEN_METRICS).await.unwrap();
     assert_golden(&called_home.metrics(), "node-agent");
