@@ -18,7 +18,12 @@ use tests::{
     cluster::{Cluster, Kind, Options, binary},
     process::{TempDir, free_port},
 };
-use tokio::{task::JoinHandle, time::Instant};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    task::JoinHandle,
+    time::Instant,
+};
 
 use super::{Figure, Path, download, figure, kept_get_rate, rounds, target_process};
 
@@ -34,6 +39,7 @@ pub async fn figures(n: usize, time: Duration) -> anyhow::Result<BTreeMap<&'stat
     let cluster = Cluster::start(Options {
         nodes: vec![("n1".to_owned(), Kind::Dialled)],
         ports: vec![port],
+        admin: ", page: true",
         master_config: "log: {level: warn}\n".to_owned(),
         node_config: "log: {level: warn}".to_owned(),
         ..Options::default()
@@ -77,7 +83,8 @@ pub async fn figures(n: usize, time: Duration) -> anyhow::Result<BTreeMap<&'stat
 struct Watchers {
     terminal: TempDir,
     scrapes: Arc<AtomicUsize>,
-    scraper: JoinHandle<()>,
+    events: Arc<AtomicUsize>,
+    tasks: [JoinHandle<()>; 2],
 }
 
 impl Watchers {
@@ -89,9 +96,13 @@ impl Watchers {
             cluster.path().join("master.yaml").display()
         );
         tmux(&terminal, &["new-session", "-d", "-x", "140", "-y", "40", &top])?;
-        let scrapes = Arc::<AtomicUsize>::default();
-        let scraper = tokio::spawn(scrape(cluster.admin, scrapes.clone()));
-        let watchers = Self { terminal, scrapes, scraper };
+        let (scrapes, events) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
+        let page = open_page(cluster).await?;
+        let tasks = [
+            tokio::spawn(scrape(cluster.admin, scrapes.clone())),
+            tokio::spawn(follow(page, events.clone())),
+        ];
+        let watchers = Self { terminal, scrapes, events, tasks };
         // What they do at first only is no part of it.
         while !watchers.screen()?.contains(&format!("of {NODES} nodes")) {
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -109,12 +120,14 @@ fn end(watchers: Option<Watchers>) -> anyhow::Result<()> {
     let Some(watchers) = watchers else { return Ok(()) };
     ensure!(watchers.screen()?.contains(&format!("of {NODES} nodes")), "top has ended");
     ensure!(watchers.scrapes.load(Ordering::Relaxed) > 0, "nothing was scraped");
+    ensure!(watchers.events.load(Ordering::Relaxed) > 0, "the page was told nothing");
+    ensure!(watchers.tasks.iter().all(|task| !task.is_finished()), "somebody stopped watching");
     Ok(())
 }
 
 impl Drop for Watchers {
     fn drop(&mut self) {
-        self.scraper.abort();
+        self.tasks.iter().for_each(JoinHandle::abort);
         let _ = tmux(&self.terminal, &["kill-server"]);
     }
 }
@@ -136,5 +149,29 @@ async fn scrape(admin: SocketAddr, scrapes: Arc<AtomicUsize>) {
             Ok(_) => drop(scrapes.fetch_add(1, Ordering::Relaxed)),
             Err(error) => eprintln!("scrape: {error:#}"),
         }
+    }
+}
+
+/// What the page follows, as a browser that has logged in asks for it.
+async fn open_page(cluster: &Cluster) -> anyhow::Result<TcpStream> {
+    let admin = cluster.admin;
+    let url = cluster.command(&["page"])?;
+    let login = url.trim().strip_prefix(&format!("http://{admin}")).context("no login")?;
+    let ask = async |path: &str, cookie: &str| -> anyhow::Result<TcpStream> {
+        let mut socket = TcpStream::connect(admin).await?;
+        let request = format!("GET {path} HTTP/1.1\r\nHost: {admin}\r\n{cookie}\r\n");
+        socket.write_all(request.as_bytes()).await?;
+        Ok(socket)
+    };
+    let mut head = String::new();
+    ask(login, "Connection: close\r\n").await?.read_to_string(&mut head).await?;
+    let cookie = head.lines().find_map(|line| line.strip_prefix("set-cookie: ")?.split(';').next());
+    ask("/page/events", &format!("Cookie: {}\r\n", cookie.context("no session")?)).await
+}
+
+async fn follow(mut page: TcpStream, events: Arc<AtomicUsize>) {
+    let mut buffer = vec![0; 256 << 10];
+    while page.read(&mut buffer).await.is_ok_and(|n| n > 0) {
+        events.fetch_add(1, Ordering::Relaxed);
     }
 }
