@@ -474,7 +474,7 @@ async fn on_the_front_end_the_page_is_for_whom_the_authorizers_let_in() {
         let audit = std::fs::read_to_string(front_end.file("audit.log")).unwrap();
         let of =
             |path, user| audit.lines().filter(move |line| line.contains(path) && line.contains(user)).count();
-        (of("/agent/page/explain", "jane") == 10 && of("/agent/page/events", "sam") >= 4).then_some(())
+        (of("/agent/page/explain", "jane") == 12 && of("/agent/page/events", "sam") >= 4).then_some(())
     })
     .await;
 }
