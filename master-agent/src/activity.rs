@@ -88,6 +88,13 @@ pub enum EventKind {
     DialFailed,
 }
 
+impl EventKind {
+    /// What changes nothing of the node's state.
+    fn is_refusal_or_failure(self) -> bool {
+        matches!(self, Self::Policy | Self::Impostor | Self::DialFailed)
+    }
+}
+
 /// A stream, as `/nodes/NAME` of the admin socket shows it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StreamStatus {
@@ -188,9 +195,8 @@ impl NodeActivity {
             return;
         }
         if lately.events.len() >= EVENTS {
-            // What changed the node's state is worth more than yet another failed dial.
-            let dial = |kind| matches!(kind, EventKind::Policy | EventKind::DialFailed);
-            let least = lately.events.iter().position(|e| dial(e.kind)).unwrap_or_default();
+            // What changed the node's state is worth more than what anybody can bring about.
+            let least = lately.events.iter().position(|e| e.kind.is_refusal_or_failure()).unwrap_or_default();
             lately.events.remove(least);
         }
         lately.events.push_back(Event { unix_milliseconds, kind, text, rule, times: 1 });
@@ -249,7 +255,7 @@ impl NodeActivity {
     pub fn totals(&self) -> Totals {
         let (up, down) = self.bytes();
         let failed = self.failures().filter(|(_, times)| *times > 0);
-        let state = |kind| !matches!(kind, EventKind::Policy | EventKind::DialFailed);
+        let state = |kind: EventKind| !kind.is_refusal_or_failure();
         Totals {
             up,
             down,
@@ -284,9 +290,10 @@ impl NodeActivity {
             up: stream.counters.up.load(Relaxed),
             down: stream.counters.down.load(Relaxed),
         });
+        let streams = streams.collect();
         let lately = self.lately();
         Detail {
-            streams: streams.collect(),
+            streams,
             events: lately.events.iter().rev().cloned().collect(),
             round_trips_microseconds: lately.round_trips.iter().copied().collect(),
             sample_seconds: SAMPLE.as_secs(),

@@ -167,8 +167,9 @@ impl Agent {
 
     /// Finds the ways to a target, then takes them: the time of each hop, and the verdict of the node's policy,
     /// are those of a real dial, whose connection is closed at once.
-    pub async fn explain(&self, target: &str) -> Result<Explanation, String> {
+    pub async fn explain(&self, target: &str, origin: Origin) -> Result<Explanation, String> {
         let target: Target = target.parse().map_err(|e| format!("{target:?} is no target: {e}"))?;
+        tracing::info!(%target, %origin, "somebody has a target explained, and dialled");
         let mut explanation = Explanation { target: target.to_string(), ..Explanation::default() };
         let began = Instant::now();
         let route = match self.dialer.with_routes(|routes| routes.find(&target)) {
@@ -199,8 +200,7 @@ impl Agent {
             })
             .collect();
         let began = Instant::now();
-        tracing::info!(%target, reason = explanation.reason, "explain dials");
-        match self.dialer.dial(&target, &Origin("explain".to_owned())).await {
+        match self.dialer.dial(&target, &origin).await {
             Ok(connection) => {
                 explanation.dial_microseconds = Some(micros(began.elapsed()));
                 explanation.node = connection.node;
@@ -298,10 +298,15 @@ impl Agent {
                 &self.watches.as_ref().map(|watches| watches.status()).unwrap_or_default(),
             ))),
             "/nodes" => Some(json(serde_json::to_string(&self.registry.status()))),
-            "/explain" => Some(match self.explain(&percent_decode_str(query).decode_utf8_lossy()).await {
-                Ok(explanation) => json(serde_json::to_string(&explanation)),
-                Err(error) => (hyper::StatusCode::BAD_REQUEST, "text/plain", error),
-            }),
+            "/explain" => Some(
+                match self
+                    .explain(&percent_decode_str(query).decode_utf8_lossy(), Origin("explain".to_owned()))
+                    .await
+                {
+                    Ok(explanation) => json(serde_json::to_string(&explanation)),
+                    Err(error) => (hyper::StatusCode::BAD_REQUEST, "text/plain", error),
+                },
+            ),
             path => {
                 let name = path.strip_prefix("/nodes/")?.parse().ok()?;
                 Some(json(serde_json::to_string(&self.registry.detail(&name)?)))

@@ -354,9 +354,8 @@ impl Registry {
 
     /// One node with its streams and what happened to it; `None` of one that is not known.
     pub fn detail(&self, name: &NodeName) -> Option<NodeDetail> {
-        let nodes = self.nodes();
-        let node = nodes.get(name)?;
-        Some(NodeDetail { status: node_status(name, node), detail: node.activity.detail() })
+        let node = self.nodes().get(name)?.clone();
+        Some(NodeDetail { status: node_status(name, &node), detail: node.activity.detail() })
     }
 }
 

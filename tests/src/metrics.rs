@@ -25,7 +25,7 @@ pub struct Scraped {
 pub async fn scrape(admin: SocketAddr, accept: &str) -> anyhow::Result<Scraped> {
     let mut socket = TcpStream::connect(admin).await?;
     let request =
-        format!("GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: {accept}\r\nConnection: close\r\n\r\n");
+        format!("GET /metrics HTTP/1.1\r\nHost: localhost\r\nAccept: {accept}\r\nConnection: close\r\n\r\n");
     socket.write_all(request.as_bytes()).await?;
     let mut answer = String::new();
     socket.read_to_string(&mut answer).await?;

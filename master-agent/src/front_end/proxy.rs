@@ -175,7 +175,9 @@ impl Connection {
         if let Some(agent) = page {
             let body = self.limited(body, record);
             let request = Request::from_parts(head, body);
-            let response = page::answer_on_front_end(&agent, &info.path, request).await.map(Content::Page);
+            let origin = self.origin(record, &user);
+            let response = page::answer_on_front_end(&agent, &info.path, request, origin).await;
+            let response = response.map(Content::Page);
             return Ok(Answered { response, place: Some(place), expires, upgrade: None });
         }
         headers::request(&mut head.headers, &hop, &user, peer)?;
@@ -225,6 +227,11 @@ impl Connection {
         RequestBody::new(body, config.max_body, config.body_timeout, record.received_bytes.clone())
     }
 
+    /// As the records of streams name it.
+    fn origin(&self, record: &Recorder, user: &User) -> Origin {
+        Origin(format!("front-end request {} of {:?} from {}", record.id, user.name, self.peer))
+    }
+
     /// Answers a proxy URL: to its target goes nothing of who asks.
     async fn through_tunnel(
         self: &Arc<Self>,
@@ -234,8 +241,7 @@ impl Connection {
         request: Request<Incoming>,
         record: &mut Recorder,
     ) -> Result<Answered, Failure> {
-        let origin = Origin(format!("front-end request {} of {:?} from {}", record.id, user.name, self.peer));
-        let caller = Caller { door: DOOR, origin, span: record.span() };
+        let caller = Caller { door: DOOR, origin: self.origin(record, user), span: record.span() };
         let (answered, node) = urls.answer(caller, self.peer.ip(), &self.activity, request).await;
         if let Some(node) = node {
             record.through(node);

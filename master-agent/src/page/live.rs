@@ -1,6 +1,7 @@
 //! What the page is told while it is open, as server-sent events.
 //!
-//! There is no task: whoever watches takes the snapshot of the present second, which the first of them makes for all.
+//! There is no task: whoever watches takes the snapshot of the present second, which the first of them makes for all,
+//! beside the threads that carry streams.
 //! Each is sent what differs from the snapshot that it had before, once it has taken that. So one that is slow
 //! misses snapshots, nothing is kept for it, and nothing happens while nobody watches.
 
@@ -9,20 +10,21 @@ use std::{
     collections::HashMap,
     convert::Infallible,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, SystemTime},
 };
 
 use bytes::Bytes;
-use futures_util::stream;
+use futures_util::{StreamExt, stream};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
 use proto::{NodeName, io::admin::Body};
 use serde::Serialize;
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::{Mutex, OwnedSemaphorePermit, Semaphore},
+    task::spawn_blocking,
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
@@ -32,7 +34,7 @@ use crate::{
     registry::{NodeStatus, Registry},
 };
 
-/// Pages that are open at once.
+/// Pages that are open at once on the admin address, and as many on the front end.
 const WATCHERS: usize = 16;
 /// Between snapshots.
 const EVERY: Duration = Duration::from_secs(1);
@@ -40,6 +42,8 @@ const EVERY: Duration = Duration::from_secs(1);
 const WORD: Duration = Duration::from_secs(5);
 /// Rates are those of the time since the last snapshot, unless that is longer ago.
 const RECENT: Duration = Duration::from_secs(5);
+/// How long a page waits before it comes again, in milliseconds.
+const RETRY: &[u8] = b"retry: 200\n\n";
 /// Of all nodes together.
 const REFUSALS: usize = 100;
 
@@ -110,15 +114,15 @@ struct Change<'a> {
 
 pub struct Live {
     registry: Arc<Registry>,
-    last: Mutex<Option<Arc<Snapshot>>>,
+    last: Arc<Mutex<Option<Arc<Snapshot>>>>,
     compared: AtomicU64,
-    places: Arc<Semaphore>,
+    places: [Arc<Semaphore>; 2],
 }
 
 impl Live {
     pub fn new(registry: Arc<Registry>) -> Arc<Self> {
-        let places = Arc::new(Semaphore::new(WATCHERS));
-        Arc::new(Self { registry, last: Mutex::default(), compared: AtomicU64::new(0), places })
+        let places = [(); 2].map(|()| Arc::new(Semaphore::new(WATCHERS)));
+        Arc::new(Self { registry, last: Arc::default(), compared: AtomicU64::new(0), places })
     }
 
     /// A comparison has come.
@@ -126,51 +130,53 @@ impl Live {
         self.compared.store(unix_milliseconds, Relaxed);
     }
 
-    fn last(&self) -> MutexGuard<'_, Option<Arc<Snapshot>>> {
-        self.last.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// The events for one page, until `draining` is cancelled or at `end`; `None` if there are too many pages.
-    pub fn watch(self: &Arc<Self>, draining: CancellationToken, end: Option<Instant>) -> Option<Body> {
-        let place = self.places.clone().try_acquire_owned().ok()?;
+    pub fn watch(
+        self: &Arc<Self>,
+        draining: CancellationToken,
+        end: Instant,
+        on_front_end: bool,
+    ) -> Option<Body> {
+        let [admin, front_end] = &self.places;
+        let places = if on_front_end { front_end } else { admin };
+        let place = places.clone().try_acquire_owned().ok()?;
         let watcher = Watcher { live: self.clone(), seen: None, sent: Instant::now(), place: Some(place) };
         let events = stream::unfold(watcher, move |mut watcher| {
             let draining = draining.clone();
             async move {
-                let over = async {
-                    match end {
-                        Some(end) => tokio::time::sleep_until(end).await,
-                        None => std::future::pending().await,
-                    }
-                };
                 let event = tokio::select! {
                     biased;
                     () = draining.cancelled() => return None,
-                    () = over => return None,
-                    event = watcher.next() => event,
+                    () = tokio::time::sleep_until(end) => return None,
+                    event = watcher.next() => event?,
                 };
                 Some((Ok::<_, Infallible>(Frame::data(event)), watcher))
             }
         });
-        Some(StreamBody::new(events).boxed_unsync())
+        let begin = stream::iter([Ok(Frame::data(Bytes::from_static(RETRY)))]);
+        Some(StreamBody::new(begin.chain(events)).boxed_unsync())
     }
 
     /// The present second's snapshot, once it is not the one of `seen`.
-    async fn next(&self, seen: Option<&Arc<Snapshot>>) -> Arc<Snapshot> {
+    /// `None` if it can't be made.
+    async fn next(self: &Arc<Self>, seen: Option<&Arc<Snapshot>>) -> Option<Arc<Snapshot>> {
         loop {
-            let until = {
-                let mut last = self.last();
-                let now = Instant::now();
-                match last.as_ref().filter(|last| now < last.at + EVERY) {
-                    Some(last) if seen.is_none_or(|seen| !Arc::ptr_eq(seen, last)) => return last.clone(),
-                    Some(last) => last.at + EVERY,
-                    None => {
-                        let snapshot = Arc::new(self.snapshot(last.as_deref(), now));
+            let mut last = self.last.clone().lock_owned().await;
+            let now = Instant::now();
+            let until = match last.as_ref().filter(|last| now < last.at + EVERY) {
+                Some(last) if seen.is_none_or(|seen| !Arc::ptr_eq(seen, last)) => return Some(last.clone()),
+                Some(last) => last.at + EVERY,
+                None => {
+                    let live = self.clone();
+                    let made = spawn_blocking(move || {
+                        let snapshot = Arc::new(live.snapshot(last.as_deref(), now));
                         *last = Some(snapshot.clone());
-                        return snapshot;
-                    }
+                        snapshot
+                    });
+                    return made.await.ok();
                 }
             };
+            drop(last);
             tokio::time::sleep_until(until).await;
         }
     }
@@ -200,15 +206,17 @@ struct Watcher {
 }
 
 impl Watcher {
-    async fn next(&mut self) -> Bytes {
+    async fn next(&mut self) -> Option<Bytes> {
         loop {
-            let next = self.live.next(self.seen.as_ref()).await;
-            let change = Change::between(self.seen.as_deref(), &next);
-            let event = (!change.is_empty() || self.sent.elapsed() >= WORD).then(|| change.event());
-            self.seen = Some(next);
-            if let Some(event) = event {
+            let next = self.live.next(self.seen.as_ref()).await?;
+            let (seen, now, silent) = (self.seen.replace(next.clone()), next, self.sent.elapsed() >= WORD);
+            let event = spawn_blocking(move || {
+                let change = Change::between(seen.as_deref(), &now);
+                (!change.is_empty() || silent).then(|| change.event())
+            });
+            if let Some(event) = event.await.ok()? {
                 self.sent = Instant::now();
-                return event;
+                return Some(event);
             }
         }
     }
@@ -217,8 +225,9 @@ impl Watcher {
 impl Drop for Watcher {
     fn drop(&mut self) {
         drop(self.place.take());
-        if self.live.places.available_permits() == WATCHERS {
-            *self.live.last() = None;
+        let nobody = self.live.places.iter().all(|places| places.available_permits() == WATCHERS);
+        if nobody && let Ok(mut last) = self.live.last.try_lock() {
+            *last = None;
         }
     }
 }
@@ -415,8 +424,13 @@ mod tests {
         registry.expect(&expected(&["n1", "n2"]));
         let live = Live::new(registry.clone());
         let (draining, end) = (CancellationToken::new(), Instant::now() + Duration::from_secs(100));
-        let mut one = live.watch(draining.clone(), Some(end)).unwrap();
-        let mut other = live.watch(draining.clone(), None).unwrap();
+        let long = end + Duration::from_secs(1000);
+        let mut one = live.watch(draining.clone(), end, false).unwrap();
+        let mut other = live.watch(draining.clone(), long, false).unwrap();
+        for body in [&mut one, &mut other] {
+            let frame = body.frame().await.unwrap().unwrap().into_data().unwrap();
+            assert_eq!(frame, RETRY);
+        }
         for body in [&mut one, &mut other] {
             let first = next(body).await.unwrap();
             assert_eq!((&first["whole"], first["rows"].as_array().unwrap().len()), (&true.into(), 2));
@@ -448,14 +462,16 @@ mod tests {
         next(&mut other).await.unwrap();
         let word = next(&mut other).await.unwrap();
         assert!(word.get("rows").is_none() && began.elapsed() <= 2 * WORD + EVERY, "{word}");
-        let more: Vec<Body> = (2..WATCHERS).map(|_| live.watch(draining.clone(), None).unwrap()).collect();
-        assert!(live.watch(draining.clone(), None).is_none());
+        let more: Vec<Body> =
+            (2..WATCHERS).map(|_| live.watch(draining.clone(), long, false).unwrap()).collect();
+        assert!(live.watch(draining.clone(), long, false).is_none());
+        assert!(live.watch(draining.clone(), long, true).is_some(), "the others have places of their own");
         drop(more);
         tokio::time::sleep_until(end).await;
         assert!(next(&mut one).await.is_none(), "its session has ended");
         draining.cancel();
         assert!(next(&mut other).await.is_none());
         drop((one, other));
-        assert!(live.last().is_none() && live.watch(draining, None).is_some());
+        assert!(live.last.try_lock().unwrap().is_none() && live.watch(draining, long, false).is_some());
     }
 }

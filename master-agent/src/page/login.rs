@@ -7,10 +7,13 @@ use hyper::{
     body::Incoming,
     header::{self, HeaderValue},
 };
-use proto::io::admin::{self, Answer};
+use proto::io::{
+    admin::{self, Answer},
+    dialer::Origin,
+};
 use tokio::time::Instant;
 
-use super::{ADMIN, HTML, TEXT, answer, below, guard, guarded, redirect, refusal, sessions::SESSION};
+use super::{ADMIN, HTML, TEXT, Viewer, answer, below, guard, guarded, redirect, refusal, sessions::SESSION};
 use crate::agent::Agent;
 
 const POLICY: &str = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'";
@@ -69,7 +72,8 @@ pub async fn serve(agent: &Arc<Agent>, request: Request<Incoming>) -> Option<Res
         return Some(unauthorized());
     };
     let own = guard::own_page(&request, host);
-    Some(answer(agent, path, request, own, Some(end)).await)
+    let viewer = Viewer { origin: Origin("page".to_owned()), end, on_front_end: false };
+    Some(answer(agent, path, request, own, viewer).await)
 }
 
 /// Of two agents on one host, each has its own: browsers send cookies to all ports.

@@ -21,7 +21,10 @@ use hyper::{
     body::Body,
     header::{self, HeaderName, HeaderValue},
 };
-use proto::io::admin::{self, Answer};
+use proto::io::{
+    admin::{self, Answer},
+    dialer::Origin,
+};
 use tokio::time::Instant;
 
 use crate::{
@@ -42,6 +45,8 @@ pub const ADMIN: &str = "/page/";
 pub const FRONT_END: &str = "/agent/page/";
 /// What is told live, below either.
 const EVENTS: &str = "events";
+/// After so long on the front end, whoever watches is authorized again.
+const AGAIN: Duration = Duration::from_secs(60);
 /// Of what is to be explained.
 const MAX_TARGET: usize = 1024;
 /// For that to arrive.
@@ -118,11 +123,21 @@ pub fn is_long_running(path: &str) -> bool {
     on_front_end(path) == Some(EVENTS)
 }
 
-/// Answers on the front end, where the caller is known and authorized.
+/// Who looks at the page.
+struct Viewer {
+    /// Of what it has dialled.
+    origin: Origin,
+    /// When it must ask again to be told what is live.
+    end: Instant,
+    on_front_end: bool,
+}
+
+/// Answers on the front end, where the caller, who is `origin`, is known and authorized.
 pub async fn answer_on_front_end<B>(
     agent: &Arc<Agent>,
     path: &str,
     request: Request<B>,
+    origin: Origin,
 ) -> Response<admin::Body>
 where
     B: Body<Data = Bytes>,
@@ -130,7 +145,8 @@ where
 {
     let Some(path) = on_front_end(path) else { return refusal(StatusCode::NOT_FOUND, "no such page") };
     let own = guard::own_page_through_proxies(&request);
-    answer(agent, path, request, own, None).await
+    let viewer = Viewer { origin, end: Instant::now() + AGAIN, on_front_end: true };
+    answer(agent, path, request, own, viewer).await
 }
 
 /// What is behind the prefix, or the prefix itself without its last slash.
@@ -141,14 +157,14 @@ fn below<'a>(path: &'a str, prefix: &str) -> Option<&'a str> {
 /// No path below the prefix is so.
 const WITHOUT_SLASH: &str = "/";
 
-/// Answers what is asked for below the prefix, until `end`. `own` says whether the page itself asks; only it may have
+/// Answers what is asked for below the prefix. `own` says whether the page itself asks; only it may have
 /// something done.
 async fn answer<B>(
     agent: &Arc<Agent>,
     path: &str,
     request: Request<B>,
     own: Result<(), &'static str>,
-    end: Option<Instant>,
+    viewer: Viewer,
 ) -> Response<admin::Body>
 where
     B: Body<Data = Bytes>,
@@ -170,7 +186,7 @@ where
         "page.css" => asset("text/css; charset=utf-8", include_str!("assets/page.css")),
         "page.js" => asset("text/javascript; charset=utf-8", include_str!("assets/page.js")),
         "icon.svg" => asset("image/svg+xml", include_str!("assets/icon.svg")),
-        EVENTS => match page.live.watch(agent.draining.clone(), end) {
+        EVENTS => match page.live.watch(agent.draining.clone(), viewer.end, viewer.on_front_end) {
             Some(body) => {
                 let mut response = Response::new(body);
                 let stream = HeaderValue::from_static("text/event-stream");
@@ -180,7 +196,7 @@ where
             None => refusal(StatusCode::SERVICE_UNAVAILABLE, "too many pages are open; close one"),
         },
         "explain" => match own {
-            Ok(()) => explain(agent, request.into_body()).await,
+            Ok(()) => explain(agent, request.into_body(), viewer.origin).await,
             Err(reason) => refusal(StatusCode::FORBIDDEN, reason),
         },
         "comparison.json" => match page.comparison() {
@@ -221,7 +237,7 @@ struct Summary<'a> {
     overview: crate::compare::report::Overview,
 }
 
-async fn explain<B>(agent: &Agent, body: B) -> Response<admin::Body>
+async fn explain<B>(agent: &Agent, body: B, origin: Origin) -> Response<admin::Body>
 where
     B: Body<Data = Bytes>,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -231,7 +247,7 @@ where
         Ok(Ok(body)) => body.to_bytes(),
         Ok(Err(_)) | Err(_) => return refusal(StatusCode::BAD_REQUEST, "expected a target: HOST:PORT"),
     };
-    match agent.explain(String::from_utf8_lossy(&target).trim()).await {
+    match agent.explain(String::from_utf8_lossy(&target).trim(), origin).await {
         Ok(explanation) => json(&explanation),
         Err(error) => refusal(StatusCode::BAD_REQUEST, &error),
     }

@@ -1,11 +1,13 @@
 //! Traces: a span for each request that the front end serves and for each stream, sent to an OpenTelemetry collector by
 //! OTLP. Off unless configured.
 //!
-//! Like the log they are the process's. A caller's `traceparent` (W3C Trace Context) says which trace a span is part of; whether a
-//! span is sent is decided by the trace's number and the configured ratio alone, so that no caller can have more sent.
+//! Like the log they are the process's. A caller's `traceparent` (W3C Trace Context) says which trace a span is part of;
+//! whether the spans of a trace are sent is not the caller's to say ([`Sampler`]). Its `tracestate` goes through, and is
+//! kept nowhere.
 
 mod collector;
 mod config;
+mod sampler;
 
 use std::{
     sync::OnceLock,
@@ -13,22 +15,26 @@ use std::{
 };
 
 use anyhow::Context as _;
-use hyper::{HeaderMap, header::HeaderName};
+use hyper::{
+    HeaderMap,
+    header::{HeaderName, HeaderValue},
+};
 pub use opentelemetry::trace::SpanContext;
 use opentelemetry::{
-    Context, KeyValue, Value,
-    propagation::TextMapPropagator,
-    trace::{Span as _, SpanBuilder, SpanKind, Status, TraceContextExt, Tracer as _, TracerProvider as _},
+    Context, KeyValue, SpanId, TraceFlags, TraceId, Value,
+    trace::{
+        Span as _, SpanBuilder, SpanKind, Status, TraceContextExt, TraceState, Tracer as _,
+        TracerProvider as _,
+    },
 };
-use opentelemetry_http::{HeaderExtractor, HeaderInjector};
 use opentelemetry_sdk::{
     Resource,
-    propagation::TraceContextPropagator,
-    trace::{BatchConfigBuilder, BatchSpanProcessor, Sampler, SdkTracer, SdkTracerProvider, SpanLimits},
+    trace::{BatchConfigBuilder, BatchSpanProcessor, SdkTracer, SdkTracerProvider, SpanLimits},
 };
 
 use collector::exporter;
 pub use config::TracesConfig;
+use sampler::Sampler;
 
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 /// How long spans gather before they are sent together.
@@ -58,7 +64,7 @@ impl Traces {
             .build();
         let provider = SdkTracerProvider::builder()
             .with_resource(resource)
-            .with_sampler(Sampler::TraceIdRatioBased(config.sample_ratio))
+            .with_sampler(Sampler::new(config.sample_ratio))
             .with_span_limits(SpanLimits::default())
             .with_span_processor(BatchSpanProcessor::builder(exporter).with_batch_config(batches).build())
             .build();
@@ -80,19 +86,42 @@ impl Traces {
 /// The span that a request is part of, as its `traceparent` has it. Whoever sent it must have been authenticated.
 pub fn parent(headers: &HeaderMap) -> Option<SpanContext> {
     let mut values = headers.get_all(TRACEPARENT).iter();
-    if values.next().is_none() || values.next().is_some() {
+    let value = values.next().filter(|_| values.next().is_none())?;
+    parse(value.to_str().ok()?)
+}
+
+/// W3C Trace Context §3.2: `VERSION-TRACE-SPAN-FLAGS`; versions to come may have more behind it.
+fn parse(value: &str) -> Option<SpanContext> {
+    let (head, rest) = value.split_at_checked(55)?;
+    let mut parts = head.split('-');
+    let mut hex = |length: usize| {
+        let digits = |part: &&str| {
+            part.len() == length && part.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+        };
+        parts.next().filter(digits)
+    };
+    let (version, trace, span, flags) = (hex(2)?, hex(32)?, hex(16)?, hex(2)?);
+    if version == "ff" || !rest.is_empty() && (version == "00" || !rest.starts_with('-')) {
         return None;
     }
-    let context =
-        TraceContextPropagator::new().extract_with_context(&Context::new(), &HeaderExtractor(headers));
-    let context = context.span().span_context().clone();
+    let context = SpanContext::new(
+        TraceId::from_hex(trace).ok()?,
+        SpanId::from_hex(span).ok()?,
+        // More is not known.
+        TraceFlags::new(u8::from_str_radix(flags, 16).ok()?) & TraceFlags::SAMPLED,
+        true,
+        TraceState::default(),
+    );
     context.is_valid().then_some(context)
 }
 
 /// Says in a request that what it leads to is part of `span`.
 pub fn inject(span: &SpanContext, headers: &mut HeaderMap) {
-    let context = Context::new().with_remote_span_context(span.clone());
-    TraceContextPropagator::new().inject_context(&context, &mut HeaderInjector(headers));
+    let flags = span.trace_flags().to_u8();
+    let value = format!("00-{}-{}-{flags:02x}", span.trace_id(), span.span_id());
+    if let Ok(value) = HeaderValue::try_from(value) {
+        headers.insert(TRACEPARENT, value);
+    }
 }
 
 /// Something that takes time, from [`Span::start`] until it is dropped; nothing where it is not to be sent.

@@ -13,7 +13,7 @@ const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 #[derive(Clone, Debug)]
 pub struct Exposition {
     registry: Arc<Registry>,
-    /// Scrapes take turns, so that they never use more than one core.
+    /// Scrapes take turns, so that they never use more than one core. Whoever leaves meanwhile leaves the turn to the work.
     turn: Arc<Mutex<()>>,
 }
 
@@ -27,8 +27,9 @@ impl Exposition {
     pub async fn scrape(&self, accept: &str) -> Result<(&'static str, String), fmt::Error> {
         let open_metrics = accept.contains("application/openmetrics-text");
         let registry = self.registry.clone();
-        let _turn = self.turn.lock().await;
+        let turn = self.turn.clone().lock_owned().await;
         let text = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
             let mut text = String::new();
             encode(&mut text, &registry)?;
             Ok(if open_metrics { (OPEN_METRICS, text) } else { (TEXT, plain(&text)) })

@@ -45,7 +45,7 @@ struct Answer {
 
 async fn http(address: SocketAddr, request: &str) -> Option<Answer> {
     let mut socket = TcpStream::connect(address).await.ok()?;
-    let request = format!("{request} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    let request = format!("{request} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     socket.write_all(request.as_bytes()).await.ok()?;
     let mut text = String::new();
     socket.read_to_string(&mut text).await.ok()?;
@@ -209,7 +209,7 @@ async fn front_end_is_called(cluster: &Cluster, front_end: SocketAddr) {
         let identity = shown.then_some((cluster.path(), "kube-apiserver"));
         let door = Door::Tls(front_end, client_config(&ca, identity).unwrap());
         let mut stream = door.enter().await.unwrap();
-        let request = format!("GET /api HTTP/1.1\r\nHost: x\r\n{header}Connection: close\r\n\r\n");
+        let request = format!("GET /api HTTP/1.1\r\nHost: localhost\r\n{header}Connection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
         let _ = stream.read_to_string(&mut answer).await;

@@ -61,7 +61,9 @@ impl Call {
         *request.version_mut() = Version::HTTP_11;
 
         let mut caller = self.caller.clone();
-        caller.span = caller.span.or_else(|| traces::parent(request.headers()));
+        if self.entrance.is_unix() {
+            caller.span = traces::parent(request.headers());
+        }
         let (mut sender, exchange) = self.connect(&endpoint, caller).await?;
         let answered = Answered::default();
         let request = request.map(|body| Upload::new(body, self.door.idle_timeout, answered.clone()));

@@ -85,6 +85,11 @@ impl Entrance {
         }
     }
 
+    /// Who comes here may open the socket's file.
+    fn is_unix(self) -> bool {
+        matches!(self, Self::Unix)
+    }
+
     fn proto(self) -> &'static str {
         match self {
             Self::Unix | Self::Loopback(_) => "http",

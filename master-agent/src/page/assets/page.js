@@ -458,15 +458,25 @@
     write(place, text ?? 'Live.');
   }
 
+  // Set while the browser tries again, as it does once a minute where the agent wants to know who still watches.
+  let missed = null;
+
   function connect() {
     const events = new EventSource('events');
     events.addEventListener('message', (event) => {
+      clearTimeout(missed);
+      missed = null;
       reachable(null);
       take(JSON.parse(event.data));
     });
     events.addEventListener('error', async () => {
       const gone = 'The agent can’t be reached; trying again. What is shown is old.';
-      if (events.readyState !== EventSource.CLOSED) return reachable(gone);
+      if (events.readyState !== EventSource.CLOSED) {
+        missed ??= setTimeout(() => reachable(gone), 1500);
+        return;
+      }
+      clearTimeout(missed);
+      missed = null;
       // It has answered otherwise, and the browser does not try again by itself.
       setTimeout(connect, 5000);
       const answer = await fetch('page.css').catch(() => null);
