@@ -249,10 +249,12 @@ async fn slow_heads_and_bodies_end_and_hold_up_nobody() {
     let health = Health::of(&front_end.cluster.master);
     let quiet = Honest::quiet(&front_end, 4, Duration::from_millis(20)).await;
     let honest = Honest::start(&front_end, 4, Duration::from_millis(20));
+    let left = [(); 4].map(Arc::new);
     let mut slow = JoinSet::new();
     for i in 0..400 {
-        let front_end = front_end.clone();
+        let (front_end, still) = (front_end.clone(), left[i % 4].clone());
         slow.spawn(async move {
+            let _still = still;
             let head = "GET /slow HTTP/1.1\r\nHost: api\r\nX-A: ";
             let body = format!("POST /slow HTTP/1.1\r\nHost: api\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 1000\r\n\r\nx");
             let (start, http) = match i % 4 {
@@ -283,13 +285,27 @@ async fn slow_heads_and_bodies_end_and_hold_up_nobody() {
         });
     }
     // The server ends every one of them.
-    while let Some(ended) = completes("a slow caller's end", slow.join_next()).await {
-        ended.unwrap();
+    let ends = async {
+        while let Some(ended) = slow.join_next().await {
+            ended.unwrap();
+        }
+    };
+    if tokio::time::timeout(Duration::from_secs(120), ends).await.is_err() {
+        let left = left.each_ref().map(Arc::strong_count).map(|count| count - 1);
+        panic!("of each kind there are left {left:?}:\n{}\n{}", sockets(front_end.address), front_end.log());
     }
     honest.end("400 slow callers", Some(quiet)).await;
     front_end.upstream.refuse().await;
     front_end.upstream.accept().await.unwrap();
     health.check(100 << 20).await;
+}
+
+/// What the kernel says of connections to an address, from both ends.
+fn sockets(address: std::net::SocketAddr) -> String {
+    let listed =
+        std::process::Command::new("ss").args(["--tcp", "--all", "--numeric", "--processes"]).output();
+    let listed = String::from_utf8(listed.unwrap().stdout).unwrap();
+    listed.lines().filter(|line| line.contains(&address.to_string())).collect::<Vec<_>>().join("\n")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
