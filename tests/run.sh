@@ -95,7 +95,7 @@ quickstart() {
     local dir
     dir=$(mktemp -d /tmp/quickstart-test.XXXXXX)
     chmod 0755 "$dir"
-    deploy/quickstart.sh --once --dir "$dir" --bin "$CARGO_TARGET_DIR/release" | tee "$dir/output"
+    deploy/quickstart.sh --once --dir "$dir" --bin "$CARGO_TARGET_DIR/release" | tee "$dir.output"
     python3 - "$dir" <<'END'
 import json, os, re, sys
 read = lambda name: open(os.path.join(sys.argv[1], name)).read()
@@ -106,7 +106,8 @@ for n in e["nodes"]:
     assert n["local_endpoint"]["url"].startswith("https://"), n
     assert len(n["targets"]) >= 3 and os.path.exists(n["kubelet"]["ca"]), n
 # The table, the JSON and the page of the comparison are of one run.
-comparison, table, page = json.loads(read("comparison.json")), read("output"), read("comparison.html")
+comparison, page = json.loads(read("comparison.json")), read("comparison.html")
+table = open(sys.argv[1] + ".output").read()
 assert [t["node"] for t in comparison["targets"]] == ["n1", "n2", "n3"], comparison
 assert comparison["started"] in page and f"in {comparison['seconds']:g} s;" in table
 ratios = 0
@@ -125,7 +126,7 @@ for target in comparison["targets"]:
                 assert "%.0f/s" % path["p50"] in block and "%.0f/s" % path["p50"] in section, (path, block)
 assert ratios == 27, ratios
 END
-    rm -rf "$dir"
+    rm -rf "$dir" "$dir.output"
 }
 
 # That every figure can be taken; what the figures are is for people to read.

@@ -445,7 +445,12 @@ impl Writer {
     pub(super) async fn send(&mut self, bytes: BytesMut) -> Result<(), StreamError> {
         let stalls = &self.owner.channels.stalls;
         self.unless_failed(async |half| {
-            self.gate.reserve(bytes.len()).await && half.data_counted(bytes, stalls).await
+            let Some(reserved) = self.gate.reserve(bytes.len()).await else { return false };
+            let sent = half.data_counted(bytes, stalls).await;
+            if sent {
+                reserved.used();
+            }
+            sent
         })
         .await
     }

@@ -62,24 +62,25 @@ impl Gate {
         (ROOM / (1 + self.0.waiting.load(Ordering::Relaxed))).max(LEAST_SHARE)
     }
 
-    /// Waits for room for `bytes` bytes, which are the caller's to send; `false` once the link is gone.
+    /// Waits for room for `bytes` bytes, which are the caller's to send; `None` once the link is gone.
     /// Cancel-safe.
-    pub async fn reserve(&self, bytes: usize) -> bool {
+    pub async fn reserve(&self, bytes: usize) -> Option<Reservation> {
         let permits = u32::try_from(bytes.min(ROOM)).unwrap_or_default();
         let permit = match self.0.room.try_acquire_many(permits) {
             Ok(permit) => permit,
-            Err(TryAcquireError::Closed) => return false,
+            Err(TryAcquireError::Closed) => return None,
             Err(TryAcquireError::NoPermits) => {
                 let _waiting = Waiting::new(&self.0.waiting);
                 match self.0.room.acquire_many(permits).await {
                     Ok(permit) => permit,
-                    Err(_) => return false,
+                    Err(_) => return None,
                 }
             }
         };
         permit.forget();
-        self.0.reserved.fetch_add(bytes.min(ROOM), Ordering::AcqRel);
-        true
+        let bytes = bytes.min(ROOM);
+        self.0.reserved.fetch_add(bytes, Ordering::AcqRel);
+        Some(Reservation { gate: self.clone(), bytes })
     }
 
     /// Bytes have left. They are a little more than was reserved for them, by what SSH adds.
@@ -90,6 +91,28 @@ impl Gate {
         if freed > 0 {
             self.0.room.add_permits(freed);
         }
+    }
+}
+
+/// Room for bytes that are about to be sent. It is given back when this is dropped without [`Self::used`]: when the
+/// stream has failed meanwhile, or whoever sends has left.
+#[derive(Debug)]
+#[must_use]
+pub struct Reservation {
+    gate: Gate,
+    bytes: usize,
+}
+
+impl Reservation {
+    /// The bytes are on their way, and give the room back as they leave.
+    pub fn used(mut self) {
+        self.bytes = 0;
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.gate.release(self.bytes);
     }
 }
 
@@ -248,7 +271,7 @@ mod tests {
         let (near, mut far) = tokio::io::duplex(1000);
         let (mut link, gate) = Link::new(near, CancellationToken::new(), Arc::default());
         let sent: Vec<u8> = (0..1_000_000u32).map(|i| (i / 7) as u8).collect();
-        assert!(gate.reserve(ROOM).await);
+        gate.reserve(ROOM).await.unwrap().used();
         link.write_all(&sent).await.unwrap();
         link.flush().await.unwrap();
         assert!(tokio::time::timeout(Duration::from_millis(1), gate.reserve(ROOM)).await.is_err());
@@ -265,7 +288,7 @@ mod tests {
             answer
         };
         let (got, answer, reserved) = tokio::join!(reader, driver, gate.reserve(ROOM));
-        assert!(got == sent && reserved);
+        assert!(got == sent && reserved.is_some());
         assert_eq!(&answer, b"done");
     }
 
@@ -305,10 +328,10 @@ mod tests {
         let (near, _far) = tokio::io::duplex(1000);
         let (link, gate) = Link::new(near, CancellationToken::new(), Arc::default());
         assert_eq!(gate.share(), ROOM);
-        assert!(gate.reserve(ROOM - 10).await);
+        gate.reserve(ROOM - 10).await.unwrap().used();
         let waiting = (0..3).map(|_| {
             let gate = gate.clone();
-            Box::pin(async move { gate.reserve(20).await })
+            Box::pin(async move { gate.reserve(20).await.map(Reservation::used).is_some() })
         });
         let mut waiting: Vec<_> = waiting.collect();
         for future in &mut waiting {
@@ -320,6 +343,25 @@ mod tests {
         drop(waiting.remove(0));
         assert_eq!(gate.share(), ROOM / 2);
         drop(link);
-        assert!(!waiting.remove(0).await && !gate.reserve(1).await);
+        assert!(!waiting.remove(0).await && gate.reserve(1).await.is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn room_that_is_not_used_is_given_back() {
+        let gate = Gate::default();
+        for _ in 0..1000 {
+            drop(gate.reserve(64 * 1024).await.unwrap());
+        }
+        let all = gate.reserve(ROOM).await.unwrap();
+        // Whoever leaves while the bytes are handed over.
+        let leaving = async {
+            let _reserved = gate.reserve(ROOM).await;
+            std::future::pending::<()>().await;
+        };
+        let left = tokio::time::timeout(Duration::from_millis(10), async {
+            tokio::join!(leaving, async { drop(all) })
+        });
+        assert!(left.await.is_err());
+        assert!(tokio::time::timeout(Duration::from_millis(10), gate.reserve(ROOM)).await.is_ok());
     }
 }

@@ -720,7 +720,7 @@ impl Writer {
 
     pub(super) async fn send(&mut self, buffer: BytesMut) -> Result<(), StreamError> {
         let payload = buffer.len().saturating_sub(frame::HEADER);
-        let room = self.entry.mux.0.gate.reserve(buffer.len()).await;
+        let reserved = self.entry.mux.0.gate.reserve(buffer.len()).await;
         {
             let mut state = self.entry.shared.lock();
             if let Some(error) = &state.failed {
@@ -728,7 +728,10 @@ impl Writer {
             }
             state.credit = state.credit.saturating_sub(payload);
         }
-        if room && self.entry.mux.send(frame::finish_data(buffer, self.entry.id)).await {
+        if let Some(reserved) = reserved
+            && self.entry.mux.send(frame::finish_data(buffer, self.entry.id)).await
+        {
+            reserved.used();
             return Ok(());
         }
         Err(StreamError(self.entry.mux.closed_reason()))
