@@ -298,15 +298,13 @@ impl Agent {
                 &self.watches.as_ref().map(|watches| watches.status()).unwrap_or_default(),
             ))),
             "/nodes" => Some(json(serde_json::to_string(&self.registry.status()))),
-            "/explain" => Some(
-                match self
-                    .explain(&percent_decode_str(query).decode_utf8_lossy(), Origin("explain".to_owned()))
-                    .await
-                {
+            "/explain" => {
+                let target = percent_decode_str(query).decode_utf8_lossy();
+                Some(match self.explain(&target, Origin("explain".to_owned())).await {
                     Ok(explanation) => json(serde_json::to_string(&explanation)),
                     Err(error) => (hyper::StatusCode::BAD_REQUEST, "text/plain", error),
-                },
-            ),
+                })
+            }
             path => {
                 let name = path.strip_prefix("/nodes/")?.parse().ok()?;
                 Some(json(serde_json::to_string(&self.registry.detail(&name)?)))

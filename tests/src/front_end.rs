@@ -28,9 +28,9 @@ use tokio_rustls::TlsConnector;
 
 use crate::{
     client::Stream,
-    cluster::{Cluster, Kind, Options},
+    cluster::{Cluster, Kind, Options, SOON},
     pki::{Authority, client_config},
-    process::{TempDir, free_port},
+    process::{TempDir, eventually, free_port},
     upstream::{HEALTH, Identity, PROXY_NAME, Upstream},
 };
 
@@ -120,47 +120,27 @@ pub struct Setup {
 const LIMITS: &str = "{head_timeout: 3s, body_timeout: 3s, failures_per_second_per_address: 1000000, \
     requests_per_second_per_user: 1000000, requests_per_second_per_address: 1000000}";
 
-const RBAC: &str = r"
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {name: impersonator}
-rules:
-- {apiGroups: [''], resources: [users, groups], verbs: [impersonate]}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: impersonator}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: impersonator}
-subjects:
-- {apiGroup: rbac.authorization.k8s.io, kind: User, name: jane}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {name: page}
-rules:
-- {nonResourceURLs: [/agent/page, /agent/page/*], verbs: [get]}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: page}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: page}
-subjects:
-- {apiGroup: rbac.authorization.k8s.io, kind: User, name: jane}
-- {apiGroup: rbac.authorization.k8s.io, kind: User, name: sam}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {name: explain}
-rules:
-- {nonResourceURLs: [/agent/page/explain], verbs: [post]}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: explain}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: explain}
-subjects:
-- {apiGroup: rbac.authorization.k8s.io, kind: User, name: jane}
-";
+/// A cluster role with one rule, bound to subjects, as files of `rbac` have it.
+pub fn role(name: &str, rule: &str, subjects: &[&str]) -> String {
+    let group = "rbac.authorization.k8s.io";
+    let subjects: String = subjects.iter().map(|subject| format!("- {{{subject}}}\n")).collect();
+    format!(
+        "---\napiVersion: {group}/v1\nkind: ClusterRole\nmetadata: {{name: {name}}}\nrules:\n- {{{rule}}}\n\
+         ---\napiVersion: {group}/v1\nkind: ClusterRoleBinding\nmetadata: {{name: {name}}}\n\
+         roleRef: {{apiGroup: {group}, kind: ClusterRole, name: {name}}}\nsubjects:\n{subjects}"
+    )
+}
+
+/// A subject of [`role`].
+pub const JANE: &str = "apiGroup: rbac.authorization.k8s.io, kind: User, name: jane";
+pub const SAM: &str = "apiGroup: rbac.authorization.k8s.io, kind: User, name: sam";
+
+fn roles() -> String {
+    let page = "nonResourceURLs: [/agent/page, /agent/page/*], verbs: [get]";
+    role("impersonator", "apiGroups: [''], resources: [users, groups], verbs: [impersonate]", &[JANE])
+        + &role("page", page, &[JANE, SAM])
+        + &role("explain", "nonResourceURLs: [/agent/page/explain], verbs: [post]", &[JANE])
+}
 
 /// The running front end.
 pub struct FrontEnd {
@@ -196,7 +176,7 @@ impl FrontEnd {
             &path.join("bootstrap.csv"),
             &format!("{BOOTSTRAP},,\"system:bootstrappers:workers\"\n"),
         )?;
-        std::fs::write(path.join("rbac.yaml"), RBAC)?;
+        std::fs::write(path.join("rbac.yaml"), roles())?;
         for (from, to) in [
             ("ca.crt", "apiserver-ca.crt"),
             (&format!("{PROXY_NAME}.crt"), "front-proxy.crt"),
@@ -229,6 +209,16 @@ impl FrontEnd {
 
     pub fn url(&self) -> String {
         format!("https://{}", self.address)
+    }
+
+    /// The audit record of the first request for a path that begins so, once there is one.
+    pub async fn audited(&self, path: &str) -> Value {
+        eventually("the audit record", SOON, async || {
+            let text = std::fs::read_to_string(self.file("audit.log")).unwrap_or_default();
+            let mut lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+            lines.find(|line| line["path"].as_str().is_some_and(|found| found.starts_with(path)))
+        })
+        .await
     }
 
     pub fn log(&self) -> String {

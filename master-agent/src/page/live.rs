@@ -337,21 +337,7 @@ fn two_digits(value: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        activity::{EventKind, Totals},
-        registry::Absent,
-    };
-
-    fn status(name: &str, state: &str, up: u64) -> NodeStatus {
-        NodeStatus {
-            name: name.parse().unwrap(),
-            state: state.to_owned(),
-            reason: String::new(),
-            tunnels: Vec::new(),
-            refused: 0,
-            totals: Totals { up, ..Totals::default() },
-        }
-    }
+    use crate::{activity::EventKind, registry::Absent, top::model::tests::node as status};
 
     fn snapshot(status: Vec<NodeStatus>, last: Option<&Snapshot>, at: Instant) -> Snapshot {
         let rows = rows(status, last, at);

@@ -1,6 +1,6 @@
 //! `top`: the nodes of the running agent, live in a terminal.
 
-mod model;
+pub(crate) mod model;
 mod view;
 
 use std::{

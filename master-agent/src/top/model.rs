@@ -349,7 +349,7 @@ pub fn show_age(since_unix_milliseconds: Option<u64>, now_unix_milliseconds: u64
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::activity::Totals;
 

@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use tests::{
     client::Stream,
     cluster::{Cluster, Kind, Options, SOON, binary},
+    front_end::role,
     front_end::{Heard, hear},
     load::{completes, download, upload},
     pki::{Authority, client_config, server_config},
@@ -35,22 +36,6 @@ const EXPIRED: &str = "abcdeg.0123456789abcdef";
 /// Of a group that nothing is allowed.
 const OTHER_GROUP: &str = "token-of-another-group";
 const ISSUER: &str = "https://kubernetes.default.svc";
-
-const RBAC: &str = r"
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {name: call-home}
-rules:
-- {apiGroups: [master-agent], resources: [nodes/link, nodes/join], verbs: [create]}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: call-home}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: call-home}
-subjects:
-- {apiGroup: rbac.authorization.k8s.io, kind: Group, name: 'system:bootstrappers'}
-- {kind: ServiceAccount, name: node-agent, namespace: kube-system}
-";
 
 /// Bytes each way: 64 MB, or what TEST_BYTES says.
 fn volume() -> u64 {
@@ -79,7 +64,10 @@ async fn world(change: impl FnOnce(&mut Options, &Path)) -> World {
     let file = |name: &str| path.join(name).display().to_string();
     let service_accounts = rcgen::KeyPair::generate().unwrap();
     std::fs::write(path.join("sa.pub"), service_accounts.public_key_pem()).unwrap();
-    std::fs::write(path.join("rbac.yaml"), RBAC).unwrap();
+    let rule = "apiGroups: [master-agent], resources: [nodes/link, nodes/join], verbs: [create]";
+    let group = "apiGroup: rbac.authorization.k8s.io, kind: Group, name: 'system:bootstrappers'";
+    let account = "kind: ServiceAccount, name: node-agent, namespace: kube-system";
+    std::fs::write(path.join("rbac.yaml"), role("call-home", rule, &[group, account])).unwrap();
     let secret =
         |name: &str, text: &str| proto::secret_file::replace(&path.join(name), text.as_bytes()).unwrap();
     secret("bootstrap.csv", &format!("{BOOTSTRAP},,\n{EXPIRED},2020-01-01T00:00:00Z,\n"));

@@ -2,11 +2,10 @@
 
 use std::sync::{Arc, Mutex};
 
-use serde_json::Value;
 use tests::{
     client::Stream,
     cluster::{Kind, SOON},
-    front_end::{Credential, FrontEnd, Http, Setup, hear},
+    front_end::{Credential, FrontEnd, Http, SAM, Setup, hear, role},
     process::{eventually, free_port},
 };
 use tokio::{
@@ -15,33 +14,11 @@ use tokio::{
 };
 
 /// `sam` reads, the service account does everything, and nobody else anything.
-const RBAC: &str = "
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {name: reader}
-rules:
-- {apiGroups: [''], resources: [nodes/proxy], verbs: [get]}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: reader}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: reader}
-subjects:
-- {apiGroup: rbac.authorization.k8s.io, kind: User, name: sam}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {name: operator}
-rules:
-- {apiGroups: [''], resources: [nodes/proxy], verbs: ['*']}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: operator}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: operator}
-subjects:
-- {kind: ServiceAccount, name: builder, namespace: default}
-";
+fn roles() -> String {
+    let rule = |verbs: &str| format!("apiGroups: [''], resources: [nodes/proxy], verbs: ['{verbs}']");
+    let builder = "kind: ServiceAccount, name: builder, namespace: default";
+    role("reader", &rule("get"), &[SAM]) + &role("operator", &rule("*"), &[builder])
+}
 
 /// What stands on the node: it answers every request with `ok`, changes to another protocol when asked to, and sends
 /// back what comes then.
@@ -104,7 +81,7 @@ async fn start(target: &Target) -> FrontEnd {
         ..Setup::default()
     };
     let front_end = FrontEnd::start(setup).await.unwrap();
-    front_end.replace("rbac.yaml", RBAC).unwrap();
+    front_end.replace("rbac.yaml", &roles()).unwrap();
     eventually("the new rules", SOON, async || {
         (ask(&front_end, Credential::Token, "GET", &target.url("ready"), "").await.0 == 200).then_some(())
     })
@@ -129,15 +106,6 @@ async fn ask(
     stream.write_all(request.as_bytes()).await.unwrap();
     let heard = hear(&mut stream).await.unwrap().expect("an answer");
     (heard.status, stream)
-}
-
-async fn audited(front_end: &FrontEnd, path: &str) -> Value {
-    eventually("the audit record", SOON, async || {
-        let text = std::fs::read_to_string(front_end.file("audit.log")).unwrap_or_default();
-        let mut lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-        lines.find(|line| line["path"] == path)
-    })
-    .await
 }
 
 #[tokio::test]
@@ -212,7 +180,7 @@ async fn an_upgrade_is_carried_and_recorded() {
     stream.read_exact(&mut back).await.unwrap();
     assert!(back.iter().all(|byte| *byte == 7));
     drop(stream);
-    let record = audited(&front_end, &path).await;
+    let record = front_end.audited(&path).await;
     for (field, expected) in [
         ("user", "system:serviceaccount:default:builder"),
         ("verb", "create"),

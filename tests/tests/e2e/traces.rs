@@ -10,7 +10,7 @@ use serde_json::Value;
 use tests::{
     cluster::{Kind, SOON},
     collector::{Collector, Sent},
-    front_end::{Credential, FrontEnd, Http, Setup},
+    front_end::{Credential, FrontEnd, Http, SAM, Setup, role},
     pki::{self, Authority},
     process::{TempDir, eventually, free_port},
 };
@@ -20,21 +20,6 @@ const SPAN: &str = "b7ad6b7169203331";
 /// Of one who reads, and of nobody else.
 const AUTHORIZATION: &str = "Bearer secret-of-the-collector";
 
-const RBAC: &str = "
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {name: proxy}
-rules:
-- {apiGroups: [''], resources: [nodes/proxy], verbs: [get]}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: proxy}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: proxy}
-subjects:
-- {apiGroup: rbac.authorization.k8s.io, kind: User, name: sam}
-";
-
 /// `port` is of something on the node, for those who may reach it.
 async fn front_end(port: u16, traces: &str) -> FrontEnd {
     let lines = "  serve_proxy_urls: true\n".to_owned();
@@ -42,7 +27,8 @@ async fn front_end(port: u16, traces: &str) -> FrontEnd {
     let nodes = vec![("n1".to_owned(), Kind::Dialled)];
     let setup = Setup { lines, master_config, nodes, ports: vec![port], ..Setup::default() };
     let front_end = FrontEnd::start(setup).await.unwrap();
-    front_end.replace("rbac.yaml", RBAC).unwrap();
+    let rule = "apiGroups: [''], resources: [nodes/proxy], verbs: [get]";
+    front_end.replace("rbac.yaml", &role("proxy", rule, &[SAM])).unwrap();
     eventually("the new rules", SOON, async || {
         let status = ask(&front_end, Credential::Token, &node_url(port, ""), None).await.0;
         (status == StatusCode::OK).then_some(())
@@ -69,16 +55,6 @@ async fn ask(
     let mut caller = front_end.caller(credential, Http::V1).await.unwrap();
     let answer = caller.ask(request.body(Full::default()).unwrap()).await.unwrap();
     (answer.status, String::from_utf8(answer.body.to_vec()).unwrap())
-}
-
-/// The audit record of the one request that has a path.
-async fn audited(front_end: &FrontEnd, path: &str) -> Value {
-    eventually("the audit record", SOON, async || {
-        let text = std::fs::read_to_string(front_end.file("audit.log")).unwrap_or_default();
-        let mut lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-        lines.find(|line| line["path"].as_str().is_some_and(|found| found.starts_with(path)))
-    })
-    .await
 }
 
 /// The record of the one stream whose origin is a request.
@@ -174,7 +150,7 @@ async fn a_request_and_its_stream_are_one_trace() {
         assert_eq!(attribute(span, name), expected, "{name} of {span:?}");
     }
     assert_eq!(traceparents(&front_end, target), [format!("00-{trace}-{}-01", span.id)]);
-    let record = audited(&front_end, "/api/v1/pods").await;
+    let record = front_end.audited("/api/v1/pods").await;
     assert_eq!(record["trace_id"], *trace, "{record}");
     assert_eq!(record["id"], attribute(span, "master_agent.request"));
 
@@ -200,7 +176,7 @@ async fn a_request_and_its_stream_are_one_trace() {
         assert_eq!(attribute(stream, name), expected, "{name} of {stream:?}");
     }
     assert!(attribute(stream, "master_agent.bytes.down").parse::<u64>().unwrap() > 55, "{stream:?}");
-    let record = audited(&front_end, &node_url(port, "two")).await;
+    let record = front_end.audited(&node_url(port, "two")).await;
     assert_eq!(record["trace_id"], *trace);
     let record = stream_of(&front_end, record["id"].as_str().unwrap()).await;
     assert_eq!((&record["trace_id"], &record["span_id"]), (&Value::from(&*trace), &Value::from(&*stream.id)));
@@ -226,7 +202,7 @@ async fn a_request_and_its_stream_are_one_trace() {
     // By then the one before has been sent.
     spans(&collector, &number(0xa5), 1).await;
     assert!(collector.spans().iter().all(|span| span.trace != number(0xa4)));
-    assert_eq!(audited(&front_end, &node_url(port, "five")).await.get("trace_id"), None);
+    assert_eq!(front_end.audited(&node_url(port, "five")).await.get("trace_id"), None);
 
     // What can't be understood begins a trace, and goes no further.
     let before: HashSet<String> = collector.spans().into_iter().map(|span| span.trace).collect();
@@ -257,7 +233,7 @@ async fn without_traces_the_traceparent_still_follows_the_request() {
         assert_eq!(traceparents(&front_end, target), [&*parent]);
         let (_, sent) = ask(&front_end, Credential::Token, &node_url(port, "two"), Some(&parent)).await;
         assert_eq!(sent, parent);
-        let record = audited(&front_end, &node_url(port, "two")).await;
+        let record = front_end.audited(&node_url(port, "two")).await;
         assert_eq!(record["trace_id"], *trace);
         let record = stream_of(&front_end, record["id"].as_str().unwrap()).await;
         assert_eq!((&record["trace_id"], &record["span_id"]), (&Value::from(&*trace), &Value::from(SPAN)));
