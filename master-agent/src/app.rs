@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::Context;
-use proto::io::{admin::Endpoints, exposition::Exposition, tasks::Tasks, unix};
+use proto::io::{admin::Endpoints, exposition::Exposition, socket, tasks::Tasks, unix};
 use rustls::{
     RootCertStore, ServerConfig,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
@@ -89,7 +89,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         Some(config) => Some(kubernetes::client(config).await?),
         None => None,
     };
-    let sockets = bind(&config).await?;
+    let sockets = bind(&config)?;
     let traces = config.traces.as_ref().map(Traces::start).transpose().context("traces")?;
     let agent = Arc::new(Agent::new(config, inventory, store, authorities)?);
 
@@ -144,30 +144,30 @@ where
     told.drain(FAREWELL).await;
 }
 
-async fn bind(config: &Config) -> anyhow::Result<Sockets> {
+fn bind(config: &Config) -> anyhow::Result<Sockets> {
     let (connect, konnectivity) = (&config.http_connect, &config.konnectivity);
     Ok(Sockets {
         connect_unix: connect.unix.as_ref().map(bind_unix).transpose()?,
-        connect_tls: bind_tls(connect.tls.as_ref(), b"http/1.1").await?,
+        connect_tls: bind_tls(connect.tls.as_ref(), b"http/1.1")?,
         konnectivity_unix: konnectivity.unix.as_ref().map(bind_unix).transpose()?,
-        konnectivity_tls: bind_tls(konnectivity.tls.as_ref(), b"h2").await?,
+        konnectivity_tls: bind_tls(konnectivity.tls.as_ref(), b"h2")?,
         socks5: match &config.socks5 {
-            Some(socks5) => Some(bind_socks5(socks5).await?),
+            Some(socks5) => Some(bind_socks5(socks5)?),
             None => None,
         },
         proxy_urls: match &config.proxy_urls {
-            Some(proxy_urls) => Some(bind_proxy_urls(proxy_urls).await?),
+            Some(proxy_urls) => Some(bind_proxy_urls(proxy_urls)?),
             None => None,
         },
         call_home: match &config.call_home {
-            Some(call_home) => Some(bind_tcp(call_home.listen).await?),
+            Some(call_home) => Some(bind_tcp(call_home.listen)?),
             None => None,
         },
         front_end: match &config.front_end {
-            Some(front_end) => Some(bind_front_end(front_end).await?),
+            Some(front_end) => Some(bind_front_end(front_end)?),
             None => None,
         },
-        admin: bind_tcp(config.admin.listen).await?,
+        admin: bind_tcp(config.admin.listen)?,
         admin_unix: bind_unix(&UnixConfig {
             path: config.admin.socket.clone(),
             mode: 0o600,
@@ -398,50 +398,50 @@ fn reload_inventory(agent: &Agent, asked: bool) {
     agent.metrics.inventory_reloads.get_or_create(&Reason { reason: result }).inc();
 }
 
-async fn bind_socks5(config: &Socks5Config) -> anyhow::Result<Socks5Sockets> {
+fn bind_socks5(config: &Socks5Config) -> anyhow::Result<Socks5Sockets> {
     Ok(Socks5Sockets {
         unix: config.unix.as_ref().map(bind_unix).transpose()?,
         tcp: match &config.tcp {
             Some(tcp) => {
                 let users = tcp.users_file.as_deref().map(Users::load).transpose()?;
-                Some((bind_tcp(tcp.listen).await?, users))
+                Some((bind_tcp(tcp.listen)?, users))
             }
             None => None,
         },
     })
 }
 
-async fn bind_front_end(config: &FrontEndConfig) -> anyhow::Result<FrontEndSockets> {
+fn bind_front_end(config: &FrontEndConfig) -> anyhow::Result<FrontEndSockets> {
     let local = config.local.as_ref();
     Ok(FrontEndSockets {
         local_unix: local.and_then(|local| local.unix.as_ref()).map(bind_unix).transpose()?,
         local_tcp: match local.and_then(|local| local.tcp) {
-            Some(address) => Some(bind_tcp(address).await?),
+            Some(address) => Some(bind_tcp(address)?),
             None => None,
         },
-        https: bind_tcp(config.listen).await?,
+        https: bind_tcp(config.listen)?,
     })
 }
 
-async fn bind_proxy_urls(config: &ProxyUrlsConfig) -> anyhow::Result<ProxyUrlSockets> {
+fn bind_proxy_urls(config: &ProxyUrlsConfig) -> anyhow::Result<ProxyUrlSockets> {
     Ok(ProxyUrlSockets {
         unix: config.unix.as_ref().map(bind_unix).transpose()?,
         tcp: match config.tcp {
-            Some(address) => Some(bind_tcp(address).await?),
+            Some(address) => Some(bind_tcp(address)?),
             None => None,
         },
         tls: TargetTls::load(config)?,
     })
 }
 
-async fn bind_tcp(address: std::net::SocketAddr) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| format!("can't listen on {address}"))
+fn bind_tcp(address: std::net::SocketAddr) -> anyhow::Result<TcpListener> {
+    socket::listen(address).with_context(|| format!("can't listen on {address}"))
 }
 
-async fn bind_tls(config: Option<&TlsConfig>, protocol: &[u8]) -> anyhow::Result<Option<TlsSocket>> {
+fn bind_tls(config: Option<&TlsConfig>, protocol: &[u8]) -> anyhow::Result<Option<TlsSocket>> {
     let Some(config) = config else { return Ok(None) };
     let acceptor = tls_acceptor(config, protocol)?;
-    Ok(Some((bind_tcp(config.listen).await?, acceptor, AllowedNames(config.allowed_names.clone()))))
+    Ok(Some((bind_tcp(config.listen)?, acceptor, AllowedNames(config.allowed_names.clone()))))
 }
 
 fn bind_unix(config: &UnixConfig) -> anyhow::Result<UnixListener> {

@@ -3,11 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use anyhow::Context;
-use proto::io::{admin::Endpoints, exposition::Exposition, tasks::Tasks, unix};
-use tokio::{
-    net::TcpListener,
-    signal::unix::{SignalKind, signal},
-};
+use proto::io::{admin::Endpoints, exposition::Exposition, socket, tasks::Tasks, unix};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     agent::Agent,
@@ -23,17 +20,16 @@ const GOODBYE: Duration = Duration::from_secs(2);
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let identity = NodeIdentity::load_or_create(&config.state_dir)?;
     let listener = match config.listen {
-        Some(address) => Some(TcpListener::bind(address).await.map_err(|e| bind_error(address, e))?),
+        Some(address) => Some(socket::listen(address).map_err(|e| bind_error(address, e))?),
         None => None,
     };
-    let admin = TcpListener::bind(config.admin.listen)
-        .await
+    let admin = socket::listen(config.admin.listen)
         .with_context(|| format!("can't listen on {}", config.admin.listen))?;
     let (mut front_end_tcp, mut front_end_unix) = (None, None);
     if let Some(front_end) = &config.front_end {
         if let Some(address) = front_end.tcp {
-            let listener = TcpListener::bind(address).await;
-            front_end_tcp = Some(listener.with_context(|| format!("can't listen on {address}"))?);
+            front_end_tcp =
+                Some(socket::listen(address).with_context(|| format!("can't listen on {address}"))?);
         }
         if let Some(LocalUnixConfig { path, mode }) = &front_end.unix {
             let listener = unix::bind(path, *mode, None, None);

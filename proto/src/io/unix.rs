@@ -6,7 +6,9 @@ use std::{
     path::Path,
 };
 
-use tokio::net::UnixListener;
+use tokio::net::{UnixListener, UnixSocket};
+
+use super::socket::BACKLOG;
 
 /// Binds a Unix socket that never exists with other rights than it is to have: made under another name, then
 /// renamed. A socket nobody listens on is replaced. Without `owner` and `group` these are the process's.
@@ -27,7 +29,9 @@ pub fn bind(path: &Path, mode: u32, owner: Option<u32>, group: Option<u32>) -> i
     }
     let temporary = path.with_file_name(format!(".{}", std::process::id()));
     let _ = std::fs::remove_file(&temporary);
-    let listener = UnixListener::bind(&temporary)?;
+    let socket = UnixSocket::new_stream()?;
+    socket.bind(&temporary)?;
+    let listener = socket.listen(BACKLOG)?;
     let finish = || {
         std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(mode))?;
         std::os::unix::fs::chown(&temporary, owner, group)?;
