@@ -25,3 +25,4 @@ pub mod tls;
 pub mod tunnels;
 pub mod upstream;
 pub mod user;
+pub mod workers;

@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use anyhow::Context;
 use hyper::{
     server::conn::{http1, http2},
     service::service_fn,
@@ -42,6 +43,7 @@ use super::{
     tls,
     upstream::{Upstream, UpstreamStatus},
     user::UNAUTHENTICATED,
+    workers::{self, Workers},
 };
 use crate::{
     agent::Agent,
@@ -89,6 +91,7 @@ pub struct FrontEnd {
     page: OnceLock<Weak<Agent>>,
     permits: Arc<Semaphore>,
     handshakes: Places,
+    workers: Workers,
     files: Vec<Arc<dyn Follow>>,
 }
 
@@ -144,6 +147,8 @@ pub struct Admission {
     evicted: CancellationToken,
     _permit: OwnedSemaphorePermit,
     _counted: Counted<Source>,
+    /// On the thread that serves it, if it is one of the front end's own.
+    load: Option<workers::Load>,
 }
 
 impl Admission {
@@ -210,6 +215,7 @@ impl FrontEnd {
             page: OnceLock::new(),
             permits: Arc::new(Semaphore::new(config.limits.max_connections)),
             handshakes: Places::new(HANDSHAKES),
+            workers: Workers::start().context("no threads for the front end")?,
             files,
         });
         Ok((front_end, writer))
@@ -278,9 +284,17 @@ impl FrontEnd {
                 }
             };
             // Whoever is refused here hears nothing: an answer would cost a handshake.
-            let Ok(admission) = self.admit(&peer) else { continue };
+            let Ok(mut admission) = self.admit(&peer) else { continue };
             socket::tune_caller(&socket);
-            self.connections.spawn(self.clone().serve(socket, peer, admission));
+            let (socket, runtime, load) = match self.workers.take(socket) {
+                Ok(taken) => taken,
+                Err(error) => {
+                    self.refused(&peer, &error);
+                    continue;
+                }
+            };
+            admission.load = Some(load);
+            self.connections.spawn_on(self.clone().serve(socket, peer, admission), &runtime);
         }
     }
 
@@ -295,7 +309,13 @@ impl FrontEnd {
         };
         let place = self.handshakes.take(peer.ip());
         let evicted = place.evicted.clone();
-        Ok(Admission { stranger: Mutex::new(Some(place)), evicted, _permit: permit, _counted: counted })
+        Ok(Admission {
+            stranger: Mutex::new(Some(place)),
+            evicted,
+            _permit: permit,
+            _counted: counted,
+            load: None,
+        })
     }
 
     /// Serves one caller to its end, whatever its connection came over.

@@ -7,7 +7,7 @@ use std::{
 };
 
 use pin_project_lite::pin_project;
-use tokio::task::JoinHandle;
+use tokio::{runtime::Handle, task::JoinHandle};
 use tokio_util::{
     sync::{CancellationToken, WaitForCancellationFutureOwned},
     task::TaskTracker,
@@ -54,13 +54,22 @@ impl Tasks {
     }
 
     /// Runs `future` until it ends or the group is cancelled.
-    #[allow(clippy::disallowed_methods, reason = "the one place where tasks begin")]
     pub fn spawn<F>(&self, future: F) -> JoinHandle<Option<F::Output>>
     where
         F: Future + Send + 'static,
         F::Output: Send + 'static,
     {
-        self.tracker.spawn(UntilCancelled { future, cancelled: self.cancel.clone().cancelled_owned() })
+        self.spawn_on(future, &Handle::current())
+    }
+
+    /// The same on another runtime than the caller's.
+    pub fn spawn_on<F>(&self, future: F, runtime: &Handle) -> JoinHandle<Option<F::Output>>
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        let cancelled = self.cancel.clone().cancelled_owned();
+        self.tracker.spawn_on(UntilCancelled { future, cancelled }, runtime)
     }
 
     /// Completes once the group has been cancelled.

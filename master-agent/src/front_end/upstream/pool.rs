@@ -19,6 +19,7 @@ use super::{
     RequestBody, UpstreamConfig,
     connection::{Http1, Made, Place, Sender},
 };
+use crate::front_end::workers;
 
 /// Requests on one HTTP/2 connection.
 pub const MAX_STREAMS: usize = 100;
@@ -26,12 +27,78 @@ pub const MAX_STREAMS: usize = 100;
 const MAX_UNUSED: Duration = Duration::from_secs(90);
 
 pub struct Pool {
-    /// The one that was used last is at the end, and is used next, so that those that are not needed grow old.
-    idle: Mutex<VecDeque<Http1>>,
+    idle: Idle,
     shared: Mutex<Vec<Http2>>,
     permits: Arc<Semaphore>,
-    max_idle: usize,
     max_age: Duration,
+}
+
+/// Those of each of the front end's threads, as what comes over a connection comes to the thread that made it. The one
+/// that was used last is at the end, and is used next, so that those that are not needed grow old.
+struct Idle {
+    of_threads: Vec<Mutex<VecDeque<Http1>>>,
+    count: AtomicUsize,
+    max: usize,
+}
+
+impl Idle {
+    fn new(max: usize) -> Self {
+        let of_threads = (0..=workers::count()).map(|_| Mutex::default()).collect();
+        Self { of_threads, count: AtomicUsize::new(0), max }
+    }
+
+    /// The one of this thread that was used last.
+    fn newest(&self) -> Option<Http1> {
+        self.remove(self.of_threads.get(workers::current())?, VecDeque::pop_back)
+    }
+
+    /// One that has not been used for long, of this thread if it has any.
+    fn oldest(&self) -> Option<Http1> {
+        let (before, after) = self.of_threads.split_at_checked(workers::current())?;
+        after.iter().chain(before).find_map(|one| self.remove(one, VecDeque::pop_front))
+    }
+
+    /// Keeps one of this thread, if there is room.
+    fn add(&self, connection: Http1) {
+        if let Some(one) = self.of_threads.get(workers::current()) {
+            self.add_to(one, connection);
+        }
+    }
+
+    fn add_to(&self, one: &Mutex<VecDeque<Http1>>, connection: Http1) {
+        if self.count.fetch_add(1, Ordering::Relaxed) < self.max {
+            lock(one).push_back(connection);
+        } else {
+            self.count.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    fn remove(
+        &self,
+        one: &Mutex<VecDeque<Http1>>,
+        which: fn(&mut VecDeque<Http1>) -> Option<Http1>,
+    ) -> Option<Http1> {
+        let connection = which(&mut lock(one))?;
+        self.count.fetch_sub(1, Ordering::Relaxed);
+        Some(connection)
+    }
+
+    /// Ends those that are not good, each looked at while it is nobody's.
+    fn retain(&self, good: impl Fn(&mut Http1) -> bool) {
+        for one in &self.of_threads {
+            let kept = lock(one).len();
+            for _ in 0..kept {
+                let Some(mut connection) = self.remove(one, VecDeque::pop_front) else { break };
+                if good(&mut connection) {
+                    self.add_to(one, connection);
+                }
+            }
+        }
+    }
+}
+
+fn lock<T>(one: &Mutex<T>) -> MutexGuard<'_, T> {
+    one.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A connection for many requests, moved on by a task of its own.
@@ -46,10 +113,9 @@ struct Http2 {
 impl Pool {
     pub fn new(config: &UpstreamConfig) -> Self {
         Self {
-            idle: Mutex::default(),
+            idle: Idle::new(config.max_idle),
             shared: Mutex::default(),
             permits: Arc::new(Semaphore::new(config.max_connections)),
-            max_idle: config.max_idle,
             max_age: config.max_age,
         }
     }
@@ -58,8 +124,7 @@ impl Pool {
     pub fn permit(&self) -> Option<OwnedSemaphorePermit> {
         let permit = || self.permits.clone().try_acquire_owned().ok();
         permit().or_else(|| {
-            let oldest = self.idle().pop_front();
-            drop(oldest);
+            drop(self.idle.oldest());
             permit()
         })
     }
@@ -71,7 +136,7 @@ impl Pool {
         }
         loop {
             // Moving it on may take a while.
-            let mut connection = self.idle().pop_back()?;
+            let mut connection = self.idle.newest()?;
             if self.is_current(&connection.made, generation) && connection.is_ready() {
                 return Some(Sender::Http1(connection));
             }
@@ -93,10 +158,7 @@ impl Pool {
             return;
         }
         connection.used = Instant::now();
-        let mut idle = self.idle();
-        if idle.len() < self.max_idle {
-            idle.push_back(connection);
-        }
+        self.idle.add(connection);
     }
 
     /// Keeps one for many requests, of which this is the first.
@@ -109,16 +171,11 @@ impl Pool {
 
     /// Ends those that the server has ended, that nobody has needed, that are old, or of files that have changed.
     pub fn sweep(&self, generation: u64) {
-        let kept = self.idle().len();
-        for _ in 0..kept {
-            let Some(mut connection) = self.idle().pop_front() else { break };
-            let good = connection.used.elapsed() < MAX_UNUSED
+        self.idle.retain(|connection| {
+            connection.used.elapsed() < MAX_UNUSED
                 && self.is_current(&connection.made, generation)
-                && connection.is_ready();
-            if good {
-                self.idle().push_back(connection);
-            }
-        }
+                && connection.is_ready()
+        });
         self.shared().retain_mut(|one| {
             if one.streams.load(Ordering::Relaxed) > 0 {
                 one.used = Instant::now();
@@ -133,12 +190,8 @@ impl Pool {
         made.generation == generation && made.at.elapsed() < self.max_age
     }
 
-    fn idle(&self) -> MutexGuard<'_, VecDeque<Http1>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn shared(&self) -> MutexGuard<'_, Vec<Http2>> {
-        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.shared)
     }
 }
 
@@ -164,6 +217,12 @@ mod tests {
             max_connections,
             max_age: Duration::from_secs(600),
         })
+    }
+
+    fn kept(pool: &Pool) -> usize {
+        let count = pool.idle.of_threads.iter().map(|one| lock(one).len()).sum();
+        assert_eq!(pool.idle.count.load(Ordering::Relaxed), count);
+        count
     }
 
     fn made(generation: u64) -> Made {
@@ -203,7 +262,7 @@ mod tests {
         work_hard().await;
         pool.put(good, 0);
         pool.put(ended, 0);
-        assert_eq!(pool.idle().len(), 1);
+        assert_eq!(kept(&pool), 1);
         assert!(pool.take(0).is_some());
     }
 
@@ -221,9 +280,9 @@ mod tests {
         for connection in all {
             pool.put(connection, 0);
         }
-        assert_eq!(pool.idle().len(), 2);
+        assert_eq!(kept(&pool), 2);
         let permits: Vec<_> = std::iter::from_fn(|| pool.permit()).collect();
-        assert_eq!((permits.len(), pool.idle().len()), (3, 0));
+        assert_eq!((permits.len(), kept(&pool)), (3, 0));
     }
 
     #[tokio::test(start_paused = true)]
@@ -234,7 +293,7 @@ mod tests {
         assert!(pool.take(1).is_none());
         let (late, _far) = http1(&pool, 0).await;
         pool.put(late, 1);
-        assert_eq!(pool.idle().len(), 0);
+        assert_eq!(kept(&pool), 0);
         let (aged, _far) = http1(&pool, 1).await;
         tokio::time::advance(Duration::from_secs(601)).await;
         pool.put(aged, 1);
@@ -242,10 +301,10 @@ mod tests {
         let (unused, _far) = http1(&pool, 1).await;
         pool.put(unused, 1);
         pool.sweep(1);
-        assert_eq!(pool.idle().len(), 1);
+        assert_eq!(kept(&pool), 1);
         tokio::time::advance(MAX_UNUSED).await;
         pool.sweep(1);
-        assert_eq!(pool.idle().len(), 0);
+        assert_eq!(kept(&pool), 0);
     }
 
     #[tokio::test(start_paused = true)]

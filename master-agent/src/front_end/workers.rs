@@ -1,0 +1,117 @@
+//! The threads that serve the port. A caller's connection stays on one of them, and so does the connection to the API
+//! server that its requests go over: a request changes no threads. Handshakes of strangers hold up no tunnels.
+
+use std::{cell::Cell, io, sync::Arc, thread};
+
+use tokio::{
+    net::TcpStream,
+    runtime::{Builder, Handle},
+};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+thread_local! {
+    static PLACE: Cell<usize> = const { Cell::new(0) };
+}
+
+/// How many there are: as many as cores.
+pub fn count() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// The number of this thread, from 1; 0 for all that are none of them.
+pub fn current() -> usize {
+    PLACE.get()
+}
+
+/// All of them. They end once this is dropped.
+pub struct Workers {
+    all: Vec<Worker>,
+    _stop: DropGuard,
+}
+
+struct Worker {
+    runtime: Handle,
+    /// A clone for each connection.
+    load: Load,
+}
+
+/// Counts as a connection for as long as it lives.
+pub type Load = Arc<()>;
+
+impl Workers {
+    pub fn start() -> io::Result<Self> {
+        let stop = CancellationToken::new();
+        let start = |place| {
+            let runtime = Builder::new_current_thread().enable_all().build()?;
+            let worker = Worker { runtime: runtime.handle().clone(), load: Load::default() };
+            let stopped = stop.clone();
+            thread::Builder::new().name(format!("front-end-{place}")).spawn(move || {
+                PLACE.set(place);
+                runtime.block_on(stopped.cancelled());
+                runtime.shutdown_background();
+            })?;
+            io::Result::Ok(worker)
+        };
+        let all = (1..=count()).map(start).collect::<io::Result<_>>()?;
+        Ok(Self { all, _stop: stop.drop_guard() })
+    }
+
+    /// Hands a socket over to the one that has the fewest: gives the socket there, and its runtime.
+    pub fn take(&self, socket: TcpStream) -> io::Result<(TcpStream, Handle, Load)> {
+        let fewest = self.all.iter().min_by_key(|worker| Arc::strong_count(&worker.load));
+        let Worker { runtime, load } = fewest.ok_or_else(|| io::Error::other("no thread serves"))?;
+        let socket = socket.into_std()?;
+        let socket = {
+            let _there = runtime.enter();
+            TcpStream::from_std(socket)?
+        };
+        Ok((socket, runtime.clone(), load.clone()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::io::tasks::Tasks;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::*;
+
+    #[tokio::test]
+    async fn connections_are_spread_and_stay_where_they_are() {
+        let workers = Workers::start().unwrap();
+        let tasks = Tasks::new();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut callers = Vec::new();
+        for _ in 0..2 * count() {
+            callers.push(TcpStream::connect(address).await.unwrap());
+            let (socket, _) = listener.accept().await.unwrap();
+            let (mut socket, runtime, load) = workers.take(socket).unwrap();
+            let serve = async move {
+                while socket.read_u8().await.is_ok() {
+                    socket.write_u64(current() as u64).await.unwrap();
+                }
+                drop(load);
+            };
+            tasks.spawn_on(serve, &runtime);
+        }
+        let mut places = Vec::new();
+        for caller in &mut callers {
+            caller.write_u8(0).await.unwrap();
+            let place = caller.read_u64().await.unwrap();
+            caller.write_u8(0).await.unwrap();
+            assert_eq!(caller.read_u64().await.unwrap(), place);
+            places.push(place);
+        }
+        places.sort_unstable();
+        let expected: Vec<u64> = (1..=count() as u64).flat_map(|place| [place, place]).collect();
+        assert_eq!(places, expected);
+        assert_eq!(current(), 0);
+        drop(callers);
+        assert_eq!(tasks.drain(std::time::Duration::from_secs(10)).await, 0);
+        assert!(workers.all.iter().all(|worker| Arc::strong_count(&worker.load) == 1));
+    }
+}
