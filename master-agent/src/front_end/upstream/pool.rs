@@ -52,25 +52,25 @@ impl Idle {
         self.remove(self.of_threads.get(workers::current())?, VecDeque::pop_back)
     }
 
-    /// One that has not been used for long, of this thread if it has any.
+    /// One that has not been used for long, of the thread that keeps the most.
     fn oldest(&self) -> Option<Http1> {
-        let (before, after) = self.of_threads.split_at_checked(workers::current())?;
-        after.iter().chain(before).find_map(|one| self.remove(one, VecDeque::pop_front))
+        let most = self.of_threads.iter().max_by_key(|one| lock(one).len())?;
+        self.remove(most, VecDeque::pop_front)
     }
 
-    /// Keeps one of this thread, if there is room.
+    /// Keeps one of this thread, at the cost of the oldest if need be.
     fn add(&self, connection: Http1) {
-        if let Some(one) = self.of_threads.get(workers::current()) {
-            self.add_to(one, connection);
+        let Some(one) = self.of_threads.get(workers::current()) else { return };
+        self.add_to(one, connection);
+        if self.count.load(Ordering::Relaxed) > self.max {
+            drop(self.oldest());
         }
     }
 
     fn add_to(&self, one: &Mutex<VecDeque<Http1>>, connection: Http1) {
-        if self.count.fetch_add(1, Ordering::Relaxed) < self.max {
-            lock(one).push_back(connection);
-        } else {
-            self.count.fetch_sub(1, Ordering::Relaxed);
-        }
+        // Before it can be removed.
+        self.count.fetch_add(1, Ordering::Relaxed);
+        lock(one).push_back(connection);
     }
 
     fn remove(
@@ -152,7 +152,7 @@ impl Pool {
         Some((one.sender.clone(), Place::take(&one.streams)))
     }
 
-    /// Keeps one that has been used, if there is room and it can be used again.
+    /// Keeps one that has been used, if it can be used again.
     pub fn put(&self, mut connection: Http1, generation: u64) {
         if !self.is_current(&connection.made, generation) || !connection.is_ready() {
             return;
@@ -283,6 +283,23 @@ mod tests {
         assert_eq!(kept(&pool), 2);
         let permits: Vec<_> = std::iter::from_fn(|| pool.permit()).collect();
         assert_eq!((permits.len(), kept(&pool)), (3, 0));
+    }
+
+    #[tokio::test]
+    async fn a_thread_uses_its_own_and_one_that_keeps_many_gives_way_to_another() {
+        let pool = pool(2, 10);
+        let mut ends = Vec::new();
+        for _ in 0..2 {
+            let (connection, far) = http1(&pool, 0).await;
+            pool.idle.add_to(&pool.idle.of_threads[1], connection);
+            ends.push(far);
+        }
+        assert!(pool.take(0).is_none(), "they are another thread's");
+        let (connection, _far) = http1(&pool, 0).await;
+        pool.put(connection, 0);
+        assert_eq!(kept(&pool), 2);
+        assert!(pool.take(0).is_some() && pool.take(0).is_none());
+        assert_eq!(kept(&pool), 1);
     }
 
     #[tokio::test(start_paused = true)]
