@@ -62,8 +62,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Half of the cores, as the others are kube-apiserver's. With one, nothing is handed over between threads,
-/// and what streams send together leaves together.
+/// For tunnels half of the cores, as the others are kube-apiserver's; the front end has threads of its own. With one,
+/// nothing is handed over between threads, and what streams send together leaves together.
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     match std::thread::available_parallelism().map_or(1, |n| n.get() / 2) {
         0 | 1 => tokio::runtime::Builder::new_current_thread().enable_all().build(),
