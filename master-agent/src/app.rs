@@ -10,9 +10,8 @@ use std::{
 use anyhow::Context;
 use proto::io::{admin::Endpoints, exposition::Exposition, socket, tasks::Tasks, unix};
 use rustls::{
-    RootCertStore, ServerConfig,
+    ServerConfig,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
-    server::WebPkiClientVerifier,
 };
 use tokio::{
     net::{TcpListener, UnixListener},
@@ -22,16 +21,17 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::{
     agent::Agent,
+    client_certificates::{ClientCa, ClientVerifier, Possession},
     config::{Config, ProxyUrlsConfig, Socks5Config, TlsConfig, UnixConfig},
     front_door::{
         Common,
         http_connect::HttpConnect,
         konnectivity::Konnectivity,
-        listen::{self, AllowedNames},
+        listen::{self, Callers},
         proxy_url::{ProxyUrls, TargetTls},
         socks5::{Socks5, Users},
     },
-    front_end::{audit::Writer, config::FrontEndConfig, local, server::FrontEnd},
+    front_end::{audit::Writer, config::FrontEndConfig, local, reloaded::Reloaded, server::FrontEnd},
     identity::Authorities,
     inventory::Inventory,
     kubernetes,
@@ -47,7 +47,7 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// How long all tunnels together may take to be told something.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-type TlsSocket = (TcpListener, TlsAcceptor, AllowedNames);
+type TlsSocket = (TcpListener, TlsAcceptor, Callers);
 
 /// Every socket, bound.
 struct Sockets {
@@ -441,7 +441,11 @@ fn bind_tcp(address: std::net::SocketAddr) -> anyhow::Result<TcpListener> {
 fn bind_tls(config: Option<&TlsConfig>, protocol: &[u8]) -> anyhow::Result<Option<TlsSocket>> {
     let Some(config) = config else { return Ok(None) };
     let acceptor = tls_acceptor(config, protocol)?;
-    Ok(Some((bind_tcp(config.listen)?, acceptor, AllowedNames(config.allowed_names.clone()))))
+    let client_ca = config.client_ca.clone();
+    let ca =
+        Reloaded::load("the client CA", vec![client_ca.clone()], move || ClientCa::read(&client_ca, &[]))?;
+    let callers = Callers { verifier: ClientVerifier::new(ca), allowed_names: config.allowed_names.clone() };
+    Ok(Some((bind_tcp(config.listen)?, acceptor, callers)))
 }
 
 fn bind_unix(config: &UnixConfig) -> anyhow::Result<UnixListener> {
@@ -455,19 +459,11 @@ fn tls_acceptor(config: &TlsConfig, protocol: &[u8]) -> anyhow::Result<TlsAccept
         .and_then(Iterator::collect::<Result<Vec<_>, _>>)
         .with_context(|| read("certificate", &config.cert))?;
     let key = PrivateKeyDer::from_pem_file(&config.key).with_context(|| read("private key", &config.key))?;
-    let mut roots = RootCertStore::empty();
-    for ca in
-        CertificateDer::pem_file_iter(&config.client_ca).with_context(|| read("CA", &config.client_ca))?
-    {
-        roots.add(ca.with_context(|| read("CA", &config.client_ca))?)?;
-    }
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
-        .build()
-        .with_context(|| format!("no usable client CA in {}", config.client_ca.display()))?;
+    let possession = Possession { provider: provider.clone(), mandatory: true };
     let mut tls = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
-        .with_client_cert_verifier(verifier)
+        .with_client_cert_verifier(Arc::new(possession))
         .with_single_cert(chain, key)
         .context("the certificate and the private key don't go together")?;
     tls.alpn_protocols = vec![protocol.to_vec()];

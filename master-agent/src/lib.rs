@@ -4,6 +4,7 @@ pub mod activity;
 pub mod agent;
 pub mod app;
 pub mod cli;
+pub mod client_certificates;
 pub mod compare;
 pub mod config;
 pub mod dialer;

@@ -3,8 +3,9 @@
 use std::{path::Path, sync::Arc, time::SystemTime};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DnType,
-    ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, RevokedCertParams, SerialNumber, date_time_ymd,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, CustomExtension,
+    DnType, ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, RevokedCertParams, SerialNumber,
+    date_time_ymd,
 };
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig,
@@ -112,6 +113,56 @@ impl Authority {
         std::fs::write(directory.join(format!("{name}.crt")), certificate.pem())?;
         proto::secret_file::replace(&directory.join(format!("{name}.key")), key.serialize_pem().as_bytes())?;
         Ok(())
+    }
+}
+
+/// Certificates that strangers show, with the key of the first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Strange {
+    /// One that is signed by itself.
+    SelfSigned,
+    /// Ten intermediates of one name, each of which could have issued each other: more paths than a verifier tries.
+    ManyPaths { extensions: u8 },
+}
+
+impl Strange {
+    /// A TLS client that trusts `ca` and shows these.
+    pub fn client_config(self, ca: &Path) -> anyhow::Result<ClientConfig> {
+        let params = || {
+            let mut params = CertificateParams::default();
+            params.distinguished_name.push(DnType::CommonName, "many");
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            if let Self::ManyPaths { extensions } = self {
+                let unknown =
+                    |i| CustomExtension::from_oid_content(&[1, 3, 6, 1, 4, 1, u64::from(i)], vec![]);
+                params.custom_extensions.extend((0..extensions).map(unknown));
+            }
+            params
+        };
+        let key = KeyPair::generate()?;
+        let mut leaf = CertificateParams::default();
+        leaf.distinguished_name.push(DnType::CommonName, "stranger");
+        let chain = match self {
+            Self::SelfSigned => vec![leaf.self_signed(&key)?.into()],
+            Self::ManyPaths { .. } => {
+                let issuer = CertifiedIssuer::self_signed(params(), KeyPair::generate()?)?;
+                let mut chain = vec![leaf.signed_by(&key, &issuer)?.into()];
+                for _ in 0..10 {
+                    chain.push(params().self_signed(&KeyPair::generate()?)?.into());
+                }
+                chain
+            }
+        };
+        let key = PrivateKeyDer::try_from(key.serialize_der()).map_err(anyhow::Error::msg)?;
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let mut roots = RootCertStore::empty();
+        for certificate in CertificateDer::pem_file_iter(ca)? {
+            roots.add(certificate?)?;
+        }
+        Ok(ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()?
+            .with_root_certificates(roots)
+            .with_client_auth_cert(chain, key)?)
     }
 }
 

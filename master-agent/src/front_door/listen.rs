@@ -1,6 +1,10 @@
 //! Accepting callers: on Unix sockets, on TCP with mutual TLS, and on loopback TCP.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use proto::io::{admin::accept_error, dialer::Origin, handshake::Places, socket};
 use rustls::pki_types::CertificateDer;
@@ -12,13 +16,17 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use super::{Caller, FrontDoor};
+use crate::client_certificates::ClientVerifier;
 
 /// TLS handshakes at once.
 const HANDSHAKES: usize = 256;
 
-/// Names in a client certificate that may call; empty allows every certificate of the client CA.
-#[derive(Clone, Debug, Default)]
-pub struct AllowedNames(pub Vec<String>);
+/// Whose client certificates may call.
+pub struct Callers {
+    pub verifier: ClientVerifier,
+    /// Names in a certificate; empty allows every certificate of the client CA.
+    pub allowed_names: Vec<String>,
+}
 
 /// Accepts from a Unix socket for ever; who may connect is the socket file's mode and owner.
 pub async fn unix<D: FrontDoor>(door: Arc<D>, name: &'static str, listener: UnixListener) {
@@ -65,15 +73,16 @@ pub async fn tcp<D: FrontDoor>(door: Arc<D>, name: &'static str, listener: TcpLi
     }
 }
 
-/// Accepts TLS connections with client certificates for ever.
+/// Accepts TLS connections with client certificates for ever. Until its certificate has been verified, a caller has one of
+/// the few places for handshakes, and none of its bytes is read.
 pub async fn tls<D: FrontDoor>(
     door: Arc<D>,
     name: &'static str,
     listener: TcpListener,
     acceptor: TlsAcceptor,
-    allowed: AllowedNames,
+    callers: Callers,
 ) {
-    let allowed = Arc::new(allowed);
+    let callers = Arc::new(callers);
     // Who has not shown a certificate can't take the places of those who have.
     let permits = Arc::new(Semaphore::new(door.common().max_connections));
     let handshakes = Places::new(HANDSHAKES);
@@ -87,14 +96,19 @@ pub async fn tls<D: FrontDoor>(
         };
         socket::tune_caller(&socket);
         let place = handshakes.take(peer.ip());
-        let (served, acceptor, allowed, permits) =
-            (door.clone(), acceptor.clone(), allowed.clone(), permits.clone());
+        let (served, acceptor, callers, permits) =
+            (door.clone(), acceptor.clone(), callers.clone(), permits.clone());
         door.common().connections.spawn(async move {
             let common = served.common();
-            let handshake = Box::pin(tokio::time::timeout(common.head_timeout, acceptor.accept(socket)));
-            let tls = tokio::select! {
+            let handshake = async {
+                let tls = acceptor.accept(socket).await.map_err(|error| error.to_string())?;
+                let caller = callers.check(tls.get_ref().1.peer_certificates()).await?;
+                Ok::<_, String>((tls, caller))
+            };
+            let handshake = Box::pin(tokio::time::timeout(common.head_timeout, handshake));
+            let (tls, caller) = tokio::select! {
                 handshake = handshake => match handshake {
-                    Ok(Ok(tls)) => tls,
+                    Ok(Ok(accepted)) => accepted,
                     Ok(Err(error)) => return common.bad_request(name, &peer, &error),
                     Err(_) => return common.bad_request(name, &peer, &"no TLS handshake in time"),
                 },
@@ -103,10 +117,6 @@ pub async fn tls<D: FrontDoor>(
                 }
             };
             drop(place);
-            let caller = match allowed.check(tls.get_ref().1.peer_certificates()) {
-                Ok(caller) => caller,
-                Err(error) => return common.bad_request(name, &peer, &error),
-            };
             let Some(_permit) = permit(&permits, name) else { return };
             served.serve(tls, Caller::new(name, Origin(format!("tls {caller} {peer}")))).await;
         });
@@ -178,12 +188,13 @@ impl Socket for TcpStream {
     }
 }
 
-impl AllowedNames {
-    /// Gives the caller's name for the records.
-    fn check(&self, certificates: Option<&[CertificateDer<'_>]>) -> Result<String, String> {
-        let first = certificates.and_then(<[_]>::first).ok_or("no client certificate")?;
-        let names = certificate_names(first)?;
-        if self.0.is_empty() || names.iter().any(|name| self.0.contains(name)) {
+impl Callers {
+    /// Verifies a caller's chain; gives the caller's name for the records.
+    async fn check(&self, chain: Option<&[CertificateDer<'static>]>) -> Result<String, String> {
+        let chain: Arc<[_]> = chain.unwrap_or_default().into();
+        self.verifier.verify(&chain, SystemTime::now()).await.map_err(|error| error.to_string())?;
+        let names = certificate_names(chain.first().ok_or("no client certificate")?)?;
+        if self.allowed_names.is_empty() || names.iter().any(|name| self.allowed_names.contains(name)) {
             return Ok(names.into_iter().next().unwrap_or_else(|| "without a name".to_owned()));
         }
         Err(format!("certificate for {} is not in allowed_names", names.join(", ")))

@@ -23,7 +23,6 @@ use proto::{
         tasks::Tasks,
     },
 };
-use rustls::pki_types::CertificateDer;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,
@@ -34,7 +33,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     audit::{Audit, Writer},
-    authn::{Authenticated, Authenticators, Moment},
+    authn::{Authenticated, Authenticators, Certificates, Moment},
     authz::Authorizers,
     config::FrontEndConfig,
     limits::{Counted, Limits, LimitsConfig, Source},
@@ -165,8 +164,7 @@ impl Admission {
 pub(super) struct Connection {
     pub front_end: Arc<FrontEnd>,
     pub peer: Peer,
-    /// The caller's certificate and those that came with it.
-    pub certificates: Vec<CertificateDer<'static>>,
+    pub certificates: Certificates,
     /// Who the certificate was, by the files of which generation, and when.
     pub remembered: Mutex<Option<(u64, Instant, Authenticated)>>,
     /// Who the caller is whatever it presents, on the plain port.
@@ -339,7 +337,8 @@ impl FrontEnd {
         self.metrics.front_end.handshake(Handshake::Ok(session.protocol_version()));
         let http2 = session.alpn_protocol() == Some(b"h2");
         let certificates = session.peer_certificates().unwrap_or_default();
-        let certificates = certificates.iter().map(|certificate| certificate.clone().into_owned()).collect();
+        let certificates = certificates.iter().map(|certificate| certificate.clone().into_owned());
+        let certificates = Certificates::new(certificates.collect());
         let connection =
             Arc::new(Connection { certificates, ..Connection::new(self, peer, None, admission) });
         let socket = PatientWriter::new(tls, connection.front_end.config.idle_timeout);
@@ -377,7 +376,7 @@ impl Connection {
         Self {
             front_end,
             peer,
-            certificates: Vec::new(),
+            certificates: Certificates::default(),
             remembered: Mutex::default(),
             known,
             activity: Activity::default(),

@@ -1,21 +1,16 @@
 //! TLS of the port: certificates by name, and the caller's own certificate.
 //!
-//! A caller's certificate is asked for, and in the handshake only its possession is proved; whether it is worth
-//! anything is for [`super::authn`] to say, with every request, so that a CA or a list of revoked certificates that
-//! changes rules over open connections too. No names of CAs are sent, which would tell strangers about the cluster.
+//! A caller's certificate is asked for, and in the handshake only its possession is proved; [`super::authn`] finds out
+//! what it is worth, and finds it out again on open connections when a CA or a list of revoked certificates changes.
 
 use std::{path::PathBuf, sync::Arc};
 
 use anyhow::{Context, bail};
 use rustls::{
-    DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme,
-    client::danger::HandshakeSignatureValid,
-    crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature},
-    pki_types::{CertificateDer, UnixTime},
-    server::{
-        ClientHello, ResolvesServerCert,
-        danger::{ClientCertVerified, ClientCertVerifier},
-    },
+    ServerConfig,
+    crypto::{CryptoProvider, aws_lc_rs},
+    pki_types::CertificateDer,
+    server::{ClientHello, ResolvesServerCert},
     sign::CertifiedKey,
 };
 use x509_parser::{extensions::GeneralName, prelude::FromDer};
@@ -24,7 +19,7 @@ use super::{
     https_client::{chain, private_key},
     reloaded::Reloaded,
 };
-use crate::metrics::X509Expiry;
+use crate::{client_certificates::Possession, metrics::X509Expiry};
 
 /// A serving certificate: its chain and its key.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,7 +50,7 @@ fn server_config(certificates: &[ServingCertificate], ask: bool) -> anyhow::Resu
     let builder = ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?;
     let builder = if ask {
-        builder.with_client_cert_verifier(Arc::new(Possession(provider)))
+        builder.with_client_cert_verifier(Arc::new(Possession { provider, mandatory: false }))
     } else {
         builder.with_no_client_auth()
     };
@@ -115,51 +110,6 @@ fn dns_names(der: &CertificateDer<'static>) -> Vec<String> {
         }
     }
     all
-}
-
-/// Takes any certificate of whose key the caller has proved possession, and takes callers without one.
-#[derive(Debug)]
-struct Possession(Arc<CryptoProvider>);
-
-impl ClientCertVerifier for Possession {
-    fn client_auth_mandatory(&self) -> bool {
-        false
-    }
-
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &[]
-    }
-
-    fn verify_client_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: UnixTime,
-    ) -> Result<ClientCertVerified, rustls::Error> {
-        Ok(ClientCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
-    }
 }
 
 #[cfg(test)]

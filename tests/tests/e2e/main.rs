@@ -4,6 +4,7 @@
 mod authorization;
 mod call_home_443;
 mod chaos;
+mod client_chains;
 mod commands;
 mod compare;
 mod examples;

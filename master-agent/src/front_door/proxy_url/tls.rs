@@ -14,7 +14,7 @@ use std::{
 };
 
 use anyhow::Context;
-use proto::Target;
+use proto::{Target, io::tls::check_chain};
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
     client::{
@@ -193,6 +193,8 @@ impl ServerCertVerifier for OneOfNames {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
+        check_chain(end_entity, intermediates)
+            .inspect_err(|error| drop(self.verdict.set(format!("its certificate can't be used: {error}"))))?;
         let error = match self.verifier.verify_server_cert(
             end_entity,
             intermediates,

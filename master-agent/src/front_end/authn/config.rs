@@ -7,13 +7,16 @@ use hyper::Uri;
 use proto::config::{At, Section};
 
 use super::{
-    Anonymous, Authenticator, Authenticators, Bootstrap, BootstrapTokens, ClientCa, ClusterTokens,
-    FileTokens, Oidc, ServiceAccounts, TokenFile, Webhook, X509,
+    Anonymous, Authenticator, Authenticators, Bootstrap, BootstrapTokens, ClusterTokens, FileTokens, Oidc,
+    ServiceAccounts, TokenFile, Webhook, X509,
     keys::{KeySource, Location, RemoteKeys},
 };
-use crate::front_end::{
-    https_client::{ClientTls, JsonClient},
-    reloaded::{Follow, Reloaded},
+use crate::{
+    client_certificates::ClientCa,
+    front_end::{
+        https_client::{ClientTls, JsonClient},
+        reloaded::{Follow, Reloaded},
+    },
 };
 
 /// Who is recognised, and how.

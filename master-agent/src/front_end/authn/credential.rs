@@ -12,9 +12,8 @@ use hyper::{
     header::{self, HeaderName, HeaderValue},
     http::request::Parts,
 };
-use rustls::pki_types::CertificateDer;
 
-use super::{Failure, Reason};
+use super::{Certificates, Failure, Reason};
 use crate::front_end::secret::Secret;
 
 /// Longer bearer tokens are refused unread.
@@ -26,8 +25,8 @@ const SUBPROTOCOL: &str = "base64url.bearer.authorization.k8s.io.";
 /// What a caller presents. A token in the query is nothing that is looked at.
 #[derive(Debug)]
 pub struct Presented<'a> {
-    /// The connection's, leaf first.
-    pub certificates: &'a [CertificateDer<'static>],
+    /// The connection's.
+    pub certificates: &'a Certificates,
     pub bearer: Option<Secret>,
     pub path: &'a str,
     /// `None` lets everything pass.
@@ -44,7 +43,7 @@ pub trait Guard: fmt::Debug + Send + Sync {
 
 impl<'a> Presented<'a> {
     /// What is ambiguous or malformed is an error rather than no credential.
-    pub fn of(head: &'a Parts, certificates: &'a [CertificateDer<'static>]) -> Result<Self, Failure> {
+    pub fn of(head: &'a Parts, certificates: &'a Certificates) -> Result<Self, Failure> {
         let bearer = match (authorization(&head.headers)?, subprotocol(&head.headers)?) {
             (Some(_), Some(_)) => return Err(Reason::TwoTokens.into()),
             (token, None) | (None, token) => token,
@@ -72,9 +71,9 @@ impl<'a> Presented<'a> {
 
     /// Why nobody knows this caller, if nobody found anything wrong.
     pub(super) fn unrecognized(&self) -> Reason {
-        match (&self.bearer, self.certificates) {
-            (None, []) => Reason::NoCredential,
-            (Some(_), _) | (None, [..]) => Reason::Unrecognized,
+        match self.bearer.is_none() && self.certificates.is_empty() {
+            true => Reason::NoCredential,
+            false => Reason::Unrecognized,
         }
     }
 }

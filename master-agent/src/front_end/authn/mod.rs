@@ -23,6 +23,7 @@ use super::{
     reloaded::{Follow, Reloaded},
     user::{AUTHENTICATED, UNAUTHENTICATED, User},
 };
+use crate::client_certificates::ClientCa;
 
 mod anonymous;
 mod bootstrap;
@@ -53,7 +54,7 @@ pub use reason::Reason;
 pub use service_account::ServiceAccounts;
 pub use token_file::TokenFile;
 pub use webhook::Webhook;
-pub use x509::{ClientCa, X509};
+pub use x509::{Certificates, X509};
 
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 

@@ -61,7 +61,8 @@ impl Request {
 
     async fn authenticate(&self, with: &Authenticators, at: Moment) -> Result<Authenticated, Failure> {
         let head = self.head();
-        let presented = Presented::of(&head, &self.certificates)?;
+        let certificates = Certificates::new(self.certificates.clone());
+        let presented = Presented::of(&head, &certificates)?;
         assert!(!format!("{presented:?}").contains("Secret(\""));
         with.authenticate(presented, at).await
     }
@@ -471,10 +472,15 @@ async fn behind_a_shut_guard_is_what_costs_and_nothing_else() {
     let shut = Shut::default();
     let guarded = async |request: &Request, seconds| {
         let head = request.head();
-        let presented = Presented::of(&head, &request.certificates).unwrap().guarded(&shut);
+        let certificates = Certificates::new(request.certificates.clone());
+        let presented = Presented::of(&head, &certificates).unwrap().guarded(&shut);
         authenticators.authenticate(presented, at(seconds)).await
     };
     let wait = Some(Duration::from_secs(3));
+    let middle = world::intermediate(&world.ca, "middle", |_| {});
+    let chained = vec![world::leaf(&middle, "alice", |_| {}), middle.der().clone()];
+    assert_eq!(guarded(&Request::certificates(chained), 0).await.unwrap_err().not_tried(), wait);
+    shut.0.store(0, Ordering::Relaxed);
     let alice = Request::certificates(world.leaf("alice", |_| {}));
     assert_eq!(guarded(&alice, 0).await.unwrap().authenticator, "x509");
     let claims = world::change(world.account_claims(), "exp", json!(NOW + 100));
@@ -516,5 +522,48 @@ async fn a_key_that_can_not_be_had_may_be_the_right_one() {
             let failure = token.authenticate(&authenticators, at(0)).await.unwrap_err();
             assert_eq!(failure.is_unavailable(), unavailable, "{set}: {failure}");
         }
+    }
+}
+
+#[tokio::test]
+async fn a_connections_chain_is_verified_once_and_again_when_the_ca_changes() {
+    let world = World::new().await;
+    let (authenticators, files) = load("- x509: {ca: ca.pem}", &world);
+    let middle = world::intermediate(&world.ca, "middle", |_| {});
+    let certificates = Certificates::new(vec![world::leaf(&middle, "alice", |_| {}), middle.der().clone()]);
+    let head = Request::default().head();
+    let attempts = Open::default();
+    let ask = async |seconds| {
+        let presented = Presented::of(&head, &certificates).unwrap().guarded(&attempts);
+        authenticators.authenticate(presented, at(seconds)).await
+    };
+    let asked = futures_util::future::join_all((0..10).map(|_| ask(0))).await;
+    assert!(asked.iter().all(Result::is_ok), "{asked:?}");
+    assert!(ask(60).await.is_ok());
+    assert_eq!(attempts.0.load(Ordering::Relaxed), 1);
+    std::fs::write(world.dir().join("ca.pem"), world.other_ca.pem()).unwrap();
+    for file in &files {
+        file.look();
+        file.look();
+    }
+    for seconds in [61, 62, 70] {
+        assert_eq!(
+            ask(seconds).await.unwrap_err().to_string(),
+            "x509: the certificate is from a CA that is not trusted"
+        );
+    }
+    assert_eq!(attempts.0.load(Ordering::Relaxed), 2, "a bad verdict lasts a while, too");
+    assert!(ask(71).await.is_err());
+    assert_eq!(attempts.0.load(Ordering::Relaxed), 3);
+}
+
+/// Lets everything pass, and counts it.
+#[derive(Debug, Default)]
+struct Open(std::sync::atomic::AtomicUsize);
+
+impl Guard for Open {
+    fn pass(&self) -> Result<(), Duration> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Ok(())
     }
 }

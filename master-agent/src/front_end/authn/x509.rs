@@ -1,24 +1,27 @@
 //! Client certificates: the common name is the user, each organization is a group.
 //!
-//! TLS has verified that the caller holds the certificate's key, and the chain as the CA was then. The chain is
-//! verified again here for each request, since the CA and its CRLs can change while a connection is open, and a
-//! certificate can end.
+//! TLS has verified that the caller holds the certificate's key. The chain is verified once for a connection, and again
+//! when the CA or its CRLs have changed or a certificate of the chain has ended.
 
-use std::{fmt::Write, path::PathBuf, sync::Arc, time::Duration};
-
-use anyhow::{Context, bail};
-use rustls::{
-    CertificateError,
-    pki_types::{CertificateDer, CertificateRevocationListDer, UnixTime, pem::PemObject},
-    server::{WebPkiClientVerifier, danger::ClientCertVerifier},
+use std::{
+    fmt::{self, Write},
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
 };
+
+use rustls::{CertificateError, pki_types::CertificateDer};
 use sha2::{Digest as _, Sha256};
+use tokio::sync::Mutex;
 use x509_parser::{certificate::X509Certificate, prelude::FromDer, x509::AttributeTypeAndValue};
 
 use super::{Authenticator, BoxFuture, Moment, Presented, Reason, Recognized, X509Config};
 use crate::{
-    front_end::{https_client, reloaded::Reloaded, user::User},
-    metrics::X509Expiry,
+    client_certificates::{ClientCa, ClientVerifier},
+    front_end::{
+        reloaded::{Follow, Reloaded},
+        user::User,
+    },
 };
 
 /// The attribute of a subject that Kubernetes takes for the user's UID.
@@ -27,67 +30,76 @@ pub const CREDENTIAL_ID: &str = "authentication.kubernetes.io/credential-id";
 
 const NOT_X509: &str = "it is not X.509";
 
-/// Intermediate certificates that are looked at.
-const MAX_CHAIN: usize = 10;
+/// How long a connection's certificate is refused without being verified again.
+const REFUSED: Duration = Duration::from_secs(10);
 
-/// Whom client certificates are accepted from.
-pub struct ClientCa {
-    verifier: Arc<dyn ClientCertVerifier>,
-    pub expiry: X509Expiry,
+/// The certificates that a caller has shown on its connection, leaf first, and what they were found to be worth.
+#[derive(Default)]
+pub struct Certificates {
+    chain: Arc<[CertificateDer<'static>]>,
+    /// Held while it is found out, so that the requests of a connection find it out once.
+    verdict: Mutex<Option<Verdict>>,
 }
 
-impl ClientCa {
-    /// With CRLs, each certificate of a chain must be covered by one. A CRL that is past its next update still
-    /// tells who is revoked.
-    pub fn read(config: &X509Config) -> anyhow::Result<Self> {
-        let roots = https_client::roots(&config.ca)?;
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let mut builder = WebPkiClientVerifier::builder_with_provider(roots.into(), provider);
-        for path in &config.crls {
-            let crls = CertificateRevocationListDer::pem_file_iter(path)
-                .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-                .with_context(|| format!("can't read CRLs in {}", path.display()))?;
-            if crls.is_empty() {
-                bail!("{} has no CRL in PEM", path.display());
+struct Verdict {
+    /// Of the files that it was found out by.
+    generation: u64,
+    at: Instant,
+    found: Result<Recognized, Reason>,
+}
+
+impl Certificates {
+    pub fn new(chain: Vec<CertificateDer<'static>>) -> Self {
+        Self { chain: chain.into(), verdict: Mutex::default() }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.chain.is_empty()
+    }
+}
+
+impl fmt::Debug for Certificates {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Certificates").field("chain", &self.chain.len()).finish_non_exhaustive()
+    }
+}
+
+impl Verdict {
+    fn holds(&self, generation: u64, now: Moment) -> bool {
+        self.generation == generation
+            && match &self.found {
+                Ok(found) => found.expires.is_none_or(|end| now.wall < end),
+                Err(_) => now.monotonic.saturating_duration_since(self.at) < REFUSED,
             }
-            builder = builder.with_crls(crls);
-        }
-        let verifier = builder.allow_unauthenticated().build().context("the client CA can't be used")?;
-        Ok(Self { verifier, expiry: X509Expiry::read(&config.ca)? })
-    }
-
-    /// For the handshake: callers without a certificate are let in.
-    pub fn verifier(&self) -> Arc<dyn ClientCertVerifier> {
-        self.verifier.clone()
-    }
-
-    fn verify(
-        &self,
-        leaf: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        now: Moment,
-    ) -> Result<(), Reason> {
-        if intermediates.len() > MAX_CHAIN {
-            return Err(Reason::Certificate("the chain is too long".into()));
-        }
-        let now = UnixTime::since_unix_epoch(Duration::from_secs(now.unix()));
-        self.verifier.verify_client_cert(leaf, intermediates, now).map(|_| ()).map_err(|error| reason(&error))
     }
 }
 
-pub struct X509(Arc<Reloaded<ClientCa>>);
+pub struct X509(ClientVerifier);
 
 impl X509 {
     pub fn load(config: X509Config) -> anyhow::Result<(Self, Arc<Reloaded<ClientCa>>)> {
         let files: Vec<PathBuf> = config.crls.iter().chain([&config.ca]).cloned().collect();
-        let ca = Reloaded::load("the client CA", files, move || ClientCa::read(&config))?;
-        Ok((Self(ca.clone()), ca))
+        let ca = Reloaded::load("the client CA", files, move || ClientCa::read(&config.ca, &config.crls))?;
+        Ok((Self(ClientVerifier::new(ca.clone())), ca))
     }
 
-    fn check(&self, certificates: &[CertificateDer<'_>], now: Moment) -> Result<Option<Recognized>, Reason> {
-        let Some((leaf, intermediates)) = certificates.split_first() else { return Ok(None) };
-        self.0.get().verify(leaf, intermediates, now)?;
-        user(leaf).map(Some)
+    async fn check(&self, presented: &Presented<'_>, now: Moment) -> Result<Option<Recognized>, Reason> {
+        let Certificates { chain, verdict } = presented.certificates;
+        if chain.is_empty() {
+            return Ok(None);
+        }
+        let mut verdict = verdict.lock().await;
+        let generation = self.0.ca.generation();
+        if let Some(known) = verdict.as_ref().filter(|known| known.holds(generation, now)) {
+            return known.found.clone().map(Some);
+        }
+        if !self.0.is_cheap(chain) {
+            presented.may_cost()?;
+        }
+        let verified = self.0.verify(chain, now.wall).await.map_err(|error| reason(&error));
+        let found = verified.and_then(|()| user(chain, now.wall));
+        *verdict = Some(Verdict { generation, at: now.monotonic, found: found.clone() });
+        found.map(Some)
     }
 }
 
@@ -97,12 +109,13 @@ impl Authenticator for X509 {
         presented: &'a Presented<'a>,
         now: Moment,
     ) -> BoxFuture<'a, Result<Option<Recognized>, Reason>> {
-        Box::pin(std::future::ready(self.check(presented.certificates, now)))
+        Box::pin(self.check(presented, now))
     }
 }
 
-fn user(leaf: &CertificateDer<'_>) -> Result<Recognized, Reason> {
+fn user(chain: &[CertificateDer<'_>], now: SystemTime) -> Result<Recognized, Reason> {
     let malformed = || Reason::Certificate(NOT_X509.into());
+    let leaf = chain.first().ok_or_else(malformed)?;
     let (_, certificate) = X509Certificate::from_der(leaf).map_err(|_| malformed())?;
     let usage = certificate.extended_key_usage().map_err(|_| malformed())?;
     // The verifier lets a certificate pass that has no usages at all.
@@ -130,9 +143,15 @@ fn user(leaf: &CertificateDer<'_>) -> Result<Recognized, Reason> {
         let _ = write!(id, "{byte:02x}");
     }
     let extra = [(CREDENTIAL_ID.to_owned(), vec![id])].into();
-    let end = u64::try_from(certificate.validity().not_after.timestamp()).unwrap_or(0);
-    let expires = std::time::SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(end));
+    // One that has ended already was of no use to the verifier.
+    let expires = chain.iter().filter_map(end).filter(|end| *end > now).min();
     Ok(Recognized { user: User { name, uid, groups, extra }, expires })
+}
+
+fn end(certificate: &CertificateDer<'_>) -> Option<SystemTime> {
+    let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
+    let end = u64::try_from(certificate.validity().not_after.timestamp()).unwrap_or(0);
+    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(end))
 }
 
 fn text(attribute: &AttributeTypeAndValue<'_>) -> Result<String, Reason> {

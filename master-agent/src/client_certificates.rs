@@ -1,0 +1,156 @@
+//! Client certificates: what is verified of them, and where.
+//!
+//! In a TLS handshake a caller proves nothing but that it holds its certificate's key ([`Possession`]). What the certificate
+//! is worth is found out afterwards ([`ClientVerifier`]), also where a TLS session is resumed: not on the thread that serves
+//! others, and only of chains that are cheap to verify.
+
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    thread,
+    time::{Duration, SystemTime},
+};
+
+use anyhow::{Context, bail};
+use proto::io::tls::{check_chain, roots};
+use rustls::{
+    DigitallySignedStruct, DistinguishedName, SignatureScheme,
+    client::danger::HandshakeSignatureValid,
+    crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature},
+    pki_types::{CertificateDer, CertificateRevocationListDer, UnixTime, pem::PemObject},
+    server::{
+        WebPkiClientVerifier,
+        danger::{ClientCertVerified, ClientCertVerifier},
+    },
+};
+use tokio::sync::Semaphore;
+
+use crate::{front_end::reloaded::Reloaded, metrics::X509Expiry};
+
+/// Takes any certificate of whose key the caller has proved possession, if its chain is of a size that may be verified
+/// later. No names of CAs are sent, which would tell strangers about the cluster.
+#[derive(Debug)]
+pub struct Possession {
+    pub provider: Arc<CryptoProvider>,
+    /// Whether callers without a certificate are refused.
+    pub mandatory: bool,
+}
+
+impl ClientCertVerifier for Possession {
+    fn client_auth_mandatory(&self) -> bool {
+        self.mandatory
+    }
+
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        check_chain(leaf, intermediates)?;
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// Whom client certificates are accepted from.
+#[derive(Debug)]
+pub struct ClientCa {
+    verifier: Arc<dyn ClientCertVerifier>,
+    has_crls: bool,
+    pub expiry: X509Expiry,
+}
+
+impl ClientCa {
+    /// With CRLs, each certificate of a chain must be covered by one. A CRL that is past its next update still
+    /// tells who is revoked.
+    pub fn read(ca: &std::path::Path, crls: &[PathBuf]) -> anyhow::Result<Self> {
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let mut builder = WebPkiClientVerifier::builder_with_provider(roots(ca)?.into(), provider);
+        for path in crls {
+            let lists = CertificateRevocationListDer::pem_file_iter(path)
+                .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+                .with_context(|| format!("can't read CRLs in {}", path.display()))?;
+            if lists.is_empty() {
+                bail!("{} has no CRL in PEM", path.display());
+            }
+            builder = builder.with_crls(lists);
+        }
+        let verifier = builder.build().with_context(|| format!("no usable client CA in {}", ca.display()))?;
+        Ok(Self { verifier, has_crls: !crls.is_empty(), expiry: X509Expiry::read(ca)? })
+    }
+
+    fn verify(&self, chain: &[CertificateDer<'_>], now: UnixTime) -> Result<(), rustls::Error> {
+        let Some((leaf, intermediates)) = chain.split_first() else {
+            return Err(rustls::Error::NoCertificatesPresented);
+        };
+        check_chain(leaf, intermediates)?;
+        self.verifier.verify_client_cert(leaf, intermediates, now).map(|_| ())
+    }
+}
+
+/// Verifies chains against a CA that follows its files: one that takes more than a signature or two on a thread for such
+/// work, of which there are few.
+pub struct ClientVerifier {
+    pub ca: Arc<Reloaded<ClientCa>>,
+    permits: Arc<Semaphore>,
+}
+
+impl ClientVerifier {
+    pub fn new(ca: Arc<Reloaded<ClientCa>>) -> Self {
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        Self { ca, permits: Arc::new(Semaphore::new((cores / 2).max(1))) }
+    }
+
+    /// Whether a chain takes so little that it is verified at once.
+    pub fn is_cheap(&self, chain: &[CertificateDer<'_>]) -> bool {
+        chain.len() <= 1 && !self.ca.get().has_crls
+    }
+
+    /// Verifies a chain, its leaf first. Dropping the future gives up one that waits.
+    pub async fn verify(
+        &self,
+        chain: &Arc<[CertificateDer<'static>]>,
+        now: SystemTime,
+    ) -> Result<(), rustls::Error> {
+        let now =
+            UnixTime::since_unix_epoch(now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO));
+        let ca = self.ca.get();
+        if self.is_cheap(chain) {
+            return ca.verify(chain, now);
+        }
+        let failed = |error: &dyn std::fmt::Display| rustls::Error::General(error.to_string());
+        let permit = self.permits.clone().acquire_owned().await.map_err(|error| failed(&error))?;
+        let chain = chain.clone();
+        let verified = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            ca.verify(&chain, now)
+        });
+        verified.await.map_err(|error| failed(&error))?
+    }
+}
