@@ -13,21 +13,18 @@ use proto::{
         stream::Stream,
     },
 };
-use rand::seq::SliceRandom;
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::{
     directory::{Directory, Pod},
     registry::Registry,
-    routing::{Hop, InventoryRoutes, Route, Routes, Via},
+    routing::{Hop, InventoryRoutes, Route, Routes, Via, preference},
 };
 
 /// Ways that are tried for one dial, besides the last one.
 const ATTEMPTS: usize = 3;
 /// Where kubelets listen unless their Node says otherwise.
 const KUBELET_PORT: u16 = 10250;
-/// Round trips that differ by less are the same.
-const NEAR: Duration = Duration::from_micros(500);
 
 /// Dials through tunnels only; there is no direct path to fall back to.
 pub struct TunnelDialer {
@@ -41,8 +38,6 @@ pub struct TunnelDialer {
 pub struct Candidate {
     pub node: NodeName,
     pub target: Target,
-    /// `None` without a tunnel, and where it can't be measured (a plain sshd).
-    pub round_trip: Option<Duration>,
 }
 
 impl TunnelDialer {
@@ -69,7 +64,7 @@ impl TunnelDialer {
     pub fn candidates(&self, route: &Route) -> Result<Vec<Candidate>, DialError> {
         let mut found: Vec<Candidate> = route.hops.iter().flat_map(|hop| self.expand(hop)).collect();
         if found.len() > 1 {
-            self.order(&mut found);
+            found = self.order(found);
         }
         found.truncate(ATTEMPTS);
         if let Some(last) = &route.last {
@@ -83,7 +78,7 @@ impl TunnelDialer {
     }
 
     fn expand(&self, hop: &Hop) -> Vec<Candidate> {
-        let candidate = |node| Candidate { node, target: hop.target.clone(), round_trip: None };
+        let candidate = |node| Candidate { node, target: hop.target.clone() };
         match &hop.via {
             Via::Node(node) => vec![candidate(node.clone())],
             Via::AnyNode => {
@@ -92,24 +87,11 @@ impl TunnelDialer {
         }
     }
 
-    /// Connected nodes first, the nearest of them in random order, then the others by distance.
-    fn order(&self, candidates: &mut [Candidate]) {
+    /// Connected nodes first, near ones preferred within bounds.
+    fn order(&self, candidates: Vec<Candidate>) -> Vec<Candidate> {
         let reach = self.registry.round_trips(candidates.iter().map(|c| &c.node));
-        for (candidate, reach) in candidates.iter_mut().zip(&reach) {
-            candidate.round_trip = reach.flatten();
-        }
-        let nearest = reach.iter().flatten().flatten().min().copied().unwrap_or_default();
-        let near = nearest * 2 + NEAR;
-        let mut ranked: Vec<_> = candidates.iter().cloned().zip(reach).collect();
-        ranked.shuffle(&mut rand::rng());
-        ranked.sort_by_key(|(_, reach)| match reach {
-            Some(Some(round_trip)) if *round_trip > near => (1, *round_trip),
-            Some(_) => (0, Duration::ZERO),
-            None => (2, Duration::ZERO),
-        });
-        for (place, (candidate, _)) in candidates.iter_mut().zip(ranked) {
-            *place = candidate;
-        }
+        let order = preference::order(&reach, &mut rand::rng());
+        order.into_iter().filter_map(|index| candidates.get(index).cloned()).collect()
     }
 
     async fn dial_tunnel(&self, target: &Target, origin: &Origin) -> Result<Connection, DialError> {

@@ -31,7 +31,7 @@ use russh::{
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::{OwnedSemaphorePermit, oneshot},
+    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -92,6 +92,7 @@ where
             CLIENT_PATIENCE,
             agent.metrics.stalls.down.clone(),
         ),
+        streams: Arc::new(Semaphore::new(agent.config.limits.max_streams)),
         feeder: None,
         front_end: None,
         gate,
@@ -196,6 +197,8 @@ struct Session {
     valid_before: Option<SystemTime>,
     proved: Option<oneshot::Sender<()>>,
     channels: Channels,
+    /// One for each stream that is a channel of its own, until its socket is closed.
+    streams: Arc<Semaphore>,
     feeder: Option<(ChannelId, Feeder)>,
     /// Of the multiplexer on which this node opens streams.
     front_end: Option<(ChannelId, Feeder)>,
@@ -363,10 +366,10 @@ impl server::Handler for Session {
             reply.reject(refusal("the target is not HOST:PORT")).await;
             return Ok(());
         };
-        if self.channels.len() >= self.agent.config.limits.max_streams {
+        let Ok(permit) = self.streams.clone().try_acquire_owned() else {
             reply.reject(ChannelOpenFailure::ResourceShortage).await;
             return Ok(());
-        }
+        };
         self.channels.on_open(channel.id());
         let half = Half::Server(channel.split().1);
         let (agent, channels) = (self.agent.clone(), self.channels.clone());
@@ -384,6 +387,7 @@ impl server::Handler for Session {
                     reply.reject(open_failure(&error)).await;
                 }
             }
+            drop(permit);
         });
         Ok(())
     }
@@ -421,11 +425,13 @@ impl server::Handler for Session {
         channel: ChannelId,
         _session: &mut server::Session,
     ) -> Result<(), SessionError> {
-        for feeder in [&mut self.feeder, &mut self.front_end] {
-            feeder.take_if(|(id, _)| *id == channel);
-        }
         self.channels.on_close(channel);
-        Ok(())
+        self.front_end.take_if(|(id, _)| *id == channel);
+        // The streams of another multiplexer in this session would be counted anew.
+        match self.feeder.take_if(|(id, _)| *id == channel) {
+            Some(_) => Err(SessionError::Protocol("the master closed the multiplexer's channel".to_owned())),
+            None => Ok(()),
+        }
     }
 }
 

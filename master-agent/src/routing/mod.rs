@@ -7,6 +7,7 @@
 
 mod claims;
 pub mod cluster;
+pub mod preference;
 #[cfg(test)]
 mod tests;
 

@@ -3,7 +3,10 @@
 //! There is no task between a stream and the SSH session: bytes that arrive are put into their stream's
 //! buffer by the session itself ([`Feeder::feed`]), and a stream's frames go straight to the session's queue.
 //! What a peer can make this side hold is bounded: by the windows for data, by the caps for streams, by a
-//! short queue for answers.
+//! short queue for answers. A stream counts until both its halves are dropped here, whatever the peer has said of it.
+//!
+//! A peer that does what no honest one does is found out ([`ProtocolError`]), and loses its tunnel. Frames that cross
+//! a stream's end are honest, so whatever comes for a stream that has ended is ignored.
 
 use std::{
     collections::HashMap,
@@ -11,7 +14,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering},
     },
     task::{Poll, Waker},
     time::{Duration, Instant},
@@ -30,6 +33,7 @@ use crate::{
     DialError, Target,
     mux::{
         frame::{self, Decoder, Frame, FrameError},
+        ids::Ids,
         window,
     },
 };
@@ -55,18 +59,24 @@ struct Inner {
     answers: mpsc::UnboundedSender<Bytes>,
     /// Their number. What a peer causes is bounded by [`Feeder::feed`]; a RESET must never be lost.
     waiting_answers: AtomicUsize,
+    /// Whether this side opens the streams.
+    initiator: bool,
     streams: Mutex<Streams>,
     max_streams: usize,
+    /// Streams of which this side still holds anything, those included that the peer has given up.
     count: AtomicUsize,
-    next_id: AtomicU32,
+    /// Held while an OPEN is sent, so that ids go out in the order in which they grow.
+    opening: tokio::sync::Mutex<()>,
     growth_left: AtomicI64,
+    /// The PING that has not been answered yet, and when it was sent.
+    ping: Mutex<Option<([u8; 8], Instant)>>,
     /// Nanoseconds; 0 until measured.
     round_trip: AtomicU64,
-    started: Instant,
 }
 
 #[derive(Default)]
 struct Streams {
+    ids: Ids,
     open: HashMap<u32, Arc<Shared>>,
     closed: Option<StreamError>,
     going_away: Option<String>,
@@ -76,7 +86,7 @@ struct Streams {
 pub struct Feeder {
     mux: Mux,
     decoder: Decoder,
-    incoming: Option<mpsc::Sender<Incoming>>,
+    incoming: mpsc::Sender<Incoming>,
     notices: mpsc::Sender<Notice>,
 }
 
@@ -88,16 +98,39 @@ pub enum Notice {
 }
 
 /// The peer broke the protocol; the tunnel has to be closed.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ProtocolError {
     #[error(transparent)]
     Frame(#[from] FrameError),
     #[error("stream {stream}: {error}")]
-    Window { stream: u32, error: window::Overrun },
+    Stream { stream: u32, error: Violation },
     #[error("the peer asks for more answers than it takes")]
     Flood,
-    #[error("stream {0} opened twice, or by the side that may not open streams")]
-    Open(u32),
+    #[error("a PONG answers no PING")]
+    Pong,
+}
+
+/// What a peer may not do with a stream.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Violation {
+    #[error("OPEN by the side that may not open streams")]
+    Opener,
+    #[error("OPEN with an id that was used before")]
+    Reused,
+    #[error("{0} for a stream that was never opened")]
+    NeverOpened(&'static str),
+    #[error("{0} by the side that opens streams")]
+    Answerer(&'static str),
+    #[error("{0} for a stream that was answered already")]
+    Answered(&'static str),
+    #[error("{0} before the answer to OPEN")]
+    NotAnswered(&'static str),
+    #[error("{0} after EOF")]
+    Ended(&'static str),
+    #[error(transparent)]
+    Overrun(#[from] window::Overrun),
+    #[error("CREDIT beyond the largest window")]
+    Credit,
 }
 
 /// The receiving ends that go with a new [`Mux`].
@@ -127,19 +160,20 @@ impl Mux {
             stalls,
             answers,
             waiting_answers: AtomicUsize::new(0),
+            initiator,
             streams: Mutex::default(),
             max_streams,
             count: AtomicUsize::new(0),
-            next_id: AtomicU32::new(1),
+            opening: tokio::sync::Mutex::default(),
             growth_left: AtomicI64::new(GROWTH_BUDGET),
+            ping: Mutex::default(),
             round_trip: AtomicU64::new(0),
-            started: Instant::now(),
         }));
         tasks.spawn(housekeeping(Arc::downgrade(&mux.0), answer_queue));
         let feeder = Feeder {
             mux: mux.clone(),
             decoder: Decoder::default(),
-            incoming: (!initiator).then_some(incoming_tx),
+            incoming: incoming_tx,
             notices: notices_tx,
         };
         (mux, feeder, Events { incoming, notices })
@@ -148,32 +182,32 @@ impl Mux {
     /// Opens a stream to `target`. `origin` names the caller for the node's records. Dropping the future
     /// cancels the dial on the node too.
     pub async fn open(&self, target: &Target, origin: &str, timeout: Duration) -> Result<Stream, DialError> {
+        let timeout_ms = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
         let (answered, answer) = oneshot::channel();
-        let entry = self.register(answered)?;
-        let open = Frame::Open {
-            stream: entry.id,
-            timeout_ms: u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX),
-            target: target.to_string(),
-            origin: origin.to_owned(),
-        };
         let lost = || DialError::TunnelLost { node: String::new(), reason: self.closed_reason() };
         let dial = async {
+            let in_order = self.0.opening.lock().await;
+            let entry = self.register(answered)?;
+            let (target, origin) = (target.to_string(), origin.to_owned());
+            let open = Frame::Open { stream: entry.id, timeout_ms, target, origin };
             if !self.send(frame::encode(&open)).await {
                 return Err(lost());
             }
-            answer.await.unwrap_or_else(|_| Err(lost()))
-        };
-        match tokio::time::timeout(timeout, dial).await {
-            Ok(Ok(())) => Ok(entry.into_stream()),
-            Ok(Err(e)) => {
+            drop(in_order);
+            // From now on the peer has to be told if nobody wants the stream any more.
+            entry.shared.lock().ended = false;
+            let answer = answer.await.unwrap_or_else(|_| Err(lost()));
+            if answer.is_err() {
                 entry.shared.lock().ended = true;
-                Err(e)
             }
-            Err(_) => Err(DialError::TimedOut(format!(
+            answer.map(|()| entry.into_stream())
+        };
+        tokio::time::timeout(timeout, dial).await.unwrap_or_else(|_| {
+            Err(DialError::TimedOut(format!(
                 "{target}: the other agent gave no answer within {}",
                 humantime::format_duration(timeout)
-            ))),
-        }
+            )))
+        })
     }
 
     fn register(&self, answered: oneshot::Sender<Result<(), DialError>>) -> Result<Entry, DialError> {
@@ -184,19 +218,26 @@ impl Mux {
         if let Some(reason) = &streams.going_away {
             return Err(DialError::TunnelLost { node: String::new(), reason: reason.clone() });
         }
-        if streams.open.len() >= self.0.max_streams {
+        if self.is_full() {
             return Err(DialError::TooManyStreams(format!(
                 "the tunnel carries {} streams already (max_streams_per_tunnel)",
                 self.0.max_streams
             )));
         }
         let id = loop {
-            let id = self.0.next_id.fetch_add(1, Ordering::Relaxed);
-            if id != 0 && !streams.open.contains_key(&id) {
+            let id = streams.ids.next();
+            if !streams.open.contains_key(&id) {
                 break id;
             }
         };
-        Ok(self.insert(&mut streams, id, Some(answered)))
+        let entry = self.insert(&mut streams, id, Some(answered));
+        // The peer has not heard of it yet.
+        entry.shared.lock().ended = true;
+        Ok(entry)
+    }
+
+    fn is_full(&self) -> bool {
+        self.streams_open() >= self.0.max_streams
     }
 
     fn insert(
@@ -211,12 +252,13 @@ impl Mux {
         Entry { id, mux: self.clone(), shared }
     }
 
-    /// Number of streams, those being opened included.
+    /// Number of streams, those being opened and those being closed included.
     pub fn streams_open(&self) -> usize {
         self.0.count.load(Ordering::Relaxed)
     }
 
-    /// The measured round trip between the agents' multiplexers.
+    /// The measured round trip between the agents' multiplexers. While a peer owes an answer for longer than that,
+    /// it is at least the time that it has owed it.
     pub fn round_trip(&self) -> Option<Duration> {
         let nanos = self.0.round_trip.load(Ordering::Relaxed);
         (nanos > 0).then(|| Duration::from_nanos(nanos))
@@ -242,7 +284,6 @@ impl Mux {
         };
         for shared in open.into_values() {
             shared.lock().fail(StreamError(reason.to_owned()));
-            self.0.count.fetch_sub(1, Ordering::Relaxed);
         }
     }
 
@@ -269,8 +310,78 @@ impl Mux {
         self.0.streams.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn find(&self, stream: u32) -> Option<Arc<Shared>> {
-        self.streams().open.get(&stream).cloned()
+    /// The stream that a frame is for; `None` when it has ended.
+    fn find(&self, stream: u32, frame: &'static str) -> Result<Option<Arc<Shared>>, Violation> {
+        let streams = self.streams();
+        match streams.open.get(&stream) {
+            None if !streams.ids.is_used(stream) => Err(Violation::NeverOpened(frame)),
+            open => Ok(open.cloned()),
+        }
+    }
+
+    /// Does what a frame says to its stream; nothing if that has ended.
+    fn change(
+        &self,
+        stream: u32,
+        frame: &'static str,
+        change: impl FnOnce(&mut State) -> Result<(), Violation>,
+    ) -> Result<(), Violation> {
+        self.find(stream, frame)?.map_or(Ok(()), |shared| change(&mut shared.lock()))
+    }
+
+    /// Takes a stream that the peer has ended out of the table.
+    fn take(&self, stream: u32, frame: &'static str) -> Result<Option<Arc<Shared>>, Violation> {
+        let mut streams = self.streams();
+        match streams.open.remove(&stream) {
+            None if !streams.ids.is_used(stream) => Err(Violation::NeverOpened(frame)),
+            open => Ok(open),
+        }
+    }
+
+    /// Ends a stream that the peer gives up. A peer that opens streams may do so before it has sent the OPEN.
+    fn on_reset(&self, stream: u32, reason: String) -> Result<(), Violation> {
+        if !self.0.initiator && self.streams().ids.take(stream) {
+            return Ok(());
+        }
+        if let Some(shared) = self.take(stream, "RESET")? {
+            shared.lock().fail(StreamError(reason));
+        }
+        Ok(())
+    }
+
+    fn on_opened(&self, stream: u32) -> Result<(), Violation> {
+        if !self.0.initiator {
+            return Err(Violation::Answerer("OPENED"));
+        }
+        self.change(stream, "OPENED", |state| state.on_answer("OPENED", Ok(())))
+    }
+
+    fn on_refused(&self, stream: u32, error: DialError) -> Result<(), Violation> {
+        if !self.0.initiator {
+            return Err(Violation::Answerer("REFUSED"));
+        }
+        self.take(stream, "REFUSED")?.map_or(Ok(()), |shared| {
+            let mut state = shared.lock();
+            state.ended = true;
+            state.on_answer("REFUSED", Err(error))
+        })
+    }
+
+    fn ping(&self) -> MutexGuard<'_, Option<([u8; 8], Instant)>> {
+        self.0.ping.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next PING to send. There is none while the one before has no answer, which then takes longer than
+    /// what was measured before. Nobody can answer what nobody can guess.
+    fn next_ping(&self) -> Option<Bytes> {
+        let mut ping = self.ping();
+        if let Some((_, sent)) = *ping {
+            self.0.round_trip.fetch_max(nanoseconds(sent.elapsed()), Ordering::Relaxed);
+            return None;
+        }
+        let id = rand::random();
+        *ping = Some((id, Instant::now()));
+        Some(frame::encode(&Frame::Ping(id)))
     }
 
     fn may_grow(&self, bytes: u32) -> bool {
@@ -282,14 +393,20 @@ impl Mux {
         had >= bytes
     }
 
-    fn on_pong(&self, id: [u8; 8]) {
-        let now = u64::try_from(self.0.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        let sample = now.saturating_sub(u64::from_be_bytes(id)).clamp(1, 10_000_000_000);
+    fn on_pong(&self, id: [u8; 8]) -> Result<(), ProtocolError> {
+        let (_, sent) = self.ping().take_if(|(asked, _)| *asked == id).ok_or(ProtocolError::Pong)?;
+        let sample = nanoseconds(sent.elapsed());
         let old = self.0.round_trip.load(Ordering::Relaxed);
         // A shorter time is the better measurement; a longer one may be a busy moment, or a new path.
         let new = if old == 0 || sample < old { sample } else { old - old / 8 + sample / 8 };
         self.0.round_trip.store(new, Ordering::Relaxed);
+        Ok(())
     }
+}
+
+/// At least one, as none stands for what was not measured.
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX).max(1)
 }
 
 /// Sends queued answers, and pings.
@@ -305,8 +422,8 @@ async fn housekeeping(mux: std::sync::Weak<Inner>, mut answers: mpsc::UnboundedR
             }
             _ = ping.tick() => {
                 let Some(mux) = mux.upgrade() else { return };
-                let now = u64::try_from(mux.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
-                frame::encode(&Frame::Ping(now.to_be_bytes()))
+                let Some(ping) = Mux(mux).next_ping() else { continue };
+                ping
             }
         };
         let Some(mux) = mux.upgrade() else { return };
@@ -320,6 +437,7 @@ impl Feeder {
     /// Takes bytes as they came out of the SSH channel. Never waits. After an error the tunnel must be closed.
     pub fn feed(&mut self, mut bytes: &[u8]) -> Result<(), ProtocolError> {
         let Self { mux, decoder, incoming, notices } = self;
+        let on = |stream| move |error| ProtocolError::Stream { stream, error };
         // Consecutive parts of one stream's data need but one look-up.
         let mut last: Option<(u32, Arc<Shared>)> = None;
         while let Some(frame) = decoder.decode(&mut bytes)? {
@@ -329,49 +447,29 @@ impl Feeder {
             match frame {
                 Frame::Data { stream, bytes } => {
                     if last.as_ref().is_none_or(|(id, _)| *id != stream) {
-                        last = mux.find(stream).map(|shared| (stream, shared));
+                        last = mux.find(stream, "DATA").map_err(on(stream))?.map(|shared| (stream, shared));
                     }
                     if let Some((_, shared)) = &last {
-                        shared
-                            .lock()
-                            .on_data(bytes)
-                            .map_err(|error| ProtocolError::Window { stream, error })?;
+                        shared.lock().on_data(bytes).map_err(on(stream))?;
                     }
                 }
                 Frame::Credit { stream, bytes } => {
-                    if let Some(shared) = mux.find(stream) {
-                        shared.lock().on_credit(bytes);
-                    }
+                    mux.change(stream, "CREDIT", |state| state.on_credit(bytes)).map_err(on(stream))?;
                 }
                 Frame::Eof { stream } => {
-                    if let Some(shared) = mux.find(stream) {
-                        shared.lock().on_eof();
-                    }
+                    mux.change(stream, "EOF", State::on_eof).map_err(on(stream))?;
                 }
                 Frame::Reset { stream, reason } => {
-                    if let Some(shared) = mux.remove(stream) {
-                        let mut state = shared.lock();
-                        state.fail(StreamError(reason));
-                    }
+                    last = None;
+                    mux.on_reset(stream, reason).map_err(on(stream))?;
                 }
-                Frame::Opened { stream } => {
-                    if let Some(shared) = mux.find(stream) {
-                        shared.lock().on_answer(Ok(()));
-                    }
-                }
-                Frame::Refused { stream, error } => {
-                    if let Some(shared) = mux.remove(stream) {
-                        let mut state = shared.lock();
-                        state.on_answer(Err(error));
-                        state.ended = true;
-                    }
-                }
+                Frame::Opened { stream } => mux.on_opened(stream).map_err(on(stream))?,
+                Frame::Refused { stream, error } => mux.on_refused(stream, error).map_err(on(stream))?,
                 Frame::Open { stream, timeout_ms, target, origin } => {
-                    let Some(incoming) = incoming else { return Err(ProtocolError::Open(stream)) };
-                    on_open(mux, incoming, stream, timeout_ms, &target, origin)?;
+                    on_open(mux, incoming, stream, timeout_ms, &target, origin).map_err(on(stream))?;
                 }
                 Frame::Ping(id) => mux.answer(&Frame::Pong(id)),
-                Frame::Pong(id) => mux.on_pong(id),
+                Frame::Pong(id) => mux.on_pong(id)?,
                 Frame::GoAway { reason } => {
                     mux.streams().going_away = Some(reason.clone());
                     let _ = notices.try_send(Notice::GoAway(reason));
@@ -402,7 +500,13 @@ fn on_open(
     timeout_ms: u32,
     target: &str,
     origin: String,
-) -> Result<(), ProtocolError> {
+) -> Result<(), Violation> {
+    if mux.0.initiator {
+        return Err(Violation::Opener);
+    }
+    if !mux.streams().ids.take(stream) {
+        return Err(Violation::Reused);
+    }
     let refuse = |error| {
         mux.answer(&Frame::Refused { stream, error });
         Ok(())
@@ -413,16 +517,16 @@ fn on_open(
     };
     let (permit, entry) = {
         let mut streams = mux.streams();
+        // After all 2^32 of them ids begin again.
         if streams.open.contains_key(&stream) {
-            return Err(ProtocolError::Open(stream));
+            return Err(Violation::Reused);
         }
         if let Some(reason) = &streams.going_away {
             return refuse(DialError::TunnelLost { node: String::new(), reason: reason.clone() });
         }
-        let full = streams.open.len() >= mux.0.max_streams;
-        let (Ok(permit), false) = (incoming.try_reserve(), full) else {
+        let (Ok(permit), false) = (incoming.try_reserve(), mux.is_full()) else {
             let error =
-                format!("the other agent carries {} streams of this tunnel already", streams.open.len());
+                format!("the other agent carries {} streams of this tunnel already", mux.streams_open());
             return refuse(DialError::TooManyStreams(error));
         };
         (permit, mux.insert(&mut streams, stream, None))
@@ -434,14 +538,6 @@ fn on_open(
         timeout: Duration::from_millis(u64::from(timeout_ms)),
     });
     Ok(())
-}
-
-impl Mux {
-    fn remove(&self, stream: u32) -> Option<Arc<Shared>> {
-        let shared = self.streams().open.remove(&stream)?;
-        self.0.count.fetch_sub(1, Ordering::Relaxed);
-        Some(shared)
-    }
 }
 
 /// A stream that the peer wants; dropping it refuses.
@@ -523,7 +619,13 @@ impl Entry {
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        self.mux.remove(self.id);
+        {
+            let mut streams = self.mux.streams();
+            if streams.open.get(&self.id).is_some_and(|shared| Arc::ptr_eq(shared, &self.shared)) {
+                streams.open.remove(&self.id);
+            }
+            self.mux.0.count.fetch_sub(1, Ordering::Relaxed);
+        }
         let mut state = self.shared.lock();
         self.mux.0.growth_left.fetch_add(i64::from(state.receive.extra()), Ordering::Relaxed);
         if !state.ended && state.failed.is_none() {
@@ -575,27 +677,46 @@ impl State {
         }
     }
 
-    fn on_data(&mut self, bytes: &[u8]) -> Result<(), window::Overrun> {
+    /// The side that opens a stream gets nothing on it before the answer; the other side waits for none.
+    fn check_answered(&self, frame: &'static str) -> Result<(), Violation> {
+        if self.answered.is_some() { Err(Violation::NotAnswered(frame)) } else { Ok(()) }
+    }
+
+    fn on_data(&mut self, bytes: &[u8]) -> Result<(), Violation> {
+        self.check_answered("DATA")?;
+        if self.received_eof {
+            return Err(Violation::Ended("DATA"));
+        }
         self.receive.on_data(bytes.len())?;
         self.inbox.extend_from_slice(bytes);
         wake(&mut self.reader);
         Ok(())
     }
 
-    fn on_credit(&mut self, bytes: u32) {
-        self.credit = self.credit.saturating_add(usize::try_from(bytes).unwrap_or(usize::MAX));
+    fn on_credit(&mut self, bytes: u32) -> Result<(), Violation> {
+        self.check_answered("CREDIT")?;
+        let credit = usize::try_from(bytes).ok().and_then(|bytes| self.credit.checked_add(bytes));
+        let most = usize::try_from(window::MAX).unwrap_or(usize::MAX);
+        self.credit = credit.filter(|credit| *credit <= most).ok_or(Violation::Credit)?;
         wake(&mut self.writer);
+        Ok(())
     }
 
-    fn on_eof(&mut self) {
+    fn on_eof(&mut self) -> Result<(), Violation> {
+        self.check_answered("EOF")?;
+        if self.received_eof {
+            return Err(Violation::Ended("EOF"));
+        }
         self.received_eof = true;
         wake(&mut self.reader);
+        Ok(())
     }
 
-    fn on_answer(&mut self, answer: Result<(), DialError>) {
-        if let Some(answered) = self.answered.take() {
-            let _ = answered.send(answer);
-        }
+    fn on_answer(&mut self, frame: &'static str, answer: Result<(), DialError>) -> Result<(), Violation> {
+        let answered = self.answered.take().ok_or(Violation::Answered(frame))?;
+        // Whoever asked may have left a moment ago.
+        let _ = answered.send(answer);
+        Ok(())
     }
 
     fn fail(&mut self, error: StreamError) {
@@ -758,6 +879,9 @@ impl Drop for Writer {
         }
     }
 }
+
+#[cfg(test)]
+mod hostile;
 
 #[cfg(test)]
 mod tests {
@@ -963,31 +1087,5 @@ mod tests {
         pair.master.go_away("stopping").await;
         assert_eq!(pair.notices.recv().await, Some(Notice::GoAway("stopping".into())));
         assert!(pair.master.is_going_away() && pair.node.is_going_away());
-    }
-
-    #[tokio::test]
-    async fn a_peer_that_breaks_the_rules_is_found_out() {
-        let tasks = Tasks::new();
-        let out = || -> Out { Box::new(|_| Box::pin(async { true })) };
-        let (mux, mut feeder, _events) =
-            Mux::new(true, 10, Gate::default(), Stalls::default(), out(), &tasks);
-        let open = Frame::Open { stream: 1, timeout_ms: 1, target: "a:1".into(), origin: String::new() };
-        assert!(matches!(feeder.feed(&frame::encode(&open)), Err(ProtocolError::Open(1))));
-
-        let (answered, _answer) = oneshot::channel();
-        let entry = mux.register(answered).unwrap();
-        let data = vec![0; frame::MAX_DATA];
-        let mut fed = Ok(());
-        for _ in 0..10 {
-            fed = fed.and(feeder.feed(&frame::encode(&Frame::Data { stream: entry.id, bytes: &data })));
-        }
-        assert!(matches!(fed, Err(ProtocolError::Window { .. })), "{fed:?}");
-
-        let mut fed = Ok(());
-        for _ in 0..=ANSWERS + 20 {
-            fed = fed.and(feeder.feed(&frame::encode(&Frame::Ping([0; 8]))));
-        }
-        assert!(matches!(fed, Err(ProtocolError::Flood)), "{fed:?}");
-        tasks.cancel();
     }
 }

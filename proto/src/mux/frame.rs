@@ -6,14 +6,15 @@
 //! | 2 OPENED | empty |
 //! | 3 REFUSED | error code (u8) and its one or two texts, each a length (u16) and UTF-8 |
 //! | 4 DATA | bytes; takes from the receiver's window |
-//! | 5 CREDIT | bytes (u32) by which the receiver's window grows |
+//! | 5 CREDIT | bytes (u32) by which the receiver's window grows, to at most [`MAX`](super::window::MAX) |
 //! | 6 EOF | empty; the sender will send no more DATA |
 //! | 7 RESET | reason; the stream is gone in both directions |
-//! | 8 PING, 9 PONG | 8 bytes, echoed |
+//! | 8 PING, 9 PONG | 8 bytes that nobody can guess; each PING is answered once, with the same bytes |
 //! | 10 GOAWAY | reason; no new streams will be accepted |
 //! | 11 CERTIFICATE | a renewed host certificate in OpenSSH's text form |
 //!
-//! PING, PONG, GOAWAY and CERTIFICATE have stream id 0; the others a stream's id, which is never 0.
+//! PING, PONG, GOAWAY and CERTIFICATE have stream id 0; the others a stream's id, which is never 0 and never used
+//! twice ([`super::ids`]).
 
 use bytes::{BufMut, Bytes, BytesMut};
 

@@ -9,9 +9,11 @@
 //! once more, the other way round (subsystem [`FRONT_END_SUBSYSTEM`]): on that channel the node opens streams, all
 //! to [`FRONT_END`]. A peer that does not know it, or has nothing to do with it, refuses the subsystem.
 //!
-//! [`frame`] is the codec, [`window`] the flow control; both are pure. `proto::io::mux` moves the bytes.
+//! [`frame`] is the codec, [`window`] the flow control, [`ids`] tells which streams there have been; all are pure.
+//! `proto::io::mux` moves the bytes.
 
 pub mod frame;
+pub mod ids;
 pub mod window;
 
 /// The SSH subsystem (RFC 4254 §6.5) that a node-agent serves the multiplexer under.

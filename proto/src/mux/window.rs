@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 /// Bytes each side may send on a new stream before the first CREDIT. Part of the protocol.
 pub const INITIAL: u32 = 256 * 1024;
-/// The most a stream's window grows to, bytes.
+/// The most a stream's window grows to, bytes. Part of the protocol: who grants more breaks it.
 pub const MAX: u32 = 32 * 1024 * 1024;
 
 /// Round trips shorter than this count as this long: on a fast network too, grants shall be few.

@@ -19,6 +19,7 @@ mod front_end_proxy_urls;
 mod front_end_smuggling;
 mod front_end_upstream;
 mod hostile;
+mod hostile_node;
 mod impostor;
 mod interop;
 mod isolation;
