@@ -419,6 +419,8 @@ END
             echo "state_dir: state"
             echo "admin: {listen: ${admin[$n]}}"
             if [ "$n" = n1 ]; then echo "listen: ${address[$n]}:$ssh_port"; else echo "call_home: [\"$master:2222\"]"; fi
+            # No certificate makes loopback a node's own address.
+            [ "$mode" = namespaces ] || echo "addresses: $(list "${address[$n]}" "${address6[$n]}")"
             echo "front_end: {tcp: ${local_endpoint[$n]}}"
             echo "policy: {kubelet_port: 10250, pod_cidrs: $(list "${pods[$n]}" "${pods6[$n]}")}"
             echo "shutdown_grace: 1s"

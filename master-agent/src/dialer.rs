@@ -186,11 +186,7 @@ impl Directory for TunnelDialer {
         let key = format!("{namespace}/{name}");
         self.with_routes(|routes| {
             let pod = routes.cluster.pod(&key).ok_or_else(|| unknown("pod", &key))?;
-            match pod.addresses.first() {
-                Some(address) if !pod.ended => Ok(Pod { address: *address, first_port: pod.first_port }),
-                Some(_) => Err(DialError::Unreachable(format!("pod {key} has ended"))),
-                None => Err(DialError::Unreachable(format!("pod {key} has no address yet"))),
-            }
+            Ok(Pod { address: routes.pod_address(pod)?, first_port: pod.first_port })
         })
     }
 

@@ -18,6 +18,7 @@ use russh::{ChannelMsg, keys::PublicKey};
 
 use crate::{
     agent::Agent,
+    identity::VerifiedHost,
     inventory::Inventory,
     metrics::Reason,
     token::{self, Listed},
@@ -146,24 +147,25 @@ impl Listed for Inventory {
     }
 }
 
-/// Signs a host key again, for a node that has proved to hold it. Gives the certificate in text form.
+/// Signs a host key again, for a node that has proved to hold it. Of the addresses that its certificate has, the new one
+/// keeps those that the inventory still lists, or all where it lists none: the node takes no certificate that adds any.
+/// Gives the certificate in text form, and its addresses.
 pub async fn renew(
     agent: &Arc<Agent>,
-    node: &NodeName,
-    key: &PublicKey,
+    host: &VerifiedHost,
+    mut addresses: Vec<IpAddr>,
     now: SystemTime,
     ttl: Duration,
-) -> anyhow::Result<String> {
-    let (agent, node, key) = (agent.clone(), node.clone(), key.clone());
+) -> anyhow::Result<(String, Vec<IpAddr>)> {
+    let (agent, node, key) = (agent.clone(), host.node.clone(), host.key.clone());
     let signed = tokio::task::spawn_blocking(move || {
-        let inventory = agent.inventory();
-        let listed = inventory.nodes.iter().find(|n| n.name == node).map(|n| n.addresses.clone());
-        let addresses = match listed {
-            Some(addresses) if !addresses.is_empty() => addresses,
-            Some(_) | None => agent.store.node(&node)?.map(|n| n.addresses).unwrap_or_default(),
-        };
+        let listed = agent.inventory().addresses(&node).unwrap_or_default();
+        if let Some(address) = listed.iter().find(|address| !addresses.contains(address)) {
+            tracing::warn!(%node, %address, "the inventory lists an address that the node's certificate lacks, and a renewal can't add it: join the node again with `token create --node`");
+        }
+        addresses.retain(|address| listed.is_empty() || listed.contains(address));
         let certificate = agent.authorities.sign_host(&key, &node, &addresses, now, ttl)?;
-        Ok(certificate.to_openssh()?)
+        Ok((certificate.to_openssh()?, addresses))
     });
     signed.await?
 }

@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -362,6 +362,7 @@ async fn hold(agent: &Arc<Agent>, registration: Registration, events: Option<Eve
     let mut recheck = tokio::time::interval(RECHECK_INTERVAL);
     let mut front_end = Box::pin(tunnels::serve(agent.clone(), tunnel.clone()));
     let mut front_end_served = true;
+    let mut certified = tunnel.host.addresses.clone();
     let reason = loop {
         let expires = tunnel.certificate_expires();
         let renewal = renewal_due(expires, agent.config.certificates.host_ttl, SystemTime::now());
@@ -374,7 +375,7 @@ async fn hold(agent: &Arc<Agent>, registration: Registration, events: Option<Eve
                 None => notices = None,
             },
             () = tokio::time::sleep(renewal), if tunnel.is_node_agent() && expires.is_some() => {
-                renew(agent, &tunnel).await;
+                renew(agent, &tunnel, &mut certified).await;
             }
             _ = recheck.tick() => {
                 if let Err(why) = trust::still_good(agent, &tunnel.host) {
@@ -402,15 +403,16 @@ fn renewal_due(expires: Option<SystemTime>, ttl: Duration, now: SystemTime) -> D
     left.saturating_sub(ttl / 3).max((ttl / 100).clamp(Duration::from_secs(1), Duration::from_secs(60)))
 }
 
-async fn renew(agent: &Arc<Agent>, tunnel: &Tunnel) {
+async fn renew(agent: &Arc<Agent>, tunnel: &Tunnel, certified: &mut Vec<IpAddr>) {
     let ttl = agent.config.certificates.host_ttl;
     let now = SystemTime::now();
     let signed = match trust::still_good(agent, &tunnel.host) {
-        Ok(()) => join::renew(agent, &tunnel.node, &tunnel.host.key, now, ttl).await,
+        Ok(()) => join::renew(agent, &tunnel.host, certified.clone(), now, ttl).await,
         Err(why) => Err(why.into()),
     };
     match signed {
-        Ok(text) if send_certificate(tunnel, &text).await => {
+        Ok((text, addresses)) if send_certificate(tunnel, &text).await => {
+            *certified = addresses;
             agent.metrics.certificates_renewed.inc();
             tunnel.set_certificate_expires(now + ttl);
             tracing::info!(node = %tunnel.node, "host certificate renewed");

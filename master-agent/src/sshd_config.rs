@@ -13,6 +13,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use ipnet::IpNet;
+use proto::policy::{Policy, Rule, Verdict, closed_range};
 use russh::keys::PublicKey;
 
 use crate::{cli::SshdConfigArgs, identity::Authorities, inventory::InventoryNode, join::LOGIN};
@@ -138,14 +139,24 @@ fn permit_open(node: &InventoryNode, args: &SshdConfigArgs) -> (String, String) 
         IpAddr::V4(a) => a.to_string(),
         IpAddr::V6(a) => format!("[{a}]"),
     };
-    open.extend(node.addresses.iter().map(|a| format!("{}:{}", address(a), args.kubelet_port)));
+    let own = |a: &&IpAddr| closed_range(**a).is_none_or(|range| range.name == "loopback");
+    for left_out in node.addresses.iter().filter(|a| !own(a)) {
+        notes.push_str(&format!(
+            "    # {left_out} is no node's own address and is left out: --allow can name it.\n"
+        ));
+    }
+    open.extend(node.addresses.iter().filter(own).map(|a| format!("{}:{}", address(a), args.kubelet_port)));
     for net in &node.cidrs {
         let hosts: Vec<IpAddr> = match net {
             IpNet::V4(net) => net.hosts().take(MAX_EXPANDED + 1).map(IpAddr::V4).collect(),
             IpNet::V6(net) => net.hosts().take(MAX_EXPANDED + 1).map(IpAddr::V6).collect(),
         };
         if hosts.len() <= MAX_EXPANDED {
-            open.extend(hosts.iter().map(|a| format!("{}:*", address(a))));
+            // As a node-agent's policy would decide with this one rule.
+            let rule = Rule { name: "pod-cidr".to_owned(), net: *net, ports: 1..=u16::MAX };
+            let policy = Policy { rules: vec![rule] };
+            let allowed = |a: &&IpAddr| matches!(policy.decide(**a, 1), Verdict::Allow { .. });
+            open.extend(hosts.iter().filter(allowed).map(|a| format!("{}:*", address(a))));
         } else {
             notes.push_str(&format!(
                 "    # {net} has more than {MAX_EXPANDED} addresses and is left out: name targets with --allow, or install\n    # node-agent, whose policy takes CIDRs.\n"
@@ -388,6 +399,31 @@ mod tests {
         let script = dir.0.join("script");
         std::fs::write(&script, &printed).unwrap();
         run(Command::new("sh").arg("-n").arg(&script));
+    }
+
+    #[test]
+    fn closed_addresses_are_left_out_unless_they_are_named() {
+        let mut node = node(&["168.63.129.16/30", "100.100.100.200/32", "fe80::/126", "fd00:ec2::254/127"]);
+        node.addresses.extend(["169.254.169.254".parse::<IpAddr>().unwrap(), [127, 0, 0, 1].into()]);
+        let (open, notes) = permit_open(&node, &args());
+        assert_eq!(
+            open.split(' ').collect::<Vec<_>>(),
+            [
+                "10.0.0.5:10250",
+                "[fd00::5]:10250",
+                "127.0.0.1:10250",
+                "168.63.129.17:*",
+                "168.63.129.18:*",
+                "100.100.100.200:*",
+                "[fe80::]:*",
+                "[fe80::1]:*",
+                "[fe80::2]:*",
+                "[fe80::3]:*",
+                "[fd00:ec2::255]:*",
+                "10.96.0.1:443",
+            ]
+        );
+        assert!(notes.contains("# 169.254.169.254 is no node's own address"), "{notes}");
     }
 
     #[test]

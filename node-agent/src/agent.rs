@@ -10,14 +10,15 @@ use hyper::{Request, body::Incoming};
 use proto::{
     DialError, Target,
     io::{admin, handshake::Places, tasks::Tasks},
+    policy::closed_range,
 };
 use russh::keys::{Certificate, PrivateKey};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::Config,
-    dialer::{Dialled, LocalDialer, Scope},
+    config::{Config, KUBELET_RULE},
+    dialer::{Dialled, LocalDialer, Scope, is_of_this_host},
     identity::{NodeIdentity, UserCertError, UserRole},
     local_endpoint::FrontEnds,
     metrics::{self, Metrics},
@@ -72,24 +73,35 @@ impl Agent {
         self.identity.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the node's name and addresses from the configuration, or else from the certificate.
+    /// Takes the node's name and addresses from the configuration, or else from the certificate. Those that the
+    /// configuration states are rules of the policy; the certificate's are looked for on the host at every dial.
     fn apply_identity(&self) {
-        let (node, addresses, expiry) = {
+        let (node, certified, expiry) = {
             let identity = self.identity();
             let node = self.config.node.clone().or_else(|| identity.node_name());
-            let addresses = match self.config.addresses.as_slice() {
-                [] => identity.addresses(),
-                given => given.to_vec(),
-            };
-            (node, addresses, identity.not_after())
+            (node, identity.addresses(), identity.not_after())
         };
-        let policy = self.config.policy(&addresses);
+        let stated = self.config.addresses.clone();
+        let policy = self.config.policy(&stated);
+        let (addresses, certified_kubelet) = match stated.as_slice() {
+            [] => (certified, self.config.policy.kubelet_port),
+            _ => (stated, None),
+        };
+        if let Some(port) = certified_kubelet {
+            for address in &addresses {
+                if closed_range(*address).is_none() && is_of_this_host(*address) {
+                    tracing::info!(rule = KUBELET_RULE, %address, port, "policy allows an address of the certificate");
+                } else {
+                    tracing::warn!(%address, "an address of the certificate stays closed: no interface of this host has it, or it is in a closed range; `addresses:` in the configuration can list it");
+                }
+            }
+        }
         for rule in &policy.rules {
             tracing::info!(rule = rule.name, net = %rule.net, ports = ?rule.ports, "policy allows");
         }
         let seconds = expiry.and_then(|t| t.duration_since(SystemTime::UNIX_EPOCH).ok());
         self.metrics.certificate_expiry.set(seconds.unwrap_or_default().as_secs_f64());
-        self.dialer.replace(Scope { node, addresses, policy });
+        self.dialer.replace(Scope { node, addresses, policy, certified_kubelet });
     }
 
     /// The key and certificate to show in a handshake.

@@ -12,7 +12,7 @@ use proto::{
     NodeName,
     call_home::Master,
     config::{self, At, Errors, Log, Mode, Ports, Section, Source, Value},
-    policy::{Policy, Rule},
+    policy::{self, Policy, Rule},
 };
 
 use crate::https::CallHomeHttps;
@@ -32,7 +32,7 @@ pub struct Config {
     pub call_home: Vec<Master>,
     /// How those are reached that are front ends.
     pub call_home_https: CallHomeHttps,
-    /// The node's own addresses; empty leaves them to the host certificate.
+    /// The node's own addresses; empty leaves them to the host certificate, as far as they are this host's.
     pub addresses: Vec<IpAddr>,
     pub policy: PolicyConfig,
     /// Login names that may forward, besides the master; empty allows every name that a certificate lists.
@@ -109,17 +109,9 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 const WAIT: RangeInclusive<Duration> = Duration::from_millis(10)..=DAY;
 const COUNT: RangeInclusive<usize> = 1..=1_000_000;
 
-/// Names of rules that are not `allow` entries, and what a refusal is put down to.
-const RESERVED: [&str; 8] = [
-    "kubelet",
-    "pod-cidr",
-    "service-cidr",
-    "default-deny",
-    "link-local",
-    "loopback",
-    "unspecified",
-    "multicast",
-];
+/// Names of rules that are not `allow` entries.
+const BUILT_IN: [&str; 3] = [KUBELET_RULE, "pod-cidr", "service-cidr"];
+pub const KUBELET_RULE: &str = "kubelet";
 
 impl Config {
     /// Reads the file and checks the files that it names.
@@ -133,13 +125,13 @@ impl Config {
         config::parse(text, Source { origin, base_dir, check_files: false }, Self::read)
     }
 
-    /// The rules for a node with these addresses: `kubelet` on each of them, `pod-cidr`, `service-cidr`, then
+    /// The rules for a node that states these addresses: `kubelet` on each of them, `pod-cidr`, `service-cidr`, then
     /// the `allow` entries in their order.
     pub fn policy(&self, own_addresses: &[IpAddr]) -> Policy {
         let every_port = 1..=u16::MAX;
         let kubelet = self.policy.kubelet_port.into_iter().flat_map(|port| {
             let net = |address: &IpAddr| IpNet::from(address.to_canonical());
-            let rule = move |net| Rule { name: "kubelet".into(), net, ports: port..=port };
+            let rule = move |net| Rule { name: KUBELET_RULE.into(), net, ports: port..=port };
             own_addresses.iter().map(net).map(rule)
         });
         let networks = |name: &'static str, nets: &[IpNet]| {
@@ -171,7 +163,7 @@ impl Config {
             listen: if s.at("listen").is_some() { s.listen("listen", None) } else { None },
             call_home: unique(s, "call_home"),
             call_home_https: s.section("call_home_https", CallHomeHttps::read).unwrap_or_default(),
-            addresses: unique(s, "addresses"),
+            addresses: unique(s, "addresses").into_iter().map(|OwnAddress(address)| address).collect(),
             policy: s.section_or_default("policy", PolicyConfig::read),
             users: unique(s, "users"),
             front_end: s.section("front_end", LocalEndpointConfig::read),
@@ -271,13 +263,31 @@ fn unique<T: Value + PartialEq>(s: &Section<'_>, name: &'static str) -> Vec<T> {
     values
 }
 
+/// An address that may be the node's own. Loopback may, for a kubelet that listens nowhere else.
+#[derive(PartialEq)]
+struct OwnAddress(IpAddr);
+
+impl Value for OwnAddress {
+    fn read(at: &At<'_>) -> Option<Self> {
+        let address = IpAddr::read(at)?;
+        if let Some(range) = policy::closed_range(address).filter(|range| range.name != "loopback") {
+            at.error(format!(
+                "{address} is no node's own address, as {} ({}) is closed: to allow it all the same, name it in \
+                 policy.allow",
+                range.net, range.name
+            ));
+        }
+        Some(Self(address))
+    }
+}
+
 fn rule_name(at: &At<'_>, names: &mut Vec<String>) -> Option<String> {
     let name = at.text()?;
     let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'_' | b'.');
     if name.is_empty() || name.len() > 63 || !name.bytes().all(allowed) {
         return at.complain(name, "a rule's name has at most 63 of a-z, 0-9, '-', '_' and '.'");
     }
-    if RESERVED.contains(&name) {
+    if BUILT_IN.contains(&name) || policy::REFUSALS.contains(&name) {
         return at.complain(name, "is the name of a built-in rule");
     }
     if names.iter().any(|other| other == name) {
@@ -480,6 +490,14 @@ policy:
                 "2:13: addresses[0]: \"10.0.0.5/32\": expected an IP",
             ),
             (
+                "listen: 0.0.0.0:22\naddresses: [127.0.0.1, 169.254.169.254]",
+                "2:24: addresses[1]: 169.254.169.254 is no node's own address, as 169.254.0.0/16 (link-local) is closed",
+            ),
+            (
+                "listen: 0.0.0.0:22\naddresses: ['::ffff:100.100.100.200']",
+                "2:13: addresses[0]: 100.100.100.200 is no node's own address",
+            ),
+            (
                 "listen: 0.0.0.0:22\npolicy: {kubelet_port: 70000}",
                 "2:24: policy.kubelet_port: \"70000\": is not in the range",
             ),
@@ -497,6 +515,10 @@ policy:
             (
                 &format!("{allow}{{name: kubelet, to: ::1, ports: 1}}"),
                 "4:12: policy.allow[0].name: \"kubelet\": is the name of a built-in",
+            ),
+            (
+                &format!("{allow}{{name: metadata, to: ::1, ports: 1}}"),
+                "4:12: policy.allow[0].name: \"metadata\": is the name of a built-in",
             ),
             (
                 &format!("{allow}{{name: A, to: ::1, ports: 1}}"),

@@ -5,23 +5,68 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr, ToSocketAddrs},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket},
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
 
 use proto::{
     DialError, Host, NodeName, Target,
-    policy::{Policy, Verdict},
+    policy::{DEFAULT_DENY, Policy, Verdict},
 };
 use tokio::{net::TcpStream, sync::Semaphore};
+
+use crate::config::KUBELET_RULE;
 
 /// What this node is and lets others reach. Replaced whole when a renewed certificate changes it.
 #[derive(Clone, Debug, Default)]
 pub struct Scope {
     pub node: Option<NodeName>,
+    /// What the node's name stands for.
     pub addresses: Vec<IpAddr>,
     pub policy: Policy,
+    /// Where the addresses are the certificate's and not the configuration's, so that the policy has no rule for
+    /// them, the kubelet's port. It is open on those that are this host's.
+    pub certified_kubelet: Option<u16>,
+}
+
+impl Scope {
+    /// Decides about one resolved address. Who signs certificates opens nothing but a port of this host: an address
+    /// in a closed range stays closed, and one that the host does not have does.
+    fn decide(&self, address: IpAddr, port: u16, is_of_this_host: impl Fn(IpAddr) -> bool) -> Verdict<'_> {
+        let verdict = self.policy.decide(address, port);
+        let certified =
+            self.certified_kubelet == Some(port) && self.addresses.contains(&address.to_canonical());
+        match verdict {
+            Verdict::Deny { rule: DEFAULT_DENY, .. } if certified && is_of_this_host(address) => {
+                Verdict::Allow { rule: KUBELET_RULE }
+            }
+            Verdict::Deny { rule: DEFAULT_DENY, .. } if certified => Verdict::Deny {
+                rule: DEFAULT_DENY,
+                reason: format!(
+                    "{address} is in the host certificate, but no interface of this host has it: if the host is \
+                     behind NAT, list it under `addresses:` in the node-agent's configuration"
+                ),
+            },
+            Verdict::Allow { .. } | Verdict::Deny { .. } => verdict,
+        }
+    }
+}
+
+/// Whether an address is this host's now. The kernel knows without a list of interfaces, which would need netlink,
+/// and without a packet: only to its own addresses does it connect from that very address.
+pub fn is_of_this_host(address: IpAddr) -> bool {
+    let address = address.to_canonical();
+    let any = match address {
+        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    };
+    let source = || {
+        let socket = UdpSocket::bind((any, 0))?;
+        socket.connect((address, 9))?;
+        socket.local_addr()
+    };
+    source().is_ok_and(|source| source.ip() == address)
 }
 
 /// Dials what the policy allows. Cheap to clone.
@@ -72,7 +117,7 @@ async fn dial(scope: &Scope, target: &Target, lookups: &Arc<Semaphore>) -> Resul
     let mut refusal = None;
     let mut failure = None;
     for address in addresses {
-        match scope.policy.decide(address, target.port) {
+        match scope.decide(address, target.port, is_of_this_host) {
             Verdict::Allow { rule } => {
                 match TcpStream::connect(SocketAddr::new(address, target.port)).await {
                     Ok(socket) => return Ok(Dialled { socket, rule: rule.to_owned() }),
@@ -138,6 +183,7 @@ mod tests {
             policy: Policy {
                 rules: vec![Rule { name: "test".into(), net: net.parse().unwrap(), ports: port..=port }],
             },
+            certified_kubelet: None,
         })
     }
 
@@ -182,5 +228,46 @@ mod tests {
             Err(DialError::Refused(format!("dial tcp 127.0.0.1:{port}: connection refused")))
         );
         assert!(matches!(try_dial(&dialer, "no-such-name.invalid:1").await, Err(DialError::Resolve(_))));
+    }
+
+    #[test]
+    fn an_address_is_of_this_host_or_it_is_not() {
+        for (address, expected) in [
+            ("127.0.0.1", true),
+            ("::1", true),
+            ("::ffff:127.0.0.1", true),
+            ("198.51.100.7", false),
+            ("255.255.255.255", false),
+            ("2001:db8::7", false),
+        ] {
+            assert_eq!(is_of_this_host(address.parse().unwrap()), expected, "{address}");
+        }
+    }
+
+    #[test]
+    fn an_address_of_the_certificate_counts_if_the_host_has_it_and_it_is_not_closed() {
+        let closed =
+            ["127.0.0.1", "::1", "169.254.169.254", "fe80::1", "100.100.100.200", "64:ff9b::169.254.169.254"];
+        let own = ["10.0.0.5", "fd00::5", "198.51.100.7"];
+        let addresses = own.iter().chain(&closed).map(|a| a.parse().unwrap()).collect();
+        let scope = Scope { addresses, certified_kubelet: Some(10250), ..Scope::default() };
+        let here = |address: IpAddr| address != "198.51.100.7".parse::<IpAddr>().unwrap();
+        let decide =
+            |scope: &Scope, address: &str, port| match scope.decide(address.parse().unwrap(), port, here) {
+                Verdict::Allow { rule } => Ok(rule.to_owned()),
+                Verdict::Deny { rule, reason } => Err((rule, reason)),
+            };
+        for address in ["10.0.0.5", "::ffff:10.0.0.5", "fd00::5"] {
+            assert_eq!(decide(&scope, address, 10250), Ok(KUBELET_RULE.to_owned()), "{address}");
+            assert_eq!(decide(&scope, address, 10251).unwrap_err().0, DEFAULT_DENY, "{address}");
+        }
+        for address in closed {
+            assert_ne!(decide(&scope, address, 10250).unwrap_err().0, DEFAULT_DENY, "{address}");
+        }
+        assert_eq!(decide(&scope, "10.0.0.6", 10250).unwrap_err().0, DEFAULT_DENY);
+        let (rule, reason) = decide(&scope, "198.51.100.7", 10250).unwrap_err();
+        assert!(rule == DEFAULT_DENY && reason.contains("`addresses:`"), "{rule}: {reason}");
+        let none = Scope { certified_kubelet: None, ..scope };
+        assert_eq!(decide(&none, "10.0.0.5", 10250).unwrap_err().0, DEFAULT_DENY);
     }
 }

@@ -159,7 +159,7 @@ impl NodeIdentity {
     /// The addresses that the certificate gives this node.
     pub fn addresses(&self) -> Vec<IpAddr> {
         let principals = self.certificate.iter().flat_map(|c| c.valid_principals());
-        principals.filter_map(|p| p.parse().ok()).collect()
+        principals.filter_map(|p| p.parse().ok()).map(|address: IpAddr| address.to_canonical()).collect()
     }
 
     pub fn not_after(&self) -> Option<SystemTime> {
@@ -185,17 +185,25 @@ impl NodeIdentity {
         Ok(())
     }
 
-    /// Takes a renewed certificate: of the same CA, for the same node, valid for longer.
+    /// Takes a renewed certificate: of the same CA, for the same node, valid for longer, and with no principal that
+    /// the present one does not have. A master that turned must not give a node further addresses or names.
     pub fn renew(&mut self, text: &str) -> anyhow::Result<()> {
-        let Some(ca) = self.host_ca.clone() else { bail!("no host CA is known here: run `node-agent join`") };
-        let renewed = self.check(text, &ca)?;
-        if let Some(present) = &self.certificate {
-            if node_of(present) != node_of(&renewed) {
-                bail!("it is for another node than the present one");
-            }
-            if renewed.valid_before() <= present.valid_before() {
-                bail!("it does not last longer than the present one");
-            }
+        let (Some(ca), Some(present)) = (&self.host_ca, &self.certificate) else {
+            bail!("there is no certificate to renew: run `node-agent join`")
+        };
+        let renewed = self.check(text, ca)?;
+        if node_of(present) != node_of(&renewed) {
+            bail!("it is for another node than the present one");
+        }
+        if renewed.valid_before() <= present.valid_before() {
+            bail!("it does not last longer than the present one");
+        }
+        if let Some(added) =
+            renewed.valid_principals().iter().find(|p| !present.valid_principals().contains(p))
+        {
+            bail!(
+                "it adds the principal {added:?}: an address or name is added by joining again, `node-agent join`"
+            );
         }
         self.write("host_key-cert.pub", &renewed.to_openssh()?)?;
         self.certificate = Some(renewed);
@@ -458,7 +466,8 @@ mod tests {
         let key = identity.host_key().public_key().clone();
         let good = host(&host_ca, &key);
         assert!(identity.renew(&good.text()).is_err(), "nothing has been joined");
-        identity.install(&accepted(&good.text(), &host_ca, &user_ca)).unwrap();
+        let installed = good.text();
+        identity.install(&accepted(&installed, &host_ca, &user_ca)).unwrap();
         let later = Make { valid: (NOW, NOW + 7200), ..good };
         for (what, bad) in [
             ("not longer", good),
@@ -466,14 +475,25 @@ mod tests {
             ("other CA", Make { ca: &other, ..later }),
             ("other key", Make { key: other.public_key(), ..later }),
             ("user type", Make { kind: CertType::User, ..later }),
+            ("an address more", Make { principals: &["n1", "10.0.0.5", "fd00::5", "10.0.0.6"], ..later }),
+            ("another address", Make { principals: &["n1", "169.254.169.254"], ..later }),
+            ("a name more", Make { principals: &["n1", "10.0.0.5", "n2"], ..later }),
+            ("every principal", Make { principals: &[], ..later }),
         ] {
             assert!(identity.renew(&bad.text()).is_err(), "{what}");
+            let read = NodeIdentity::load_or_create(&dir.0).unwrap();
+            assert_eq!(read.certificate(), Some(&Certificate::from_openssh(&installed).unwrap()), "{what}");
         }
         assert!(identity.renew("ssh-ed25519-cert-v01@openssh.com AAAA").is_err());
         assert!(identity.renew("").is_err());
         identity.renew(&later.text()).unwrap();
         let read = NodeIdentity::load_or_create(&dir.0).unwrap();
         assert_eq!(read.not_after(), Some(now() + Duration::from_secs(7200)));
+        // What a renewal has left out, the next one can't bring back.
+        let fewer = Make { principals: &["n1", "fd00::5"], valid: (NOW, NOW + 9000), ..good };
+        identity.renew(&fewer.text()).unwrap();
+        assert_eq!(identity.addresses(), ["fd00::5".parse::<IpAddr>().unwrap()]);
+        assert!(identity.renew(&Make { valid: (NOW, NOW + 9900), ..good }.text()).is_err());
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! What a node lets a master reach. Default deny; decided on the node, for every stream, on the very address
 //! that is then dialled.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 /// What one allow rule permits: an address inside `net`, a port inside `ports` (inclusive).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -14,8 +14,8 @@ pub struct Rule {
     pub ports: std::ops::RangeInclusive<u16>,
 }
 
-/// A node's allow rules. What no rule names is refused; link-local and loopback addresses are refused
-/// unless a rule's network lies wholly inside that range, so that a wide `0.0.0.0/0` never opens them.
+/// A node's allow rules. What no rule names is refused. Addresses in a [`ClosedRange`] are refused unless a rule's
+/// network lies wholly inside that range, so that a wide `0.0.0.0/0` never opens them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
     pub rules: Vec<Rule>,
@@ -28,50 +28,94 @@ pub enum Verdict<'a> {
     Deny { rule: &'static str, reason: String },
 }
 
+/// Addresses that stay closed unless a rule names them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClosedRange {
+    pub name: &'static str,
+    pub net: IpNet,
+}
+
+/// The name of the refusal of what no rule allows and no closed range holds.
+pub const DEFAULT_DENY: &str = "default-deny";
+
+/// What refusals are put down to in place of a rule: [`ClosedRange::name`], or that no rule allows the target.
+pub const REFUSALS: [&str; 7] =
+    [DEFAULT_DENY, "link-local", "loopback", "unspecified", "multicast", "metadata", "nat64"];
+
+/// The metadata services of clouds that are not link-local: they give the host's credentials to whoever asks from it.
+const METADATA: [IpAddr; 8] = [
+    IpAddr::V4(Ipv4Addr::new(168, 63, 129, 16)),   // Azure
+    IpAddr::V4(Ipv4Addr::new(100, 100, 100, 200)), // Alibaba Cloud
+    IpAddr::V4(Ipv4Addr::new(192, 0, 0, 192)),     // Oracle Cloud Classic
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)), // AWS
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x23)), // AWS EKS Pod Identity
+    IpAddr::V6(Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254)), // Google Cloud
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0xc1, 0, 0, 0, 0, 0xa9fe, 0xa9fe)), // Oracle Cloud
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0x42, 0, 0, 0, 0, 0, 0x42)), // Scaleway
+];
+
 impl Policy {
-    /// Decides about one resolved address. IPv4-mapped IPv6 addresses are judged as the IPv4 address.
+    /// Decides about one resolved address. An IPv4-mapped address is judged as the IPv4 address in it, and so is
+    /// one of NAT64, which rules may also name by networks inside `64:ff9b::/96`.
     pub fn decide(&self, addr: IpAddr, port: u16) -> Verdict<'_> {
         let addr = addr.to_canonical();
-        let special = special_range(addr);
-        let matching = self
-            .rules
-            .iter()
-            .filter(|rule| rule.net.contains(&addr) && rule.ports.contains(&port))
-            .find(|rule| special.as_ref().is_none_or(|(_, range)| range.contains(&rule.net)));
-        match (matching, special) {
+        let closed = closed_range(addr);
+        let allows = |rule: &&Rule| rule.ports.contains(&port) && names(&rule.net, addr, closed);
+        match (self.rules.iter().find(allows), closed) {
             (Some(rule), _) => Verdict::Allow { rule: &rule.name },
-            (None, Some((name, _))) => Verdict::Deny {
+            (None, Some(ClosedRange { name, net })) => Verdict::Deny {
                 rule: name,
-                reason: format!("{addr} is in a range that is closed unless a rule names it"),
+                reason: format!("{addr} is in the range {net}, which is closed unless a rule names it"),
             },
             (None, None) => {
-                Verdict::Deny { rule: "default-deny", reason: format!("no rule allows {addr} port {port}") }
+                Verdict::Deny { rule: DEFAULT_DENY, reason: format!("no rule allows {addr} port {port}") }
             }
         }
     }
 }
 
-/// The always-closed range an address lies in, with the name that a refusal carries.
-fn special_range(addr: IpAddr) -> Option<(&'static str, IpNet)> {
-    let ranges = match addr {
-        IpAddr::V4(_) => [
-            ("link-local", net(IpAddr::from([169, 254, 0, 0]), 16)),
-            ("loopback", net(IpAddr::from([127, 0, 0, 0]), 8)),
-            ("unspecified", net(IpAddr::from([0, 0, 0, 0]), 8)),
-            ("multicast", net(IpAddr::from([224, 0, 0, 0]), 3)),
-        ],
-        IpAddr::V6(_) => [
-            ("link-local", net(IpAddr::from([0xfe80, 0, 0, 0, 0, 0, 0, 0]), 10)),
-            ("loopback", net(IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1]), 128)),
-            ("unspecified", net(IpAddr::from([0u16; 8]), 128)),
-            ("multicast", net(IpAddr::from([0xff00, 0, 0, 0, 0, 0, 0, 0]), 8)),
-        ],
-    };
-    ranges.into_iter().find(|(_, range)| range.contains(&addr))
+/// Whether a rule for `net` allows `addr`: it contains the address, and lies inside its closed range if there is one.
+fn names(net: &IpNet, addr: IpAddr, closed: Option<ClosedRange>) -> bool {
+    let inside = |net: &IpNet| closed.is_none_or(|range| range.net.contains(net));
+    match (nat64_to_v4(addr), net) {
+        (None, net) => net.contains(&addr) && inside(net),
+        (Some(v4), IpNet::V4(_)) => net.contains(&IpAddr::V4(v4)) && inside(net),
+        (Some(v4), IpNet::V6(v6)) => {
+            let Some(prefix) = v6.prefix_len().checked_sub(96) else { return false };
+            let Some(base) = nat64_to_v4(IpAddr::V6(v6.network())) else { return false };
+            Ipv4Net::new(base, prefix).is_ok_and(|net| net.contains(&v4) && inside(&IpNet::V4(net)))
+        }
+    }
 }
 
-fn net(addr: IpAddr, prefix: u8) -> IpNet {
-    IpNet::new_assert(addr, prefix)
+/// The closed range that an address lies in.
+pub fn closed_range(addr: IpAddr) -> Option<ClosedRange> {
+    let addr = addr.to_canonical();
+    let addr = nat64_to_v4(addr).map_or(addr, IpAddr::V4);
+    let v4 = |name, a: [u8; 4], prefix| (name, IpNet::V4(Ipv4Net::new_assert(a.into(), prefix)));
+    let v6 = |name, a: [u16; 8], prefix| (name, IpNet::V6(Ipv6Net::new_assert(a.into(), prefix)));
+    let ranges = [
+        v4("link-local", [169, 254, 0, 0], 16),
+        v4("loopback", [127, 0, 0, 0], 8),
+        v4("unspecified", [0, 0, 0, 0], 8),
+        v4("multicast", [224, 0, 0, 0], 3),
+        v6("link-local", [0xfe80, 0, 0, 0, 0, 0, 0, 0], 10),
+        v6("loopback", [0, 0, 0, 0, 0, 0, 0, 1], 128),
+        v6("unspecified", [0; 8], 128),
+        v6("multicast", [0xff00, 0, 0, 0, 0, 0, 0, 0], 8),
+        // For NAT64 inside one network (RFC 8215), which alone knows where the IPv4 address is in these.
+        v6("nat64", [0x64, 0xff9b, 1, 0, 0, 0, 0, 0], 48),
+    ];
+    let metadata = METADATA.into_iter().map(|addr| ("metadata", IpNet::from(addr)));
+    let found = ranges.into_iter().chain(metadata).find(|(_, net)| net.contains(&addr));
+    found.map(|(name, net)| ClosedRange { name, net })
+}
+
+/// The IPv4 address that a translator puts in place of an address of NAT64's well-known prefix (RFC 6052, 2.1).
+fn nat64_to_v4(addr: IpAddr) -> Option<Ipv4Addr> {
+    let IpAddr::V6(addr) = addr else { return None };
+    let [0x64, 0xff9b, 0, 0, 0, 0, high, low] = addr.segments() else { return None };
+    Some(Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low)))
 }
 
 #[cfg(test)]
@@ -94,6 +138,7 @@ mod tests {
             ("pods", "10.244.1.0/24", 1, 65535),
             ("pods6", "fd00:1::/64", 1, 65535),
             ("everything", "0.0.0.0/0", 9000, 9000),
+            ("everything6", "::/0", 9000, 9000),
             ("local-api", "127.0.0.1/32", 6443, 6443),
         ]);
         for (addr, port, want) in [
@@ -125,6 +170,84 @@ mod tests {
             };
             assert_eq!(got, want.map(str::to_owned).map_err(str::to_owned), "{addr}:{port}");
         }
+    }
+
+    fn rule_of(policy: &Policy, addr: &str, port: u16) -> Result<String, &'static str> {
+        match policy.decide(addr.parse().unwrap(), port) {
+            Verdict::Allow { rule } => Ok(rule.to_owned()),
+            Verdict::Deny { rule, .. } => Err(rule),
+        }
+    }
+
+    const SERVICES: [&str; 5] =
+        ["168.63.129.16", "100.100.100.200", "fd00:ec2::254", "fd20:ce::254", "::ffff:100.100.100.200"];
+
+    #[test]
+    fn metadata_services_are_closed_but_to_a_rule_for_that_very_address() {
+        let wide = ["0.0.0.0/0", "168.63.129.0/24", "168.63.129.16/31", "100.64.0.0/10", "::/0", "fd00::/8"];
+        let rules: Vec<_> = wide.iter().map(|net| ("wide", *net, 1, u16::MAX)).collect();
+        for addr in SERVICES {
+            for port in [53, 80] {
+                assert_eq!(rule_of(&policy(&rules), addr, port), Err("metadata"), "{addr}");
+            }
+        }
+        for neighbour in ["168.63.129.17", "100.100.100.201", "fd00:ec2::253"] {
+            assert_eq!(rule_of(&policy(&rules), neighbour, 80), Ok("wide".into()), "{neighbour}");
+        }
+        let named = policy(&[("dns", "168.63.129.16/32", 53, 53), ("imds", "fd00:ec2::254/128", 80, 80)]);
+        assert_eq!(rule_of(&named, "168.63.129.16", 53), Ok("dns".into()));
+        assert_eq!(rule_of(&named, "168.63.129.16", 80), Err("metadata"));
+        assert_eq!(rule_of(&named, "fd00:ec2::254", 80), Ok("imds".into()));
+    }
+
+    #[test]
+    fn nat64_is_judged_by_the_address_in_it() {
+        let wide = policy(&[
+            ("kubelet", "10.0.0.5/32", 10250, 10250),
+            ("v4", "0.0.0.0/0", 9000, 9000),
+            ("v6", "::/0", 1, u16::MAX),
+            ("nat64", "64:ff9b::/96", 9001, 9001),
+        ]);
+        for (addr, port, want) in [
+            ("64:ff9b::10.0.0.5", 10250, Ok("kubelet")),
+            ("64:ff9b::10.0.0.5", 22, Err("default-deny")),
+            ("64:ff9b::8.8.8.8", 9000, Ok("v4")),
+            ("64:ff9b::8.8.8.8", 9001, Ok("nat64")),
+            ("64:ff9b::169.254.169.254", 9000, Err("link-local")),
+            ("64:ff9b::169.254.169.254", 9001, Err("link-local")),
+            ("64:ff9b::127.0.0.1", 9001, Err("loopback")),
+            ("64:ff9b::0.0.0.0", 9001, Err("unspecified")),
+            ("64:ff9b::224.0.0.1", 9001, Err("multicast")),
+            ("64:ff9b::168.63.129.16", 9001, Err("metadata")),
+            // Local use: where the IPv4 address is, only the network's owner knows.
+            ("64:ff9b:1::169.254.169.254", 80, Err("nat64")),
+            ("64:ff9b:1:808:8:800::", 80, Err("nat64")),
+            ("64:ff9b:2::1", 80, Ok("v6")),
+            ("64:ff9b::1:0:0", 80, Ok("v6")),
+        ] {
+            assert_eq!(rule_of(&wide, addr, port), want.map(str::to_owned), "{addr}:{port}");
+        }
+        let named = policy(&[
+            ("imds", "64:ff9b::169.254.169.254/128", 80, 80),
+            ("link", "169.254.0.0/16", 81, 81),
+            ("local", "64:ff9b:1:8::/64", 80, 80),
+        ]);
+        for (addr, port, want) in [
+            ("64:ff9b::169.254.169.254", 80, Ok("imds")),
+            ("64:ff9b::169.254.169.254", 81, Ok("link")),
+            ("169.254.169.254", 80, Err("link-local")),
+            ("64:ff9b:1:8::1", 80, Ok("local")),
+        ] {
+            assert_eq!(rule_of(&named, addr, port), want.map(str::to_owned), "{addr}:{port}");
+        }
+    }
+
+    #[test]
+    fn every_refusal_is_listed() {
+        let addrs = ["10.0.0.1", "fe80::1", "::1", "::", "ff02::1", "fd00:ec2::254", "64:ff9b:1::"];
+        let refusals = addrs.map(|addr| rule_of(&Policy::default(), addr, 80).unwrap_err());
+        assert_eq!(refusals.len(), REFUSALS.len());
+        assert!(REFUSALS.iter().all(|name| refusals.contains(name)), "{refusals:?}");
     }
 
     #[test]

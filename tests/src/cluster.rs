@@ -259,13 +259,19 @@ impl Cluster {
                         format!("call_home: ['{}']", self.options.call_home.unwrap_or(self.call_home))
                     }
                 };
+                // A certificate gives no node a loopback address: what these nodes have is stated here.
+                let mut own = String::new();
+                if !self.options.node_config.contains("addresses:") {
+                    let addresses: Vec<_> = addresses(index).iter().map(|a| format!("'{a}'")).collect();
+                    own = format!("addresses: [{}]\n", addresses.join(", "));
+                }
                 let endpoint = self.options.local_endpoints.get(index).map(|address| {
                     format!("front_end: {{wait: 500ms, tcp: '{address}', unix: {{path: front-end.sock}}}}\n")
                 });
                 std::fs::write(
                     node.dir.join("node.yaml"),
                     format!(
-                        "state_dir: state\nadmin: {{listen: '{}'}}\n{link}\npolicy: {{allow: [{policy}]}}\n{}{}\n",
+                        "state_dir: state\nadmin: {{listen: '{}'}}\n{link}\npolicy: {{allow: [{policy}]}}\n{own}{}{}\n",
                         node.admin,
                         endpoint.unwrap_or_default(),
                         self.options.node_config

@@ -4,7 +4,7 @@
 //! is never taken from what the peer claims, only from a certificate of the host CA, a pin, a known_hosts file
 //! or the key remembered from the first use.
 
-use std::{collections::HashMap, path::Path, time::SystemTime};
+use std::{collections::HashMap, net::IpAddr, path::Path, time::SystemTime};
 
 use proto::{NodeName, Target};
 use russh::{
@@ -29,6 +29,8 @@ pub struct VerifiedHost {
     pub key: PublicKey,
     /// When its certificate expires; `None` where a key was trusted without one.
     pub not_after: Option<SystemTime>,
+    /// The addresses in its certificate.
+    pub addresses: Vec<IpAddr>,
 }
 
 /// Which node is expected, and by what it may prove itself.
@@ -165,7 +167,9 @@ pub fn verify_host(
     let key = presented_key(presented);
     match expected {
         Expected::CallHome { pins } => match (pins.get(&fingerprint(&key)), presented) {
-            (Some(node), _) => Ok(VerifiedHost { node: node.clone(), key, not_after: None }),
+            (Some(node), _) => {
+                Ok(VerifiedHost { node: node.clone(), key, not_after: None, addresses: Vec::new() })
+            }
             (None, PublicKeyOrCertificate::Certificate(certificate)) => {
                 by_certificate(certificate, None, host_ca, now)
             }
@@ -177,7 +181,8 @@ pub fn verify_host(
         },
         Expected::Node { name, dialled, trust, first_use } => {
             let node = (*name).clone();
-            let trusted = |key| Ok(VerifiedHost { node: node.clone(), key, not_after: None });
+            let trusted =
+                |key| Ok(VerifiedHost { node: node.clone(), key, not_after: None, addresses: Vec::new() });
             match trust {
                 HostTrust::HostCa => match presented {
                     PublicKeyOrCertificate::Certificate(certificate) => {
@@ -259,6 +264,7 @@ fn by_certificate(
         node,
         key: PublicKey::new(certificate.public_key().clone(), ""),
         not_after: certificate.valid_before_time(),
+        addresses: certificate.valid_principals().iter().filter_map(|p| p.parse().ok()).collect(),
     })
 }
 

@@ -2,7 +2,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, HashMap, hash_map::Entry},
+    collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry},
     hash::Hash,
     net::IpAddr,
 };
@@ -13,11 +13,19 @@ use ipnet::IpNet;
 /// good one; afterwards nobody can take what another has by claiming it too.
 pub type Age = i64;
 
+/// How old a claim is: by the object that makes it, then by its turn among all claims. Those of the first lists have
+/// the turn 0, as nobody knows which came first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Since {
+    pub created: Age,
+    pub turn: u64,
+}
+
 /// Exclusive claims on keys. Those who lose wait for the key.
 #[derive(Clone, Debug)]
 pub struct Claims<K, O> {
-    owners: HashMap<K, (Age, O)>,
-    waiting: HashMap<K, Vec<(Age, O)>>,
+    owners: HashMap<K, (Since, O)>,
+    waiting: HashMap<K, BTreeSet<(O, Since)>>,
 }
 
 impl<K, O> Default for Claims<K, O> {
@@ -31,22 +39,36 @@ impl<K: Hash + Eq + Clone, O: Eq + Ord + Clone> Claims<K, O> {
         self.owners.get(key).map(|(_, owner)| owner)
     }
 
+    /// The turn of the owner's claim.
+    pub fn turn(&self, key: &K) -> Option<u64> {
+        self.owners.get(key).map(|(since, _)| since.turn)
+    }
+
+    /// Of those who wait for the key, the first in their own order that is not before `from`.
+    pub fn waiting(&self, key: &K, from: impl FnOnce() -> O) -> Option<&O> {
+        self.waiting
+            .get(key)?
+            .range((from(), Since { created: Age::MIN, turn: 0 })..)
+            .next()
+            .map(|(owner, _)| owner)
+    }
+
     /// `false` when the key stays with another: with an older one, and once `settled` with whoever has it.
-    pub fn claim(&mut self, key: K, age: Age, owner: O, settled: bool) -> bool {
+    pub fn claim(&mut self, key: K, since: Since, owner: O, settled: bool) -> bool {
         match self.owners.entry(key) {
             Entry::Vacant(free) => {
-                free.insert((age, owner));
+                free.insert((since, owner));
                 true
             }
-            Entry::Occupied(mut taken) if !settled && (age, &owner) < (taken.get().0, &taken.get().1) => {
+            Entry::Occupied(mut taken) if !settled && (since, &owner) < (taken.get().0, &taken.get().1) => {
                 let key = taken.key().clone();
-                let loser = taken.insert((age, owner));
-                self.waiting.entry(key).or_default().push(loser);
+                let (since, loser) = taken.insert((since, owner));
+                self.waiting.entry(key).or_default().insert((loser, since));
                 true
             }
             Entry::Occupied(taken) => {
                 let key = taken.key().clone();
-                self.waiting.entry(key).or_default().push((age, owner));
+                self.waiting.entry(key).or_default().insert((owner, since));
                 false
             }
         }
@@ -59,11 +81,15 @@ impl<K: Hash + Eq + Clone, O: Eq + Ord + Clone> Claims<K, O> {
             self.owners.remove(key);
         }
         let Some(waiting) = self.waiting.get_mut(key) else { return };
+        let next = match owned {
+            true => waiting.iter().min_by_key(|(owner, since)| (since, owner)),
+            false => waiting.iter().find(|(waiting, _)| waiting == owner),
+        };
+        let Some(next) = next.cloned() else { return };
+        waiting.remove(&next);
         if owned {
-            waiting.sort();
-            self.owners.insert(key.clone(), waiting.remove(0));
-        } else if let Some(at) = waiting.iter().position(|(_, o)| o == owner) {
-            waiting.remove(at);
+            let (owner, since) = next;
+            self.owners.insert(key.clone(), (since, owner));
         }
         if waiting.is_empty() {
             self.waiting.remove(key);
@@ -98,8 +124,13 @@ impl<O: Eq + Ord + Clone> Prefixes<O> {
     }
 
     /// As [`Claims::claim`].
-    pub fn claim(&mut self, net: IpNet, age: Age, owner: O, settled: bool) -> bool {
-        self.table(&net).entry(Reverse(net.prefix_len())).or_default().claim(net.trunc(), age, owner, settled)
+    pub fn claim(&mut self, net: IpNet, since: Since, owner: O, settled: bool) -> bool {
+        self.table(&net).entry(Reverse(net.prefix_len())).or_default().claim(
+            net.trunc(),
+            since,
+            owner,
+            settled,
+        )
     }
 
     pub fn release(&mut self, net: &IpNet, owner: &O) {
@@ -114,11 +145,23 @@ impl<O: Eq + Ord + Clone> Prefixes<O> {
     }
 
     pub fn longest(&self, address: IpAddr) -> Option<(IpNet, &O)> {
+        self.all(address).next()
+    }
+
+    /// Whose network holds an address, if no other's does.
+    pub fn only(&self, address: IpAddr) -> Option<&O> {
+        let mut owners = self.all(address).map(|(_, owner)| owner);
+        let first = owners.next()?;
+        owners.all(|other| other == first).then_some(first)
+    }
+
+    /// The networks that hold an address, the longest prefix first.
+    fn all(&self, address: IpAddr) -> impl Iterator<Item = (IpNet, &O)> {
         let table = match address {
             IpAddr::V4(_) => &self.v4,
             IpAddr::V6(_) => &self.v6,
         };
-        table.iter().find_map(|(Reverse(length), claims)| {
+        table.iter().filter_map(move |(Reverse(length), claims)| {
             let net = IpNet::new(address, *length).ok()?.trunc();
             Some((net, claims.get(&net)?))
         })
@@ -132,11 +175,16 @@ mod tests {
     #[test]
     fn the_oldest_claim_holds_and_the_next_follows() {
         let mut claims = Claims::default();
-        assert!(claims.claim("a", 5, "five", false));
-        assert!(!claims.claim("a", 9, "nine", false));
-        assert!(claims.claim("a", 1, "one", false));
-        assert!(!claims.claim("a", 7, "seven", false));
-        assert!(!claims.claim("a", 0, "late", true));
+        let mut claim =
+            |created, owner, settled| claims.claim("a", Since { created, turn: 0 }, owner, settled);
+        assert!(claim(5, "five", false));
+        assert!(!claim(9, "nine", false));
+        assert!(claim(1, "one", false));
+        assert!(!claim(7, "seven", false));
+        assert!(!claim(0, "late", true));
+        assert_eq!(claims.waiting(&"a", || "l"), Some(&"late"));
+        assert_eq!(claims.waiting(&"a", || "nine"), Some(&"nine"));
+        assert_eq!(claims.waiting(&"a", || "x"), None);
         claims.release(&"a", &"late");
         assert_eq!(claims.get(&"a"), Some(&"one"));
         claims.release(&"a", &"seven");
@@ -153,7 +201,7 @@ mod tests {
     fn the_longest_prefix_is_found() {
         let mut nets = Prefixes::default();
         for net in ["10.0.0.0/8", "10.1.0.0/16", "10.1.2.0/24", "0.0.0.0/0", "fd00::/8", "fd00:1::/32"] {
-            assert!(nets.claim(net.parse().unwrap(), 0, net, false));
+            assert!(nets.claim(net.parse().unwrap(), Since::default(), net, false));
         }
         for (address, net) in [
             ("10.1.2.3", "10.1.2.0/24"),
@@ -166,6 +214,9 @@ mod tests {
             assert_eq!(nets.longest(address.parse().unwrap()), Some((net.parse().unwrap(), &net)));
         }
         assert_eq!(nets.longest("2001:db8::1".parse().unwrap()), None);
+        assert_eq!(nets.only("11.0.0.1".parse().unwrap()), Some(&"0.0.0.0/0"));
+        assert_eq!(nets.only("10.2.0.1".parse().unwrap()), None);
+        assert_eq!(nets.only("2001:db8::1".parse().unwrap()), None);
         nets.release(&"10.1.2.0/24".parse().unwrap(), &"10.1.2.0/24");
         assert_eq!(nets.longest("10.1.2.3".parse().unwrap()).unwrap().1, &"10.1.0.0/16");
         assert_eq!(nets.v4.len(), 3);

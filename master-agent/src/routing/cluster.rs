@@ -3,7 +3,12 @@
 //!
 //! What an object says of itself is not believed against another: a kubelet writes its own node's addresses and
 //! those of its pods. Of two nodes (or two pods) that claim an address or a network, the one has it that had it
-//! first; of those seen in the first list together, the one that was made first.
+//! first; of those seen in the first list together, the one that was made first. To refuse both would let every
+//! kubelet cut off every pod.
+//!
+//! Pod networks are given out by the control plane, so that they decide before that: of pods that claim an address,
+//! the one has it whose node's network holds it, even if it comes later. Where the networks of several nodes hold
+//! it, none of them counts.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -14,7 +19,7 @@ use std::{
 use ipnet::IpNet;
 use proto::NodeName;
 
-use super::claims::{Age, Claims, Prefixes};
+use super::claims::{Age, Claims, Prefixes, Since};
 
 /// `NAMESPACE/NAME`; for a node its name.
 pub type Key = Arc<str>;
@@ -128,6 +133,9 @@ impl Object {
     }
 }
 
+/// A pod that claims an address: its node, and the pod. In this order those of one node are found together.
+type PodOfNode = (Option<Key>, Key);
+
 /// The indices.
 #[derive(Clone, Debug, Default)]
 pub struct Cluster {
@@ -135,13 +143,15 @@ pub struct Cluster {
     node_addresses: Claims<IpAddr, NodeName>,
     node_cidrs: Prefixes<NodeName>,
     pods: HashMap<Key, Pod>,
-    pod_addresses: Claims<IpAddr, Key>,
+    pod_addresses: Claims<IpAddr, PodOfNode>,
     services: HashMap<Key, Service>,
     service_addresses: Claims<IpAddr, Key>,
     slices: HashMap<Key, EndpointSlice>,
     slices_of: HashMap<Key, BTreeSet<Key>>,
     /// Kinds that have been listed whole.
     settled: HashSet<Kind>,
+    /// Of the next claim after the first lists.
+    turn: u64,
 }
 
 impl Cluster {
@@ -149,40 +159,45 @@ impl Cluster {
     pub fn apply(&mut self, object: Object) {
         match object {
             Object::Node(node) => {
-                let settled = self.settled.contains(&Kind::Nodes);
+                let (since, settled) = self.since(Kind::Nodes, node.created);
                 let old = self.nodes.remove(node.name.as_str());
                 let (addresses, cidrs) = old.map(|n| (n.addresses, n.cidrs)).unwrap_or_default();
                 for address in addresses.iter().filter(|a| !node.addresses.contains(a)) {
                     self.node_addresses.release(address, &node.name);
                 }
                 for address in node.addresses.iter().filter(|a| !addresses.contains(a)) {
-                    self.node_addresses.claim(*address, node.created, node.name.clone(), settled);
+                    self.node_addresses.claim(*address, since, node.name.clone(), settled);
                 }
                 for net in cidrs.iter().filter(|net| !node.cidrs.contains(net)) {
                     self.node_cidrs.release(net, &node.name);
                 }
                 for net in node.cidrs.iter().filter(|net| !cidrs.contains(net)) {
-                    self.node_cidrs.claim(*net, node.created, node.name.clone(), settled);
+                    self.node_cidrs.claim(*net, since, node.name.clone(), settled);
                 }
                 self.nodes.insert(node.name.as_str().into(), node);
             }
             Object::Pod(pod) => {
-                let settled = self.settled.contains(&Kind::Pods);
-                let old = self.pods.remove(&pod.key);
-                let had = old.as_ref().map(addresses_of_its_own).unwrap_or_default();
+                let (since, settled) = self.since(Kind::Pods, pod.created);
+                let owner = self.owner(&pod);
+                let old =
+                    self.pods.get(&pod.key).map(|old| (self.owner(old), addresses_of_its_own(old).to_vec()));
+                let (former, had) = old.unwrap_or_else(|| (owner.clone(), Vec::new()));
                 let has = addresses_of_its_own(&pod);
-                for address in had.iter().filter(|a| !has.contains(a)) {
-                    self.pod_addresses.release(address, &pod.key);
+                // One that is bound to its node only now claims anew.
+                let stays = |a: &&IpAddr| former == owner && had.contains(a) && has.contains(a);
+                for address in had.iter().filter(|a| !stays(a)) {
+                    self.pod_addresses.release(address, &former);
                 }
-                for address in has.iter().filter(|a| !had.contains(a)) {
-                    self.pod_addresses.claim(*address, pod.created, pod.key.clone(), settled);
+                for address in has.iter().filter(|a| !stays(a)) {
+                    self.pod_addresses.claim(*address, since, owner.clone(), settled);
                 }
                 self.pods.insert(pod.key.clone(), pod);
             }
             Object::Service(service) => {
                 self.remove(Kind::Services, &service.key);
                 for address in &service.addresses {
-                    self.service_addresses.claim(*address, service.created, service.key.clone(), false);
+                    let since = Since { created: service.created, turn: 0 };
+                    self.service_addresses.claim(*address, since, service.key.clone(), false);
                 }
                 self.services.insert(service.key.clone(), service);
             }
@@ -207,8 +222,9 @@ impl Cluster {
             }
             Kind::Pods => {
                 let Some(pod) = self.pods.remove(key) else { return };
+                let owner = self.owner(&pod);
                 for address in addresses_of_its_own(&pod) {
-                    self.pod_addresses.release(address, &pod.key);
+                    self.pod_addresses.release(address, &owner);
                 }
             }
             Kind::Services => {
@@ -244,6 +260,23 @@ impl Cluster {
         }
     }
 
+    /// How old a claim is that an object makes now, and whether it comes after the first list.
+    fn since(&mut self, kind: Kind, created: Age) -> (Since, bool) {
+        if !self.settled.contains(&kind) {
+            return (Since { created, turn: 0 }, false);
+        }
+        self.turn += 1;
+        (Since { created, turn: self.turn }, true)
+    }
+
+    fn owner(&self, pod: &Pod) -> PodOfNode {
+        let node = pod.node.as_ref().map(|node| {
+            let known = self.nodes.get_key_value(node.as_str());
+            known.map_or_else(|| node.as_str().into(), |(name, _)| name.clone())
+        });
+        (node, pod.key.clone())
+    }
+
     pub fn count(&self, kind: Kind) -> usize {
         match kind {
             Kind::Nodes => self.nodes.len(),
@@ -269,8 +302,14 @@ impl Cluster {
         self.services.get(key)
     }
 
+    /// The node that has this address, unless a pod of another node had it before.
     pub fn node_of_address(&self, address: IpAddr) -> Option<&NodeName> {
-        self.node_addresses.get(&address)
+        let node = self.node_addresses.get(&address)?;
+        let pod_was_first = self.pod_addresses.turn(&address) < self.node_addresses.turn(&address)
+            && self
+                .pod_of_address(address)
+                .is_some_and(|(_, of)| of != node && self.node(of.as_str()).is_some());
+        (!pod_was_first).then_some(node)
     }
 
     pub fn cidr_of_address(&self, address: IpAddr) -> Option<(IpNet, &NodeName)> {
@@ -279,8 +318,20 @@ impl Cluster {
 
     /// The pod that has this address, if it is known where it runs.
     pub fn pod_of_address(&self, address: IpAddr) -> Option<(&Pod, &NodeName)> {
-        let pod = self.pods.get(self.pod_addresses.get(&address)?)?;
+        let first = self.pod_addresses.get(&address)?;
+        let (_, key) = self.pod_at_home(address, first).unwrap_or(first);
+        let pod = self.pods.get(key)?;
         Some((pod, pod.node.as_ref()?))
+    }
+
+    /// Of the pods that claim this address, one of the node whose network holds it, unless `first` is.
+    fn pod_at_home(&self, address: IpAddr, first: &PodOfNode) -> Option<&PodOfNode> {
+        let home = self.node_cidrs.only(address)?.as_str();
+        let is_at_home = |pod: &&PodOfNode| pod.0.as_deref() == Some(home);
+        if is_at_home(&first) {
+            return None;
+        }
+        self.pod_addresses.waiting(&address, || (Some(home.into()), "".into())).filter(is_at_home)
     }
 
     pub fn service_of_address(&self, address: IpAddr) -> Option<&Service> {

@@ -21,7 +21,7 @@ use ipnet::IpNet;
 use proto::{DialError, Host, NodeName, Target};
 
 use crate::inventory::Inventory;
-use claims::Prefixes;
+use claims::{Prefixes, Since};
 use cluster::{Cluster, Endpoint, Pod, Service};
 
 /// Endpoints of a service that are considered for one dial.
@@ -83,14 +83,14 @@ impl InventoryRoutes {
             }
             routes.addresses.extend(node.addresses.iter().map(|a| (a.to_canonical(), node.name.clone())));
             for net in &node.cidrs {
-                routes.cidrs.claim(*net, 0, node.name.clone(), false);
+                routes.cidrs.claim(*net, Since::default(), node.name.clone(), false);
             }
             if node.default_route {
                 routes.default_route = Some(node.name.clone());
             }
         }
         for net in &inventory.service_cidrs {
-            routes.services.claim(*net, 0, (), false);
+            routes.services.claim(*net, Since::default(), (), false);
         }
         routes
     }
@@ -131,6 +131,29 @@ impl Routes {
             of_cluster.filter(|a| self.cluster.node_of_address(**a).is_some_and(|n| n.as_str() == name)),
         );
         addresses
+    }
+
+    /// Where a pod is dialled: at its first address, if that leads to the pod's own node. Its kubelet may report any
+    /// address, also one of another node, pod or service, which whoever asks for the pod must not be led to.
+    pub fn pod_address(&self, pod: &Pod) -> Result<IpAddr, DialError> {
+        let key = &pod.key;
+        let unreachable = |why: String| DialError::Unreachable(format!("pod {key} {why}"));
+        let address = *pod.addresses.first().ok_or_else(|| unreachable("has no address yet".to_owned()))?;
+        if pod.ended {
+            return Err(unreachable("has ended".to_owned()));
+        }
+        let node = pod.node.clone().ok_or_else(|| unreachable("is on no node yet".to_owned()))?;
+        let own = Via::Node(node.clone());
+        let other = match self.find(&Target::new(Host::Addr(address), 1)) {
+            Ok(route) if route.last.is_none() && route.hops.iter().all(|hop| hop.via == own) => {
+                return Ok(address);
+            }
+            Ok(route) => route.reason,
+            Err(error) => error.to_string(),
+        };
+        Err(unreachable(format!(
+            "on node {node} reports the address {address}, which leads elsewhere ({other}): it is not dialled there"
+        )))
     }
 
     fn by_name(&self, name: &str, target: &Target) -> Result<Option<Route>, DialError> {

@@ -390,6 +390,118 @@ fn a_claim_of_later_takes_nothing() {
     assert_eq!(show(&routes, "10.9.0.5:1"), "n1: pod a/web on node n1");
 }
 
+fn settled(routes: &mut Routes) {
+    let names = |of: Vec<cluster::Key>| of.into_iter().collect::<std::collections::HashSet<_>>();
+    let nodes = names(routes.cluster.nodes().map(|node| node.name.as_str().into()).collect());
+    routes.cluster.retain(cluster::Kind::Nodes, &nodes);
+    let pods = ["a/web", "a/squatter", "a/roamer"].map(cluster::Key::from);
+    routes.cluster.retain(cluster::Kind::Pods, &names(pods.to_vec()));
+}
+
+/// Kubelets write what they like into the status of their pods.
+#[test]
+fn a_pod_is_dialled_only_where_its_own_node_is() {
+    let mut routes = routes(INVENTORY, cluster());
+    let at = |routes: &Routes, reported: &Pod| match routes.pod_address(reported) {
+        Ok(address) => Ok(address.to_string()),
+        Err(error) => Err(format!("{}: {error}", error.kind())),
+    };
+    for key in ["default/web-1", "default/web-2", "default/roamer", "default/far"] {
+        let pod = routes.cluster.pod(key).unwrap();
+        assert_eq!(at(&routes, pod), Ok(pod.addresses[0].to_string()));
+    }
+    let on_host = routes.cluster.pod("kube-system/proxy").unwrap();
+    assert_eq!(at(&routes, on_host), Ok("10.77.2.2".to_owned()));
+    for (address, owner) in [
+        ("10.77.1.2", "address of node n1"),
+        ("fd00:77::2", "address of node n1"),
+        ("192.0.2.1", "address of node edge"),
+        ("10.244.1.5", "pod default/web-1 on node n1"),
+        ("fd00:244:1::5", "pod default/web-1 on node n1"),
+        ("10.96.0.10", "service default/web has no such TCP port"),
+        ("10.96.0.99", "service CIDR 10.96.0.0/12"),
+    ] {
+        for host_network in [false, true] {
+            let liar = Pod { host_network, ..pod("default/liar", 95, "evil", &[address]) };
+            routes.cluster.apply(Object::Pod(liar.clone()));
+            let error = at(&routes, &liar).unwrap_err();
+            assert!(error.starts_with("unreachable: ") && error.contains(owner), "{address}: {error}");
+            assert!(error.contains("pod default/liar on node evil reports the address"), "{error}");
+        }
+    }
+    // The bridge of another node's pods, and what lies behind a gateway: no pod has these, but the node would be led to.
+    for address in ["10.244.1.1", "172.16.9.1", "8.8.8.8"] {
+        let liar = Pod { host_network: true, ..pod("default/liar", 95, "evil", &[address]) };
+        routes.cluster.apply(Object::Pod(liar.clone()));
+        assert!(at(&routes, &liar).is_err(), "{address}");
+    }
+    // Whom the lie named is dialled as before.
+    for (key, address) in [("default/web-1", "10.244.1.5"), ("kube-system/proxy", "10.77.2.2")] {
+        assert_eq!(at(&routes, routes.cluster.pod(key).unwrap()), Ok(address.to_owned()));
+    }
+    assert!(at(&routes, routes.cluster.pod("default/job").unwrap()).unwrap_err().contains("has ended"));
+    assert!(at(&routes, routes.cluster.pod("default/pending").unwrap()).unwrap_err().contains("on no node"));
+}
+
+/// Who reports an address early, in the hope that it will be somebody's, loses it to the node whose network holds it.
+#[test]
+fn of_pods_that_claim_an_address_the_one_at_home_has_it() {
+    let squatter = Object::Pod(pod("a/squatter", 1, "evil", &["10.1.0.5"]));
+    let web = Object::Pod(pod("a/web", 50, "n1", &["10.1.0.5"]));
+    let dialled = |routes: &Routes, key: &str| routes.pod_address(routes.cluster.pod(key).unwrap()).is_ok();
+    for nodes_first in [true, false] {
+        let mut routes = routes("", vec![]);
+        let nodes = [node("n1", 50, &[], &["10.1.0.0/24"]), node("evil", 1, &[], &["10.2.0.0/24"])];
+        if nodes_first {
+            nodes.iter().for_each(|node| routes.cluster.apply(node.clone()));
+        }
+        routes.cluster.apply(squatter.clone());
+        settled(&mut routes);
+        if !nodes_first {
+            nodes.iter().for_each(|node| routes.cluster.apply(node.clone()));
+        }
+        assert_eq!(show(&routes, "10.1.0.5:1"), "evil: pod a/squatter on node evil");
+        routes.cluster.apply(web.clone());
+        assert_eq!(show(&routes, "10.1.0.5:1"), "n1: pod a/web on node n1");
+        assert!(dialled(&routes, "a/web") && !dialled(&routes, "a/squatter"));
+        // A second network that holds the address changes who is at home to nobody, and the first has it.
+        routes.cluster.apply(node("evil", 1, &[], &["10.2.0.0/24", "10.1.0.0/30", "10.1.0.4/30"]));
+        assert_eq!(show(&routes, "10.1.0.5:1"), "evil: pod a/squatter on node evil");
+        routes.cluster.apply(node("evil", 1, &[], &["10.2.0.0/24"]));
+        routes.cluster.remove(cluster::Kind::Pods, "a/web");
+        assert_eq!(show(&routes, "10.1.0.5:1"), "evil: pod a/squatter on node evil");
+    }
+    // Without pod networks, and where they overlap, who came first stays.
+    for (n1, evil) in
+        [(&[][..], &[][..]), (&["10.1.0.0/24"], &["10.1.0.4/30"]), (&["10.1.0.0/24"], &["10.1.0.0/16"])]
+    {
+        let mut routes = routes("", vec![node("n1", 50, &[], n1), node("evil", 1, &[], evil), web.clone()]);
+        settled(&mut routes);
+        routes.cluster.apply(squatter.clone());
+        assert_eq!(show(&routes, "10.1.0.5:1"), "n1: pod a/web on node n1", "{n1:?} {evil:?}");
+        assert!(dialled(&routes, "a/web") && !dialled(&routes, "a/squatter"));
+    }
+}
+
+/// A kubelet writes its Node's addresses, too.
+#[test]
+fn a_node_takes_no_address_that_a_pod_of_another_has() {
+    let mut routes =
+        routes("", vec![node("n1", 50, &["10.77.1.2"], &[]), node("evil", 1, &["10.77.6.6"], &[])]);
+    routes.cluster.apply(Object::Pod(pod("a/web", 50, "n1", &["10.9.0.5"])));
+    settled(&mut routes);
+    routes.cluster.apply(node("evil", 1, &["10.77.6.6", "10.9.0.5", "10.9.0.6"], &[]));
+    assert_eq!(show(&routes, "10.9.0.5:1"), "n1: pod a/web on node n1");
+    assert!(routes.pod_address(routes.cluster.pod("a/web").unwrap()).is_ok());
+    assert_eq!(routes.node_addresses("evil").len(), 2, "{:?}", routes.node_addresses("evil"));
+    // Nor does a pod of another take what a node has; and a node that is gone keeps nothing through its pods.
+    routes.cluster.apply(Object::Pod(pod("a/squatter", 1, "evil", &["10.77.1.2"])));
+    assert_eq!(show(&routes, "10.77.1.2:1"), "n1: address of node n1");
+    routes.cluster.remove(cluster::Kind::Nodes, "n1");
+    assert_eq!(show(&routes, "10.9.0.5:1"), "evil: address of node evil");
+    assert_eq!(show(&routes, "10.9.0.6:1"), "evil: address of node evil");
+}
+
 #[test]
 fn many_endpoints_all_get_their_turn() {
     let endpoints: Vec<String> = (0..100).map(|i| format!("10.244.1.{i} n1")).collect();

@@ -39,3 +39,4 @@ mod socks5_clients;
 mod top;
 mod traces;
 mod traffic;
+mod turned_master;
