@@ -304,6 +304,7 @@ fn serve_proxy_urls(
     callers: &Tasks,
     listeners: &Tasks,
 ) -> Arc<ProxyUrls> {
+    let claims = agent.config.front_end.as_ref().map(|config| config.upstream.identity.claims());
     let door = Arc::new(ProxyUrls {
         common: Common {
             dialer: agent.dialer.clone(),
@@ -315,6 +316,7 @@ fn serve_proxy_urls(
         },
         directory: agent.dialer.clone(),
         tls: sockets.tls,
+        claims: Arc::new(claims.unwrap_or_default()),
         idle_timeout: config.idle_timeout,
         draining: agent.draining.clone(),
     });

@@ -2,13 +2,14 @@
 
 use std::net::SocketAddr;
 
-use hyper::Uri;
+use hyper::{Uri, header::HeaderName};
 use proto::config::{At, Section};
 
 use super::{
     audit::AuditConfig,
     authn::AuthnConfig,
     authz::config::AuthzConfig,
+    headers::IdentityHeaders,
     https_client::ClientTls,
     limits::{LimitsConfig, seats::SeatLimits},
     local::LocalConfig,
@@ -108,6 +109,7 @@ impl UpstreamConfig {
         if tls.ca.is_none() && servers.iter().any(|server| server.scheme_str() == Some("https")) {
             s.error("ca", "is required for https:// servers: the CA of their certificates");
         }
+        let identity = IdentityHeaders::read(s);
         let health_path = s.or("health_path", "/readyz".to_owned());
         if !health_path.starts_with('/') || health_path.parse::<Uri>().is_err() {
             s.error("health_path", "is no path");
@@ -115,6 +117,7 @@ impl UpstreamConfig {
         Some(Self {
             servers,
             tls,
+            identity,
             http2: s.or("http2", false),
             health_path,
             health_interval: s.duration("health_interval", secs(5), WAIT),
@@ -124,6 +127,47 @@ impl UpstreamConfig {
             max_age: s.duration("max_age", secs(600), WAIT),
         })
     }
+}
+
+impl IdentityHeaders {
+    fn read(s: &Section<'_>) -> Self {
+        let names = |field: &'static str, default: Vec<HeaderName>| {
+            if s.at(field).is_none() {
+                return default;
+            }
+            let names: Vec<_> = s.items(field).iter().filter_map(header_name).collect();
+            if s.items(field).is_empty() {
+                s.error(
+                    field,
+                    "names no header: leave it out, or give what kube-apiserver's flag of this name has",
+                );
+            }
+            names
+        };
+        let default = Self::default();
+        let this = Self {
+            username: names("requestheader_username_headers", default.username),
+            uid: names("requestheader_uid_headers", default.uid),
+            group: names("requestheader_group_headers", default.group),
+            extra_prefix: names("requestheader_extra_headers_prefix", default.extra_prefix),
+        };
+        if let Some(confusion) = this.confusion() {
+            s.section_error(format!("{confusion}: kube-apiserver could not tell them apart"));
+        }
+        this
+    }
+}
+
+fn header_name(at: &At<'_>) -> Option<HeaderName> {
+    let text = at.text()?;
+    match HeaderName::try_from(text) {
+        Ok(name) if !IdentityHeaders::is_taken(&name) => return Some(name),
+        Ok(_) => {
+            at.error(format!("{text:?} has another meaning: give a header of its own, such as X-Remote-User"))
+        }
+        Err(_) => at.error(format!("{text:?} is no name of a header: expected one such as X-Remote-User")),
+    }
+    None
 }
 
 fn server(at: &At<'_>) -> Option<Uri> {
@@ -168,6 +212,71 @@ impl LimitsConfig {
             failures_per_second_per_address: rate("failures_per_second_per_address", 10),
             half_closed_timeout: s.duration("half_closed_timeout", secs(600), WAIT),
             max_streams: rate("max_streams", 250),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use proto::config::{Source, parse};
+
+    use super::*;
+
+    fn read(fields: &str) -> Result<IdentityHeaders, String> {
+        let text = format!("servers: ['http://127.0.0.1']\n{fields}\n");
+        let source = Source { origin: "test", base_dir: Path::new("/"), check_files: false };
+        let config = parse(&text, source, UpstreamConfig::read);
+        config.map(|config| config.identity).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn identity_headers_are_named_as_kube_apiserver_is_told_to_read_them() {
+        assert_eq!(read("").unwrap(), IdentityHeaders::default());
+        let read_all = read(
+            "requestheader_username_headers: [X-Kube-User, X-Old-User]\nrequestheader_uid_headers: [X-Kube-Uid]\n\
+             requestheader_group_headers: [X_Kube_Group]\nrequestheader_extra_headers_prefix: [X-Kube-Extra-]",
+        );
+        let names = |names: &[&'static str]| names.iter().map(|name| HeaderName::from_static(name)).collect();
+        let expected = IdentityHeaders {
+            username: names(&["x-kube-user", "x-old-user"]),
+            uid: names(&["x-kube-uid"]),
+            group: names(&["x_kube_group"]),
+            extra_prefix: names(&["x-kube-extra-"]),
+        };
+        assert_eq!(read_all.unwrap(), expected);
+        for (fields, expected) in [
+            ("requestheader_username_headers: []", "requestheader_username_headers: names no header"),
+            (
+                "requestheader_username_headers: ['']",
+                "requestheader_username_headers[0]: \"\" is no name of a header",
+            ),
+            ("requestheader_username_headers: [a b]", "\"a b\" is no name of a header"),
+            ("requestheader_uid_headers: ['X-Uid:']", "is no name of a header"),
+            ("requestheader_uid_headers: [X-Us\u{e9}r]", "is no name of a header"),
+            (
+                "requestheader_group_headers: [X-Group, Connection]",
+                "requestheader_group_headers[1]: \"Connection\" has another meaning",
+            ),
+            ("requestheader_username_headers: [authorization]", "has another meaning"),
+            ("requestheader_username_headers: [Content_Length]", "has another meaning"),
+            ("requestheader_username_headers: [X-Forwarded-For]", "has another meaning"),
+            ("requestheader_username_headers: [Impersonate-User]", "has another meaning"),
+            ("requestheader_extra_headers_prefix: [impersonate-extra-]", "has another meaning"),
+            ("requestheader_extra_headers_prefix: ['']", "is no name of a header"),
+            ("requestheader_extra_headers_prefix: [X-]", "begins with the prefix x- of extra headers"),
+            (
+                "requestheader_extra_headers_prefix: [X-Remote-]",
+                "begins with the prefix x-remote- of extra headers",
+            ),
+            ("requestheader_extra_headers_prefix: [a]", "begins with the prefix a of extra headers"),
+            ("requestheader_group_headers: [X-Remote-User]", "header x-remote-user has two meanings"),
+            ("requestheader_group_headers: [x_remote_uid]", "header x-remote-uid has two meanings"),
+            ("requestheader_user_headers: [X-User]", "unknown field"),
+        ] {
+            let error = read(fields).expect_err(fields);
+            assert!(error.contains(expected), "{fields}: {error}");
         }
     }
 }

@@ -11,24 +11,100 @@ use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 
 use super::{authn, user::User};
 use crate::http::{
-    hop::{Hop, refuse_other_encodings, remove_all, remove_hop_by_hop},
+    claims::{Claims, fold},
+    hop::{Hop, refuse_other_encodings, remove_hop_by_hop},
     status::Failure,
 };
 
-const REMOTE_USER: HeaderName = HeaderName::from_static("x-remote-user");
-const REMOTE_UID: HeaderName = HeaderName::from_static("x-remote-uid");
-const REMOTE_GROUP: HeaderName = HeaderName::from_static("x-remote-group");
-const REMOTE: &str = "x-remote-";
-const IMPERSONATE: &str = "impersonate-";
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-/// Others that tell of whoever came before, which nobody did.
-const FORWARDED: [&str; 6] = [
-    "forwarded",
-    "x-forwarded-host",
-    "x-forwarded-proto",
-    "x-forwarded-uri",
-    "x-forwarded-port",
-    "x-real-ip",
+
+/// The headers that tell kube-apiserver who a caller is, named as it is told to read them. Of each kind the first is
+/// sent, and none is taken from a caller.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IdentityHeaders {
+    /// `--requestheader-username-headers`
+    pub username: Vec<HeaderName>,
+    /// `--requestheader-uid-headers`
+    pub uid: Vec<HeaderName>,
+    /// `--requestheader-group-headers`
+    pub group: Vec<HeaderName>,
+    /// `--requestheader-extra-headers-prefix`
+    pub extra_prefix: Vec<HeaderName>,
+}
+
+impl Default for IdentityHeaders {
+    fn default() -> Self {
+        Self {
+            username: vec![HeaderName::from_static("x-remote-user")],
+            uid: vec![HeaderName::from_static("x-remote-uid")],
+            group: vec![HeaderName::from_static("x-remote-group")],
+            extra_prefix: vec![HeaderName::from_static("x-remote-extra-")],
+        }
+    }
+}
+
+impl IdentityHeaders {
+    /// What callers may not send.
+    pub fn claims(&self) -> Claims {
+        let names = [&self.username, &self.uid, &self.group].into_iter().flatten();
+        Claims::with(names.map(HeaderName::as_str), self.extra_prefix.iter().map(HeaderName::as_str))
+    }
+
+    /// Why kube-apiserver could not tell these from each other or from other headers, if so.
+    pub fn confusion(&self) -> Option<String> {
+        let kinds = [&self.username, &self.uid, &self.group];
+        let folded = kinds.map(|names| names.iter().map(|name| fold(name.as_str())).collect::<Vec<_>>());
+        let [username, uid, group] = &folded;
+        for (names, others) in [(username, uid), (username, group), (uid, group)] {
+            if let Some(name) = names.iter().find(|name| others.contains(name)) {
+                return Some(format!("header {name} has two meanings"));
+            }
+        }
+        let prefixes: Vec<String> = self.extra_prefix.iter().map(|prefix| fold(prefix.as_str())).collect();
+        let mut names = folded.iter().flatten().map(String::as_str).chain(NOT_FOR_IDENTITY);
+        names.find_map(|name| {
+            let prefix = prefixes.iter().find(|prefix| name.starts_with(prefix.as_str()))?;
+            Some(format!("header {name} begins with the prefix {prefix} of extra headers"))
+        })
+    }
+
+    /// Whether a header has a meaning of its own in a request to kube-apiserver.
+    pub fn is_taken(name: &HeaderName) -> bool {
+        let name = fold(name.as_str());
+        name.starts_with("impersonate-")
+            || name.starts_with("sec-")
+            || NOT_FOR_IDENTITY.contains(&name.as_str())
+    }
+}
+
+/// What HTTP and kube-apiserver read for something else.
+const NOT_FOR_IDENTITY: [&str; 26] = [
+    "accept",
+    "accept-encoding",
+    "audit-id",
+    "authorization",
+    "baggage",
+    "connection",
+    "content-encoding",
+    "content-length",
+    "content-type",
+    "cookie",
+    "expect",
+    "host",
+    "keep-alive",
+    "origin",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "traceparent",
+    "tracestate",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+    "user-agent",
+    "x-forwarded-for",
+    "x-stream-protocol-version",
 ];
 
 /// What an extra's key may not be written with in a header's name (RFC 9110 §5.6.2), and `%` itself.
@@ -95,40 +171,62 @@ pub fn refuse_ambiguous(parts: &Parts) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Makes the head of a caller's request that of the request to an API server, on behalf of `user`.
-pub fn request(headers: &mut HeaderMap, hop: &Hop, user: &User, peer: IpAddr) -> Result<(), Failure> {
-    remove_hop_by_hop(headers);
-    authn::strip(headers);
-    remove_claims(headers);
-    for name in [header::EXPECT, header::TRAILER, header::HOST] {
-        headers.remove(name);
-    }
-    join_cookies(headers);
-    headers.insert(FORWARDED_FOR, text(&peer.to_canonical().to_string())?);
-    headers.insert(REMOTE_USER, text(&user.name)?);
-    if let Some(uid) = &user.uid {
-        headers.insert(REMOTE_UID, text(uid)?);
-    }
-    for group in &user.groups {
-        headers.append(REMOTE_GROUP, text(group)?);
-    }
-    for (key, values) in &user.extra {
-        let name = format!("{REMOTE}extra-{}", utf8_percent_encode(key, NOT_IN_KEYS));
-        let name = HeaderName::try_from(name).map_err(|_| unsayable())?;
-        for value in values {
-            headers.append(name.clone(), text(value)?);
-        }
-    }
-    if let Some(upgrade) = &hop.upgrade {
-        headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
-        headers.insert(header::UPGRADE, upgrade.clone());
-    }
-    Ok(())
+/// How callers are made known to API servers.
+pub struct Introduction {
+    headers: IdentityHeaders,
+    /// What a caller may not say itself.
+    pub claims: Claims,
 }
 
-/// Removes what a caller says of who it is and where it comes from.
-pub fn remove_claims(headers: &mut HeaderMap) {
-    remove_all(headers, is_not_the_callers);
+impl Introduction {
+    pub fn new(headers: IdentityHeaders) -> Self {
+        Self { claims: headers.claims(), headers }
+    }
+
+    /// Makes the head of a caller's request that of the request to an API server, on behalf of `user`.
+    pub fn request(
+        &self,
+        headers: &mut HeaderMap,
+        hop: &Hop,
+        user: &User,
+        peer: IpAddr,
+    ) -> Result<(), Failure> {
+        remove_hop_by_hop(headers);
+        authn::strip(headers);
+        self.claims.remove(headers);
+        for name in [header::EXPECT, header::TRAILER, header::HOST] {
+            headers.remove(name);
+        }
+        join_cookies(headers);
+        headers.insert(FORWARDED_FOR, text(&peer.to_canonical().to_string())?);
+        let IdentityHeaders { username, uid, group, extra_prefix } = &self.headers;
+        append(headers, username, [&user.name])?;
+        append(headers, uid, &user.uid)?;
+        append(headers, group, &user.groups)?;
+        let prefix = extra_prefix.first().map_or("", HeaderName::as_str);
+        for (key, values) in &user.extra {
+            let name = format!("{prefix}{}", utf8_percent_encode(key, NOT_IN_KEYS));
+            let name = HeaderName::try_from(name).map_err(|_| unsayable())?;
+            append(headers, &[name], values)?;
+        }
+        if let Some(upgrade) = &hop.upgrade {
+            headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+            headers.insert(header::UPGRADE, upgrade.clone());
+        }
+        Ok(())
+    }
+}
+
+/// Appends each value under the first of the names.
+fn append<'a>(
+    headers: &mut HeaderMap,
+    names: &[HeaderName],
+    values: impl IntoIterator<Item = &'a String>,
+) -> Result<(), Failure> {
+    for value in values {
+        headers.append(names.first().ok_or_else(unsayable)?, text(value)?);
+    }
+    Ok(())
 }
 
 /// Makes the head of an API server's response that of the response to the caller.
@@ -140,20 +238,6 @@ pub fn response(headers: &mut HeaderMap, upgraded: bool) {
         headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
         headers.insert(header::UPGRADE, upgrade);
     }
-}
-
-/// Names that only an authenticating proxy may use, however they are spelled: some servers take `_` for `-`.
-fn is_not_the_callers(name: &HeaderName) -> bool {
-    let name = name.as_str();
-    let begins_with = |prefix: &str| {
-        let mut bytes = name.bytes().map(|byte| if byte == b'_' { b'-' } else { byte });
-        prefix.bytes().all(|byte| bytes.next() == Some(byte))
-    };
-    let is = |other: &str| name.len() == other.len() && begins_with(other);
-    begins_with(REMOTE)
-        || begins_with(IMPERSONATE)
-        || is(FORWARDED_FOR.as_str())
-        || FORWARDED.iter().any(|other| is(other))
 }
 
 /// HTTP/2 may send cookies one by one (RFC 9113 §8.2.3).
@@ -211,6 +295,10 @@ mod tests {
         }
     }
 
+    fn introduction() -> Introduction {
+        Introduction::new(IdentityHeaders::default())
+    }
+
     const PEER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));
 
     #[test]
@@ -227,6 +315,11 @@ mod tests {
             ("X-Forwarded-For", "10.0.0.1"),
             ("X_Forwarded_For", "10.0.0.1"),
             ("X-Real-IP", "10.0.0.1"),
+            ("x.remote.user", "admin"),
+            ("X-Forwarded-User", "admin"),
+            ("x_forwarded_groups", "system:masters"),
+            ("X-Forwarded-Access-Token", "abc"),
+            ("X-Auth-Request-Email", "admin@example.org"),
             ("Connection", "keep-alive, X-Remote-User, X-Other"),
             ("X-Other", "1"),
             ("Trailer", "X-Remote-User"),
@@ -236,7 +329,7 @@ mod tests {
             ("Accept", "application/json"),
         ]);
         let hop = Hop::of(&headers);
-        request(&mut headers, &hop, &user(), PEER).unwrap();
+        introduction().request(&mut headers, &hop, &user(), PEER).unwrap();
         assert_eq!(
             shown(&headers),
             [
@@ -254,12 +347,57 @@ mod tests {
     }
 
     #[test]
+    fn the_headers_have_the_names_that_the_server_reads() {
+        let names = |names: &[&str]| names.iter().map(|name| HeaderName::try_from(*name).unwrap()).collect();
+        let introduction = Introduction::new(IdentityHeaders {
+            username: names(&["X-Kube-User", "X-Old-User"]),
+            uid: names(&["X-Kube-Uid"]),
+            group: names(&["X-Kube-Group"]),
+            extra_prefix: names(&["X-Kube-Extra-", "X-More-"]),
+        });
+        let mut headers = map(&[
+            ("X-Kube-User", "admin"),
+            ("x_kube_user", "admin"),
+            ("X-Old-User", "admin"),
+            ("x.old.user", "admin"),
+            ("X_Kube-Uid", "0"),
+            ("X-Kube-Group", "system:masters"),
+            ("x_kube_extra_scopes", "all"),
+            ("X-More-Scopes", "all"),
+            // Servers may still read these as well.
+            ("X-Remote-User", "admin"),
+            ("X-Remote-Extra-Scopes", "all"),
+            (
+                "Connection",
+                "close, X-Kube-User, x-kube-group, X-Kube-Extra-Example.org%2fk%25y, X-Forwarded-For",
+            ),
+            ("Connection", "X-Kube-Uid"),
+            ("X-Kube-Users", "1"),
+        ]);
+        let hop = Hop::of(&headers);
+        introduction.request(&mut headers, &hop, &user(), PEER).unwrap();
+        assert_eq!(
+            shown(&headers),
+            [
+                "x-forwarded-for: 192.0.2.1",
+                "x-kube-extra-example.org%2fk%25y: 1",
+                "x-kube-extra-example.org%2fk%25y: 2",
+                "x-kube-group: a",
+                "x-kube-group: b,c",
+                "x-kube-uid: 7",
+                "x-kube-user: jane",
+                "x-kube-users: 1",
+            ]
+        );
+    }
+
+    #[test]
     fn an_upgrade_stays_one() {
         let mut headers =
             map(&[("Connection", "Upgrade"), ("Upgrade", "SPDY/3.1"), ("X-Remote-User", "admin")]);
         let hop = Hop::of(&headers);
         let nobody = User { name: "jane".to_owned(), ..User::default() };
-        request(&mut headers, &hop, &nobody, PEER).unwrap();
+        introduction().request(&mut headers, &hop, &nobody, PEER).unwrap();
         let expected =
             ["connection: Upgrade", "upgrade: SPDY/3.1", "x-forwarded-for: 192.0.2.1", "x-remote-user: jane"];
         assert_eq!(shown(&headers), expected);
@@ -269,13 +407,16 @@ mod tests {
     fn names_that_servers_would_read_differently_are_not_passed_on() {
         for name in ["", " ", "admin ", "\tadmin", "a\nb", "a\0", "\u{a0}admin"] {
             let user = User { name: name.to_owned(), ..User::default() };
-            let refused = request(&mut HeaderMap::new(), &Hop::default(), &user, PEER);
+            let refused = introduction().request(&mut HeaderMap::new(), &Hop::default(), &user, PEER);
             assert_eq!(refused.unwrap_err().code, StatusCode::FORBIDDEN, "{name:?}");
             let user = User { name: "jane".to_owned(), groups: vec![name.to_owned()], ..User::default() };
-            assert!(request(&mut HeaderMap::new(), &Hop::default(), &user, PEER).is_err(), "{name:?}");
+            assert!(
+                introduction().request(&mut HeaderMap::new(), &Hop::default(), &user, PEER).is_err(),
+                "{name:?}"
+            );
         }
         let user = User { name: "j\u{e4}ne".to_owned(), ..User::default() };
-        assert!(request(&mut HeaderMap::new(), &Hop::default(), &user, PEER).is_ok());
+        assert!(introduction().request(&mut HeaderMap::new(), &Hop::default(), &user, PEER).is_ok());
     }
 
     #[test]

@@ -166,7 +166,7 @@ impl Connection {
                     "no upgrade but to websocket or SPDY/3.1 is served here",
                 ));
             }
-            headers::remove_claims(&mut head.headers);
+            front_end.introduction.claims.remove(&mut head.headers);
             record.inject(&mut head.headers);
             let request = Request::from_parts(head, body);
             let answered = self.through_tunnel(urls, &user, place, request, record).await?;
@@ -180,7 +180,7 @@ impl Connection {
             let response = response.map(Content::Page);
             return Ok(Answered { response, place: Some(place), expires, upgrade: None });
         }
-        headers::request(&mut head.headers, &hop, &user, peer)?;
+        front_end.introduction.request(&mut head.headers, &hop, &user, peer)?;
         record.inject(&mut head.headers);
         head.version = Version::HTTP_11;
         let announced = body.size_hint().lower();

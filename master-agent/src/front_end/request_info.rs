@@ -94,6 +94,15 @@ impl RequestInfo {
         }
     }
 
+    /// Of a request to a proxy, the path up to `/proxy`, and what stands behind it for the target.
+    pub fn proxied(&self) -> Option<(&str, &str)> {
+        if self.subresource != "proxy" {
+            return None;
+        }
+        let (own, tail) = self.path.split_at_checked(self.path.len().checked_sub(self.tail.len())?)?;
+        Some(own.strip_suffix('/').map_or((own, tail), |own| (own, "/")))
+    }
+
     /// Whether a list is narrowed to objects whose `field` is `value`.
     pub fn selects(&self, field: &str, value: &str) -> bool {
         self.field_selector.iter().any(|r| r.equal && r.field == field && r.value == value)
@@ -196,6 +205,21 @@ impl RequestInfo {
         decoded.push_str(tail);
         Ok(decoded)
     }
+}
+
+/// What stands behind a proxy, decoded, if all servers read it alike. kube-apiserver itself decodes and then cleans it, and
+/// targets may decode it twice, merge slashes, take `\` for `/`, or cut off what follows a `;`.
+pub fn read_alike(tail: &str) -> Option<String> {
+    let decoded = percent_decode_str(tail).decode_utf8().ok()?.into_owned();
+    let plain = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'%' | b'\\' | b';' | b'?' | b'#');
+    let slashes = |text: &str| text.bytes().filter(|byte| *byte == b'/').count();
+    let mut segments = decoded.split('/').skip(1).peekable();
+    while let Some(segment) = segments.next() {
+        if matches!(segment, "." | "..") || segment.is_empty() && segments.peek().is_some() {
+            return None;
+        }
+    }
+    (decoded.bytes().all(plain) && slashes(&decoded) == slashes(tail)).then_some(decoded)
 }
 
 /// A part of a path between slashes.

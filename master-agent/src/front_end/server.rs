@@ -36,6 +36,7 @@ use super::{
     authn::{Authenticated, Authenticators, Certificates, Moment},
     authz::Authorizers,
     config::FrontEndConfig,
+    headers::Introduction,
     limits::{Counted, Limits, LimitsConfig, Source},
     reloaded::{Follow, Reloaded, follow},
     streams::Streams,
@@ -77,6 +78,7 @@ pub struct FrontEnd {
     /// `None` hands proxy URLs on.
     pub(super) proxy_urls: Option<Arc<ProxyUrls>>,
     pub(super) upstream: Arc<Upstream>,
+    pub(super) introduction: Introduction,
     pub(super) limits: Limits,
     pub(super) config: LimitsConfig,
     pub(super) audit: Audit,
@@ -203,6 +205,7 @@ impl FrontEnd {
             authorize_everything: config.authorize_everything,
             proxy_urls: proxy_urls.filter(|_| config.serve_proxy_urls),
             upstream: Arc::new(upstream),
+            introduction: Introduction::new(config.upstream.identity.clone()),
             limits: Limits::new(&config.limits, metrics.front_end.limited.clone()),
             config: config.limits.clone(),
             audit,

@@ -1,8 +1,18 @@
 //! Small HTTP/1.1 endpoints for people and monitoring: `/livez`, `/readyz`, `/metrics`, and what an agent
 //! adds. Loopback or a Unix socket only; there is no authentication for these, so none of them keeps a connection, and on
 //! loopback metrics are not for web pages whose name was made to lead here.
+//!
+//! Everybody is accepted, and whoever has got nothing yet gives way to newcomers, as [`Places`] has it: a stranger who
+//! holds connections open takes places from itself. Answers that may be large or long have shares of their own, so that
+//! `/livez` is answered whatever becomes of those.
 
-use std::{convert::Infallible, net::IpAddr, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    net::{IpAddr, Ipv4Addr},
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
@@ -11,16 +21,30 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
-    sync::Semaphore,
+    sync::{OwnedSemaphorePermit, Semaphore},
 };
 
 use tokio_util::sync::CancellationToken;
 
-use super::{exposition::Exposition, patient::PatientWriter, socket, tasks::Tasks};
+use super::{
+    exposition::Exposition,
+    handshake::{BEGUN, Place, Places},
+    patient::PatientWriter,
+    socket,
+    tasks::Tasks,
+};
 
-/// Connections served at once.
-const CONNECTIONS: usize = 64;
+/// Connections at once that have got nothing of worth yet.
+const STRANGERS: usize = 64;
+/// Scrapes at once, each of which may hold a text of its own.
+const SCRAPES: usize = 8;
+/// Connections at once of those whom the agent itself has let in.
+const ADMITTED: usize = 64;
 
+/// How long a request's head may take, and the pause before the next request.
+const HEAD: Duration = Duration::from_secs(10);
+/// Of a request's head. A connection holds no more of what it has not read.
+const MAX_HEAD: usize = 32 * 1024;
 /// How long a caller may take nothing of its answer.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long an answer may take that ends its connection.
@@ -63,21 +87,83 @@ pub struct Endpoints {
     pub admin: Arc<dyn Admin>,
 }
 
+/// Who may be here at once.
+#[derive(Clone)]
+struct Shares {
+    strangers: Places,
+    scrapes: Places,
+    admitted: Arc<Semaphore>,
+}
+
+/// What a connection counts as. It begins as a stranger's, and ends when a place of its is taken away.
+struct Standing {
+    shares: Shares,
+    peer: IpAddr,
+    share: Mutex<Share>,
+    evicted: CancellationToken,
+}
+
+enum Share {
+    Stranger(Place),
+    Scrape { _place: Place },
+    Admitted { _permit: OwnedSemaphorePermit },
+}
+
+impl Shares {
+    fn new() -> Self {
+        Self {
+            strangers: Places::new(STRANGERS),
+            scrapes: Places::new(SCRAPES),
+            admitted: Arc::new(Semaphore::new(ADMITTED)),
+        }
+    }
+
+    fn begin(&self, peer: IpAddr) -> Standing {
+        let evicted = CancellationToken::new();
+        let share = Mutex::new(Share::Stranger(self.strangers.take_or_cancel(peer, evicted.clone())));
+        Standing { shares: self.clone(), peer, share, evicted }
+    }
+}
+
+impl Standing {
+    /// A whole head has come, so those who have sent none give way first.
+    fn asked(&self) {
+        if let Share::Stranger(place) = &*self.share() {
+            place.received.store(BEGUN, Ordering::Relaxed);
+        }
+    }
+
+    fn scrapes(&self) {
+        let _place = self.shares.scrapes.take_or_cancel(self.peer, self.evicted.clone());
+        *self.share() = Share::Scrape { _place };
+    }
+
+    /// Whether there is room for one more whom the agent has let in.
+    fn admit(&self) -> bool {
+        let mut share = self.share();
+        if !matches!(*share, Share::Admitted { .. }) {
+            let Ok(_permit) = self.shares.admitted.clone().try_acquire_owned() else { return false };
+            *share = Share::Admitted { _permit };
+        }
+        true
+    }
+
+    fn share(&self) -> MutexGuard<'_, Share> {
+        self.share.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl Endpoints {
     /// Serves TCP connections until the group is cancelled.
     pub async fn serve_tcp(self, listener: TcpListener, tasks: Tasks) {
-        let permits = Arc::new(Semaphore::new(CONNECTIONS));
+        let shares = Shares::new();
         let local = listener.local_addr().is_ok_and(|address| address.ip().is_loopback());
         loop {
-            let Ok(permit) = permits.clone().acquire_owned().await else { return };
             match listener.accept().await {
-                Ok((socket, _)) => {
+                Ok((socket, peer)) => {
                     socket::tune(&socket);
-                    let connection = self.clone().connection(socket, Door::Tcp, local);
-                    tasks.spawn(async move {
-                        connection.await;
-                        drop(permit);
-                    });
+                    let standing = shares.begin(peer.ip());
+                    tasks.spawn(self.clone().connection(socket, Door::Tcp, local, standing));
                 }
                 Err(e) => accept_error(&e).await,
             }
@@ -86,16 +172,12 @@ impl Endpoints {
 
     /// Serves connections of a Unix socket until the group is cancelled.
     pub async fn serve_unix(self, listener: UnixListener, tasks: Tasks) {
-        let permits = Arc::new(Semaphore::new(CONNECTIONS));
+        let shares = Shares::new();
         loop {
-            let Ok(permit) = permits.clone().acquire_owned().await else { return };
             match listener.accept().await {
                 Ok((socket, _)) => {
-                    let connection = self.clone().connection(socket, Door::Unix, false);
-                    tasks.spawn(async move {
-                        connection.await;
-                        drop(permit);
-                    });
+                    let standing = shares.begin(Ipv4Addr::LOCALHOST.into());
+                    tasks.spawn(self.clone().connection(socket, Door::Unix, false, standing));
                 }
                 Err(e) => accept_error(&e).await,
             }
@@ -103,18 +185,32 @@ impl Endpoints {
     }
 
     /// `local` is a TCP listener on loopback.
-    async fn connection<S: AsyncRead + AsyncWrite + Unpin>(self, socket: S, door: Door, local: bool) {
+    async fn connection<S>(self, socket: S, door: Door, local: bool, standing: Standing)
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
         let last = CancellationToken::new();
         let service = service_fn(|request: Request<Incoming>| {
-            let (endpoints, last) = (self.clone(), last.clone());
+            let (endpoints, last, standing) = (&self, &last, &standing);
             async move {
-                let short = SHORT.contains(&request.uri().path());
-                if request.uri().path() == METRICS && local && !is_for_this_host(&request) {
-                    let text = "only localhost and loopback addresses are served here\n".to_owned();
-                    return Ok(respond((StatusCode::FORBIDDEN, TEXT, text)));
+                standing.asked();
+                let path = request.uri().path();
+                let short = SHORT.contains(&path);
+                let mut response = if path == METRICS && local && !is_for_this_host(&request) {
+                    let text = "only localhost and loopback addresses are served here\n";
+                    respond((StatusCode::FORBIDDEN, TEXT, text))
+                } else {
+                    if path == METRICS {
+                        standing.scrapes();
+                    }
+                    endpoints.respond(request, door).await
+                };
+                let let_in = !short && !response.status().is_client_error();
+                if let_in && !standing.admit() {
+                    let text = "too many connections are open here\n";
+                    response = respond((StatusCode::SERVICE_UNAVAILABLE, TEXT, text));
                 }
-                let mut response = endpoints.respond(request, door).await;
-                if short && door == Door::Tcp {
+                if !let_in && door == Door::Tcp {
                     last.cancel();
                     response
                         .headers_mut()
@@ -125,7 +221,8 @@ impl Endpoints {
         });
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(Duration::from_secs(10))
+            .header_read_timeout(HEAD)
+            .max_buf_size(MAX_HEAD)
             .max_headers(64)
             .serve_connection(TokioIo::new(PatientWriter::new(socket, PATIENCE)), service);
         let too_long = async {
@@ -135,6 +232,10 @@ impl Endpoints {
         let served = tokio::select! {
             served = connection => served,
             () = too_long => return,
+            () = standing.evicted.cancelled() => {
+                tracing::debug!("admin connection gave its place to a newer one");
+                return;
+            }
         };
         if let Err(error) = served {
             tracing::debug!(%error, "admin connection failed");
@@ -152,7 +253,7 @@ impl Endpoints {
                 }
                 Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, TEXT, format!("not ready: {reason}\n")),
             },
-            (METRICS, true) => self.metrics(&request).await,
+            (METRICS, true) => return self.metrics(&request).await,
             _ => match self.admin.clone().answer(request, door).await {
                 Some(response) => return response,
                 None if get => (StatusCode::NOT_FOUND, TEXT, "no such path\n".to_owned()),
@@ -162,11 +263,11 @@ impl Endpoints {
         respond(answer)
     }
 
-    async fn metrics(&self, request: &Request<Incoming>) -> Answer {
+    async fn metrics(&self, request: &Request<Incoming>) -> Response<Body> {
         let accept = request.headers().get(header::ACCEPT).and_then(|accept| accept.to_str().ok());
         match self.metrics.scrape(accept.unwrap_or_default()).await {
-            Ok((content_type, text)) => (StatusCode::OK, content_type, text),
-            Err(e) => (StatusCode::INTERNAL_SERVER_ERROR, "text/plain", format!("metrics: {e}\n")),
+            Ok((content_type, text)) => respond((StatusCode::OK, content_type, text)),
+            Err(e) => respond((StatusCode::INTERNAL_SERVER_ERROR, TEXT, format!("metrics: {e}\n"))),
         }
     }
 }
@@ -187,8 +288,10 @@ fn is_for_this_host<B>(request: &Request<B>) -> bool {
 }
 
 /// Makes a response of a short answer.
-pub fn respond((status, content_type, body): Answer) -> Response<Body> {
-    let mut response = Response::new(Full::new(Bytes::from(body)).boxed_unsync());
+pub fn respond<B: Into<Bytes>>(
+    (status, content_type, body): (StatusCode, &'static str, B),
+) -> Response<Body> {
+    let mut response = Response::new(Full::new(body.into()).boxed_unsync());
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(content_type));
     response
@@ -202,7 +305,163 @@ pub async fn accept_error(error: &std::io::Error) {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        net::SocketAddr,
+        task::{Context, Poll},
+    };
+
+    use hyper::body::Frame;
+    use prometheus_client::{metrics::info::Info, registry::Registry};
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpStream,
+    };
+
     use super::*;
+
+    /// Has a page that goes on for ever for those who may see it.
+    struct Agent;
+
+    impl Admin for Agent {
+        fn ready(&self) -> Result<Vec<String>, String> {
+            Ok(Vec::new())
+        }
+
+        fn answer(self: Arc<Self>, request: Request<Incoming>, _: Door) -> AnswerFuture {
+            Box::pin(async move {
+                match (request.uri().path(), request.headers().contains_key(header::COOKIE)) {
+                    ("/page", true) => Some(Response::new(Endless.boxed_unsync())),
+                    ("/page", false) => Some(respond((StatusCode::UNAUTHORIZED, TEXT, "no session"))),
+                    _ => None,
+                }
+            })
+        }
+    }
+
+    struct Endless;
+
+    impl hyper::body::Body for Endless {
+        type Data = Bytes;
+        type Error = Infallible;
+
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            Poll::Pending
+        }
+    }
+
+    /// Serves metrics of about `size` bytes.
+    async fn serve(size: usize) -> (SocketAddr, Tasks) {
+        let mut registry = Registry::default();
+        registry.register("large", "Large", Info::new(vec![("text", "x".repeat(size))]));
+        let endpoints = Endpoints { metrics: Exposition::new(registry), admin: Arc::new(Agent) };
+        let listener = socket::listen("127.0.0.1:0".parse().unwrap()).unwrap();
+        let (address, tasks) = (listener.local_addr().unwrap(), Tasks::new());
+        tasks.spawn(endpoints.serve_tcp(listener, tasks.clone()));
+        (address, tasks)
+    }
+
+    async fn say(address: SocketAddr, text: &str) -> TcpStream {
+        let mut socket = TcpStream::connect(address).await.unwrap();
+        socket.write_all(text.as_bytes()).await.unwrap();
+        socket
+    }
+
+    fn get(path: &str, lines: &str) -> String {
+        format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n")
+    }
+
+    /// The answer of an honest caller, which comes before any deadline of those who hold connections.
+    async fn ask(address: SocketAddr, path: &str) -> String {
+        let answer = async {
+            let mut answer = String::new();
+            say(address, &get(path, "")).await.read_to_string(&mut answer).await.unwrap();
+            answer
+        };
+        tokio::time::timeout(HEAD / 2, answer).await.unwrap_or_else(|_| panic!("no answer to {path}"))
+    }
+
+    /// Waits until all but `most` of these have been closed by the server.
+    async fn all_close_but(most: usize, sockets: Vec<TcpStream>) {
+        let mut closing = tokio::task::JoinSet::new();
+        let wanted = sockets.len() - most;
+        for mut socket in sockets {
+            closing.spawn(async move { tokio::io::copy(&mut socket, &mut tokio::io::sink()).await });
+        }
+        for _ in 0..wanted {
+            closing.join_next().await.unwrap().unwrap().ok();
+        }
+    }
+
+    #[tokio::test]
+    async fn strangers_who_hold_connections_keep_nobody_away() {
+        let (address, _tasks) = serve(10).await;
+        for said in ["", "GET /livez HTTP/1.1\r\n", "POST /livez HTTP/1.1\r\nHost: a\r\nContent-Le"] {
+            let mut held = Vec::new();
+            for _ in 0..5 * STRANGERS {
+                held.push(say(address, said).await);
+                if held.len() % STRANGERS == 0 {
+                    assert!(ask(address, "/livez").await.ends_with("\r\n\r\nok\n"));
+                    assert!(ask(address, "/metrics").await.contains("# TYPE large info"));
+                }
+            }
+            let closed = all_close_but(STRANGERS, held);
+            tokio::time::timeout(HEAD / 2, closed)
+                .await
+                .expect("more connections are kept than there are places");
+        }
+    }
+
+    #[tokio::test]
+    async fn strangers_who_do_not_read_metrics_keep_few_texts_and_nobody_away() {
+        let (address, _tasks) = serve(8 << 20).await;
+        let mut held = Vec::new();
+        for _ in 0..10 * SCRAPES {
+            held.push(say(address, &get("/metrics", "")).await);
+        }
+        assert!(ask(address, "/livez").await.ends_with("\r\n\r\nok\n"));
+        assert!(ask(address, "/metrics").await.len() > 8 << 20);
+        let mut whole = 0;
+        for mut socket in held {
+            let mut text = Vec::new();
+            let _ = socket.read_to_end(&mut text).await;
+            whole += usize::from(text.len() > 8 << 20);
+        }
+        assert!((1..=SCRAPES).contains(&whole), "{whole} texts were kept");
+    }
+
+    #[tokio::test]
+    async fn who_is_let_in_is_not_sent_away_by_strangers_and_does_not_keep_them_away() {
+        let (address, _tasks) = serve(10).await;
+        let mut watching = Vec::new();
+        let open = async |lines: &str| {
+            let mut socket = say(address, &get("/page", lines)).await;
+            let mut head = [0; 12];
+            socket.read_exact(&mut head).await.unwrap();
+            (socket, String::from_utf8_lossy(&head).into_owned())
+        };
+        for _ in 0..ADMITTED {
+            let (socket, head) = open("Cookie: a\r\n").await;
+            assert_eq!(head, "HTTP/1.1 200");
+            watching.push(socket);
+        }
+        assert_eq!(open("Cookie: a\r\n").await.1, "HTTP/1.1 503");
+        let mut strangers = Vec::new();
+        for _ in 0..5 * STRANGERS {
+            strangers.push(say(address, "GET").await);
+            assert_eq!(open("").await.1, "HTTP/1.1 401");
+        }
+        assert!(ask(address, "/livez").await.ends_with("\r\n\r\nok\n"));
+        let mut buffer = vec![0; 1024];
+        for socket in &mut watching {
+            // What is there to be read is the rest of the head, and not the end.
+            assert!(socket.read(&mut buffer).await.unwrap() > 0);
+            let again = tokio::time::timeout(Duration::ZERO, socket.read(&mut buffer));
+            assert!(again.await.is_err(), "a page was closed");
+        }
+    }
 
     #[test]
     fn web_pages_elsewhere_do_not_come_in() {

@@ -3,8 +3,9 @@
 
 use std::{fmt, sync::Arc};
 
+use bytes::Bytes;
 use prometheus_client::{encoding::text::encode, registry::Registry};
-use tokio::sync::Mutex;
+use tokio::{sync::Mutex, time::Instant};
 
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -13,8 +14,23 @@ const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 #[derive(Clone, Debug)]
 pub struct Exposition {
     registry: Arc<Registry>,
-    /// Scrapes take turns, so that they never use more than one core. Whoever leaves meanwhile leaves the turn to the work.
-    turn: Arc<Mutex<()>>,
+    /// Scrapes take turns. The work keeps its turn when the scraper leaves.
+    turn: Arc<Mutex<Turn>>,
+}
+
+#[derive(Debug, Default)]
+struct Turn {
+    /// The latest text of each form, and when the work on it began.
+    plain: Option<(Instant, Bytes)>,
+    open_metrics: Option<(Instant, Bytes)>,
+    /// When work may begin again.
+    rested: Option<Instant>,
+}
+
+impl Turn {
+    fn latest(&mut self, open_metrics: bool) -> &mut Option<(Instant, Bytes)> {
+        if open_metrics { &mut self.open_metrics } else { &mut self.plain }
+    }
 }
 
 impl Exposition {
@@ -23,18 +39,30 @@ impl Exposition {
     }
 
     /// Content type and text, for a scraper with this header `Accept`. The work is done beside the tasks that carry
-    /// streams.
-    pub async fn scrape(&self, accept: &str) -> Result<(&'static str, String), fmt::Error> {
+    /// streams, rests for as long as it took, and is done once for all who wait for it: however often metrics are asked
+    /// for, that takes at most half of one core. Nobody is given a text older than its own request.
+    pub async fn scrape(&self, accept: &str) -> Result<(&'static str, Bytes), fmt::Error> {
         let open_metrics = accept.contains("application/openmetrics-text");
+        let content_type = if open_metrics { OPEN_METRICS } else { TEXT };
+        let asked = Instant::now();
+        let mut turn = self.turn.clone().lock_owned().await;
+        if let Some((_, text)) = turn.latest(open_metrics).as_ref().filter(|(begun, _)| *begun >= asked) {
+            return Ok((content_type, text.clone()));
+        }
+        if let Some(rested) = turn.rested {
+            tokio::time::sleep_until(rested).await;
+        }
         let registry = self.registry.clone();
-        let turn = self.turn.clone().lock_owned().await;
         let text = tokio::task::spawn_blocking(move || {
-            let _turn = turn;
+            let begun = Instant::now();
             let mut text = String::new();
             encode(&mut text, &registry)?;
-            Ok(if open_metrics { (OPEN_METRICS, text) } else { (TEXT, plain(&text)) })
+            let text = Bytes::from(if open_metrics { text } else { plain(&text) });
+            turn.rested = Some(Instant::now() + begun.elapsed());
+            *turn.latest(open_metrics) = Some((begun, text.clone()));
+            Ok::<_, fmt::Error>(text)
         });
-        text.await.map_err(|_| fmt::Error)?
+        Ok((content_type, text.await.map_err(|_| fmt::Error)??))
     }
 }
 
@@ -68,6 +96,11 @@ fn plain(open_metrics: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        sync::atomic::{AtomicUsize, Ordering},
+        task::{Context, Waker},
+    };
+
     use prometheus_client::{
         encoding::EncodeMetric,
         metrics::{MetricType, counter::Counter, family::Family, gauge::ConstGauge, histogram::Histogram},
@@ -105,7 +138,59 @@ mod tests {
         let accept = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.2";
         let (content_type, text) = exposition().scrape(accept).await.unwrap();
         assert!(content_type.starts_with("application/openmetrics-text; version=1.0.0"));
+        let text = std::str::from_utf8(&text).unwrap();
         assert!(text.contains("# TYPE x_dials counter\n") && text.ends_with("# EOF\n"), "{text}");
+    }
+
+    /// Counts how often it is encoded.
+    #[derive(Debug)]
+    struct Encoded(Arc<AtomicUsize>);
+
+    impl prometheus_client::collector::Collector for Encoded {
+        fn encode(
+            &self,
+            mut encoder: prometheus_client::encoding::DescriptorEncoder<'_>,
+        ) -> Result<(), fmt::Error> {
+            let count = self.0.fetch_add(1, Ordering::Relaxed) as u64 + 1;
+            let metric = encoder.encode_descriptor("encoded", "Times.", None, MetricType::Gauge)?;
+            ConstGauge::new(count).encode(metric)
+        }
+    }
+
+    #[tokio::test]
+    async fn all_who_wait_share_the_next_text_and_nobody_gets_an_old_one() {
+        let encoded = Arc::<AtomicUsize>::default();
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(Encoded(encoded.clone())));
+        let exposition = Exposition::new(registry);
+        // Held, so that all of them have asked before the first text is begun.
+        let turn = exposition.turn.clone().lock_owned().await;
+        let mut scrapes: Vec<_> = (0..500).map(|_| Box::pin(exposition.scrape(""))).collect();
+        for scrape in &mut scrapes {
+            assert!(scrape.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+        }
+        drop(turn);
+        for scrape in scrapes {
+            let (_, text) = scrape.await.unwrap();
+            assert!(text.ends_with(b"encoded 1\n"), "{text:?}");
+        }
+        assert_eq!(encoded.load(Ordering::Relaxed), 1);
+        for count in 2..5 {
+            let (_, text) = exposition.scrape("").await.unwrap();
+            assert!(text.ends_with(format!("encoded {count}\n").as_bytes()), "{text:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn who_leaves_meanwhile_leaves_the_turn_to_others() {
+        let exposition = exposition();
+        for _ in 0..3 {
+            let turn = exposition.turn.clone().lock_owned().await;
+            let mut leaving = Box::pin(exposition.scrape(""));
+            assert!(leaving.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+            drop(turn);
+        }
+        exposition.scrape("").await.unwrap();
     }
 
     #[tokio::test]

@@ -53,8 +53,13 @@ impl Places {
 
     /// A place for a connection from `peer`.
     pub fn take(&self, peer: IpAddr) -> Place {
+        self.take_or_cancel(peer, CancellationToken::new())
+    }
+
+    /// The same, for a connection that ends once `evicted` is cancelled, whichever of its places is taken away.
+    pub fn take_or_cancel(&self, peer: IpAddr, evicted: CancellationToken) -> Place {
         let id = self.counter.fetch_add(1, Ordering::Relaxed);
-        let (evicted, received) = (CancellationToken::new(), Arc::<AtomicUsize>::default());
+        let received = Arc::<AtomicUsize>::default();
         let mut taken = self.lock();
         if taken.len() >= self.max {
             evict(&mut taken);

@@ -1,6 +1,7 @@
 //! Whole agents against real peers: one module for each thing that has to hold.
 #![allow(clippy::disallowed_methods, reason = "a test owns its tasks by its runtime")]
 
+mod admin_strangers;
 mod authorization;
 mod call_home_443;
 mod chaos;
@@ -14,6 +15,7 @@ mod front_end_credentials;
 mod front_end_h2;
 mod front_end_held;
 mod front_end_hostile;
+mod front_end_identity;
 mod front_end_kubectl;
 mod front_end_proxy_urls;
 mod front_end_smuggling;

@@ -8,7 +8,8 @@
 //! The length is the point: what HPACK (RFC 7541) keeps of a field in its dynamic table is addressed by order
 //! and evicted by size, so with a value of the same size, the server's table stays aligned with the client's and
 //! nothing else needs to be decoded or encoded again. So there is no table here, and nothing that a small
-//! block could blow up. Whatever is not understood, or is larger than a header block of any client is, passes
+//! block could blow up. Nothing goes by what an authority says either, so a Huffman-coded value is replaced whatever it
+//! is, and only its decoded length is counted. Whatever is not understood, or is larger than a header block of any client is, passes
 //! untouched from then on: the server is the judge of it.
 
 use std::{
@@ -19,7 +20,6 @@ use std::{
 
 use bytes::{Buf, BufMut, BytesMut};
 use hyper::http::uri::Authority;
-use loona_hpack::huffman::HuffmanDecoder;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// The largest frame that is looked into; the server must allow no larger ones.
@@ -321,19 +321,41 @@ fn replace(block: &[u8]) -> Option<Vec<u8>> {
     None
 }
 
-/// The length of a value that the server would refuse.
+/// The decoded length of a value to be replaced: one that the server would refuse, or may refuse.
 fn refused_len(value: &Text<'_>) -> Option<usize> {
-    let decoded;
-    let text = match value {
+    let len = match value {
         Text::Huffman(bytes) | Text::Raw(bytes) if bytes.len() > MAX_VALUE => return None,
-        Text::Huffman(bytes) => {
-            decoded = HuffmanDecoder::new().decode(bytes).ok()?;
-            decoded.as_slice()
-        }
-        Text::Raw(bytes) => bytes,
+        Text::Huffman(bytes) => huffman_len(bytes)?,
+        Text::Raw(bytes) if Authority::try_from(*bytes).is_ok() => return None,
+        Text::Raw(bytes) => bytes.len(),
     };
-    (!text.is_empty() && Authority::try_from(text).is_err()).then_some(text.len())
+    (len > 0).then_some(len)
 }
+
+/// The number of bytes that a Huffman-coded string decodes to; `None` for what decoders must refuse. The code is
+/// canonical, so how many codes there are of each length says where each of them ends.
+fn huffman_len(bytes: &[u8]) -> Option<usize> {
+    let bits = bytes.iter().flat_map(|byte| (0..8).rev().map(move |at| u32::from(byte >> at & 1)));
+    let mut symbols = 0;
+    // The bits since the last symbol, and the first code of that length.
+    let (mut code, mut first, mut length) = (0, 0, 0);
+    for bit in bits {
+        (code, first, length) = (code << 1 | bit, first << 1, length + 1);
+        let codes = *HUFFMAN_CODES.get(length)?;
+        if code < first + codes {
+            symbols += 1;
+            (code, first, length) = (0, 0, 0);
+        } else {
+            first += codes;
+        }
+    }
+    // The rest of the last byte is filled with ones (RFC 7541 §5.2).
+    (length < 8 && code + 1 == 1 << length).then_some(symbols)
+}
+
+/// How many codes of RFC 7541 appendix B have each length in bits; EOS, the fourth of 30 bits, may not occur.
+const HUFFMAN_CODES: [u32; 31] =
+    [0, 0, 0, 0, 0, 10, 26, 32, 6, 0, 5, 3, 2, 6, 2, 3, 0, 0, 0, 3, 8, 13, 26, 29, 12, 4, 15, 19, 29, 0, 3];
 
 /// A string literal (RFC 7541 §5.2) of so many bytes that are a host's name.
 fn put_string(out: &mut Vec<u8>, len: usize) {
@@ -389,6 +411,7 @@ fn integer(bytes: &mut &[u8], bits: u32) -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
+    use loona_hpack::huffman::HuffmanDecoder;
     use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -550,6 +573,44 @@ mod tests {
         let fields = loona_hpack::Decoder::new().decode(&block).unwrap();
         assert_eq!(fields[0].1.len(), 1000);
         assert!(Authority::try_from(fields[0].1.as_slice()).is_ok());
+    }
+
+    /// Strings that decode and strings that do not, as another implementation has them.
+    #[test]
+    fn huffman_coded_strings_have_the_length_that_a_decoder_gives_them() {
+        let mut random = StdRng::seed_from_u64(7541);
+        let mut decoder = HuffmanDecoder::new();
+        let mut decoded = |bytes: &[u8]| decoder.decode(bytes).ok().map(|text| text.len());
+        let (mut good, mut bad) = (0, 0);
+        for round in 0..4000 {
+            let mut bytes = vec![0; round % 40];
+            random.fill_bytes(&mut bytes);
+            if round % 3 == 0 {
+                // Long codes begin with ones.
+                bytes.iter_mut().for_each(|byte| *byte |= 0xfc);
+            }
+            let expected = decoded(&bytes);
+            assert_eq!(huffman_len(&bytes), expected, "{bytes:x?}");
+            *(if expected.is_some() { &mut good } else { &mut bad }) += 1;
+        }
+        assert!(good > 300 && bad > 300, "{good} {bad}");
+        for byte in 0..=u8::MAX {
+            for next in 0..=u8::MAX {
+                assert_eq!(huffman_len(&[byte, next]), decoded(&[byte, next]), "{byte:x} {next:x}");
+            }
+        }
+        // Nothing, padding alone, padding of a byte, padding of zeros, EOS, EOS behind a symbol.
+        for (bytes, expected) in [
+            (&[][..], Some(0)),
+            (&[0xff], None),
+            (&[0x07], Some(1)),
+            (&[0x00], None),
+            (&[0x07, 0xff], None),
+            (&[0xff, 0xff, 0xff, 0xff], None),
+            (&[0x07, 0xff, 0xff, 0xff, 0xff], None),
+        ] {
+            assert_eq!(huffman_len(bytes), expected, "{bytes:x?}");
+        }
     }
 
     /// A client that refers to its dynamic table meets the same entries behind the shim, evictions included.

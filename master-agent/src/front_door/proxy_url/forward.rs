@@ -56,7 +56,7 @@ impl Call {
         let path = format!("{prefix}{rest}");
         let proto = self.entrance.proto();
         let forwarded = Forwarded { proto, peer: self.entrance.peer(), path: &path, host: &host };
-        headers::request(request.headers_mut(), &hop, &forwarded);
+        headers::request(request.headers_mut(), &hop, &forwarded, &self.door.claims);
         *request.uri_mut() = target_uri(rest, request.uri().query())?;
         *request.version_mut() = Version::HTTP_11;
 
@@ -66,7 +66,8 @@ impl Call {
         }
         let (mut sender, exchange) = self.connect(&endpoint, caller).await?;
         let answered = Answered::default();
-        let request = request.map(|body| Upload::new(body, self.door.idle_timeout, answered.clone()));
+        let (idle_timeout, claims) = (self.door.idle_timeout, self.door.claims.clone());
+        let request = request.map(|body| Upload::new(body, idle_timeout, answered.clone(), claims));
         let mut response = sender.send_request(request).await.map_err(|error| {
             let failure = match Stalled::cause_of(&error) {
                 Some(stalled) => Failure::new(StatusCode::REQUEST_TIMEOUT, stalled.to_string()),

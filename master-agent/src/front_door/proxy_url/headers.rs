@@ -7,12 +7,26 @@ use hyper::{
     header::{self, HeaderName, HeaderValue},
 };
 
-use crate::http::hop::{Hop, remove_bearer_protocol, remove_hop_by_hop, tokens};
+use crate::http::{
+    claims::Claims,
+    hop::{Hop, remove_all, remove_bearer_protocol, remove_hop_by_hop, tokens},
+};
 
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const X_FORWARDED_URI: HeaderName = HeaderName::from_static("x-forwarded-uri");
+/// What says where a request came from.
+static WAY: [HeaderName; 7] = [
+    X_FORWARDED_FOR,
+    X_FORWARDED_HOST,
+    X_FORWARDED_PROTO,
+    X_FORWARDED_URI,
+    HeaderName::from_static("x-forwarded-port"),
+    HeaderName::from_static("x-real-ip"),
+    header::FORWARDED,
+];
+
 /// Who asked, and for what, as the target learns it.
 pub struct Forwarded<'a> {
     /// `http` or `https`.
@@ -25,8 +39,11 @@ pub struct Forwarded<'a> {
 }
 
 /// Makes the headers of a caller's request those of the request to its target.
-pub fn request(headers: &mut HeaderMap, hop: &Hop, forwarded: &Forwarded<'_>) {
+pub fn request(headers: &mut HeaderMap, hop: &Hop, forwarded: &Forwarded<'_>, claims: &Claims) {
     remove_hop_by_hop(headers);
+    // Where it came from is what proxies before this one may say, but only under the usual names.
+    remove_all(headers, |name| claims.contains(name) && !WAY.contains(name));
+    announce_trailers(headers, claims);
     // kube-apiserver takes these for itself, too.
     headers.remove(header::AUTHORIZATION);
     remove_bearer_protocol(headers);
@@ -65,6 +82,27 @@ pub fn request(headers: &mut HeaderMap, hop: &Hop, forwarded: &Forwarded<'_>) {
     }
     if hop.chunked {
         headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+    }
+}
+
+/// Makes a request's trailers those of the request to its target.
+pub fn trailers(trailers: &mut HeaderMap, claims: &Claims) {
+    remove_hop_by_hop(trailers);
+    trailers.remove(header::AUTHORIZATION);
+    claims.remove(trailers);
+}
+
+/// Takes from the announcement what [`trailers`] removes.
+fn announce_trailers(headers: &mut HeaderMap, claims: &Claims) {
+    let claimed = |token: &&str| HeaderName::try_from(*token).is_ok_and(|name| claims.contains(&name));
+    if !tokens(headers, &header::TRAILER).any(|token| claimed(&token)) {
+        return;
+    }
+    let kept: Vec<&str> = tokens(headers, &header::TRAILER).filter(|token| !claimed(token)).collect();
+    let kept = HeaderValue::try_from(kept.join(", ")).ok().filter(|kept| !kept.is_empty());
+    headers.remove(header::TRAILER);
+    if let Some(kept) = kept {
+        headers.insert(header::TRAILER, kept);
     }
 }
 
@@ -202,11 +240,20 @@ mod tests {
             ("Accept", "*/*"),
             ("X-Forwarded-For", "10.0.0.1, 10.0.0.2"),
             ("X-Forwarded-Proto", "https"),
+            ("X-Remote-User", "admin"),
+            ("x_remote_user", "admin"),
+            ("x.remote.group", "system:masters"),
+            ("Impersonate-User", "admin"),
+            ("X-Forwarded-User", "admin"),
+            ("X-Forwarded-Access-Token", "abc"),
+            ("X-Auth-Request-Groups", "system:masters"),
+            ("x_forwarded_for", "10.0.0.3"),
+            ("Trailer", "X-Remote-User, X-Sum, x_forwarded_email"),
         ]);
         let hop = Hop::of(&headers);
         assert_eq!(hop, Hop::default());
         let forwarded = Forwarded { peer: Some("127.0.0.1".parse().unwrap()), ..FORWARDED };
-        request(&mut headers, &hop, &forwarded);
+        request(&mut headers, &hop, &forwarded, &Claims::default());
         assert_eq!(
             sorted(&headers),
             [
@@ -214,6 +261,7 @@ mod tests {
                 "connection: close",
                 "cookie: a=b",
                 "host: n1:10250",
+                "trailer: X-Sum",
                 "x-forwarded-for: 10.0.0.1, 10.0.0.2, 127.0.0.1",
                 "x-forwarded-host: localhost:8130",
                 "x-forwarded-proto: http",
@@ -231,7 +279,7 @@ mod tests {
             ("Sec-WebSocket-Protocol", "v5.channel.k8s.io, base64url.bearer.authorization.k8s.io.Zm9v"),
         ]);
         let hop = Hop::of(&headers);
-        request(&mut headers, &hop, &FORWARDED);
+        request(&mut headers, &hop, &FORWARDED, &Claims::default());
         assert_eq!(headers["connection"], "Upgrade");
         assert_eq!(headers["upgrade"], "SPDY/3.1");
         assert_eq!(headers["sec-websocket-protocol"], "v5.channel.k8s.io");
@@ -240,7 +288,7 @@ mod tests {
         let mut headers =
             map(&[("TE", "trailers, deflate"), ("Transfer-Encoding", "chunked"), ("Trailer", "X-Sum")]);
         let hop = Hop::of(&headers);
-        request(&mut headers, &hop, &FORWARDED);
+        request(&mut headers, &hop, &FORWARDED, &Claims::default());
         assert_eq!(
             (&headers["connection"], &headers["te"]),
             (&"close, TE".parse().unwrap(), &"trailers".parse().unwrap())
@@ -249,6 +297,21 @@ mod tests {
             (&headers["transfer-encoding"], &headers["trailer"]),
             (&"chunked".parse().unwrap(), &"X-Sum".parse().unwrap())
         );
+    }
+
+    #[test]
+    fn trailers_say_nothing_of_who_asks() {
+        let mut headers = map(&[
+            ("X-Remote-User", "admin"),
+            ("x_remote_group", "system:masters"),
+            ("X-Forwarded-For", "10.0.0.1"),
+            ("Impersonate-User", "admin"),
+            ("Authorization", "Bearer t"),
+            ("Connection", "X-Sum2"),
+            ("X-Sum", "1"),
+        ]);
+        trailers(&mut headers, &Claims::default());
+        assert_eq!(sorted(&headers), ["x-sum: 1"]);
     }
 
     #[test]

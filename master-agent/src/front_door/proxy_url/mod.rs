@@ -34,7 +34,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Caller, Common, FrontDoor, listen::Socket};
 use crate::{
     directory::Directory,
-    http::{hop, status, watched},
+    http::{claims::Claims, hop, status, watched},
 };
 pub use forward::{Body, Upgrade};
 use status::Failure;
@@ -51,6 +51,8 @@ pub struct ProxyUrls {
     pub common: Common,
     pub directory: Arc<dyn Directory>,
     pub tls: TargetTls,
+    /// What no caller may say of itself to a target.
+    pub claims: Arc<Claims>,
     /// How long a connection may wait for its next request, and a target for the next bytes of a request's body.
     pub idle_timeout: Duration,
     /// Set when connections are to end after the request that they are at.

@@ -14,12 +14,16 @@ use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::time::Sleep;
 
-/// Fails with [`Stalled`] once the caller has brought nothing for too long while the target waits for it. Where the
+use super::headers;
+use crate::http::claims::Claims;
+
+/// Trailers lose what a caller may not say of itself. Fails with [`Stalled`] once the caller has brought nothing for too long while the target waits for it. Where the
 /// response has begun meanwhile, both may take their time: then the request ends with the response.
 pub struct Upload<B = Incoming> {
     body: B,
     timeout: Duration,
     answered: Answered,
+    claims: Arc<Claims>,
     /// While the target waits.
     deadline: Option<Pin<Box<Sleep>>>,
 }
@@ -34,8 +38,8 @@ pub struct Answered(Arc<AtomicBool>);
 pub struct Stalled(Duration);
 
 impl<B> Upload<B> {
-    pub fn new(body: B, timeout: Duration, answered: Answered) -> Self {
-        Self { body, timeout, answered, deadline: None }
+    pub fn new(body: B, timeout: Duration, answered: Answered, claims: Arc<Claims>) -> Self {
+        Self { body, timeout, answered, claims, deadline: None }
     }
 }
 
@@ -72,6 +76,14 @@ where
         let frame = Pin::new(&mut this.body).poll_frame(cx);
         if frame.is_ready() || this.answered.is_set() {
             this.deadline = None;
+            let claims = &this.claims;
+            let frame = frame.map_ok(|frame| match frame.into_trailers() {
+                Ok(mut trailers) => {
+                    headers::trailers(&mut trailers, claims);
+                    Frame::trailers(trailers)
+                }
+                Err(frame) => frame,
+            });
             return frame.map_err(Into::into);
         }
         let timeout = this.timeout;
@@ -106,7 +118,7 @@ mod tests {
     ) -> (mpsc::Sender<Piece>, Upload<impl Body<Data = Bytes, Error = Infallible> + Unpin>) {
         let (sender, mut pieces) = mpsc::channel(1);
         let stream = futures_util::stream::poll_fn(move |cx| pieces.poll_recv(cx));
-        (sender, Upload::new(StreamBody::new(stream), TIMEOUT, answered))
+        (sender, Upload::new(StreamBody::new(stream), TIMEOUT, answered, Arc::default()))
     }
 
     #[tokio::test(start_paused = true)]

@@ -176,6 +176,12 @@ fn read_rule(rule: &Section<'_>, index: usize) -> Option<PathRule> {
         |p| !p.starts_with('/') || p.trim_end_matches('*').contains('*') || p.ends_with("**"),
         "is no path that begins with /, with * at its end at most",
     );
+    if paths.iter().any(|path| path.contains(['%', '\\']) || path.contains("/../") || path.contains("//")) {
+        rule.error(
+            "paths",
+            "has an escape, a backslash, .. or an empty part: paths are compared decoded, so that fits no request",
+        );
+    }
     if paths.is_empty() {
         rule.error("paths", "names no path");
     }

@@ -21,6 +21,7 @@ use hyper::{Method, Request, Response, Uri};
 use proto::io::tasks::Tasks;
 
 use super::{
+    headers::IdentityHeaders,
     https_client::ClientTls,
     reloaded::{Follow, Reloaded},
 };
@@ -36,6 +37,7 @@ pub struct UpstreamConfig {
     /// `https://HOST:PORT`, or `http://` on loopback.
     pub servers: Vec<Uri>,
     pub tls: ClientTls,
+    pub identity: IdentityHeaders,
     /// Many requests on one connection, with servers that speak HTTP/2.
     pub http2: bool,
     /// What is asked for to see whether a server works.

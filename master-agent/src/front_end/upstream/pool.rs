@@ -209,6 +209,7 @@ mod tests {
         Pool::new(&UpstreamConfig {
             servers: Vec::new(),
             tls: Default::default(),
+            identity: Default::default(),
             http2: true,
             health_path: "/".to_owned(),
             health_interval: Duration::from_secs(5),
