@@ -8,10 +8,10 @@ use std::{
 };
 
 use anyhow::Context;
-use proto::io::{admin::Endpoints, exposition::Exposition, socket, tasks::Tasks, unix};
+use proto::io::{admin::Endpoints, exposition::Exposition, socket, tasks::Tasks, tls, unix};
 use rustls::{
     ServerConfig,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+    pki_types::{CertificateDer, pem::PemObject},
 };
 use tokio::{
     net::{TcpListener, UnixListener},
@@ -29,7 +29,8 @@ use crate::{
         konnectivity::Konnectivity,
         listen::{self, Callers},
         proxy_url::{ProxyUrls, TargetTls},
-        socks5::{Socks5, Users},
+        socks5::Socks5,
+        users::Users,
     },
     front_end::{audit::Writer, config::FrontEndConfig, local, reloaded::Reloaded, server::FrontEnd},
     identity::Authorities,
@@ -460,7 +461,7 @@ fn tls_acceptor(config: &TlsConfig, protocol: &[u8]) -> anyhow::Result<TlsAccept
     let chain = CertificateDer::pem_file_iter(&config.cert)
         .and_then(Iterator::collect::<Result<Vec<_>, _>>)
         .with_context(|| read("certificate", &config.cert))?;
-    let key = PrivateKeyDer::from_pem_file(&config.key).with_context(|| read("private key", &config.key))?;
+    let key = tls::private_key(&config.key)?;
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let possession = Possession { provider: provider.clone(), mandatory: true };
     let mut tls = ServerConfig::builder_with_provider(provider)

@@ -1,6 +1,7 @@
 //! The command line, and the commands that ask the running agent.
 
 use std::{
+    io::{self, BufRead},
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
@@ -13,10 +14,13 @@ use hyper::Method;
 use hyper_util::rt::TokioIo;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use proto::{NodeName, io::tasks::Tasks};
+use rustix::termios::{self, LocalModes, OptionalActions};
 use tokio::net::UnixStream;
+use zeroize::Zeroizing;
 
 use crate::{
-    agent::Explanation, compare::CompareArgs, config::Config, page, registry::NodeStatus, top::TopArgs,
+    agent::Explanation, compare::CompareArgs, config::Config, front_door::users, page, registry::NodeStatus,
+    top::TopArgs,
 };
 
 /// Runs beside kube-apiserver: keeps SSH tunnels to every node and carries connections over them.
@@ -66,6 +70,11 @@ pub enum Command {
     Compare(Box<CompareArgs>),
     /// Sign a person's SSH key, for `ssh -L`, `-W` and `-J` through nodes within their policies.
     SignUser(SignUserArgs),
+    /// Print a user's line for `socks5.tcp.users_file`. The password is a line of standard input.
+    HashPassword {
+        /// The user's name.
+        name: String,
+    },
     /// Print a completion script for a shell.
     Completions {
         /// The shell that is to read it.
@@ -182,6 +191,32 @@ pub fn read_text(path: &Path) -> anyhow::Result<String> {
         return std::io::read_to_string(std::io::stdin()).context("can't read standard input");
     }
     std::fs::read_to_string(path).with_context(|| format!("can't read {}", path.display()))
+}
+
+/// `hash-password`. The password is no argument, as those are for every process to see.
+pub fn hash_password(name: &str) -> anyhow::Result<()> {
+    let password = read_password().context("can't read standard input")?;
+    println!("{}", users::line(name, password.trim_end_matches(['\r', '\n']).as_bytes())?);
+    Ok(())
+}
+
+/// One line of standard input; a terminal does not show it.
+fn read_password() -> io::Result<Zeroizing<String>> {
+    let stdin = io::stdin();
+    let terminal = termios::tcgetattr(&stdin).ok();
+    if let Some(shown) = &terminal {
+        let mut hidden = shown.clone();
+        hidden.local_modes.remove(LocalModes::ECHO);
+        termios::tcsetattr(&stdin, OptionalActions::Flush, &hidden)?;
+        eprint!("Password: ");
+    }
+    let mut line = Zeroizing::new(String::new());
+    let read = stdin.lock().read_line(&mut line);
+    if let Some(shown) = &terminal {
+        termios::tcsetattr(&stdin, OptionalActions::Flush, shown)?;
+        eprintln!();
+    }
+    read.map(|_| line)
 }
 
 /// `node list`.

@@ -1028,7 +1028,7 @@ tunnels:
         let path = dir.join("master.yaml");
         fs::write(dir.join("tls.crt"), "").unwrap();
         fs::write(dir.join("tls.key"), "").unwrap();
-        fs::set_permissions(dir.join("tls.key"), fs::Permissions::from_mode(0o640)).unwrap();
+        fs::set_permissions(dir.join("tls.key"), fs::Permissions::from_mode(0o644)).unwrap();
         let text = "state_dir: tls.crt\nhttp_connect:\n  tls: {cert: tls.crt, key: tls.key, client_ca: .}\ninventory: gone.yaml\n";
         fs::write(&path, text).unwrap();
         let shown = Config::load(&path).unwrap_err().to_string();
@@ -1038,7 +1038,7 @@ tunnels:
             lines,
             [
                 "1:12: state_dir: /tls.crt is not a directory",
-                "3:29: http_connect.tls.key: /tls.key holds secrets and has mode 0640, open to others: chmod 600 /tls.key",
+                "3:29: http_connect.tls.key: /tls.key holds secrets and has mode 0644, open to others: chmod 600 /tls.key",
                 "3:49: http_connect.tls.client_ca: /. is not a file",
                 "4:12: inventory: /gone.yaml can't be read: No such file or directory (os error 2)",
             ]

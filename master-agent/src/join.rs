@@ -18,7 +18,7 @@ use russh::{ChannelMsg, keys::PublicKey};
 
 use crate::{
     agent::Agent,
-    identity::VerifiedHost,
+    identity::{HostKeyError, VerifiedHost},
     inventory::Inventory,
     metrics::Reason,
     token::{self, Listed},
@@ -28,24 +28,30 @@ use crate::{
 /// The master's SSH user name, and the principal of its certificates.
 pub const LOGIN: &str = "master-agent";
 
-/// Offers the join exchange on a session; `false` when the other side does not want to join. With a `name` it was
-/// admitted under that name and joins under no other.
+/// The type of extended data that is for people to read (RFC 4254 §5.2).
+const STDERR: u32 = 1;
+
+/// Offers the join exchange on a session; `false` when the other side does not want to join, which is told why it is
+/// no node. With a `name` it was admitted under that name and joins under no other.
 pub async fn serve(
     agent: &Arc<Agent>,
     session: Session,
     key: &PublicKey,
+    why: &HostKeyError,
     name: Option<&NodeName>,
     peer: SocketAddr,
 ) -> bool {
-    let joined = exchange(agent, &session, key, name, peer).await;
-    session.close("the join exchange has ended").await;
-    joined.unwrap_or(false)
+    let joined = exchange(agent, &session, key, why, name, peer).await.unwrap_or(false);
+    let reason = if joined { "the join exchange has ended".to_owned() } else { why.for_peer() };
+    session.close(&reason).await;
+    joined
 }
 
 async fn exchange(
     agent: &Arc<Agent>,
     session: &Session,
     key: &PublicKey,
+    why: &HostKeyError,
     name: Option<&NodeName>,
     peer: SocketAddr,
 ) -> Result<bool, russh::Error> {
@@ -74,7 +80,14 @@ async fn exchange(
                     }
                 }
             }
-            Some(ChannelMsg::Failure | ChannelMsg::Eof | ChannelMsg::Close) | None => return Ok(false),
+            Some(ChannelMsg::Failure) => {
+                // It does not get to see what the session is closed with.
+                if session.is_with_node_agent() {
+                    channel.extended_data_bytes(STDERR, why.for_peer()).await?;
+                }
+                return Ok(false);
+            }
+            Some(ChannelMsg::Eof | ChannelMsg::Close) | None => return Ok(false),
             Some(_) => {}
         }
     };

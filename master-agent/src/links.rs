@@ -159,7 +159,7 @@ async fn dial_once(
         return Err(TunnelError::Ssh(russh::Error::UnknownKey));
     };
     let (tunnel, events) = session.into_tunnel(host, Direction::Dialled, peer, &agent.config.tunnels).await?;
-    register(agent, tunnel).map(|registration| (registration, events))
+    register(agent, tunnel).await.map(|registration| (registration, events))
 }
 
 /// Accepts nodes that call home until the group of sessions is cancelled.
@@ -245,10 +245,10 @@ where
         HostIdentity::Verified(host) => {
             let (tunnel, events) =
                 session.into_tunnel(host, direction, Some(peer), &agent.config.tunnels).await?;
-            register(agent, tunnel).map(|registration| Some((registration, events)))
+            register(agent, tunnel).await.map(|registration| Some((registration, events)))
         }
         HostIdentity::Unknown(key, why) => {
-            let join = join::serve(agent, session, &key, name.as_ref(), peer);
+            let join = join::serve(agent, session, &key, &why, name.as_ref(), peer);
             let joined = tokio::select! {
                 joined = tokio::time::timeout(agent.config.tunnels.handshake_timeout, join) => joined,
                 () = place.evicted.cancelled() => return Err(TunnelError::Evicted),
@@ -316,12 +316,22 @@ fn refused(agent: &Agent, reason: &'static str, error: TunnelError) -> TunnelErr
     error
 }
 
-fn register(agent: &Arc<Agent>, tunnel: Tunnel) -> Result<Registration, TunnelError> {
+/// Takes a tunnel among those of its node, or closes it with the reason why not.
+async fn register(agent: &Arc<Agent>, tunnel: Tunnel) -> Result<Registration, TunnelError> {
+    let tunnel = Arc::new(tunnel);
     // The node may have joined with another key since this one was looked at.
-    if let Err(why) = trust::still_good(agent, &tunnel.host) {
-        return Err(refuse_key(agent, &why));
-    }
-    let (registration, others) = agent.registry.register(tunnel)?;
+    let registered = match trust::still_good(agent, &tunnel.host) {
+        Ok(()) => agent.registry.register(tunnel.clone()).map_err(TunnelError::from),
+        Err(why) => Err(refuse_key(agent, &why)),
+    };
+    let (registration, others) = match registered {
+        Ok(registered) => registered,
+        Err(error) => {
+            tunnel.close(&error.to_string()).await;
+            return Err(error);
+        }
+    };
+    drop(tunnel);
     if let Some(absence) = registration.absence {
         agent.metrics.node_absence_seconds.observe(absence.as_secs_f64());
     }

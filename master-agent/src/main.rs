@@ -29,6 +29,9 @@ fn main() -> ExitCode {
         cli::completions(shell);
         return ExitCode::SUCCESS;
     }
+    if let Command::HashPassword { name } = &cli.command {
+        return done(cli::hash_password(name));
+    }
     // A mistake in the inventory is no reason not to answer what the running agent does.
     let load = match cli.command {
         Command::Run | Command::CheckConfig => Config::load,
@@ -40,6 +43,7 @@ fn main() -> ExitCode {
         | Command::Page
         | Command::Top(_)
         | Command::SignUser(_)
+        | Command::HashPassword { .. }
         | Command::Completions { .. } => Config::load_alone,
     };
     let config = match load(&cli.config) {
@@ -53,6 +57,10 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime.block_on(command(cli, config)),
         Err(e) => Err(e.into()),
     };
+    done(result)
+}
+
+fn done(result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
@@ -99,7 +107,7 @@ async fn command(cli: Cli, config: Config) -> anyhow::Result<()> {
         }
         Command::SshdConfig(args) => print_sshd_config(&config, args),
         Command::SignUser(args) => sign_user(&config, args),
-        Command::Completions { .. } => Ok(()),
+        Command::HashPassword { .. } | Command::Completions { .. } => Ok(()),
     }
 }
 

@@ -173,9 +173,8 @@ impl Registry {
     /// Adds a tunnel. Also gives the node's other tunnels, which may be dead without anybody knowing yet.
     pub fn register(
         self: &Arc<Self>,
-        tunnel: Tunnel,
+        tunnel: Arc<Tunnel>,
     ) -> Result<(Registration, Vec<Arc<Tunnel>>), NotRegistered> {
-        let tunnel = Arc::new(tunnel);
         let mut nodes = self.nodes();
         let node = nodes.get_mut(&tunnel.node).ok_or_else(|| NotRegistered::Unknown(tunnel.node.clone()))?;
         let had = !node.tunnels.is_empty();

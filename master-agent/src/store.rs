@@ -141,7 +141,7 @@ impl SqliteStore {
         // SQLite would create it with the process's umask; its journal takes the mode of the file.
         match secret_file::write_new(&path, b"") {
             Ok(()) => {}
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => secret_file::check(&path)?,
             Err(e) => return Err(e).with_context(context),
         }
         let connection = Connection::open(&path).with_context(context)?;

@@ -29,6 +29,7 @@ use proto::{
         tasks::Tasks,
     },
     mux::{FRONT_END_SUBSYSTEM, SUBSYSTEM},
+    refusal,
 };
 use russh::{
     ChannelId, ChannelMsg, ChannelOpenFailure, SshId,
@@ -52,8 +53,8 @@ const PATIENCE: Duration = Duration::from_millis(250);
 
 /// The least size of packets that a node has to take.
 const LEAST_PACKET: u32 = 1024;
-/// The most characters kept of what a node says when it closes a session.
-const FAREWELL: usize = 200;
+/// For a peer to be told why it is refused, or to say why it refuses.
+const WORDS: Duration = Duration::from_secs(1);
 /// Channels that a plain sshd may open in a window of time. Each costs an answer, and answers wait without bound
 /// while keys are exchanged.
 const OPENS: u32 = 10_000;
@@ -114,9 +115,9 @@ pub enum TunnelError {
     #[error("{0}")]
     HostKey(#[from] HostKeyError),
     #[error(
-        "the node refused the master's certificate as SSH user {user:?}: check that it trusts this master's user CA (TrustedUserCAKeys, or `node-agent join`), and the clocks"
+        "the node refused the master's certificate as SSH user {user:?}{said}: check that it trusts this master's user CA (TrustedUserCAKeys, or `node-agent join`), and the clocks"
     )]
-    Unauthorized { user: String },
+    Unauthorized { user: String, said: String },
     #[error("no SSH handshake within {}", humantime::format_duration(*.0))]
     Timeout(Duration),
     #[error("the connection was closed before the master was authenticated")]
@@ -164,8 +165,10 @@ struct Shared {
     /// Of the multiplexer on which the node opens streams.
     front_end: Fed,
     forward: Mutex<Option<Forward>>,
-    identity: OnceLock<HostIdentity>,
-    refused: Mutex<Option<HostKeyError>>,
+    /// Whose the presented host key is.
+    identity: OnceLock<Result<HostIdentity, HostKeyError>>,
+    /// Whether the other side says that it is a node-agent.
+    node_agent: AtomicBool,
     reason: OnceLock<(Loss, String)>,
     ended: CancellationToken,
 }
@@ -263,13 +266,20 @@ impl client::Handler for ClientHandler {
     type Error = russh::Error;
 
     async fn check_server_key(&mut self, presented: &PublicKeyOrCertificate) -> Result<bool, russh::Error> {
-        match (self.verify)(presented) {
-            Ok(identity) => Ok(self.shared.identity.set(identity).is_ok()),
-            Err(error) => {
-                *self.shared.refused.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-                Ok(false)
-            }
-        }
+        // Also with a key that is refused the key exchange comes to its end, so that the node can be told why;
+        // `handshake` goes no further with it.
+        Ok(self.shared.identity.set((self.verify)(presented)).is_ok())
+    }
+
+    async fn kex_done(
+        &mut self,
+        _shared_secret: Option<&[u8]>,
+        _names: &russh::Names,
+        session: &mut client::Session,
+    ) -> Result<(), russh::Error> {
+        let is_node_agent = session.remote_sshid().starts_with(refusal::NODE_AGENT.as_bytes());
+        self.shared.node_agent.store(is_node_agent, Ordering::Relaxed);
+        Ok(())
     }
 
     async fn channel_open_confirmation(
@@ -415,9 +425,7 @@ impl client::Handler for ClientHandler {
     async fn disconnected(&mut self, reason: DisconnectReason<russh::Error>) -> Result<(), russh::Error> {
         let _ = self.shared.reason.set(match reason {
             DisconnectReason::ReceivedDisconnect(info) => {
-                let printable = |c: char| if c.is_control() { ' ' } else { c };
-                let message: String = info.message.chars().take(FAREWELL).map(printable).collect();
-                (Loss::ByNode, format!("closed by the node: {message}"))
+                (Loss::ByNode, format!("closed by the node: {}", refusal::printable(&info.message)))
             }
             DisconnectReason::Error(russh::Error::KeepaliveTimeout) => {
                 (Loss::NoAnswer, "the node no longer answers".to_owned())
@@ -481,23 +489,26 @@ where
         front_end: Mutex::default(),
         forward: Mutex::default(),
         identity: OnceLock::new(),
-        refused: Mutex::default(),
+        node_agent: AtomicBool::new(false),
         reason: OnceLock::new(),
         ended: CancellationToken::new(),
     });
     let handler =
         ClientHandler { verify, shared: shared.clone(), channels: channels.clone(), stalls: stalls.clone() };
-    let refused = || shared.refused.lock().unwrap_or_else(PoisonError::into_inner).take();
 
     let run = async {
-        let mut handle = match client::connect_stream(Arc::new(client_config(config)), link, handler).await {
-            Ok(handle) => handle,
-            Err(error) => {
-                return Err(match refused() {
-                    Some(refused) => TunnelError::HostKey(refused),
-                    None => not_ssh(error),
-                });
+        let connected = client::connect_stream(Arc::new(client_config(config)), link, handler).await;
+        let (mut handle, identity) = match (connected, shared.identity.get().cloned()) {
+            (Ok(handle), Some(Ok(identity))) => (handle, identity),
+            (connected, Some(Err(refused))) => {
+                if let Ok(mut handle) = connected {
+                    let reason = refused.for_peer();
+                    let _ = tokio::time::timeout(WORDS, shared.refuse(&mut handle, &reason)).await;
+                }
+                return Err(TunnelError::HostKey(refused));
             }
+            (Ok(_), None) => return Err(TunnelError::Ssh(russh::Error::UnknownKey)),
+            (Err(error), _) => return Err(not_ssh(error)),
         };
         let key = Arc::new(user.key.clone());
         let auth = match &user.certificate {
@@ -507,24 +518,42 @@ where
                 handle.authenticate_publickey(login, PrivateKeyWithHashAlg::new(key, hash)).await?
             }
         };
-        match auth.success() {
-            true => Ok(handle),
-            // russh tells a session that ended from a refusal in no other way.
-            false if handle.is_closed() => Err(TunnelError::Closed),
-            false => Err(TunnelError::Unauthorized { user: login.to_owned() }),
+        if auth.success() {
+            return Ok((handle, identity));
         }
+        // A node-agent says why, and leaves.
+        let closed = handle.is_closed();
+        if closed || shared.node_agent.load(Ordering::Relaxed) {
+            let _ = tokio::time::timeout(WORDS, shared.ended.cancelled()).await;
+        }
+        Err(match shared.reason.get() {
+            Some((Loss::ByNode, said)) => {
+                TunnelError::Unauthorized { user: login.to_owned(), said: format!(" ({said})") }
+            }
+            // russh tells a session that ended from a refusal in no other way.
+            Some(_) | None if closed => TunnelError::Closed,
+            Some(_) | None => TunnelError::Unauthorized { user: login.to_owned(), said: String::new() },
+        })
     };
-    let handle = tokio::select! {
+    let (handle, identity) = tokio::select! {
         r = tokio::time::timeout(config.handshake_timeout, run) => {
             r.map_err(|_| timed_out(config.handshake_timeout, received.load(Ordering::Relaxed)))??
         }
         () = evicted(place) => return Err(TunnelError::Evicted),
     };
-    let Some(identity) = shared.identity.get().cloned() else {
-        return Err(TunnelError::Ssh(russh::Error::UnknownKey));
-    };
     let parts = Parts { shared, channels, gate, stalls: stalls.clone(), tasks };
     Ok(Session { identity, handle: Arc::new(handle), parts, cut, cut_on_drop })
+}
+
+impl Shared {
+    /// Tells a node, before this master has authenticated, why there is nothing for it here.
+    async fn refuse(&self, handle: &mut Handle<ClientHandler>, reason: &str) {
+        if self.node_agent.load(Ordering::Relaxed) {
+            let _ = handle.authenticate_none(refusal::to_login(reason)).await;
+        }
+        let _ = handle.disconnect(russh::Disconnect::ByApplication, reason, "").await;
+        self.ended.cancelled().await;
+    }
 }
 
 fn timed_out(limit: Duration, received: usize) -> TunnelError {
@@ -628,6 +657,11 @@ impl Session {
             cut: self.cut,
         };
         Ok((tunnel, events))
+    }
+
+    /// Whether the other side says that it is a node-agent.
+    pub fn is_with_node_agent(&self) -> bool {
+        self.parts.shared.node_agent.load(Ordering::Relaxed)
     }
 
     /// Ends a session that does not become a tunnel.
@@ -888,7 +922,14 @@ impl Tunnel {
     /// Ends the tunnel; its streams are reset.
     pub async fn close(&self, reason: &str) {
         let _ = self.parts.shared.reason.set((Loss::ByMaster, reason.to_owned()));
-        let bye = self.handle.disconnect(russh::Disconnect::ByApplication, reason, "");
+        let bye = async {
+            if let Carrier::Mux(mux) = &self.carrier
+                && !mux.is_going_away()
+            {
+                mux.go_away(reason).await;
+            }
+            self.handle.disconnect(russh::Disconnect::ByApplication, reason, "").await
+        };
         let _ = tokio::time::timeout(Duration::from_millis(500), bye).await;
         let _ = tokio::time::timeout(Duration::from_millis(500), self.parts.shared.ended.cancelled()).await;
         self.cut.cancel();

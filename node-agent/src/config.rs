@@ -386,6 +386,7 @@ mod tests {
             "token_file",
             "server_name",
             "proxy",
+            "proxy_password_file",
             "addresses",
             "policy",
             "kubelet_port",
@@ -565,6 +566,14 @@ policy:
             (
                 "listen: 0.0.0.0:22\ncall_home_https: {cert: a}",
                 "2:1: call_home_https: cert and key go together",
+            ),
+            (
+                "listen: 0.0.0.0:22\ncall_home_https: {proxy: 'http://u:p@h:1', proxy_password_file: f}",
+                "2:65: call_home_https.proxy_password_file: needs `proxy: http://USER@HOST:PORT`, without a password",
+            ),
+            (
+                "listen: 0.0.0.0:22\ncall_home_https: {proxy_password_file: f}",
+                "2:40: call_home_https.proxy_password_file: needs `proxy: http://USER@HOST:PORT`, without a password",
             ),
             (
                 "listen: 0.0.0.0:22\ncall_home_https: {proxy: 'socks5://u:p@h:1'}",

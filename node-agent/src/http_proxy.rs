@@ -1,7 +1,7 @@
 //! The HTTP proxy that stands between this node and masters, if there is one: given by the configuration, or by the
 //! environment as other programs of a cluster's nodes read it (Go's `httpproxy`).
 
-use std::{fmt, net::IpAddr, str::FromStr};
+use std::{fmt, net::IpAddr, path::PathBuf, str::FromStr};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use ipnet::IpNet;
@@ -9,14 +9,29 @@ use percent_encoding::percent_decode_str;
 use proto::{
     Host, Target,
     config::{At, Value},
+    secret_file,
 };
+use zeroize::Zeroizing;
 
 /// An HTTP proxy. Its credentials are never shown.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Proxy {
     pub address: Target,
-    /// The value of `Proxy-Authorization`.
-    pub authorization: Option<String>,
+    login: Option<Login>,
+}
+
+#[derive(Clone, PartialEq, Eq)]
+struct Login {
+    user: Zeroizing<Vec<u8>>,
+    password: Password,
+}
+
+#[derive(Clone, PartialEq, Eq)]
+enum Password {
+    None,
+    Given(Zeroizing<Vec<u8>>),
+    /// Read anew for each link.
+    File(PathBuf),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -44,14 +59,42 @@ impl FromStr for Proxy {
         };
         let has_port = authority.rsplit_once(':').is_some_and(|(_, port)| !port.ends_with(']'));
         let address = if has_port { authority.parse() } else { format!("{authority}:80").parse() };
-        let authorization = user.map(|user| {
-            let (name, password) = user.split_once(':').unwrap_or((user, ""));
-            let mut plain: Vec<u8> = percent_decode_str(name).collect();
-            plain.push(b':');
-            plain.extend(percent_decode_str(password));
-            format!("Basic {}", STANDARD.encode(plain))
+        let decoded = |text| Zeroizing::new(percent_decode_str(text).collect::<Vec<u8>>());
+        let login = user.map(|login| match login.split_once(':') {
+            Some((user, password)) => {
+                Login { user: decoded(user), password: Password::Given(decoded(password)) }
+            }
+            None => Login { user: decoded(login), password: Password::None },
         });
-        Ok(Self { address: address.map_err(|_| InvalidProxy::Address)?, authorization })
+        Ok(Self { address: address.map_err(|_| InvalidProxy::Address)?, login })
+    }
+}
+
+impl Proxy {
+    /// Takes the password from a file; `None` where the address names no user, or has a password already.
+    pub fn with_password_file(mut self, file: PathBuf) -> Option<Self> {
+        let login = self.login.as_mut().filter(|login| login.password == Password::None)?;
+        login.password = Password::File(file);
+        Some(self)
+    }
+
+    /// The value of `Proxy-Authorization` (RFC 7617). Reads the password's file, if it is in one.
+    pub fn authorization(&self) -> Result<Option<Zeroizing<String>>, String> {
+        let Some(Login { user, password }) = &self.login else { return Ok(None) };
+        let mut plain = Zeroizing::new([user.as_slice(), b":"].concat());
+        match password {
+            Password::None => {}
+            Password::Given(password) => plain.extend_from_slice(password),
+            Password::File(file) => {
+                let text = secret_file::read_given(file).map_err(|e| e.to_string())?;
+                let password = text.trim_end_matches(['\r', '\n']);
+                if password.is_empty() || password.contains(char::is_control) {
+                    return Err(format!("{} does not hold one line with a password", file.display()));
+                }
+                plain.extend_from_slice(password.as_bytes());
+            }
+        }
+        Ok(Some(Zeroizing::new(format!("Basic {}", STANDARD.encode(&*plain)))))
     }
 }
 
@@ -84,6 +127,16 @@ impl Choice {
             Self::Environment => Environment::read().towards(target),
             Self::None => Ok(None),
             Self::Use(proxy) => Ok(Some(proxy.clone())),
+        }
+    }
+}
+
+impl Choice {
+    /// As [`Proxy::with_password_file`].
+    pub fn with_password_file(self, file: PathBuf) -> Option<Self> {
+        match self {
+            Self::Use(proxy) => proxy.with_password_file(file).map(Self::Use),
+            Self::Environment | Self::None => None,
         }
     }
 }
@@ -246,7 +299,7 @@ mod tests {
             let proxy: Proxy = text.parse().unwrap();
             assert_eq!(proxy.address.to_string(), address, "{text}");
             let expected = authorization.map(|plain| format!("Basic {}", STANDARD.encode(plain)));
-            assert_eq!(proxy.authorization, expected, "{text}");
+            assert_eq!(proxy.authorization().unwrap().as_deref(), expected.as_ref(), "{text}");
             assert_eq!(format!("{proxy} {proxy:?}"), format!("http://{address} http://{address}"));
         }
         for text in [
@@ -260,6 +313,34 @@ mod tests {
         ] {
             let error = text.parse::<Proxy>().unwrap_err().to_string();
             assert!(!error.contains("secret"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_password_in_a_file_is_read_each_time_and_never_shown() {
+        let file = std::env::temp_dir().join(format!("proxy-password-{:016x}", rand::random::<u64>()));
+        let proxy: Proxy = "http://user@proxy.example:3128".parse().unwrap();
+        let proxy = proxy.with_password_file(file.clone()).unwrap();
+        assert!(proxy.authorization().unwrap_err().contains(&file.display().to_string()));
+        for password in ["first", "p@ss:word ", "third\n", "fourth\r\n"] {
+            secret_file::replace(&file, password.as_bytes()).unwrap();
+            let plain = format!("user:{}", password.trim_end_matches(['\r', '\n']));
+            let expected = format!("Basic {}", STANDARD.encode(plain));
+            assert_eq!(proxy.authorization().unwrap().as_deref(), Some(&expected));
+        }
+        for bad in ["", "\n", "secret\nsecret", "secret\u{7f}"] {
+            secret_file::replace(&file, bad.as_bytes()).unwrap();
+            let error = proxy.authorization().unwrap_err();
+            assert!(error.contains("one line with a password") && !error.contains("secret"), "{error}");
+        }
+        secret_file::replace(&file, b"secret").unwrap();
+        std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+        let error = proxy.authorization().unwrap_err();
+        assert!(error.contains("chmod 600") && !error.contains("secret"), "{error}");
+        std::fs::remove_file(&file).unwrap();
+        assert_eq!(format!("{proxy} {proxy:?}"), "http://proxy.example:3128 http://proxy.example:3128");
+        for text in ["http://proxy:3128", "http://user:secret@proxy:3128", "http://user:@proxy:3128"] {
+            assert!(text.parse::<Proxy>().unwrap().with_password_file(file.clone()).is_none(), "{text}");
         }
     }
 

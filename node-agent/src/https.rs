@@ -25,6 +25,7 @@ use proto::{
     call_home::{Purpose, UPGRADE, path},
     config::Section,
     io::tls::ClientTls,
+    secret_file,
 };
 use rustls::pki_types::ServerName;
 use tokio::{
@@ -32,6 +33,7 @@ use tokio::{
     net::TcpStream,
 };
 use tokio_rustls::TlsConnector;
+use zeroize::Zeroizing;
 
 use crate::{
     http_proxy::{Choice, Proxy},
@@ -70,11 +72,18 @@ impl CallHomeHttps {
         if server_name.as_ref().is_some_and(|name| ServerName::try_from(name.as_str()).is_err()) {
             s.error("server_name", "is neither a DNS name nor an address");
         }
+        let mut proxy = s.or("proxy", Choice::Environment);
+        if let Some(file) = s.private_file("proxy_password_file") {
+            proxy = proxy.with_password_file(file).unwrap_or_else(|| {
+                s.error("proxy_password_file", "needs `proxy: http://USER@HOST:PORT`, without a password");
+                Choice::None
+            });
+        }
         Some(Self {
             tls: ClientTls { ca: s.file("ca"), identity: cert.zip(key) },
             token_file: s.file("token_file"),
             server_name,
-            proxy: s.or("proxy", Choice::Environment),
+            proxy,
         })
     }
 
@@ -86,7 +95,8 @@ impl CallHomeHttps {
     fn token(&self) -> Result<Option<String>, String> {
         let Some(file) = &self.token_file else { return Ok(None) };
         let shown = file.display();
-        let text = std::fs::read_to_string(file).map_err(|e| format!("can't read {shown}: {e}"))?;
+        // Kubelet writes service accounts' tokens for everybody to read unless the pod has an `fsGroup`.
+        let text = secret_file::read_public(file).map_err(|e| e.to_string())?;
         let token = text.trim();
         if token.is_empty() || token.len() > MAX_TOKEN || !token.bytes().all(|b| b.is_ascii_graphic()) {
             return Err(format!("{shown} holds no token"));
@@ -128,13 +138,14 @@ async fn connect_within(
     timeout: Duration,
 ) -> Result<Connected, String> {
     let proxy = config.proxy.towards(front_end).map_err(|e| e.to_string())?;
-    let files = config.clone();
+    let (files, login) = (config.clone(), proxy.clone());
     // As many as the system's own certificates.
     let read = tokio::task::spawn_blocking(move || {
         let tls = files.tls.config().map_err(|e| e.to_string())?;
-        Ok::<_, String>((tls, files.token()?))
+        let authorization = login.map_or(Ok(None), |proxy| proxy.authorization())?;
+        Ok::<_, String>((tls, files.token()?, authorization))
     });
-    let (mut tls, configured) = read.await.map_err(|e| e.to_string())??;
+    let (mut tls, configured, authorization) = read.await.map_err(|e| e.to_string())??;
     let token = match configured {
         Some(token) => Some(token),
         None if config.tls.identity.is_none() => token.map(str::to_owned),
@@ -145,7 +156,7 @@ async fn connect_within(
     let socket = links::connect(proxy.as_ref().map_or(front_end, |proxy| &proxy.address), timeout).await?;
     let local = socket.local_addr().ok().map(|address| address.ip());
     let (socket, peer) = match &proxy {
-        Some(proxy) => (tunnel(proxy, front_end, socket).await?, None),
+        Some(proxy) => (tunnel(proxy, authorization, front_end, socket).await?, None),
         None => {
             let peer = socket.peer_addr().ok();
             (socket, peer)
@@ -160,13 +171,18 @@ async fn connect_within(
 }
 
 /// Has a proxy connect to the front end (RFC 9110 §9.3.6).
-async fn tunnel(proxy: &Proxy, front_end: &Target, socket: TcpStream) -> Result<TcpStream, String> {
+async fn tunnel(
+    proxy: &Proxy,
+    authorization: Option<Zeroizing<String>>,
+    front_end: &Target,
+    socket: TcpStream,
+) -> Result<TcpStream, String> {
     let failed = |what: &str| format!("the proxy {proxy} {what}");
     let authority = front_end.to_string();
     let mut request =
         Request::builder().method(Method::CONNECT).uri(&authority).header(header::HOST, &authority);
-    if let Some(authorization) = &proxy.authorization {
-        request = request.header(header::PROXY_AUTHORIZATION, secret(authorization)?);
+    if let Some(authorization) = authorization {
+        request = request.header(header::PROXY_AUTHORIZATION, secret(&authorization)?);
     }
     let request = request.body(Empty::new()).map_err(|e| failed(&e.to_string()))?;
     match exchange(socket, request).await.map_err(|e| failed(&e))? {
@@ -178,9 +194,9 @@ async fn tunnel(proxy: &Proxy, front_end: &Target, socket: TcpStream) -> Result<
             }
             Ok(parts.io.into_inner())
         }
-        (head, _) if head.status == StatusCode::PROXY_AUTHENTICATION_REQUIRED => {
-            Err(failed("wants other credentials (407): give it http://USER:PASSWORD@HOST:PORT"))
-        }
+        (head, _) if head.status == StatusCode::PROXY_AUTHENTICATION_REQUIRED => Err(failed(
+            "wants other credentials (407): see `call_home_https.proxy` and `.proxy_password_file`",
+        )),
         (head, _) => Err(failed(&format!("does not connect to {authority}: it answers {}", head.status))),
     }
 }

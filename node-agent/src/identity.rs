@@ -136,10 +136,10 @@ impl NodeIdentity {
 
     fn read_optional(&self, name: &str) -> anyhow::Result<Option<String>> {
         let path = self.directory.join(name);
-        match std::fs::read_to_string(&path) {
+        match secret_file::read_public(&path) {
             Ok(text) => Ok(Some(text)),
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(e).with_context(|| format!("can't read {}", path.display())),
+            Err(e) => Err(e.into()),
         }
     }
 

@@ -16,6 +16,7 @@ use proto::{
     call_home::{Master, Purpose},
     io::{link::Link, ssh},
     join::{JoinRequest, JoinResponse, SUBSYSTEM},
+    refusal,
 };
 use russh::{
     Channel, ChannelId, MethodKind, MethodSet, SshId,
@@ -59,6 +60,8 @@ pub enum JoinError {
     Pin { master: Master, reason: String },
     #[error("the master at {0} did not complete the exchange; its log says why")]
     Incomplete(Master),
+    #[error("the master at {0} refused the link: {1}")]
+    Link(Master, String),
     #[error("the master refused: {reason}. {hint}")]
     Refused { reason: String, hint: String },
     #[error("the master's answer can't be read: {0}")]
@@ -69,6 +72,7 @@ pub enum JoinError {
 
 enum Event {
     WrongPin(String),
+    Refused(String),
     Bytes(Vec<u8>),
 }
 
@@ -128,7 +132,7 @@ where
     let (events, mut received) = mpsc::channel(16);
     let handler = Handler { ca_pin: join.ca_pin.clone(), request: request.encode(), proved: false, events };
     let config = server::Config {
-        server_id: SshId::Standard("SSH-2.0-node-agent".into()),
+        server_id: SshId::Standard(refusal::NODE_AGENT.into()),
         methods: MethodSet::from(&[MethodKind::PublicKey][..]),
         auth_rejection_time: Duration::ZERO,
         keys: vec![identity.host_key().clone()],
@@ -144,6 +148,7 @@ where
     while let Some(event) = received.recv().await {
         match event {
             Event::WrongPin(reason) => return Err(JoinError::Pin { master: join.master.clone(), reason }),
+            Event::Refused(reason) => return Err(JoinError::Link(join.master.clone(), reason)),
             Event::Bytes(more) => bytes.extend(more),
         }
         if let Some(response) = JoinResponse::decode(&bytes).map_err(|e| JoinError::Answer(e.to_string()))? {
@@ -162,6 +167,13 @@ struct Handler {
 
 impl server::Handler for Handler {
     type Error = russh::Error;
+
+    async fn auth_none(&mut self, user: &str) -> Result<Auth, russh::Error> {
+        if let Some(reason) = refusal::from_login(user) {
+            let _ = self.events.send(Event::Refused(reason)).await;
+        }
+        Ok(Auth::reject())
+    }
 
     async fn auth_openssh_certificate(
         &mut self,

@@ -6,7 +6,7 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -23,6 +23,7 @@ use proto::{
         tasks::Tasks,
     },
     mux::{FRONT_END_SUBSYSTEM, SUBSYSTEM},
+    refusal,
 };
 use russh::{
     Channel, ChannelId, ChannelOpenFailure, MethodKind, MethodSet, SshId,
@@ -36,13 +37,21 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-use crate::{agent::Agent, dialer::Dialled, identity::UserRole, local_endpoint, metrics};
+use crate::{
+    agent::Agent,
+    dialer::Dialled,
+    identity::{MASTER, UserRole},
+    local_endpoint, metrics,
+};
 
 /// How long one stream of a stock SSH client may hold up that client's other streams.
 const CLIENT_PATIENCE: Duration = Duration::from_secs(30);
 
 /// How long a session may take to send what is left when the agent stops.
 const FAREWELL: Duration = Duration::from_secs(10);
+
+/// How long a master that is refused may take to read why.
+const WORDS: Duration = Duration::from_secs(1);
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +62,10 @@ pub enum SessionError {
     Evicted,
     #[error("the node has no host key certificate or key to show: {0}")]
     HostKey(String),
+    #[error("the master refused the link: {0}")]
+    ByMaster(String),
+    #[error("refused the certificate of a master: {0}")]
+    OfMaster(String),
     #[error(transparent)]
     Ssh(#[from] russh::Error),
     #[error("{0}")]
@@ -86,6 +99,7 @@ where
         person: None,
         valid_before: None,
         proved: Some(proved),
+        refused: Arc::default(),
         channels: Channels::new(
             gate.clone(),
             tasks.clone(),
@@ -100,9 +114,27 @@ where
         agent: agent.clone(),
     };
 
+    let refused = handler.refused.clone();
     let handshake = async {
         let session = server::run_stream(config, link, handler).await?;
-        Ok::<_, SessionError>((session, proof.await.is_ok()))
+        let proved = match proof.await {
+            Ok(Ok(())) => true,
+            Ok(Err(error)) => {
+                if let SessionError::OfMaster(why) = &error {
+                    let leave = async {
+                        let handle = session.handle();
+                        let _ = handle
+                            .disconnect(russh::Disconnect::ByApplication, why.clone(), String::new())
+                            .await;
+                        session.await
+                    };
+                    let _ = tokio::time::timeout(WORDS, leave).await;
+                }
+                return Err(error);
+            }
+            Err(_) => false,
+        };
+        Ok::<_, SessionError>((session, proved))
     };
     let outcome = tokio::select! {
         r = tokio::time::timeout(limit, handshake) => r.map_err(|_| SessionError::HandshakeTimeout(limit)),
@@ -140,7 +172,10 @@ where
         }
     };
     agent.metrics.sessions.dec();
-    ended
+    match refused.get() {
+        Some(reason) => Err(SessionError::ByMaster(reason.clone())),
+        None => ended,
+    }
 }
 
 async fn evicted(place: &Option<Place>) {
@@ -162,7 +197,7 @@ fn server_config(agent: &Agent) -> Result<server::Config, SessionError> {
     let limits = &agent.config.limits;
     let (key, certificate) = agent.host_key().map_err(SessionError::HostKey)?;
     Ok(server::Config {
-        server_id: SshId::Standard("SSH-2.0-node-agent".into()),
+        server_id: SshId::Standard(refusal::NODE_AGENT.into()),
         methods: MethodSet::from(&[MethodKind::PublicKey][..]),
         // ssh may offer its bare key before the certificate, and there is nothing to guess.
         auth_rejection_time: Duration::from_millis(20),
@@ -195,7 +230,10 @@ struct Session {
     /// A person's place among people, and when that person's certificate expires.
     person: Option<OwnedSemaphorePermit>,
     valid_before: Option<SystemTime>,
-    proved: Option<oneshot::Sender<()>>,
+    /// How authentication ended.
+    proved: Option<oneshot::Sender<Result<(), SessionError>>>,
+    /// Why an authenticated master does not want the link.
+    refused: Arc<OnceLock<String>>,
     channels: Channels,
     /// One for each stream that is a channel of its own, until its socket is closed.
     streams: Arc<Semaphore>,
@@ -214,6 +252,12 @@ impl Session {
     /// Whether the master may have the multiplexer on which this node opens streams.
     fn wants_front_end(&self) -> bool {
         self.is_master() && self.agent.front_ends.is_some() && self.front_end.is_none()
+    }
+
+    fn end_proof(&mut self, proof: Result<(), SessionError>) {
+        if let Some(proved) = self.proved.take() {
+            let _ = proved.send(proof);
+        }
     }
 
     fn start_mux(&mut self, initiator: bool, channel: ChannelId, session: &server::Session) {
@@ -240,6 +284,13 @@ impl Session {
 impl server::Handler for Session {
     type Error = SessionError;
 
+    async fn auth_none(&mut self, user: &str) -> Result<Auth, SessionError> {
+        if let Some(reason) = refusal::from_login(user) {
+            self.end_proof(Err(SessionError::ByMaster(reason)));
+        }
+        Ok(Auth::reject())
+    }
+
     async fn auth_publickey_offered(
         &mut self,
         _user: &str,
@@ -254,7 +305,7 @@ impl server::Handler for Session {
         key: server::VerifiedPublicKey<'_>,
     ) -> Result<Auth, SessionError> {
         let fingerprint = PublicKey::fingerprint(key.public_key, Default::default());
-        tracing::info!(user, %fingerprint, peer = ?self.peer, "refused a key without certificate");
+        tracing::info!(user = refusal::printable(user), %fingerprint, peer = ?self.peer, "refused a key without certificate");
         Ok(Auth::reject())
     }
 
@@ -278,16 +329,19 @@ impl server::Handler for Session {
                 Ok(Auth::Accept)
             }
             Err(error) => {
-                tracing::warn!(user, key_id = certificate.key_id(), peer = ?self.peer, %error, "refused a certificate");
+                let [user_name, key_id, why] =
+                    [user, certificate.key_id(), &error.to_string()].map(refusal::printable);
+                tracing::warn!(user = user_name, key_id, peer = ?self.peer, error = %why, "refused a certificate");
+                if user == MASTER {
+                    self.end_proof(Err(SessionError::OfMaster(why)));
+                }
                 Ok(Auth::reject())
             }
         }
     }
 
     async fn auth_succeeded(&mut self, _session: &mut server::Session) -> Result<(), SessionError> {
-        if let Some(proved) = self.proved.take() {
-            let _ = proved.send(());
-        }
+        self.end_proof(Ok(()));
         Ok(())
     }
 
@@ -404,6 +458,19 @@ impl server::Handler for Session {
             None if self.channels.on_data(channel, data).await => Ok(()),
             None => Ok(session.close(channel)?),
         }
+    }
+
+    async fn extended_data(
+        &mut self,
+        _channel: ChannelId,
+        _code: u32,
+        data: &[u8],
+        _session: &mut server::Session,
+    ) -> Result<(), SessionError> {
+        if self.is_master() {
+            let _ = self.refused.set(refusal::printable(&String::from_utf8_lossy(data)));
+        }
+        Ok(())
     }
 
     fn adjust_window(&mut self, _channel: ChannelId, current: u32) -> u32 {

@@ -10,7 +10,7 @@
 
 use std::{
     cell::{Cell, RefCell},
-    fmt, fs,
+    fmt, fs, io,
     net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
     path::{Path, PathBuf},
@@ -23,7 +23,7 @@ mod value;
 use tree::{Entry, Kind, Node, Place};
 pub use value::{Mode, Ports, Value};
 
-use crate::io::telemetry::LogFormat;
+use crate::{io::telemetry::LogFormat, secret_file};
 
 /// One mistake and where it is. Shown as `FILE:LINE:COLUMN: FIELD: MESSAGE`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -330,29 +330,23 @@ impl<'a> At<'a> {
         if !self.context.source.check_files {
             return;
         }
-        if let Err(message) = file_is_readable(path, private) {
-            self.error(format!("{} {message}", path.display()));
+        if let Err(message) = file_is_readable(path) {
+            return self.error(format!("{} {message}", path.display()));
+        }
+        if let (true, Err(error)) = (private, secret_file::check_given(path)) {
+            self.error(error.to_string());
         }
     }
 }
 
 /// `metadata` before `open`, since opening a FIFO would wait for its writer.
-fn file_is_readable(path: &Path, private: bool) -> Result<(), String> {
-    use std::os::unix::fs::PermissionsExt;
+fn file_is_readable(path: &Path) -> Result<(), String> {
     let unreadable = |error: std::io::Error| format!("can't be read: {error}");
     let metadata = fs::metadata(path).map_err(unreadable)?;
     if !metadata.is_file() {
         return Err("is not a file".into());
     }
-    fs::File::open(path).map_err(unreadable)?;
-    let mode = metadata.permissions().mode() & 0o7777;
-    if private && mode & 0o077 != 0 {
-        return Err(format!(
-            "holds secrets and has mode {mode:04o}, open to others: chmod 600 {}",
-            path.display()
-        ));
-    }
-    Ok(())
+    fs::File::open(path).map(drop).map_err(unreadable)
 }
 
 /// A mapping of field names to values. Each method names a field; those never named are unknown.
@@ -500,12 +494,14 @@ impl<'a> Section<'a> {
         self.context.claim(listener, place, &self.path_of(name));
     }
 
-    /// A directory, which need not exist yet but can't be anything else.
+    /// A directory of the agent's own, which need not exist yet.
     pub fn directory(&self, name: &'static str, default: &str) -> PathBuf {
-        let Some(at) = self.at(name) else { return PathBuf::from(default) };
-        let Some(path) = at.path() else { return PathBuf::from(default) };
-        if self.context.source.check_files && fs::metadata(&path).is_ok_and(|found| !found.is_dir()) {
-            at.error(format!("{} is not a directory", path.display()));
+        let path = self.at(name).and_then(|at| at.path()).unwrap_or_else(|| PathBuf::from(default));
+        if self.context.source.check_files
+            && let Err(error) = secret_file::check_directory(&path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            self.error(name, error.to_string());
         }
         path
     }
@@ -524,13 +520,13 @@ impl<'a> Section<'a> {
         self.file(name)
     }
 
-    /// A private key's file, readable by this process and closed to group and others.
+    /// A private key's file, as [`Section::private_file`].
     pub fn required_private_file(&self, name: &'static str) -> Option<PathBuf> {
         self.required_at(name)?;
         self.private_file(name)
     }
 
-    /// A file with secrets, readable by this process and closed to group and others, if the field is there.
+    /// A file with secrets that [`secret_file::read_given`] takes, if the field is there.
     pub fn private_file(&self, name: &'static str) -> Option<PathBuf> {
         let at = self.at(name)?;
         let path = at.path()?;

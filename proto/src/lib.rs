@@ -15,6 +15,7 @@ pub mod konnectivity;
 pub mod mux;
 pub mod name;
 pub mod policy;
+pub mod refusal;
 pub mod secret_file;
 pub mod target;
 

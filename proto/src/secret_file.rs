@@ -1,11 +1,28 @@
 //! Files that hold secrets, and files that must never be seen half-written.
+//!
+//! What is checked is the open file and not its name, so nobody can put another file in its place between the check
+//! and the read.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{DirBuilder, File, Metadata, OpenOptions},
     io::{self, Read, Write},
-    os::unix::fs::{OpenOptionsExt, PermissionsExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
+
+use zeroize::Zeroizing;
+
+/// What nobody but a file's owner may do with it.
+#[derive(Clone, Copy)]
+enum Closed {
+    /// An agent's own secret: nothing at all.
+    Secret = 0o077,
+    /// A secret that somebody else gave the agent (kubelet's Secret volumes with an `fsGroup`, Debian's `ssl-cert`):
+    /// its group may read it.
+    GivenSecret = 0o027,
+    /// Anybody may know it, and nobody else may change it.
+    Public = 0o022,
+}
 
 /// Creates `path` with mode 0600; fails with `AlreadyExists` if it is there, so that of two processes one wins.
 pub fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
@@ -23,29 +40,108 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     })
 }
 
-/// Reads a secret; refuses a file that others than its owner can read.
-pub fn read(path: &Path) -> io::Result<String> {
-    let mut file = File::open(path).map_err(|e| named(path, e))?;
-    if file.metadata()?.permissions().mode() & 0o077 != 0 {
-        return Err(io::Error::new(
-            io::ErrorKind::PermissionDenied,
-            format!("{path} can be read by others than its owner: chmod 600 {path}", path = path.display()),
-        ));
+/// Reads a secret of the agent's own. Like the other functions here, it refuses a file that belongs to another user
+/// than root or the one this process runs as.
+pub fn read(path: &Path) -> io::Result<Zeroizing<String>> {
+    read_closed(path, Closed::Secret)
+}
+
+/// Reads a secret that the configuration names. Its group may read it, too.
+pub fn read_given(path: &Path) -> io::Result<Zeroizing<String>> {
+    read_closed(path, Closed::GivenSecret)
+}
+
+/// Reads a file that decides whom the agent trusts: anybody may read it.
+pub fn read_public(path: &Path) -> io::Result<String> {
+    read_closed(path, Closed::Public).map(|mut text| std::mem::take(&mut *text))
+}
+
+/// Whether [`read`] would refuse the file.
+pub fn check(path: &Path) -> io::Result<()> {
+    open(path, Closed::Secret).map(drop)
+}
+
+/// Whether [`read_given`] would refuse the file.
+pub fn check_given(path: &Path) -> io::Result<()> {
+    open(path, Closed::GivenSecret).map(drop)
+}
+
+/// Creates a directory that only its owner can enter; checks the one that is there.
+pub fn create_directory(path: &Path) -> io::Result<()> {
+    match check_directory(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|e| named(path, e))
+        }
+        checked => checked,
     }
-    let mut text = String::new();
-    file.read_to_string(&mut text).map_err(|e| named(path, e))?;
+}
+
+/// Refuses a directory whose files somebody else could replace.
+pub fn check_directory(path: &Path) -> io::Result<()> {
+    let found = std::fs::metadata(path).map_err(|e| named(path, e))?;
+    let shown = path.display();
+    if !found.is_dir() {
+        return Err(io::Error::new(io::ErrorKind::NotADirectory, format!("{shown} is not a directory")));
+    }
+    let user = rustix::process::geteuid().as_raw();
+    if found.uid() != user {
+        return Err(denied(format!(
+            "{shown} belongs to uid {owner}, and this process runs as uid {user}: run it as its owner, or `chown -R {user} {shown}`, or name a directory that does not exist yet",
+            owner = found.uid(),
+        )));
+    }
+    let mode = found.mode() & 0o7777;
+    if mode & 0o022 != 0 {
+        return Err(denied(format!(
+            "{shown} has mode {mode:04o}, so others than its owner can replace what is in it: chmod 700 {shown}"
+        )));
+    }
+    Ok(())
+}
+
+fn read_closed(path: &Path, closed: Closed) -> io::Result<Zeroizing<String>> {
+    let mut text = Zeroizing::new(String::new());
+    open(path, closed)?.read_to_string(&mut text).map_err(|e| named(path, e))?;
     Ok(text)
 }
 
-/// Creates a directory that only its owner can enter, unless it is there.
-pub fn create_directory(path: &Path) -> io::Result<()> {
-    if path.is_dir() {
+/// Symbolic links are followed, as kubelet's Secret volumes consist of them: it is the file they lead to that counts.
+fn open(path: &Path, closed: Closed) -> io::Result<File> {
+    // A FIFO would wait for its writer.
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    let file = file.map_err(|e| named(path, e))?;
+    let metadata = file.metadata().map_err(|e| named(path, e))?;
+    refuse_open(path, &metadata, closed)?;
+    Ok(file)
+}
+
+fn refuse_open(path: &Path, metadata: &Metadata, closed: Closed) -> io::Result<()> {
+    let shown = path.display();
+    if !metadata.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{shown} is not a file")));
+    }
+    let (owner, user) = (metadata.uid(), rustix::process::geteuid().as_raw());
+    if owner != 0 && owner != user {
+        return Err(denied(format!(
+            "{shown} belongs to uid {owner}, and this process runs as uid {user}: run it as its owner, or `chown {user} {shown}`"
+        )));
+    }
+    let mode = metadata.mode() & 0o7777;
+    if mode & closed as u32 == 0 {
         return Ok(());
     }
-    let mut builder = std::fs::DirBuilder::new();
-    std::os::unix::fs::DirBuilderExt::mode(builder.recursive(true), 0o700)
-        .create(path)
-        .map_err(|e| named(path, e))
+    Err(denied(match closed {
+        Closed::Secret | Closed::GivenSecret => {
+            format!("{shown} holds secrets and has mode {mode:04o}, open to others: chmod 600 {shown}")
+        }
+        Closed::Public => {
+            format!("{shown} has mode {mode:04o}, so others than its owner can change it: chmod 644 {shown}")
+        }
+    }))
+}
+
+fn denied(message: String) -> io::Error {
+    io::Error::new(io::ErrorKind::PermissionDenied, message)
 }
 
 fn write_beside(path: &Path, bytes: &[u8]) -> io::Result<PathBuf> {
@@ -72,6 +168,8 @@ fn named(path: &Path, error: io::Error) -> io::Error {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::{PermissionsExt, chown, symlink};
+
     use super::*;
 
     struct TempDir(PathBuf);
@@ -94,6 +192,10 @@ mod tests {
         std::fs::metadata(path).unwrap().permissions().mode() & 0o777
     }
 
+    fn set_mode(path: &Path, mode: u32) {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    }
+
     #[test]
     fn files_are_for_their_owner_only() {
         let dir = TempDir::new();
@@ -102,13 +204,112 @@ mod tests {
         write_new(&path, b"one").unwrap();
         assert_eq!((mode(&path), read(&path).unwrap().as_str()), (0o600, "one"));
         assert_eq!(write_new(&path, b"two").unwrap_err().kind(), io::ErrorKind::AlreadyExists);
-        assert_eq!(read(&path).unwrap(), "one");
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
-        let error = read(&path).unwrap_err().to_string();
-        assert!(error.contains(&format!("chmod 600 {}", path.display())), "{error}");
+        assert_eq!(read(&path).unwrap().as_str(), "one");
         replace(&path, b"three").unwrap();
         assert_eq!((mode(&path), read(&path).unwrap().as_str()), (0o600, "three"));
         assert_eq!(std::fs::read_dir(&dir.0).unwrap().count(), 1, "no temporary file is left");
+    }
+
+    #[test]
+    fn modes_that_are_refused() {
+        let dir = TempDir::new();
+        let path = dir.0.join("key");
+        write_new(&path, b"x").unwrap();
+        // Read as the agent's own secret, as one that it was given, and as a public file.
+        for (mode, good) in [
+            (0o600, [true, true, true]),
+            (0o400, [true, true, true]),
+            (0o640, [false, true, true]),
+            (0o440, [false, true, true]),
+            (0o644, [false, false, true]),
+            (0o604, [false, false, true]),
+            (0o660, [false, false, false]),
+            (0o620, [false, false, false]),
+            (0o602, [false, false, false]),
+            (0o666, [false, false, false]),
+        ] {
+            set_mode(&path, mode);
+            let errors = [read(&path).err(), read_given(&path).err(), read_public(&path).err()];
+            assert_eq!(errors.each_ref().map(Option::is_none), good, "{mode:o}");
+            assert_eq!([check(&path).is_ok(), check_given(&path).is_ok()], good[..2], "{mode:o}");
+            for error in errors.into_iter().flatten() {
+                let text = error.to_string();
+                assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+                assert!(text.contains(&format!("mode {mode:04o}")) && text.contains("chmod 6"), "{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_belongs_to_another_user_is_refused() {
+        let dir = TempDir::new();
+        let path = dir.0.join("key");
+        write_new(&path, b"x").unwrap();
+        // Only root can give a file away.
+        if chown(&path, Some(65534), None).is_err() {
+            return;
+        }
+        for error in [read(&path).map(drop), read_given(&path).map(drop), read_public(&path).map(drop)] {
+            let text = error.unwrap_err().to_string();
+            assert!(
+                text.contains("uid 65534") && text.contains(&format!("chown 0 {}", path.display())),
+                "{text}"
+            );
+        }
+        chown(&dir.0, Some(65534), None).unwrap();
+        for error in [check_directory(&dir.0), create_directory(&dir.0)] {
+            let text = error.unwrap_err().to_string();
+            assert!(
+                text.contains("uid 65534") && text.contains(&format!("chown -R 0 {}", dir.0.display())),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_directory_is_its_owners_to_change() {
+        let dir = TempDir::new();
+        for (mode, good) in
+            [(0o700, true), (0o755, true), (0o770, false), (0o777, false), (0o702, false), (0o1777, false)]
+        {
+            set_mode(&dir.0, mode);
+            let checked = create_directory(&dir.0).map_err(|e| e.to_string());
+            match good {
+                true => assert_eq!(checked, Ok(()), "{mode:o}"),
+                false => {
+                    let error = checked.unwrap_err();
+                    assert!(error.contains(&format!("chmod 700 {}", dir.0.display())), "{error}");
+                }
+            }
+        }
+        let file = dir.0.join("file");
+        write_new(&file, b"").unwrap();
+        assert!(create_directory(&file).unwrap_err().to_string().contains("is not a directory"));
+    }
+
+    #[test]
+    fn a_link_counts_as_the_file_that_it_leads_to() {
+        let dir = TempDir::new();
+        let (file, link) = (dir.0.join("..data"), dir.0.join("tls.key"));
+        write_new(&file, b"x").unwrap();
+        symlink("..data", &link).unwrap();
+        set_mode(&file, 0o440);
+        assert_eq!(read_given(&link).unwrap().as_str(), "x");
+        set_mode(&file, 0o444);
+        assert!(read_given(&link).is_err());
+        std::fs::remove_file(&file).unwrap();
+        assert_eq!(read_given(&link).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn what_is_no_file_is_refused_and_not_waited_for() {
+        let dir = TempDir::new();
+        let fifo = dir.0.join("fifo");
+        assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+        set_mode(&fifo, 0o600);
+        for path in [&fifo, &dir.0] {
+            assert!(read(path).unwrap_err().to_string().contains("is not a file"));
+        }
     }
 
     #[test]

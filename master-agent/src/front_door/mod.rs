@@ -9,6 +9,7 @@ pub mod proxy_url;
 pub mod record;
 pub mod socks5;
 pub mod target_socket;
+pub mod users;
 
 use std::{sync::Arc, time::Duration};
 

@@ -7,7 +7,7 @@
 
 use std::{
     io,
-    path::{Path, PathBuf},
+    net::{IpAddr, Ipv6Addr},
     sync::Arc,
     time::Duration,
 };
@@ -23,23 +23,25 @@ use fast_socks5::{
 use proto::{
     DialError, Host, Target,
     io::{dialer::Origin, handshake::Places},
-    secret_file,
     target::InvalidTarget,
 };
-use sha2::{Digest, Sha256};
-use subtle::ConstantTimeEq;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    time::Instant,
+};
+use zeroize::Zeroizing;
 
 use super::{
     Caller, Common, Dialled, FrontDoor,
     early::{self, WithEarly},
     listen::Socket,
+    users::{LoginError, Users},
 };
 
 /// Callers at once that have not shown their password yet.
 const HANDSHAKES: usize = 256;
-/// What a wrong password costs.
-const WRONG_PASSWORD_DELAY: Duration = Duration::from_secs(1);
+/// When a refusal is answered, counted from when the password came: by then it does not show what was computed.
+const REFUSAL_DELAY: Duration = Duration::from_secs(1);
 
 /// The front door.
 pub struct Socks5 {
@@ -47,13 +49,6 @@ pub struct Socks5 {
     users: Option<Users>,
     handshakes: Places,
 }
-
-/// The users file: lines of `NAME:` and the SHA-256 of the password in hexadecimal; `#` begins a comment. It is read
-/// again for every caller, so that changes count at once.
-pub struct Users(PathBuf);
-
-/// A name, and the SHA-256 of the password.
-type User = (String, [u8; 32]);
 
 impl Socks5 {
     /// With `users`, every caller must be one of them.
@@ -86,8 +81,8 @@ enum Refusal {
     Io(#[from] io::Error),
     #[error("not a user name and password (RFC 1929)")]
     NoPassword,
-    #[error("wrong user name or password")]
-    WrongPassword,
+    #[error("{0}")]
+    Login(#[from] LoginError),
     #[error("only CONNECT is served here")]
     Command,
     #[error("{target:?} is no target: {error}")]
@@ -149,7 +144,7 @@ impl Socks5 {
         let answer = match refusal {
             Refusal::Command => reply(ReplyError::CommandNotSupported).to_vec(),
             Refusal::Target { .. } => reply(ReplyError::GeneralFailure).to_vec(),
-            Refusal::NoPassword | Refusal::WrongPassword => vec![1, 1],
+            Refusal::NoPassword | Refusal::Login(_) => vec![1, 1],
             // Either answered by the library, or without an answer in the protocol.
             Refusal::Protocol(_) | Refusal::Io(_) | Refusal::Timeout => Vec::new(),
         };
@@ -158,11 +153,14 @@ impl Socks5 {
     }
 
     async fn handshake<S: Socket>(&self, socket: &mut S, caller: &mut Caller) -> Result<Target, Refusal> {
+        // Only a Unix socket has none, and it has no users.
+        let peer = socket.peer().unwrap_or(Ipv6Addr::UNSPECIFIED.into());
         let opened = Socks5ServerProtocol::start(&mut *socket);
         let authenticated = match &self.users {
             None => opened.negotiate_auth(&[NoAuthentication]).await?.finish_auth(),
             Some(users) => {
-                let (name, authenticated) = opened.negotiate_auth(&[Password]).await?.check(users).await?;
+                let (name, authenticated) =
+                    opened.negotiate_auth(&[Password]).await?.log_in(users, peer).await?;
                 caller.origin = Origin(format!("{} user={name}", caller.origin));
                 authenticated
             }
@@ -234,20 +232,24 @@ impl<T> AuthMethodSuccessState<T> for Authenticated<T> {
 
 impl<T: AsyncRead + AsyncWrite + Unpin> PasswordDue<T> {
     /// Gives the user's name.
-    async fn check(
+    async fn log_in(
         self,
         users: &Users,
+        peer: IpAddr,
     ) -> Result<(String, Socks5ServerProtocol<T, states::Authenticated>), Refusal> {
         let mut socket = self.0;
         if socket.read_u8().await? != 1 {
             return Err(Refusal::NoPassword);
         }
         let name = read_text(&mut socket).await?;
-        let password = read_text(&mut socket).await?;
-        let Some(name) = String::from_utf8(name).ok().filter(|name| users.check(name, &password)) else {
-            tokio::time::sleep(WRONG_PASSWORD_DELAY).await;
-            return Err(Refusal::WrongPassword);
-        };
+        let password = Zeroizing::new(read_text(&mut socket).await?);
+        let answer = Instant::now() + REFUSAL_DELAY;
+        // What is no UTF-8 is nobody's name.
+        let name = String::from_utf8(name).unwrap_or_default();
+        if let Err(error) = users.login(&name, password, peer).await {
+            tokio::time::sleep_until(answer).await;
+            return Err(error.into());
+        }
         socket.write_all(&[1, 0]).await?;
         socket.flush().await?;
         Ok((name, Authenticated(socket).finish_auth()))
@@ -261,111 +263,9 @@ async fn read_text(socket: &mut (impl AsyncRead + Unpin)) -> io::Result<Vec<u8>>
     Ok(text)
 }
 
-impl Users {
-    /// Fails when the file is readable by others than its owner, or is no users file.
-    pub fn load(path: &Path) -> anyhow::Result<Self> {
-        let users = Self(path.to_owned());
-        users.read()?;
-        Ok(users)
-    }
-
-    fn read(&self) -> anyhow::Result<Vec<User>> {
-        parse_users(&secret_file::read(&self.0)?)
-            .map_err(|(line, error)| anyhow::anyhow!("{}:{line}: {error}", self.0.display()))
-    }
-
-    fn check(&self, name: &str, password: &[u8]) -> bool {
-        let users = self.read().unwrap_or_else(|error| {
-            tracing::error!(%error, "nobody can log in: the users file can't be read");
-            Vec::new()
-        });
-        let known = users.into_iter().find(|(known, _)| known == name);
-        let shown: [u8; 32] = Sha256::digest(password).into();
-        // An unknown name takes as long as a wrong password.
-        let (exists, hash) = known.map_or((false, [0; 32]), |(_, hash)| (true, hash));
-        bool::from(shown.ct_eq(&hash)) && exists
-    }
-}
-
-/// The error has the line's number and never its text.
-fn parse_users(text: &str) -> Result<Vec<User>, (usize, &'static str)> {
-    let mut users: Vec<User> = Vec::new();
-    for (i, line) in text.lines().enumerate() {
-        let line = line.trim();
-        if line.is_empty() || line.starts_with('#') {
-            continue;
-        }
-        let fail = |message| (i + 1, message);
-        let (name, hash) = line.rsplit_once(':').ok_or(fail("expected NAME:SHA256"))?;
-        if name.is_empty() || name.len() > 255 || !name.chars().all(|c| c.is_ascii_graphic()) {
-            return Err(fail("a name has 1 to 255 printable ASCII characters"));
-        }
-        let hash = from_hex(hash).ok_or(fail("the SHA-256 of a password has 64 hexadecimal digits"))?;
-        if users.iter().any(|(known, _)| known == name) {
-            return Err(fail("the name was given before"));
-        }
-        users.push((name.to_owned(), hash));
-    }
-    Ok(users)
-}
-
-fn from_hex(text: &str) -> Option<[u8; 32]> {
-    if text.len() != 64 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
-        return None;
-    }
-    let mut bytes = [0; 32];
-    for (byte, digits) in bytes.iter_mut().zip(text.as_bytes().chunks(2)) {
-        *byte = u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
-    }
-    Some(bytes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn users_are_read_strictly() {
-        let hash = "a".repeat(64);
-        let users =
-            parse_users(&format!("# people\n\n alice:{hash} \nb:ob:{}\n", hash.to_uppercase())).unwrap();
-        assert_eq!(users, [("alice".to_owned(), [0xaa; 32]), ("b:ob".to_owned(), [0xaa; 32])]);
-        for (text, line) in [
-            ("alice".to_owned(), 1),
-            (format!("alice:{hash}\nalice:{hash}"), 2),
-            (format!("\n:{hash}"), 2),
-            (format!("al ice:{hash}"), 1),
-            (format!("alice:{}", &hash[1..]), 1),
-            (format!("alice:+{}", &hash[1..]), 1),
-            ("alice:password".to_owned(), 1),
-        ] {
-            assert_eq!(parse_users(&text).unwrap_err().0, line, "{text}");
-        }
-    }
-
-    #[test]
-    fn passwords() {
-        let path = std::env::temp_dir().join(format!("socks5-users-{}", std::process::id()));
-        // SHA-256 of "secret".
-        let line = "alice:2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b\nnobody:0000000000000000000000000000000000000000000000000000000000000000\n";
-        secret_file::replace(&path, line.as_bytes()).unwrap();
-        let users = Users::load(&path).unwrap();
-        assert!(users.check("alice", b"secret"));
-        for (name, password) in
-            [("alice", &b"Secret"[..]), ("alice", b""), ("bob", b"secret"), ("", b"secret"), ("nobody", b"")]
-        {
-            assert!(!users.check(name, password), "{name}");
-        }
-        // What has changed counts at once; a file open to others lets nobody in.
-        secret_file::replace(&path, b"").unwrap();
-        assert!(!users.check("alice", b"secret"));
-        secret_file::replace(&path, line.as_bytes()).unwrap();
-        assert!(users.check("alice", b"secret"));
-        use std::os::unix::fs::PermissionsExt;
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
-        assert!(!users.check("alice", b"secret") && Users::load(&path).is_err());
-        std::fs::remove_file(&path).unwrap();
-    }
 
     #[test]
     fn replies() {

@@ -41,10 +41,9 @@ pub struct UserIdentity {
 }
 
 impl UserIdentity {
-    /// A key from a file that only its owner can read, with no certificate.
+    /// A key that the configuration names, with no certificate.
     pub fn read(path: &Path) -> anyhow::Result<Self> {
-        let text = secret_file::read(path)?;
-        let key = PrivateKey::from_openssh(&*text)
+        let key = PrivateKey::from_openssh(secret_file::read_given(path)?)
             .with_context(|| format!("{} is no usable key: it has to be an Ed25519 or ECDSA key without a passphrase, as ssh-keygen writes it", path.display()))?;
         Ok(Self { key, certificate: None })
     }

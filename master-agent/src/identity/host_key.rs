@@ -6,7 +6,7 @@
 
 use std::{collections::HashMap, net::IpAddr, path::Path, time::SystemTime};
 
-use proto::{NodeName, Target};
+use proto::{NodeName, Target, refusal::printable};
 use russh::{
     keys::PublicKeyOrCertificate,
     keys::{
@@ -125,6 +125,52 @@ impl HostKeyError {
         }
     }
 
+    /// The reason as the refused peer may read it. One whose key has proved a name learns why that name is refused;
+    /// any other, what is wrong with what it showed, and nothing of this master's nodes and files.
+    pub fn for_peer(&self) -> String {
+        match self {
+            Self::NoCertificate { .. } => {
+                "the host key has no certificate of this master's host CA: join the \
+                host with a token of `master-agent token create`"
+                    .to_owned()
+            }
+            Self::WrongCa { ca, .. } => format!(
+                "the host certificate is signed by another CA ({ca}) than this master's: join the host to this master"
+            ),
+            Self::BadSignature { .. } => "the signature of the host certificate is wrong".to_owned(),
+            Self::NotAHostCertificate { .. } => {
+                "the certificate is a user certificate in place of a host certificate".to_owned()
+            }
+            Self::Expired { at, .. } => format!(
+                "the host certificate expired at {at}: join the host again with a token of `master-agent token \
+                 create --node`"
+            ),
+            Self::NotYetValid { at, .. } => {
+                format!("the host certificate is not valid before {at}: check both clocks")
+            }
+            Self::WrongPrincipal { principals, .. } => {
+                format!("another node than the one of the host certificate ({principals}) is expected here")
+            }
+            Self::CriticalOption { option, .. } => {
+                format!("the host certificate has the critical option {option:?}, which is not known here")
+            }
+            Self::NotPinned { .. } | Self::NotInKnownHosts { .. } | Self::Changed { .. } => {
+                "the host key is not the one that this master knows the node by".to_owned()
+            }
+            Self::Revoked { .. } => "the host key is revoked".to_owned(),
+            Self::Superseded { node, .. } => {
+                format!("node {node} has joined with another key since this certificate was made")
+            }
+            Self::NoName { .. }
+            | Self::OtherTrust { .. }
+            | Self::Forgotten { .. }
+            | Self::OtherNode { .. }
+            | Self::NotJoining { .. }
+            | Self::UnknownNode { .. } => self.to_string(),
+            Self::Store(_) => "the master can't check host keys at the moment; its log says why".to_owned(),
+        }
+    }
+
     /// The node that was expected or claimed.
     pub fn node(&self) -> Option<&NodeName> {
         match self {
@@ -239,7 +285,7 @@ fn by_certificate(
 ) -> Result<VerifiedHost, HostKeyError> {
     let node = expected.cloned();
     let who = expected.map_or_else(
-        || format!("the host that claims to be {:?}", certificate.key_id()),
+        || format!("the host that claims to be {:?}", printable(certificate.key_id())),
         |name| format!("node {name}"),
     );
     check_certificate(certificate, host_ca.key_data(), now, node, who)?;

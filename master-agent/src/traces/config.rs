@@ -12,7 +12,7 @@ use hyper::{
     Uri,
     header::{HeaderName, HeaderValue},
 };
-use proto::{config::Section, io::tls::ClientTls};
+use proto::{config::Section, io::tls::ClientTls, secret_file};
 
 use crate::{
     config::{WAIT, secs},
@@ -98,7 +98,7 @@ pub(super) fn read_headers(path: &Path) -> anyhow::Result<HashMap<String, String
     if size > MAX_HEADERS_FILE {
         bail!("{name} is larger than {MAX_HEADERS_FILE} bytes");
     }
-    let text = fs::read_to_string(path).with_context(|| format!("can't read {name}"))?;
+    let text = secret_file::read_given(path)?;
     let lines =
         text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty() && !line.starts_with('#'));
     lines

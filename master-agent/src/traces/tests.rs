@@ -95,11 +95,12 @@ fn where_spans_go() {
 #[test]
 fn a_file_of_headers() {
     let path = std::env::temp_dir().join(format!("traces-headers-{}", std::process::id()));
-    std::fs::write(&path, "# a comment\n\nAuthorization:  Basic abc \nX-Scope: a:b\n").unwrap();
+    let write = |text: &str| proto::secret_file::replace(&path, text.as_bytes()).unwrap();
+    write("# a comment\n\nAuthorization:  Basic abc \nX-Scope: a:b\n");
     let headers = read_headers(&path).unwrap();
     assert_eq!((headers.len(), &*headers["Authorization"], &*headers["X-Scope"]), (2, "Basic abc", "a:b"));
     for bad in ["Authorization secret\n", "a b: secret\n", "a: secret\u{7f}\n"] {
-        std::fs::write(&path, bad).unwrap();
+        write(bad);
         let error = format!("{:#}", read_headers(&path).unwrap_err());
         assert!(error.contains("line 1: expected NAME: VALUE") && !error.contains("secret"), "{error}");
     }

@@ -36,6 +36,7 @@ use crate::{
         ids::Ids,
         window,
     },
+    refusal::printable,
 };
 
 /// Bytes by which all windows of a tunnel together may exceed their initial size.
@@ -471,6 +472,7 @@ impl Feeder {
                 Frame::Ping(id) => mux.answer(&Frame::Pong(id)),
                 Frame::Pong(id) => mux.on_pong(id)?,
                 Frame::GoAway { reason } => {
+                    let reason = printable(&reason);
                     mux.streams().going_away = Some(reason.clone());
                     let _ = notices.try_send(Notice::GoAway(reason));
                 }

@@ -17,6 +17,8 @@ use rustls::{
 };
 use webpki::EndEntityCert;
 
+use crate::secret_file;
+
 /// How a server is verified and what it is shown.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ClientTls {
@@ -191,8 +193,11 @@ pub fn chain(path: &Path) -> Result<Vec<CertificateDer<'static>>, FileError> {
     Ok(chain)
 }
 
+/// Fails, too, when the file is open to others ([`secret_file::read_given`]).
 pub fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, FileError> {
-    PrivateKeyDer::from_pem_file(path).map_err(|e| FileError::at("can't read a private key in", path, e))
+    let pem = secret_file::read_given(path).map_err(|e| FileError(e.to_string()))?;
+    PrivateKeyDer::from_pem_slice(pem.as_bytes())
+        .map_err(|e| FileError::at("can't read a private key in", path, e))
 }
 
 #[cfg(test)]

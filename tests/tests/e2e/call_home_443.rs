@@ -711,9 +711,17 @@ async fn an_http_proxy_is_gone_through_and_not_trusted() {
     assert_eq!(heads.lock().unwrap().as_str(), "");
 
     let (port, count) = proxy(world.cluster.https, Some("bWU6c2VjcmV0")).await;
-    world.configure(0, master, &shown(&format!("'http://me:secret@127.0.0.1:{port}'")));
+    let password = world.cluster.path().join("proxy-password");
+    proto::secret_file::replace(&password, b"wrong\n").unwrap();
+    let by_file = format!("'http://me@127.0.0.1:{port}', proxy_password_file: ../proxy-password");
+    world.configure(0, master, &shown(&by_file));
     world.cluster.start_node(0).unwrap();
+    let log = || world.cluster.nodes[0].process.as_ref().unwrap().log_text();
+    eventually("the wrong password is refused", SOON, async || log().contains("(407)").then_some(())).await;
+    // Read again for each link.
+    proto::secret_file::replace(&password, b"secret\n").unwrap();
     world.cluster.wait_state("n1", "connected").await;
+    assert!(!log().contains("secret") && !log().contains("wrong"), "{}", log());
     download(&world.cluster.unix, &format!("n1:{}", world.target), volume()).await;
     assert!(count.load(Ordering::Relaxed) > 0);
 

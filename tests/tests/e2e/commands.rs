@@ -398,9 +398,9 @@ fn the_sample_files_load() {
     }
     std::fs::write(dir.path().join("kubeconfig"), "").unwrap();
     openssh::keygen(&dir.path().join("id_ed25519")).unwrap();
-    let user = format!("alice:{}\n", "0".repeat(64));
-    proto::secret_file::write_new(&dir.path().join("socks5-users"), user.as_bytes()).unwrap();
-    for secret in ["tokens.csv", "bootstrap-tokens.csv", "collector-headers"] {
+    for secret in
+        ["tokens.csv", "bootstrap-tokens.csv", "collector-headers", "proxy-password", "socks5-users"]
+    {
         proto::secret_file::write_new(&dir.path().join(secret), b"").unwrap();
     }
     for file in ["service-account.pub", "rbac.yaml", "token"] {

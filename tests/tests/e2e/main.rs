@@ -36,6 +36,7 @@ mod operate;
 mod page;
 mod policy;
 mod proxy_urls;
+mod refusals;
 mod socks5;
 mod socks5_clients;
 mod top;

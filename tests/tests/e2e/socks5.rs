@@ -1,18 +1,17 @@
 //! SOCKS5: curl and bytes of our own against a node's targets. curl blocks its thread, so the targets have another.
 
 use std::{
-    fmt::Write,
+    io::Write,
     net::SocketAddr,
     path::PathBuf,
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
     time::Duration,
 };
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
-use sha2::{Digest, Sha256};
 use tests::{
     client::Io,
-    cluster::{Cluster, Kind, Options, SOON},
+    cluster::{Cluster, Kind, Options, SOON, binary},
     load::completes,
     pattern::fill,
     process::{TempDir, eventually, free_port},
@@ -26,6 +25,15 @@ use tokio::{
 
 const ANONYMOUS: &[u8] = &[5, 1, 0];
 
+/// A user's line of the users file.
+fn line(name: &str, password: &str) -> String {
+    let mut command = Command::new(binary("master-agent"));
+    command.args(["hash-password", name]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(password.as_bytes()).unwrap();
+    String::from_utf8(child.wait_with_output().unwrap().stdout).unwrap()
+}
+
 struct Site {
     cluster: Cluster,
     port: u16,
@@ -38,11 +46,7 @@ impl Site {
     async fn start(users: &[(&str, &str)], more: &str) -> Self {
         let port = target::start().await;
         let tcp = SocketAddr::from(([127, 0, 0, 1], free_port()));
-        let mut file = String::new();
-        for (name, password) in users {
-            let hash: String = Sha256::digest(password).iter().map(|b| format!("{b:02x}")).collect();
-            writeln!(file, "{name}:{hash}").unwrap();
-        }
+        let file: String = users.iter().map(|(name, password)| line(name, password)).collect();
         let dir = TempDir::new("socks5").unwrap();
         let path = dir.path().join("users");
         proto::secret_file::replace(&path, file.as_bytes()).unwrap();

@@ -14,7 +14,10 @@ use std::{
 };
 
 use anyhow::Context;
-use proto::{Target, io::tls::check_chain};
+use proto::{
+    Target,
+    io::tls::{check_chain, private_key},
+};
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
     client::{
@@ -23,7 +26,7 @@ use rustls::{
         verify_server_name,
     },
     crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature},
-    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject},
+    pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject},
     server::ParsedCertificate,
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
@@ -150,10 +153,8 @@ impl Trust {
                 let chain = CertificateDer::pem_file_iter(cert)
                     .and_then(Iterator::collect::<Result<Vec<_>, _>>)
                     .with_context(|| format!("can't read the certificate in {}", cert.display()))?;
-                let private = PrivateKeyDer::from_pem_file(key)
-                    .with_context(|| format!("can't read the private key in {}", key.display()))?;
                 builder
-                    .with_client_auth_cert(chain, private)
+                    .with_client_auth_cert(chain, private_key(key)?)
                     .with_context(|| format!("{} and {} don't go together", cert.display(), key.display()))?
             }
         };

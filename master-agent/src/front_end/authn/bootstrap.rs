@@ -172,7 +172,7 @@ impl BootstrapTokens for FileTokens {
 }
 
 fn read(path: &Path) -> anyhow::Result<Tokens> {
-    let text = Zeroizing::new(secret_file::read(path)?);
+    let text = secret_file::read_given(path)?;
     parse(&text).with_context(|| path.display().to_string())
 }
 

@@ -357,7 +357,7 @@ async fn files_with_secrets_must_be_private() {
     use std::os::unix::fs::PermissionsExt;
     let world = World::new().await;
     let path = world.dir().join("tokens.csv");
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
     let errors = read("authentication: [{token_file: tokens.csv}]", &world).unwrap_err().to_string();
     assert!(errors.contains("chmod 600"), "{errors}");
     let error = format!("{:#}", TokenFile::load(path).err().unwrap());

@@ -8,7 +8,6 @@ use std::{
 
 use anyhow::{Context, bail};
 use proto::secret_file;
-use zeroize::Zeroizing;
 
 use super::{Authenticator, BoxFuture, Digest, Moment, Presented, Reason, Recognized, csv};
 use crate::front_end::{reloaded::Reloaded, secret::Secret, user::User};
@@ -19,7 +18,7 @@ type Tokens = HashMap<Digest, User>;
 pub struct TokenFile(Arc<Reloaded<Tokens>>);
 
 impl TokenFile {
-    /// The file must be closed to group and others.
+    /// The file must be closed to others.
     pub fn load(path: PathBuf) -> anyhow::Result<(Self, Arc<Reloaded<Tokens>>)> {
         let what = format!("the token file {}", path.display());
         let tokens = Reloaded::load(what, vec![path.clone()], move || read(&path))?;
@@ -39,7 +38,7 @@ impl Authenticator for TokenFile {
 }
 
 fn read(path: &Path) -> anyhow::Result<Tokens> {
-    let text = Zeroizing::new(secret_file::read(path)?);
+    let text = secret_file::read_given(path)?;
     parse(&text).with_context(|| path.display().to_string())
 }
 
