@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::Context;
-use proto::io::{admin::Endpoints, exposition::Exposition, socket, tasks::Tasks, tls, unix};
+use proto::io::{admin::Endpoints, exposition::Exposition, socket, systemd, tasks::Tasks, tls, unix};
 use rustls::{
     ServerConfig,
     pki_types::{CertificateDer, pem::PemObject},
@@ -105,11 +105,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     links.follow(&agent);
     background.spawn(agent.clone().renew_user());
     background.spawn(agent.registry.clone().sample());
+    let front_end = agent.front_end.get().map(|front_end| front_end.runtimes());
+    background.spawn(systemd::watchdog(front_end.unwrap_or_default()));
 
     until_terminated(&agent, &mut links).await?;
 
     // Stop accepting, tell the peers, let streams finish, end the tunnels.
-    notify(&[sd_notify::NotifyState::Stopping]);
+    systemd::stopping();
     tracing::info!(streams = callers.len(), "stopping");
     agent.draining.cancel();
     listeners.cancel();
@@ -334,7 +336,7 @@ async fn until_terminated(agent: &Arc<Agent>, links: &mut DialLinks) -> anyhow::
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
-    notify(&[sd_notify::NotifyState::Ready]);
+    systemd::ready();
     tracing::info!(
         nodes = agent.inventory().nodes.len(),
         version = env!("CARGO_PKG_VERSION"),
@@ -471,10 +473,4 @@ fn tls_acceptor(config: &TlsConfig, protocol: &[u8]) -> anyhow::Result<TlsAccept
         .context("the certificate and the private key don't go together")?;
     tls.alpn_protocols = vec![protocol.to_vec()];
     Ok(TlsAcceptor::from(Arc::new(tls)))
-}
-
-fn notify(states: &[sd_notify::NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::debug!(%error, "systemd was not told");
-    }
 }

@@ -354,7 +354,7 @@ impl AdminConfig {
 impl HttpConnectConfig {
     fn read(s: &Section<'_>) -> Self {
         Self {
-            unix: s.section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent/connect.sock"))),
+            unix: s.section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent-egress/connect.sock"))),
             tls: s.section("tls", |s| TlsConfig::read(s, 8131)),
             head_timeout: s.duration("head_timeout", secs(10), WAIT),
             half_closed_timeout: s.duration("half_closed_timeout", secs(600), WAIT),
@@ -366,7 +366,8 @@ impl HttpConnectConfig {
 impl KonnectivityConfig {
     fn read(s: &Section<'_>) -> Self {
         Self {
-            unix: s.section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent/konnectivity.sock"))),
+            unix: s
+                .section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent-egress/konnectivity.sock"))),
             tls: s.section("tls", |s| TlsConfig::read(s, 8132)),
             head_timeout: s.duration("head_timeout", secs(10), WAIT),
             max_connections: s.number("max_connections", 16384, COUNT),
@@ -377,7 +378,7 @@ impl KonnectivityConfig {
 impl Socks5Config {
     fn read(s: &Section<'_>) -> Option<Self> {
         let config = Self {
-            unix: s.section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent/socks5.sock"))),
+            unix: s.section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent-people/socks5.sock"))),
             tcp: s.section("tcp", |s| Some(Socks5TcpConfig::read(s))),
             head_timeout: s.duration("head_timeout", secs(10), WAIT),
             half_closed_timeout: s.duration("half_closed_timeout", secs(600), WAIT),
@@ -410,7 +411,8 @@ impl ProxyUrlsConfig {
             s.section_error("kubelet_client_cert and kubelet_client_key go together: give both or none");
         }
         let config = Self {
-            unix: s.section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent/proxy-urls.sock"))),
+            unix: s
+                .section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent-people/proxy-urls.sock"))),
             tcp: s.section("tcp", |s| Some(listen_loopback(s, 8130))),
             kubelet_ca: s.file("kubelet_ca"),
             kubelet_client: client_cert.zip(client_key),
@@ -605,18 +607,18 @@ mod tests {
     #[test]
     fn the_sample_shows_the_defaults() {
         let mut sample = parse(&sample("master-agent.yaml")).unwrap();
-        let unix = sample.http_connect.unix.take().unwrap();
-        assert_eq!(unix, UnixConfig { owner: Some(0), group: Some(0), ..default_unix() });
+        assert_eq!(sample.http_connect.unix.take(), Some(default_unix()));
         let tls = sample.http_connect.tls.take().unwrap();
         assert_eq!(tls.listen, any(8131));
         assert_eq!(tls.key, Path::new("/etc/master-agent/tls.key"));
         let unix = sample.konnectivity.unix.take().unwrap();
-        assert_eq!(unix.path, Path::new("/run/master-agent/konnectivity.sock"));
+        assert_eq!(unix.path, Path::new("/run/master-agent-egress/konnectivity.sock"));
         assert_eq!(sample.konnectivity.tls.take().unwrap().listen, any(8132));
         let (mut socks5, mut urls) = (sample.socks5.take().unwrap(), sample.proxy_urls.take().unwrap());
         for (unix, path) in [(&mut socks5.unix, "socks5.sock"), (&mut urls.unix, "proxy-urls.sock")] {
-            let default = UnixConfig { path: Path::new("/run/master-agent").join(path), ..default_unix() };
-            assert_eq!(unix.take(), Some(UnixConfig { owner: Some(0), group: Some(0), ..default }));
+            let default =
+                UnixConfig { path: Path::new("/run/master-agent-people").join(path), ..default_unix() };
+            assert_eq!(unix.take(), Some(default));
         }
         let users_file = socks5.tcp.as_mut().unwrap().users_file.take();
         assert_eq!(users_file.as_deref(), Some(Path::new("/etc/master-agent/socks5-users")));

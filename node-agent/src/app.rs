@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use anyhow::Context;
-use proto::io::{admin::Endpoints, exposition::Exposition, socket, tasks::Tasks, unix};
+use proto::io::{admin::Endpoints, exposition::Exposition, socket, systemd, tasks::Tasks, unix};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
@@ -54,11 +54,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     }
     let endpoints = Endpoints { metrics: Exposition::new(agent.metrics.register()), admin: agent.clone() };
     background.spawn(endpoints.serve_tcp(admin, background.clone()));
+    background.spawn(systemd::watchdog(Vec::new()));
 
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
-    notify(&[sd_notify::NotifyState::Ready]);
+    systemd::ready();
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "node-agent runs");
     loop {
         tokio::select! {
@@ -69,7 +70,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     }
 
     // Stop accepting, tell the masters, let streams finish, end the sessions.
-    notify(&[sd_notify::NotifyState::Stopping]);
+    systemd::stopping();
     let streams = || agent.metrics.streams.get() + agent.metrics.front_end_streams.get();
     tracing::info!(streams = streams(), "stopping");
     agent.draining.cancel();
@@ -96,10 +97,4 @@ fn bind_error(address: std::net::SocketAddr, error: std::io::Error) -> anyhow::E
         );
     }
     anyhow::anyhow!("can't listen on {address}: {error}")
-}
-
-fn notify(states: &[sd_notify::NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::debug!(%error, "systemd was not told");
-    }
 }

@@ -220,7 +220,7 @@ impl LocalEndpointConfig {
             s.error("tcp", format!("{address}: give the one address that callers on this node use"));
         }
         let unix = s.section("unix", |s| {
-            let path = s.listen_unix("path", "/run/node-agent/front-end.sock");
+            let path = s.listen_unix("path", "/run/node-agent-local/front-end.sock");
             Some(LocalUnixConfig { path, mode: s.or("mode", Mode(0o660)).0 })
         });
         if s.at("tcp").is_none() && s.at("unix").is_none() {

@@ -75,7 +75,7 @@ impl FrontEndConfig {
 
 impl LocalConfig {
     fn read(s: &Section<'_>) -> Option<Self> {
-        let unix = s.section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent/apiserver.sock")));
+        let unix = s.section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent-local/apiserver.sock")));
         let tcp = s.section("tcp", |s| Some(listen_loopback(s, 8080)));
         if s.at("unix").is_none() && s.at("tcp").is_none() {
             s.section_error(NO_LISTENER);

@@ -228,6 +228,11 @@ impl FrontEnd {
         background.spawn(self.upstream.clone().watch_health());
     }
 
+    /// Those of the threads that serve callers.
+    pub fn runtimes(&self) -> Vec<tokio::runtime::Handle> {
+        self.workers.runtimes()
+    }
+
     /// Lets nodes call home, and hosts join, over this port.
     pub fn take_calls(&self, agent: &Arc<Agent>) {
         let _ = self.home.set(Arc::downgrade(agent));

@@ -56,6 +56,11 @@ impl Workers {
         Ok(Self { all, _stop: stop.drop_guard() })
     }
 
+    /// The runtime of each.
+    pub fn runtimes(&self) -> Vec<Handle> {
+        self.all.iter().map(|worker| worker.runtime.clone()).collect()
+    }
+
     /// Hands a socket over to the one that has the fewest: gives the socket there, and its runtime.
     pub fn take(&self, socket: TcpStream) -> io::Result<(TcpStream, Handle, Load)> {
         let fewest = self.all.iter().min_by_key(|worker| Arc::strong_count(&worker.load));

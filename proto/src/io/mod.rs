@@ -14,6 +14,7 @@ pub mod socket;
 pub mod ssh;
 pub mod stalls;
 pub mod stream;
+pub mod systemd;
 pub mod tasks;
 pub mod telemetry;
 pub mod tls;

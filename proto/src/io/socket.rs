@@ -13,11 +13,20 @@ const UNSENT: u32 = 256 * 1024;
 /// that it forgets some, who learn of it only when they say something.
 pub(super) const BACKLOG: u32 = 4096;
 
+const PRIVILEGED_PORT: &str = "permission denied: ports below 1024 need the capability CAP_NET_BIND_SERVICE, which \
+    the drop-in privileged-port.conf gives the systemd unit (deploy/systemd)";
+
 /// Listens, also where connections of an earlier process linger.
 pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     socket.set_reuseaddr(true)?;
-    socket.bind(address)?;
+    socket.bind(address).map_err(|e| {
+        if e.kind() == io::ErrorKind::PermissionDenied && address.port() < 1024 {
+            io::Error::new(e.kind(), PRIVILEGED_PORT)
+        } else {
+            e
+        }
+    })?;
     socket.listen(BACKLOG)
 }
 

@@ -1,8 +1,9 @@
 //! Unix sockets to listen on.
 
 use std::{
+    fs::{DirBuilder, Permissions},
     io::{self, ErrorKind},
-    os::unix::fs::{FileTypeExt, PermissionsExt},
+    os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt},
     path::Path,
 };
 
@@ -10,8 +11,14 @@ use tokio::net::{UnixListener, UnixSocket};
 
 use super::socket::BACKLOG;
 
+const FOREIGN_OWNER: &str = "the owner and group can't be set: without root, the owner can only be the process's \
+    own user and the group one that it is in; under systemd the drop-in socket-group.conf permits that (deploy/systemd)";
+
 /// Binds a Unix socket that never exists with other rights than it is to have: made under another name, then
 /// renamed. A socket nobody listens on is replaced. Without `owner` and `group` these are the process's.
+///
+/// A directory that does not exist is made: nobody else can list it, and others can go through it only if the
+/// socket is for others.
 pub fn bind(path: &Path, mode: u32, owner: Option<u32>, group: Option<u32>) -> io::Result<UnixListener> {
     match std::fs::symlink_metadata(path) {
         Ok(metadata) if !metadata.file_type().is_socket() => {
@@ -25,7 +32,7 @@ pub fn bind(path: &Path, mode: u32, owner: Option<u32>, group: Option<u32>) -> i
         Err(e) => return Err(e),
     }
     if let Some(directory) = path.parent() {
-        std::fs::create_dir_all(directory)?;
+        create_directory(directory, if mode & 0o077 == 0 { 0o700 } else { 0o711 })?;
     }
     let temporary = path.with_file_name(format!(".{}", std::process::id()));
     let _ = std::fs::remove_file(&temporary);
@@ -33,12 +40,63 @@ pub fn bind(path: &Path, mode: u32, owner: Option<u32>, group: Option<u32>) -> i
     socket.bind(&temporary)?;
     let listener = socket.listen(BACKLOG)?;
     let finish = || {
-        std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(mode))?;
-        std::os::unix::fs::chown(&temporary, owner, group)?;
+        std::fs::set_permissions(&temporary, Permissions::from_mode(mode))?;
+        if owner.is_some() || group.is_some() {
+            std::os::unix::fs::chown(&temporary, owner, group).map_err(|e| {
+                if e.kind() == ErrorKind::PermissionDenied {
+                    io::Error::new(e.kind(), FOREIGN_OWNER)
+                } else {
+                    e
+                }
+            })?;
+        }
         std::fs::rename(&temporary, path)
     };
     finish().inspect_err(|_| {
         let _ = std::fs::remove_file(&temporary);
     })?;
     Ok(listener)
+}
+
+/// The mode holds whatever the umask is; a directory that exists keeps its own.
+fn create_directory(path: &Path, mode: u32) -> io::Result<()> {
+    if path.as_os_str().is_empty() || path.is_dir() {
+        return Ok(());
+    }
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    match DirBuilder::new().mode(mode).create(path) {
+        Ok(()) => std::fs::set_permissions(path, Permissions::from_mode(mode)),
+        // Another socket of this process, or of another one, was first.
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => Ok(()),
+        Err(e) => Err(e),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mode(path: &Path) -> u32 {
+        std::fs::metadata(path).unwrap().permissions().mode() & 0o7777
+    }
+
+    #[tokio::test]
+    async fn a_directory_is_as_open_as_the_socket_for_which_it_is_made() {
+        let root = std::env::temp_dir().join(format!("unix-bind-{}", std::process::id()));
+        for (name, socket, directory) in
+            [("own", 0o600, 0o700), ("group", 0o660, 0o711), ("all", 0o666, 0o711)]
+        {
+            let path = root.join("run").join(name).join("test.sock");
+            let _listener = bind(&path, socket, None, None).unwrap();
+            assert_eq!((mode(&path), mode(path.parent().unwrap())), (socket, directory), "{name}");
+        }
+        // What was there before is its owner's affair.
+        let directory = root.join("run/own");
+        std::fs::set_permissions(&directory, Permissions::from_mode(0o755)).unwrap();
+        let _listener = bind(&directory.join("other.sock"), 0o600, None, None).unwrap();
+        assert_eq!(mode(&directory), 0o755);
+        std::fs::remove_dir_all(root).unwrap();
+    }
 }

@@ -43,3 +43,4 @@ mod top;
 mod traces;
 mod traffic;
 mod turned_master;
+mod units;
