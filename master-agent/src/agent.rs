@@ -73,7 +73,10 @@ impl Agent {
         let agent = Self {
             metrics: Metrics::new(registry.clone()),
             page: Page::new(registry.clone()),
-            watches: config.kubernetes.as_ref().map(|k| Watches::new(dialer.clone(), k.stale_after)),
+            watches: config
+                .kubernetes
+                .as_ref()
+                .map(|k| Watches::new(dialer.clone(), k.stale_after, config.checks_bound_objects())),
             dialer,
             registry,
             store,

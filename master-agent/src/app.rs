@@ -35,7 +35,7 @@ use crate::{
     front_end::{audit::Writer, config::FrontEndConfig, local, reloaded::Reloaded, server::FrontEnd},
     identity::Authorities,
     inventory::Inventory,
-    kubernetes,
+    kubernetes::{self, Cluster},
     links::{self, DialLinks},
     metrics::Reason,
     store::SqliteStore,
@@ -86,20 +86,22 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let inventory = load_inventory(&config)?;
     let authorities = Authorities::load_or_create(&config.state_dir)?;
     let store = Arc::new(SqliteStore::open(&config.state_dir)?);
-    let cluster = match &config.kubernetes {
+    let client = match &config.kubernetes {
         Some(config) => Some(kubernetes::client(config).await?),
         None => None,
     };
     let sockets = bind(&config)?;
     let traces = config.traces.as_ref().map(Traces::start).transpose().context("traces")?;
     let agent = Arc::new(Agent::new(config, inventory, store, authorities)?);
+    let existing = agent.watches.as_ref().and_then(|watches| watches.existing());
+    let cluster = client.map(|client| Cluster { client, existing });
 
     let background = Tasks::new();
     let listeners = Tasks::new();
     let callers = Tasks::new();
     let audit = serve(&agent, sockets, cluster.as_ref(), &callers, &listeners, &background)?;
     if let (Some(watches), Some(cluster)) = (&agent.watches, &cluster) {
-        watches.start(cluster, &background);
+        watches.start(&cluster.client, &background);
     }
     let mut links = DialLinks::default();
     links.follow(&agent);
@@ -183,7 +185,7 @@ fn bind(config: &Config) -> anyhow::Result<Sockets> {
 fn serve(
     agent: &Arc<Agent>,
     sockets: Sockets,
-    cluster: Option<&kube::Client>,
+    cluster: Option<&Cluster>,
     callers: &Tasks,
     listeners: &Tasks,
     background: &Tasks,

@@ -14,7 +14,7 @@ use proto::{
 };
 
 use crate::{
-    front_end::config::FrontEndConfig,
+    front_end::{authn::ServiceAccountConfig, config::FrontEndConfig},
     inventory::{DEFAULT_USER, HostTrust, Inventory, InventoryNode, front_end_listen, login_name},
     routing::cluster::Node,
     traces::TracesConfig,
@@ -269,6 +269,26 @@ impl Config {
         self.front_end.as_ref().is_some_and(|front_end| front_end.call_home.unwrap_or(home))
     }
 
+    /// Whether tokens of service accounts are good only while what they are bound to exists.
+    pub fn checks_bound_objects(&self) -> bool {
+        let checks = |front_end: &FrontEndConfig| {
+            front_end.authn.service_accounts().any(|one| one.check_bound_objects.unwrap_or(true))
+        };
+        self.kubernetes.is_some() && self.front_end.as_ref().is_some_and(checks)
+    }
+
+    /// What there is to know of a configuration without errors.
+    pub fn notes(&self) -> Vec<&'static str> {
+        let authn = self.front_end.as_ref().map(|front_end| &front_end.authn);
+        let unchecked =
+            |one: &ServiceAccountConfig| self.kubernetes.is_none() || one.check_bound_objects == Some(false);
+        let mut notes = Vec::new();
+        if authn.is_some_and(|authn| authn.service_accounts().any(unchecked)) {
+            notes.push(if self.kubernetes.is_none() { NO_CLUSTER } else { NOT_CHECKED });
+        }
+        notes
+    }
+
     fn read(s: &Section<'_>) -> Option<Self> {
         let config = Self {
             state_dir: s.directory("state_dir", "/var/lib/master-agent"),
@@ -298,9 +318,23 @@ impl Config {
             }
             Some(_) | None => {}
         }
+        let wanted =
+            |f: &FrontEndConfig| f.authn.service_accounts().any(|one| one.check_bound_objects == Some(true));
+        if config.kubernetes.is_none() && config.front_end.as_ref().is_some_and(wanted) {
+            s.error(
+                "front_end",
+                "check_bound_objects: true needs a section kubernetes, which says whom to ask",
+            );
+        }
         Some(config)
     }
 }
+
+/// Notes of the configuration.
+const NO_CLUSTER: &str = "tokens of service accounts are accepted until they expire, also when the account, pod, node or \
+    Secret that they are bound to has been deleted: with a section kubernetes this is checked";
+const NOT_CHECKED: &str = "check_bound_objects: false: tokens of service accounts are accepted until they expire, also when \
+    the account, pod, node or Secret that they are bound to has been deleted";
 
 impl MetricsConfig {
     fn read(s: &Section<'_>) -> Self {
@@ -601,6 +635,31 @@ mod tests {
         assert_eq!(config.tunnels.backoff_max, secs(2));
         assert_eq!((config.certificates.user_ttl, config.certificates.host_ttl), (DAY, 30 * DAY));
         assert_eq!(config.shutdown_grace, secs(30));
+    }
+
+    #[test]
+    fn tokens_are_checked_where_there_is_a_cluster_to_ask() {
+        let parse = |check: &str, more: &str| {
+            parse(&format!(
+                "front_end: {{certificates: [{{cert: a, key: b}}], upstream: {{servers: ['http://127.0.0.1']}}, \
+                 authentication: [{{service_account: {{issuers: [i], audiences: [a], key_files: [k]{check}}}}}]}}\n{more}"
+            ))
+        };
+        let (on, off) = (", check_bound_objects: true", ", check_bound_objects: false");
+        for (check, more, checked) in [
+            ("", "kubernetes: {}", true),
+            (on, "kubernetes: {}", true),
+            (off, "kubernetes: {}", false),
+            ("", "", false),
+            (off, "", false),
+        ] {
+            let config = parse(check, more).unwrap();
+            assert_eq!(config.checks_bound_objects(), checked, "{check} {more}");
+            assert_eq!(config.notes().len(), usize::from(!checked), "{check} {more}");
+        }
+        let errors = parse(on, "").unwrap_err().to_string();
+        assert!(errors.contains("check_bound_objects: true needs a section kubernetes"), "{errors}");
+        assert!(Config::parse("", "config", Path::new("/")).unwrap().notes().is_empty());
     }
 
     /// The sample shows the defaults, besides the sections that are off without being named.

@@ -87,6 +87,9 @@ async fn command(cli: Cli, config: Config) -> anyhow::Result<()> {
         }
         Command::CheckConfig => {
             println!("{}: ok", cli.config.display());
+            for note in config.notes() {
+                eprintln!("{}: note: {note}", cli.config.display());
+            }
             Ok(())
         }
         Command::Node(NodeCommand::List(args)) => cli::node_list(&config, args.output).await,

@@ -14,9 +14,9 @@ use bytes::{Buf, Bytes};
 use http_body_util::Full;
 use hyper::body::{Body, Frame, SizeHint};
 use proto::io::admin;
-use tokio::{sync::Notify, time::Sleep};
+use tokio::sync::Notify;
 
-use super::{limits::Place, recorder::Recorder, upstream::ResponseBody};
+use super::{authn::BoxFuture, limits::Place, recorder::Recorder, upstream::ResponseBody};
 use crate::{front_door::proxy_url, http::watched::Busy};
 
 /// How far a response has got with its caller. Of a body whose caller opens no window nothing is asked, so the body
@@ -110,7 +110,7 @@ pub struct Answer {
     content: Content,
     held: Arc<Held>,
     /// When it ends, whatever is still to come.
-    end: Option<Pin<Box<Sleep>>>,
+    end: Option<BoxFuture<'static, ()>>,
 }
 
 pub enum Content {
@@ -123,8 +123,8 @@ pub enum Content {
 }
 
 impl Answer {
-    pub fn new(content: Content, held: Held, end: Option<Sleep>) -> Self {
-        Self { content, held: Arc::new(held), end: end.map(Box::pin) }
+    pub fn new(content: Content, held: Held, end: Option<BoxFuture<'static, ()>>) -> Self {
+        Self { content, held: Arc::new(held), end }
     }
 }
 

@@ -33,7 +33,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
     answer::Content,
-    authn::{Authenticated, Guard, Presented},
+    authn::{self, Authenticated, Guard, Presented, Validity},
     authz::Verdict,
     limits::{self, too_many},
     proxy::{Answered, Upgrade, reserve},
@@ -81,13 +81,26 @@ impl Connection {
         Ok(Some(Call { agent, asked }))
     }
 
+    /// Who a node is that links with a credential of which only the API server could say whether it was withdrawn, while
+    /// that can't be asked: it may need the very tunnel that is to come. The SSH identity inside decides, as ever. A host
+    /// that joins has none yet, so its credential must be checked; its join token needs no API server.
+    pub(super) fn linking(&self, head: &Parts, why: &authn::Failure) -> Option<Authenticated> {
+        let who = why.unchecked()?;
+        if self.front_end.home().is_none() || !is_path_of("/link", head.uri.path()) {
+            return None;
+        }
+        let user = &who.user.name;
+        tracing::info!(peer = %self.peer, user, reason = %why, "a node may link by its SSH identity alone");
+        Some(who.clone())
+    }
+
     /// Who a host is that joins and presents its join token; `None` where that is no such request.
     pub(super) async fn joining(
         &self,
         head: &Parts,
         record: &mut Recorder,
     ) -> Result<Option<Authenticated>, Failure> {
-        let Some(agent) = self.front_end.home().filter(|_| is_join(head.uri.path())) else {
+        let Some(agent) = self.front_end.home().filter(|_| is_path_of("/join", head.uri.path())) else {
             return Ok(None);
         };
         // What can't be read is for the others to complain of.
@@ -105,7 +118,11 @@ impl Connection {
                 attempt.forgive();
                 let mut user = User { name: format!("master-agent:join-token:{id}"), ..User::default() };
                 user.extra.extend(bound.map(|node| (NODE_NAME.to_owned(), vec![node.to_string()])));
-                let who = Authenticated { user: Arc::new(user), authenticator: JOIN_TOKEN, expires: None };
+                let who = Authenticated {
+                    user: Arc::new(user),
+                    authenticator: JOIN_TOKEN,
+                    validity: Validity::default(),
+                };
                 record.authenticated(&who);
                 Ok(Some(who))
             }
@@ -171,7 +188,7 @@ impl Call {
         let Self { agent, asked } = self;
         // The credential admits; how long the link lasts is for the identity inside it.
         let upgrade = Some(Upgrade::Link(Link { agent, asked, upgrade, peer, place }));
-        Ok(Answered { response, place: None, expires: None, upgrade })
+        Ok(Answered { response, place: None, validity: Validity::default(), upgrade })
     }
 
     async fn authorize(
@@ -219,9 +236,10 @@ fn named(user: &User) -> Option<&str> {
     user.node().or_else(|| user.extra.get(NODE_NAME)?.first().map(String::as_str))
 }
 
-/// Whether a path, as it was sent, is that of a host that joins.
-fn is_join(path: &str) -> bool {
-    let name = path.strip_prefix("/apis/master-agent/v1/nodes/").and_then(|rest| rest.strip_suffix("/join"));
+/// Whether a path, as it was sent, is that of a node that links (`/link`) or of a host that joins (`/join`).
+fn is_path_of(subresource: &str, path: &str) -> bool {
+    let name = path.strip_prefix("/apis/master-agent/v1/nodes/");
+    let name = name.and_then(|rest| rest.strip_suffix(subresource));
     name.is_some_and(|name| !name.is_empty() && !name.contains(['/', '%']))
 }
 
@@ -315,8 +333,12 @@ mod tests {
             ("/apis/master-agent/v1/nodes/n1/join/", false),
             ("/api/v1/nodes/n1/join", false),
         ] {
-            assert_eq!(is_join(path), is, "{path}");
+            assert_eq!(is_path_of("/join", path), is, "{path}");
         }
+        assert!(
+            is_path_of("/link", "/apis/master-agent/v1/nodes/n1/link")
+                && !is_path_of("/link", "/apis/master-agent/v1/nodes/a/b/link")
+        );
     }
 
     #[test]

@@ -14,7 +14,7 @@ use tokio::{
 };
 
 use super::{
-    authn::Authenticated,
+    authn::{Authenticated, Validity},
     server::{Connection, FrontEnd, Peer},
     user::{AUTHENTICATED, User},
 };
@@ -37,7 +37,7 @@ impl LocalConfig {
             groups.push(AUTHENTICATED.to_owned());
         }
         let user = User { name: self.user.clone(), groups, ..User::default() };
-        Authenticated { user: Arc::new(user), authenticator: "local", expires: None }
+        Authenticated { user: Arc::new(user), authenticator: "local", validity: Validity::default() }
     }
 }
 

@@ -5,7 +5,7 @@ use std::{
     future::poll_fn,
     pin::Pin,
     sync::{Arc, atomic::Ordering},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use http_body_util::Full;
@@ -22,7 +22,7 @@ use proto::io::{dialer::Origin, relay::relay_until};
 use super::{
     answer::{Answer, Content, Held},
     audit,
-    authn::{self, Authenticated, Moment, Presented},
+    authn::{self, Authenticated, Moment, Presented, Validity},
     authz::{Attributes, impersonate::Impersonation},
     headers,
     limits::{Attempt, Place, too_many},
@@ -71,7 +71,7 @@ impl Connection {
                 failure.into()
             }
         };
-        let Answered { mut response, place, expires, upgrade } = answered;
+        let Answered { mut response, place, validity, upgrade } = answered;
         // Who has shown nothing that is good yet does not keep a connection by asking again.
         if response.status().is_client_error()
             && self.is_strangers()
@@ -90,10 +90,11 @@ impl Connection {
         match upgrade {
             Some(Upgrade::Link(link)) => link.begin(&record, kept),
             Some(Upgrade::Stream(stream)) => {
+                let end = validity.end();
                 self.front_end.connections.spawn(async move {
                     let expired = async {
-                        match left(expires) {
-                            Some(left) => tokio::time::sleep(left).await,
+                        match end {
+                            Some(end) => end.await,
                             None => std::future::pending().await,
                         }
                     };
@@ -103,8 +104,7 @@ impl Connection {
             }
             None => {}
         }
-        let end = left(expires).map(tokio::time::sleep);
-        Ok(response.map(|content| Answer::new(content, held, end)))
+        Ok(response.map(|content| Answer::new(content, held, validity.end())))
     }
 
     /// Who is told to come later would only come with another handshake, which costs more than this answer.
@@ -122,12 +122,12 @@ impl Connection {
         front_end.limits.address(&self.peer).inspect_err(|_| record.limited())?;
         let (mut head, body) = request.into_parts();
         headers::refuse_ambiguous(&head)?;
-        let caller = match self.joining(&head, record).await? {
+        let mut caller = match self.joining(&head, record).await? {
             Some(caller) => caller,
             None => self.authenticate(&head, record).await?,
         };
         self.authenticated(&caller);
-        let expires = caller.expires;
+        let validity = std::mem::take(&mut caller.validity);
         let mut hop = if head.version < Version::HTTP_2 { Hop::of(&head.headers) } else { Hop::default() };
         hop.upgrade = headers::known_upgrade(&hop).cloned();
         let info = RequestInfo::resolve(
@@ -139,6 +139,7 @@ impl Connection {
         .map_err(|error| Failure::new(StatusCode::BAD_REQUEST, error.to_string()))?;
         let info = Arc::new(info);
         record.about(&info);
+        self.refuse_other_node(&caller, record)?;
         if let Some(call) = self.call(&info)? {
             return call.answer(self, Request::from_parts(head, body), caller, &info, record).await;
         }
@@ -155,7 +156,7 @@ impl Connection {
         let served_here = urls.is_some() || page.is_some();
         let user = self.authorize(&head, caller, &info, served_here, record).await?;
         // What is short may come to its end.
-        let expires = expires.filter(|_| long_running || hop.upgrade.is_some());
+        let validity = if long_running || hop.upgrade.is_some() { validity } else { Validity::default() };
 
         record.allowed();
         if let Some(urls) = urls {
@@ -170,7 +171,7 @@ impl Connection {
             record.inject(&mut head.headers);
             let request = Request::from_parts(head, body);
             let answered = self.through_tunnel(urls, &user, place, request, record).await?;
-            return Ok(Answered { expires, ..answered });
+            return Ok(Answered { validity, ..answered });
         }
         if let Some(agent) = page {
             let body = self.limited(body, record);
@@ -178,7 +179,7 @@ impl Connection {
             let origin = self.origin(record, &user);
             let response = page::answer_on_front_end(&agent, &info.path, request, origin).await;
             let response = response.map(Content::Page);
-            return Ok(Answered { response, place: Some(place), expires, upgrade: None });
+            return Ok(Answered { response, place: Some(place), validity, upgrade: None });
         }
         front_end.introduction.request(&mut head.headers, &hop, &user, peer)?;
         record.inject(&mut head.headers);
@@ -195,7 +196,7 @@ impl Connection {
         head.extensions.clear();
         let body = self.limited(body, record);
         let request = Request::from_parts(head, body);
-        let timeout = if long_running { left(expires) } else { Some(front_end.config.request_timeout) };
+        let timeout = if long_running { validity.left() } else { Some(front_end.config.request_timeout) };
         let mut response = self.send(request, caller_upgrade.is_some(), timeout).await?;
         place.answered();
 
@@ -203,9 +204,9 @@ impl Connection {
         headers::response(response.headers_mut(), upgraded);
         *response.version_mut() = Version::HTTP_11;
         if !upgraded {
-            let expires = expires.filter(|_| long_running);
+            let validity = if long_running { validity } else { Validity::default() };
             let response = response.map(Content::Relayed);
-            return Ok(Answered { response, place: Some(place), expires, upgrade: None });
+            return Ok(Answered { response, place: Some(place), validity, upgrade: None });
         }
         let Some(Some(caller)) = caller_upgrade else {
             let message = "the API server changed to another protocol without being asked";
@@ -219,7 +220,7 @@ impl Connection {
         let lease = body.into_lease();
         let upgrade = Stream::Server { caller, server, lease, _place: place, half_closed_timeout };
         let response = Response::from_parts(head, Content::Own(Full::default()));
-        Ok(Answered { response, place: None, expires, upgrade: Some(Upgrade::Stream(upgrade)) })
+        Ok(Answered { response, place: None, validity, upgrade: Some(Upgrade::Stream(upgrade)) })
     }
 
     fn limited(&self, body: Incoming, record: &Recorder) -> RequestBody {
@@ -251,7 +252,8 @@ impl Connection {
             Some(upgrade) => (None, Some(Upgrade::Stream(Stream::Target { upgrade, _place: place }))),
             None => (Some(place), None),
         };
-        Ok(Answered { response: response.map(Content::Target), place, expires: None, upgrade })
+        let (response, validity) = (response.map(Content::Target), Validity::default());
+        Ok(Answered { response, place, validity, upgrade })
     }
 
     async fn authenticate(&self, head: &Parts, record: &mut Recorder) -> Result<Authenticated, Failure> {
@@ -285,7 +287,14 @@ impl Connection {
                 record.authenticated(&who);
                 Ok(who)
             }
-            Err(failure) => Err(self.unrecognized(attempt, &failure, record)),
+            Err(failure) => {
+                if let Some(who) = self.linking(head, &failure) {
+                    attempt.forgive();
+                    record.authenticated(&who);
+                    return Ok(who);
+                }
+                Err(self.unrecognized(attempt, &failure, record))
+            }
         }
     }
 
@@ -422,15 +431,15 @@ pub(super) struct Answered {
     pub response: Response<Content>,
     /// Of the request while its response is passed on.
     pub place: Option<Place>,
-    /// When what was granted ends.
-    pub expires: Option<SystemTime>,
+    /// For how long it was granted.
+    pub validity: Validity,
     pub upgrade: Option<Upgrade>,
 }
 
 impl From<Failure> for Answered {
     fn from(failure: Failure) -> Self {
         let response = failure.response().map(Content::Own);
-        Self { response, place: None, expires: None, upgrade: None }
+        Self { response, place: None, validity: Validity::default(), upgrade: None }
     }
 }
 
@@ -445,11 +454,6 @@ pub(super) async fn reserve(
     record.limited();
     let message = "the request can't be recorded at the moment";
     Err(Failure::new(StatusCode::SERVICE_UNAVAILABLE, message).retry_after(1))
-}
-
-/// How long a credential is good for.
-fn left(expires: Option<SystemTime>) -> Option<Duration> {
-    expires.map(|end| end.duration_since(SystemTime::now()).unwrap_or_default())
 }
 
 /// A connection that changes to another protocol.

@@ -49,6 +49,7 @@ use crate::{
     agent::Agent,
     front_door::proxy_url::ProxyUrls,
     http::watched::{Activity, Watched},
+    kubernetes::Cluster,
     metrics::{Expiry, Handshake, Metrics},
     page,
 };
@@ -183,7 +184,7 @@ impl FrontEnd {
     /// Reads all files. `callers` owns the callers' connections, `background` those to API servers.
     pub fn load(
         config: &FrontEndConfig,
-        cluster: Option<&kube::Client>,
+        cluster: Option<&Cluster>,
         proxy_urls: Option<Arc<ProxyUrls>>,
         metrics: Metrics,
         callers: &Tasks,
@@ -489,7 +490,7 @@ impl Connection {
         let (generation, at, who) = remembered.as_ref()?;
         let good = *generation == self.front_end.authn.generation()
             && now.monotonic.saturating_duration_since(*at) < REMEMBERED
-            && who.expires.is_none_or(|end| now.wall < end);
+            && who.validity.expires.is_none_or(|end| now.wall < end);
         good.then(|| who.clone())
     }
 

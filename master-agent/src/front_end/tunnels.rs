@@ -7,6 +7,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use hyper::StatusCode;
 use proto::{
     DialError, Target,
     io::{
@@ -18,10 +19,16 @@ use proto::{
     mux::FRONT_END,
 };
 
-use super::server::{Admission, FrontEnd, Peer};
+use super::{
+    authn::Authenticated,
+    authz::Verdict,
+    recorder::Recorder,
+    server::{Admission, Connection, FrontEnd, Peer},
+};
 use crate::{
     agent::Agent,
     front_door::{Caller, record::Record, target_socket},
+    http::status::Failure,
     inventory::InventoryNode,
     traces::Span,
     tunnel::Tunnel,
@@ -153,6 +160,31 @@ async fn carry(
         (io, ended == Outcome::Closed)
     });
     tokio::join!(Box::pin(served), carried);
+}
+
+impl Connection {
+    /// Refuses a node's credential that comes through another node's tunnel. Nodes don't share credentials, and one
+    /// without a route has a tunnel of its own, so it has been stolen.
+    pub(super) fn refuse_other_node(
+        &self,
+        caller: &Authenticated,
+        record: &mut Recorder,
+    ) -> Result<(), Failure> {
+        let (Peer::Node { name, .. }, Some(node)) = (&self.peer, caller.user.node()) else { return Ok(()) };
+        if node == name.as_str() {
+            return Ok(());
+        }
+        let reason =
+            format!("a credential of node {node:?} can't be used through the tunnel of node {name:?}");
+        tracing::warn!(peer = %self.peer, user = caller.user.name, reason, "refused a node's credential");
+        record.decided(&Verdict {
+            allowed: false,
+            authorizer: Some("tunnel"),
+            rule: "not-its-own".to_owned(),
+            reason: reason.clone(),
+        });
+        Err(Failure::new(StatusCode::FORBIDDEN, format!("forbidden: {reason}")))
+    }
 }
 
 fn peer(tunnel: &Tunnel) -> Peer {

@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, fmt::Debug};
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use serde::{Deserialize, Deserializer, de::DeserializeOwned};
 use serde_json::Value;
 
@@ -17,10 +17,14 @@ impl<'de, K: DeserializeOwned> Deserialize<'de> for Lenient<K> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let value = Value::deserialize(deserializer)?;
         let text = |name| value.pointer(name).and_then(Value::as_str).map(str::to_owned);
+        let deletion = text("/metadata/deletionTimestamp").map(|time| time.parse().map(Time));
         let metadata = ObjectMeta {
             name: text("/metadata/name"),
             namespace: text("/metadata/namespace"),
             resource_version: text("/metadata/resourceVersion"),
+            // It is not known to exist if it is not known until when.
+            uid: text("/metadata/uid").filter(|_| !matches!(deletion, Some(Err(_)))),
+            deletion_timestamp: deletion.and_then(Result::ok),
             ..ObjectMeta::default()
         };
         Ok(Self { metadata, object: serde_json::from_value(value).map_err(|e| e.to_string()) })

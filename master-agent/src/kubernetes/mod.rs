@@ -1,9 +1,11 @@
 //! Follows the Kubernetes API: lists, then watches, Nodes, Pods, Services and EndpointSlices, and keeps the
-//! routes as they say.
+//! routes as they say. Where tokens of service accounts are checked, it follows ServiceAccounts, too, and keeps which of
+//! these objects exist.
 //!
 //! Whatever goes wrong with the API, what is known stays: nothing is forgotten before a new list has arrived whole,
 //! and how old the last good word is can be asked ([`Watches::status`]).
 
+pub mod existing;
 mod lenient;
 mod objects;
 
@@ -26,6 +28,7 @@ use proto::{backoff::Backoff, io::tasks::Tasks};
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::sync::watch;
 
+use existing::Existing;
 use lenient::Lenient;
 
 use crate::{
@@ -47,14 +50,24 @@ const SETTLED: Duration = Duration::from_secs(2);
 const FAILURES: u32 = 3;
 /// How much longer than that to wait for its end, and for a page of a list.
 const PATIENCE: Duration = Duration::from_secs(15);
-/// Between two attempts at an API server that is away; a few masters and four kinds are no load for it.
+/// Between two attempts at an API server that is away; a few masters and five kinds are no load for it.
 const LONGEST_DELAY: Duration = Duration::from_secs(10);
+
+/// A cluster that is asked, and what is known of it.
+#[derive(Clone)]
+pub struct Cluster {
+    pub client: Client,
+    /// `None` where nobody wants to know.
+    pub existing: Option<Arc<Existing>>,
+}
 
 /// The state of the watches. Cheap to share.
 pub struct Watches {
     dialer: Arc<TunnelDialer>,
     stale_after: Duration,
-    kinds: Mutex<[Freshness; 4]>,
+    kinds: Mutex<[Freshness; Followed::ALL.len()]>,
+    /// `None` does not follow service accounts.
+    existing: Option<Arc<Existing>>,
     nodes_changed: watch::Sender<()>,
 }
 
@@ -83,16 +96,43 @@ pub struct WatchStatus {
     pub unreadable: Option<String>,
 }
 
+/// A kind of object that is followed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Followed {
+    /// For its routes.
+    Routed(Kind),
+    /// To know which exist.
+    ServiceAccounts,
+}
+
+impl Followed {
+    const ALL: [Self; 5] = [
+        Self::Routed(Kind::Nodes),
+        Self::Routed(Kind::Pods),
+        Self::Routed(Kind::Services),
+        Self::Routed(Kind::EndpointSlices),
+        Self::ServiceAccounts,
+    ];
+
+    /// As in the API's paths.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Routed(kind) => kind.name(),
+            Self::ServiceAccounts => "serviceaccounts",
+        }
+    }
+}
+
 /// A kind of object, and how routing's form of it is made.
 trait Watched: kube::Resource<DynamicType = ()> + DeserializeOwned + Clone + Debug + Send + 'static {
-    const KIND: Kind;
+    const KIND: Followed;
     fn object(self) -> Option<Object>;
 }
 
 macro_rules! watched {
     ($($type:ty, $kind:expr, $convert:path;)*) => {$(
         impl Watched for $type {
-            const KIND: Kind = $kind;
+            const KIND: Followed = Followed::Routed($kind);
 
             fn object(self) -> Option<Object> {
                 $convert(self)
@@ -106,6 +146,14 @@ watched! {
     core::Pod, Kind::Pods, objects::pod;
     core::Service, Kind::Services, objects::service;
     discovery::EndpointSlice, Kind::EndpointSlices, objects::endpoint_slice;
+}
+
+impl Watched for core::ServiceAccount {
+    const KIND: Followed = Followed::ServiceAccounts;
+
+    fn object(self) -> Option<Object> {
+        None
+    }
 }
 
 /// A client of the API server, from a kubeconfig file, or with what a pod is given.
@@ -127,9 +175,15 @@ pub async fn client(config: &KubernetesConfig) -> anyhow::Result<Client> {
 }
 
 impl Watches {
-    pub fn new(dialer: Arc<TunnelDialer>, stale_after: Duration) -> Arc<Self> {
-        let kinds = Mutex::default();
-        Arc::new(Self { dialer, stale_after, kinds, nodes_changed: watch::Sender::new(()) })
+    /// `accounts` also follows service accounts, and keeps which objects exist that tokens can be bound to.
+    pub fn new(dialer: Arc<TunnelDialer>, stale_after: Duration, accounts: bool) -> Arc<Self> {
+        let (kinds, existing) = (Mutex::default(), accounts.then(Arc::default));
+        Arc::new(Self { dialer, stale_after, kinds, existing, nodes_changed: watch::Sender::new(()) })
+    }
+
+    /// Which objects exist that tokens can be bound to.
+    pub fn existing(&self) -> Option<Arc<Existing>> {
+        self.existing.clone()
     }
 
     /// Follows all kinds until the group is cancelled.
@@ -138,6 +192,9 @@ impl Watches {
         tasks.spawn(self.clone().follow::<core::Pod>(client.clone()));
         tasks.spawn(self.clone().follow::<core::Service>(client.clone()));
         tasks.spawn(self.clone().follow::<discovery::EndpointSlice>(client.clone()));
+        if self.existing.is_some() {
+            tasks.spawn(self.clone().follow::<core::ServiceAccount>(client.clone()));
+        }
     }
 
     /// Completes a wait whenever the set of nodes, or an address of one, has changed.
@@ -146,11 +203,12 @@ impl Watches {
     }
 
     pub fn status(&self) -> Vec<WatchStatus> {
-        let counts = self.dialer.with_routes(|routes| Kind::ALL.map(|kind| routes.cluster.count(kind)));
         let kinds = self.kinds.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let status = Kind::ALL.iter().zip(kinds).zip(counts).map(|((kind, fresh), objects)| WatchStatus {
+        let followed = |kind: &Followed| self.existing.is_some() || *kind != Followed::ServiceAccounts;
+        let all = Followed::ALL.into_iter().zip(kinds).filter(|(kind, _)| followed(kind));
+        let status = all.map(|(kind, fresh)| WatchStatus {
             kind: kind.name(),
-            objects,
+            objects: self.count(kind),
             listed: fresh.listed,
             stale_seconds: fresh.stale.as_ref().map(|(since, _)| since.elapsed().as_secs()),
             error: fresh.stale.map(|(_, error)| error),
@@ -162,6 +220,15 @@ impl Watches {
         status.collect()
     }
 
+    fn count(&self, kind: Followed) -> usize {
+        match kind {
+            Followed::Routed(kind) => self.dialer.with_routes(|routes| routes.cluster.count(kind)),
+            Followed::ServiceAccounts => {
+                self.existing.as_ref().map_or(0, |existing| existing.count(existing::Kind::ServiceAccount))
+            }
+        }
+    }
+
     /// What there is to say about the watches: `Err` when routes are missing, or older than is tolerable.
     pub fn ready(&self) -> Result<Vec<String>, String> {
         let (mut late, mut stale) = (Vec::new(), Vec::new());
@@ -170,6 +237,14 @@ impl Watches {
             let kind = status.kind;
             stale.extend(status.unreadable.iter().map(|what| format!("{kind}: {what}")));
             match status.stale_seconds {
+                // No route depends on them, and each token can be asked about by itself.
+                Some(_) | None if kind == Followed::ServiceAccounts.name() => {
+                    if !status.listed || status.stale_seconds.is_some() {
+                        stale.push(format!(
+                            "{kind} can't be followed, so the API server is asked about each token: {error}"
+                        ));
+                    }
+                }
                 _ if !status.listed => late.push(format!("{kind} have not been listed yet: {error}")),
                 Some(seconds) if Duration::from_secs(seconds) >= self.stale_after => {
                     late.push(format!("{kind} are {seconds} s old: {error}"));
@@ -222,12 +297,13 @@ impl Watches {
     /// Puts a whole list in the place of what is known; gives the version to watch from.
     async fn list<K: Watched>(&self, api: &Api<Lenient<K>>) -> Result<String, String> {
         let mut params = ListParams::default().limit(PAGE);
-        let mut listed = HashSet::new();
+        let (mut listed, mut existing) = (HashSet::new(), HashSet::new());
         self.change(K::KIND, |fresh| fresh.unreadable = None);
         for _ in 0..PAGES {
             let page = tokio::time::timeout(PATIENCE, api.list(&params)).await;
             let page = page.map_err(|_| "no answer to a list".to_owned())?.map_err(|e| show(&e))?;
             for object in page.items {
+                existing.extend(objects::key(&object.metadata));
                 listed.extend(self.apply(object));
             }
             match page.metadata.continue_.filter(|token| !token.is_empty()) {
@@ -238,16 +314,21 @@ impl Watches {
                         return Err("the list has no resourceVersion, so it is none".to_owned());
                     }
                     // Without a node nothing could be reached. Nodes that really go are told one by one.
-                    let known = self.dialer.with_routes(|routes| routes.cluster.count(K::KIND));
-                    if K::KIND == Kind::Nodes && listed.is_empty() && known > 0 {
+                    let nodes = K::KIND == Followed::Routed(Kind::Nodes);
+                    if nodes && listed.is_empty() && self.count(K::KIND) > 0 {
                         return Err(
                             "the list has no nodes any more; the last ones stay until a restart".to_owned()
                         );
                     }
-                    self.dialer.change_routes(|routes| routes.cluster.retain(K::KIND, &listed));
+                    if let Followed::Routed(kind) = K::KIND {
+                        self.dialer.change_routes(|routes| routes.cluster.retain(kind, &listed));
+                    }
+                    if let Some(known) = &self.existing {
+                        known.retain(K::KIND, &existing);
+                    }
                     self.tell(K::KIND);
                     self.heard(K::KIND, true);
-                    tracing::info!(kind = K::KIND.name(), objects = listed.len(), version, "listed");
+                    tracing::info!(kind = K::KIND.name(), objects = existing.len(), version, "listed");
                     return Ok(version);
                 }
             }
@@ -305,13 +386,16 @@ impl Watches {
                     if self.apply(object).is_none()
                         && let Some(key) = key
                     {
-                        self.remove(K::KIND, &key);
+                        self.unroute(K::KIND, &key);
                     }
                 }
                 WatchEvent::Deleted(object) => {
                     note(&mut version, object.metadata.resource_version.as_deref());
                     if let Some(key) = objects::key(&object.metadata) {
-                        self.remove(K::KIND, &key);
+                        if let Some(existing) = &self.existing {
+                            existing.remove(K::KIND, &key);
+                        }
+                        self.unroute(K::KIND, &key);
                     }
                 }
                 WatchEvent::Bookmark(bookmark) => {
@@ -325,9 +409,12 @@ impl Watches {
         }
     }
 
-    /// Takes an object; gives its key, or `None` if nothing is to be known of it. The former version of one that
-    /// can't be read stays.
+    /// Takes an object; gives its key, or `None` if there is no route to it. The former version of one that can't be
+    /// read stays, as far as routes go.
     fn apply<K: Watched>(&self, object: Lenient<K>) -> Option<Key> {
+        if let Some(existing) = &self.existing {
+            existing.apply(K::KIND, &object.metadata);
+        }
         let key = objects::key(&object.metadata);
         let object = match object.object {
             Ok(object) => object.object()?,
@@ -351,26 +438,31 @@ impl Watches {
         Some(key)
     }
 
-    fn remove(&self, kind: Kind, key: &str) {
-        self.dialer.change_routes(|routes| routes.cluster.remove(kind, key));
+    fn unroute(&self, kind: Followed, key: &str) {
+        if let Followed::Routed(kind) = kind {
+            self.dialer.change_routes(|routes| routes.cluster.remove(kind, key));
+        }
         self.tell(kind);
     }
 
-    fn tell(&self, kind: Kind) {
-        if kind == Kind::Nodes {
+    fn tell(&self, kind: Followed) {
+        if kind == Followed::Routed(Kind::Nodes) {
             self.nodes_changed.send_replace(());
         }
     }
 
-    fn change(&self, kind: Kind, change: impl FnOnce(&mut Freshness)) {
+    fn change(&self, kind: Followed, change: impl FnOnce(&mut Freshness)) {
         let mut kinds = self.kinds.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = Kind::ALL.iter().position(|k| *k == kind);
+        let at = Followed::ALL.iter().position(|k| *k == kind);
         if let Some(freshness) = at.and_then(|at| kinds.get_mut(at)) {
             change(freshness);
         }
     }
 
-    fn heard(&self, kind: Kind, listed: bool) {
+    fn heard(&self, kind: Followed, listed: bool) {
+        if let Some(existing) = &self.existing {
+            existing.heard(kind, true);
+        }
         self.change(kind, |fresh| {
             if let Some((since, _)) = fresh.stale.take() {
                 tracing::info!(
@@ -383,7 +475,7 @@ impl Watches {
         });
     }
 
-    fn unreadable(&self, kind: Kind, key: &str, error: &str) {
+    fn unreadable(&self, kind: Followed, key: &str, error: &str) {
         let what: String = format!("{key}: {error}").chars().take(200).collect();
         self.change(kind, |fresh| {
             let count = fresh.unreadable.as_ref().map_or(0, |(count, _)| *count);
@@ -399,7 +491,10 @@ impl Watches {
         });
     }
 
-    fn failed(&self, kind: Kind, error: &str) {
+    fn failed(&self, kind: Followed, error: &str) {
+        if let Some(existing) = &self.existing {
+            existing.heard(kind, false);
+        }
         self.change(kind, |fresh| {
             fresh.errors += 1;
             let since = match &fresh.stale {

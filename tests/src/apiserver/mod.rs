@@ -6,6 +6,7 @@
 //! | the same with `?watch=1` | one event a line, as the test sends them |
 //! | `/version`, `/api`, `/apis` and below | as much as kubectl finds its way by |
 //! | `GET` of a pod | the pod |
+//! | `POST` of a TokenReview | what kube-apiserver makes of a token that [`ApiServer::issue`] gave, as things are |
 //! | a pod's `log`, `exec`, `attach`, `portforward` | what the kubelet answers, see [`ApiServer::set_kubelet`] |
 //!
 //! A test says what happens next, and asks what was requested:
@@ -35,6 +36,7 @@
 
 mod pods;
 mod resources;
+mod tokens;
 
 use std::{
     collections::BTreeMap,
@@ -62,8 +64,8 @@ use serde_json::{Value, json};
 use tokio::{net::TcpListener, sync::mpsc};
 use tokio_rustls::TlsAcceptor;
 
-pub use self::resources::Kind;
-use self::{pods::PodPath, resources::Resource};
+use self::{pods::PodPath, resources::Resource, tokens::Tokens};
+pub use self::{resources::Kind, tokens::BoundTo};
 use crate::{
     cluster::SOON,
     http::{Base, parameters},
@@ -134,14 +136,16 @@ impl ApiServer {
             &["localhost", "127.0.0.1", "kubernetes.default.svc"],
         )?;
         let mut resources = BTreeMap::new();
-        for kind in Kind::ALL {
+        for kind in Kind::SERVED {
             resources.insert(kind, Resource::read(answers, kind)?);
         }
+        let tokens = Tokens::new(directory.path())?;
         let server = Server {
             acceptor: TlsAcceptor::from(server_config(directory.path(), "apiserver")?),
             shared: Arc::new(Mutex::new(Shared {
                 version: serde_json::from_slice(&read(&answers.join("version.json"))?)?,
                 resources,
+                tokens,
                 token: String::new(),
                 kubelet: None,
                 asked: Vec::new(),
@@ -239,14 +243,14 @@ impl ApiServer {
 
     /// Ends all open watches in good order, as a server does after a watch's time.
     pub fn end_watches(&self) {
-        for kind in Kind::ALL {
+        for kind in Kind::SERVED {
             self.resource(kind, Resource::end);
         }
     }
 
     /// Breaks all open watches off, in the middle of the answer.
     pub fn cut_watches(&self) {
-        for kind in Kind::ALL {
+        for kind in Kind::SERVED {
             self.resource(kind, Resource::cut);
         }
     }
@@ -341,6 +345,7 @@ struct Server {
 struct Shared {
     version: Value,
     resources: BTreeMap<Kind, Resource>,
+    tokens: Tokens,
     token: String,
     kubelet: Option<Base>,
     asked: Vec<Asked>,
@@ -408,10 +413,25 @@ impl Server {
         if let Some(found) = pods::discovery(&asked.path) {
             return json_body(StatusCode::OK, &found);
         }
-        match Kind::ALL.into_iter().find(|kind| kind.path() == asked.path) {
+        if asked.path == tokens::REVIEWS && asked.method == Method::POST {
+            return self.review(request).await;
+        }
+        match Kind::SERVED.into_iter().find(|kind| kind.path() == asked.path) {
             Some(kind) if asked.method == Method::GET => self.collection(kind, &asked).await,
             Some(_) => failure(StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowed", "only reads are served"),
             None => not_found(),
+        }
+    }
+
+    async fn review(&self, request: Request<Incoming>) -> Response<Body> {
+        let fault = self.shared().tokens.fault.clone();
+        if let Some(fault) = fault {
+            return self.fail(fault).await;
+        }
+        let Ok(body) = request.into_body().collect().await else { return not_found() };
+        match serde_json::from_slice(&body.to_bytes()) {
+            Ok(review) => json_body(StatusCode::CREATED, &self.shared().review(&review)),
+            Err(error) => failure(StatusCode::BAD_REQUEST, "BadRequest", &error.to_string()),
         }
     }
 
@@ -439,6 +459,10 @@ impl Server {
                 None => return bytes_body(StatusCode::OK, resource.list()),
             }
         };
+        self.fail(fault).await
+    }
+
+    async fn fail(&self, fault: Fault) -> Response<Body> {
         match fault {
             Fault::Status(status) => {
                 let reason = status.canonical_reason().unwrap_or_default().replace(' ', "");

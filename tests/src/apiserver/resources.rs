@@ -20,10 +20,14 @@ pub enum Kind {
     Pods,
     Services,
     EndpointSlices,
+    ServiceAccounts,
 }
 
 impl Kind {
+    /// What routes are made of.
     pub const ALL: [Self; 4] = [Self::Nodes, Self::Pods, Self::Services, Self::EndpointSlices];
+    pub(super) const SERVED: [Self; 5] =
+        [Self::Nodes, Self::Pods, Self::Services, Self::EndpointSlices, Self::ServiceAccounts];
 
     /// Where objects of all namespaces are listed.
     pub fn path(self) -> &'static str {
@@ -32,6 +36,7 @@ impl Kind {
             Self::Pods => "/api/v1/pods",
             Self::Services => "/api/v1/services",
             Self::EndpointSlices => "/apis/discovery.k8s.io/v1/endpointslices",
+            Self::ServiceAccounts => "/api/v1/serviceaccounts",
         }
     }
 
@@ -47,12 +52,13 @@ impl Kind {
             Self::Pods => "Pod",
             Self::Services => "Service",
             Self::EndpointSlices => "EndpointSlice",
+            Self::ServiceAccounts => "ServiceAccount",
         }
     }
 
     pub fn api_version(self) -> &'static str {
         match self {
-            Self::Nodes | Self::Pods | Self::Services => "v1",
+            Self::Nodes | Self::Pods | Self::Services | Self::ServiceAccounts => "v1",
             Self::EndpointSlices => "discovery.k8s.io/v1",
         }
     }
@@ -74,6 +80,8 @@ pub(super) struct Resource {
     history: Vec<(String, Bytes)>,
     recorded: VecDeque<Bytes>,
     watches: Vec<Watch>,
+    /// What the watches are to be told later, while they are held back.
+    held: Option<Vec<Bytes>>,
     /// Versions given to objects that came without one.
     given: u64,
     pub list_fault: Option<Fault>,
@@ -93,6 +101,7 @@ impl Resource {
             history: Vec::new(),
             recorded: lines.map(Bytes::copy_from_slice).collect(),
             watches: Vec::new(),
+            held: None,
             given: 0,
             list_fault: None,
             watch_fault: None,
@@ -237,7 +246,28 @@ impl Resource {
         self.history.clear();
     }
 
+    /// Watches that are open hear nothing of what happens until they are released.
+    pub fn hold(&mut self) {
+        self.held.get_or_insert_default();
+    }
+
+    pub fn release(&mut self) {
+        for line in self.held.take().unwrap_or_default() {
+            self.tell(&line);
+        }
+    }
+
+    /// Those of a namespace, or of none.
+    pub fn names(&self, namespace: &str) -> Vec<String> {
+        let keys = self.objects.keys().filter(|(of, _)| of == namespace);
+        keys.map(|(_, name)| name.clone()).collect()
+    }
+
     pub fn tell(&mut self, line: &Bytes) {
+        if let Some(held) = &mut self.held {
+            held.push(line.clone());
+            return;
+        }
         self.watches.retain(|watch| watch.send(Ok(line.clone())).is_ok());
     }
 

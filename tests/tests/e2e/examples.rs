@@ -74,17 +74,24 @@ fn the_egress_selectors_lead_to_the_sample_configuration() {
     assert_eq!(modes, ["grpc", "http-connect-tls", "http-connect-uds"]);
 }
 
-/// It may list and watch what is followed, and do nothing else.
+/// It may list and watch what is followed, have tokens reviewed, and do nothing else.
 #[test]
 fn the_role_allows_what_is_asked_and_no_more() {
     let objects = yaml(&deploy().join("kubernetes/rbac.yaml"));
     let role = objects.iter().find(|o| o["kind"] == "ClusterRole").unwrap();
     let mut allowed = Vec::new();
     for rule in role["rules"].as_array().unwrap() {
+        if rule["resources"] == serde_json::json!(["tokenreviews"]) {
+            assert_eq!(rule["verbs"], serde_json::json!(["create"]));
+            continue;
+        }
         assert_eq!(rule["verbs"], serde_json::json!(["list", "watch"]));
         allowed.extend(rule["resources"].as_array().unwrap().iter().map(|r| r.as_str().unwrap().to_owned()));
     }
-    let followed: Vec<_> = tests::apiserver::Kind::ALL.iter().map(|kind| kind.plural().to_owned()).collect();
+    let routed = tests::apiserver::Kind::ALL.into_iter();
+    let followed = routed.chain([tests::apiserver::Kind::ServiceAccounts]);
+    let mut followed: Vec<_> = followed.map(|kind| kind.plural().to_owned()).collect();
+    (allowed.sort(), followed.sort());
     assert_eq!(allowed, followed);
     let binding = objects.iter().find(|o| o["kind"] == "ClusterRoleBinding").unwrap();
     assert_eq!(binding["roleRef"]["name"], role["metadata"]["name"]);

@@ -3,6 +3,7 @@
 
 mod admin_strangers;
 mod authorization;
+mod bound_tokens;
 mod call_home_443;
 mod chaos;
 mod client_chains;

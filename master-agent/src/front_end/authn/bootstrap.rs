@@ -94,7 +94,8 @@ impl BootstrapToken {
         }
         let name = format!("system:bootstrap:{id}");
         let groups = [vec![GROUP.to_owned()], self.extra_groups].concat();
-        Ok(Recognized { user: User { name, groups, ..User::default() }, expires: self.expiration })
+        let user = User { name, groups, ..User::default() };
+        Ok(Recognized { user, expires: self.expiration, bound: None })
     }
 
     /// The token in the Secret `kube-system/bootstrap-token-ID`.

@@ -9,6 +9,7 @@ use proto::config::{At, Section};
 use super::{
     Anonymous, Authenticator, Authenticators, Bootstrap, BootstrapTokens, ClusterTokens, FileTokens, Oidc,
     ServiceAccounts, TokenFile, Webhook, X509,
+    bound::BoundObjects,
     keys::{KeySource, Location, RemoteKeys},
 };
 use crate::{
@@ -17,6 +18,7 @@ use crate::{
         https_client::{ClientTls, JsonClient},
         reloaded::{Follow, Reloaded},
     },
+    kubernetes::Cluster,
 };
 
 /// Who is recognised, and how.
@@ -59,6 +61,8 @@ pub struct ServiceAccountConfig {
     /// Files of public keys or certificates in PEM.
     pub key_files: Vec<PathBuf>,
     pub jwks: Option<KeysConfig>,
+    /// Accept a token only while what it is bound to exists; `None` does where there is a cluster to ask.
+    pub check_bound_objects: Option<bool>,
 }
 
 /// A JSON Web Key Set.
@@ -142,6 +146,18 @@ impl AuthnConfig {
 }
 
 impl AuthnConfig {
+    pub fn service_accounts(&self) -> impl Iterator<Item = &ServiceAccountConfig> {
+        self.authenticators.iter().filter_map(|one| match one {
+            AuthenticatorConfig::ServiceAccount(config) => Some(config),
+            AuthenticatorConfig::X509(_)
+            | AuthenticatorConfig::TokenFile(_)
+            | AuthenticatorConfig::BootstrapTokens(_)
+            | AuthenticatorConfig::Oidc(_)
+            | AuthenticatorConfig::Webhook(_)
+            | AuthenticatorConfig::Anonymous(_) => None,
+        })
+    }
+
     /// Whether a certificate can say who a caller is.
     pub fn asks_for_certificates(&self) -> bool {
         self.authenticators.iter().any(|one| matches!(one, AuthenticatorConfig::X509(_)))
@@ -191,6 +207,7 @@ fn read_service_account(section: &Section<'_>) -> Option<ServiceAccountConfig> {
         audiences: some(section, "audiences"),
         key_files: section.list("key_files"),
         jwks: section.section("jwks", read_jwks),
+        check_bound_objects: section.optional("check_bound_objects"),
     };
     if config.key_files.is_empty() && section.at("jwks").is_none() {
         section.section_error("needs key_files or jwks");
@@ -321,11 +338,11 @@ fn read_anonymous(section: &Section<'_>) -> Option<Vec<String>> {
 }
 
 impl Authenticators {
-    /// Reads all files for the first time; afterwards what is returned must be followed. `cluster` is for the
-    /// bootstrap tokens of a cluster.
+    /// Reads all files for the first time; afterwards what is returned must be followed. `cluster` is for its bootstrap
+    /// tokens, and for what the tokens of its service accounts are bound to.
     pub fn load(
         config: &AuthnConfig,
-        cluster: Option<&kube::Client>,
+        cluster: Option<&Cluster>,
     ) -> anyhow::Result<(Self, Vec<Arc<dyn Follow>>)> {
         let mut files = Vec::new();
         let mut chain = Vec::new();
@@ -358,7 +375,7 @@ impl AuthenticatorConfig {
 
     fn load(
         &self,
-        cluster: Option<&kube::Client>,
+        cluster: Option<&Cluster>,
         files: &mut Vec<Arc<dyn Follow>>,
         client_ca: &mut Option<Arc<Reloaded<ClientCa>>>,
     ) -> anyhow::Result<Box<dyn Authenticator>> {
@@ -382,8 +399,8 @@ impl AuthenticatorConfig {
                     sources.push(Box::new(tokens));
                 }
                 if config.cluster {
-                    let client = cluster.context("there is no cluster: cluster: true needs kubernetes")?;
-                    sources.push(Box::new(ClusterTokens::new(client.clone())));
+                    let cluster = cluster.context("there is no cluster: cluster: true needs kubernetes")?;
+                    sources.push(Box::new(ClusterTokens::new(cluster.client.clone())));
                 }
                 Box::new(Bootstrap::new(sources))
             }
@@ -409,7 +426,10 @@ impl AuthenticatorConfig {
                     }
                     None => {}
                 }
-                Box::new(ServiceAccounts::new(config.issuers.clone(), config.audiences.clone(), keys))
+                let (issuers, audiences) = (config.issuers.clone(), config.audiences.clone());
+                let checked = cluster.filter(|_| config.check_bound_objects != Some(false));
+                let checked = checked.and_then(|cluster| BoundObjects::new(cluster, audiences.clone()));
+                Box::new(ServiceAccounts::new(issuers, audiences, keys, checked))
             }
             Self::Oidc(config) => {
                 let tls = ClientTls { ca: config.ca.clone(), identity: None };

@@ -21,12 +21,14 @@ use std::{
 
 use super::{
     reloaded::{Follow, Reloaded},
+    secret::Secret,
     user::{AUTHENTICATED, UNAUTHENTICATED, User},
 };
 use crate::client_certificates::ClientCa;
 
 mod anonymous;
 mod bootstrap;
+mod bound;
 mod cache;
 mod config;
 mod credential;
@@ -42,6 +44,7 @@ mod x509;
 
 pub use anonymous::Anonymous;
 pub use bootstrap::{Bootstrap, BootstrapToken, BootstrapTokens, ClusterTokens, FileTokens};
+use bound::{Binding, Bound};
 use cache::Cache;
 pub use cache::Digest;
 pub use config::{
@@ -83,11 +86,13 @@ pub struct Recognized {
     pub user: User,
     /// When the credential ends, where it says so.
     pub expires: Option<SystemTime>,
+    /// What must still exist whenever the credential is shown.
+    pub bound: Option<Arc<Bound>>,
 }
 
 impl From<User> for Recognized {
     fn from(user: User) -> Self {
-        Self { user, expires: None }
+        Self { user, expires: None, bound: None }
     }
 }
 
@@ -113,22 +118,72 @@ pub struct Authenticated {
     pub user: Arc<User>,
     /// As the kind of credential is named in the configuration.
     pub authenticator: &'static str,
-    /// When the credential ends, where it says so: what was granted for it may last no longer.
+    pub validity: Validity,
+}
+
+/// How long a credential is good: what was granted for it may last no longer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Validity {
+    /// When it ends, where it says so.
     pub expires: Option<SystemTime>,
+    /// For as long as what it is bound to exists.
+    pub binding: Option<Binding>,
+}
+
+impl Validity {
+    /// How long until it expires.
+    pub fn left(&self) -> Option<Duration> {
+        self.expires.map(|end| end.duration_since(SystemTime::now()).unwrap_or_default())
+    }
+
+    /// Completes when the credential is no longer good; `None` where that is never.
+    pub fn end(&self) -> Option<BoxFuture<'static, ()>> {
+        let (left, binding) = (self.left(), self.binding.clone());
+        if left.is_none() && binding.is_none() {
+            return None;
+        }
+        Some(Box::pin(async move {
+            let expired = async {
+                match left {
+                    Some(left) => tokio::time::sleep(left).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let gone = async {
+                match binding {
+                    Some(binding) => binding.ended().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = expired => {}
+                () = gone => {}
+            }
+        }))
+    }
 }
 
 /// Why a caller is not recognised: what each authenticator said. For the log, not for the caller.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Failure(Vec<(&'static str, Reason)>);
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Failure {
+    said: Vec<(&'static str, Reason)>,
+    unchecked: Option<Box<Authenticated>>,
+}
 
 impl Failure {
     pub fn reasons(&self) -> impl Iterator<Item = &Reason> {
-        self.0.iter().map(|(_, reason)| reason)
+        self.said.iter().map(|(_, reason)| reason)
     }
 
     /// What each authenticator said.
     pub fn by_authenticator(&self) -> impl Iterator<Item = (&'static str, &Reason)> {
-        self.0.iter().map(|(authenticator, reason)| (*authenticator, reason))
+        self.said.iter().map(|(authenticator, reason)| (*authenticator, reason))
+    }
+
+    /// Who the caller is if what its credential is bound to still exists, which nobody could be asked. The credential is
+    /// good in all else.
+    pub fn unchecked(&self) -> Option<&Authenticated> {
+        self.unchecked.as_deref()
     }
 
     /// Where the guard let something not be tried: how long until it may.
@@ -145,7 +200,7 @@ impl Failure {
 
 impl From<Reason> for Failure {
     fn from(reason: Reason) -> Self {
-        Self(vec![("request", reason)])
+        Self { said: vec![("request", reason)], unchecked: None }
     }
 }
 
@@ -153,7 +208,7 @@ impl std::error::Error for Failure {}
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, (authenticator, reason)) in self.0.iter().enumerate() {
+        for (i, (authenticator, reason)) in self.said.iter().enumerate() {
             let separator = if i == 0 { "" } else { "; " };
             write!(f, "{separator}{authenticator}: {reason}")?;
         }
@@ -222,54 +277,82 @@ impl Authenticators {
         if proven.is_some() {
             presented.guard = None;
         }
-        let mut failure = Failure(Vec::new());
+        let mut failure = Failure::default();
         for (index, (name, authenticator)) in self.chain.iter().enumerate() {
-            if let Some(found) = &remembered
-                && authenticator.remembers()
-            {
-                if found.authenticator == index {
-                    return Ok(authenticated(name, found.recognized.clone()));
-                }
-                // One before the winner did not know the token then, and does not now.
-                if index < found.authenticator {
-                    continue;
-                }
+            let known = remembered.as_ref().filter(|_| authenticator.remembers());
+            // One before the winner did not know the token then, and does not now.
+            if known.is_some_and(|found| index < found.authenticator) {
+                continue;
             }
-            let found = authenticator.authenticate(&presented, now).await;
-            match found.and_then(|found| found.map(checked).transpose()) {
+            let known = known.filter(|found| index == found.authenticator);
+            let found = match known {
+                Some(found) => Ok(Some(found.recognized.clone())),
+                None => {
+                    let found = authenticator.authenticate(&presented, now).await;
+                    found.and_then(|found| found.map(checked).transpose())
+                }
+            };
+            match found {
                 Ok(Some(recognized)) => {
                     if let Some(digest) = digest
                         && authenticator.remembers()
+                        && known.is_none()
                     {
                         let recognized = recognized.clone();
                         let value = Remembered { authenticator: index, generation, recognized };
                         self.remembered.put(digest, value, now.monotonic);
                     }
+                    // That something exists is not remembered with it.
+                    if let Err(reason) = still_bound(&recognized, &presented, digest, now).await {
+                        if matches!(reason, Reason::Unavailable(_)) {
+                            let who = authenticated(name, recognized, presented.bearer.clone());
+                            failure.unchecked = Some(Box::new(who));
+                        }
+                        failure.said.push((name, reason));
+                        continue;
+                    }
                     if let Some(digest) = digest.filter(|_| presented.did_cost()) {
                         self.proven.put(digest, (), now.monotonic);
                     }
-                    return Ok(authenticated(name, recognized));
+                    return Ok(authenticated(name, recognized, presented.bearer.take()));
                 }
                 Ok(None) => {}
-                Err(reason) => failure.0.push((name, reason)),
+                Err(reason) => failure.said.push((name, reason)),
             }
         }
         if let Some(digest) = proven.filter(|_| !failure.is_unavailable()) {
             self.proven.remove(&digest);
         }
-        if failure.0.is_empty() {
-            failure.0.push(("request", presented.unrecognized()));
+        if failure.said.is_empty() {
+            failure.said.push(("request", presented.unrecognized()));
         }
         Err(failure)
     }
 }
 
-fn authenticated(authenticator: &'static str, recognized: Recognized) -> Authenticated {
-    let Recognized { mut user, expires } = recognized;
+async fn still_bound(
+    recognized: &Recognized,
+    presented: &Presented<'_>,
+    digest: Option<Digest>,
+    now: Moment,
+) -> Result<(), Reason> {
+    match (&recognized.bound, &presented.bearer, digest) {
+        (Some(bound), Some(token), Some(digest)) => bound.check(token, digest, Some(presented), now).await,
+        (None, _, _) | (_, None, _) | (_, _, None) => Ok(()),
+    }
+}
+
+fn authenticated(
+    authenticator: &'static str,
+    recognized: Recognized,
+    token: Option<Secret>,
+) -> Authenticated {
+    let Recognized { mut user, expires, bound } = recognized;
+    let binding = bound.zip(token).map(|(bound, token)| Binding { token, bound });
     if !user.in_group(AUTHENTICATED) && !user.in_group(UNAUTHENTICATED) {
         user.groups.push(AUTHENTICATED.to_owned());
     }
-    Authenticated { user: Arc::new(user), authenticator, expires }
+    Authenticated { user: Arc::new(user), authenticator, validity: Validity { expires, binding } }
 }
 
 /// Bytes of a user's names, groups and extra together.

@@ -32,7 +32,7 @@ impl Oidc {
                 return Err(Reason::Claim(name.clone()));
             }
         }
-        Ok(Some(Recognized { user: self.user(&claims)?, expires: claims.expires() }))
+        Ok(Some(Recognized { user: self.user(&claims)?, expires: claims.expires(), bound: None }))
     }
 
     fn user(&self, claims: &Claims) -> Result<User, Reason> {

@@ -62,6 +62,8 @@ pub enum Reason {
     Contradiction,
     #[error("the token is a legacy one, kept in a Secret and without expiry: such are not accepted")]
     Legacy,
+    #[error("the API server no longer accepts the token: {0}")]
+    Withdrawn(String),
     #[error("the token has no usable claim {0:?}")]
     Claim(String),
     #[error("the token's email address is not verified")]

@@ -1,10 +1,13 @@
 //! Tokens of Kubernetes service accounts, as kube-apiserver issues them (`TokenRequest`, projected volumes).
 //!
-//! Whether the service account, pod or node that a token is bound to still exists is not asked: a token is good
+//! Where there is a cluster to ask, a token is good only while what it is bound to exists ([`super::bound`]); elsewhere,
 //! until it expires.
+
+use std::sync::Arc;
 
 use super::{
     Authenticator, BoxFuture, Moment, Presented, Reason, Recognized,
+    bound::{Bound, BoundObjects},
     jwt::{Claims, Unverified},
     keys::KeySource,
     x509::CREDENTIAL_ID,
@@ -18,11 +21,18 @@ pub struct ServiceAccounts {
     issuers: Vec<String>,
     audiences: Vec<String>,
     keys: Vec<KeySource>,
+    bound: Option<Arc<BoundObjects>>,
 }
 
 impl ServiceAccounts {
-    pub fn new(issuers: Vec<String>, audiences: Vec<String>, keys: Vec<KeySource>) -> Self {
-        Self { issuers, audiences, keys }
+    /// `bound` says whether what tokens are bound to exists.
+    pub fn new(
+        issuers: Vec<String>,
+        audiences: Vec<String>,
+        keys: Vec<KeySource>,
+        bound: Option<Arc<BoundObjects>>,
+    ) -> Self {
+        Self { issuers, audiences, keys, bound }
     }
 
     async fn check(&self, presented: &Presented<'_>, now: Moment) -> Result<Option<Recognized>, Reason> {
@@ -35,7 +45,9 @@ impl ServiceAccounts {
         }
         let claims = token.verify(&self.keys, presented, now).await?;
         claims.check_audience(&self.audiences)?;
-        Ok(Some(Recognized { user: user(&claims)?, expires: claims.expires() }))
+        let user = user(&claims)?;
+        let bound = self.bound.clone().map(|objects| Bound::of(&claims, &user, objects)).transpose()?;
+        Ok(Some(Recognized { user, expires: claims.expires(), bound: bound.map(Arc::new) }))
     }
 }
 

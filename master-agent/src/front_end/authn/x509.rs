@@ -145,7 +145,7 @@ fn user(chain: &[CertificateDer<'_>], now: SystemTime) -> Result<Recognized, Rea
     let extra = [(CREDENTIAL_ID.to_owned(), vec![id])].into();
     // One that has ended already was of no use to the verifier.
     let expires = chain.iter().filter_map(end).filter(|end| *end > now).min();
-    Ok(Recognized { user: User { name, uid, groups, extra }, expires })
+    Ok(Recognized { user: User { name, uid, groups, extra }, expires, bound: None })
 }
 
 fn end(certificate: &CertificateDer<'_>) -> Option<SystemTime> {
