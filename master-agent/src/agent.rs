@@ -24,7 +24,7 @@ use crate::{
     config::Config,
     dialer::TunnelDialer,
     front_end::server::FrontEnd,
-    identity::{Authorities, UserIdentity},
+    identity::{Authorities, UserIdentity, revocation::Revocations},
     inventory::Inventory,
     kubernetes::Watches,
     metrics::{Metrics, Reason},
@@ -54,6 +54,8 @@ pub struct Agent {
     pub handshakes: Places,
     pub front_end: OnceLock<Arc<FrontEnd>>,
     pub page: Page,
+    /// Certificates of masters and people that nodes are to refuse.
+    pub revocations: Revocations,
     user: RwLock<Arc<UserIdentity>>,
     of_file: RwLock<Arc<Inventory>>,
     inventory: RwLock<Arc<Inventory>>,
@@ -85,6 +87,7 @@ impl Agent {
             draining: CancellationToken::new(),
             handshakes: Places::new(config.call_home.as_ref().map_or(HANDSHAKES, |c| c.max_handshakes)),
             front_end: OnceLock::new(),
+            revocations: Revocations::new(None),
             user: RwLock::new(Arc::new(user)),
             of_file: RwLock::default(),
             inventory: RwLock::default(),
@@ -104,11 +107,16 @@ impl Agent {
         let ttl = self.config.certificates.user_ttl;
         loop {
             tokio::time::sleep(ttl / 3).await;
-            match self.authorities.issue_user(SystemTime::now(), ttl) {
-                Ok(user) => *self.user.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(user),
-                Err(error) => {
-                    tracing::error!(%error, "can't issue a new user certificate; the present one stays")
-                }
+            self.issue_user();
+        }
+    }
+
+    /// Issues a new user certificate, for links to come.
+    pub fn issue_user(&self) {
+        match self.authorities.issue_user(SystemTime::now(), self.config.certificates.user_ttl) {
+            Ok(user) => *self.user.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(user),
+            Err(error) => {
+                tracing::error!(%error, "can't issue a new user certificate; the present one stays")
             }
         }
     }

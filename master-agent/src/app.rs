@@ -33,7 +33,7 @@ use crate::{
         users::Users,
     },
     front_end::{audit::Writer, config::FrontEndConfig, local, reloaded::Reloaded, server::FrontEnd},
-    identity::Authorities,
+    identity::{Authorities, revocation},
     inventory::Inventory,
     kubernetes::{self, Cluster},
     links::{self, DialLinks},
@@ -106,6 +106,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let mut links = DialLinks::default();
     links.follow(&agent);
     background.spawn(agent.clone().renew_user());
+    background.spawn(revocation::follow(agent.clone()));
     background.spawn(agent.registry.clone().sample());
     let front_end = agent.front_end.get().map(|front_end| front_end.runtimes());
     background.spawn(systemd::watchdog(front_end.unwrap_or_default()));

@@ -13,14 +13,14 @@ use http_body_util::{BodyExt, Full};
 use hyper::Method;
 use hyper_util::rt::TokioIo;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
-use proto::{NodeName, io::tasks::Tasks};
+use proto::{NodeName, io::tasks::Tasks, revocation::krl::Entry};
 use rustix::termios::{self, LocalModes, OptionalActions};
 use tokio::net::UnixStream;
 use zeroize::Zeroizing;
 
 use crate::{
-    agent::Explanation, compare::CompareArgs, config::Config, front_door::users, page, registry::NodeStatus,
-    top::TopArgs,
+    agent::Explanation, compare::CompareArgs, config::Config, front_door::users, identity::revocation, page,
+    registry::NodeStatus, top::TopArgs,
 };
 
 /// Runs beside kube-apiserver: keeps SSH tunnels to every node and carries connections over them.
@@ -75,6 +75,8 @@ pub enum Command {
         /// The user's name.
         name: String,
     },
+    /// Revoke SSH certificates of masters and people: nodes cut their sessions and refuse them.
+    Revoke(RevokeArgs),
     /// Print a completion script for a shell.
     Completions {
         /// The shell that is to read it.
@@ -178,6 +180,35 @@ pub struct SignUserArgs {
     /// How long the certificate is valid.
     #[arg(long, default_value = "8h", value_parser = humantime::parse_duration)]
     pub ttl: Duration,
+}
+
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("what").required(true).multiple(true))]
+pub struct RevokeArgs {
+    /// Certificates with this serial number, or from FIRST to LAST; `ssh-keygen -L` and the log of a node show it.
+    #[arg(long, value_name = "N|FIRST-LAST", value_parser = revocation::serials, group = "what")]
+    pub serial: Vec<Entry>,
+    /// Certificates with this key id: a person's login name, or master-agent:HOST. Also those that are signed later.
+    #[arg(long, value_name = "ID", group = "what")]
+    pub key_id: Vec<String>,
+    /// All certificates of a key: a file with the public key or a certificate of it ("-" is standard input), or its
+    /// fingerprint.
+    #[arg(long, value_name = "FILE|SHA256:...", group = "what")]
+    pub key: Vec<String>,
+    /// All that an OpenSSH key revocation list has of keys and of this master's user CA.
+    #[arg(long, value_name = "KRL", group = "what")]
+    pub import: Vec<PathBuf>,
+    /// Take out of the list what is named, rather than add it.
+    #[arg(long, conflicts_with = "import")]
+    pub remove: bool,
+    /// Print what is revoked.
+    #[arg(long, group = "what")]
+    pub list: bool,
+    /// Write the list to FILE as an OpenSSH key revocation list, and its signature to FILE.sig.
+    #[arg(long, value_name = "FILE", group = "what")]
+    pub export: Option<PathBuf>,
+    #[command(flatten)]
+    pub output: OutputArgs,
 }
 
 /// Writes a completion script to standard output.

@@ -308,6 +308,12 @@ impl Config {
             kubernetes: s.section("kubernetes", |s| Some(KubernetesConfig::read(s))),
             metrics: s.section_or_default("metrics", MetricsConfig::read),
         };
+        if config.front_end.as_ref().is_some_and(|f| f.authn.needs_cluster()) && s.at("kubernetes").is_none()
+        {
+            let message =
+                "bootstrap_tokens with cluster: true needs a section kubernetes, which may be empty: {}";
+            s.error("front_end", message);
+        }
         let through_front_end = config.front_end.as_ref().is_some_and(|f| f.serve_proxy_urls);
         match &config.proxy_urls {
             Some(urls) if urls.unix.is_none() && urls.tcp.is_none() && !through_front_end => {
@@ -1025,6 +1031,10 @@ mod tests {
                 "1:12: front_end: serve_proxy_urls needs a section proxy_urls",
             ),
             ("front_end: {certificates: [{cert: a, key: b}]}", "1:1: front_end.upstream: is required"),
+            (
+                "front_end: {certificates: [{cert: a, key: b}], authentication: [{bootstrap_tokens: {cluster: true}}], upstream: {servers: ['http://[::1]:1']}}",
+                "1:12: front_end: bootstrap_tokens with cluster: true needs a section kubernetes",
+            ),
             (
                 "front_end: {certificates: [{cert: a, key: b}], upstream: {servers: ['http://[::1]:1']}, local: {tcp: {listen: 0.0.0.0:8080}, user: u}}",
                 "1:111: front_end.local.tcp.listen: 0.0.0.0:8080 has no authentication, so it must be a loopback address",

@@ -142,6 +142,7 @@ impl TunnelDialer {
         origin: &Origin,
         timeout: Duration,
     ) -> Result<(Stream, OwnedSemaphorePermit), DialError> {
+        let began = Instant::now();
         let (tunnel, permit) = self.registry.pick(node)?;
         let asked = match &target.host {
             // An sshd may not know the name that its node has here.
@@ -151,7 +152,16 @@ impl TunnelDialer {
             }
             Host::Name(_) | Host::Addr(_) => target.clone(),
         };
-        match tunnel.open(&asked, &origin.0, timeout).await {
+        let mut opened = tunnel.open(&asked, &origin.0, timeout).await;
+        // It may have been retired since it was picked, and another has its place.
+        if let Err(DialError::TunnelLost { .. }) = &opened
+            && let Ok((other, _)) = self.registry.pick(node)
+            && other.id != tunnel.id
+        {
+            let left = timeout.saturating_sub(began.elapsed());
+            opened = other.open(&asked, &origin.0, left).await;
+        }
+        match opened {
             Ok(stream) => Ok((stream, permit)),
             Err(error) => {
                 if let Some(activity) = self.registry.activity(node) {

@@ -5,7 +5,7 @@ use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use proto::{
@@ -18,6 +18,7 @@ use proto::{
         socket,
         tasks::Tasks,
     },
+    relink,
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -28,7 +29,7 @@ use crate::{
     activity::EventKind,
     agent::Agent,
     front_end::tunnels,
-    identity::{HostKeyError, UserIdentity},
+    identity::{HostKeyError, UserIdentity, revocation},
     inventory::InventoryNode,
     join,
     metrics::Reason,
@@ -43,6 +44,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_millis(2500);
 const PROBE_TIMEOUT: Duration = Duration::from_millis(1500);
 /// How often it is checked that a tunnel's key is still the node's: a node may be forgotten, or join anew.
 const RECHECK_INTERVAL: Duration = Duration::from_secs(10);
+/// Tunnels of one node that take no new streams and are left to those that they have.
+const RETIRED: usize = 16;
+/// How often it is looked whether the streams of a retired tunnel have ended.
+const LOOK: Duration = Duration::from_secs(1);
 /// A tunnel that held this long ends the back-off.
 const STEADY: Duration = Duration::from_secs(10);
 
@@ -102,9 +107,8 @@ async fn dial_loop(agent: Arc<Agent>, node: InventoryNode, address: Target, task
         }
         agent.metrics.tunnel_dials.inc();
         match dial_once(&agent, &node, &address, &tasks).await {
-            Ok((registration, events)) => {
-                let began = registration.tunnel().established;
-                let reason = hold(&agent, registration, events).await;
+            Ok(first) => {
+                let (began, reason) = hold_in_turn(&agent, &node, &address, &tasks, first).await;
                 agent
                     .registry
                     .set_absent(&node.name, Absent::Retrying { error: reason, at: SystemTime::now() });
@@ -113,9 +117,7 @@ async fn dial_loop(agent: Arc<Agent>, node: InventoryNode, address: Target, task
                 }
             }
             Err(error) => {
-                agent.metrics.tunnel_dials_failed.inc();
-                tracing::warn!(node = %node.name, %address, %error, "no tunnel");
-                agent.registry.event(&node.name, EventKind::Retrying, &error.to_string());
+                dial_failed(&agent, &node, &address, &error);
                 agent.registry.set_absent(
                     &node.name,
                     Absent::Retrying { error: error.to_string(), at: SystemTime::now() },
@@ -126,12 +128,73 @@ async fn dial_loop(agent: Arc<Agent>, node: InventoryNode, address: Target, task
     }
 }
 
+type Linked = (Registration, Option<Events>);
+
+/// Keeps a tunnel, and makes the next one before the master's certificate, with which this one was authenticated, comes
+/// to its end; the former one is left to its streams. Gives when the last one began, and why it ended.
+async fn hold_in_turn(
+    agent: &Arc<Agent>,
+    node: &InventoryNode,
+    address: &Target,
+    tasks: &Tasks,
+    mut linked: Linked,
+) -> (Instant, String) {
+    loop {
+        let (registration, events) = linked;
+        let tunnel = registration.tunnel().clone();
+        let mut held = Box::pin(hold(agent.clone(), registration, events));
+        let next = next_link(agent, node, address, tasks, &tunnel);
+        linked = tokio::select! {
+            reason = &mut held => return (tunnel.established, reason),
+            next = next => next,
+        };
+        let told = tunnel.retire("the master has made another link to this node");
+        let _ = tokio::time::timeout(PROBE_TIMEOUT, told).await;
+        tasks.spawn(held);
+    }
+}
+
+/// Dials again in time; for ever where the tunnel is good without end.
+async fn next_link(
+    agent: &Arc<Agent>,
+    node: &InventoryNode,
+    address: &Target,
+    tasks: &Tasks,
+    tunnel: &Tunnel,
+) -> Linked {
+    // A plain sshd looks at certificates in handshakes only.
+    let Some(expires) = tunnel.user_expires.filter(|_| tunnel.is_node_agent()) else {
+        return std::future::pending().await;
+    };
+    let left = expires.duration_since(SystemTime::now()).unwrap_or_default();
+    tokio::time::sleep(relink::due(left, rand::random())).await;
+    let tunnels = &agent.config.tunnels;
+    let mut backoff = Backoff::new(tunnels.backoff_min, tunnels.backoff_max);
+    loop {
+        if agent.draining.is_cancelled() {
+            return std::future::pending().await;
+        }
+        agent.metrics.tunnel_dials.inc();
+        match dial_once(agent, node, address, tasks).await {
+            Ok(next) => return next,
+            Err(error) => dial_failed(agent, node, address, &error),
+        }
+        tokio::time::sleep(backoff.next_delay(rand::random())).await;
+    }
+}
+
+fn dial_failed(agent: &Agent, node: &InventoryNode, address: &Target, error: &TunnelError) {
+    agent.metrics.tunnel_dials_failed.inc();
+    tracing::warn!(node = %node.name, %address, %error, "no tunnel");
+    agent.registry.event(&node.name, EventKind::Retrying, &error.to_string());
+}
+
 async fn dial_once(
     agent: &Arc<Agent>,
     node: &InventoryNode,
     address: &Target,
     tasks: &Tasks,
-) -> Result<(Registration, Option<Events>), TunnelError> {
+) -> Result<Linked, TunnelError> {
     let connect = TcpStream::connect((address.host.to_string(), address.port));
     let socket = match tokio::time::timeout(CONNECT_TIMEOUT, connect).await {
         Ok(Ok(socket)) => socket,
@@ -204,7 +267,7 @@ where
     match held {
         Ok(Some((registration, events))) => {
             let node = registration.tunnel().node.clone();
-            let reason = hold(agent, registration, events).await;
+            let reason = hold(agent.clone(), registration, events).await;
             if !agent.registry.is_connected(&node) {
                 agent.registry.set_absent(&node, Absent::Lost { reason, since: SystemTime::now() });
             }
@@ -223,7 +286,7 @@ async fn called<T>(
     peer: SocketAddr,
     asked: Asked,
     place: &Place,
-) -> Result<Option<(Registration, Option<Events>)>, TunnelError>
+) -> Result<Option<Linked>, TunnelError>
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -341,6 +404,13 @@ async fn register(agent: &Arc<Agent>, tunnel: Tunnel) -> Result<Registration, Tu
     tracing::info!(
         node = %tunnel.node, peer = ?tunnel.peer, direction = ?tunnel.direction, kind, standby = others.len(), "tunnel established"
     );
+    // Streams that last longer than the certificates of many links must not keep all of those links.
+    let retired: Vec<_> = others.iter().filter(|other| !other.is_usable()).cloned().collect();
+    for oldest in retired.into_iter().rev().skip(RETIRED) {
+        agent
+            .sessions
+            .spawn(async move { oldest.close("too many links of the node take no new streams").await });
+    }
     // A node that comes again may have lost the old tunnel in a way that nobody told the master.
     for other in others {
         let tunnels = &agent.config.tunnels;
@@ -366,19 +436,23 @@ async fn probe(tunnel: Arc<Tunnel>, dead_after: Duration) {
 }
 
 /// Keeps a tunnel until it ends, renewing the node's certificate in time. Gives the reason of the end.
-async fn hold(agent: &Arc<Agent>, registration: Registration, events: Option<Events>) -> String {
+async fn hold(agent: Arc<Agent>, registration: Registration, events: Option<Events>) -> String {
+    let agent = &agent;
     let tunnel = registration.tunnel().clone();
     let mut notices = events.map(|events| events.notices);
     let mut recheck = tokio::time::interval(RECHECK_INTERVAL);
     let mut front_end = Box::pin(tunnels::serve(agent.clone(), tunnel.clone()));
     let mut front_end_served = true;
     let mut certified = tunnel.host.addresses.clone();
+    let mut revocations = Box::pin(revocation::serve(agent.clone(), tunnel.clone()));
+    let mut revocations_served = true;
     let reason = loop {
         let expires = tunnel.certificate_expires();
         let renewal = renewal_due(expires, agent.config.certificates.host_ttl, SystemTime::now());
         tokio::select! {
             reason = tunnel.ended() => break reason,
             () = &mut front_end, if front_end_served => front_end_served = false,
+            () = &mut revocations, if revocations_served => revocations_served = false,
             notice = next(&mut notices) => match notice {
                 Some(Notice::GoAway(reason)) => tracing::info!(node = %tunnel.node, reason, "the node takes no new streams"),
                 Some(Notice::Certificate(_)) => tracing::warn!(node = %tunnel.node, "the node sent a certificate; ignored"),
@@ -392,12 +466,28 @@ async fn hold(agent: &Arc<Agent>, registration: Registration, events: Option<Eve
                     tunnel.close(&refuse_key(agent, &why).to_string()).await;
                 }
             }
+            () = idle(&tunnel), if tunnel.direction == Direction::Dialled => {
+                tunnel.close("another link has taken its place, and its streams have ended").await;
+            }
         }
     };
+    // A node that called again says so, and closes the former link when its streams have ended.
+    if tunnel.is_retired() || tunnel.is_going_away() && agent.registry.has_newer(&tunnel) {
+        tracing::info!(node = %tunnel.node, reason, seconds = tunnel.established.elapsed().as_secs(), "retired tunnel ended");
+        return reason;
+    }
     agent.metrics.tunnels_lost.get_or_create(&Reason { reason: tunnel.loss().kind() }).inc();
     agent.registry.event(&tunnel.node, EventKind::Lost, &reason);
     tracing::warn!(node = %tunnel.node, reason, seconds = tunnel.established.elapsed().as_secs(), "tunnel ended");
     reason
+}
+
+/// Waits until a tunnel is retired and has no streams.
+async fn idle(tunnel: &Tunnel) {
+    tunnel.retired().await;
+    while !tunnel.is_idle() {
+        tokio::time::sleep(LOOK).await;
+    }
 }
 
 async fn next(notices: &mut Option<tokio::sync::mpsc::Receiver<Notice>>) -> Option<Notice> {

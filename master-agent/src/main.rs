@@ -7,17 +7,22 @@ use clap::Parser;
 use master_agent::{
     app,
     cli::{
-        self, Cli, Command, NodeCommand, Output, SignUserArgs, SshdConfigArgs, TokenCommand, TokenCreateArgs,
+        self, Cli, Command, NodeCommand, Output, RevokeArgs, SignUserArgs, SshdConfigArgs, TokenCommand,
+        TokenCreateArgs,
     },
     compare,
     config::Config,
-    identity::Authorities,
+    identity::{Authorities, host_name, revocation},
     inventory::Inventory,
     sshd_config,
     store::{SqliteStore, Store},
     token, top,
 };
-use proto::{call_home::Master, io::telemetry};
+use proto::{
+    call_home::Master,
+    io::telemetry,
+    revocation::krl::{Entry, Krl},
+};
 use russh::keys::PublicKey;
 
 /// sysexits.h: the configuration has errors.
@@ -44,6 +49,7 @@ fn main() -> ExitCode {
         | Command::Top(_)
         | Command::SignUser(_)
         | Command::HashPassword { .. }
+        | Command::Revoke(_)
         | Command::Completions { .. } => Config::load_alone,
     };
     let config = match load(&cli.config) {
@@ -110,6 +116,7 @@ async fn command(cli: Cli, config: Config) -> anyhow::Result<()> {
         }
         Command::SshdConfig(args) => print_sshd_config(&config, args),
         Command::SignUser(args) => sign_user(&config, args),
+        Command::Revoke(args) => revoke(&config, args),
         Command::HashPassword { .. } | Command::Completions { .. } => Ok(()),
     }
 }
@@ -129,11 +136,7 @@ fn token_create(config: &Config, args: TokenCreateArgs) -> anyhow::Result<()> {
     let store = SqliteStore::open(&config.state_dir)?;
     let address = match args.address {
         Some(address) => address.to_string(),
-        None if listen.ip().is_unspecified() => {
-            let name =
-                std::fs::read_to_string("/proc/sys/kernel/hostname").context("can't read the host's name")?;
-            format!("{scheme}{}:{}", name.trim(), listen.port())
-        }
+        None if listen.ip().is_unspecified() => format!("{scheme}{}:{}", host_name()?, listen.port()),
         None => format!("{scheme}{listen}"),
     };
     let token = token::create(&store, args.node, args.ttl, SystemTime::now())?;
@@ -167,8 +170,10 @@ fn print_sshd_config(config: &Config, args: SshdConfigArgs) -> anyhow::Result<()
     let authorities = Authorities::load_or_create(&config.state_dir)?;
     let host_key = PublicKey::from_openssh(cli::read_text(&args.host_key)?.trim())
         .with_context(|| format!("{} holds no OpenSSH public key", args.host_key.display()))?;
-    let script = sshd_config::generate(&authorities, node, &host_key, &args, SystemTime::now())?;
     let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&config.state_dir)?);
+    let revoked = store.revocations()?;
+    let script =
+        sshd_config::generate(&authorities, node, &host_key, revoked.as_deref(), &args, SystemTime::now())?;
     store.remember_node(
         &node.name,
         &host_key,
@@ -186,6 +191,76 @@ fn sign_user(config: &Config, args: SignUserArgs) -> anyhow::Result<()> {
         .with_context(|| format!("{} holds no OpenSSH public key", args.key.display()))?;
     let principals = [args.login.clone()];
     let certificate = authorities.sign_user(&key, &principals, &args.login, SystemTime::now(), args.ttl)?;
+    if let Some(by) = revocation::stored(&SqliteStore::open(&config.state_dir)?)?.revokes(&certificate) {
+        bail!(
+            "nodes would refuse the certificate, as it is revoked by {by}: see `master-agent revoke --list`"
+        );
+    }
     println!("{}", certificate.to_openssh()?);
+    Ok(())
+}
+
+fn revoke(config: &Config, args: RevokeArgs) -> anyhow::Result<()> {
+    let authorities = Authorities::load_or_create(&config.state_dir)?;
+    let store = SqliteStore::open(&config.state_dir)?;
+    let ca = authorities.user_ca();
+    let mut entries = args.serial;
+    entries.extend(args.key_id.into_iter().map(|id| Entry::KeyId(id.into_bytes())));
+    for key in &args.key {
+        entries.push(revocation::key_entry(key, |path| cli::read_text(path.as_ref()))?);
+    }
+    let mut imported = Vec::new();
+    for path in &args.import {
+        let bytes = std::fs::read(path).with_context(|| format!("can't read {}", path.display()))?;
+        imported.push(Krl::decode(&bytes).with_context(|| path.display().to_string())?);
+    }
+    if !entries.is_empty() || !imported.is_empty() {
+        let changed = revocation::change(&store, ca, SystemTime::now(), &|list| {
+            for entry in &entries {
+                if args.remove {
+                    list.remove(ca, entry);
+                } else {
+                    list.add(ca, entry.clone())?;
+                }
+            }
+            for other in &imported {
+                let left_out = list.merge(ca, other.clone())?;
+                if left_out > 0 {
+                    eprintln!("left out what is of {left_out} other CAs");
+                }
+            }
+            Ok(())
+        })?;
+        match changed {
+            Some(version) => eprintln!("version {version}; the running agent brings it to its nodes"),
+            None => eprintln!("nothing changed"),
+        }
+    }
+    let list = revocation::stored(&store)?;
+    if args.list {
+        let shown = list.entries().map(|entry| revocation::show(&entry));
+        match args.output.output {
+            Output::Json => {
+                let entries: Vec<_> =
+                    shown.map(|(kind, value)| serde_json::json!({"kind": kind, "value": value})).collect();
+                println!("{}", serde_json::json!({"version": list.version, "entries": entries}));
+            }
+            Output::Table => {
+                let mut rows = vec![["KIND", "VALUE"].map(str::to_owned)];
+                rows.extend(shown.map(|(kind, value)| [kind.to_owned(), value]));
+                cli::print_table(&rows);
+            }
+        }
+    }
+    if let Some(path) = &args.export {
+        let signed = revocation::sign(&authorities, &list)?;
+        let mut signature = path.clone().into_os_string();
+        signature.push(".sig");
+        let write = |path: &std::path::Path, bytes: &[u8]| {
+            std::fs::write(path, bytes).with_context(|| format!("can't write {}", path.display()))
+        };
+        write(path, &signed.list)?;
+        write(signature.as_ref(), signed.signature.as_bytes())?;
+    }
     Ok(())
 }

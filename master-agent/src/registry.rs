@@ -182,7 +182,8 @@ impl Registry {
         if had && node.tunnels.is_empty() {
             node.away_since = Some(Instant::now());
         }
-        if node.tunnels.len() >= node.connections + STANDBY {
+        // Those that take no new streams are no use to the node any more.
+        if node.tunnels.iter().filter(|t| t.is_usable()).count() >= node.connections + STANDBY {
             return Err(NotRegistered::Full(tunnel.node.clone()));
         }
         let others = node.tunnels.clone();
@@ -233,6 +234,13 @@ impl Registry {
 
     pub fn is_connected(&self, name: &NodeName) -> bool {
         self.nodes().get(name).is_some_and(|node| node.tunnels.iter().any(|t| t.is_usable()))
+    }
+
+    /// Whether a tunnel that came later has taken the place of this one.
+    pub fn has_newer(&self, tunnel: &Tunnel) -> bool {
+        let nodes = self.nodes();
+        let tunnels = nodes.get(&tunnel.node).map(|node| &node.tunnels);
+        tunnels.is_some_and(|tunnels| tunnels.iter().any(|other| other.id > tunnel.id && other.is_usable()))
     }
 
     /// Nodes that run a node-agent and can be asked for streams, the least busy first.

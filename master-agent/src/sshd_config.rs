@@ -3,6 +3,8 @@
 //! The drop-in trusts this master's user CA for one account, which may open TCP connections to the targets
 //! that policy allows, and have sshd listen for the master's front end on the one address that the inventory gives
 //! (`front_end_listen`), if any. Nothing else: no shell, command, sftp, agent, X11 or other remote forwarding.
+//!
+//! It refuses the certificates that were revoked when the script was made. Nothing brings an sshd a newer list.
 
 use std::{
     fmt::Write,
@@ -12,6 +14,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
+use base64::{Engine, engine::general_purpose::STANDARD};
 use ipnet::IpNet;
 use proto::policy::{Policy, Rule, Verdict, closed_range};
 use russh::keys::PublicKey;
@@ -21,11 +24,13 @@ use crate::{cli::SshdConfigArgs, identity::Authorities, inventory::InventoryNode
 /// The most addresses of a CIDR that are listed one by one.
 const MAX_EXPANDED: usize = 256;
 
-/// Makes the script for one node of the inventory, whose host key is `host_key`.
+/// Makes the script for one node of the inventory, whose host key is `host_key`. `revoked` is the list of revoked
+/// certificates, if there ever was one.
 pub fn generate(
     authorities: &Authorities,
     node: &InventoryNode,
     host_key: &PublicKey,
+    revoked: Option<&[u8]>,
     args: &SshdConfigArgs,
     now: SystemTime,
 ) -> anyhow::Result<String> {
@@ -39,7 +44,12 @@ pub fn generate(
     if !args.files_only {
         write_account(&mut out, node)?;
     }
-    write_files(&mut out, node, args, &certificate.to_openssh()?, &authorities.user_ca().to_openssh()?)?;
+    // Before the drop-in that names it: sshd refuses every key while it can't read the list.
+    if let Some(revoked) = revoked {
+        write_revoked(&mut out, args, revoked)?;
+    }
+    let user_ca = authorities.user_ca().to_openssh()?;
+    write_files(&mut out, node, args, &certificate.to_openssh()?, &user_ca, revoked.is_some())?;
     if !args.files_only {
         write_reload(&mut out, node, args)?;
     }
@@ -72,7 +82,11 @@ fn check_text(node: &InventoryNode, args: &SshdConfigArgs) -> anyhow::Result<()>
     Ok(())
 }
 
-fn drop_in(node: &InventoryNode, args: &SshdConfigArgs) -> anyhow::Result<String> {
+fn drop_in(node: &InventoryNode, args: &SshdConfigArgs, revoked: bool) -> anyhow::Result<String> {
+    let revoked = match revoked {
+        true => format!("    RevokedKeys {}/revoked.krl\n", args.directory.display()),
+        false => String::new(),
+    };
     let (open, notes) = permit_open(node, args);
     let (forwarding, listen, gateway) = permit_listen(node);
     let mut out = String::new();
@@ -85,7 +99,7 @@ fn drop_in(node: &InventoryNode, args: &SshdConfigArgs) -> anyhow::Result<String
 Match User {user}
     TrustedUserCAKeys {directory}/user_ca.pub
     AuthorizedPrincipalsFile {directory}/principals
-    AuthorizedKeysFile none
+{revoked}    AuthorizedKeysFile none
     AuthenticationMethods publickey
     PubkeyAuthentication yes
     PasswordAuthentication no
@@ -183,12 +197,29 @@ id {user} >/dev/null 2>&1 || useradd --system --password '*' --no-create-home --
     .context("formatting")
 }
 
+fn write_revoked(out: &mut String, args: &SshdConfigArgs, revoked: &[u8]) -> anyhow::Result<()> {
+    write!(
+        out,
+        r"umask 022
+mkdir -p {directory}
+base64 -d > {directory}/revoked.krl.new <<'END'
+{list}
+END
+mv {directory}/revoked.krl.new {directory}/revoked.krl
+",
+        directory = args.directory.display(),
+        list = STANDARD.encode(revoked),
+    )
+    .context("formatting")
+}
+
 fn write_files(
     out: &mut String,
     node: &InventoryNode,
     args: &SshdConfigArgs,
     certificate: &str,
     user_ca: &str,
+    revoked: bool,
 ) -> anyhow::Result<()> {
     write!(
         out,
@@ -208,7 +239,7 @@ mv {drop_in}.new {drop_in}
 ",
         directory = args.directory.display(),
         drop_in = args.drop_in.display(),
-        text = drop_in(node, args)?,
+        text = drop_in(node, args, revoked)?,
         user_ca = user_ca.trim(),
         certificate = certificate.trim(),
     )
@@ -284,7 +315,7 @@ mod tests {
         key: &PrivateKey,
     ) -> anyhow::Result<String> {
         let authorities = Authorities::load_or_create(&dir.0)?;
-        generate(&authorities, node, key.public_key(), args, SystemTime::now())
+        generate(&authorities, node, key.public_key(), None, args, SystemTime::now())
     }
 
     fn run(command: &mut Command) -> String {
@@ -308,7 +339,7 @@ mod tests {
         let certificate = printed.lines().find(|l| l.starts_with("ssh-ed25519-cert")).unwrap();
         std::fs::write(dir.0.join("host-cert.pub"), certificate).unwrap();
         std::fs::copy(dir.0.join("user_ca.pub"), dir.0.join("trusted.pub")).unwrap();
-        let moved = drop_in(&node(&["10.244.1.0/29", "fd00:1::/126", "10.245.0.0/16"]), &args())
+        let moved = drop_in(&node(&["10.244.1.0/29", "fd00:1::/126", "10.245.0.0/16"]), &args(), false)
             .unwrap()
             .replace("/etc/ssh/master-agent/user_ca.pub", &dir.0.join("trusted.pub").display().to_string())
             .replace("/etc/ssh/master-agent", &dir.0.display().to_string());

@@ -1,4 +1,5 @@
-//! What must outlive the process: tokens (hashed), nodes that have joined, keys trusted on first use.
+//! What must outlive the process: tokens (hashed), nodes that have joined, keys trusted on first use, the list of
+//! revoked certificates.
 //!
 //! One SQLite file of mode 0600, which commands of other processes may use at the same time.
 
@@ -126,7 +127,19 @@ pub trait Store: Send + Sync {
 
     /// Forgets a node's key, so that another may take its place. `false` if nothing was known.
     fn forget_node(&self, name: &NodeName) -> anyhow::Result<bool>;
+
+    /// The list of revoked certificates, if there ever was one.
+    fn revocations(&self) -> anyhow::Result<Option<Vec<u8>>>;
+
+    /// Its version.
+    fn revocations_version(&self) -> anyhow::Result<Option<u64>>;
+
+    /// Replaces the list by what `change` makes of it, if anything, in one step.
+    fn change_revocations(&self, change: ChangeRevocations<'_>) -> anyhow::Result<()>;
 }
+
+/// Makes a new list and its version of the present list, or `None` to leave it.
+pub type ChangeRevocations<'a> = &'a mut dyn FnMut(Option<&[u8]>) -> anyhow::Result<Option<(u64, Vec<u8>)>>;
 
 /// The embedded store.
 #[derive(Debug)]
@@ -167,6 +180,9 @@ impl SqliteStore {
                  ) STRICT;
                  CREATE TABLE IF NOT EXISTS addresses (
                      address TEXT PRIMARY KEY, node TEXT NOT NULL
+                 ) STRICT;
+                 CREATE TABLE IF NOT EXISTS revocations (
+                     id INTEGER PRIMARY KEY CHECK (id = 1), version INTEGER NOT NULL, list BLOB NOT NULL
                  ) STRICT;
                  CREATE TABLE IF NOT EXISTS first_use (name TEXT PRIMARY KEY, fingerprint TEXT NOT NULL) STRICT;
                  PRAGMA user_version = {SCHEMA};
@@ -338,6 +354,31 @@ impl Store for SqliteStore {
         let joined = db.execute("DELETE FROM nodes WHERE name = ?1", [node.as_str()])?;
         db.execute("DELETE FROM addresses WHERE node = ?1", [node.as_str()])?;
         Ok(first + joined > 0)
+    }
+
+    fn revocations(&self) -> anyhow::Result<Option<Vec<u8>>> {
+        Ok(self.db().query_row("SELECT list FROM revocations", [], |row| row.get(0)).optional()?)
+    }
+
+    fn revocations_version(&self) -> anyhow::Result<Option<u64>> {
+        let version: Option<i64> =
+            self.db().query_row("SELECT version FROM revocations", [], |row| row.get(0)).optional()?;
+        Ok(version.map(i64::cast_unsigned))
+    }
+
+    fn change_revocations(&self, change: ChangeRevocations<'_>) -> anyhow::Result<()> {
+        let mut db = self.db();
+        let transaction = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let before: Option<Vec<u8>> =
+            transaction.query_row("SELECT list FROM revocations", [], |row| row.get(0)).optional()?;
+        if let Some((version, list)) = change(before.as_deref())? {
+            transaction.execute(
+                "INSERT OR REPLACE INTO revocations (id, version, list) VALUES (1, ?1, ?2)",
+                params![version.cast_signed(), list],
+            )?;
+            transaction.commit()?;
+        }
+        Ok(())
     }
 }
 

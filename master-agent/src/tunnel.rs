@@ -17,6 +17,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use bytes::Bytes;
 use proto::{
     DialError, NodeName, Target,
     io::{
@@ -30,6 +31,7 @@ use proto::{
     },
     mux::{FRONT_END_SUBSYSTEM, SUBSYSTEM},
     refusal,
+    revocation::{self, Report},
 };
 use russh::{
     ChannelId, ChannelMsg, ChannelOpenFailure, SshId,
@@ -141,6 +143,8 @@ pub enum TunnelError {
 /// An SSH session in which both sides have authenticated, as the identity says. Dropping it ends it.
 pub struct Session {
     pub identity: HostIdentity,
+    /// Of the certificate with which the master authenticated.
+    expires: Option<SystemTime>,
     pub(crate) handle: Arc<Handle<ClientHandler>>,
     parts: Parts,
     cut: CancellationToken,
@@ -542,7 +546,7 @@ where
         () = evicted(place) => return Err(TunnelError::Evicted),
     };
     let parts = Parts { shared, channels, gate, stalls: stalls.clone(), tasks };
-    Ok(Session { identity, handle: Arc::new(handle), parts, cut, cut_on_drop })
+    Ok(Session { identity, expires: user.expires(), handle: Arc::new(handle), parts, cut, cut_on_drop })
 }
 
 impl Shared {
@@ -585,6 +589,18 @@ fn not_ssh(error: russh::Error) -> TunnelError {
     TunnelError::Ssh(error)
 }
 
+/// What came of bringing a node a list of revoked certificates.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Brought {
+    Taken,
+    Held,
+    /// It has this version.
+    Newer(u64),
+    Refused(String),
+    /// Its agent knows nothing of such lists.
+    Unknown,
+}
+
 /// What carries a tunnel's streams.
 enum Carrier {
     Mux(Mux),
@@ -600,6 +616,10 @@ pub struct Tunnel {
     pub established: Instant,
     pub since: SystemTime,
     pub host: VerifiedHost,
+    /// When the master's own certificate expires, with which it authenticated.
+    pub user_expires: Option<SystemTime>,
+    /// Another tunnel has taken its place, and it is left to the streams that it has.
+    retired: CancellationToken,
     /// When the node's certificate expires, the one that it was renewed by included.
     expires: Mutex<Option<SystemTime>>,
     carrier: Carrier,
@@ -644,6 +664,8 @@ impl Session {
             peer,
             established: Instant::now(),
             since: SystemTime::now(),
+            user_expires: self.expires,
+            retired: CancellationToken::new(),
             expires: Mutex::new(host.not_after),
             host,
             carrier,
@@ -853,11 +875,15 @@ impl Tunnel {
 
     /// Whether new streams can be asked for.
     pub fn is_usable(&self) -> bool {
-        let going = match &self.carrier {
+        !self.is_going_away() && !self.has_ended()
+    }
+
+    /// Whether either side has said that it takes no new streams.
+    pub fn is_going_away(&self) -> bool {
+        match &self.carrier {
             Carrier::Mux(mux) => mux.is_going_away(),
             Carrier::Channels(_) => false,
-        };
-        !going && !self.has_ended()
+        }
     }
 
     pub fn certificate_expires(&self) -> Option<SystemTime> {
@@ -909,6 +935,49 @@ impl Tunnel {
         }
     }
 
+    /// Brings a node-agent the list of revoked certificates of the user CA with the fingerprint `ca`, unless it has that
+    /// version or a newer one.
+    pub async fn bring_revocations(
+        &self,
+        ca: &str,
+        version: u64,
+        signed: Bytes,
+    ) -> Result<Brought, TunnelError> {
+        let late = |_| TunnelError::Timeout(self.timeout);
+        let opened = tokio::time::timeout(self.timeout, self.handle.channel_open_session()).await;
+        let mut channel = match opened.map_err(late)? {
+            Ok(channel) => channel,
+            Err(russh::Error::ChannelOpenFailure(_)) => return Ok(Brought::Unknown),
+            Err(e) => return Err(e.into()),
+        };
+        self.parts.channels.forget(channel.id());
+        let exchange = exchange_revocations(&mut channel, ca, version, signed);
+        let brought = tokio::time::timeout(self.timeout, exchange).await.map_err(late);
+        // The node's side keeps memory of channels that it closes first.
+        channel.close().await?;
+        brought?
+    }
+
+    /// Leaves the tunnel to the streams that it has.
+    pub async fn retire(&self, reason: &str) {
+        self.retired.cancel();
+        self.go_away(reason).await;
+    }
+
+    pub fn is_retired(&self) -> bool {
+        self.retired.is_cancelled()
+    }
+
+    /// Waits until the tunnel is retired.
+    pub async fn retired(&self) {
+        self.retired.cancelled().await;
+    }
+
+    /// Whether no stream of either direction is left.
+    pub fn is_idle(&self) -> bool {
+        self.streams() + self.front_end.get().map_or(0, Mux::streams_open) == 0
+    }
+
     /// Tells the node that no new streams will come.
     pub async fn go_away(&self, reason: &str) {
         if let Carrier::Mux(mux) = &self.carrier {
@@ -942,6 +1011,43 @@ impl Drop for Tunnel {
         self.cut.cancel();
         self.parts.tasks.cancel();
     }
+}
+
+async fn exchange_revocations(
+    channel: &mut russh::Channel<client::Msg>,
+    ca: &str,
+    version: u64,
+    signed: Bytes,
+) -> Result<Brought, TunnelError> {
+    channel.request_subsystem(true, revocation::SUBSYSTEM).await?;
+    let mut signed = Some(signed);
+    let mut came = Vec::new();
+    let brought = loop {
+        match channel.wait().await {
+            Some(ChannelMsg::Data { data }) => came.extend_from_slice(&data),
+            Some(ChannelMsg::Failure | ChannelMsg::Close | ChannelMsg::Eof) => break Brought::Unknown,
+            None => return Err(TunnelError::Closed),
+            Some(_) => continue,
+        }
+        let decoded = Report::decode(&came);
+        let Some((report, used)) = decoded.map_err(|e| TunnelError::Connect(e.to_string()))? else {
+            continue;
+        };
+        came.drain(..used);
+        let held = report.held.get(ca).copied();
+        match (report.refused, held) {
+            (Some(error), _) => break Brought::Refused(refusal::printable(&error)),
+            (None, Some(held)) if held > version => break Brought::Newer(held),
+            (None, Some(held)) if held == version => {
+                break if signed.is_some() { Brought::Held } else { Brought::Taken };
+            }
+            (None, _) => match signed.take() {
+                Some(signed) => channel.data_bytes(signed).await?,
+                None => break Brought::Refused("it does not have it now".to_owned()),
+            },
+        }
+    };
+    Ok(brought)
 }
 
 fn sshd_error(target: &Target, failure: &ChannelOpenFailure) -> DialError {

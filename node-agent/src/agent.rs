@@ -11,6 +11,7 @@ use proto::{
     DialError, Target,
     io::{admin, handshake::Places, tasks::Tasks},
     policy::closed_range,
+    revocation::{Report, SignedList},
 };
 use russh::keys::{Certificate, PrivateKey};
 use tokio::sync::Semaphore;
@@ -22,6 +23,7 @@ use crate::{
     identity::{NodeIdentity, UserCertError, UserRole},
     local_endpoint::FrontEnds,
     metrics::{self, Metrics},
+    revocation::{RefusedList, Revocations},
 };
 
 /// Names that are looked up at once. Each takes a thread while its name servers are silent.
@@ -47,10 +49,11 @@ pub struct Agent {
     lookups: Arc<Semaphore>,
     lookups_of_people: Arc<Semaphore>,
     identity: Mutex<NodeIdentity>,
+    pub revocations: Revocations,
 }
 
 impl Agent {
-    pub fn new(config: Config, identity: NodeIdentity) -> Self {
+    pub fn new(config: Config, identity: NodeIdentity, revocations: Revocations) -> Self {
         let agent = Self {
             dialer: LocalDialer::default(),
             metrics: Metrics::default(),
@@ -63,6 +66,7 @@ impl Agent {
             lookups: Arc::new(Semaphore::new(LOOKUPS)),
             lookups_of_people: Arc::new(Semaphore::new(LOOKUPS_OF_PEOPLE)),
             identity: Mutex::new(identity),
+            revocations,
             config,
         };
         agent.apply_identity();
@@ -123,6 +127,9 @@ impl Agent {
         now: SystemTime,
     ) -> Result<UserRole, UserCertError> {
         let role = self.identity().verify_user(login, certificate, peer, now)?;
+        if let Some(by) = self.revocations.revokes(certificate) {
+            return Err(UserCertError::Revoked(by));
+        }
         match &role {
             UserRole::Person { login, .. }
                 if !self.config.users.is_empty() && !self.config.users.contains(login) =>
@@ -131,6 +138,34 @@ impl Agent {
             }
             UserRole::Person { .. } | UserRole::Master => Ok(role),
         }
+    }
+
+    /// What a master is told of the lists of revoked certificates.
+    pub fn held_lists(&self, refused: Option<String>) -> Report {
+        let cas = self.identity().user_cas().to_vec();
+        self.revocations.report(&cas, refused)
+    }
+
+    /// Takes a list of revoked certificates that a master has brought; gives what to answer. Takes time.
+    pub fn take_list(&self, signed: SignedList) -> Report {
+        let cas = self.identity().user_cas().to_vec();
+        let refused = match self.revocations.install(signed, &cas) {
+            Ok(new) => {
+                if new {
+                    tracing::info!(held = ?self.revocations.report(&cas, None).held, "took a list of revoked certificates");
+                }
+                None
+            }
+            Err(error @ RefusedList::NotKept(_)) => {
+                tracing::error!(%error, "can't keep the list of revoked certificates");
+                Some(error.to_string())
+            }
+            Err(error) => {
+                tracing::warn!(%error, "refused a list of revoked certificates");
+                Some(error.to_string())
+            }
+        };
+        self.revocations.report(&cas, refused)
     }
 
     /// Takes a renewed host certificate from the master.

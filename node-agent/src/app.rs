@@ -11,6 +11,7 @@ use crate::{
     config::{Config, LocalUnixConfig},
     identity::NodeIdentity,
     links, local_endpoint,
+    revocation::Revocations,
 };
 
 /// The least time for sessions to end by themselves.
@@ -19,6 +20,7 @@ const GOODBYE: Duration = Duration::from_secs(2);
 /// Runs the agent until SIGTERM or SIGINT, then drains it.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let identity = NodeIdentity::load_or_create(&config.state_dir)?;
+    let revocations = Revocations::load(&config.state_dir, identity.user_cas())?;
     let listener = match config.listen {
         Some(address) => Some(socket::listen(address).map_err(|e| bind_error(address, e))?),
         None => None,
@@ -36,7 +38,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             front_end_unix = Some(listener.with_context(|| format!("can't listen on {}", path.display()))?);
         }
     }
-    let agent = Arc::new(Agent::new(config, identity));
+    let agent = Arc::new(Agent::new(config, identity, revocations));
 
     let background = Tasks::new();
     let listeners = Tasks::new();

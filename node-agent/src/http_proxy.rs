@@ -328,15 +328,15 @@ mod tests {
             let expected = format!("Basic {}", STANDARD.encode(plain));
             assert_eq!(proxy.authorization().unwrap().as_deref(), Some(&expected));
         }
-        for bad in ["", "\n", "secret\nsecret", "secret\u{7f}"] {
+        for bad in ["", "\n", "wonder\nland", "wonderland\u{7f}"] {
             secret_file::replace(&file, bad.as_bytes()).unwrap();
             let error = proxy.authorization().unwrap_err();
-            assert!(error.contains("one line with a password") && !error.contains("secret"), "{error}");
+            assert!(error.contains("one line with a password") && !error.contains("wonder"), "{error}");
         }
-        secret_file::replace(&file, b"secret").unwrap();
+        secret_file::replace(&file, b"wonderland").unwrap();
         std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
         let error = proxy.authorization().unwrap_err();
-        assert!(error.contains("chmod 600") && !error.contains("secret"), "{error}");
+        assert!(error.contains("chmod 600") && !error.contains("wonderland"), "{error}");
         std::fs::remove_file(&file).unwrap();
         assert_eq!(format!("{proxy} {proxy:?}"), "http://proxy.example:3128 http://proxy.example:3128");
         for text in ["http://proxy:3128", "http://user:secret@proxy:3128", "http://user:@proxy:3128"] {

@@ -96,7 +96,7 @@ impl CallHomeHttps {
         let Some(file) = &self.token_file else { return Ok(None) };
         let shown = file.display();
         // Kubelet writes service accounts' tokens for everybody to read unless the pod has an `fsGroup`.
-        let text = secret_file::read_public(file).map_err(|e| e.to_string())?;
+        let text = secret_file::read_public(file).map_err(|e| format!("can't read the token: {e}"))?;
         let token = text.trim();
         if token.is_empty() || token.len() > MAX_TOKEN || !token.bytes().all(|b| b.is_ascii_graphic()) {
             return Err(format!("{shown} holds no token"));

@@ -6,6 +6,8 @@
 //! | `host_key-cert.pub` | its certificate, from joining or renewal |
 //! | `host_ca.pub` | the CA that signs this node's certificates |
 //! | `user_ca.pub` | the CAs whose user certificates are accepted, one a line |
+//!
+//! The lists of revoked certificates beside them are those of [`crate::revocation`].
 
 use std::{
     io::ErrorKind,
@@ -17,7 +19,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use ipnet::IpNet;
-use proto::{NodeName, join::JoinResponse, secret_file};
+use proto::{NodeName, join::JoinResponse, revocation::krl::Revoked, secret_file};
 use russh::keys::{
     Algorithm, Certificate, HashAlg, PrivateKey, PublicKey,
     ssh_key::{LineEnding, certificate::CertType, public::KeyData},
@@ -58,6 +60,8 @@ pub enum UserCertError {
     CriticalOption(String),
     #[error("it does not permit port forwarding")]
     NoForwarding,
+    #[error("it is revoked by {0}")]
+    Revoked(Revoked),
     #[error("the login {0:?} is not in `users:`")]
     NotAllowed(String),
 }
@@ -149,6 +153,11 @@ impl NodeIdentity {
 
     pub fn certificate(&self) -> Option<&Certificate> {
         self.certificate.as_ref()
+    }
+
+    /// The CAs whose user certificates are accepted.
+    pub fn user_cas(&self) -> &[PublicKey] {
+        &self.user_cas
     }
 
     /// The name that the certificate gives this node.

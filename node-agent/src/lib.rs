@@ -12,4 +12,5 @@ pub mod join;
 pub mod links;
 pub mod local_endpoint;
 pub mod metrics;
+pub mod revocation;
 pub mod session;

@@ -87,14 +87,21 @@ impl FrontEnds {
     }
 }
 
-/// Offers a master's front end to callers for as long as its multiplexer lives.
-pub async fn offer(agent: Arc<Agent>, mux: Mux, mut events: Events) {
+/// Offers a master's front end to callers for as long as its multiplexer lives, or until the master's certificate has
+/// `expired`.
+pub async fn offer(agent: Arc<Agent>, mux: Mux, mut events: Events, expired: impl Future<Output = ()>) {
     let Some(front_ends) = &agent.front_ends else { return };
     let id = front_ends.ids.fetch_add(1, Ordering::Relaxed);
     front_ends.offers.send_modify(|offers| offers.push((id, mux)));
     let _withdrawn = Withdrawn { front_ends, id };
     tracing::info!("the master offers its front end");
-    while let Some(notice) = events.notices.recv().await {
+    tokio::pin!(expired);
+    loop {
+        let notice = tokio::select! {
+            notice = events.notices.recv() => notice,
+            () = &mut expired => return,
+        };
+        let Some(notice) = notice else { return };
         match notice {
             Notice::GoAway(reason) => tracing::info!(reason, "the master's front end takes no new callers"),
             Notice::Certificate(_) => tracing::warn!("a certificate came where none is expected; ignored"),

@@ -3,10 +3,18 @@
 //! A session with a master's certificate gets the multiplexer (subsystem `streams-v1`). Any certificate of a
 //! trusted user CA gets direct-tcpip channels, as stock `ssh -L`, `-W` and `-J` open them. Every stream passes
 //! the node's policy. Shells, commands, sftp, agent and X11 forwarding and remote forwards are refused.
+//!
+//! A session takes new streams until [`relink::GRACE`] after its certificate's end. Those that run go on, and when the
+//! last of them has ended, so does the session. A master makes another link before that and says goodbye on the old one;
+//! a session whose master has not is closed after `shutdown_grace`, so that the master comes again. When its certificate
+//! is revoked, a session is cut at once.
 
 use std::{
     net::{IpAddr, SocketAddr},
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant, SystemTime},
 };
 
@@ -24,6 +32,8 @@ use proto::{
     },
     mux::{FRONT_END_SUBSYSTEM, SUBSYSTEM},
     refusal,
+    relink::{self, GRACE},
+    revocation::{self, SignedList, krl::Revoked},
 };
 use russh::{
     Channel, ChannelId, ChannelOpenFailure, MethodKind, MethodSet, SshId,
@@ -49,6 +59,15 @@ const CLIENT_PATIENCE: Duration = Duration::from_secs(30);
 
 /// How long a session may take to send what is left when the agent stops.
 const FAREWELL: Duration = Duration::from_secs(10);
+/// How long a session whose certificate is revoked may take to be told so. Its streams are cut before.
+const REVOKED_FAREWELL: Duration = Duration::from_millis(500);
+/// How often it is looked whether the streams of a session that takes no new ones have ended.
+const LOOK: Duration = Duration::from_millis(500);
+/// Session channels that a master has open at once: one for each subsystem, and one to spare.
+const SESSION_CHANNELS: usize = 4;
+/// Why a session takes no new streams.
+const EXPIRED: &str = "the certificate of this session has expired";
+const REPLACED: &str = "another link has taken its place, and its streams have ended";
 
 /// How long a master that is refused may take to read why.
 const WORDS: Duration = Duration::from_secs(1);
@@ -72,6 +91,63 @@ pub enum SessionError {
     Protocol(String),
 }
 
+/// A session whose peer has proved who it is.
+#[derive(Debug)]
+pub struct Authenticated {
+    /// How long until its master should have another link to this node.
+    pub relink: Option<Duration>,
+    /// To be cancelled when there is one: the session takes no new streams, and ends when it has none.
+    pub retire: CancellationToken,
+}
+
+/// Who a session's peer is.
+struct User {
+    role: UserRole,
+    certificate: Certificate,
+}
+
+impl User {
+    /// When no new streams are taken any more.
+    fn expires(&self) -> Option<SystemTime> {
+        self.certificate.valid_before_time()?.checked_add(GRACE)
+    }
+
+    fn has_expired(&self) -> bool {
+        self.expires().is_some_and(|at| at <= SystemTime::now())
+    }
+
+    fn is_master(&self) -> bool {
+        matches!(self.role, UserRole::Master)
+    }
+
+    fn relink(&self) -> Option<Duration> {
+        let end = self.certificate.valid_before_time().filter(|_| self.is_master())?;
+        let left = end.duration_since(SystemTime::now()).unwrap_or_default();
+        Some(relink::due(left, rand::random()))
+    }
+}
+
+/// What a session's handler and its owner share.
+#[derive(Default)]
+struct Shared {
+    /// That on which the master opens streams, and that on which this node does.
+    muxes: Mutex<[Option<Mux>; 2]>,
+    /// The master opens no new streams, or this node has made another link to it.
+    replaced: AtomicBool,
+}
+
+impl Shared {
+    fn muxes(&self) -> Vec<Mux> {
+        self.muxes.lock().unwrap_or_else(PoisonError::into_inner).iter().flatten().cloned().collect()
+    }
+
+    async fn go_away(&self, reason: &str) {
+        for mux in self.muxes() {
+            mux.go_away(reason).await;
+        }
+    }
+}
+
 /// Serves one SSH session on an established link, until it ends. `authenticated` is told once the peer has
 /// proved who it is; until then it has a `place`, which it may have to give up.
 pub async fn serve<T>(
@@ -79,7 +155,7 @@ pub async fn serve<T>(
     link: T,
     peer: Option<SocketAddr>,
     place: Option<Place>,
-    authenticated: oneshot::Sender<()>,
+    authenticated: oneshot::Sender<Authenticated>,
 ) -> Result<(), SessionError>
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -93,24 +169,24 @@ where
     let tasks = agent.sessions.child();
     let _cancel_on_exit = CancelOnDrop(tasks.clone());
     let (proved, proof) = oneshot::channel();
+    let channels =
+        Channels::new(gate.clone(), tasks.clone(), CLIENT_PATIENCE, agent.metrics.stalls.down.clone());
+    let shared = Arc::<Shared>::default();
     let handler = Session {
         peer: peer.map(|p| p.ip()),
-        role: None,
+        user: None,
         person: None,
-        valid_before: None,
         proved: Some(proved),
         refused: Arc::default(),
-        channels: Channels::new(
-            gate.clone(),
-            tasks.clone(),
-            CLIENT_PATIENCE,
-            agent.metrics.stalls.down.clone(),
-        ),
+        channels: channels.clone(),
         streams: Arc::new(Semaphore::new(agent.config.limits.max_streams)),
+        sessions: Vec::new(),
         feeder: None,
         front_end: None,
+        list: None,
+        shared: shared.clone(),
         gate,
-        tasks,
+        tasks: tasks.clone(),
         agent: agent.clone(),
     };
 
@@ -118,7 +194,7 @@ where
     let handshake = async {
         let session = server::run_stream(config, link, handler).await?;
         let proved = match proof.await {
-            Ok(Ok(())) => true,
+            Ok(Ok(user)) => Some(user),
             Ok(Err(error)) => {
                 if let SessionError::OfMaster(why) = &error {
                     let leave = async {
@@ -132,7 +208,7 @@ where
                 }
                 return Err(error);
             }
-            Err(_) => false,
+            Err(_) => None,
         };
         Ok::<_, SessionError>((session, proved))
     };
@@ -142,12 +218,12 @@ where
     };
     drop(place);
     let count = |result| agent.metrics.handshakes.get_or_create(&metrics::Result { result }).inc();
-    let session = match outcome.and_then(|r| r) {
-        Ok((session, true)) => {
+    let (session, user) = match outcome.and_then(|r| r) {
+        Ok((session, Some(user))) => {
             count("ok");
-            session
+            (session, user)
         }
-        Ok((session, false)) => {
+        Ok((session, None)) => {
             count("failed");
             return session.await;
         }
@@ -156,26 +232,85 @@ where
             return Err(e);
         }
     };
-    let _ = authenticated.send(());
+    let retire = CancellationToken::new();
+    let _ = authenticated.send(Authenticated { relink: user.relink(), retire: retire.clone() });
     agent.metrics.sessions.inc();
     let handle = session.handle();
     tokio::pin!(session);
-    let ended = tokio::select! {
-        ended = &mut session => ended,
-        () = agent.stopping.cancelled() => {
-            // The farewell goes behind all that streams have sent.
-            let farewell = async {
-                let _ = handle.disconnect(russh::Disconnect::ByApplication, "node-agent is stopping".into(), String::new()).await;
-                session.await
-            };
-            tokio::time::timeout(FAREWELL, farewell).await.unwrap_or(Ok(()))
+    let (reason, limit) = tokio::select! {
+        ended = &mut session => {
+            agent.metrics.sessions.dec();
+            return refused.get().map_or(ended, |reason| Err(SessionError::ByMaster(reason.clone())));
+        }
+        () = agent.stopping.cancelled() => ("node-agent is stopping", FAREWELL),
+        reason = over(&agent, &user, &shared, &channels, &retire) => {
+            tracing::info!(key_id = user.certificate.key_id(), reason, "session is over");
+            (reason, FAREWELL)
+        }
+        by = revoked(&agent, &user.certificate) => {
+            tasks.cancel();
+            let (key_id, serial) = (user.certificate.key_id(), user.certificate.serial());
+            tracing::warn!(key_id, serial, %by, ?peer, "cut a session whose certificate is revoked");
+            ("the certificate of this session is revoked", REVOKED_FAREWELL)
         }
     };
+    // The farewell goes behind all that streams have sent.
+    let farewell = async {
+        let _ = handle.disconnect(russh::Disconnect::ByApplication, reason.into(), String::new()).await;
+        session.await
+    };
+    let ended = tokio::time::timeout(limit, farewell).await.unwrap_or(Ok(()));
     agent.metrics.sessions.dec();
-    match refused.get() {
-        Some(reason) => Err(SessionError::ByMaster(reason.clone())),
-        None => ended,
+    ended
+}
+
+/// Waits until a certificate is revoked.
+async fn revoked(agent: &Agent, certificate: &Certificate) -> Revoked {
+    let mut changes = agent.revocations.changes();
+    loop {
+        changes.mark_unchanged();
+        if let Some(by) = agent.revocations.revokes(certificate) {
+            return by;
+        }
+        if changes.changed().await.is_err() {
+            return std::future::pending().await;
+        }
     }
+}
+
+/// Waits until a session takes no new streams, and then until it has none; gives the reason.
+async fn over(
+    agent: &Agent,
+    user: &User,
+    shared: &Shared,
+    channels: &Channels,
+    retire: &CancellationToken,
+) -> &'static str {
+    let (mut reason, mut limit) = tokio::select! {
+        () = relink::reached(user.expires()) => (EXPIRED, Some(agent.config.shutdown_grace)),
+        () = retire.cancelled() => {
+            shared.replaced.store(true, Ordering::Relaxed);
+            shared.go_away("the node has made another link to this master").await;
+            (REPLACED, None)
+        }
+    };
+    if shared.replaced.load(Ordering::Relaxed) {
+        (reason, limit) = (REPLACED, None);
+    } else if !user.is_master() {
+        limit = None;
+    }
+    let idle = async {
+        while channels.len() + shared.muxes().iter().map(Mux::streams_open).sum::<usize>() > 0 {
+            tokio::time::sleep(LOOK).await;
+        }
+    };
+    match limit {
+        Some(limit) => {
+            let _ = tokio::time::timeout(limit, idle).await;
+        }
+        None => idle.await,
+    }
+    reason
 }
 
 async fn evicted(place: &Option<Place>) {
@@ -226,27 +361,31 @@ fn server_config(agent: &Agent) -> Result<server::Config, SessionError> {
 struct Session {
     agent: Arc<Agent>,
     peer: Option<IpAddr>,
-    role: Option<UserRole>,
-    /// A person's place among people, and when that person's certificate expires.
+    user: Option<Arc<User>>,
+    /// A person's place among people.
     person: Option<OwnedSemaphorePermit>,
-    valid_before: Option<SystemTime>,
     /// How authentication ended.
-    proved: Option<oneshot::Sender<Result<(), SessionError>>>,
+    proved: Option<oneshot::Sender<Result<Arc<User>, SessionError>>>,
     /// Why an authenticated master does not want the link.
     refused: Arc<OnceLock<String>>,
     channels: Channels,
     /// One for each stream that is a channel of its own, until its socket is closed.
     streams: Arc<Semaphore>,
+    /// Open channels of type session.
+    sessions: Vec<ChannelId>,
     feeder: Option<(ChannelId, Feeder)>,
     /// Of the multiplexer on which this node opens streams.
     front_end: Option<(ChannelId, Feeder)>,
+    /// The channel on which a list of revoked certificates comes, and what has come; nothing once it is complete.
+    list: Option<(ChannelId, Option<Vec<u8>>)>,
+    shared: Arc<Shared>,
     gate: Gate,
     tasks: Tasks,
 }
 
 impl Session {
     fn is_master(&self) -> bool {
-        matches!(self.role, Some(UserRole::Master))
+        self.user.as_ref().is_some_and(|user| user.is_master())
     }
 
     /// Whether the master may have the multiplexer on which this node opens streams.
@@ -254,13 +393,14 @@ impl Session {
         self.is_master() && self.agent.front_ends.is_some() && self.front_end.is_none()
     }
 
-    fn end_proof(&mut self, proof: Result<(), SessionError>) {
+    fn end_proof(&mut self, proof: Result<Arc<User>, SessionError>) {
         if let Some(proved) = self.proved.take() {
             let _ = proved.send(proof);
         }
     }
 
     fn start_mux(&mut self, initiator: bool, channel: ChannelId, session: &server::Session) {
+        let Some(user) = self.user.clone() else { return };
         let handle = session.handle();
         let out = move |frame| {
             let handle = handle.clone();
@@ -271,13 +411,43 @@ impl Session {
         let stalls = if initiator { &stalls.up } else { &stalls.down };
         let (mux, feeder, events) =
             Mux::new(initiator, max_streams, self.gate.clone(), stalls.clone(), Box::new(out), &self.tasks);
+        let [of_master, of_node] = &mut *self.shared.muxes.lock().unwrap_or_else(PoisonError::into_inner);
         if initiator {
+            *of_node = Some(mux.clone());
             self.front_end = Some((channel, feeder));
-            self.tasks.spawn(local_endpoint::offer(self.agent.clone(), mux, events));
+            let expired = async move { relink::reached(user.expires()).await };
+            self.tasks.spawn(local_endpoint::offer(self.agent.clone(), mux, events, expired));
         } else {
+            *of_master = Some(mux.clone());
             self.feeder = Some((channel, feeder));
-            self.tasks.spawn(serve_mux(self.agent.clone(), mux, events, self.tasks.clone()));
+            let (agent, shared) = (self.agent.clone(), self.shared.clone());
+            self.tasks.spawn(serve_mux(agent, user, shared, mux, events, self.tasks.clone()));
         }
+    }
+
+    /// Takes bytes of a list of revoked certificates.
+    fn on_list(
+        &mut self,
+        channel: ChannelId,
+        data: &[u8],
+        session: &server::Session,
+    ) -> Result<(), SessionError> {
+        let unasked = || SessionError::Protocol("a list of revoked certificates came unasked".to_owned());
+        let Some((_, came)) = &mut self.list else { return Err(unasked()) };
+        let bytes = came.as_mut().ok_or_else(unasked)?;
+        bytes.extend_from_slice(data);
+        let signed = SignedList::decode(bytes).map_err(|error| SessionError::Protocol(error.to_string()))?;
+        let Some(signed) = signed else { return Ok(()) };
+        *came = None;
+        let (agent, handle) = (self.agent.clone(), session.handle());
+        self.tasks.spawn(async move {
+            // It is taken to the end, also when it ends the session that it came by.
+            let taken = tokio::task::spawn_blocking(move || agent.take_list(signed));
+            if let Ok(report) = taken.await {
+                let _ = handle.data(channel, report.encode()).await;
+            }
+        });
+        Ok(())
     }
 }
 
@@ -322,10 +492,9 @@ impl server::Handler for Session {
                         return Ok(Auth::reject());
                     };
                     self.person = Some(permit);
-                    self.valid_before = certificate.valid_before_time();
                 }
                 tracing::info!(user, key_id = certificate.key_id(), serial = certificate.serial(), peer = ?self.peer, "authenticated");
-                self.role = Some(role);
+                self.user = Some(Arc::new(User { role, certificate: certificate.clone() }));
                 Ok(Auth::Accept)
             }
             Err(error) => {
@@ -341,17 +510,20 @@ impl server::Handler for Session {
     }
 
     async fn auth_succeeded(&mut self, _session: &mut server::Session) -> Result<(), SessionError> {
-        self.end_proof(Ok(()));
+        if let Some(user) = self.user.clone() {
+            self.end_proof(Ok(user));
+        }
         Ok(())
     }
 
     async fn channel_open_session(
         &mut self,
-        _channel: Channel<Msg>,
+        channel: Channel<Msg>,
         reply: ChannelOpenHandle,
         _session: &mut server::Session,
     ) -> Result<(), SessionError> {
-        if self.is_master() && self.feeder.is_none() || self.wants_front_end() {
+        if self.is_master() && self.sessions.len() < SESSION_CHANNELS {
+            self.sessions.push(channel.id());
             reply.accept().await;
         } else {
             reply
@@ -373,6 +545,10 @@ impl server::Handler for Session {
         } else if name == FRONT_END_SUBSYSTEM && self.wants_front_end() {
             session.channel_success(channel)?;
             self.start_mux(true, channel, session);
+        } else if name == revocation::SUBSYSTEM && self.is_master() && self.list.is_none() {
+            session.channel_success(channel)?;
+            self.list = Some((channel, Some(Vec::new())));
+            session.data(channel, self.agent.held_lists(None).encode())?;
         } else {
             session.channel_failure(channel)?;
         }
@@ -406,13 +582,13 @@ impl server::Handler for Session {
         reply: ChannelOpenHandle,
         _session: &mut server::Session,
     ) -> Result<(), SessionError> {
-        let Some(role) = self.role.clone() else { return Ok(()) };
-        let login = match &role {
+        let Some(user) = self.user.clone() else { return Ok(()) };
+        let login = match &user.role {
             UserRole::Master => "master-agent".to_owned(),
             UserRole::Person { login, .. } => login.clone(),
         };
-        if self.valid_before.is_some_and(|at| SystemTime::now() >= at) {
-            reply.reject(refusal("the certificate of this session has expired")).await;
+        if user.has_expired() {
+            reply.reject(refusal(EXPIRED)).await;
             return Ok(());
         }
         let target = proto::Host::parse(host).ok().zip(u16::try_from(port).ok().filter(|p| *p > 0));
@@ -431,7 +607,7 @@ impl server::Handler for Session {
         let origin = format!("ssh {login}");
         self.tasks.spawn(async move {
             let timeout = agent.config.limits.dial_timeout;
-            match agent.dial(&target, timeout, &role).await {
+            match agent.dial(&target, timeout, &user.role).await {
                 Ok(dialled) => {
                     reply.accept().await;
                     run_stream(&agent, dialled, channels.stream(half), &target, &origin).await;
@@ -452,6 +628,9 @@ impl server::Handler for Session {
         data: &[u8],
         session: &mut server::Session,
     ) -> Result<(), SessionError> {
+        if self.list.as_ref().is_some_and(|(id, _)| *id == channel) {
+            return self.on_list(channel, data, session);
+        }
         let mut feeders = self.feeder.iter_mut().chain(&mut self.front_end);
         match feeders.find(|(id, _)| *id == channel) {
             Some((_, feeder)) => feeder.feed(data).map_err(|e| SessionError::Protocol(e.to_string())),
@@ -492,6 +671,8 @@ impl server::Handler for Session {
         channel: ChannelId,
         _session: &mut server::Session,
     ) -> Result<(), SessionError> {
+        self.list.take_if(|(id, _)| *id == channel);
+        self.sessions.retain(|id| *id != channel);
         self.channels.on_close(channel);
         self.front_end.take_if(|(id, _)| *id == channel);
         // The streams of another multiplexer in this session would be counted anew.
@@ -529,22 +710,42 @@ fn open_failure(error: &DialError) -> ChannelOpenFailure {
     ChannelOpenFailure::Other { code, reason: error.to_string() }
 }
 
-async fn serve_mux(agent: Arc<Agent>, mux: Mux, mut events: Events, tasks: Tasks) {
-    loop {
+async fn serve_mux(
+    agent: Arc<Agent>,
+    user: Arc<User>,
+    shared: Arc<Shared>,
+    mux: Mux,
+    mut events: Events,
+    tasks: Tasks,
+) {
+    let reason = loop {
         tokio::select! {
             incoming = events.incoming.recv() => match incoming {
+                Some(_) if user.has_expired() => break EXPIRED,
                 Some(incoming) => { tasks.spawn(serve_incoming(agent.clone(), incoming)); }
                 None => return,
             },
             notice = events.notices.recv() => match notice {
                 Some(Notice::Certificate(text)) => agent.renew(&text),
-                Some(Notice::GoAway(reason)) => tracing::info!(reason, "the master takes no new streams"),
+                Some(Notice::GoAway(reason)) => {
+                    shared.replaced.store(true, Ordering::Relaxed);
+                    tracing::info!(reason, "the master takes no new streams");
+                }
                 None => return,
             },
-            () = agent.draining.cancelled() => break,
+            () = agent.draining.cancelled() => break "the node-agent is stopping",
+            () = relink::reached(user.expires()) => break EXPIRED,
         }
+    };
+    if reason == EXPIRED && !shared.replaced.load(Ordering::Relaxed) {
+        let (key_id, serial) = (user.certificate.key_id(), user.certificate.serial());
+        tracing::warn!(
+            key_id,
+            serial,
+            "a master's certificate has expired; its session takes no new streams"
+        );
     }
-    mux.go_away("the node-agent is stopping").await;
+    mux.go_away(reason).await;
     // What was asked for before the peer could know is refused when `events` goes.
 }
 

@@ -111,14 +111,14 @@ pub enum MessageError {
     Malformed,
 }
 
-fn encode(message: &impl Serialize) -> Vec<u8> {
+pub(crate) fn encode(message: &impl Serialize) -> Vec<u8> {
     let json = serde_json::to_vec(message).unwrap_or_default();
     let mut bytes = u32::try_from(json.len()).unwrap_or_default().to_be_bytes().to_vec();
     bytes.extend(json);
     bytes
 }
 
-fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<Option<T>, MessageError> {
+pub(crate) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<Option<T>, MessageError> {
     let Some((len, rest)) = bytes.split_first_chunk::<4>() else { return Ok(None) };
     let len = usize::try_from(u32::from_be_bytes(*len)).unwrap_or(usize::MAX);
     if len > MAX_MESSAGE {

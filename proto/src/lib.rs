@@ -16,6 +16,8 @@ pub mod mux;
 pub mod name;
 pub mod policy;
 pub mod refusal;
+pub mod relink;
+pub mod revocation;
 pub mod secret_file;
 pub mod target;
 

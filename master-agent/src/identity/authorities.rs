@@ -9,7 +9,11 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use proto::{NodeName, secret_file};
+use proto::{
+    NodeName,
+    revocation::{ListError, SignedList},
+    secret_file,
+};
 use russh::keys::{
     Algorithm, Certificate, HashAlg, PrivateKey, PublicKey,
     ssh_key::{
@@ -41,6 +45,11 @@ pub struct UserIdentity {
 }
 
 impl UserIdentity {
+    /// When the certificate expires.
+    pub fn expires(&self) -> Option<SystemTime> {
+        self.certificate.as_ref()?.valid_before_time()
+    }
+
     /// A key that the configuration names, with no certificate.
     pub fn read(path: &Path) -> anyhow::Result<Self> {
         let key = PrivateKey::from_openssh(secret_file::read_given(path)?)
@@ -118,12 +127,24 @@ impl Authorities {
         Ok(builder.sign(&self.user_ca)?)
     }
 
-    /// Makes a new key for the master, and certifies it.
+    /// Signs a list of revoked certificates of masters and people.
+    pub fn sign_revocations(&self, list: Vec<u8>) -> Result<SignedList, ListError> {
+        SignedList::sign(&self.user_ca, list)
+    }
+
+    /// Makes a new key for the master, and certifies it. The key id says which master it is: `master-agent:HOST`.
     pub fn issue_user(&self, now: SystemTime, ttl: Duration) -> anyhow::Result<UserIdentity> {
         let key = PrivateKey::random(&mut rand::rng(), Algorithm::Ed25519)?;
-        let certificate = self.user_certificate(key.public_key(), &[LOGIN.to_owned()], LOGIN, now, ttl)?;
+        let key_id = format!("{LOGIN}:{}", host_name()?);
+        let certificate = self.user_certificate(key.public_key(), &[LOGIN.to_owned()], &key_id, now, ttl)?;
         Ok(UserIdentity { key, certificate: Some(certificate) })
     }
+}
+
+/// This host's name. The systemd unit hides the file of /proc that holds it.
+pub fn host_name() -> anyhow::Result<String> {
+    let system = rustix::system::uname();
+    Ok(system.nodename().to_str().context("the host's name is not UTF-8")?.to_owned())
 }
 
 fn builder(

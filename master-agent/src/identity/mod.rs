@@ -1,9 +1,11 @@
-//! Who is who: the two certificate authorities of the master, and the verification of nodes' host keys.
+//! Who is who: the two certificate authorities of the master, the verification of nodes' host keys, and the revocation of
+//! the certificates of masters and people.
 
 mod authorities;
 mod host_key;
+pub mod revocation;
 
-pub use authorities::{Authorities, UserIdentity};
+pub use authorities::{Authorities, UserIdentity, host_name};
 pub use host_key::{Expected, HostKeyError, VerifiedHost, fingerprint, verify_host};
 
 #[cfg(test)]

@@ -127,11 +127,15 @@ impl Existing {
         let Some(uid) = &metadata.uid else { return self.remove(kind, &key) };
         let deletion = metadata.deletion_timestamp.as_ref().map(|time| time.0.as_second());
         let seen = Seen { uid: Uid::of(uid), deletion };
-        self.change(kind, |known| drop(known.seen.insert(key, seen)));
+        self.change(kind, |known| {
+            known.seen.insert(key, seen);
+        });
     }
 
     pub(super) fn remove(&self, kind: Followed, key: &str) {
-        self.change(kind, |known| drop(known.seen.remove(key)));
+        self.change(kind, |known| {
+            known.seen.remove(key);
+        });
     }
 
     /// Forgets what a whole list does not have.

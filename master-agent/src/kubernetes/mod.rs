@@ -238,12 +238,12 @@ impl Watches {
             stale.extend(status.unreadable.iter().map(|what| format!("{kind}: {what}")));
             match status.stale_seconds {
                 // No route depends on them, and each token can be asked about by itself.
-                Some(_) | None if kind == Followed::ServiceAccounts.name() => {
-                    if !status.listed || status.stale_seconds.is_some() {
-                        stale.push(format!(
-                            "{kind} can't be followed, so the API server is asked about each token: {error}"
-                        ));
-                    }
+                seconds
+                    if kind == Followed::ServiceAccounts.name() && (!status.listed || seconds.is_some()) =>
+                {
+                    stale.push(format!(
+                        "{kind} can't be followed, so the API server is asked about each token: {error}"
+                    ));
                 }
                 _ if !status.listed => late.push(format!("{kind} have not been listed yet: {error}")),
                 Some(seconds) if Duration::from_secs(seconds) >= self.stale_after => {

@@ -353,7 +353,7 @@ mod tests {
     }
 
     /// Serves metrics of about `size` bytes.
-    async fn serve(size: usize) -> (SocketAddr, Tasks) {
+    fn serve(size: usize) -> (SocketAddr, Tasks) {
         let mut registry = Registry::default();
         registry.register("large", "Large", Info::new(vec![("text", "x".repeat(size))]));
         let endpoints = Endpoints { metrics: Exposition::new(registry), admin: Arc::new(Agent) };
@@ -397,7 +397,7 @@ mod tests {
 
     #[tokio::test]
     async fn strangers_who_hold_connections_keep_nobody_away() {
-        let (address, _tasks) = serve(10).await;
+        let (address, _tasks) = serve(10);
         for said in ["", "GET /livez HTTP/1.1\r\n", "POST /livez HTTP/1.1\r\nHost: a\r\nContent-Le"] {
             let mut held = Vec::new();
             for _ in 0..5 * STRANGERS {
@@ -416,7 +416,7 @@ mod tests {
 
     #[tokio::test]
     async fn strangers_who_do_not_read_metrics_keep_few_texts_and_nobody_away() {
-        let (address, _tasks) = serve(8 << 20).await;
+        let (address, _tasks) = serve(8 << 20);
         let mut held = Vec::new();
         for _ in 0..10 * SCRAPES {
             held.push(say(address, &get("/metrics", "")).await);
@@ -434,7 +434,7 @@ mod tests {
 
     #[tokio::test]
     async fn who_is_let_in_is_not_sent_away_by_strangers_and_does_not_keep_them_away() {
-        let (address, _tasks) = serve(10).await;
+        let (address, _tasks) = serve(10);
         let mut watching = Vec::new();
         let open = async |lines: &str| {
             let mut socket = say(address, &get("/page", lines)).await;

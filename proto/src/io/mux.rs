@@ -226,7 +226,7 @@ impl Mux {
             )));
         }
         let id = loop {
-            let id = streams.ids.next();
+            let id = streams.ids.use_next();
             if !streams.open.contains_key(&id) {
                 break id;
             }
@@ -330,22 +330,20 @@ impl Mux {
         self.find(stream, frame)?.map_or(Ok(()), |shared| change(&mut shared.lock()))
     }
 
-    /// Takes a stream that the peer has ended out of the table.
-    fn take(&self, stream: u32, frame: &'static str) -> Result<Option<Arc<Shared>>, Violation> {
+    fn on_reset(&self, stream: u32, reason: String) -> Result<(), Violation> {
         let mut streams = self.streams();
         match streams.open.remove(&stream) {
-            None if !streams.ids.is_used(stream) => Err(Violation::NeverOpened(frame)),
-            open => Ok(open),
-        }
-    }
-
-    /// Ends a stream that the peer gives up. A peer that opens streams may do so before it has sent the OPEN.
-    fn on_reset(&self, stream: u32, reason: String) -> Result<(), Violation> {
-        if !self.0.initiator && self.streams().ids.take(stream) {
-            return Ok(());
-        }
-        if let Some(shared) = self.take(stream, "RESET")? {
-            shared.lock().fail(StreamError(reason));
+            Some(shared) => {
+                drop(streams);
+                shared.lock().fail(StreamError(reason));
+            }
+            None if self.0.initiator && !streams.ids.is_used(stream) => {
+                return Err(Violation::NeverOpened("RESET"));
+            }
+            // A peer that opens streams may give one up before it has sent the OPEN.
+            None => {
+                streams.ids.take(stream);
+            }
         }
         Ok(())
     }
@@ -361,10 +359,10 @@ impl Mux {
         if !self.0.initiator {
             return Err(Violation::Answerer("REFUSED"));
         }
-        self.take(stream, "REFUSED")?.map_or(Ok(()), |shared| {
-            let mut state = shared.lock();
+        self.change(stream, "REFUSED", |state| {
+            state.on_answer("REFUSED", Err(error))?;
             state.ended = true;
-            state.on_answer("REFUSED", Err(error))
+            Ok(())
         })
     }
 

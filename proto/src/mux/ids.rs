@@ -25,7 +25,7 @@ impl Default for Ids {
 
 impl Ids {
     /// Uses the id behind the newest one, and gives it.
-    pub fn next(&mut self) -> u32 {
+    pub fn use_next(&mut self) -> u32 {
         let next = self.newest.wrapping_add(1).max(1);
         self.take(next);
         next
@@ -96,7 +96,7 @@ mod tests {
         for id in [1 << 30, 1 << 31, 3 << 30, u32::MAX - 1] {
             assert!(ids.take(id), "{id}");
         }
-        assert_eq!([ids.next(), ids.next(), ids.next()], [u32::MAX, 1, 2]);
+        assert_eq!([ids.use_next(), ids.use_next(), ids.use_next()], [u32::MAX, 1, 2]);
         assert!(ids.is_used(u32::MAX) && ids.is_used(0) && !ids.is_used(3));
         assert!(ids.take(u32::MAX - 2), "left out so far, and not long ago");
     }

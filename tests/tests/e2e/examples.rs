@@ -91,7 +91,8 @@ fn the_role_allows_what_is_asked_and_no_more() {
     let routed = tests::apiserver::Kind::ALL.into_iter();
     let followed = routed.chain([tests::apiserver::Kind::ServiceAccounts]);
     let mut followed: Vec<_> = followed.map(|kind| kind.plural().to_owned()).collect();
-    (allowed.sort(), followed.sort());
+    allowed.sort();
+    followed.sort();
     assert_eq!(allowed, followed);
     let binding = objects.iter().find(|o| o["kind"] == "ClusterRoleBinding").unwrap();
     assert_eq!(binding["roleRef"]["name"], role["metadata"]["name"]);

@@ -38,6 +38,7 @@ mod page;
 mod policy;
 mod proxy_urls;
 mod refusals;
+mod revocation;
 mod socks5;
 mod socks5_clients;
 mod top;

@@ -138,7 +138,7 @@ impl Site {
 
     async fn all_refusals(&self) -> BTreeMap<&'static str, f64> {
         let mut all = BTreeMap::new();
-        for rule in ["default-deny", "link-local", "loopback", "multicast", "unspecified"] {
+        for rule in proto::policy::REFUSALS {
             all.insert(rule, self.refusals(rule).await);
         }
         all
@@ -238,6 +238,13 @@ impl Site {
             ("224.0.0.1:80".to_owned(), "multicast"),
             ("255.255.255.255:80".to_owned(), "multicast"),
             ("[ff02::1]:80".to_owned(), "multicast"),
+            ("168.63.129.16:80".to_owned(), "metadata"),
+            (format!("100.100.100.200:{port}"), "metadata"),
+            ("[fd00:ec2::254]:80".to_owned(), "metadata"),
+            ("[64:ff9b::a9fe:a9fe]:80".to_owned(), "link-local"),
+            (format!("[64:ff9b::7f00:1]:{other}"), "loopback"),
+            ("[64:ff9b::a83f:8110]:80".to_owned(), "metadata"),
+            ("[64:ff9b:1::1]:80".to_owned(), "nat64"),
         ]
     }
 }

@@ -56,7 +56,7 @@ impl Site {
         // The node has joined as the support's inventory has it; it joins again, as this one does.
         let file = cluster.nodes[0].dir.join("node.yaml");
         let text = std::fs::read_to_string(&file).unwrap();
-        std::fs::write(&file, text.replace("listen: '127.0.0.1:", "listen: '0.0.0.0:")).unwrap();
+        std::fs::write(&file, text.replace("\nlisten: '127.0.0.1:", "\nlisten: '0.0.0.0:")).unwrap();
         let line = cluster.command(&["token", "create", "--node", "n1"]).unwrap();
         cluster.node_command(0, line.trim()).unwrap();
         let mut command = namespace.command(env!("CARGO_BIN_EXE_target"));
@@ -97,7 +97,7 @@ impl Site {
     /// A certificate of the node's own key by its own host CA, as only a master can make it.
     fn forge(&self, principals: &str, valid: &str) -> String {
         let file = self.file("forged");
-        let key = PrivateKey::read_openssh_file(&self.cluster.nodes[0].dir.join("state/host_key")).unwrap();
+        let key = PrivateKey::read_openssh_file(self.cluster.nodes[0].dir.join("state/host_key")).unwrap();
         std::fs::write(file.with_extension("pub"), key.public_key().to_openssh().unwrap()).unwrap();
         let args = ["-h", "-I", "node:n1", "-n", principals, "-V", valid];
         certify(&file, &self.file("master/host_ca"), &args).unwrap();

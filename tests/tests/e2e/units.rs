@@ -206,7 +206,8 @@ fn write_named_files(host: &Host<'_>) {
     let kubeconfig = "{apiVersion: v1, kind: Config, current-context: c,\n\
          clusters: [{name: c, cluster: {server: 'https://127.0.0.1:6444', certificate-authority: apiserver-ca.crt}}],\n\
          contexts: [{name: c, context: {cluster: c, user: u}}], users: [{name: u, user: {token: t}}]}\n";
-    let hash = "2bd806c97f0e00af1a1fc3328fa763a9269723c8db8fac4f93af71db186d6e90";
+    let hash =
+        "$argon2id$v=19$m=19456,t=2,p=1$AAAAAAAAAAAAAAAAAAAAAA$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
     for (name, text) in [
         ("service-account.pub", service_accounts.public_key_pem()),
         ("bootstrap-tokens.csv", "abcdef.0123456789abcdef,,\"system:bootstrappers:workers\"\n".to_owned()),
@@ -348,6 +349,7 @@ async fn every_sample_for_a_node_starts_under_its_unit() {
     fs::write(host.config("front-end-ca.crt"), ca.pem()).unwrap();
     ca.client(&host.config(""), "client").unwrap();
     host.configure("token", "abcdef.0123456789abcdef");
+    host.configure("proxy-password", "secret\n");
     for text in [&sample, &short] {
         // It shows a certificate and a token, of which one is enough and both are a mistake.
         host.configure("node-agent.yaml", text.replace("  token_file: token", "  # token_file: token"));

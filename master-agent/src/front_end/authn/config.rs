@@ -162,6 +162,12 @@ impl AuthnConfig {
     pub fn asks_for_certificates(&self) -> bool {
         self.authenticators.iter().any(|one| matches!(one, AuthenticatorConfig::X509(_)))
     }
+
+    /// Whether bootstrap tokens are read from the cluster.
+    pub fn needs_cluster(&self) -> bool {
+        let needs = |one: &_| matches!(one, AuthenticatorConfig::BootstrapTokens(config) if config.cluster);
+        self.authenticators.iter().any(needs)
+    }
 }
 
 fn read_item(item: &At<'_>, kinds: &Section<'_>) -> Option<AuthenticatorConfig> {
