@@ -183,7 +183,11 @@ pub struct SignUserArgs {
 }
 
 #[derive(Debug, Args)]
-#[command(group = clap::ArgGroup::new("what").required(true).multiple(true))]
+#[command(
+    group = clap::ArgGroup::new("what").required(true).multiple(true),
+    override_usage = "master-agent revoke [--remove] --serial N | --key-id ID | --key KEY ...\n       \
+        master-agent revoke --import KRL | --list | --export FILE"
+)]
 pub struct RevokeArgs {
     /// Certificates with this serial number, or from FIRST to LAST; `ssh-keygen -L` and the log of a node show it.
     #[arg(long, value_name = "N|FIRST-LAST", value_parser = revocation::serials, group = "what")]
