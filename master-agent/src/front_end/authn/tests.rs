@@ -564,6 +564,22 @@ async fn a_connections_chain_is_verified_once_and_again_when_the_ca_changes() {
     assert_eq!(attempts.0.load(Ordering::Relaxed), 3);
 }
 
+/// A certificate is good for the whole second in which it ends, and a verdict of that second must not outlive it.
+#[tokio::test]
+async fn a_certificate_that_is_verified_in_its_last_second_ends_all_the_same() {
+    let world = World::new().await;
+    let (authenticators, _files) = load("- x509: {ca: ca.pem}", &world);
+    let end = rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs(NOW + 5);
+    let leaf = world.leaf("alice", |params| params.not_after = end);
+    let certificates = Certificates::new(leaf);
+    let head = Request::default().head();
+    let ask = async |seconds| {
+        authenticators.authenticate(Presented::of(&head, &certificates).unwrap(), at(seconds)).await
+    };
+    assert!(ask(5).await.unwrap().validity.expires.is_some());
+    assert_eq!(ask(6).await.unwrap_err().reasons().collect::<Vec<_>>(), [&Reason::CertificateExpired]);
+}
+
 /// Lets everything pass, and counts it.
 #[derive(Debug, Default)]
 struct Open(std::sync::atomic::AtomicUsize);

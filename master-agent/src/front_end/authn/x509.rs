@@ -143,8 +143,9 @@ fn user(chain: &[CertificateDer<'_>], now: SystemTime) -> Result<Recognized, Rea
         let _ = write!(id, "{byte:02x}");
     }
     let extra = [(CREDENTIAL_ID.to_owned(), vec![id])].into();
-    // One that has ended already was of no use to the verifier.
-    let expires = chain.iter().filter_map(end).filter(|end| *end > now).min();
+    // An intermediate that has ended already was of no use to the verifier.
+    let issuers = chain.iter().skip(1).filter_map(end).filter(|end| *end > now);
+    let expires = end(leaf).into_iter().chain(issuers).min();
     Ok(Recognized { user: User { name, uid, groups, extra }, expires, bound: None })
 }
 
