@@ -277,7 +277,7 @@ impl Config {
         self.kubernetes.is_some() && self.front_end.as_ref().is_some_and(checks)
     }
 
-    /// What there is to know of a configuration without errors.
+    /// Notes for the operator about a configuration that has no errors.
     pub fn notes(&self) -> Vec<&'static str> {
         let authn = self.front_end.as_ref().map(|front_end| &front_end.authn);
         let unchecked =

@@ -244,7 +244,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> PasswordDue<T> {
         let name = read_text(&mut socket).await?;
         let password = Zeroizing::new(read_text(&mut socket).await?);
         let answer = Instant::now() + REFUSAL_DELAY;
-        // What is no UTF-8 is nobody's name.
+        // A name that is not UTF-8 belongs to no user.
         let name = String::from_utf8(name).unwrap_or_default();
         if let Err(error) = users.login(&name, password, peer).await {
             tokio::time::sleep_until(answer).await;

@@ -83,7 +83,7 @@ struct Checks {
     waiting: Semaphore,
     attempts: Rates<IpAddr>,
     verdicts: Mutex<Verdicts>,
-    /// Who asks for what is asked for already waits for that answer.
+    /// A question that is already under way is shared: later callers wait for its answer.
     asked: Mutex<HashMap<Mark, Arc<OnceCell<bool>>>>,
 }
 
@@ -198,7 +198,7 @@ impl Checks {
         exists: bool,
         peer: IpAddr,
     ) -> Result<bool, LoginError> {
-        // Who asked first may have left, and its answer come since.
+        // The first caller may have left, and the answer may have arrived meanwhile.
         if let Some(right) = self.known(&mark) {
             return Ok(right);
         }

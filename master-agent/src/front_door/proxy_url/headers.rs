@@ -16,7 +16,7 @@ const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const X_FORWARDED_URI: HeaderName = HeaderName::from_static("x-forwarded-uri");
-/// What says where a request came from.
+/// Headers in which proxies record where a request came from.
 static WAY: [HeaderName; 7] = [
     X_FORWARDED_FOR,
     X_FORWARDED_HOST,

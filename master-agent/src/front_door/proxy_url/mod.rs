@@ -51,7 +51,7 @@ pub struct ProxyUrls {
     pub common: Common,
     pub directory: Arc<dyn Directory>,
     pub tls: TargetTls,
-    /// What no caller may say of itself to a target.
+    /// The identity headers that are removed from callers' requests to a target.
     pub claims: Arc<Claims>,
     /// How long a connection may wait for its next request, and a target for the next bytes of a request's body.
     pub idle_timeout: Duration,
