@@ -450,14 +450,10 @@ async fn hold(agent: Arc<Agent>, registration: Registration, events: Option<Even
         let expires = tunnel.certificate_expires();
         let renewal = renewal_due(expires, agent.config.certificates.host_ttl, SystemTime::now());
         tokio::select! {
-            reason = tunnel.ended() => break reason,
+            // What a node says last is heard before its end, and hides nothing that is due.
+            biased;
             () = &mut front_end, if front_end_served => front_end_served = false,
             () = &mut revocations, if revocations_served => revocations_served = false,
-            notice = next(&mut notices) => match notice {
-                Some(Notice::GoAway(reason)) => tracing::info!(node = %tunnel.node, reason, "the node takes no new streams"),
-                Some(Notice::Certificate(_)) => tracing::warn!(node = %tunnel.node, "the node sent a certificate; ignored"),
-                None => notices = None,
-            },
             () = tokio::time::sleep(renewal), if tunnel.is_node_agent() && expires.is_some() => {
                 renew(agent, &tunnel, &mut certified).await;
             }
@@ -466,6 +462,12 @@ async fn hold(agent: Arc<Agent>, registration: Registration, events: Option<Even
                     tunnel.close(&refuse_key(agent, &why).to_string()).await;
                 }
             }
+            notice = next(&mut notices) => match notice {
+                Some(Notice::GoAway(reason)) => tracing::info!(node = %tunnel.node, reason, "the node takes no new streams"),
+                Some(Notice::Certificate(_)) => tracing::warn!(node = %tunnel.node, "the node sent a certificate; ignored"),
+                None => notices = None,
+            },
+            reason = tunnel.ended() => break reason,
             () = idle(&tunnel), if tunnel.direction == Direction::Dialled => {
                 tunnel.close("another link has taken its place, and its streams have ended").await;
             }

@@ -24,7 +24,7 @@ use proto::{
         channel::{Channels, Half},
         handshake::Place,
         link::{Gate, Link},
-        mux::{Events, Feeder, Incoming, Mux, Notice},
+        mux::{Feeder, Incoming, Mux, Notice},
         relay::{Counters, relay},
         socket, ssh,
         stream::Stream,
@@ -42,7 +42,7 @@ use russh::{
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -182,6 +182,7 @@ where
         streams: Arc::new(Semaphore::new(agent.config.limits.max_streams)),
         sessions: Vec::new(),
         feeder: None,
+        notices: None,
         front_end: None,
         list: None,
         shared: shared.clone(),
@@ -374,6 +375,8 @@ struct Session {
     /// Open channels of type session.
     sessions: Vec<ChannelId>,
     feeder: Option<(ChannelId, Feeder)>,
+    /// What the master says of the whole tunnel on the multiplexer that `feeder` feeds.
+    notices: Option<mpsc::Receiver<Notice>>,
     /// Of the multiplexer on which this node opens streams.
     front_end: Option<(ChannelId, Feeder)>,
     /// The channel on which a list of revoked certificates comes, and what has come; nothing once it is complete.
@@ -399,6 +402,19 @@ impl Session {
         }
     }
 
+    /// Takes what the master has said of the whole tunnel: here, as a task could end with the session before it does.
+    fn take_notices(&mut self) {
+        while let Some(notice) = self.notices.as_mut().and_then(|notices| notices.try_recv().ok()) {
+            match notice {
+                Notice::Certificate(text) => self.agent.renew(&text),
+                Notice::GoAway(reason) => {
+                    self.shared.replaced.store(true, Ordering::Relaxed);
+                    tracing::info!(reason, "the master takes no new streams");
+                }
+            }
+        }
+    }
+
     fn start_mux(&mut self, initiator: bool, channel: ChannelId, session: &server::Session) {
         let Some(user) = self.user.clone() else { return };
         let handle = session.handle();
@@ -420,8 +436,9 @@ impl Session {
         } else {
             *of_master = Some(mux.clone());
             self.feeder = Some((channel, feeder));
+            self.notices = Some(events.notices);
             let (agent, shared) = (self.agent.clone(), self.shared.clone());
-            self.tasks.spawn(serve_mux(agent, user, shared, mux, events, self.tasks.clone()));
+            self.tasks.spawn(serve_mux(agent, user, shared, mux, events.incoming, self.tasks.clone()));
         }
     }
 
@@ -633,7 +650,11 @@ impl server::Handler for Session {
         }
         let mut feeders = self.feeder.iter_mut().chain(&mut self.front_end);
         match feeders.find(|(id, _)| *id == channel) {
-            Some((_, feeder)) => feeder.feed(data).map_err(|e| SessionError::Protocol(e.to_string())),
+            Some((_, feeder)) => {
+                let fed = feeder.feed(data).map_err(|e| SessionError::Protocol(e.to_string()));
+                self.take_notices();
+                fed
+            }
             None if self.channels.on_data(channel, data).await => Ok(()),
             None => Ok(session.close(channel)?),
         }
@@ -715,22 +736,14 @@ async fn serve_mux(
     user: Arc<User>,
     shared: Arc<Shared>,
     mux: Mux,
-    mut events: Events,
+    mut incoming: mpsc::Receiver<Incoming>,
     tasks: Tasks,
 ) {
     let reason = loop {
         tokio::select! {
-            incoming = events.incoming.recv() => match incoming {
+            asked = incoming.recv() => match asked {
                 Some(_) if user.has_expired() => break EXPIRED,
-                Some(incoming) => { tasks.spawn(serve_incoming(agent.clone(), incoming)); }
-                None => return,
-            },
-            notice = events.notices.recv() => match notice {
-                Some(Notice::Certificate(text)) => agent.renew(&text),
-                Some(Notice::GoAway(reason)) => {
-                    shared.replaced.store(true, Ordering::Relaxed);
-                    tracing::info!(reason, "the master takes no new streams");
-                }
+                Some(asked) => { tasks.spawn(serve_incoming(agent.clone(), asked)); }
                 None => return,
             },
             () = agent.draining.cancelled() => break "the node-agent is stopping",
@@ -746,7 +759,7 @@ async fn serve_mux(
         );
     }
     mux.go_away(reason).await;
-    // What was asked for before the peer could know is refused when `events` goes.
+    // What was asked for before the peer could know is refused when `incoming` goes.
 }
 
 async fn serve_incoming(agent: Arc<Agent>, incoming: Incoming) {

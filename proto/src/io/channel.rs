@@ -33,6 +33,9 @@ use super::{
 const BUFFER: usize = 2 * 1024 * 1024;
 /// Bytes whose draining is timed against the connection's patience.
 const QUANTUM: usize = 256 * 1024;
+/// How many times the patience a stream may get ahead by draining faster: a steady reader's kernel takes much at
+/// once, and then nothing until the reader has made room for as much again.
+const AHEAD: u32 = 2;
 /// The most bytes sent in one message; OpenSSH accepts no more in a packet.
 const CHUNK: usize = 32 * 1024;
 /// The most bytes buffered for all streams of a connection together, but for a little for each.
@@ -138,18 +141,17 @@ impl Channels {
                 if room {
                     self.buffered.fetch_add(bytes.len(), Ordering::Relaxed);
                     if state.inbox.is_empty() {
-                        state.quantum_began = Instant::now();
-                        state.quantum_drained = 0;
+                        state.pace.begin(Instant::now(), self.patience);
                     }
                     state.inbox.extend_from_slice(bytes);
                     wake(&mut state.reader);
                     return true;
                 }
-                (state.quantum_began + self.patience).saturating_duration_since(Instant::now())
+                state.pace.due.saturating_duration_since(Instant::now())
             };
             if tokio::time::timeout(wait, room).await.is_err() {
                 let mut state = shared.lock();
-                if state.quantum_began.elapsed() >= self.patience {
+                if state.pace.due <= Instant::now() {
                     state.overrun = true;
                     state.fail("too slow: it holds up the other streams of an SSH connection without flow control per stream");
                     return false;
@@ -200,10 +202,33 @@ impl Shared {
     }
 }
 
+/// Whether a stream drains fast enough to be waited for.
+struct Pace {
+    /// When the next quantum has to be drained.
+    due: Instant,
+    /// Bytes of it that are.
+    drained: usize,
+}
+
+impl Pace {
+    fn begin(&mut self, now: Instant, patience: Duration) {
+        *self = Self { due: now + patience, drained: 0 };
+    }
+
+    fn drain(&mut self, bytes: usize, now: Instant, patience: Duration) {
+        self.drained += bytes;
+        let quanta = self.drained / QUANTUM;
+        if quanta > 0 {
+            self.drained %= QUANTUM;
+            let ahead = self.due + patience * u32::try_from(quanta).unwrap_or(AHEAD).min(AHEAD);
+            self.due = ahead.clamp(now + patience, now + patience * AHEAD);
+        }
+    }
+}
+
 struct State {
     inbox: BytesMut,
-    quantum_began: Instant,
-    quantum_drained: usize,
+    pace: Pace,
     received_eof: bool,
     received_close: bool,
     sent_eof: bool,
@@ -220,8 +245,7 @@ impl Default for State {
     fn default() -> Self {
         Self {
             inbox: BytesMut::new(),
-            quantum_began: Instant::now(),
-            quantum_drained: 0,
+            pace: Pace { due: Instant::now(), drained: 0 },
             received_eof: false,
             received_close: false,
             sent_eof: false,
@@ -389,11 +413,7 @@ impl Reader {
         let shared = &owner.shared;
         {
             let mut state = shared.lock();
-            state.quantum_drained += current.len();
-            if state.quantum_drained >= QUANTUM {
-                state.quantum_drained = 0;
-                state.quantum_began = Instant::now();
-            }
+            state.pace.drain(current.len(), Instant::now(), owner.channels.patience);
         }
         current.clear();
         poll_fn(|cx| {
@@ -482,5 +502,45 @@ impl Writer {
             sent = send(half) => if sent { Ok(()) } else { Err(StreamError("the tunnel was lost".to_owned())) },
             error = failed => Err(error),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_millis(250);
+
+    fn after(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    #[test]
+    fn a_steady_pace_in_gulps_is_never_late() {
+        let start = Instant::now();
+        let mut pace = Pace { due: start, drained: 0 };
+        pace.begin(start, PATIENCE);
+        // 2 MB/s, of which the kernel takes 800 KB every 400 ms.
+        for gulp in 1..100 {
+            let now = start + after(gulp * 400);
+            for part in [200_000, 256_000, 256_000, 88_000] {
+                pace.drain(part, now, PATIENCE);
+            }
+            assert!(pace.due > now + after(400), "gulp {gulp}");
+        }
+    }
+
+    #[test]
+    fn what_stops_is_late_however_fast_it_was() {
+        let start = Instant::now();
+        let mut pace = Pace { due: start, drained: 0 };
+        pace.begin(start, PATIENCE);
+        pace.drain(1 << 30, start, PATIENCE);
+        assert_eq!(pace.due, start + AHEAD * PATIENCE);
+        pace.drain(QUANTUM - 1, start + after(400), PATIENCE);
+        assert_eq!(pace.due, start + AHEAD * PATIENCE);
+        // A trickle that ends a quantum late gets no more than what another takes.
+        pace.drain(1, start + after(900), PATIENCE);
+        assert_eq!(pace.due, start + after(900) + PATIENCE);
     }
 }
