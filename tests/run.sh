@@ -60,7 +60,7 @@ browser() {
     export BROWSER_PYTHON=$venv/bin/python
 }
 
-unit() { cargo test --locked --workspace --lib --bins; }
+unit() { cargo test --locked --workspace --lib --bins --test architecture; }
 
 release() {
     cargo build --locked --release -p master-agent -p node-agent -p tests --bins
