@@ -8,7 +8,7 @@ usage() {
 Usage: deploy/quickstart.sh [--once] [--dir DIR] [--bin DIR] [--loopback]
 
 Builds release binaries, starts a master-agent and three nodes, each in a network namespace of its own, and
-fetches from all of them through both front doors:
+fetches from all of them through both egress listeners:
 
   n1  a node-agent that the master dials on port 22
   n2  a node-agent behind a firewall with no open port, which calls home
@@ -346,9 +346,9 @@ make_certificates() {
     say "making certificates"
     (
         umask 077
-        authority front-door-ca "quickstart front door CA"
-        certificate front-door-ca front-door master-agent serverAuth "DNS:master-agent, IP:$master"
-        certificate front-door-ca client kube-apiserver clientAuth "DNS:kube-apiserver"
+        authority egress-ca "quickstart egress listener CA"
+        certificate egress-ca egress master-agent serverAuth "DNS:master-agent, IP:$master"
+        certificate egress-ca client kube-apiserver clientAuth "DNS:kube-apiserver"
         authority kubelet-ca "quickstart kubelet CA"
         authority client-ca "quickstart client CA"
         for node in "${nodes[@]}"; do
@@ -357,7 +357,7 @@ make_certificates() {
             certificate client-ca "$node-client" "system:node:$node/O=system:nodes" clientAuth "DNS:$node"
             [ "$mode" = namespaces ] || all+=", IP:${address[$node]}"
         done
-        certificate front-door-ca front-end master-agent serverAuth "DNS:master-agent, $all"
+        certificate egress-ca front-end master-agent serverAuth "DNS:master-agent, $all"
         certificate kubelet-ca api kube-apiserver serverAuth "DNS:api, IP:${api%:*}"
         certificate client-ca front-proxy-client front-proxy-client clientAuth "DNS:front-proxy-client"
         service_account
@@ -380,7 +380,7 @@ state_dir: state
 admin: {listen: $master_admin, socket: $dir/admin.sock}
 http_connect:
   unix: {path: $dir/connect.sock}
-  tls: {listen: $master:8131, cert: ../pki/front-door.crt, key: ../pki/front-door.key, client_ca: ../pki/front-door-ca.crt}
+  tls: {listen: $master:8131, cert: ../pki/egress.crt, key: ../pki/egress.key, client_ca: ../pki/egress-ca.crt}
 call_home: {listen: $master:2222}
 inventory: inventory.yaml
 front_end:
@@ -592,9 +592,9 @@ write_endpoints() {
         binaries "$(object master_agent "$bin/master-agent" node_agent "$bin/node-agent" fetch "$bin/fetch" standin "$bin/standin")" \
         master "$(object config "$dir/master/master-agent.yaml" inventory "$dir/master/inventory.yaml" state_dir "$dir/master/state" \
             connect_unix "$(object path "$dir/connect.sock")" \
-            connect_tls "$(object host "$master" port 8131 url "https://$master:8131" ca "$pki/front-door-ca.crt" \
+            connect_tls "$(object host "$master" port 8131 url "https://$master:8131" ca "$pki/egress-ca.crt" \
                 client_cert "$pki/client.crt" client_key "$pki/client.key")" \
-            front_end "$(object url "https://$master:6443" ca "$pki/front-door-ca.crt" client_ca "$pki/client-ca.crt" \
+            front_end "$(object url "https://$master:6443" ca "$pki/egress-ca.crt" client_ca "$pki/client-ca.crt" \
                 token_header "$pki/service-account.header" audit "$dir/log/audit.log" path /pods)" \
             call_home "$(object host "$master" port 2222)" \
             admin "$(object address "$master_admin" socket "$dir/admin.sock" metrics "http://$master_admin/metrics" \
@@ -622,7 +622,7 @@ door() {
     case $1 in
         unix) printf '%s\n' --via "unix:$dir/connect.sock" ;;
         tls)
-            printf '%s\n' --via "tls:$master:8131" --ca "$dir/pki/front-door-ca.crt" --cert "$dir/pki/client.crt" \
+            printf '%s\n' --via "tls:$master:8131" --ca "$dir/pki/egress-ca.crt" --cert "$dir/pki/client.crt" \
                 --key "$dir/pki/client.key"
             ;;
     esac
@@ -694,7 +694,7 @@ table() {
 # node way url credential status curl-arguments...
 call() {
     local said status time mark=ok
-    said=$(on "$1" curl -s -o /dev/null --max-time 10 --cacert "$dir/pki/front-door-ca.crt" -w '%{http_code} %{time_total}' "${@:6}" "$3/pods") || true
+    said=$(on "$1" curl -s -o /dev/null --max-time 10 --cacert "$dir/pki/egress-ca.crt" -w '%{http_code} %{time_total}' "${@:6}" "$3/pods") || true
     status=${said%% *} time=${said#* }
     [ "$status" = "$5" ] || { mark=FAILED bad=$((bad + 1)); }
     printf '%-4s %-21s %-15s %-23s %-24s %-11s %8s\n' "$1" "$(describe "$1")" "$2" "$4" "$3" "$status $mark" \
@@ -742,13 +742,13 @@ endpoints_listen() {
 }
 
 what_to_try() {
-    local tls="-x https://$master:8131 --proxy-cacert $dir/pki/front-door-ca.crt --proxy-cert $dir/pki/client.crt --proxy-key $dir/pki/client.key"
+    local tls="-x https://$master:8131 --proxy-cacert $dir/pki/egress-ca.crt --proxy-cert $dir/pki/client.crt --proxy-key $dir/pki/client.key"
     local agent="$bin/master-agent -c $dir/master/master-agent.yaml" enter=''
     [ "$mode" != namespaces ] || enter="ip netns exec $(namespace_of n2) "
     cat <<END
 It stays up until Ctrl-C. Everything is listed in $dir/endpoints.json. In another terminal, try:
 
-  # the pod of n2, which no port leads to, through the mutual TLS front door
+  # the pod of n2, which no port leads to, through the mutual TLS egress listener
   curl -sp $tls http://${pod[n2]}:8080/
 
   # the kubelet of n3 by its node's name, verified end to end
@@ -773,7 +773,7 @@ It stays up until Ctrl-C. Everything is listed in $dir/endpoints.json. In anothe
   ${enter}$bin/node-agent -c $dir/n2/node-agent.yaml run
 
   # a call to the master, from n2, as its kubelet; who called, and what was decided
-  ${enter}curl -s --cacert $dir/pki/front-door-ca.crt --cert $dir/pki/n2-client.crt --key $dir/pki/n2-client.key https://${local_endpoint[n2]}/pods
+  ${enter}curl -s --cacert $dir/pki/egress-ca.crt --cert $dir/pki/n2-client.crt --key $dir/pki/n2-client.key https://${local_endpoint[n2]}/pods
   tail -n 1 $dir/log/audit.log
 
   curl -s http://$master_admin/metrics

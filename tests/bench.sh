@@ -14,5 +14,5 @@ if [ ${#missing[@]} -gt 0 ]; then
     { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y "${missing[@]}"; } >&2
 fi
 
-cargo build --release -p master-agent -p node-agent -p tests --bin master-agent --bin node-agent --bin bench >&2
-exec "${CARGO_TARGET_DIR:-target}/release/bench" "$@"
+cargo build --profile dist -p master-agent -p node-agent -p tests --bin master-agent --bin node-agent --bin bench >&2
+exec "${CARGO_TARGET_DIR:-target}/dist/bench" "$@"

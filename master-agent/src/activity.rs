@@ -12,10 +12,11 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use proto::{DialError, Fault, Target, io::relay::Counters};
+use proto::{
+    DialError, Fault, NodeName, Target,
+    io::{dialer::Origin, relay::Counters},
+};
 use serde::{Deserialize, Serialize};
-
-use crate::front_door::Caller;
 
 /// Of each node.
 const EVENTS: usize = 16;
@@ -31,12 +32,21 @@ const STREAMS: usize = 500;
 /// One open stream.
 #[derive(Debug)]
 pub struct Live {
-    pub caller: Caller,
+    /// The listener's name, for instance `connect-unix`.
+    pub door: &'static str,
+    /// Who has made it.
+    pub origin: Origin,
     pub target: Target,
     /// Why its node was chosen.
     pub reason: String,
     pub began: Instant,
     pub counters: Counters,
+}
+
+/// Where what each node carries and did is kept.
+pub trait NodeActivities: Send + Sync {
+    /// `None` of a node that is not known.
+    fn activity(&self, name: &NodeName) -> Option<Arc<NodeActivity>>;
 }
 
 /// Of one node.
@@ -99,7 +109,7 @@ impl EventKind {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StreamStatus {
     pub id: u64,
-    pub front_door: String,
+    pub egress: String,
     pub origin: String,
     pub target: String,
     pub reason: String,
@@ -282,8 +292,8 @@ impl NodeActivity {
         open.truncate(STREAMS);
         let streams = open.into_iter().map(|(id, stream)| StreamStatus {
             id,
-            front_door: stream.caller.door.to_owned(),
-            origin: stream.caller.origin.0.chars().take(TEXT).collect(),
+            egress: stream.door.to_owned(),
+            origin: stream.origin.0.chars().take(TEXT).collect(),
             target: stream.target.to_string(),
             reason: stream.reason.chars().take(TEXT).collect(),
             seconds: (stream.began.elapsed().as_secs_f64() * 10.0).round() / 10.0,
@@ -321,13 +331,12 @@ pub fn unix_milliseconds(time: SystemTime) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use proto::io::dialer::Origin;
-
     use super::*;
 
     fn stream(target: &str) -> Arc<Live> {
         Arc::new(Live {
-            caller: Caller::new("connect-unix", Origin("x".repeat(5000))),
+            door: "connect-unix",
+            origin: Origin("x".repeat(5000)),
             target: target.parse().unwrap(),
             reason: "node name n1".to_owned(),
             began: Instant::now(),

@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::Context;
+use prometheus_client::registry::Registry;
 use proto::io::{admin::Endpoints, exposition::Exposition, socket, systemd, tasks::Tasks, tls, unix};
 use rustls::{
     ServerConfig,
@@ -20,11 +21,13 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 
 use crate::{
+    admin::Admin,
     agent::Agent,
     client_certificates::{ClientCa, ClientVerifier, Possession},
-    config::{Config, ProxyUrlsConfig, Socks5Config, TlsConfig, UnixConfig},
-    front_door::{
-        Common,
+    config::Config,
+    egress::{
+        Common, certificates,
+        config::{ProxyUrlsConfig, Socks5Config},
         http_connect::HttpConnect,
         konnectivity::Konnectivity,
         listen::{self, Callers},
@@ -32,15 +35,20 @@ use crate::{
         socks5::Socks5,
         users::Users,
     },
-    front_end::{audit::Writer, config::FrontEndConfig, local, reloaded::Reloaded, server::FrontEnd},
-    identity::{Authorities, revocation},
+    fields::{TlsConfig, UnixConfig},
+    front_end::{self, audit::Writer, config::FrontEndConfig, local, server::FrontEnd},
+    http::claims::Claims,
+    identity::Authorities,
     inventory::Inventory,
     kubernetes::{self, Cluster},
     links::{self, DialLinks},
-    metrics::Reason,
+    metrics::{Certificates, Reason},
+    page::Page,
+    reloaded::Reloaded,
     store::SqliteStore,
     traces::Traces,
     tunnel::Tunnel,
+    tunnels::{self, compatibility, revocation},
 };
 
 /// How often files that may change are looked at.
@@ -81,9 +89,20 @@ struct ProxyUrlSockets {
     tls: TargetTls,
 }
 
+/// Who owns which tasks.
+#[derive(Default)]
+struct Owners {
+    /// Callers and their streams, which may finish at the end.
+    callers: Tasks,
+    /// What accepts callers, which ends first.
+    listeners: Tasks,
+    /// What goes on until everybody has left.
+    background: Tasks,
+}
+
 /// Runs the agent until SIGTERM or SIGINT, then drains it.
 pub async fn run(config: Config) -> anyhow::Result<()> {
-    let inventory = load_inventory(&config)?;
+    let inventory = load_inventory(config.inventory.as_deref())?;
     let authorities = Authorities::load_or_create(&config.state_dir)?;
     let store = Arc::new(SqliteStore::open(&config.state_dir)?);
     let client = match &config.kubernetes {
@@ -92,14 +111,14 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     };
     let sockets = bind(&config)?;
     let traces = config.traces.as_ref().map(Traces::start).transpose().context("traces")?;
-    let agent = Arc::new(Agent::new(config, inventory, store, authorities)?);
+    let agent = Arc::new(Agent::new(config.for_agent(), inventory, store, authorities)?);
+    let page = Arc::new(Page::new(agent.clone(), config.admin.page.then_some(config.admin.listen)));
     let existing = agent.watches.as_ref().and_then(|watches| watches.existing());
     let cluster = client.map(|client| Cluster { client, existing });
 
-    let background = Tasks::new();
-    let listeners = Tasks::new();
-    let callers = Tasks::new();
-    let audit = serve(&agent, sockets, cluster.as_ref(), &callers, &listeners, &background)?;
+    let tasks = Owners::default();
+    let served = serve(&config, &agent, &page, sockets, cluster.as_ref(), &tasks)?;
+    let Owners { callers, listeners, background } = tasks;
     if let (Some(watches), Some(cluster)) = (&agent.watches, &cluster) {
         watches.start(&cluster.client, &background);
     }
@@ -108,10 +127,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     background.spawn(agent.clone().renew_user());
     background.spawn(revocation::follow(agent.clone()));
     background.spawn(agent.registry.clone().sample());
-    let front_end = agent.front_end.get().map(|front_end| front_end.runtimes());
-    background.spawn(systemd::watchdog(front_end.unwrap_or_default()));
+    let (front_end, audit) = served.unzip();
+    let runtimes = front_end.map(|front_end| front_end.runtimes());
+    background.spawn(systemd::watchdog(runtimes.unwrap_or_default()));
 
-    until_terminated(&agent, &mut links).await?;
+    until_terminated(config.inventory.as_deref(), &agent, &mut links).await?;
 
     // Stop accepting, tell the peers, let streams finish, end the tunnels.
     systemd::stopping();
@@ -120,7 +140,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     listeners.cancel();
     let reason = "the master-agent is stopping";
     for_all(&agent, move |tunnel| async move { tunnel.go_away(reason).await }).await;
-    let cut = callers.drain(agent.config.shutdown_grace).await;
+    let cut = callers.drain(config.shutdown_grace).await;
     for_all(&agent, move |tunnel| async move { tunnel.close(reason).await }).await;
     agent.sessions.cancel();
     agent.sessions.drain(Duration::from_secs(2)).await;
@@ -183,14 +203,16 @@ fn bind(config: &Config) -> anyhow::Result<Sockets> {
     })
 }
 
+/// Serves on every socket. Gives the front end and the writer of its audit log, where there is a front end.
 fn serve(
+    config: &Config,
     agent: &Arc<Agent>,
+    page: &Arc<Page>,
     sockets: Sockets,
     cluster: Option<&Cluster>,
-    callers: &Tasks,
-    listeners: &Tasks,
-    background: &Tasks,
-) -> anyhow::Result<Option<Writer>> {
+    owners: &Owners,
+) -> anyhow::Result<Option<(Arc<FrontEnd>, Writer)>> {
+    let Owners { callers, listeners, background } = owners;
     let Sockets {
         connect_unix,
         connect_tls,
@@ -206,9 +228,9 @@ fn serve(
     let door = Arc::new(HttpConnect(Common {
         dialer: agent.dialer.clone(),
         metrics: agent.metrics.clone(),
-        head_timeout: agent.config.http_connect.head_timeout,
-        half_closed_timeout: agent.config.http_connect.half_closed_timeout,
-        max_connections: agent.config.http_connect.max_connections,
+        head_timeout: config.http_connect.head_timeout,
+        half_closed_timeout: config.http_connect.half_closed_timeout,
+        max_connections: config.http_connect.max_connections,
         connections: callers.clone(),
     }));
     if let Some(listener) = connect_unix {
@@ -217,20 +239,22 @@ fn serve(
     if let Some((listener, acceptor, allowed)) = connect_tls {
         listeners.spawn(listen::tls(door, "connect-tls", listener, acceptor, allowed));
     }
-    if let (Some(sockets), Some(config)) = (socks5, &agent.config.socks5) {
+    if let (Some(sockets), Some(config)) = (socks5, &config.socks5) {
         serve_socks5(agent, sockets, config, callers, listeners);
     }
-    let proxy_urls = proxy_urls.zip(agent.config.proxy_urls.as_ref());
+    let proxy_urls = proxy_urls.zip(config.proxy_urls.as_ref());
+    let claims = config.front_end.as_ref().map(|config| config.upstream.identity.claims());
+    let claims = Arc::new(claims.unwrap_or_default());
     let proxy_urls =
-        proxy_urls.map(|(sockets, config)| serve_proxy_urls(agent, sockets, config, callers, listeners));
+        proxy_urls.map(|(sockets, config)| serve_proxy_urls(agent, sockets, config, claims, owners));
     let door = Arc::new(Konnectivity {
         common: Common {
             dialer: agent.dialer.clone(),
             metrics: agent.metrics.clone(),
-            head_timeout: agent.config.konnectivity.head_timeout,
+            head_timeout: config.konnectivity.head_timeout,
             // Its connections have no half-closed state.
             half_closed_timeout: Duration::ZERO,
-            max_connections: agent.config.konnectivity.max_connections,
+            max_connections: config.konnectivity.max_connections,
             connections: callers.clone(),
         },
         draining: agent.draining.clone(),
@@ -241,43 +265,86 @@ fn serve(
     if let Some((listener, acceptor, allowed)) = konnectivity_tls {
         listeners.spawn(listen::tls(door, "konnectivity-tls", listener, acceptor, allowed));
     }
-    let mut audit = None;
-    if let (Some(sockets), Some(config)) = (front_end, &agent.config.front_end) {
-        let draining = agent.draining.clone();
-        let (front_end, writer) = FrontEnd::load(
-            config,
-            cluster,
-            proxy_urls,
-            agent.metrics.clone(),
-            callers,
-            background,
-            draining,
-        )?;
-        front_end.watch(background);
-        let _ = agent.front_end.set(front_end.clone());
-        audit = Some(writer);
-        if agent.config.calls_over_https() {
-            front_end.take_calls(agent);
+    let front_end = match front_end.zip(config.front_end.as_ref()) {
+        Some((sockets, section)) => {
+            let parts = front_end::server::Parts {
+                cluster,
+                proxy_urls: proxy_urls.map(|urls| urls as _),
+                page: page.clone(),
+                home: config.calls_over_https().then(|| agent.clone()),
+                metrics: agent.metrics.clone(),
+                draining: agent.draining.clone(),
+            };
+            Some(serve_front_end(agent, sockets, section, parts, owners)?)
         }
-        if config.serve_page {
-            front_end.serve_page(agent);
-        }
-        if let (Some(listener), Some(config)) = (sockets.local_unix, &config.local) {
-            listeners.spawn(local::accept_unix(front_end.clone(), config.clone(), listener));
-        }
-        if let (Some(listener), Some(config)) = (sockets.local_tcp, &config.local) {
-            listeners.spawn(local::accept_tcp(front_end.clone(), config.clone(), listener));
-        }
-        listeners.spawn(front_end.accept(sockets.https));
-    }
+        None => None,
+    };
     if let Some(listener) = call_home {
         listeners.spawn(links::accept(agent.clone(), listener));
     }
-    let metrics = Exposition::new(agent.metrics.register(agent, agent.front_end.get()));
-    let endpoints = Endpoints { metrics, admin: agent.clone() };
+    let served = front_end.as_ref().map(|(front_end, _)| front_end);
+    let metrics = Exposition::new(registry(config, agent, served));
+    let admin_of = Admin { agent: agent.clone(), page: page.clone(), front_end: served.cloned() };
+    let endpoints = Endpoints { metrics, admin: Arc::new(admin_of) };
     background.spawn(endpoints.clone().serve_tcp(admin, background.clone()));
     background.spawn(endpoints.serve_unix(admin_unix, background.clone()));
-    Ok(audit)
+    Ok(front_end)
+}
+
+fn serve_front_end(
+    agent: &Arc<Agent>,
+    sockets: FrontEndSockets,
+    config: &FrontEndConfig,
+    parts: front_end::server::Parts<'_>,
+    owners: &Owners,
+) -> anyhow::Result<(Arc<FrontEnd>, Writer)> {
+    let Owners { callers, listeners, background } = owners;
+    let (front_end, writer) = FrontEnd::load(config, parts, callers, background)?;
+    front_end.watch(background);
+    if config.through_tunnels {
+        let _ = agent.callers.set(front_end.clone());
+    }
+    if let (Some(listener), Some(config)) = (sockets.local_unix, &config.local) {
+        listeners.spawn(local::accept_unix(front_end.clone(), config.clone(), listener));
+    }
+    if let (Some(listener), Some(config)) = (sockets.local_tcp, &config.local) {
+        listeners.spawn(local::accept_tcp(front_end.clone(), config.clone(), listener));
+    }
+    listeners.spawn(front_end.clone().accept(sockets.https));
+    Ok((front_end, writer))
+}
+
+/// All metrics: what is counted, and what is read off the agent when asked.
+fn registry(config: &Config, agent: &Arc<Agent>, front_end: Option<&Arc<FrontEnd>>) -> Registry {
+    let mut root = Registry::default();
+    let r = root.sub_registry_with_prefix("master_agent");
+    agent.metrics.register(r);
+    tunnels::metrics::register(agent, r);
+    r.register_collector(Box::new(certificates_in_use(config, agent, front_end)));
+    if let Some(front_end) = front_end {
+        front_end::metrics::register(front_end, r);
+    }
+    if let Some(watches) = &agent.watches {
+        kubernetes::metrics::register(watches, r);
+    }
+    compatibility::register(agent, &mut root);
+    root
+}
+
+fn certificates_in_use(
+    config: &Config,
+    agent: &Arc<Agent>,
+    front_end: Option<&Arc<FrontEnd>>,
+) -> Certificates {
+    let (agent, front_end) = (agent.clone(), front_end.cloned());
+    let Config { http_connect, konnectivity, proxy_urls, .. } = config;
+    let of_doors = certificates::expiries(http_connect, konnectivity, proxy_urls.as_ref());
+    Certificates::new(move || {
+        let mut all = tunnels::metrics::expiries(&agent).to_vec();
+        all.extend_from_slice(&of_doors);
+        all.extend(front_end.as_ref().map(|front_end| front_end.expiries()).unwrap_or_default());
+        all
+    })
 }
 
 fn serve_socks5(
@@ -307,10 +374,10 @@ fn serve_proxy_urls(
     agent: &Agent,
     sockets: ProxyUrlSockets,
     config: &ProxyUrlsConfig,
-    callers: &Tasks,
-    listeners: &Tasks,
+    claims: Arc<Claims>,
+    owners: &Owners,
 ) -> Arc<ProxyUrls> {
-    let claims = agent.config.front_end.as_ref().map(|config| config.upstream.identity.claims());
+    let Owners { callers, listeners, .. } = owners;
     let door = Arc::new(ProxyUrls {
         common: Common {
             dialer: agent.dialer.clone(),
@@ -322,7 +389,7 @@ fn serve_proxy_urls(
         },
         directory: agent.dialer.clone(),
         tls: sockets.tls,
-        claims: Arc::new(claims.unwrap_or_default()),
+        claims,
         idle_timeout: config.idle_timeout,
         draining: agent.draining.clone(),
     });
@@ -335,7 +402,11 @@ fn serve_proxy_urls(
     door
 }
 
-async fn until_terminated(agent: &Arc<Agent>, links: &mut DialLinks) -> anyhow::Result<()> {
+async fn until_terminated(
+    file: Option<&Path>,
+    agent: &Arc<Agent>,
+    links: &mut DialLinks,
+) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
@@ -346,7 +417,6 @@ async fn until_terminated(agent: &Arc<Agent>, links: &mut DialLinks) -> anyhow::
         "master-agent runs"
     );
     let mut watch = tokio::time::interval(WATCH_INTERVAL);
-    let file = agent.config.inventory.as_deref();
     let (mut read, mut last) = (fingerprint(file), fingerprint(file));
     let mut nodes_changed = agent.watches.as_ref().map(|watches| watches.nodes_changed());
     loop {
@@ -366,7 +436,7 @@ async fn until_terminated(agent: &Arc<Agent>, links: &mut DialLinks) -> anyhow::
         // A file that still changes may be half-written.
         if asked || now != read && now == last {
             read = now;
-            reload_inventory(agent, asked);
+            reload_inventory(file, agent, asked);
             links.follow(agent);
         }
         last = now;
@@ -379,16 +449,16 @@ fn fingerprint(path: Option<&Path>) -> Option<(SystemTime, u64, u64)> {
     Some((metadata.modified().ok()?, metadata.len(), metadata.ino()))
 }
 
-fn load_inventory(config: &Config) -> anyhow::Result<Inventory> {
-    match &config.inventory {
+fn load_inventory(file: Option<&Path>) -> anyhow::Result<Inventory> {
+    match file {
         Some(path) => Ok(Inventory::load(path)?),
         None => Ok(Inventory::default()),
     }
 }
 
 /// Without being asked to, an inventory in which no node is left is not believed.
-fn reload_inventory(agent: &Agent, asked: bool) {
-    let result = match load_inventory(&agent.config) {
+fn reload_inventory(file: Option<&Path>, agent: &Agent, asked: bool) {
+    let result = match load_inventory(file) {
         Ok(inventory) if inventory.nodes.is_empty() && agent.file_has_nodes() && !asked => {
             tracing::error!("the inventory has no nodes any more; the last one stays until SIGHUP");
             "failed"

@@ -2,25 +2,26 @@
 
 use std::{
     io::{self, BufRead},
-    path::{Path, PathBuf},
-    time::{Duration, SystemTime},
+    net::SocketAddr,
+    path::PathBuf,
+    time::Duration,
 };
 
-use anyhow::{Context, bail};
-use bytes::Bytes;
+use anyhow::Context;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
-use http_body_util::{BodyExt, Full};
-use hyper::Method;
-use hyper_util::rt::TokioIo;
-use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
-use proto::{NodeName, io::tasks::Tasks, revocation::krl::Entry};
+use proto::{NodeName, revocation::krl::Entry};
 use rustix::termios::{self, LocalModes, OptionalActions};
-use tokio::net::UnixStream;
 use zeroize::Zeroizing;
 
 use crate::{
-    agent::Explanation, compare::CompareArgs, config::Config, front_door::users, identity::revocation, page,
-    registry::NodeStatus, top::TopArgs,
+    admin_client::{AdminClient, explain_path},
+    compare::CompareArgs,
+    egress::users,
+    identity::revocation,
+    page,
+    sshd_config::SshdConfigArgs,
+    table::{print_nodes, print_table},
+    top::TopArgs,
 };
 
 /// Runs beside kube-apiserver: keeps SSH tunnels to every node and carries connections over them.
@@ -138,38 +139,6 @@ pub enum Output {
 }
 
 #[derive(Debug, Args)]
-pub struct SshdConfigArgs {
-    /// The node's name in the inventory.
-    #[arg(value_name = "NODE")]
-    pub node: NodeName,
-    /// The host's public key, for instance its /etc/ssh/ssh_host_ed25519_key.pub ("-" is standard input).
-    #[arg(long, value_name = "FILE")]
-    pub host_key: PathBuf,
-    /// Where that key's private half is on the host.
-    #[arg(long, default_value = "/etc/ssh/ssh_host_ed25519_key", value_name = "PATH")]
-    pub host_key_path: PathBuf,
-    /// The kubelet's port on the node's addresses.
-    #[arg(long, default_value_t = 10250)]
-    pub kubelet_port: u16,
-    /// Further targets to permit, HOST:PORT.
-    #[arg(long = "allow", value_name = "HOST:PORT")]
-    pub allow: Vec<proto::Target>,
-    /// How long the host certificate is valid; sshd nodes get a new one by running this again.
-    #[arg(long, default_value = "365d", value_parser = humantime::parse_duration)]
-    pub ttl: Duration,
-    /// Where the CA, the certificate and the list of principals go on the host.
-    #[arg(long, default_value = "/etc/ssh/master-agent", value_name = "PATH")]
-    pub directory: PathBuf,
-    /// Where the drop-in goes on the host.
-    #[arg(long, default_value = "/etc/ssh/sshd_config.d/10-master-agent.conf", value_name = "PATH")]
-    pub drop_in: PathBuf,
-    /// Print a script that only writes the files: the account, the check by `sshd -t` and the reload are left to
-    /// whoever runs it.
-    #[arg(long)]
-    pub files_only: bool,
-}
-
-#[derive(Debug, Args)]
 pub struct SignUserArgs {
     /// The login name, which becomes the certificate's principal.
     #[arg(value_name = "LOGIN")]
@@ -220,14 +189,6 @@ pub fn completions(shell: clap_complete::Shell) {
     clap_complete::generate(shell, &mut Cli::command(), "master-agent", &mut std::io::stdout());
 }
 
-/// Reads a file, or standard input for "-".
-pub fn read_text(path: &Path) -> anyhow::Result<String> {
-    if path == Path::new("-") {
-        return std::io::read_to_string(std::io::stdin()).context("can't read standard input");
-    }
-    std::fs::read_to_string(path).with_context(|| format!("can't read {}", path.display()))
-}
-
 /// `hash-password`. The password is no argument, as those are for every process to see.
 pub fn hash_password(name: &str) -> anyhow::Result<()> {
     let password = read_password().context("can't read standard input")?;
@@ -255,73 +216,20 @@ fn read_password() -> io::Result<Zeroizing<String>> {
 }
 
 /// `node list`.
-pub async fn node_list(config: &Config, output: Output) -> anyhow::Result<()> {
-    let body = ask(config, "/nodes").await?;
+pub async fn node_list(agent: &AdminClient, output: Output) -> anyhow::Result<()> {
     match output {
-        Output::Json => println!("{body}"),
-        Output::Table => print_nodes(&serde_json::from_str::<Vec<NodeStatus>>(&body)?),
+        Output::Json => println!("{}", agent.get("/nodes").await?),
+        Output::Table => print_nodes(&agent.nodes().await?),
     }
     Ok(())
 }
 
-pub fn print_nodes(nodes: &[NodeStatus]) {
-    let mut rows = vec![
-        ["NODE", "STATE", "ROLE", "DIRECTION", "KIND", "STREAMS", "RTT", "SINCE", "PEER"].map(str::to_owned),
-    ];
-    for node in nodes {
-        if node.tunnels.is_empty() {
-            let dash = || "-".to_owned();
-            rows.push([
-                node.name.to_string(),
-                node.state.clone(),
-                dash(),
-                dash(),
-                dash(),
-                dash(),
-                dash(),
-                dash(),
-                node.reason.clone(),
-            ]);
-        }
-        for tunnel in &node.tunnels {
-            let since = SystemTime::UNIX_EPOCH + Duration::from_secs(tunnel.since_unix_seconds);
-            rows.push([
-                node.name.to_string(),
-                node.state.clone(),
-                tunnel.role.clone(),
-                tunnel.direction.clone(),
-                tunnel.kind.clone(),
-                tunnel.streams.to_string(),
-                tunnel
-                    .round_trip_microseconds
-                    .map_or_else(|| "-".to_owned(), |us| format!("{:.1}ms", us as f64 / 1000.0)),
-                humantime::format_rfc3339_seconds(since).to_string(),
-                tunnel.peer.map_or_else(|| "-".to_owned(), |peer| peer.to_string()),
-            ]);
-        }
-    }
-    print_table(&rows);
-}
-
-/// Prints rows in columns that are as wide as they need to be.
-pub fn print_table<const N: usize>(rows: &[[String; N]]) {
-    let width =
-        |column: usize| rows.iter().filter_map(|row| row.get(column)).map(String::len).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..N).map(width).collect();
-    for row in rows {
-        let cells: Vec<String> =
-            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        println!("{}", cells.join("  ").trim_end());
-    }
-}
-
 /// `explain`.
-pub async fn explain(config: &Config, target: &str, output: Output) -> anyhow::Result<()> {
-    let body = ask(config, &format!("/explain?{}", utf8_percent_encode(target, NON_ALPHANUMERIC))).await?;
+pub async fn explain(agent: &AdminClient, target: &str, output: Output) -> anyhow::Result<()> {
     match output {
-        Output::Json => println!("{body}"),
+        Output::Json => println!("{}", agent.get(&explain_path(target)).await?),
         Output::Table => {
-            let e: Explanation = serde_json::from_str(&body)?;
+            let e = agent.explain(target).await?;
             let none = || "-".to_owned();
             let ms = |us: u64| format!("{:.2}ms", us as f64 / 1000.0);
             let mut rows = vec![
@@ -352,37 +260,7 @@ pub async fn explain(config: &Config, target: &str, output: Output) -> anyhow::R
 }
 
 /// `page`.
-pub async fn page(config: &Config) -> anyhow::Result<()> {
-    let token = send(config, Method::POST, "/page/token", String::new()).await?;
-    println!("http://{}{}login?token={token}", config.admin.listen, page::ADMIN);
+pub async fn page(agent: &AdminClient, listen: SocketAddr) -> anyhow::Result<()> {
+    println!("http://{listen}{}login?token={}", page::ADMIN, agent.page_token().await?);
     Ok(())
-}
-
-/// Asks the running agent over its admin socket.
-pub async fn ask(config: &Config, path: &str) -> anyhow::Result<String> {
-    send(config, Method::GET, path, String::new()).await
-}
-
-/// Tells the running agent something over its admin socket; gives its answer.
-pub async fn send(config: &Config, method: Method, path: &str, body: String) -> anyhow::Result<String> {
-    let socket = &config.admin.socket;
-    let stream = UnixStream::connect(socket).await.with_context(|| {
-        format!("can't reach the running agent at {}: does `master-agent run` run?", socket.display())
-    })?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    let tasks = Tasks::new();
-    tasks.spawn(connection);
-    let request = hyper::Request::builder()
-        .method(method)
-        .uri(path)
-        .header(hyper::header::HOST, "master-agent")
-        .body(Full::new(Bytes::from(body)))?;
-    let response = sender.send_request(request).await?;
-    let status = response.status();
-    let body = response.into_body().collect().await?.to_bytes();
-    let body = String::from_utf8_lossy(&body).into_owned();
-    if !status.is_success() {
-        bail!("{}", body.trim());
-    }
-    Ok(body)
 }

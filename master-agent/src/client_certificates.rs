@@ -25,7 +25,7 @@ use rustls::{
 };
 use tokio::sync::Semaphore;
 
-use crate::{front_end::reloaded::Reloaded, metrics::X509Expiry};
+use crate::{metrics::X509Expiry, reloaded::Reloaded};
 
 /// Takes any certificate of whose key the caller has proved possession, if its chain is of a size that may be verified
 /// later. No names of CAs are sent, which would tell strangers about the cluster.

@@ -2,22 +2,24 @@
 
 use std::{
     fs,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
-    ops::RangeInclusive,
+    net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use proto::{
-    Host, Target,
-    config::{self, At, Errors, Log, Mode, Section, Source, Value},
-};
+use proto::config::{self, Errors, Log, Section, Source};
 
 use crate::{
+    agent::AgentConfig,
+    egress::config::{HttpConnectConfig, KonnectivityConfig, ProxyUrlsConfig, Socks5Config},
+    fields::{DAY, NO_LISTENER, loopback, secs},
     front_end::{authn::ServiceAccountConfig, config::FrontEndConfig},
-    inventory::{DEFAULT_USER, HostTrust, Inventory, InventoryNode, front_end_listen, login_name},
-    routing::cluster::Node,
+    identity::config::CertificatesConfig,
+    inventory::Inventory,
+    kubernetes::config::KubernetesConfig,
+    metrics::MetricsConfig,
     traces::TracesConfig,
+    tunnels::config::{CallHomeConfig, TunnelsConfig},
 };
 
 /// A configuration without mistakes, its defaults filled in and its paths usable from the working directory.
@@ -50,42 +52,6 @@ pub struct Config {
     pub metrics: MetricsConfig,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MetricsConfig {
-    /// Serve some series of each node.
-    pub per_node: bool,
-    /// Also serve the names of a Konnectivity server.
-    pub konnectivity_names: bool,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KubernetesConfig {
-    /// `None` uses the service account of the pod that this runs in.
-    pub kubeconfig: Option<PathBuf>,
-    /// What cluster DNS appends to the names of services.
-    pub cluster_domain: String,
-    /// After how long without a word from the API server the agent is not ready any more.
-    pub stale_after: Duration,
-    /// Also serve the metrics, and name the health check, as kube-apiserver's own SSH tunneler did.
-    pub legacy_names: bool,
-    /// How nodes are reached that the inventory does not have; `None` leaves them alone.
-    pub nodes: Option<WatchedNodes>,
-}
-
-/// What every Node of the cluster is taken for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct WatchedNodes {
-    /// The port of their SSH server; `None` for nodes that call home.
-    pub dial_port: Option<u16>,
-    pub user: String,
-    /// A private key to log in with, in place of the master's certificate.
-    pub key_file: Option<PathBuf>,
-    pub connections: usize,
-    pub trust: HostTrust,
-    /// Where their sshd is to listen for callers of the front end; `None` for node-agents.
-    pub front_end_listen: Option<SocketAddr>,
-}
-
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AdminConfig {
     /// Health and metrics, for scrapers. Loopback unless the file says `allow_remote: true`.
@@ -95,143 +61,6 @@ pub struct AdminConfig {
     /// What the command line talks to.
     pub socket: PathBuf,
 }
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HttpConnectConfig {
-    pub unix: Option<UnixConfig>,
-    pub tls: Option<TlsConfig>,
-    /// How long a caller may take to send its request's head.
-    pub head_timeout: Duration,
-    /// After one direction of a stream has ended, how long the other may be silent.
-    pub half_closed_timeout: Duration,
-    /// Callers at once, over both listeners.
-    pub max_connections: usize,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KonnectivityConfig {
-    pub unix: Option<UnixConfig>,
-    pub tls: Option<TlsConfig>,
-    /// How long a caller may take until its first gRPC call.
-    pub head_timeout: Duration,
-    /// HTTP/2 connections at once on each of the listeners.
-    pub max_connections: usize,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Socks5Config {
-    pub unix: Option<UnixConfig>,
-    pub tcp: Option<Socks5TcpConfig>,
-    /// How long a caller may take for the handshake.
-    pub head_timeout: Duration,
-    pub half_closed_timeout: Duration,
-    /// Callers at once on each of the two.
-    pub max_connections: usize,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Socks5TcpConfig {
-    /// A loopback address, unless there is a users file.
-    pub listen: SocketAddr,
-    /// The file of [`crate::front_door::socks5::Users`].
-    pub users_file: Option<PathBuf>,
-}
-
-/// Front door for apiserver-style proxy URLs.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ProxyUrlsConfig {
-    pub unix: Option<UnixConfig>,
-    /// A loopback address.
-    pub tcp: Option<SocketAddr>,
-    /// The CA of kubelets' serving certificates.
-    pub kubelet_ca: Option<PathBuf>,
-    /// The certificate that kubelets are shown, and its key.
-    pub kubelet_client: Option<(PathBuf, PathBuf)>,
-    /// The CA of certificates of pods, services and other ports of nodes.
-    pub target_ca: Option<PathBuf>,
-    pub insecure_skip_verify: Vec<Unverified>,
-    /// How long a caller may take to send a request's head.
-    pub head_timeout: Duration,
-    /// How long a connection may wait for its next request.
-    pub idle_timeout: Duration,
-    pub half_closed_timeout: Duration,
-    /// Callers at once on each of the two.
-    pub max_connections: usize,
-}
-
-/// Whose certificates are not verified.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Unverified {
-    Kubelet,
-    Targets,
-}
-
-impl Value for Unverified {
-    fn read(at: &At<'_>) -> Option<Self> {
-        match at.text()? {
-            "kubelet" => Some(Self::Kubelet),
-            "targets" => Some(Self::Targets),
-            other => at.complain(other, "expected kubelet or targets"),
-        }
-    }
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct UnixConfig {
-    pub path: PathBuf,
-    pub mode: u32,
-    /// Numeric user of the socket file; `None` leaves it to the process.
-    pub owner: Option<u32>,
-    /// Numeric group of the socket file; `None` leaves it to the process.
-    pub group: Option<u32>,
-}
-
-/// TLS that asks every caller for a certificate.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TlsConfig {
-    pub listen: SocketAddr,
-    pub cert: PathBuf,
-    pub key: PathBuf,
-    pub client_ca: PathBuf,
-    /// Common names or subject alternative names that may call; empty allows every certificate of `client_ca`.
-    pub allowed_names: Vec<String>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CallHomeConfig {
-    pub listen: SocketAddr,
-    /// Connections at once that have not authenticated yet.
-    pub max_handshakes: usize,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TunnelsConfig {
-    pub keepalive_interval: Duration,
-    /// Unanswered keep-alives after which a tunnel is dead.
-    pub keepalive_max: usize,
-    pub handshake_timeout: Duration,
-    /// Between key exchanges of a tunnel.
-    pub rekey_interval: Duration,
-    /// For opening one stream, from the caller's request to the target's answer.
-    pub dial_timeout: Duration,
-    pub max_streams_per_tunnel: usize,
-    pub max_streams_per_node: usize,
-    pub backoff_min: Duration,
-    pub backoff_max: Duration,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CertificatesConfig {
-    /// Life of the master's own SSH user certificates.
-    pub user_ttl: Duration,
-    /// Life of nodes' host certificates.
-    pub host_ttl: Duration,
-}
-
-const DAY: Duration = Duration::from_secs(24 * 60 * 60);
-/// For waits: long enough for any network, and no accidental month.
-pub(crate) const WAIT: RangeInclusive<Duration> = Duration::from_millis(10)..=DAY;
-pub(crate) const COUNT: RangeInclusive<usize> = 1..=1_000_000;
 
 impl Config {
     /// Reads the file and checks the files that it names. The errors are those of the configuration and of the
@@ -275,6 +104,18 @@ impl Config {
             front_end.authn.service_accounts().any(|one| one.check_bound_objects.unwrap_or(true))
         };
         self.kubernetes.is_some() && self.front_end.as_ref().is_some_and(checks)
+    }
+
+    /// What of it is for the agent.
+    pub fn for_agent(&self) -> AgentConfig {
+        AgentConfig {
+            tunnels: self.tunnels.clone(),
+            certificates: self.certificates.clone(),
+            call_home: self.call_home.clone(),
+            kubernetes: self.kubernetes.clone(),
+            check_bound_objects: self.checks_bound_objects(),
+            metrics: self.metrics,
+        }
     }
 
     /// Notes for the operator about a configuration that has no errors.
@@ -342,44 +183,6 @@ const NO_CLUSTER: &str = "tokens of service accounts are accepted until they exp
 const NOT_CHECKED: &str = "check_bound_objects: false: tokens of service accounts are accepted until they expire, also when \
     the account, pod, node or Secret that they are bound to has been deleted";
 
-impl MetricsConfig {
-    fn read(s: &Section<'_>) -> Self {
-        Self { per_node: s.or("per_node", true), konnectivity_names: s.or("konnectivity_names", false) }
-    }
-}
-
-impl KubernetesConfig {
-    fn read(s: &Section<'_>) -> Self {
-        Self {
-            kubeconfig: s.file("kubeconfig"),
-            cluster_domain: s.or("cluster_domain", "cluster.local".to_owned()),
-            stale_after: s.duration("stale_after", secs(600), WAIT),
-            legacy_names: s.or("legacy_names", false),
-            nodes: s.section("nodes", |s| Some(WatchedNodes::read(s))),
-        }
-    }
-}
-
-impl WatchedNodes {
-    fn read(s: &Section<'_>) -> Self {
-        let dial_port = s.number("dial_port", 22, 0..=65535);
-        let dial_port = u16::try_from(dial_port).ok().filter(|port| *port > 0);
-        let user = s.at("user").and_then(|at| login_name(&at)).unwrap_or_else(|| DEFAULT_USER.to_owned());
-        let trust = s.section("host_keys", |s| HostTrust::read_for_all(s, dial_port.is_some()));
-        if s.at("key_file").is_some() && dial_port.is_none() {
-            s.error("key_file", "needs dial_port: to nodes that call home the master shows its certificate");
-        }
-        Self {
-            dial_port,
-            user,
-            key_file: s.at("key_file").and_then(|_| s.required_private_file("key_file")),
-            connections: s.number("connections", 1, 1..=16),
-            trust: trust.unwrap_or(HostTrust::HostCa),
-            front_end_listen: front_end_listen(s),
-        }
-    }
-}
-
 impl AdminConfig {
     fn read(s: &Section<'_>) -> Self {
         let (listen, page) = (s.listen_local("listen", loopback(9070)), s.or("page", false));
@@ -391,213 +194,6 @@ impl AdminConfig {
     }
 }
 
-impl HttpConnectConfig {
-    fn read(s: &Section<'_>) -> Self {
-        Self {
-            unix: s.section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent-egress/connect.sock"))),
-            tls: s.section("tls", |s| TlsConfig::read(s, 8131)),
-            head_timeout: s.duration("head_timeout", secs(10), WAIT),
-            half_closed_timeout: s.duration("half_closed_timeout", secs(600), WAIT),
-            max_connections: s.number("max_connections", 16384, COUNT),
-        }
-    }
-}
-
-impl KonnectivityConfig {
-    fn read(s: &Section<'_>) -> Self {
-        Self {
-            unix: s
-                .section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent-egress/konnectivity.sock"))),
-            tls: s.section("tls", |s| TlsConfig::read(s, 8132)),
-            head_timeout: s.duration("head_timeout", secs(10), WAIT),
-            max_connections: s.number("max_connections", 16384, COUNT),
-        }
-    }
-}
-
-impl Socks5Config {
-    fn read(s: &Section<'_>) -> Option<Self> {
-        let config = Self {
-            unix: s.section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent-people/socks5.sock"))),
-            tcp: s.section("tcp", |s| Some(Socks5TcpConfig::read(s))),
-            head_timeout: s.duration("head_timeout", secs(10), WAIT),
-            half_closed_timeout: s.duration("half_closed_timeout", secs(600), WAIT),
-            max_connections: s.number("max_connections", 4096, COUNT),
-        };
-        if config.unix.is_none() && config.tcp.is_none() {
-            s.section_error(NO_LISTENER);
-        }
-        Some(config)
-    }
-}
-
-impl Socks5TcpConfig {
-    fn read(s: &Section<'_>) -> Self {
-        let default = loopback(1080);
-        let listen = s.listen("listen", Some(default)).unwrap_or(default);
-        let authenticated = s.at("users_file").is_some();
-        if !authenticated && !listen.ip().to_canonical().is_loopback() {
-            s.error("listen", format!("{listen} must be a loopback address, or users_file say who may call"));
-        }
-        Self { listen, users_file: s.private_file("users_file") }
-    }
-}
-
-impl ProxyUrlsConfig {
-    fn read(s: &Section<'_>) -> Option<Self> {
-        let client_cert = s.file("kubelet_client_cert");
-        let client_key = s.private_file("kubelet_client_key");
-        if client_cert.is_some() != client_key.is_some() {
-            s.section_error("kubelet_client_cert and kubelet_client_key go together: give both or none");
-        }
-        let config = Self {
-            unix: s
-                .section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent-people/proxy-urls.sock"))),
-            tcp: s.section("tcp", |s| Some(listen_loopback(s, 8130))),
-            kubelet_ca: s.file("kubelet_ca"),
-            kubelet_client: client_cert.zip(client_key),
-            target_ca: s.file("target_ca"),
-            insecure_skip_verify: s.list("insecure_skip_verify"),
-            head_timeout: s.duration("head_timeout", secs(10), WAIT),
-            idle_timeout: s.duration("idle_timeout", secs(120), WAIT),
-            half_closed_timeout: s.duration("half_closed_timeout", secs(600), WAIT),
-            max_connections: s.number("max_connections", 4096, COUNT),
-        };
-        Some(config)
-    }
-}
-
-impl UnixConfig {
-    pub(crate) fn read(s: &Section<'_>, default_path: &str) -> Self {
-        Self {
-            path: s.listen_unix("path", default_path),
-            mode: s.or("mode", Mode(0o660)).0,
-            owner: s.at("owner").and_then(|at| account(&at, "/etc/passwd", "user")),
-            group: s.at("group").and_then(|at| account(&at, "/etc/group", "group")),
-        }
-    }
-}
-
-impl TlsConfig {
-    fn read(s: &Section<'_>, default_port: u16) -> Option<Self> {
-        let listen = s.listen("listen", Some(any(default_port)));
-        let cert = s.required_file("cert");
-        let key = s.required_private_file("key");
-        let client_ca = s.required_file("client_ca");
-        let allowed_names = s.list("allowed_names");
-        Some(Self { listen: listen?, cert: cert?, key: key?, client_ca: client_ca?, allowed_names })
-    }
-}
-
-impl CallHomeConfig {
-    fn read(s: &Section<'_>) -> Self {
-        let default = any(2222);
-        Self {
-            listen: s.listen("listen", Some(default)).unwrap_or(default),
-            max_handshakes: s.number("max_handshakes", 256, COUNT),
-        }
-    }
-}
-
-impl TunnelsConfig {
-    fn read(s: &Section<'_>) -> Self {
-        let tunnels = Self {
-            keepalive_interval: s.duration("keepalive_interval", secs(3), WAIT),
-            keepalive_max: s.number("keepalive_max", 2, 1..=100),
-            handshake_timeout: s.duration("handshake_timeout", secs(10), WAIT),
-            rekey_interval: s.duration("rekey_interval", secs(3600), secs(1)..=DAY),
-            dial_timeout: s.duration("dial_timeout", secs(10), WAIT),
-            max_streams_per_tunnel: s.number("max_streams_per_tunnel", 8192, COUNT),
-            max_streams_per_node: s.number("max_streams_per_node", 8192, COUNT),
-            backoff_min: s.duration("backoff_min", Duration::from_millis(200), WAIT),
-            backoff_max: s.duration("backoff_max", secs(2), WAIT),
-        };
-        if tunnels.backoff_min > tunnels.backoff_max {
-            let show = humantime::format_duration;
-            let (min, max) = (show(tunnels.backoff_min), show(tunnels.backoff_max));
-            s.error("backoff_min", format!("{min} is longer than backoff_max, {max}"));
-        }
-        tunnels
-    }
-}
-
-impl CertificatesConfig {
-    fn read(s: &Section<'_>) -> Self {
-        Self {
-            user_ttl: s.duration("user_ttl", DAY, secs(1)..=30 * DAY),
-            host_ttl: s.duration("host_ttl", 30 * DAY, secs(1)..=3660 * DAY),
-        }
-    }
-}
-
-impl WatchedNodes {
-    /// What a Node of the cluster is as an entry of the inventory.
-    pub fn node(&self, node: &Node) -> InventoryNode {
-        let address = node.addresses.first().copied();
-        InventoryNode {
-            name: node.name.clone(),
-            dial: self.dial_port.zip(address).map(|(port, address)| Target::new(Host::Addr(address), port)),
-            user: self.user.clone(),
-            // Routes to it come from the cluster.
-            addresses: Vec::new(),
-            cidrs: Vec::new(),
-            default_route: false,
-            connections: self.connections,
-            trust: self.trust.clone(),
-            key_file: self.key_file.clone(),
-            front_end_listen: self.front_end_listen,
-        }
-    }
-}
-
-pub(crate) const NO_LISTENER: &str = "has no listener: give it unix, tcp or both";
-
-pub(crate) fn listen_loopback(s: &Section<'_>, default_port: u16) -> SocketAddr {
-    let default = loopback(default_port);
-    let address = s.listen("listen", Some(default)).unwrap_or(default);
-    if !address.ip().to_canonical().is_loopback() {
-        s.error("listen", format!("{address} has no authentication, so it must be a loopback address"));
-    }
-    address
-}
-
-pub(crate) fn secs(seconds: u64) -> Duration {
-    Duration::from_secs(seconds)
-}
-
-fn loopback(port: u16) -> SocketAddr {
-    SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port)
-}
-
-pub(crate) fn any(port: u16) -> SocketAddr {
-    SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port)
-}
-
-/// The numeric id of a user or group, given as such or by its name in `table` (passwd(5), group(5)).
-fn account(at: &At<'_>, table: &str, kind: &str) -> Option<u32> {
-    let text = at.text()?;
-    if let Ok(id) = text.parse() {
-        return Some(id);
-    }
-    match fs::read_to_string(table) {
-        Ok(accounts) => id_of(&accounts, text)
-            .or_else(|| at.complain(text, &format!("no such {kind} in {table}; a numeric id will do, too"))),
-        Err(error) => {
-            at.complain(text, &format!("can't look up this {kind}, {table} can't be read: {error}"))
-        }
-    }
-}
-
-/// Both tables have the name first and the id third.
-fn id_of(accounts: &str, name: &str) -> Option<u32> {
-    let id = |line: &str| {
-        let mut fields = line.split(':');
-        let found = fields.next() == Some(name);
-        fields.nth(1).filter(|_| found)?.parse().ok()
-    };
-    accounts.lines().find_map(id)
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
@@ -605,7 +201,11 @@ mod tests {
     use proto::io::telemetry::LogFormat;
 
     use super::*;
-    use crate::front_end::{audit::AuditConfig, https_client::ClientTls, upstream::UpstreamConfig};
+    use crate::{
+        fields::{UnixConfig, any},
+        front_end::{audit::AuditConfig, https_client::ClientTls, upstream::UpstreamConfig},
+        kubernetes::config::WatchedNodes,
+    };
 
     fn parse(text: &str) -> Result<Config, Errors> {
         Config::parse(text, "master.yaml", Path::new("/etc/master-agent"))
@@ -1121,13 +721,5 @@ tunnels:
         fs::remove_file(dir.join("gone.yaml")).unwrap();
         assert!(Config::load(&dir.join("gone.yaml")).unwrap_err().to_string().contains("can't be read"));
         fs::remove_dir_all(dir).unwrap();
-    }
-
-    #[test]
-    fn account_tables_are_read_as_passwd_and_group_are() {
-        let passwd = "root:x:0:0:root:/root:/bin/sh\nkube:x:1001:1002::/:/bin/false\nbad\n";
-        assert_eq!(id_of(passwd, "kube"), Some(1001));
-        assert_eq!(id_of(passwd, "bad"), None);
-        assert_eq!(id_of("wheel:x:10:root,kube\n", "wheel"), Some(10));
     }
 }

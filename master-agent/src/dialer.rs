@@ -1,8 +1,8 @@
-//! Route, registry, tunnel: the dialer behind every front door.
+//! Route, registry, tunnel: the dialer behind every egress listener.
 
 use std::{
     net::IpAddr,
-    sync::{Arc, PoisonError, RwLock},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -18,7 +18,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use crate::{
     directory::{Directory, Pod},
     registry::Registry,
-    routing::{Hop, InventoryRoutes, Route, Routes, Via, preference},
+    routing::{Hop, Route, Via, preference, shared::SharedRoutes},
 };
 
 /// Ways that are tried for one dial, besides the last one.
@@ -29,7 +29,7 @@ const KUBELET_PORT: u16 = 10250;
 /// Dials through tunnels only; there is no direct path to fall back to.
 pub struct TunnelDialer {
     registry: Arc<Registry>,
-    routes: RwLock<Routes>,
+    routes: Arc<SharedRoutes>,
     timeout: Duration,
 }
 
@@ -41,23 +41,8 @@ pub struct Candidate {
 }
 
 impl TunnelDialer {
-    pub fn new(registry: Arc<Registry>, timeout: Duration, cluster_domain: String) -> Self {
-        let routes = Routes { cluster_domain, ..Routes::default() };
-        Self { registry, routes: RwLock::new(routes), timeout }
-    }
-
-    /// Asks the routes. What `ask` does has to be quick: changes wait for it.
-    pub fn with_routes<R>(&self, ask: impl FnOnce(&Routes) -> R) -> R {
-        ask(&self.routes.read().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// Changes the routes. Dials wait for it.
-    pub fn change_routes<R>(&self, change: impl FnOnce(&mut Routes) -> R) -> R {
-        change(&mut self.routes.write().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    pub fn set_inventory(&self, inventory: InventoryRoutes) {
-        self.change_routes(|routes| routes.inventory = inventory);
+    pub fn new(registry: Arc<Registry>, routes: Arc<SharedRoutes>, timeout: Duration) -> Self {
+        Self { registry, routes, timeout }
     }
 
     /// What to try for a route now, in this order; at least one.
@@ -96,7 +81,7 @@ impl TunnelDialer {
 
     async fn dial_tunnel(&self, target: &Target, origin: &Origin) -> Result<Connection, DialError> {
         let began = Instant::now();
-        let route = self.with_routes(|routes| routes.find(target))?;
+        let route = self.routes.read(|routes| routes.find(target))?;
         let several = route.hops.len() > 1;
         let mut failed = None;
         let candidates = self.candidates(&route)?;
@@ -147,7 +132,7 @@ impl TunnelDialer {
         let asked = match &target.host {
             // An sshd may not know the name that its node has here.
             Host::Name(name) if !tunnel.is_node_agent() && name == node.as_str() => {
-                let address = self.with_routes(|routes| routes.node_address(node));
+                let address = self.routes.read(|routes| routes.node_address(node));
                 Target::new(address.map_or_else(|| target.host.clone(), Host::Addr), target.port)
             }
             Host::Name(_) | Host::Addr(_) => target.clone(),
@@ -181,7 +166,7 @@ impl Dialer for TunnelDialer {
 
 impl Directory for TunnelDialer {
     fn kubelet_port(&self, node: &str) -> Result<u16, DialError> {
-        self.with_routes(|routes| match routes.cluster.node(node) {
+        self.routes.read(|routes| match routes.cluster.node(node) {
             Some(node) => Ok(node.kubelet_port),
             None if routes.has_node(node) => Ok(KUBELET_PORT),
             None => Err(DialError::NoRoute(format!("node {node}: it is not known"))),
@@ -189,12 +174,12 @@ impl Directory for TunnelDialer {
     }
 
     fn node_addresses(&self, node: &str) -> Vec<IpAddr> {
-        self.with_routes(|routes| routes.node_addresses(node))
+        self.routes.read(|routes| routes.node_addresses(node))
     }
 
     fn pod(&self, namespace: &str, name: &str) -> Result<Pod, DialError> {
         let key = format!("{namespace}/{name}");
-        self.with_routes(|routes| {
+        self.routes.read(|routes| {
             let pod = routes.cluster.pod(&key).ok_or_else(|| unknown("pod", &key))?;
             Ok(Pod { address: routes.pod_address(pod)?, first_port: pod.first_port })
         })
@@ -202,7 +187,7 @@ impl Directory for TunnelDialer {
 
     fn service_port(&self, namespace: &str, name: &str, port: &str) -> Result<u16, DialError> {
         let key = format!("{namespace}/{name}");
-        self.with_routes(|routes| {
+        self.routes.read(|routes| {
             let service = routes.cluster.service(&key).ok_or_else(|| unknown("service", &key))?;
             let found = match (port, service.ports.as_slice()) {
                 ("", [only]) => Some(only),

@@ -13,6 +13,8 @@ use proto::{
     config::{self, At, Errors, Section, Source, Value},
 };
 
+use crate::host_trust::HostTrust;
+
 /// An inventory without contradictions: no name, address, network or pin belongs to two nodes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Inventory {
@@ -39,19 +41,6 @@ pub struct InventoryNode {
     pub key_file: Option<PathBuf>,
     /// Where its sshd is to listen for callers of the master's front end.
     pub front_end_listen: Option<SocketAddr>,
-}
-
-/// What a node's host key is verified against. There is no way to accept any key.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum HostTrust {
-    /// A certificate for this node by the master's host CA.
-    HostCa,
-    /// Fingerprints as `ssh-keygen -l` prints them: `SHA256:` and 43 characters.
-    Pins(Vec<String>),
-    /// A known_hosts file (sshd(8)).
-    KnownHosts(PathBuf),
-    /// The first key seen is remembered, every other one refused.
-    FirstUse,
 }
 
 /// The SSH user that nodes expect the master as.

@@ -25,9 +25,6 @@ use crate::{
     tunnel::Session,
 };
 
-/// The master's SSH user name, and the principal of its certificates.
-pub const LOGIN: &str = "master-agent";
-
 /// The type of extended data that is for people to read (RFC 4254 §5.2).
 const STDERR: u32 = 1;
 

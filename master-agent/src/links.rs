@@ -28,14 +28,14 @@ use tokio::{
 use crate::{
     activity::EventKind,
     agent::Agent,
-    front_end::tunnels,
-    identity::{HostKeyError, UserIdentity, revocation},
+    identity::{HostKeyError, LOGIN, UserIdentity},
     inventory::InventoryNode,
     join,
     metrics::Reason,
     registry::{Absent, Registration},
     trust,
     tunnel::{Direction, HostIdentity, Session, Tunnel, TunnelError, Verify, handshake},
+    tunnels::revocation,
 };
 
 /// How long a TCP connection may take.
@@ -294,7 +294,7 @@ where
         agent,
         socket,
         admitted(trust::call_home(agent), &asked),
-        (join::LOGIN, &agent.user()),
+        (LOGIN, &agent.user()),
         &agent.sessions,
         Some(place),
     )
@@ -441,7 +441,7 @@ async fn hold(agent: Arc<Agent>, registration: Registration, events: Option<Even
     let tunnel = registration.tunnel().clone();
     let mut notices = events.map(|events| events.notices);
     let mut recheck = tokio::time::interval(RECHECK_INTERVAL);
-    let mut front_end = Box::pin(tunnels::serve(agent.clone(), tunnel.clone()));
+    let mut front_end = Box::pin(serve_callers(agent.clone(), tunnel.clone()));
     let mut front_end_served = true;
     let mut certified = tunnel.host.addresses.clone();
     let mut revocations = Box::pin(revocation::serve(agent.clone(), tunnel.clone()));
@@ -482,6 +482,14 @@ async fn hold(agent: Arc<Agent>, registration: Registration, events: Option<Even
     agent.registry.event(&tunnel.node, EventKind::Lost, &reason);
     tracing::warn!(node = %tunnel.node, reason, seconds = tunnel.established.elapsed().as_secs(), "tunnel ended");
     reason
+}
+
+/// Serves the callers who come through a tunnel, where that is configured.
+async fn serve_callers(agent: Arc<Agent>, tunnel: Arc<Tunnel>) {
+    let Some(callers) = agent.callers.get() else { return };
+    let inventory = agent.inventory();
+    let node = inventory.nodes.iter().find(|node| node.name == tunnel.node);
+    callers.clone().serve(tunnel, node.and_then(|node| node.front_end_listen)).await;
 }
 
 /// Waits until a tunnel is retired and has no streams.

@@ -5,17 +5,17 @@ use std::{process::ExitCode, sync::Arc, time::SystemTime};
 use anyhow::{Context, bail};
 use clap::Parser;
 use master_agent::{
+    admin_client::AdminClient,
     app,
-    cli::{
-        self, Cli, Command, NodeCommand, Output, RevokeArgs, SignUserArgs, SshdConfigArgs, TokenCommand,
-        TokenCreateArgs,
-    },
-    compare,
+    cli::{self, Cli, Command, NodeCommand, Output, RevokeArgs, SignUserArgs, TokenCommand, TokenCreateArgs},
+    compare::{self, Configured},
     config::Config,
     identity::{Authorities, host_name, revocation},
+    input::read_text,
     inventory::Inventory,
-    sshd_config,
+    sshd_config::{self, SshdConfigArgs},
     store::{SqliteStore, Store},
+    table::print_table,
     token, top,
 };
 use proto::{
@@ -86,6 +86,7 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 }
 
 async fn command(cli: Cli, config: Config) -> anyhow::Result<()> {
+    let agent = AdminClient::new(&config.admin.socket);
     match cli.command {
         Command::Run => {
             telemetry::init(config.log.format, &config.log.level);
@@ -98,17 +99,26 @@ async fn command(cli: Cli, config: Config) -> anyhow::Result<()> {
             }
             Ok(())
         }
-        Command::Node(NodeCommand::List(args)) => cli::node_list(&config, args.output).await,
+        Command::Node(NodeCommand::List(args)) => cli::node_list(&agent, args.output).await,
         Command::Node(NodeCommand::Forget { node }) => {
             if !SqliteStore::open(&config.state_dir)?.forget_node(&node)? {
                 bail!("no key of node {node} is known");
             }
             Ok(())
         }
-        Command::Explain { target, output } => cli::explain(&config, &target, output.output).await,
-        Command::Page => cli::page(&config).await,
-        Command::Top(args) => top::top(&config, args).await,
-        Command::Compare(args) => compare::compare(&config, *args).await,
+        Command::Explain { target, output } => cli::explain(&agent, &target, output.output).await,
+        Command::Page => cli::page(&agent, config.admin.listen).await,
+        Command::Top(args) => top::top(&agent, args).await,
+        Command::Compare(args) => {
+            let urls = config.proxy_urls.as_ref();
+            let configured = Configured {
+                agent,
+                connect: config.http_connect.unix.as_ref().map(|unix| unix.path.clone()),
+                kubelet_ca: urls.and_then(|urls| urls.kubelet_ca.clone()),
+                kubelet_client: urls.and_then(|urls| urls.kubelet_client.clone()),
+            };
+            compare::compare(&configured, *args).await
+        }
         Command::Token(TokenCommand::Create(args)) => token_create(&config, args),
         Command::Token(TokenCommand::List(args)) => token_list(&config, args.output),
         Command::Token(TokenCommand::Revoke { id }) => {
@@ -155,7 +165,7 @@ fn token_list(config: &Config, output: Output) -> anyhow::Result<()> {
                 let dash = || "-".to_owned();
                 [t.id, t.node.map_or_else(dash, |n| n.to_string()), expires, t.used_by.unwrap_or_else(dash)]
             }));
-            cli::print_table(&rows);
+            print_table(&rows);
         }
     }
     Ok(())
@@ -168,7 +178,7 @@ fn print_sshd_config(config: &Config, args: SshdConfigArgs) -> anyhow::Result<()
         bail!("node {} is not in {}: add it there first", args.node, path.display());
     };
     let authorities = Authorities::load_or_create(&config.state_dir)?;
-    let host_key = PublicKey::from_openssh(cli::read_text(&args.host_key)?.trim())
+    let host_key = PublicKey::from_openssh(read_text(&args.host_key)?.trim())
         .with_context(|| format!("{} holds no OpenSSH public key", args.host_key.display()))?;
     let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&config.state_dir)?);
     let revoked = store.revocations()?;
@@ -187,7 +197,7 @@ fn print_sshd_config(config: &Config, args: SshdConfigArgs) -> anyhow::Result<()
 
 fn sign_user(config: &Config, args: SignUserArgs) -> anyhow::Result<()> {
     let authorities = Authorities::load_or_create(&config.state_dir)?;
-    let key = PublicKey::from_openssh(cli::read_text(&args.key)?.trim())
+    let key = PublicKey::from_openssh(read_text(&args.key)?.trim())
         .with_context(|| format!("{} holds no OpenSSH public key", args.key.display()))?;
     let principals = [args.login.clone()];
     let certificate = authorities.sign_user(&key, &principals, &args.login, SystemTime::now(), args.ttl)?;
@@ -207,7 +217,7 @@ fn revoke(config: &Config, args: RevokeArgs) -> anyhow::Result<()> {
     let mut entries = args.serial;
     entries.extend(args.key_id.into_iter().map(|id| Entry::KeyId(id.into_bytes())));
     for key in &args.key {
-        entries.push(revocation::key_entry(key, |path| cli::read_text(path.as_ref()))?);
+        entries.push(revocation::key_entry(key, |path| read_text(path.as_ref()))?);
     }
     let mut imported = Vec::new();
     for path in &args.import {
@@ -248,7 +258,7 @@ fn revoke(config: &Config, args: RevokeArgs) -> anyhow::Result<()> {
             Output::Table => {
                 let mut rows = vec![["KIND", "VALUE"].map(str::to_owned)];
                 rows.extend(shown.map(|(kind, value)| [kind.to_owned(), value]));
-                cli::print_table(&rows);
+                print_table(&rows);
             }
         }
     }

@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
-    activity::{self, Detail, Event, EventKind, Figures, NodeActivity, Totals},
-    tunnel::{Direction, Tunnel},
+    activity::{self, Detail, Event, EventKind, Figures, NodeActivities, NodeActivity, Totals},
+    tunnel::{Direction, NotRegistered, Tunnel},
 };
 
 /// Tunnels that may stand by for one node.
@@ -127,15 +127,6 @@ pub struct TunnelStatus {
     pub round_trip_microseconds: Option<u64>,
     pub host_key: String,
     pub certificate_expires_unix_seconds: Option<u64>,
-}
-
-/// A tunnel can't be taken.
-#[derive(Debug, thiserror::Error)]
-pub enum NotRegistered {
-    #[error("node {0} has enough tunnels, active and standing by")]
-    Full(NodeName),
-    #[error("node {0} is no longer in the inventory")]
-    Unknown(NodeName),
 }
 
 impl Registry {
@@ -363,6 +354,12 @@ impl Registry {
     pub fn detail(&self, name: &NodeName) -> Option<NodeDetail> {
         let node = self.nodes().get(name)?.clone();
         Some(NodeDetail { status: node_status(name, &node), detail: node.activity.detail() })
+    }
+}
+
+impl NodeActivities for Registry {
+    fn activity(&self, name: &NodeName) -> Option<Arc<NodeActivity>> {
+        self.activity(name)
     }
 }
 

@@ -9,17 +9,56 @@
 use std::{
     fmt::Write,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    path::Path,
-    time::SystemTime,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
 };
 
 use anyhow::{Context, bail};
 use base64::{Engine, engine::general_purpose::STANDARD};
+use clap::Args;
 use ipnet::IpNet;
-use proto::policy::{Policy, Rule, Verdict, closed_range};
+use proto::{
+    NodeName,
+    policy::{Policy, Rule, Verdict, closed_range},
+};
 use russh::keys::PublicKey;
 
-use crate::{cli::SshdConfigArgs, identity::Authorities, inventory::InventoryNode, join::LOGIN};
+use crate::{
+    identity::{Authorities, LOGIN},
+    inventory::InventoryNode,
+};
+
+#[derive(Debug, Args)]
+pub struct SshdConfigArgs {
+    /// The node's name in the inventory.
+    #[arg(value_name = "NODE")]
+    pub node: NodeName,
+    /// The host's public key, for instance its /etc/ssh/ssh_host_ed25519_key.pub ("-" is standard input).
+    #[arg(long, value_name = "FILE")]
+    pub host_key: PathBuf,
+    /// Where that key's private half is on the host.
+    #[arg(long, default_value = "/etc/ssh/ssh_host_ed25519_key", value_name = "PATH")]
+    pub host_key_path: PathBuf,
+    /// The kubelet's port on the node's addresses.
+    #[arg(long, default_value_t = 10250)]
+    pub kubelet_port: u16,
+    /// Further targets to permit, HOST:PORT.
+    #[arg(long = "allow", value_name = "HOST:PORT")]
+    pub allow: Vec<proto::Target>,
+    /// How long the host certificate is valid; sshd nodes get a new one by running this again.
+    #[arg(long, default_value = "365d", value_parser = humantime::parse_duration)]
+    pub ttl: Duration,
+    /// Where the CA, the certificate and the list of principals go on the host.
+    #[arg(long, default_value = "/etc/ssh/master-agent", value_name = "PATH")]
+    pub directory: PathBuf,
+    /// Where the drop-in goes on the host.
+    #[arg(long, default_value = "/etc/ssh/sshd_config.d/10-master-agent.conf", value_name = "PATH")]
+    pub drop_in: PathBuf,
+    /// Print a script that only writes the files: the account, the check by `sshd -t` and the reload are left to
+    /// whoever runs it.
+    #[arg(long)]
+    pub files_only: bool,
+}
 
 /// The most addresses of a CIDR that are listed one by one.
 const MAX_EXPANDED: usize = 256;
@@ -269,14 +308,14 @@ echo "this host's sshd is node {name} now"
 
 #[cfg(test)]
 mod tests {
-    use std::{path::PathBuf, process::Command, time::Duration};
+    use std::process::Command;
 
     use russh::keys::{PrivateKey, ssh_key::LineEnding};
 
     use super::*;
     use crate::{
+        host_trust::HostTrust,
         identity::tests::{TempDir, new_key},
-        inventory::HostTrust,
     };
 
     fn node(cidrs: &[&str]) -> InventoryNode {

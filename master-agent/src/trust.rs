@@ -7,8 +7,9 @@ use russh::keys::PublicKey;
 
 use crate::{
     agent::Agent,
+    host_trust::HostTrust,
     identity::{Expected, HostKeyError, VerifiedHost, fingerprint, verify_host},
-    inventory::{HostTrust, InventoryNode},
+    inventory::InventoryNode,
     tunnel::{HostIdentity, Verify},
 };
 
@@ -142,7 +143,7 @@ mod tests {
         let inventory = Inventory::parse(inventory, "inventory", Path::new("/")).unwrap();
         let authorities = Authorities::load_or_create(&dir.0).unwrap();
         let store = Arc::new(SqliteStore::open(&dir.0).unwrap());
-        Arc::new(Agent::new(config, inventory, store, authorities).unwrap())
+        Arc::new(Agent::new(config.for_agent(), inventory, store, authorities).unwrap())
     }
 
     fn certificate(agent: &Agent, name: &NodeName, key: &PublicKey) -> PublicKeyOrCertificate {

@@ -46,8 +46,8 @@ use tokio::{
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::{
-    config::TunnelsConfig,
     identity::{HostKeyError, UserIdentity, VerifiedHost},
+    tunnels::config::TunnelsConfig,
 };
 
 /// How long one stream to a plain sshd may hold up the others on its connection.
@@ -111,6 +111,15 @@ pub enum HostIdentity {
 /// Decides whose a presented host key is.
 pub type Verify = Box<dyn Fn(&PublicKeyOrCertificate) -> Result<HostIdentity, HostKeyError> + Send + Sync>;
 
+/// Why the registry does not take a tunnel.
+#[derive(Debug, thiserror::Error)]
+pub enum NotRegistered {
+    #[error("node {0} has enough tunnels, active and standing by")]
+    Full(NodeName),
+    #[error("node {0} is no longer in the inventory")]
+    Unknown(NodeName),
+}
+
 /// Why there is no tunnel.
 #[derive(Debug, thiserror::Error)]
 pub enum TunnelError {
@@ -129,7 +138,7 @@ pub enum TunnelError {
     #[error("{0}")]
     Connect(String),
     #[error("{0}")]
-    NotRegistered(#[from] crate::registry::NotRegistered),
+    NotRegistered(#[from] NotRegistered),
     #[error("{0}")]
     NotSsh(String),
     #[error(

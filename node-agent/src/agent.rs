@@ -20,8 +20,8 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config::{Config, KUBELET_RULE},
     dialer::{Dialled, LocalDialer, Scope, is_of_this_host},
+    front_ends::FrontEnds,
     identity::{NodeIdentity, UserCertError, UserRole},
-    local_endpoint::FrontEnds,
     metrics::{self, Metrics},
     revocation::{RefusedList, Revocations},
 };

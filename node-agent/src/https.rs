@@ -37,7 +37,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     http_proxy::{Choice, Proxy},
-    links,
+    tcp,
 };
 
 /// Of the heads of a front end's and a proxy's answers.
@@ -153,7 +153,7 @@ async fn connect_within(
     };
     tls.alpn_protocols = vec![b"http/1.1".to_vec()];
 
-    let socket = links::connect(proxy.as_ref().map_or(front_end, |proxy| &proxy.address), timeout).await?;
+    let socket = tcp::connect(proxy.as_ref().map_or(front_end, |proxy| &proxy.address), timeout).await?;
     let local = socket.local_addr().ok().map(|address| address.ip());
     let (socket, peer) = match &proxy {
         Some(proxy) => (tunnel(proxy, authorization, front_end, socket).await?, None),

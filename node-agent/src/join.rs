@@ -32,7 +32,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     https::{self, CallHomeHttps},
     identity::NodeIdentity,
-    links,
+    tcp,
 };
 
 /// How long the whole exchange may take.
@@ -80,7 +80,7 @@ enum Event {
 pub async fn join(identity: &mut NodeIdentity, join: Join) -> Result<NodeName, JoinError> {
     let response = match &join.master {
         Master::Tcp(master) => {
-            let socket = links::connect(master, TIMEOUT).await.map_err(JoinError::Connect)?;
+            let socket = tcp::connect(master, TIMEOUT).await.map_err(JoinError::Connect)?;
             let local = socket.local_addr().map(|a| a.ip()).ok();
             exchange(identity, &join, socket, local).await?
         }

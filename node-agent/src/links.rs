@@ -4,14 +4,13 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use proto::{
-    Target,
     backoff::Backoff,
     call_home::{Master, Purpose},
     io::{admin::accept_error, socket},
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, TcpStream},
+    net::TcpListener,
     sync::oneshot,
     task::{JoinError, JoinHandle},
 };
@@ -20,6 +19,7 @@ use crate::{
     agent::Agent,
     https,
     session::{self, Authenticated, SessionError},
+    tcp,
 };
 
 /// How long a link has to hold until the one that it replaces takes no new streams.
@@ -140,7 +140,7 @@ async fn call(agent: &Arc<Agent>, master: &Master) -> Result<Called, String> {
     let timeout = agent.config.limits.dial_timeout;
     match master {
         Master::Tcp(address) => {
-            let socket = connect(address, timeout).await?;
+            let socket = tcp::connect(address, timeout).await?;
             let peer = socket.peer_addr().ok();
             begin(agent, socket, peer).await
         }
@@ -169,15 +169,4 @@ where
             Err(error) => error,
         }),
     }
-}
-
-/// Connects to a master, or to what is on the way to it.
-pub async fn connect(master: &Target, timeout: Duration) -> Result<TcpStream, String> {
-    let dial = TcpStream::connect((master.host.to_string(), master.port));
-    let socket = tokio::time::timeout(timeout, dial)
-        .await
-        .map_err(|_| format!("{master} did not answer within {}", humantime::format_duration(timeout)))?
-        .map_err(|e| format!("can't connect to {master}: {e}"))?;
-    socket::tune(&socket);
-    Ok(socket)
 }

@@ -51,7 +51,7 @@ use crate::{
     agent::Agent,
     dialer::Dialled,
     identity::{MASTER, UserRole},
-    local_endpoint, metrics,
+    metrics,
 };
 
 /// How long one stream of a stock SSH client may hold up that client's other streams.
@@ -432,7 +432,12 @@ impl Session {
             *of_node = Some(mux.clone());
             self.front_end = Some((channel, feeder));
             let expired = async move { relink::reached(user.expires()).await };
-            self.tasks.spawn(local_endpoint::offer(self.agent.clone(), mux, events, expired));
+            let agent = self.agent.clone();
+            self.tasks.spawn(async move {
+                if let Some(front_ends) = &agent.front_ends {
+                    front_ends.offer(mux, events, expired).await;
+                }
+            });
         } else {
             *of_master = Some(mux.clone());
             self.feeder = Some((channel, feeder));

@@ -16,7 +16,7 @@ pub enum Fault {
 }
 
 /// Why a dial did not give a stream. The text of every variant is for people; callers match on the variant
-/// (or on [`DialError::fault`]) and each front door maps it exhaustively to its own status.
+/// (or on [`DialError::fault`]) and each egress listener maps it exhaustively to its own status.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DialError {
     /// What the caller asked for is no target.

@@ -1,4 +1,4 @@
-//! Clients of the CONNECT front door.
+//! Clients of the CONNECT egress listener.
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc};
 
@@ -17,7 +17,7 @@ pub type Stream = Box<dyn Io>;
 /// Room for a response's head, so that it is read at once.
 const HEAD: usize = 1024;
 
-/// A front door, and how to enter it.
+/// An egress listener, and how to enter it.
 #[derive(Clone, Debug)]
 pub enum Door {
     Unix(PathBuf),

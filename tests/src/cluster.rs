@@ -107,9 +107,10 @@ pub fn binary(name: &str) -> PathBuf {
     path.join(name)
 }
 
-/// Whether the binaries are of the release profile: only then do figures say something.
+/// Whether the binaries are of an optimised profile: only then do figures say something.
 pub fn optimized() -> bool {
-    binary("master-agent").parent().is_some_and(|directory| directory.ends_with("release"))
+    let binary = binary("master-agent");
+    binary.parent().is_some_and(|directory| directory.ends_with("release") || directory.ends_with("dist"))
 }
 
 fn local(port: u16) -> SocketAddr {

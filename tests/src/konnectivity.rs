@@ -36,7 +36,7 @@ pub struct Call {
     answers: Streaming<Packet>,
 }
 
-/// Enters a front door.
+/// Enters an egress listener.
 struct Enter(Door);
 
 impl Service<Uri> for Enter {

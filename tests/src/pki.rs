@@ -1,4 +1,4 @@
-//! X.509 certificates for the mutual TLS of the front door.
+//! X.509 certificates for the mutual TLS of the egress listener.
 
 use std::{path::Path, sync::Arc, time::SystemTime};
 

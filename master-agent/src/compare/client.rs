@@ -37,7 +37,7 @@ const BLOCK: usize = 64 * 1024;
 type Outgoing = Either<Empty<Bytes>, Block>;
 
 /// A target and how it is spoken to, the same on every path.
-pub struct Client {
+pub(super) struct Client {
     pub url: Url,
     /// Where it is on the direct path.
     pub direct: Target,
@@ -49,13 +49,13 @@ pub struct Client {
 }
 
 /// A kept connection.
-pub struct Connection {
+pub(super) struct Connection {
     sender: SendRequest<Outgoing>,
     _driver: Tasks,
 }
 
 /// A new connection with one request.
-pub struct First {
+pub(super) struct First {
     pub connection: Connection,
     pub connected: Duration,
     pub first_byte: Duration,
@@ -63,7 +63,7 @@ pub struct First {
 }
 
 impl Client {
-    pub fn new(
+    pub(super) fn new(
         url: Url,
         direct: Target,
         tls: Arc<ClientConfig>,
@@ -76,12 +76,12 @@ impl Client {
     }
 
     /// Only as far as the target's having taken the connection.
-    pub async fn connect(&self, path: &Path) -> anyhow::Result<Duration> {
+    pub(super) async fn connect(&self, path: &Path) -> anyhow::Result<Duration> {
         Ok(path.open(&self.url.target, &self.direct).await?.1)
     }
 
     /// A new connection and its first request.
-    pub async fn first(&self, path: &Path) -> anyhow::Result<First> {
+    pub(super) async fn first(&self, path: &Path) -> anyhow::Result<First> {
         let began = Instant::now();
         let (mut connection, connected) = self.open(path).await?;
         let request = self.request(&self.url.path, None)?;
@@ -93,7 +93,7 @@ impl Client {
     }
 
     /// A connection that is ready for requests, and how long the path took to be there.
-    pub async fn open(&self, path: &Path) -> anyhow::Result<(Connection, Duration)> {
+    pub(super) async fn open(&self, path: &Path) -> anyhow::Result<(Connection, Duration)> {
         let (stream, connected) = path.open(&self.url.target, &self.direct).await?;
         let stream: Stream = match self.url.scheme {
             Scheme::Http | Scheme::Tcp => stream,
@@ -125,7 +125,7 @@ impl Client {
     }
 
     /// A request on a kept connection; gives the time until the answer's end.
-    pub async fn get(&self, connection: &mut Connection) -> anyhow::Result<Duration> {
+    pub(super) async fn get(&self, connection: &mut Connection) -> anyhow::Result<Duration> {
         let began = Instant::now();
         let request = self.request(&self.url.path, None)?;
         let response = connection.sender.send_request(request).await.context("no answer")?;
@@ -135,7 +135,7 @@ impl Client {
     }
 
     /// Asks for `path` again and again, and counts what comes, until it is dropped or fails.
-    pub async fn download(
+    pub(super) async fn download(
         &self,
         connection: &mut Connection,
         path: &str,
@@ -152,7 +152,12 @@ impl Client {
     }
 
     /// Sends so many bytes to `path`, and waits for the answer.
-    pub async fn upload(&self, connection: &mut Connection, path: &str, bytes: u64) -> anyhow::Result<()> {
+    pub(super) async fn upload(
+        &self,
+        connection: &mut Connection,
+        path: &str,
+        bytes: u64,
+    ) -> anyhow::Result<()> {
         let request = self.request(path, Some(bytes))?;
         let response = connection.sender.send_request(request).await.context("no answer")?;
         fine(response.status(), path)?;
@@ -179,7 +184,7 @@ async fn drain(mut body: Incoming, count: Option<&AtomicU64>) -> anyhow::Result<
 }
 
 /// So many bytes, of the same block.
-pub struct Block {
+pub(super) struct Block {
     block: Bytes,
     left: u64,
 }

@@ -23,7 +23,7 @@ const UPLOAD: (f64, f64) = (262_144.0, 4e9);
 
 /// How much of everything.
 #[derive(Clone, Debug)]
-pub struct Work {
+pub(super) struct Work {
     pub rounds: usize,
     /// Of each round: new connections, and requests on a kept one.
     pub connects: usize,
@@ -40,7 +40,7 @@ pub struct Work {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
+pub(super) enum Phase {
     Connect,
     Request,
     RequestMany,
@@ -50,7 +50,7 @@ pub enum Phase {
 
 impl Work {
     /// What is done in each round, in this order.
-    pub fn phases(&self, scheme: Scheme) -> Vec<Phase> {
+    pub(super) fn phases(&self, scheme: Scheme) -> Vec<Phase> {
         let mut phases = vec![Phase::Connect];
         if scheme == Scheme::Tcp {
             return phases;
@@ -82,7 +82,7 @@ impl Work {
 
 /// Measures one target on all paths. `ways` say which way each path is; a path with an error is not tried. `tick` is
 /// called after every phase of every round.
-pub async fn measure(
+pub(super) async fn measure(
     client: &Client,
     paths: &[Path],
     ways: Vec<Result<String, String>>,

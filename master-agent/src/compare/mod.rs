@@ -14,20 +14,18 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
-use hyper::{Method, header::HeaderValue};
+use hyper::header::HeaderValue;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use proto::{Host, NodeName, Target};
 use rustls::ClientConfig;
 use tokio::time::Instant;
 
 use crate::{
-    agent::Explanation,
-    cli::{ask, read_text, send},
-    config::Config,
-    front_door::proxy_url::tls::believe_any,
+    admin_client::AdminClient,
+    egress::proxy_url::tls::believe_any,
     front_end::https_client::{ClientTls, roots},
-    registry::NodeStatus,
+    input::read_text,
+    tunnels::explain::{self, Explanation},
 };
 
 use client::Client;
@@ -62,7 +60,7 @@ pub struct CompareArgs {
     /// that is forwarded to the target, as by `ssh -L` (NAME=tcp:HOST:PORT).
     #[arg(long, value_name = "NAME=WHERE")]
     via: Vec<Via>,
-    /// The agent's front door, when the Unix socket of the configuration is not to be used: as in --via.
+    /// The agent's egress listener, when the Unix socket of the configuration is not to be used: as in --via.
     #[arg(long, value_name = "WHERE")]
     tunnel: Option<Place>,
     /// The CA of https proxies; that of the system by default.
@@ -126,17 +124,32 @@ enum Form {
     Csv,
 }
 
+/// What the configuration says, where the arguments say nothing.
+#[derive(Debug)]
+pub struct Configured {
+    /// Of the running agent.
+    pub agent: AdminClient,
+    /// The socket of HTTP CONNECT.
+    pub connect: Option<PathBuf>,
+    /// The CA of kubelets.
+    pub kubelet_ca: Option<PathBuf>,
+    /// The certificate that kubelets are shown, and its key.
+    pub kubelet_client: Option<(PathBuf, PathBuf)>,
+}
+
 /// `compare`.
-pub async fn compare(config: &Config, args: CompareArgs) -> anyhow::Result<()> {
+pub async fn compare(configured: &Configured, args: CompareArgs) -> anyhow::Result<()> {
     let work = args.work()?;
-    let report = args.report(config, &work).await?;
+    let report = args.report(configured, &work).await?;
     let json = serde_json::to_string_pretty(&report)? + "\n";
     for (file, text) in [(&args.html, &html::page(&report)), (&args.json, &json)] {
         if let Some(file) = file {
             std::fs::write(file, text).with_context(|| format!("can't write {}", file.display()))?;
         }
     }
-    hand_over(config, json.clone()).await;
+    if let Err(error) = configured.agent.put_comparison(json.clone()).await {
+        eprintln!("master-agent: the running agent did not take the comparison for its page: {error:#}");
+    }
     match args.output {
         Form::Table => print!("{}", print::table(&report)),
         Form::Json => print!("{json}"),
@@ -146,13 +159,6 @@ pub async fn compare(config: &Config, args: CompareArgs) -> anyhow::Result<()> {
         bail!("nothing could be measured: see why above");
     }
     Ok(())
-}
-
-/// Gives the running agent the report for its page.
-async fn hand_over(config: &Config, report: String) {
-    if let Err(error) = send(config, Method::PUT, "/comparison", report).await {
-        eprintln!("master-agent: the running agent did not take the comparison for its page: {error:#}");
-    }
 }
 
 impl CompareArgs {
@@ -177,10 +183,10 @@ impl CompareArgs {
         })
     }
 
-    async fn report(&self, config: &Config, work: &Work) -> anyhow::Result<Report> {
-        let urls = self.urls(config).await?;
-        let paths = self.paths(config, urls.len())?;
-        let tls = Arc::new(self.target_tls(config)?);
+    async fn report(&self, configured: &Configured, work: &Work) -> anyhow::Result<Report> {
+        let urls = self.urls(&configured.agent).await?;
+        let paths = self.paths(configured.connect.as_deref(), urls.len())?;
+        let tls = Arc::new(self.target_tls(configured)?);
         let authorization = self.authorization()?;
         let mut elsewhere = Elsewhere::default();
         for rule in &self.direct {
@@ -191,7 +197,7 @@ impl CompareArgs {
         let (started, began) = (std::time::SystemTime::now(), Instant::now());
         let mut targets = Vec::new();
         for (node, url) in urls {
-            let explained = explain(config, &url.target).await?;
+            let explained = configured.agent.explain(&url.target.to_string()).await?;
             let direct = whereabouts(&explained, &elsewhere, &url.target);
             let ways = paths.iter().map(|path| match &path.way {
                 Way::Direct => direct.clone().map(|target| target.to_string()),
@@ -224,10 +230,9 @@ impl CompareArgs {
         })
     }
 
-    async fn urls(&self, config: &Config) -> anyhow::Result<Vec<(Option<NodeName>, Url)>> {
+    async fn urls(&self, agent: &AdminClient) -> anyhow::Result<Vec<(Option<NodeName>, Url)>> {
         let mut nodes = self.nodes.clone();
-        let known = ask(config, "/nodes").await?;
-        let known: Vec<NodeStatus> = serde_json::from_str(&known)?;
+        let known = agent.nodes().await?;
         if let Some(unknown) = nodes.iter().find(|node| known.iter().all(|k| &k.name != *node)) {
             let names: Vec<_> = known.iter().take(20).map(|node| node.name.as_str()).collect();
             bail!("the agent knows no node {unknown}; it knows {}", names.join(", "));
@@ -247,13 +252,13 @@ impl CompareArgs {
         Ok(urls)
     }
 
-    fn paths(&self, config: &Config, targets: usize) -> anyhow::Result<Vec<Path>> {
-        let tunnel = match (&self.tunnel, &config.http_connect.unix) {
+    fn paths(&self, connect: Option<&std::path::Path>, targets: usize) -> anyhow::Result<Vec<Path>> {
+        let tunnel = match (&self.tunnel, connect) {
             (Some(place), _) => place.way(|| self.via_tls())?,
-            (None, Some(unix)) => Way::Connect(Proxy::Unix(unix.path.clone())),
+            (None, Some(socket)) => Way::Connect(Proxy::Unix(socket.to_owned())),
             (None, None) => bail!(
                 "the tunnel is entered by http_connect.unix, which is not configured: configure it, or say which \
-                 front door to take with --tunnel"
+                 egress listener to take with --tunnel"
             ),
         };
         let mut paths = Vec::new();
@@ -278,11 +283,10 @@ impl CompareArgs {
         Ok(Arc::new(ClientTls { ca: self.via_ca.clone(), identity }.config()?))
     }
 
-    fn target_tls(&self, config: &Config) -> anyhow::Result<ClientConfig> {
-        let urls = config.proxy_urls.as_ref();
-        let ca = self.ca.clone().or_else(|| urls.and_then(|urls| urls.kubelet_ca.clone()));
+    fn target_tls(&self, configured: &Configured) -> anyhow::Result<ClientConfig> {
+        let ca = self.ca.clone().or_else(|| configured.kubelet_ca.clone());
         let given = self.cert.clone().zip(self.key.clone());
-        let identity = given.or_else(|| urls.and_then(|urls| urls.kubelet_client.clone()));
+        let identity = given.or_else(|| configured.kubelet_client.clone());
         if let Some(ca) = &ca {
             roots(ca)?;
         }
@@ -310,18 +314,12 @@ impl CompareArgs {
 /// What the path through the agent is called.
 const TUNNEL: &str = "tunnel";
 
-async fn explain(config: &Config, target: &Target) -> anyhow::Result<Explanation> {
-    let target = target.to_string();
-    let answer = ask(config, &format!("/explain?{}", utf8_percent_encode(&target, NON_ALPHANUMERIC))).await?;
-    Ok(serde_json::from_str(&answer)?)
-}
-
 /// Where a target is on the direct path: as `--direct` says, or where the tunnel's end finds it.
 fn whereabouts(explained: &Explanation, elsewhere: &Elsewhere, target: &Target) -> Result<Target, String> {
     if let Some(given) = elsewhere.get(target) {
         return Ok(given);
     }
-    let taken = |way: &&crate::agent::Way| Some(&way.node) == explained.node.as_ref();
+    let taken = |way: &&explain::Way| Some(&way.node) == explained.node.as_ref();
     let way = explained.candidates.iter().find(taken).or(explained.candidates.first());
     if let Some(way) = way
         && let Ok(found) = way.target.parse::<Target>()

@@ -16,22 +16,22 @@ use tokio_rustls::TlsConnector;
 const MAX_HEAD: usize = 16 * 1024;
 
 /// A connection, whatever it is made of.
-pub trait Io: AsyncRead + AsyncWrite + Unpin + Send {}
+pub(super) trait Io: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Io for S {}
-pub type Stream = Box<dyn Io>;
+pub(super) type Stream = Box<dyn Io>;
 
 /// One way to reach targets.
 #[derive(Clone, Debug)]
-pub struct Path {
+pub(super) struct Path {
     /// As it is called in what is printed: `tunnel`, `direct`, or as `--via` says.
     pub name: String,
     pub way: Way,
 }
 
 #[derive(Clone)]
-pub enum Way {
+pub(super) enum Way {
     Direct,
-    /// A proxy that takes HTTP CONNECT, the agent's own front door among them.
+    /// A proxy that takes HTTP CONNECT, the agent's own egress listener among them.
     Connect(Proxy),
     /// A port that leads to the one target, such as that of `ssh -L`.
     Forward(Target),
@@ -39,7 +39,7 @@ pub enum Way {
 
 /// Where a proxy is.
 #[derive(Clone)]
-pub enum Proxy {
+pub(super) enum Proxy {
     Unix(PathBuf),
     Tcp(Target),
     Tls(Target, Arc<ClientConfig>),
@@ -59,13 +59,13 @@ impl fmt::Debug for Way {
 
 /// `--via NAME=WHERE`, before the files that TLS needs are read.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Via {
+pub(super) struct Via {
     pub name: String,
     pub place: Place,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Place {
+pub(super) enum Place {
     Unix(PathBuf),
     Http(Target),
     Https(Target),
@@ -110,7 +110,7 @@ impl FromStr for Via {
 
 impl Place {
     /// `tls` is what an https proxy is verified by and shown.
-    pub fn way(&self, tls: impl FnOnce() -> anyhow::Result<Arc<ClientConfig>>) -> anyhow::Result<Way> {
+    pub(super) fn way(&self, tls: impl FnOnce() -> anyhow::Result<Arc<ClientConfig>>) -> anyhow::Result<Way> {
         Ok(match self {
             Self::Unix(path) => Way::Connect(Proxy::Unix(path.clone())),
             Self::Http(proxy) => Way::Connect(Proxy::Tcp(proxy.clone())),
@@ -122,7 +122,7 @@ impl Place {
 
 impl Path {
     /// Connects to `target`, which on the direct path is at `direct`; gives how long that took.
-    pub async fn open(&self, target: &Target, direct: &Target) -> anyhow::Result<(Stream, Duration)> {
+    pub(super) async fn open(&self, target: &Target, direct: &Target) -> anyhow::Result<(Stream, Duration)> {
         let began = Instant::now();
         let stream: Stream = match &self.way {
             Way::Direct => Box::new(tcp(direct).await?),

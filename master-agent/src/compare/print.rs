@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use super::report::{Figure, PathReport, Report, TargetReport};
 
 /// One block for each target, one line for each figure, one column for each path.
-pub fn table(report: &Report) -> String {
+pub(super) fn table(report: &Report) -> String {
     let mut text = format!(
         "{} rounds on {} in {} s; times are p50 / p90 / p99, ratios are medians of the rounds (quartiles)\n",
         report.rounds,
@@ -33,7 +33,7 @@ fn count(n: usize, what: &str) -> String {
 }
 
 /// What a path is, and what went wrong on it.
-pub fn path_line(path: &PathReport) -> String {
+pub(super) fn path_line(path: &PathReport) -> String {
     let mut line = format!("{}: {}", path.name, path.way);
     if let Some(status) = path.status {
         let _ = write!(line, "; answers {status}");
@@ -49,12 +49,12 @@ pub fn path_line(path: &PathReport) -> String {
 }
 
 /// The open paths of a target, with their places.
-pub fn open(target: &TargetReport) -> impl Iterator<Item = (usize, &PathReport)> {
+pub(super) fn open(target: &TargetReport) -> impl Iterator<Item = (usize, &PathReport)> {
     target.paths.iter().enumerate().filter(|(_, path)| path.closed.is_none())
 }
 
 /// The name of a figure, with how many connections work at once.
-pub fn title(figure: &Figure) -> String {
+pub(super) fn title(figure: &Figure) -> String {
     match figure.connections {
         1 => figure.name.title().to_owned(),
         n => format!("{} x{n}", figure.name.title()),
@@ -62,7 +62,7 @@ pub fn title(figure: &Figure) -> String {
 }
 
 /// The values of a path, as the table and the page show them.
-pub fn values(figure: &Figure, path: usize) -> Option<String> {
+pub(super) fn values(figure: &Figure, path: usize) -> Option<String> {
     let summary = figure.paths.get(path)?.as_ref()?;
     let show = |value| figure.unit.show(value);
     Some(match figure.unit.is_time() {
@@ -72,7 +72,7 @@ pub fn values(figure: &Figure, path: usize) -> Option<String> {
 }
 
 /// The ratio of a path, as the table and the page show it.
-pub fn ratio(figure: &Figure, path: usize) -> Option<String> {
+pub(super) fn ratio(figure: &Figure, path: usize) -> Option<String> {
     figure.ratios.get(path)?.as_ref().map(|ratio| ratio.show())
 }
 
@@ -112,7 +112,7 @@ fn lines(rows: &[Vec<String>]) -> Vec<String> {
 }
 
 /// RFC 4180, with a header: one line for each figure of each path; what is not known is empty.
-pub fn csv(report: &Report) -> String {
+pub(super) fn csv(report: &Report) -> String {
     let mut text =
         "node,url,path,figure,connections,unit,samples,p50,p90,p99,min,max,ratio,ratio_low,ratio_high,\
                     attempts,failures,closed\r\n"

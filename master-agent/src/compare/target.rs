@@ -8,12 +8,12 @@ use proto::{
 };
 
 /// Stands for each of the chosen nodes in a URL.
-pub const NODE: &str = "{node}";
+pub(super) const NODE: &str = "{node}";
 
 /// `http://`, `https://` or `tcp://`, a target, and for the first two a path. To `tcp` nothing is sent: only the
 /// connection is measured.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Url {
+pub(super) struct Url {
     pub scheme: Scheme,
     pub target: Target,
     /// With its query; begins with `/`.
@@ -21,14 +21,14 @@ pub struct Url {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Scheme {
+pub(super) enum Scheme {
     Http,
     Https,
     Tcp,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum InvalidUrl {
+pub(super) enum InvalidUrl {
     #[error("write http://HOST:PORT/PATH, https://HOST:PORT/PATH or tcp://HOST:PORT")]
     Scheme,
     #[error("{0}")]
@@ -78,12 +78,12 @@ impl fmt::Display for Url {
 }
 
 /// A path and query that can stand in a request line.
-pub fn is_path(path: &str) -> bool {
+pub(super) fn is_path(path: &str) -> bool {
     path.starts_with('/') && path.bytes().all(|b| b.is_ascii_graphic() && b != b'#')
 }
 
 /// The URLs of a template: one for each node if it has `{node}`, else itself alone.
-pub fn expand(template: &str, nodes: &[NodeName]) -> Result<Vec<(Option<NodeName>, Url)>, InvalidUrl> {
+pub(super) fn expand(template: &str, nodes: &[NodeName]) -> Result<Vec<(Option<NodeName>, Url)>, InvalidUrl> {
     if !template.contains(NODE) {
         return Ok(vec![(None, template.parse()?)]);
     }
@@ -95,14 +95,14 @@ pub fn expand(template: &str, nodes: &[NodeName]) -> Result<Vec<(Option<NodeName
 
 /// `--direct`: where hosts and targets are on the direct path, when not where the tunnel finds them.
 #[derive(Clone, Debug, Default)]
-pub struct Elsewhere {
+pub(super) struct Elsewhere {
     hosts: HashMap<Host, Host>,
     targets: HashMap<Target, Target>,
 }
 
 impl Elsewhere {
     /// Takes `n1=10.0.0.5` or `web.default.svc:80=10.3.0.7:8080`.
-    pub fn add(&mut self, rule: &str) -> anyhow::Result<()> {
+    pub(super) fn add(&mut self, rule: &str) -> anyhow::Result<()> {
         let pair = rule.split_once('=');
         let (from, to) = pair.ok_or_else(|| anyhow::anyhow!("write HOST=HOST or HOST:PORT=HOST:PORT"))?;
         let targets = (from.parse::<Target>(), to.parse::<Target>());
@@ -114,7 +114,7 @@ impl Elsewhere {
         Ok(())
     }
 
-    pub fn get(&self, target: &Target) -> Option<Target> {
+    pub(super) fn get(&self, target: &Target) -> Option<Target> {
         let host = || self.hosts.get(&target.host).map(|host| Target::new(host.clone(), target.port));
         self.targets.get(target).cloned().or_else(host)
     }

@@ -16,13 +16,13 @@ use hyper::body::{Body, Frame, SizeHint};
 use proto::io::admin;
 use tokio::sync::Notify;
 
-use super::{authn::BoxFuture, limits::Place, recorder::Recorder, upstream::ResponseBody};
-use crate::{front_door::proxy_url, http::watched::Busy};
+use super::{future::BoxFuture, limits::Place, recorder::Recorder, upstream::ResponseBody};
+use crate::http::{exchange, watched::Busy};
 
 /// How far a response has got with its caller. Of a body whose caller opens no window nothing is asked, so the body
 /// can't tell.
 #[derive(Debug, Default)]
-pub struct Progress {
+pub(super) struct Progress {
     /// Pieces that have been handed out and not been sent.
     owed: AtomicUsize,
     /// Changes with everything that happens to one.
@@ -32,7 +32,7 @@ pub struct Progress {
 
 impl Progress {
     /// Completes once the caller has taken nothing of what it is owed for `patience`, or up to twice as long.
-    pub async fn stalled(&self, patience: Duration) {
+    pub(super) async fn stalled(&self, patience: Duration) {
         loop {
             let before = self.moves.load(Ordering::Relaxed);
             tokio::time::sleep(patience).await;
@@ -43,7 +43,7 @@ impl Progress {
     }
 
     /// Completes once nothing is owed.
-    pub async fn sent(&self) {
+    pub(super) async fn sent(&self) {
         while self.is_owed() {
             self.sent.notified().await;
         }
@@ -59,7 +59,7 @@ impl Progress {
 }
 
 /// What lasts for as long as a response is passed on.
-pub struct Held {
+pub(super) struct Held {
     pub record: Arc<Recorder>,
     pub _busy: Busy,
     pub _place: Option<Place>,
@@ -67,7 +67,7 @@ pub struct Held {
 }
 
 /// Some bytes of a response, until they are sent.
-pub struct Piece {
+pub(super) struct Piece {
     bytes: Bytes,
     held: Arc<Held>,
 }
@@ -106,24 +106,24 @@ impl Buf for Piece {
 }
 
 /// The body of a response.
-pub struct Answer {
+pub(super) struct Answer {
     content: Content,
     held: Arc<Held>,
     /// When it ends, whatever is still to come.
     end: Option<BoxFuture<'static, ()>>,
 }
 
-pub enum Content {
+pub(super) enum Content {
     Own(Full<Bytes>),
     Relayed(ResponseBody),
     /// Of what was reached through a tunnel.
-    Target(proxy_url::Body),
+    Target(exchange::Body),
     /// Of the agent's page.
     Page(admin::Body),
 }
 
 impl Answer {
-    pub fn new(content: Content, held: Held, end: Option<BoxFuture<'static, ()>>) -> Self {
+    pub(super) fn new(content: Content, held: Held, end: Option<BoxFuture<'static, ()>>) -> Self {
         Self { content, held: Arc::new(held), end }
     }
 }

@@ -8,6 +8,7 @@ use hyper::{
     http::request::Parts,
 };
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
+use proto::config::{At, Section};
 
 use super::{authn, user::User};
 use crate::http::{
@@ -44,6 +45,34 @@ impl Default for IdentityHeaders {
 }
 
 impl IdentityHeaders {
+    /// The fields of the `upstream` section that name them.
+    pub fn read(s: &Section<'_>) -> Self {
+        let names = |field: &'static str, default: Vec<HeaderName>| {
+            if s.at(field).is_none() {
+                return default;
+            }
+            let names: Vec<_> = s.items(field).iter().filter_map(header_name).collect();
+            if s.items(field).is_empty() {
+                s.error(
+                    field,
+                    "names no header: leave it out, or give what kube-apiserver's flag of this name has",
+                );
+            }
+            names
+        };
+        let default = Self::default();
+        let this = Self {
+            username: names("requestheader_username_headers", default.username),
+            uid: names("requestheader_uid_headers", default.uid),
+            group: names("requestheader_group_headers", default.group),
+            extra_prefix: names("requestheader_extra_headers_prefix", default.extra_prefix),
+        };
+        if let Some(confusion) = this.confusion() {
+            s.section_error(format!("{confusion}: kube-apiserver could not tell them apart"));
+        }
+        this
+    }
+
     /// What callers may not send.
     pub fn claims(&self) -> Claims {
         let names = [&self.username, &self.uid, &self.group].into_iter().flatten();
@@ -75,6 +104,18 @@ impl IdentityHeaders {
             || name.starts_with("sec-")
             || NOT_FOR_IDENTITY.contains(&name.as_str())
     }
+}
+
+fn header_name(at: &At<'_>) -> Option<HeaderName> {
+    let text = at.text()?;
+    match HeaderName::try_from(text) {
+        Ok(name) if !IdentityHeaders::is_taken(&name) => return Some(name),
+        Ok(_) => {
+            at.error(format!("{text:?} has another meaning: give a header of its own, such as X-Remote-User"))
+        }
+        Err(_) => at.error(format!("{text:?} is no name of a header: expected one such as X-Remote-User")),
+    }
+    None
 }
 
 /// What HTTP and kube-apiserver read for something else.
@@ -130,7 +171,7 @@ const NOT_IN_KEYS: &AsciiSet = &CONTROLS
     .add(b'%');
 
 /// The protocols that kube-apiserver changes to. No other is asked of it.
-pub fn known_upgrade(hop: &Hop) -> Option<&HeaderValue> {
+pub(super) fn known_upgrade(hop: &Hop) -> Option<&HeaderValue> {
     let known = |value: &&HeaderValue| {
         let value = value.as_bytes();
         value.eq_ignore_ascii_case(b"websocket") || value.eq_ignore_ascii_case(b"SPDY/3.1")
@@ -139,7 +180,7 @@ pub fn known_upgrade(hop: &Hop) -> Option<&HeaderValue> {
 }
 
 /// Refuses heads that two servers could read in two ways.
-pub fn refuse_ambiguous(parts: &Parts) -> Result<(), Failure> {
+pub(super) fn refuse_ambiguous(parts: &Parts) -> Result<(), Failure> {
     let bad = |message: &str| Err(Failure::new(StatusCode::BAD_REQUEST, message));
     match parts.headers.get_all(header::HOST).iter().count() {
         0 if parts.version == Version::HTTP_11 => return bad("there is no Host"),
@@ -172,19 +213,19 @@ pub fn refuse_ambiguous(parts: &Parts) -> Result<(), Failure> {
 }
 
 /// How callers are made known to API servers.
-pub struct Introduction {
+pub(super) struct Introduction {
     headers: IdentityHeaders,
     /// What a caller may not say itself.
     pub claims: Claims,
 }
 
 impl Introduction {
-    pub fn new(headers: IdentityHeaders) -> Self {
+    pub(super) fn new(headers: IdentityHeaders) -> Self {
         Self { claims: headers.claims(), headers }
     }
 
     /// Makes the head of a caller's request that of the request to an API server, on behalf of `user`.
-    pub fn request(
+    pub(super) fn request(
         &self,
         headers: &mut HeaderMap,
         hop: &Hop,
@@ -230,7 +271,7 @@ fn append<'a>(
 }
 
 /// Makes the head of an API server's response that of the response to the caller.
-pub fn response(headers: &mut HeaderMap, upgraded: bool) {
+pub(super) fn response(headers: &mut HeaderMap, upgraded: bool) {
     let upgrade = headers.get(header::UPGRADE).filter(|_| upgraded).cloned();
     remove_hop_by_hop(headers);
     headers.remove(header::TRAILER);

@@ -35,11 +35,11 @@ use super::{
     answer::Content,
     authn::{self, Authenticated, Guard, Presented, Validity},
     authz::Verdict,
+    connection::Connection,
     limits::{self, too_many},
-    proxy::{Answered, Upgrade, reserve},
+    peer::Peer,
     recorder::Recorder,
     request_info::{OWN_GROUP, RequestInfo},
-    server::{Connection, Peer},
     user::User,
 };
 use crate::{
@@ -143,7 +143,7 @@ impl Connection {
 }
 
 impl Call {
-    /// Answers the request: by changing the protocol, or with the reason why not.
+    /// Answers the request: by changing the protocol to that of a link, or with the reason why not.
     pub(super) async fn answer(
         self,
         connection: &Connection,
@@ -151,7 +151,7 @@ impl Call {
         caller: Authenticated,
         info: &RequestInfo,
         record: &mut Recorder,
-    ) -> Result<Answered, Failure> {
+    ) -> Result<(Response<Content>, Link), Failure> {
         let upgrade = request.extensions_mut().remove::<OnUpgrade>();
         let (head, body) = request.into_parts();
         let user = self.authorize(connection, &head, caller, info, record).await?;
@@ -176,7 +176,7 @@ impl Call {
             let failure = Failure::new(StatusCode::SERVICE_UNAVAILABLE, "the master-agent is stopping");
             return Err(failure.retry_after(1));
         }
-        reserve(&connection.front_end, record, true).await?;
+        record.reserve_or_refuse(true, &connection.front_end.limits).await?;
         // Many nodes may be one user; each is limited by itself.
         let key = format!("{} calling home as {}", user.name, info.name);
         let place = connection.front_end.limits.place(&key, true).await.inspect_err(|_| record.limited())?;
@@ -186,9 +186,7 @@ impl Call {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
         response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static(UPGRADE));
         let Self { agent, asked } = self;
-        // The credential admits; how long the link lasts is for the identity inside it.
-        let upgrade = Some(Upgrade::Link(Link { agent, asked, upgrade, peer, place }));
-        Ok(Answered { response, place: None, validity: Validity::default(), upgrade })
+        Ok((response, Link { agent, asked, upgrade, peer, place }))
     }
 
     async fn authorize(

@@ -4,9 +4,8 @@
 //! the one user that the configuration names. Web pages must not use it through the browser of somebody who works on
 //! this host: requests for a host that is not this one, and those of pages, are refused.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::sync::Arc;
 
-use hyper::{StatusCode, http::request::Parts};
 use proto::io::{admin::accept_error, patient::PatientWriter, socket};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -15,31 +14,12 @@ use tokio::{
 
 use super::{
     authn::{Authenticated, Validity},
-    server::{Connection, FrontEnd, Peer},
+    config::LocalConfig,
+    connection::Connection,
+    peer::Peer,
+    server::FrontEnd,
     user::{AUTHENTICATED, User},
 };
-use crate::{config::UnixConfig, front_door::proxy_url, http::status::Failure};
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LocalConfig {
-    pub unix: Option<UnixConfig>,
-    /// A loopback address.
-    pub tcp: Option<SocketAddr>,
-    /// Who its callers are.
-    pub user: String,
-    pub groups: Vec<String>,
-}
-
-impl LocalConfig {
-    fn caller(&self) -> Authenticated {
-        let mut groups = self.groups.clone();
-        if !groups.iter().any(|group| group == AUTHENTICATED) {
-            groups.push(AUTHENTICATED.to_owned());
-        }
-        let user = User { name: self.user.clone(), groups, ..User::default() };
-        Authenticated { user: Arc::new(user), authenticator: "local", validity: Validity::default() }
-    }
-}
 
 /// Accepts from a Unix socket for ever; who may connect is the socket file's mode and owner.
 pub async fn accept_unix(front_end: Arc<FrontEnd>, config: LocalConfig, listener: UnixListener) {
@@ -69,16 +49,18 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let Ok(admission) = front_end.admit(&peer) else { return };
-    let known = Some(config.caller());
+    let known = Some(caller(config));
     let connection = Arc::new(Connection::new(front_end.clone(), peer, known, admission));
     let socket = PatientWriter::new(socket, front_end.config.idle_timeout);
     front_end.connections.spawn(connection.served_http1(socket));
 }
 
-/// Refuses what a browser sends for a page.
-pub fn refuse_pages(peer: &Peer, head: &Parts) -> Result<(), Failure> {
-    let Peer::Local(Some(_)) = peer else { return Ok(()) };
-    proxy_url::headers::refuse_other_hosts(&head.uri, &head.headers)
-        .and_then(|()| proxy_url::headers::refuse_other_origins("http", &head.uri, &head.headers))
-        .map_err(|message| Failure::new(StatusCode::FORBIDDEN, message))
+/// Who its callers are.
+fn caller(config: &LocalConfig) -> Authenticated {
+    let mut groups = config.groups.clone();
+    if !groups.iter().any(|group| group == AUTHENTICATED) {
+        groups.push(AUTHENTICATED.to_owned());
+    }
+    let user = User { name: config.user.clone(), groups, ..User::default() };
+    Authenticated { user: Arc::new(user), authenticator: "local", validity: Validity::default() }
 }

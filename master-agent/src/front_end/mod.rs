@@ -3,19 +3,28 @@
 //! Every request passes, in this order: TLS, authentication ([`authn`]), authorization ([`authz`]),
 //! and is then handed to kube-apiserver as an authenticating proxy does.
 
+mod admission;
 mod answer;
 pub mod audit;
 pub mod authn;
+mod authorization;
 pub mod authz;
+mod browser;
 pub mod config;
+mod connection;
+pub mod future;
 mod headers;
 pub mod https_client;
 pub mod limits;
 mod link;
+mod listener;
 pub mod local;
+pub mod metrics;
+pub mod page;
+mod peer;
 mod proxy;
+pub mod proxy_urls;
 mod recorder;
-pub mod reloaded;
 pub mod request_info;
 pub mod secret;
 mod seldom;

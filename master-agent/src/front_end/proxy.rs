@@ -21,27 +21,23 @@ use proto::io::{dialer::Origin, relay::relay_until};
 
 use super::{
     answer::{Answer, Content, Held},
-    audit,
     authn::{self, Authenticated, Moment, Presented, Validity},
-    authz::{Attributes, impersonate::Impersonation},
+    browser::refuse_pages,
+    connection::Connection,
     headers,
     limits::{Attempt, Place, too_many},
     link::Link,
-    local::refuse_pages,
+    proxy_urls::ProxyUrls,
     recorder::Recorder,
     request_info::RequestInfo,
-    server::{Connection, DOOR, FrontEnd},
+    server::DOOR,
     streams,
     upstream::{BodyError, Lease, RequestBody, ResponseBody, UpstreamError},
     user::User,
 };
 use crate::{
-    front_door::{
-        Caller,
-        proxy_url::{self, ProxyUrls},
-    },
-    http::{hop::Hop, status::Failure},
-    page,
+    http::{exchange, hop::Hop, status::Failure},
+    stream::caller::Caller,
 };
 
 /// Answers of 429 on one connection before whoever has not authenticated there has to make another.
@@ -141,14 +137,18 @@ impl Connection {
         record.about(&info);
         self.refuse_other_node(&caller, record)?;
         if let Some(call) = self.call(&info)? {
-            return call.answer(self, Request::from_parts(head, body), caller, &info, record).await;
+            let request = Request::from_parts(head, body);
+            let (response, link) = call.answer(self, request, caller, &info, record).await?;
+            // The credential admits; how long the link lasts is for the identity inside it.
+            let upgrade = Some(Upgrade::Link(link));
+            return Ok(Answered { response, place: None, validity: Validity::default(), upgrade });
         }
         let urls = front_end.proxy_urls.as_ref().filter(|_| is_proxy_url(&info));
         let page = front_end.page(&info.path).filter(|_| !info.is_resource);
-        let long_running =
-            is_long_running(&info, head.uri.query()) || page.is_some() && page::is_long_running(&info.path);
+        let long_running = is_long_running(&info, head.uri.query())
+            || page.is_some_and(|page| page.is_long_running(&info.path));
         // What may become long is recorded, and bounded, as if it were.
-        reserve(front_end, record, long_running || hop.upgrade.is_some()).await?;
+        record.reserve_or_refuse(long_running || hop.upgrade.is_some(), &front_end.limits).await?;
         // Whoever the caller acts as, and before authorizers do anything for it.
         let place = front_end.limits.place(&caller.user.name, long_running).await;
         let mut place = place.inspect_err(|_| record.limited())?;
@@ -173,11 +173,11 @@ impl Connection {
             let answered = self.through_tunnel(urls, &user, place, request, record).await?;
             return Ok(Answered { validity, ..answered });
         }
-        if let Some(agent) = page {
+        if let Some(page) = page {
             let body = self.limited(body, record);
             let request = Request::from_parts(head, body);
             let origin = self.origin(record, &user);
-            let response = page::answer_on_front_end(&agent, &info.path, request, origin).await;
+            let response = page.clone().answer(info.path.clone(), request, origin).await;
             let response = response.map(Content::Page);
             return Ok(Answered { response, place: Some(place), validity, upgrade: None });
         }
@@ -236,14 +236,15 @@ impl Connection {
     /// Answers a proxy URL: to its target goes nothing of who asks.
     async fn through_tunnel(
         self: &Arc<Self>,
-        urls: &Arc<ProxyUrls>,
+        urls: &Arc<dyn ProxyUrls>,
         user: &User,
         place: Place,
         request: Request<Incoming>,
         record: &mut Recorder,
     ) -> Result<Answered, Failure> {
         let caller = Caller { door: DOOR, origin: self.origin(record, user), span: record.span() };
-        let (answered, node) = urls.answer(caller, self.peer.ip(), &self.activity, request).await;
+        let (answered, node) =
+            urls.clone().answer(caller, self.peer.ip(), self.activity.clone(), request).await;
         if let Some(node) = node {
             record.through(node);
         }
@@ -320,43 +321,6 @@ impl Connection {
         Failure::new(StatusCode::UNAUTHORIZED, "Unauthorized")
     }
 
-    /// The user on whose behalf the request goes on.
-    pub(super) async fn authorize(
-        &self,
-        head: &Parts,
-        caller: Authenticated,
-        info: &RequestInfo,
-        served_here: bool,
-        record: &mut Recorder,
-    ) -> Result<Arc<User>, Failure> {
-        let front_end = &self.front_end;
-        let denied = |reason: String| Failure::new(StatusCode::FORBIDDEN, format!("forbidden: {reason}"));
-        let impersonation = Impersonation::requested(&head.headers)
-            .map_err(|error| Failure::new(StatusCode::BAD_REQUEST, error.to_string()))?;
-        let user = match impersonation {
-            None => caller.user,
-            Some(impersonation) => match impersonation.allowed(&caller.user, &front_end.authz).await {
-                Ok(user) => {
-                    let user = Arc::new(user);
-                    record.impersonates(&user);
-                    user
-                }
-                Err(verdict) => {
-                    record.decided(&verdict);
-                    return Err(denied(verdict.reason));
-                }
-            },
-        };
-        if served_here || front_end.authorize_everything {
-            let verdict = front_end.authz.decide(&Attributes { user: &user, request: info }).await;
-            record.decided(&verdict);
-            if !verdict.allowed {
-                return Err(denied(verdict.reason));
-            }
-        }
-        Ok(user)
-    }
-
     async fn send(
         &self,
         request: Request<RequestBody>,
@@ -427,7 +391,7 @@ fn is_long_running(info: &RequestInfo, query: Option<&str>) -> bool {
 }
 
 /// A response, and what is to become of it.
-pub(super) struct Answered {
+struct Answered {
     pub response: Response<Content>,
     /// Of the request while its response is passed on.
     pub place: Option<Place>,
@@ -443,28 +407,15 @@ impl From<Failure> for Answered {
     }
 }
 
-/// What can't be recorded is not served.
-pub(super) async fn reserve(
-    front_end: &FrontEnd,
-    record: &mut Recorder,
-    lasting: bool,
-) -> Result<(), Failure> {
-    let Err(audit::Full) = record.reserve(lasting).await else { return Ok(()) };
-    front_end.limits.count("audit");
-    record.limited();
-    let message = "the request can't be recorded at the moment";
-    Err(Failure::new(StatusCode::SERVICE_UNAVAILABLE, message).retry_after(1))
-}
-
 /// A connection that changes to another protocol.
-pub(super) enum Upgrade {
+enum Upgrade {
     Stream(Stream),
     /// Of a node that calls home.
     Link(Link),
 }
 
 /// One whose bytes are passed on.
-pub(super) enum Stream {
+enum Stream {
     Server {
         caller: OnUpgrade,
         server: OnUpgrade,
@@ -473,7 +424,7 @@ pub(super) enum Stream {
         half_closed_timeout: Duration,
     },
     Target {
-        upgrade: proxy_url::Upgrade,
+        upgrade: exchange::Upgrade,
         _place: Place,
     },
 }

@@ -16,11 +16,13 @@ use super::{
     audit::{Audit, Full, Outcome, Queue, Record, RequestId, Room},
     authn::{Authenticated, Failure, Reason},
     authz::Verdict,
+    limits::Limits,
+    peer::Peer,
     request_info::RequestInfo,
-    server::Peer,
     user::{UNAUTHENTICATED, User},
 };
 use crate::{
+    http::status,
     metrics::{Authentication, FrontEndMetrics, RequestOutcome},
     traces::{self, Span, SpanContext},
 };
@@ -29,7 +31,7 @@ use crate::{
 const KEPT: usize = 8 * 1024;
 
 /// Dropping it writes the record: when the response has been passed on, or the caller has left.
-pub struct Recorder {
+pub(super) struct Recorder {
     audit: Audit,
     metrics: Arc<FrontEndMetrics>,
     /// It has been answered by this front end itself, as it can't be served.
@@ -64,7 +66,12 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    pub fn new<B>(audit: Audit, metrics: Arc<FrontEndMetrics>, peer: &Peer, request: &Request<B>) -> Self {
+    pub(super) fn new<B>(
+        audit: Audit,
+        metrics: Arc<FrontEndMetrics>,
+        peer: &Peer,
+        request: &Request<B>,
+    ) -> Self {
         Self {
             audit,
             metrics,
@@ -98,7 +105,7 @@ impl Recorder {
     }
 
     /// One more record of the same request, for what it led to.
-    pub fn again(&self) -> Self {
+    pub(super) fn again(&self) -> Self {
         Self {
             audit: self.audit.clone(),
             metrics: self.metrics.clone(),
@@ -128,7 +135,7 @@ impl Recorder {
         }
     }
 
-    pub fn authenticated(&mut self, who: &Authenticated) {
+    pub(super) fn authenticated(&mut self, who: &Authenticated) {
         self.metrics.authentication(who.authenticator, Authentication::Ok);
         self.user = Some(who.user.clone());
         self.authenticator = Some(who.authenticator);
@@ -142,20 +149,20 @@ impl Recorder {
     }
 
     /// What the request leads to is part of this.
-    pub fn span(&self) -> Option<SpanContext> {
+    pub(super) fn span(&self) -> Option<SpanContext> {
         self.user.as_ref()?;
         self.span.context().or(self.parent.as_ref()).cloned()
     }
 
     /// Says so to whoever answers the request.
-    pub fn inject(&self, headers: &mut HeaderMap) {
+    pub(super) fn inject(&self, headers: &mut HeaderMap) {
         if let Some(span) = self.span.context() {
             traces::inject(span, headers);
         }
     }
 
     /// Nobody recognises the caller.
-    pub fn unrecognized(&self, why: &Failure) {
+    pub(super) fn unrecognized(&self, why: &Failure) {
         for (authenticator, reason) in why.by_authenticator() {
             let result = if matches!(reason, Reason::NotTried(_)) {
                 Authentication::Limited
@@ -168,20 +175,33 @@ impl Recorder {
         }
     }
 
-    pub fn unauthenticated(&mut self) {
+    pub(super) fn unauthenticated(&mut self) {
         self.outcome = Outcome::Unauthenticated;
     }
 
     /// Makes sure that there will be room for the record of a request that is to be served.
-    pub async fn reserve(&mut self, lasting: bool) -> Result<(), Full> {
+    pub(super) async fn reserve(&mut self, lasting: bool) -> Result<(), Full> {
         self.lasting = lasting;
         let queue = if lasting { Queue::Lasting } else { self.queue() };
         self.room = self.audit.room(queue).await?;
         Ok(())
     }
 
+    /// The same for a request that is to be answered: what can't be recorded is not served.
+    pub(super) async fn reserve_or_refuse(
+        &mut self,
+        lasting: bool,
+        limits: &Limits,
+    ) -> Result<(), status::Failure> {
+        let Err(Full) = self.reserve(lasting).await else { return Ok(()) };
+        limits.count("audit");
+        self.limited();
+        let message = "the request can't be recorded at the moment";
+        Err(status::Failure::new(StatusCode::SERVICE_UNAVAILABLE, message).retry_after(1))
+    }
+
     /// Of a request that is not served: its line is lost if there is no room, but whoever makes many is slowed down.
-    pub async fn refused(&mut self) {
+    pub(super) async fn refused(&mut self) {
         self.failed = true;
         if self.room.is_none() {
             self.room = self.audit.room(self.queue()).await.ok().flatten();
@@ -195,11 +215,11 @@ impl Recorder {
         }
     }
 
-    pub fn limited(&mut self) {
+    pub(super) fn limited(&mut self) {
         self.outcome = Outcome::Limited;
     }
 
-    pub fn about(&mut self, request: &Arc<RequestInfo>) {
+    pub(super) fn about(&mut self, request: &Arc<RequestInfo>) {
         // A record is kept for as long as its response, and tells nothing of these.
         let RequestInfo { path, tail, field_selector, .. } = request.as_ref();
         self.request = Some(match path.len() + tail.len() <= KEPT && field_selector.is_empty() {
@@ -211,12 +231,12 @@ impl Recorder {
         });
     }
 
-    pub fn impersonates(&mut self, user: &Arc<User>) {
+    pub(super) fn impersonates(&mut self, user: &Arc<User>) {
         self.impersonated = Some(user.clone());
     }
 
-    pub fn decided(&mut self, verdict: &Verdict) {
-        self.metrics.decision(verdict);
+    pub(super) fn decided(&mut self, verdict: &Verdict) {
+        self.metrics.decision(verdict.authorizer, verdict.allowed);
         self.authorizer = verdict.authorizer;
         self.rule.clone_from(&verdict.rule);
         if !verdict.allowed {
@@ -225,16 +245,16 @@ impl Recorder {
     }
 
     /// The request was answered at the end of a node's tunnel.
-    pub fn through(&mut self, node: NodeName) {
+    pub(super) fn through(&mut self, node: NodeName) {
         self.node = Some(node);
     }
 
     /// The request goes on to who answers it.
-    pub fn allowed(&mut self) {
+    pub(super) fn allowed(&mut self) {
         self.outcome = Outcome::Allow;
     }
 
-    pub fn answered(&mut self, code: StatusCode) {
+    pub(super) fn answered(&mut self, code: StatusCode) {
         self.code = code.as_u16();
         let outcome = match self.outcome {
             Outcome::Allow if !self.failed => RequestOutcome::Served,
@@ -281,7 +301,7 @@ impl Recorder {
     }
 
     /// Bytes of the response's body.
-    pub fn sent(&self, bytes: u64) {
+    pub(super) fn sent(&self, bytes: u64) {
         self.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 }

@@ -12,7 +12,7 @@ const INTERVAL: Duration = Duration::from_secs(10);
 
 /// Counts events for the log.
 #[derive(Default)]
-pub struct Seldom(Mutex<State>);
+pub(super) struct Seldom(Mutex<State>);
 
 #[derive(Default)]
 struct State {
@@ -22,7 +22,7 @@ struct State {
 
 impl Seldom {
     /// How many to speak of, where it is time to.
-    pub fn count(&self, events: u64) -> Option<u64> {
+    pub(super) fn count(&self, events: u64) -> Option<u64> {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         state.unsaid += events;
         if state.said.is_some_and(|said| said.elapsed() < INTERVAL) {

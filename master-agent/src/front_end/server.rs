@@ -1,83 +1,46 @@
-//! The listener and its connections.
+//! The front end: its files read, and what all of its callers share.
 
-use std::{
-    fmt,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
-    sync::{Arc, Mutex, OnceLock, PoisonError, Weak, atomic::AtomicU32},
-    time::{Duration, Instant},
-};
+use std::{fmt, sync::Arc};
 
 use anyhow::Context;
-use hyper::{
-    server::conn::{http1, http2},
-    service::service_fn,
-};
-use hyper_util::rt::{TokioIo, TokioTimer};
-use proto::{
-    NodeName,
-    io::{
-        admin::accept_error,
-        handshake::{Place, Places},
-        patient::PatientWriter,
-        socket,
-        tasks::Tasks,
-    },
-};
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    net::TcpListener,
-    sync::{OwnedSemaphorePermit, Semaphore},
-};
-use tokio_rustls::TlsAcceptor;
+use proto::io::{handshake::Places, tasks::Tasks};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    admission::Admission,
     audit::{Audit, Writer},
-    authn::{Authenticated, Authenticators, Certificates, Moment},
+    authn::Authenticators,
     authz::Authorizers,
     config::FrontEndConfig,
     headers::Introduction,
-    limits::{Counted, Limits, LimitsConfig, Source},
-    reloaded::{Follow, Reloaded, follow},
-    streams::Streams,
+    limits::{Limits, LimitsConfig},
+    page::Page,
+    peer::Peer,
+    proxy_urls::ProxyUrls,
     tls,
     upstream::{Upstream, UpstreamStatus},
-    user::UNAUTHENTICATED,
-    workers::{self, Workers},
+    workers::Workers,
 };
 use crate::{
     agent::Agent,
-    front_door::proxy_url::ProxyUrls,
-    http::watched::{Activity, Watched},
     kubernetes::Cluster,
-    metrics::{Expiry, Handshake, Metrics},
-    page,
+    metrics::{Expiry, Metrics},
+    reloaded::{Follow, Reloaded, follow},
 };
 
 /// Connections at once on which nobody has authenticated.
 const HANDSHAKES: usize = 1024;
-/// Of a request's head.
-const MAX_HEAD: usize = 64 * 1024;
-const MAX_HEADERS: usize = 128;
-/// Streams that a caller resets before they are served (CVE-2023-44487).
-const MAX_RESETS: usize = 20;
-const STREAM_WINDOW: u32 = 256 * 1024;
-const CONNECTION_WINDOW: u32 = 1024 * 1024;
-/// How long who a certificate is may be remembered on its connection.
-const REMEMBERED: Duration = Duration::from_secs(10);
-/// How long requests that are under way may take once their connection is to end.
-const LAST_REQUESTS: Duration = Duration::from_secs(10);
 pub const DOOR: &str = "front-end";
-const EVICTED: &str = "gave its place to a newcomer before anybody authenticated";
 
 /// The front end, its files read.
 pub struct FrontEnd {
-    tls: Arc<Reloaded<tls::Serving>>,
+    pub(super) tls: Arc<Reloaded<tls::Serving>>,
     pub(super) authn: Authenticators,
     pub(super) authz: Authorizers,
     pub(super) authorize_everything: bool,
     /// `None` hands proxy URLs on.
-    pub(super) proxy_urls: Option<Arc<ProxyUrls>>,
+    pub(super) proxy_urls: Option<Arc<dyn ProxyUrls>>,
     pub(super) upstream: Arc<Upstream>,
     pub(super) introduction: Introduction,
     pub(super) limits: Limits,
@@ -87,14 +50,29 @@ pub struct FrontEnd {
     /// Callers and upgraded connections; drained at the end.
     pub(super) connections: Tasks,
     pub(super) draining: CancellationToken,
-    /// Whose nodes may call home here.
-    home: OnceLock<Weak<Agent>>,
-    /// Whose page is served here.
-    page: OnceLock<Weak<Agent>>,
+    /// Whose nodes may call home here, and whose hosts may join; `None` where neither is served.
+    home: Option<Arc<Agent>>,
+    /// `None` hands its paths on.
+    page: Option<Arc<dyn Page>>,
     permits: Arc<Semaphore>,
     handshakes: Places,
-    workers: Workers,
+    pub(super) workers: Workers,
     files: Vec<Arc<dyn Follow>>,
+}
+
+/// What the front end needs of the rest of the agent.
+pub struct Parts<'a> {
+    /// The cluster whose API is asked; `None` where none is configured.
+    pub cluster: Option<&'a Cluster>,
+    /// Serves proxy URLs, if the configuration wants them here.
+    pub proxy_urls: Option<Arc<dyn ProxyUrls>>,
+    /// The page, if the configuration wants it here.
+    pub page: Arc<dyn Page>,
+    /// Whose nodes may call home here.
+    pub home: Option<Arc<Agent>>,
+    pub metrics: Metrics,
+    /// Set when connections are to end after the request that they are at.
+    pub draining: CancellationToken,
 }
 
 /// How many there are at a moment.
@@ -106,91 +84,15 @@ pub struct Load {
     pub long_running: usize,
 }
 
-/// Where a caller comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Peer {
-    Address(SocketAddr),
-    /// From a node through its tunnel, whose other end is at `address`. What the node itself says of the caller
-    /// is nothing to go by.
-    Node {
-        name: NodeName,
-        address: Option<SocketAddr>,
-    },
-    /// Of the plain port: by TCP from this address, else by a Unix socket.
-    Local(Option<SocketAddr>),
-}
-
-impl Peer {
-    /// The address that is the nearest to the caller of those that are known for sure.
-    pub fn ip(&self) -> IpAddr {
-        match self {
-            Self::Address(address) | Self::Node { address: Some(address), .. } => address.ip(),
-            Self::Node { address: None, .. } => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-            Self::Local(_) => IpAddr::V4(Ipv4Addr::LOCALHOST),
-        }
-    }
-}
-
-impl fmt::Display for Peer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Address(address) => address.fmt(f),
-            Self::Node { name, .. } => write!(f, "node {name}"),
-            Self::Local(Some(address)) => write!(f, "local {address}"),
-            Self::Local(None) => f.write_str("local"),
-        }
-    }
-}
-
-/// A caller's place among those that are served, for as long as its connection lasts, whatever it changes to.
-pub struct Admission {
-    /// Until somebody has authenticated: who has not gives way to newcomers.
-    stranger: Mutex<Option<Place>>,
-    evicted: CancellationToken,
-    _permit: OwnedSemaphorePermit,
-    _counted: Counted<Source>,
-    /// On the thread that serves it, if it is one of the front end's own.
-    load: Option<workers::Load>,
-}
-
-impl Admission {
-    fn is_strangers(&self) -> bool {
-        self.stranger.lock().unwrap_or_else(PoisonError::into_inner).is_some()
-    }
-
-    fn authenticated(&self) {
-        drop(self.stranger.lock().unwrap_or_else(PoisonError::into_inner).take());
-    }
-}
-
-/// One accepted connection.
-pub(super) struct Connection {
-    pub front_end: Arc<FrontEnd>,
-    pub peer: Peer,
-    pub certificates: Certificates,
-    /// Who the certificate was, by the files of which generation, and when.
-    pub remembered: Mutex<Option<(u64, Instant, Authenticated)>>,
-    /// Who the caller is whatever it presents, on the plain port.
-    pub known: Option<Authenticated>,
-    pub activity: Activity,
-    pub admission: Admission,
-    /// Cancelled once no more requests are taken.
-    pub ending: CancellationToken,
-    /// How often its requests were too many.
-    pub limited: AtomicU32,
-}
-
 impl FrontEnd {
     /// Reads all files. `callers` owns the callers' connections, `background` those to API servers.
     pub fn load(
         config: &FrontEndConfig,
-        cluster: Option<&Cluster>,
-        proxy_urls: Option<Arc<ProxyUrls>>,
-        metrics: Metrics,
+        parts: Parts<'_>,
         callers: &Tasks,
         background: &Tasks,
-        draining: CancellationToken,
     ) -> anyhow::Result<(Arc<Self>, Writer)> {
+        let Parts { cluster, proxy_urls, page, home, metrics, draining } = parts;
         let (authn, mut files) = Authenticators::load(&config.authn, cluster)?;
         let (authz, more) = Authorizers::load(&config.authz)?;
         files.extend(more);
@@ -213,8 +115,8 @@ impl FrontEnd {
             metrics,
             connections: callers.clone(),
             draining,
-            home: OnceLock::new(),
-            page: OnceLock::new(),
+            home,
+            page: config.serve_page.then_some(page),
             permits: Arc::new(Semaphore::new(config.limits.max_connections)),
             handshakes: Places::new(HANDSHAKES),
             workers: Workers::start().context("no threads for the front end")?,
@@ -234,23 +136,14 @@ impl FrontEnd {
         self.workers.runtimes()
     }
 
-    /// Lets nodes call home, and hosts join, over this port.
-    pub fn take_calls(&self, agent: &Arc<Agent>) {
-        let _ = self.home.set(Arc::downgrade(agent));
-    }
-
+    /// The agent whose nodes may call home here.
     pub(super) fn home(&self) -> Option<Arc<Agent>> {
-        self.home.get().and_then(Weak::upgrade)
+        self.home.clone()
     }
 
-    /// Serves the agent's page.
-    pub fn serve_page(&self, agent: &Arc<Agent>) {
-        let _ = self.page.set(Arc::downgrade(agent));
-    }
-
-    /// The agent whose page a path is of.
-    pub(super) fn page(&self, path: &str) -> Option<Arc<Agent>> {
-        page::on_front_end(path).and_then(|_| self.page.get()).and_then(Weak::upgrade)
+    /// The page, where it serves a path.
+    pub(super) fn page(&self, path: &str) -> Option<&Arc<dyn Page>> {
+        self.page.as_ref().filter(|page| page.serves(path))
     }
 
     /// When the certificates in use expire.
@@ -280,31 +173,6 @@ impl FrontEnd {
         self.upstream.healthy()
     }
 
-    /// Accepts callers for ever.
-    pub async fn accept(self: Arc<Self>, listener: TcpListener) {
-        loop {
-            let (socket, peer) = match listener.accept().await {
-                Ok((socket, peer)) => (socket, Peer::Address(peer)),
-                Err(e) => {
-                    accept_error(&e).await;
-                    continue;
-                }
-            };
-            // Whoever is refused here hears nothing: an answer would cost a handshake.
-            let Ok(mut admission) = self.admit(&peer) else { continue };
-            socket::tune_caller(&socket);
-            let (socket, runtime, load) = match self.workers.take(socket) {
-                Ok(taken) => taken,
-                Err(error) => {
-                    self.refused(&peer, &error);
-                    continue;
-                }
-            };
-            admission.load = Some(load);
-            self.connections.spawn_on(self.clone().serve(socket, peer, admission), &runtime);
-        }
-    }
-
     /// A caller's place, or why there is none.
     pub fn admit(&self, peer: &Peer) -> Result<Admission, &'static str> {
         let Some(counted) = self.limits.connection(peer) else {
@@ -314,49 +182,7 @@ impl FrontEnd {
             self.limits.count("connections");
             return Err(self.turned_away(peer, "max_connections reached"));
         };
-        let place = self.handshakes.take(peer.ip());
-        let evicted = place.evicted.clone();
-        Ok(Admission {
-            stranger: Mutex::new(Some(place)),
-            evicted,
-            _permit: permit,
-            _counted: counted,
-            load: None,
-        })
-    }
-
-    /// Serves one caller to its end, whatever its connection came over.
-    pub async fn serve<S>(self: Arc<Self>, socket: S, peer: Peer, admission: Admission)
-    where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    {
-        let acceptor = TlsAcceptor::from(self.tls.get().config.clone());
-        let handshake = Box::pin(tokio::time::timeout(self.config.head_timeout, acceptor.accept(socket)));
-        let tls = tokio::select! {
-            handshake = handshake => match handshake {
-                Ok(Ok(tls)) => tls,
-                Ok(Err(error)) => return self.no_handshake(Handshake::Failed, &peer, &error),
-                Err(_) => return self.no_handshake(Handshake::TimedOut, &peer, &"no TLS handshake in time"),
-            },
-            () = admission.evicted.cancelled() => {
-                return self.no_handshake(Handshake::Evicted, &peer, &EVICTED);
-            }
-        };
-        let session = &tls.get_ref().1;
-        self.metrics.front_end.handshake(Handshake::Ok(session.protocol_version()));
-        let http2 = session.alpn_protocol() == Some(b"h2");
-        let certificates = session.peer_certificates().unwrap_or_default();
-        let certificates = certificates.iter().map(|certificate| certificate.clone().into_owned());
-        let certificates = Certificates::new(certificates.collect());
-        let connection =
-            Arc::new(Connection { certificates, ..Connection::new(self, peer, None, admission) });
-        let socket = PatientWriter::new(tls, connection.front_end.config.idle_timeout);
-        if http2 {
-            let served = Box::pin(connection.clone().http2(socket));
-            connection.unless_evicted(served).await;
-        } else {
-            connection.served_http1(socket).await;
-        }
+        Ok(Admission::new(self.handshakes.take(peer.ip()), permit, counted))
     }
 
     fn turned_away(&self, peer: &Peer, reason: &'static str) -> &'static str {
@@ -364,138 +190,8 @@ impl FrontEnd {
         reason
     }
 
-    fn no_handshake(&self, why: Handshake, peer: &Peer, error: &dyn fmt::Display) {
-        self.metrics.front_end.handshake(why);
-        self.refused(peer, error);
-    }
-
     pub(super) fn refused(&self, peer: &Peer, error: &dyn fmt::Display) {
-        self.metrics.bad_requests.get_or_create(&crate::metrics::Door { front_door: DOOR }).inc();
-        tracing::debug!(front_door = DOOR, %peer, %error, "refused a caller");
-    }
-}
-
-impl Connection {
-    pub fn new(
-        front_end: Arc<FrontEnd>,
-        peer: Peer,
-        known: Option<Authenticated>,
-        admission: Admission,
-    ) -> Self {
-        Self {
-            front_end,
-            peer,
-            certificates: Certificates::default(),
-            remembered: Mutex::default(),
-            known,
-            activity: Activity::default(),
-            admission,
-            ending: CancellationToken::new(),
-            limited: AtomicU32::new(0),
-        }
-    }
-
-    /// Serves HTTP/1.1 to the connection's end.
-    pub async fn served_http1<S>(self: Arc<Self>, socket: S)
-    where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    {
-        let served = Box::pin(self.clone().http1(socket));
-        self.unless_evicted(served).await;
-    }
-
-    async fn unless_evicted(&self, served: impl Future<Output = hyper::Result<()>>) {
-        tokio::select! {
-            served = served => {
-                if let Err(error) = served {
-                    self.front_end.refused(&self.peer, &error);
-                }
-            }
-            () = self.admission.evicted.cancelled() => self.front_end.refused(&self.peer, &EVICTED),
-        }
-    }
-
-    /// Whether nobody has authenticated here.
-    pub fn is_strangers(&self) -> bool {
-        self.admission.is_strangers()
-    }
-
-    /// Somebody has authenticated.
-    pub fn authenticated(&self, who: &Authenticated) {
-        if !who.user.in_group(UNAUTHENTICATED) {
-            self.admission.authenticated();
-        }
-    }
-
-    async fn http1<S>(self: Arc<Self>, socket: S) -> hyper::Result<()>
-    where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    {
-        let FrontEnd { config, draining, .. } = self.front_end.as_ref();
-        let socket = Watched::new(socket, self.activity.clone(), config.head_timeout);
-        let connection = http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(config.idle_timeout)
-            .max_headers(MAX_HEADERS)
-            .max_buf_size(MAX_HEAD)
-            .serve_connection(TokioIo::new(socket), service_fn(|request| self.clone().answer(request)))
-            .with_upgrades();
-        tokio::pin!(connection);
-        tokio::select! {
-            served = connection.as_mut() => served,
-            () = draining.cancelled() => {
-                connection.as_mut().graceful_shutdown();
-                connection.await
-            }
-        }
-    }
-
-    async fn http2<S>(self: Arc<Self>, socket: S) -> hyper::Result<()>
-    where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    {
-        let FrontEnd { config, draining, connections, .. } = self.front_end.as_ref();
-        let streams = Streams {
-            tasks: connections.clone(),
-            patience: config.idle_timeout,
-            ending: self.ending.clone(),
-        };
-        let connection = http2::Builder::new(streams)
-            .timer(TokioTimer::new())
-            .max_concurrent_streams(config.max_streams)
-            .max_header_list_size(MAX_HEAD as u32)
-            .max_pending_accept_reset_streams(MAX_RESETS)
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .keep_alive_interval(Duration::from_secs(30))
-            .keep_alive_timeout(Duration::from_secs(20))
-            .serve_connection(TokioIo::new(socket), service_fn(|request| self.clone().answer(request)));
-        tokio::pin!(connection);
-        tokio::select! {
-            served = connection.as_mut() => return served,
-            () = draining.cancelled() => {
-                connection.as_mut().graceful_shutdown();
-                return connection.await;
-            }
-            () = self.ending.cancelled() => {}
-            () = self.activity.unused(config.head_timeout, config.idle_timeout) => {}
-        }
-        connection.as_mut().graceful_shutdown();
-        tokio::time::timeout(LAST_REQUESTS, connection).await.unwrap_or(Ok(()))
-    }
-
-    /// Who the connection's certificate was a moment ago.
-    pub fn remembered(&self, now: &Moment) -> Option<Authenticated> {
-        let remembered = self.remembered.lock().unwrap_or_else(PoisonError::into_inner);
-        let (generation, at, who) = remembered.as_ref()?;
-        let good = *generation == self.front_end.authn.generation()
-            && now.monotonic.saturating_duration_since(*at) < REMEMBERED
-            && who.validity.expires.is_none_or(|end| now.wall < end);
-        good.then(|| who.clone())
-    }
-
-    pub fn remember(&self, generation: u64, now: &Moment, who: &Authenticated) {
-        let mut remembered = self.remembered.lock().unwrap_or_else(PoisonError::into_inner);
-        *remembered = Some((generation, now.monotonic, who.clone()));
+        self.metrics.bad_requests.get_or_create(&crate::metrics::Door { egress: DOOR }).inc();
+        tracing::debug!(egress = DOOR, %peer, %error, "refused a caller");
     }
 }

@@ -12,13 +12,13 @@ tokio::task_local! {
 }
 
 /// That of the response which the current task makes.
-pub fn progress() -> Arc<Progress> {
+pub(super) fn progress() -> Arc<Progress> {
     PROGRESS.try_with(Arc::clone).unwrap_or_default()
 }
 
 /// Runs the streams of one connection.
 #[derive(Clone)]
-pub struct Streams {
+pub(super) struct Streams {
     pub tasks: Tasks,
     /// How long a caller may take nothing of a response that is there.
     pub patience: Duration,

@@ -6,6 +6,7 @@
 use std::{path::PathBuf, sync::Arc};
 
 use anyhow::{Context, bail};
+use proto::config::Section;
 use rustls::{
     ServerConfig,
     crypto::{CryptoProvider, aws_lc_rs},
@@ -15,17 +16,21 @@ use rustls::{
 };
 use x509_parser::{extensions::GeneralName, prelude::FromDer};
 
-use super::{
-    https_client::{chain, private_key},
-    reloaded::Reloaded,
-};
-use crate::{client_certificates::Possession, metrics::X509Expiry};
+use super::https_client::{chain, private_key};
+use crate::{client_certificates::Possession, metrics::X509Expiry, reloaded::Reloaded};
 
 /// A serving certificate: its chain and its key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServingCertificate {
     pub cert: PathBuf,
     pub key: PathBuf,
+}
+
+impl ServingCertificate {
+    pub fn read(s: &Section<'_>) -> Option<Self> {
+        let (cert, key) = (s.required_file("cert"), s.required_private_file("key"));
+        Some(Self { cert: cert?, key: key? })
+    }
 }
 
 /// What new connections are served with.

@@ -5,9 +5,8 @@
 //! asks for, and TLS begins at the caller. To the front end such a caller is the node's: its limits are shared by
 //! all that come from that node, and nothing of what the node says of a caller is believed.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
-use hyper::StatusCode;
 use proto::{
     DialError, Target,
     io::{
@@ -19,19 +18,12 @@ use proto::{
     mux::FRONT_END,
 };
 
-use super::{
-    authn::Authenticated,
-    authz::Verdict,
-    recorder::Recorder,
-    server::{Admission, Connection, FrontEnd, Peer},
-};
+use super::{admission::Admission, peer::Peer, server::FrontEnd};
 use crate::{
-    agent::Agent,
-    front_door::{Caller, record::Record, target_socket},
-    http::status::Failure,
-    inventory::InventoryNode,
+    stream::{caller::Caller, record::Record, target_socket},
     traces::Span,
     tunnel::Tunnel,
+    tunnels::callers::ServeCallers,
 };
 
 /// In records and metrics.
@@ -43,13 +35,18 @@ const ORIGIN: usize = 100;
 /// How long until an sshd that refused to listen is asked again. The session before may still hold the address.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// Serves what comes through one tunnel, until it ends. Does nothing where that is not configured.
-pub async fn serve(agent: Arc<Agent>, tunnel: Arc<Tunnel>) {
-    let wanted = agent.config.front_end.as_ref().is_some_and(|config| config.through_tunnels);
-    let Some(front_end) = agent.front_end.get().filter(|_| wanted).cloned() else { return };
+impl ServeCallers for FrontEnd {
+    fn serve(
+        self: Arc<Self>,
+        tunnel: Arc<Tunnel>,
+        listen: Option<SocketAddr>,
+    ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        Box::pin(serve(self, tunnel, listen))
+    }
+}
+
+async fn serve(front_end: Arc<FrontEnd>, tunnel: Arc<Tunnel>, listen: Option<SocketAddr>) {
     if !tunnel.is_node_agent() {
-        let listen = |node: &&InventoryNode| node.name == tunnel.node;
-        let listen = agent.inventory().nodes.iter().find(listen).and_then(|node| node.front_end_listen);
         if let Some(address) = listen {
             serve_forwarded(&front_end, &tunnel, address).await;
         }
@@ -102,7 +99,7 @@ fn admit(front_end: &FrontEnd, tunnel: &Tunnel, incoming: &Incoming) -> Result<A
     admitted.map_err(|reason| DialError::TooManyStreams(format!("the master's front end: {reason}")))
 }
 
-async fn serve_forwarded(front_end: &Arc<FrontEnd>, tunnel: &Arc<Tunnel>, address: std::net::SocketAddr) {
+async fn serve_forwarded(front_end: &Arc<FrontEnd>, tunnel: &Arc<Tunnel>, address: SocketAddr) {
     let most = front_end.config.max_connections_per_node;
     let mut told = false;
     while !tunnel.has_ended() {
@@ -160,31 +157,6 @@ async fn carry(
         (io, ended == Outcome::Closed)
     });
     tokio::join!(Box::pin(served), carried);
-}
-
-impl Connection {
-    /// Refuses a node's credential that comes through another node's tunnel. Nodes don't share credentials, and one
-    /// without a route has a tunnel of its own, so it has been stolen.
-    pub(super) fn refuse_other_node(
-        &self,
-        caller: &Authenticated,
-        record: &mut Recorder,
-    ) -> Result<(), Failure> {
-        let (Peer::Node { name, .. }, Some(node)) = (&self.peer, caller.user.node()) else { return Ok(()) };
-        if node == name.as_str() {
-            return Ok(());
-        }
-        let reason =
-            format!("a credential of node {node:?} can't be used through the tunnel of node {name:?}");
-        tracing::warn!(peer = %self.peer, user = caller.user.name, reason, "refused a node's credential");
-        record.decided(&Verdict {
-            allowed: false,
-            authorizer: Some("tunnel"),
-            rule: "not-its-own".to_owned(),
-            reason: reason.clone(),
-        });
-        Err(Failure::new(StatusCode::FORBIDDEN, format!("forbidden: {reason}")))
-    }
 }
 
 fn peer(tunnel: &Tunnel) -> Peer {

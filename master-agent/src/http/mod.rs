@@ -1,9 +1,13 @@
-//! What the front door of proxy URLs and the front end have in common as HTTP servers and proxies.
+//! What the egress listener of proxy URLs and the front end have in common as HTTP servers and proxies.
 
+pub mod browser;
 pub mod claims;
+pub mod exchange;
 pub mod hop;
 pub mod status;
 pub mod watched;
+
+use std::net::IpAddr;
 
 use proto::io::tasks::Tasks;
 
@@ -19,4 +23,10 @@ where
     fn execute(&self, future: F) {
         self.0.spawn(future);
     }
+}
+
+/// Whether a host, as a URL has it, is this one.
+pub fn is_loopback(host: &str) -> bool {
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
 }

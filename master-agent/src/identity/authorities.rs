@@ -22,8 +22,8 @@ use russh::keys::{
     },
 };
 
-use crate::join::LOGIN;
-
+/// The master's SSH user name, and the principal of its certificates.
+pub const LOGIN: &str = "master-agent";
 /// Clocks of peers may be behind by this much.
 const CLOCK_SKEW: Duration = Duration::from_secs(300);
 /// 9999-12-31T23:59:59Z, the last second that RFC 3339 can write.

@@ -20,7 +20,7 @@ use russh::{
     },
 };
 
-use crate::inventory::HostTrust;
+use crate::host_trust::HostTrust;
 
 /// A node that has proved itself.
 #[derive(Clone, Debug)]

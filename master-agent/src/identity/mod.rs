@@ -2,10 +2,11 @@
 //! the certificates of masters and people.
 
 mod authorities;
+pub mod config;
 mod host_key;
 pub mod revocation;
 
-pub use authorities::{Authorities, UserIdentity, host_name};
+pub use authorities::{Authorities, LOGIN, UserIdentity, host_name};
 pub use host_key::{Expected, HostKeyError, VerifiedHost, fingerprint, verify_host};
 
 #[cfg(test)]

@@ -1,13 +1,6 @@
-//! Revoked certificates of masters and people: the list in the store, which `master-agent revoke` changes, and how the
-//! running agent brings it to its nodes.
-//!
-//! The list is looked at once a second in the store, signed by the user CA when it has changed, and brought to each
-//! node-agent at once and when a tunnel to it begins. A plain sshd gets it with `master-agent sshd-config` only.
+//! Revoked certificates of masters and people: the list in the store, which `master-agent revoke` changes.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{sync::Arc, time::SystemTime};
 
 use anyhow::{Context, bail};
 use base64::{Engine, engine::general_purpose::STANDARD_NO_PAD};
@@ -20,23 +13,15 @@ use russh::keys::{Certificate, HashAlg, PublicKey};
 use tokio::sync::watch;
 
 use super::Authorities;
-use crate::{
-    agent::Agent,
-    store::Store,
-    tunnel::{Brought, Tunnel},
-};
-
-/// How often the store is looked at.
-const LOOK: Duration = Duration::from_secs(1);
-/// How long until a node is asked again that did not take a list.
-const RETRY: Duration = Duration::from_secs(5);
+use crate::store::Store;
 
 /// A list ready to be brought to nodes.
 #[derive(Debug)]
 pub struct Published {
     pub version: u64,
-    list: Krl,
-    signed: Bytes,
+    pub list: Krl,
+    /// The list with its signature, as it goes to nodes.
+    pub signed: Bytes,
 }
 
 /// The list that nodes are to have; none while nothing has ever been revoked.
@@ -125,107 +110,10 @@ pub fn show(entry: &Entry) -> (&'static str, String) {
     }
 }
 
-/// Follows the list in the store, for ever.
-pub async fn follow(agent: Arc<Agent>) {
-    let mut interval = tokio::time::interval(LOOK);
-    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let (mut seen, mut told) = (None, String::new());
-    loop {
-        interval.tick().await;
-        let looks = agent.clone();
-        let looked = tokio::task::spawn_blocking(move || look(&looks, seen)).await;
-        let result = looked.map_err(anyhow::Error::from).and_then(|result| result);
-        match result {
-            Ok(Some(published)) => {
-                seen = Some(published.version);
-                tracing::info!(version = published.version, "list of revoked certificates changed");
-                agent.revocations.send_replace(Some(Arc::new(published)));
-                still_good(&agent);
-                told.clear();
-            }
-            Ok(None) => told.clear(),
-            Err(error) => {
-                let error = format!("{error:#}");
-                if told != error {
-                    tracing::error!(error, "can't read the list of revoked certificates; the last one stays");
-                }
-                told = error;
-            }
-        }
-    }
-}
-
-/// The stored list, unless it is the one that was seen last.
-fn look(agent: &Agent, seen: Option<u64>) -> anyhow::Result<Option<Published>> {
-    if agent.store.revocations_version()? == seen {
-        return Ok(None);
-    }
-    let list = stored(agent.store.as_ref())?;
-    let signed = sign(&agent.authorities, &list)?.encode().into();
-    Ok(Some(Published { version: list.version, list, signed }))
-}
-
-/// A master whose present certificate is revoked needs another one before it links again.
-fn still_good(agent: &Agent) {
-    let revoked = || {
-        let published = agent.revocations.borrow().clone()?;
-        published.list.revokes(agent.user().certificate.as_ref()?)
-    };
-    if revoked().is_some() {
-        agent.issue_user();
-        match revoked() {
-            None => tracing::warn!("this master's own certificate was revoked; it has another one"),
-            Some(by) => tracing::error!(%by, "this master is revoked: nodes refuse it"),
-        }
-    }
-}
-
-/// Brings a node what it does not have yet, until the tunnel ends.
-pub async fn serve(agent: Arc<Agent>, tunnel: Arc<Tunnel>) {
-    if !tunnel.is_node_agent() {
-        return;
-    }
-    let mut changes = agent.revocations.subscribe();
-    let ca = agent.authorities.user_ca_pin();
-    loop {
-        let published = changes.borrow_and_update().clone();
-        if let Some(published) = published {
-            let (node, version) = (&tunnel.node, published.version);
-            match tunnel.bring_revocations(&ca, version, published.signed.clone()).await {
-                Ok(Brought::Taken) => {
-                    tracing::info!(%node, version, "the node has the list of revoked certificates")
-                }
-                Ok(Brought::Held) => {
-                    tracing::debug!(%node, version, "the node had the list of revoked certificates")
-                }
-                Ok(Brought::Newer(held)) => {
-                    tracing::warn!(%node, version, held, "the node has a newer list of revoked certificates than this master");
-                }
-                Ok(Brought::Refused(error)) => {
-                    tracing::error!(%node, version, error, "the node refused the list of revoked certificates");
-                }
-                Ok(Brought::Unknown) => {
-                    tracing::warn!(%node, "the node's agent takes no list of revoked certificates: update it");
-                    return;
-                }
-                Err(error) => {
-                    tracing::warn!(%node, version, %error, "can't bring a node the list of revoked certificates");
-                    tokio::select! {
-                        () = tokio::time::sleep(RETRY) => {}
-                        _ = changes.changed() => {}
-                    }
-                    continue;
-                }
-            }
-        }
-        if changes.changed().await.is_err() {
-            return;
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::{
         identity::tests::{TempDir, new_key},
@@ -271,7 +159,13 @@ mod tests {
         let dir = TempDir::new();
         let authorities = Authorities::load_or_create(&dir.0).unwrap();
         let certificate = authorities
-            .sign_user(key.public_key(), &["alice".to_owned()], "alice", SystemTime::now(), LOOK)
+            .sign_user(
+                key.public_key(),
+                &["alice".to_owned()],
+                "alice",
+                SystemTime::now(),
+                Duration::from_secs(60),
+            )
             .unwrap();
         assert_eq!(key_entry("f", |_| Ok(certificate.to_openssh()?)).unwrap(), by_file);
         for bad in ["SHA256:", "SHA256:abc", "MD5:00"] {

@@ -18,13 +18,13 @@ use russh::keys::{
 };
 
 use super::*;
-use crate::inventory::HostTrust;
+use crate::host_trust::HostTrust;
 
 /// A directory that goes with the test.
 pub(crate) struct TempDir(pub PathBuf);
 
 impl TempDir {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let path = std::env::temp_dir().join(format!("master-agent-test-{:016x}", rand::random::<u64>()));
         std::fs::create_dir(&path).unwrap();
         Self(path)

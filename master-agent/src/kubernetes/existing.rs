@@ -11,7 +11,7 @@ use std::{
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use sha2::{Digest, Sha256};
 
-use super::{Followed, objects};
+use super::{followed::Followed, objects};
 use crate::routing::cluster::{self, Key};
 
 /// Seconds for which an object that is to be deleted is still taken for existing after its `deletionTimestamp`, as

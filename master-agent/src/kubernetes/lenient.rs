@@ -8,7 +8,7 @@ use serde_json::Value;
 
 /// An object of a kind, or why it is none. Of the metadata there is at least what could be read.
 #[derive(Clone, Debug)]
-pub struct Lenient<K> {
+pub(super) struct Lenient<K> {
     pub metadata: ObjectMeta,
     pub object: Result<K, String>,
 }

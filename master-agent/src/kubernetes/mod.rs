@@ -5,8 +5,11 @@
 //! Whatever goes wrong with the API, what is known stays: nothing is forgotten before a new list has arrived whole,
 //! and how old the last good word is can be asked ([`Watches::status`]).
 
+pub mod config;
 pub mod existing;
+mod followed;
 mod lenient;
+pub mod metrics;
 mod objects;
 
 use std::{
@@ -28,13 +31,14 @@ use proto::{backoff::Backoff, io::tasks::Tasks};
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::sync::watch;
 
+use config::KubernetesConfig;
 use existing::Existing;
+use followed::Followed;
 use lenient::Lenient;
 
-use crate::{
-    config::KubernetesConfig,
-    dialer::TunnelDialer,
-    routing::cluster::{Key, Kind, Object},
+use crate::routing::{
+    cluster::{Key, Kind, Object},
+    shared::SharedRoutes,
 };
 
 /// Objects of one page of a list.
@@ -63,7 +67,7 @@ pub struct Cluster {
 
 /// The state of the watches. Cheap to share.
 pub struct Watches {
-    dialer: Arc<TunnelDialer>,
+    routes: Arc<SharedRoutes>,
     stale_after: Duration,
     kinds: Mutex<[Freshness; Followed::ALL.len()]>,
     /// `None` does not follow service accounts.
@@ -94,33 +98,6 @@ pub struct WatchStatus {
     pub errors: u64,
     /// Which objects could not be read.
     pub unreadable: Option<String>,
-}
-
-/// A kind of object that is followed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Followed {
-    /// For its routes.
-    Routed(Kind),
-    /// To know which exist.
-    ServiceAccounts,
-}
-
-impl Followed {
-    const ALL: [Self; 5] = [
-        Self::Routed(Kind::Nodes),
-        Self::Routed(Kind::Pods),
-        Self::Routed(Kind::Services),
-        Self::Routed(Kind::EndpointSlices),
-        Self::ServiceAccounts,
-    ];
-
-    /// As in the API's paths.
-    fn name(self) -> &'static str {
-        match self {
-            Self::Routed(kind) => kind.name(),
-            Self::ServiceAccounts => "serviceaccounts",
-        }
-    }
 }
 
 /// A kind of object, and how routing's form of it is made.
@@ -176,9 +153,9 @@ pub async fn client(config: &KubernetesConfig) -> anyhow::Result<Client> {
 
 impl Watches {
     /// `accounts` also follows service accounts, and keeps which objects exist that tokens can be bound to.
-    pub fn new(dialer: Arc<TunnelDialer>, stale_after: Duration, accounts: bool) -> Arc<Self> {
+    pub fn new(routes: Arc<SharedRoutes>, stale_after: Duration, accounts: bool) -> Arc<Self> {
         let (kinds, existing) = (Mutex::default(), accounts.then(Arc::default));
-        Arc::new(Self { dialer, stale_after, kinds, existing, nodes_changed: watch::Sender::new(()) })
+        Arc::new(Self { routes, stale_after, kinds, existing, nodes_changed: watch::Sender::new(()) })
     }
 
     /// Which objects exist that tokens can be bound to.
@@ -222,7 +199,7 @@ impl Watches {
 
     fn count(&self, kind: Followed) -> usize {
         match kind {
-            Followed::Routed(kind) => self.dialer.with_routes(|routes| routes.cluster.count(kind)),
+            Followed::Routed(kind) => self.routes.read(|routes| routes.cluster.count(kind)),
             Followed::ServiceAccounts => {
                 self.existing.as_ref().map_or(0, |existing| existing.count(existing::Kind::ServiceAccount))
             }
@@ -297,13 +274,18 @@ impl Watches {
     /// Puts a whole list in the place of what is known; gives the version to watch from.
     async fn list<K: Watched>(&self, api: &Api<Lenient<K>>) -> Result<String, String> {
         let mut params = ListParams::default().limit(PAGE);
-        let (mut listed, mut existing) = (HashSet::new(), HashSet::new());
+        let mut listed = HashSet::new();
+        let mut existing = self.existing.as_ref().map(|known| (known, HashSet::new()));
+        let mut count = 0;
         self.change(K::KIND, |fresh| fresh.unreadable = None);
         for _ in 0..PAGES {
             let page = tokio::time::timeout(PATIENCE, api.list(&params)).await;
             let page = page.map_err(|_| "no answer to a list".to_owned())?.map_err(|e| show(&e))?;
             for object in page.items {
-                existing.extend(objects::key(&object.metadata));
+                count += 1;
+                if let Some((_, existing)) = &mut existing {
+                    existing.extend(objects::key(&object.metadata));
+                }
                 listed.extend(self.apply(object));
             }
             match page.metadata.continue_.filter(|token| !token.is_empty()) {
@@ -321,14 +303,14 @@ impl Watches {
                         );
                     }
                     if let Followed::Routed(kind) = K::KIND {
-                        self.dialer.change_routes(|routes| routes.cluster.retain(kind, &listed));
+                        self.routes.change(|routes| routes.cluster.retain(kind, &listed));
                     }
-                    if let Some(known) = &self.existing {
-                        known.retain(K::KIND, &existing);
+                    if let Some((known, existing)) = &existing {
+                        known.retain(K::KIND, existing);
                     }
                     self.tell(K::KIND);
                     self.heard(K::KIND, true);
-                    tracing::info!(kind = K::KIND.name(), objects = existing.len(), version, "listed");
+                    tracing::info!(kind = K::KIND.name(), objects = count, version, "listed");
                     return Ok(version);
                 }
             }
@@ -424,7 +406,7 @@ impl Watches {
             }
         };
         let key = object.key();
-        let changed = self.dialer.change_routes(|routes| {
+        let changed = self.routes.change(|routes| {
             let changed = match &object {
                 Object::Node(node) => routes.cluster.node(&key) != Some(node),
                 Object::Pod(_) | Object::Service(_) | Object::EndpointSlice(_) => false,
@@ -440,7 +422,7 @@ impl Watches {
 
     fn unroute(&self, kind: Followed, key: &str) {
         if let Followed::Routed(kind) = kind {
-            self.dialer.change_routes(|routes| routes.cluster.remove(kind, key));
+            self.routes.change(|routes| routes.cluster.remove(kind, key));
         }
         self.tell(kind);
     }

@@ -16,7 +16,7 @@ const KUBELET_PORT: u16 = 10250;
 /// Which service an EndpointSlice belongs to.
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
-pub fn node(node: core::Node) -> Option<Object> {
+pub(super) fn node(node: core::Node) -> Option<Object> {
     let status = node.status.unwrap_or_default();
     let spec = node.spec.unwrap_or_default();
     let created = age(&node.metadata);
@@ -42,7 +42,7 @@ pub fn node(node: core::Node) -> Option<Object> {
     }))
 }
 
-pub fn pod(pod: core::Pod) -> Option<Object> {
+pub(super) fn pod(pod: core::Pod) -> Option<Object> {
     let status = pod.status.unwrap_or_default();
     let spec = pod.spec.unwrap_or_default();
     let mut addresses: Vec<IpAddr> = status.pod_ip.iter().filter_map(|ip| address(ip)).collect();
@@ -64,7 +64,7 @@ pub fn pod(pod: core::Pod) -> Option<Object> {
     }))
 }
 
-pub fn service(service: core::Service) -> Option<Object> {
+pub(super) fn service(service: core::Service) -> Option<Object> {
     let spec = service.spec.unwrap_or_default();
     let cluster_ips = match spec.cluster_ips {
         Some(ips) if !ips.is_empty() => ips,
@@ -85,7 +85,7 @@ pub fn service(service: core::Service) -> Option<Object> {
     }))
 }
 
-pub fn endpoint_slice(slice: discovery::EndpointSlice) -> Option<Object> {
+pub(super) fn endpoint_slice(slice: discovery::EndpointSlice) -> Option<Object> {
     let namespace = slice.metadata.namespace.as_deref()?;
     let service = slice.metadata.labels.as_ref()?.get(SERVICE_NAME)?;
     let service = format!("{namespace}/{service}").into();
@@ -109,7 +109,7 @@ pub fn endpoint_slice(slice: discovery::EndpointSlice) -> Option<Object> {
     }))
 }
 
-pub fn key(metadata: &ObjectMeta) -> Option<Key> {
+pub(super) fn key(metadata: &ObjectMeta) -> Option<Key> {
     let name = metadata.name.as_deref()?;
     Some(match metadata.namespace.as_deref() {
         Some(namespace) => format!("{namespace}/{name}").into(),

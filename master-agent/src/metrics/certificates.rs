@@ -3,7 +3,6 @@
 use std::{
     fmt,
     path::Path,
-    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -14,8 +13,6 @@ use prometheus_client::{
 };
 use proto::io::tls::{FileError, chain};
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
-
-use crate::{agent::Agent, config::Config, front_end::server::FrontEnd};
 
 /// When the certificates of a file end, in seconds since 1970.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -46,22 +43,24 @@ impl X509Expiry {
     }
 }
 
-/// What a file of certificates is for.
+/// When what is in use expires, and what it is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Expiry {
     /// Shown to others.
     Chain(&'static str, X509Expiry),
     /// Whose certificates are accepted.
     Authorities(&'static str, X509Expiry),
+    /// An SSH certificate, which is in no file, with its end in seconds since 1970 if it has one.
+    Ssh(&'static str, Option<u64>),
 }
 
 impl Expiry {
     /// `None` where it can't be read, which whoever uses it says.
-    fn chain(name: &'static str, file: &Path) -> Option<Self> {
+    pub fn chain(name: &'static str, file: &Path) -> Option<Self> {
         X509Expiry::read(file).ok().map(|expiry| Self::Chain(name, expiry))
     }
 
-    fn authorities(name: &'static str, file: &Path) -> Option<Self> {
+    pub fn authorities(name: &'static str, file: &Path) -> Option<Self> {
         X509Expiry::read(file).ok().map(|expiry| Self::Authorities(name, expiry))
     }
 
@@ -70,39 +69,18 @@ impl Expiry {
         match self {
             Self::Chain(name, expiry) => (name, &expiry.file, expiry.of_chain()),
             Self::Authorities(name, expiry) => (name, &expiry.file, expiry.of_authorities(now)),
+            Self::Ssh(name, end) => (name, "", *end),
         }
     }
 }
 
-pub struct Certificates {
-    agent: Arc<Agent>,
-    front_end: Option<Arc<FrontEnd>>,
-    /// Of files that are read once.
-    fixed: Vec<Expiry>,
-}
+/// Tells of those that are in use when asked.
+pub struct Certificates(Box<dyn Fn() -> Vec<Expiry> + Send + Sync>);
 
 impl Certificates {
-    pub fn new(agent: &Arc<Agent>, front_end: Option<&Arc<FrontEnd>>) -> Self {
-        Self { agent: agent.clone(), front_end: front_end.cloned(), fixed: fixed(&agent.config) }
+    pub fn new(in_use: impl Fn() -> Vec<Expiry> + Send + Sync + 'static) -> Self {
+        Self(Box::new(in_use))
     }
-}
-
-fn fixed(config: &Config) -> Vec<Expiry> {
-    let mut all = Vec::new();
-    for (tls, name, authorities) in [
-        (&config.http_connect.tls, "connect", "connect_client_ca"),
-        (&config.konnectivity.tls, "konnectivity", "konnectivity_client_ca"),
-    ] {
-        let Some(tls) = tls else { continue };
-        all.push(Expiry::chain(name, &tls.cert));
-        all.push(Expiry::authorities(authorities, &tls.client_ca));
-    }
-    if let Some(urls) = &config.proxy_urls {
-        all.push(urls.kubelet_client.as_ref().and_then(|(cert, _)| Expiry::chain("kubelet_client", cert)));
-        all.push(urls.kubelet_ca.as_ref().and_then(|ca| Expiry::authorities("kubelet_ca", ca)));
-        all.push(urls.target_ca.as_ref().and_then(|ca| Expiry::authorities("target_ca", ca)));
-    }
-    all.into_iter().flatten().collect()
 }
 
 impl fmt::Debug for Certificates {
@@ -113,26 +91,19 @@ impl fmt::Debug for Certificates {
 
 impl Collector for Certificates {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let now = seconds(SystemTime::now());
-        let user = self.agent.user().certificate.as_ref().and_then(|c| c.valid_before_time()).map(seconds);
-        let hosts = self.agent.registry.first_certificate_to_expire();
-        let of_files = self.front_end.as_ref().map(|front_end| front_end.expiries()).unwrap_or_default();
-        let files = self.fixed.iter().chain(&of_files).map(|expiry| expiry.told(now));
-        let all = [("ssh_user", "", user), ("node_hosts", "", hosts)].into_iter().chain(files);
+        let now =
+            SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs();
+        let all = (self.0)();
         let (name, help) =
             ("certificate_expiry_timestamp_seconds", "When a certificate expires, by its use and file.");
         let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-        for (name, file, end) in all {
+        for (name, file, end) in all.iter().map(|expiry| expiry.told(now)) {
             let Some(end) = end else { continue };
             ConstGauge::new(end as f64)
                 .encode(family.encode_family(&[("certificate", name), ("file", file)])?)?;
         }
         Ok(())
     }
-}
-
-fn seconds(time: SystemTime) -> u64 {
-    time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs()
 }
 
 #[cfg(test)]

@@ -1,24 +1,14 @@
-//! The HTTPS front end: what callers do there is counted as it happens, how it stands is read off it when asked.
+//! What callers of the HTTPS front end do there, counted as it happens.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::time::Duration;
 
 use hyper::StatusCode;
 use prometheus_client::{
-    collector::Collector,
-    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric},
-    metrics::{
-        MetricType,
-        counter::{ConstCounter, Counter},
-        family::Family,
-        gauge::ConstGauge,
-        histogram::Histogram,
-    },
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family, histogram::Histogram},
     registry::Registry,
 };
 use rustls::ProtocolVersion;
-
-use super::signed;
-use crate::front_end::{authz::Verdict, limits::Limited, server::FrontEnd};
 
 /// What became of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,6 +82,12 @@ struct Decided {
     decision: &'static str,
 }
 
+/// What was turned away, by kind of limit.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Limited {
+    pub limit: &'static str,
+}
+
 pub struct FrontEndMetrics {
     requests: Family<Requested, Counter>,
     request_seconds: Histogram,
@@ -155,13 +151,14 @@ impl FrontEndMetrics {
         self.authentications.get_or_create(&Authenticated { authenticator, result }).inc();
     }
 
-    pub fn decision(&self, verdict: &Verdict) {
-        let authorizer = verdict.authorizer.unwrap_or("none");
-        let decision = if verdict.allowed { "allow" } else { "deny" };
+    /// `authorizer` is who decided; `None` where nobody did.
+    pub fn decision(&self, authorizer: Option<&'static str>, allowed: bool) {
+        let authorizer = authorizer.unwrap_or("none");
+        let decision = if allowed { "allow" } else { "deny" };
         self.decisions.get_or_create(&Decided { authorizer, decision }).inc();
     }
 
-    pub fn register(&self, r: &mut Registry, front_end: &Arc<FrontEnd>) {
+    pub(super) fn register(&self, r: &mut Registry) {
         r.register(
             "front_end_requests",
             "Requests to the front end, by class of their status and what became of them",
@@ -192,50 +189,5 @@ impl FrontEndMetrics {
             "What was turned away by a limit, by kind of limit",
             self.limited.clone(),
         );
-        r.register_collector(Box::new(Standing(front_end.clone())));
-    }
-}
-
-/// How the front end stands.
-struct Standing(Arc<FrontEnd>);
-
-impl fmt::Debug for Standing {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Standing")
-    }
-}
-
-impl Collector for Standing {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let load = self.0.load_now();
-        for (name, help, value) in [
-            ("front_end_connections", "Connections to the front end that are open.", load.connections),
-            ("front_end_requests_in_flight", "Requests that are being answered.", load.in_flight),
-            ("front_end_requests_queued", "Requests that wait for their turn.", load.queued),
-            (
-                "front_end_requests_long_running",
-                "Watches, followed logs, upgrades and the like that are open.",
-                load.long_running,
-            ),
-        ] {
-            let gauge = ConstGauge::new(signed(value));
-            gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
-        }
-        let upstreams = self.0.upstreams_now();
-        let help = "Whether an API server behind the front end works.";
-        let mut family =
-            encoder.encode_descriptor("front_end_upstream_healthy", help, None, MetricType::Gauge)?;
-        for upstream in &upstreams {
-            let labels = [("server", &*upstream.server)];
-            ConstGauge::new(i64::from(upstream.healthy)).encode(family.encode_family(&labels)?)?;
-        }
-        let help = "Connections, requests and checks of an API server that failed.";
-        let mut family =
-            encoder.encode_descriptor("front_end_upstream_failures", help, None, MetricType::Counter)?;
-        for upstream in &upstreams {
-            let labels = [("server", &*upstream.server)];
-            ConstCounter::new(upstream.failures).encode(family.encode_family(&labels)?)?;
-        }
-        Ok(())
     }
 }

@@ -1,16 +1,17 @@
-//! What master-agent counts. All names begin with `master_agent_`, but for those of [`compatibility`].
+//! What master-agent counts as it happens, for all of its parts. What is read off a part when asked, that part registers
+//! itself. All names begin with `master_agent_`, but for those that dashboards for others know.
 
 mod certificates;
-mod compatibility;
+mod config;
 mod front_end;
-mod kubernetes;
-mod nodes;
+mod gauge;
+mod konnectivity;
+mod labels;
 mod rules;
 
 use std::sync::Arc;
 
 use prometheus_client::{
-    encoding::EncodeLabelSet,
     metrics::{
         counter::Counter,
         family::Family,
@@ -21,36 +22,15 @@ use prometheus_client::{
 };
 use proto::{DialError, io::stalls};
 
-pub use certificates::{Expiry, X509Expiry};
-pub use compatibility::KonnectivityCounts;
-pub use front_end::{Authentication, FrontEndMetrics, Handshake, RequestOutcome};
+use crate::activity::NodeActivities;
+
+pub use certificates::{Certificates, Expiry, X509Expiry};
+pub use config::MetricsConfig;
+pub use front_end::{Authentication, FrontEndMetrics, Handshake, Limited, RequestOutcome};
+pub use gauge::signed;
+pub use konnectivity::KonnectivityCounts;
+pub use labels::{DOORS, Door, DoorDirection, Outcome, Reason};
 pub use rules::Rules;
-
-use crate::{agent::Agent, front_end::server::FrontEnd, registry::Registry as Nodes, tunnel::Loss};
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct Outcome {
-    pub front_door: &'static str,
-    pub result: &'static str,
-    /// Who must act: `none`, or as in `DialError::fault`.
-    pub fault: String,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct Door {
-    pub front_door: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct DoorDirection {
-    pub front_door: &'static str,
-    pub direction: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct Reason {
-    pub reason: &'static str,
-}
 
 type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
 
@@ -58,7 +38,7 @@ type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
 #[derive(Clone)]
 pub struct Metrics {
     /// Where what belongs to one node is counted.
-    pub nodes: Arc<Nodes>,
+    pub nodes: Arc<dyn NodeActivities>,
     pub dials: Family<Outcome, Counter>,
     pub dial_seconds: Histogram,
     pub dials_pending: Gauge,
@@ -87,11 +67,7 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    pub fn new(nodes: Arc<Nodes>) -> Self {
-        let tunnels_lost = Family::<Reason, Counter>::default();
-        for loss in Loss::ALL {
-            let _ = tunnels_lost.get_or_create(&Reason { reason: loss.kind() });
-        }
+    pub fn new(nodes: Arc<dyn NodeActivities>) -> Self {
         Self {
             nodes,
             dials: Family::default(),
@@ -107,7 +83,7 @@ impl Metrics {
             tunnel_dials: Counter::default(),
             tunnel_dials_failed: Counter::default(),
             tunnels_established: Counter::default(),
-            tunnels_lost,
+            tunnels_lost: Family::default(),
             node_absence_seconds: Histogram::new([
                 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0, 86400.0,
             ]),
@@ -122,20 +98,18 @@ impl Metrics {
     }
 
     /// Counts a dial that failed.
-    pub fn dial_failed(&self, front_door: &'static str, error: &DialError) {
+    pub fn dial_failed(&self, egress: &'static str, error: &DialError) {
         let (result, fault) = (error.kind(), error.fault().to_string());
-        self.dials.get_or_create(&Outcome { front_door, result, fault }).inc();
+        self.dials.get_or_create(&Outcome { egress, result, fault }).inc();
         self.konnectivity.dial_failed(error);
         if let DialError::Policy { rule, .. } = error {
             self.policy_refusals.count(rule);
         }
     }
 
-    /// All that is served of them, with what is read off the agent when asked.
-    pub fn register(&self, agent: &Arc<Agent>, front_end: Option<&Arc<FrontEnd>>) -> Registry {
-        let mut root = Registry::default();
-        let r = root.sub_registry_with_prefix("master_agent");
-        r.register("dials", "Dials by front door, result and who is at fault", self.dials.clone());
+    /// All of them, but for those of the front end.
+    pub fn register(&self, r: &mut Registry) {
+        r.register("dials", "Dials by egress listener, result and who is at fault", self.dials.clone());
         r.register("dial_duration_seconds", "Time to a successful dial", self.dial_seconds.clone());
         r.register("dials_pending", "Dials that are under way", self.dials_pending.clone());
         r.register(
@@ -143,7 +117,7 @@ impl Metrics {
             "Dials that a node's policy refused, by its rule",
             self.policy_refusals.family(),
         );
-        r.register("streams", "Streams that are open, by front door", self.streams.clone());
+        r.register("streams", "Streams that are open, by egress listener", self.streams.clone());
         r.register("stream_duration_seconds", "How long ended streams lasted", self.stream_seconds.clone());
         r.register(
             "stream_size_bytes",
@@ -158,31 +132,16 @@ impl Metrics {
         );
         r.register(
             "bad_requests",
-            "Requests that no dial was made for, by front door",
+            "Requests that no dial was made for, by egress listener",
             self.bad_requests.clone(),
         );
         self.register_tunnels(r);
-        r.register_collector(Box::new(nodes::Nodes::new(agent)));
-        r.register_collector(Box::new(certificates::Certificates::new(agent, front_end)));
-        if let Some(front_end) = front_end {
-            r.register(
-                "audit_records_lost",
-                "Audit records that could not be written",
-                self.audit_lost.clone(),
-            );
-            self.front_end.register(r, front_end);
-        }
-        if let Some(watches) = &agent.watches {
-            r.register_collector(Box::new(kubernetes::Watched(watches.clone())));
-            if agent.config.kubernetes.as_ref().is_some_and(|config| config.legacy_names) {
-                let names = compatibility::LegacyNames::new(self, watches);
-                root.register_collector(Box::new(names));
-            }
-        }
-        if agent.config.metrics.konnectivity_names {
-            root.register_collector(Box::new(compatibility::KonnectivityNames(self.clone())));
-        }
-        root
+    }
+
+    /// Those of the front end.
+    pub fn register_front_end(&self, r: &mut Registry) {
+        r.register("audit_records_lost", "Audit records that could not be written", self.audit_lost.clone());
+        self.front_end.register(r);
     }
 
     fn register_tunnels(&self, r: &mut Registry) {
@@ -222,9 +181,4 @@ fn stream_seconds() -> Histogram {
 /// From 64 bytes to 64 GiB.
 fn stream_size() -> Histogram {
     Histogram::new(exponential_buckets(64.0, 8.0, 11))
-}
-
-/// As an integer gauge has it.
-fn signed(value: impl TryInto<i64>) -> i64 {
-    value.try_into().unwrap_or(i64::MAX)
 }

@@ -6,7 +6,7 @@ use hyper::{HeaderMap, Request, header};
 
 /// The `Host` of a request, which is a loopback address or `localhost` with this listener's port: anything else is a
 /// name that a browser was made to take for this host (DNS rebinding).
-pub fn local_host<B>(request: &Request<B>, listen: SocketAddr) -> Option<&str> {
+pub(super) fn local_host<B>(request: &Request<B>, listen: SocketAddr) -> Option<&str> {
     let mut hosts = request.headers().get_all(header::HOST).iter();
     let host = hosts.next()?.to_str().ok().filter(|_| hosts.next().is_none())?;
     let asked = request.uri().authority().map_or(host, |authority| authority.as_str());
@@ -31,7 +31,7 @@ fn is_local(host: &str, port: u16) -> bool {
 }
 
 /// Whether the page itself sends a request to `host`: by what the browser says of the page's origin, and of its site.
-pub fn own_page<B>(request: &Request<B>, host: &str) -> Result<(), &'static str> {
+pub(super) fn own_page<B>(request: &Request<B>, host: &str) -> Result<(), &'static str> {
     match said(request.headers()) {
         (Some(origin), _) if !is_origin(origin, "http", host) => Err(OTHER),
         (_, Some(site)) if site != SAME => Err(OTHER),
@@ -42,7 +42,7 @@ pub fn own_page<B>(request: &Request<B>, host: &str) -> Result<(), &'static str>
 
 /// The same where a proxy may stand before this host: by the site alone where the browser says it, as the page's
 /// origin is then the proxy's.
-pub fn own_page_through_proxies<B>(request: &Request<B>) -> Result<(), &'static str> {
+pub(super) fn own_page_through_proxies<B>(request: &Request<B>) -> Result<(), &'static str> {
     let authority = request.uri().authority().map(|authority| authority.as_str());
     let host = authority.or_else(|| request.headers().get(header::HOST)?.to_str().ok()).unwrap_or_default();
     match said(request.headers()) {

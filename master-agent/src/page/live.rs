@@ -112,7 +112,7 @@ struct Change<'a> {
     compared: Option<u64>,
 }
 
-pub struct Live {
+pub(super) struct Live {
     registry: Arc<Registry>,
     last: Arc<Mutex<Option<Arc<Snapshot>>>>,
     compared: AtomicU64,
@@ -120,18 +120,18 @@ pub struct Live {
 }
 
 impl Live {
-    pub fn new(registry: Arc<Registry>) -> Arc<Self> {
+    pub(super) fn new(registry: Arc<Registry>) -> Arc<Self> {
         let places = [(); 2].map(|()| Arc::new(Semaphore::new(WATCHERS)));
         Arc::new(Self { registry, last: Arc::default(), compared: AtomicU64::new(0), places })
     }
 
     /// A comparison has come.
-    pub fn compared(&self, unix_milliseconds: u64) {
+    pub(super) fn compared(&self, unix_milliseconds: u64) {
         self.compared.store(unix_milliseconds, Relaxed);
     }
 
     /// The events for one page, until `draining` is cancelled or at `end`; `None` if there are too many pages.
-    pub fn watch(
+    pub(super) fn watch(
         self: &Arc<Self>,
         draining: CancellationToken,
         end: Instant,

@@ -1,6 +1,6 @@
 //! The page on the admin address, for whoever has a session.
 
-use std::sync::Arc;
+use std::net::SocketAddr;
 
 use hyper::{
     Method, Request, Response, StatusCode,
@@ -13,8 +13,14 @@ use proto::io::{
 };
 use tokio::time::Instant;
 
-use super::{ADMIN, HTML, TEXT, Viewer, answer, below, guard, guarded, redirect, refusal, sessions::SESSION};
-use crate::agent::Agent;
+use super::{
+    answer::{Viewer, answer},
+    guard,
+    paths::{ADMIN, below},
+    response::{HTML, TEXT, guarded, redirect, refusal},
+    sessions::SESSION,
+    state::Page,
+};
 
 const POLICY: &str = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'";
 const NO_SESSION: &str = "<!DOCTYPE html>\n<html lang=\"en\">\n<head><meta charset=\"utf-8\">\
@@ -23,10 +29,10 @@ const NO_SESSION: &str = "<!DOCTYPE html>\n<html lang=\"en\">\n<head><meta chars
      as root on the master's host, and open the address that it prints within a minute. It is good once.</p></main></body>\n</html>\n";
 
 /// What `POST /page/token` of the admin socket answers.
-pub fn token(agent: &Agent) -> Answer {
-    match agent.config.admin.page {
-        true => (StatusCode::OK, TEXT, agent.page.sessions.invite(Instant::now())),
-        false => (
+pub fn token(page: &Page) -> Answer {
+    match page.admin {
+        Some(_) => (StatusCode::OK, TEXT, page.sessions.invite(Instant::now())),
+        None => (
             StatusCode::NOT_FOUND,
             TEXT,
             "the running agent has no page: configure `admin: {page: true}` and restart it\n".to_owned(),
@@ -35,16 +41,16 @@ pub fn token(agent: &Agent) -> Answer {
 }
 
 /// Answers what is asked for on the admin address; `None` where there is nothing.
-pub async fn serve(agent: &Arc<Agent>, request: Request<Incoming>) -> Option<Response<admin::Body>> {
-    let listen = agent.config.admin.listen;
+pub async fn serve(page: &Page, request: Request<Incoming>) -> Option<Response<admin::Body>> {
+    let listen = page.admin?;
     let path = request.uri().path().to_owned();
-    let path = below(&path, ADMIN).filter(|_| agent.config.admin.page)?;
+    let path = below(&path, ADMIN)?;
     let Some(host) = guard::local_host(&request, listen) else {
         let message =
             format!("only localhost and loopback addresses, with port {}, are served here", listen.port());
         return Some(refusal(StatusCode::FORBIDDEN, &message));
     };
-    let (sessions, now) = (&agent.page.sessions, Instant::now());
+    let (sessions, now) = (&page.sessions, Instant::now());
     if path == "login" && request.method() == Method::GET {
         let token = request.uri().query().and_then(|query| query.strip_prefix("token="));
         let session = token.and_then(|token| sessions.login(token, now));
@@ -52,7 +58,7 @@ pub async fn serve(agent: &Arc<Agent>, request: Request<Incoming>) -> Option<Res
         tracing::info!("somebody logged in to the page");
         let cookie = format!(
             "{}={session}; Path={ADMIN}; Max-Age={}; HttpOnly; SameSite=Strict",
-            cookie_name(agent),
+            cookie_name(listen),
             SESSION.as_secs()
         );
         let mut response = redirect("./", StatusCode::SEE_OTHER);
@@ -62,7 +68,7 @@ pub async fn serve(agent: &Arc<Agent>, request: Request<Incoming>) -> Option<Res
         }
         return Some(response);
     }
-    let name = cookie_name(agent);
+    let name = cookie_name(listen);
     let cookies = request.headers().get_all(header::COOKIE).iter().filter_map(|line| line.to_str().ok());
     let mut shown = cookies
         .flat_map(|line| line.split(';'))
@@ -73,12 +79,12 @@ pub async fn serve(agent: &Arc<Agent>, request: Request<Incoming>) -> Option<Res
     };
     let own = guard::own_page(&request, host);
     let viewer = Viewer { origin: Origin("page".to_owned()), end, on_front_end: false };
-    Some(answer(agent, path, request, own, viewer).await)
+    Some(answer(page, path, request, own, viewer).await)
 }
 
 /// Of two agents on one host, each has its own: browsers send cookies to all ports.
-fn cookie_name(agent: &Agent) -> String {
-    format!("master-agent-{}", agent.config.admin.listen.port())
+fn cookie_name(listen: SocketAddr) -> String {
+    format!("master-agent-{}", listen.port())
 }
 
 fn unauthorized() -> Response<admin::Body> {

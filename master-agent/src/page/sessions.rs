@@ -15,12 +15,12 @@ use tokio::time::Instant;
 /// For a login token to be used.
 const LOGIN: Duration = Duration::from_secs(60);
 /// Of a session.
-pub const SESSION: Duration = Duration::from_secs(12 * 60 * 60);
+pub(super) const SESSION: Duration = Duration::from_secs(12 * 60 * 60);
 /// At once, of each; the oldest gives way.
 const MOST: usize = 32;
 
 #[derive(Default)]
-pub struct Sessions(Mutex<[Secrets; 2]>);
+pub(super) struct Sessions(Mutex<[Secrets; 2]>);
 
 impl Sessions {
     fn kept(&self) -> MutexGuard<'_, [Secrets; 2]> {
@@ -28,13 +28,13 @@ impl Sessions {
     }
 
     /// A new login token.
-    pub fn invite(&self, now: Instant) -> String {
+    pub(super) fn invite(&self, now: Instant) -> String {
         let [logins, _] = &mut *self.kept();
         logins.create(now + LOGIN, now)
     }
 
     /// Changes a login token for a new session.
-    pub fn login(&self, token: &str, now: Instant) -> Option<String> {
+    pub(super) fn login(&self, token: &str, now: Instant) -> Option<String> {
         let [logins, sessions] = &mut *self.kept();
         let at = logins.find(token, now)?;
         logins.0.remove(at);
@@ -42,7 +42,7 @@ impl Sessions {
     }
 
     /// Until when a session lasts.
-    pub fn until(&self, session: &str, now: Instant) -> Option<Instant> {
+    pub(super) fn until(&self, session: &str, now: Instant) -> Option<Instant> {
         let [_, sessions] = &mut *self.kept();
         let at = sessions.find(session, now)?;
         sessions.0.get(at).map(|(_, end)| *end)

@@ -11,19 +11,28 @@ use ipnet::IpNet;
 
 /// When an object was made, in Unix seconds. Of claims that are seen at the same time, the oldest object's is the
 /// good one; afterwards nobody can take what another has by claiming it too.
-pub type Age = i64;
+pub(super) type Age = i64;
 
 /// How old a claim is: by the object that makes it, then by its turn among all claims. Those of the first lists have
 /// the turn 0, as nobody knows which came first.
+///
+/// There is one for each address of each pod, so it is kept small: `created` in whole seconds from 1970 to 2106, and
+/// claims beyond the 2^32nd share the last turn.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Since {
-    pub created: Age,
-    pub turn: u64,
+pub(super) struct Since {
+    created: u32,
+    turn: u32,
+}
+
+impl Since {
+    pub(super) fn new(created: Age, turn: u32) -> Self {
+        Self { created: u32::try_from(created.max(0)).unwrap_or(u32::MAX), turn }
+    }
 }
 
 /// Exclusive claims on keys. Those who lose wait for the key.
 #[derive(Clone, Debug)]
-pub struct Claims<K, O> {
+pub(super) struct Claims<K, O> {
     owners: HashMap<K, (Since, O)>,
     waiting: HashMap<K, BTreeSet<(O, Since)>>,
 }
@@ -35,26 +44,22 @@ impl<K, O> Default for Claims<K, O> {
 }
 
 impl<K: Hash + Eq + Clone, O: Eq + Ord + Clone> Claims<K, O> {
-    pub fn get(&self, key: &K) -> Option<&O> {
+    pub(super) fn get(&self, key: &K) -> Option<&O> {
         self.owners.get(key).map(|(_, owner)| owner)
     }
 
     /// The turn of the owner's claim.
-    pub fn turn(&self, key: &K) -> Option<u64> {
+    pub(super) fn turn(&self, key: &K) -> Option<u32> {
         self.owners.get(key).map(|(since, _)| since.turn)
     }
 
     /// Of those who wait for the key, the first in their own order that is not before `from`.
-    pub fn waiting(&self, key: &K, from: impl FnOnce() -> O) -> Option<&O> {
-        self.waiting
-            .get(key)?
-            .range((from(), Since { created: Age::MIN, turn: 0 })..)
-            .next()
-            .map(|(owner, _)| owner)
+    pub(super) fn waiting(&self, key: &K, from: impl FnOnce() -> O) -> Option<&O> {
+        self.waiting.get(key)?.range((from(), Since::default())..).next().map(|(owner, _)| owner)
     }
 
     /// `false` when the key stays with another: with an older one, and once `settled` with whoever has it.
-    pub fn claim(&mut self, key: K, since: Since, owner: O, settled: bool) -> bool {
+    pub(super) fn claim(&mut self, key: K, since: Since, owner: O, settled: bool) -> bool {
         match self.owners.entry(key) {
             Entry::Vacant(free) => {
                 free.insert((since, owner));
@@ -75,7 +80,7 @@ impl<K: Hash + Eq + Clone, O: Eq + Ord + Clone> Claims<K, O> {
     }
 
     /// Gives a key, or the wait for it, up.
-    pub fn release(&mut self, key: &K, owner: &O) {
+    pub(super) fn release(&mut self, key: &K, owner: &O) {
         let owned = self.owners.get(key).is_some_and(|(_, o)| o == owner);
         if owned {
             self.owners.remove(key);
@@ -96,7 +101,7 @@ impl<K: Hash + Eq + Clone, O: Eq + Ord + Clone> Claims<K, O> {
         }
     }
 
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.owners.len()
     }
 }
@@ -104,7 +109,7 @@ impl<K: Hash + Eq + Clone, O: Eq + Ord + Clone> Claims<K, O> {
 /// Networks with their owners, asked for the longest prefix that contains an address. A cluster has few
 /// different prefix lengths, so one hash table for each is as good as a tree.
 #[derive(Clone, Debug)]
-pub struct Prefixes<O> {
+pub(super) struct Prefixes<O> {
     v4: BTreeMap<Reverse<u8>, Claims<IpNet, O>>,
     v6: BTreeMap<Reverse<u8>, Claims<IpNet, O>>,
 }
@@ -124,7 +129,7 @@ impl<O: Eq + Ord + Clone> Prefixes<O> {
     }
 
     /// As [`Claims::claim`].
-    pub fn claim(&mut self, net: IpNet, since: Since, owner: O, settled: bool) -> bool {
+    pub(super) fn claim(&mut self, net: IpNet, since: Since, owner: O, settled: bool) -> bool {
         self.table(&net).entry(Reverse(net.prefix_len())).or_default().claim(
             net.trunc(),
             since,
@@ -133,7 +138,7 @@ impl<O: Eq + Ord + Clone> Prefixes<O> {
         )
     }
 
-    pub fn release(&mut self, net: &IpNet, owner: &O) {
+    pub(super) fn release(&mut self, net: &IpNet, owner: &O) {
         let length = Reverse(net.prefix_len());
         let table = self.table(net);
         if let Some(claims) = table.get_mut(&length) {
@@ -144,12 +149,12 @@ impl<O: Eq + Ord + Clone> Prefixes<O> {
         }
     }
 
-    pub fn longest(&self, address: IpAddr) -> Option<(IpNet, &O)> {
+    pub(super) fn longest(&self, address: IpAddr) -> Option<(IpNet, &O)> {
         self.all(address).next()
     }
 
     /// Whose network holds an address, if no other's does.
-    pub fn only(&self, address: IpAddr) -> Option<&O> {
+    pub(super) fn only(&self, address: IpAddr) -> Option<&O> {
         let mut owners = self.all(address).map(|(_, owner)| owner);
         let first = owners.next()?;
         owners.all(|other| other == first).then_some(first)
@@ -175,8 +180,7 @@ mod tests {
     #[test]
     fn the_oldest_claim_holds_and_the_next_follows() {
         let mut claims = Claims::default();
-        let mut claim =
-            |created, owner, settled| claims.claim("a", Since { created, turn: 0 }, owner, settled);
+        let mut claim = |created, owner, settled| claims.claim("a", Since::new(created, 0), owner, settled);
         assert!(claim(5, "five", false));
         assert!(!claim(9, "nine", false));
         assert!(claim(1, "one", false));

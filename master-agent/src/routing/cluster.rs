@@ -151,7 +151,7 @@ pub struct Cluster {
     /// Kinds that have been listed whole.
     settled: HashSet<Kind>,
     /// Of the next claim after the first lists.
-    turn: u64,
+    turn: u32,
 }
 
 impl Cluster {
@@ -196,7 +196,7 @@ impl Cluster {
             Object::Service(service) => {
                 self.remove(Kind::Services, &service.key);
                 for address in &service.addresses {
-                    let since = Since { created: service.created, turn: 0 };
+                    let since = Since::new(service.created, 0);
                     self.service_addresses.claim(*address, since, service.key.clone(), false);
                 }
                 self.services.insert(service.key.clone(), service);
@@ -263,10 +263,10 @@ impl Cluster {
     /// How old a claim is that an object makes now, and whether it comes after the first list.
     fn since(&mut self, kind: Kind, created: Age) -> (Since, bool) {
         if !self.settled.contains(&kind) {
-            return (Since { created, turn: 0 }, false);
+            return (Since::new(created, 0), false);
         }
-        self.turn += 1;
-        (Since { created, turn: self.turn }, true)
+        self.turn = self.turn.saturating_add(1);
+        (Since::new(created, self.turn), true)
     }
 
     fn owner(&self, pod: &Pod) -> PodOfNode {

@@ -8,6 +8,7 @@
 mod claims;
 pub mod cluster;
 pub mod preference;
+pub mod shared;
 #[cfg(test)]
 mod tests;
 

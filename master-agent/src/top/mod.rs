@@ -15,11 +15,7 @@ use tokio::{
     sync::mpsc,
 };
 
-use crate::{
-    cli::{ask, print_nodes},
-    config::Config,
-    registry::{NodeDetail, NodeStatus},
-};
+use crate::{admin_client::AdminClient, table::print_nodes};
 use model::{Key, Model, Sort};
 
 /// The nodes of the running agent, live: states, round trips, streams, bytes a second, errors.
@@ -37,11 +33,11 @@ pub struct TopArgs {
 }
 
 /// `top`. Without a terminal it prints the nodes once, as `node list` does.
-pub async fn top(config: &Config, args: TopArgs) -> anyhow::Result<()> {
+pub async fn top(agent: &AdminClient, args: TopArgs) -> anyhow::Result<()> {
     if args.interval < Duration::from_millis(100) {
         anyhow::bail!("--interval is at least 100ms");
     }
-    let first = nodes(config).await?;
+    let first = agent.nodes().await?;
     if !stdout().is_terminal() {
         print_nodes(&first);
         return Ok(());
@@ -61,7 +57,7 @@ pub async fn top(config: &Config, args: TopArgs) -> anyhow::Result<()> {
     let mut model = Model::new(args.sort, args.filter);
     model.take(first, Instant::now());
     let result = tokio::select! {
-        result = run(config, args.interval, &mut terminal, &mut model) => result,
+        result = run(agent, args.interval, &mut terminal, &mut model) => result,
         () = killed => Ok(()),
     };
     ratatui::restore();
@@ -69,7 +65,7 @@ pub async fn top(config: &Config, args: TopArgs) -> anyhow::Result<()> {
 }
 
 async fn run(
-    config: &Config,
+    agent: &AdminClient,
     interval: Duration,
     terminal: &mut ratatui::DefaultTerminal,
     model: &mut Model,
@@ -82,7 +78,7 @@ async fn run(
         terminal.draw(|frame| view::draw(frame, model, unix_milliseconds()))?;
         let opened = model.opened.clone();
         tokio::select! {
-            _ = tick.tick() => refresh(config, model).await,
+            _ = tick.tick() => refresh(agent, model).await,
             event = input.recv() => {
                 let Some(event) = event else { return Ok(()) };
                 if !press(model, event?) {
@@ -95,32 +91,24 @@ async fn run(
                     }
                 }
                 if model.opened != opened {
-                    refresh(config, model).await;
+                    refresh(agent, model).await;
                 }
             }
         }
     }
 }
 
-async fn refresh(config: &Config, model: &mut Model) {
-    match nodes(config).await {
+async fn refresh(agent: &AdminClient, model: &mut Model) {
+    match agent.nodes().await {
         Ok(nodes) => model.take(nodes, Instant::now()),
         Err(error) => model.error = Some(format!("{error:#}")),
     }
     if let Some(name) = model.opened.clone() {
-        match detail(config, &name).await {
+        match agent.node(&name).await {
             Ok(detail) => model.take_detail(detail, Instant::now()),
             Err(error) => model.error = Some(format!("{name}: {error:#}")),
         }
     }
-}
-
-async fn nodes(config: &Config) -> anyhow::Result<Vec<NodeStatus>> {
-    Ok(serde_json::from_str(&ask(config, "/nodes").await?)?)
-}
-
-async fn detail(config: &Config, name: &str) -> anyhow::Result<NodeDetail> {
-    Ok(serde_json::from_str(&ask(config, &format!("/nodes/{name}")).await?)?)
 }
 
 /// Reads the keyboard on a thread of its own, which ends with the program.

@@ -12,7 +12,7 @@ use crate::registry::{NodeDetail, NodeStatus};
 
 /// By what nodes are sorted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Sort {
+pub(crate) enum Sort {
     #[default]
     Name,
     State,
@@ -25,7 +25,7 @@ pub enum Sort {
 }
 
 impl Sort {
-    pub const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 8] = [
         Self::Name,
         Self::State,
         Self::Direction,
@@ -44,7 +44,7 @@ impl Sort {
 
 /// One node.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Row {
+pub(crate) struct Row {
     pub name: String,
     pub state: String,
     pub reason: String,
@@ -133,7 +133,7 @@ fn natural(a: &str, b: &str) -> Ordering {
 
 /// Everything that is shown.
 #[derive(Default)]
-pub struct Model {
+pub(crate) struct Model {
     nodes: Vec<NodeStatus>,
     taken: Option<Instant>,
     rows: Vec<Row>,
@@ -157,7 +157,7 @@ pub struct Model {
 
 /// What a key does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Key {
+pub(crate) enum Key {
     Up(usize),
     Down(usize),
     First,
@@ -169,12 +169,12 @@ pub enum Key {
 }
 
 impl Model {
-    pub fn new(sort: Sort, filter: String) -> Self {
+    pub(crate) fn new(sort: Sort, filter: String) -> Self {
         Self { sort, filter, ..Self::default() }
     }
 
     /// Takes what the agent said at `now`.
-    pub fn take(&mut self, nodes: Vec<NodeStatus>, now: Instant) {
+    pub(crate) fn take(&mut self, nodes: Vec<NodeStatus>, now: Instant) {
         let seconds = self.taken.map(|taken| now.duration_since(taken).as_secs_f64()).filter(|s| *s > 0.0);
         let before: HashMap<&str, &NodeStatus> = self.nodes.iter().map(|n| (n.name.as_str(), n)).collect();
         let rows =
@@ -186,7 +186,7 @@ impl Model {
         self.sort_rows();
     }
 
-    pub fn take_detail(&mut self, detail: NodeDetail, now: Instant) {
+    pub(crate) fn take_detail(&mut self, detail: NodeDetail, now: Instant) {
         let seconds = self.detail_taken.map(|taken| now.duration_since(taken).as_secs_f64());
         self.stream_rates.clear();
         for stream in &detail.detail.streams {
@@ -211,24 +211,24 @@ impl Model {
     }
 
     /// The rows that the filter lets through.
-    pub fn rows(&self) -> Vec<&Row> {
+    pub(crate) fn rows(&self) -> Vec<&Row> {
         let filter = self.filter.to_lowercase();
         self.rows.iter().filter(|row| row.matches(&filter)).collect()
     }
 
     /// How many nodes there are, and how many of them are connected.
-    pub fn counts(&self) -> (usize, usize) {
+    pub(crate) fn counts(&self) -> (usize, usize) {
         (self.rows.len(), self.rows.iter().filter(|row| row.state == "connected").count())
     }
 
     /// Bytes a second of all nodes, up and down.
-    pub fn rates(&self) -> (f64, f64) {
+    pub(crate) fn rates(&self) -> (f64, f64) {
         let sum = |of: fn(&Row) -> Option<f64>| self.rows.iter().filter_map(of).fold(0.0, |a, b| a + b);
         (sum(|row| row.up), sum(|row| row.down))
     }
 
     /// Where the selected row stands among [`Self::rows`].
-    pub fn selected(&self) -> usize {
+    pub(crate) fn selected(&self) -> usize {
         let rows = self.rows();
         let selected = self.selected.as_ref();
         rows.iter().position(|row| Some(&row.name) == selected).unwrap_or_default()
@@ -241,7 +241,7 @@ impl Model {
     }
 
     /// Whether to go on.
-    pub fn press(&mut self, key: Key) -> bool {
+    pub(crate) fn press(&mut self, key: Key) -> bool {
         if self.help {
             self.help = false;
             return true;
@@ -312,7 +312,7 @@ impl Model {
 }
 
 /// Bytes a second in at most seven characters.
-pub fn show_rate(rate: Option<f64>) -> String {
+pub(crate) fn show_rate(rate: Option<f64>) -> String {
     match rate {
         None => "-".to_owned(),
         Some(rate) if rate < 1.0 => "0".to_owned(),
@@ -321,7 +321,7 @@ pub fn show_rate(rate: Option<f64>) -> String {
 }
 
 /// Bytes in at most seven characters.
-pub fn show_bytes(bytes: f64) -> String {
+pub(crate) fn show_bytes(bytes: f64) -> String {
     let mut value = bytes;
     for unit in ["B", "kB", "MB", "GB", "TB"] {
         if value < 999.5 {
@@ -337,7 +337,7 @@ pub fn show_bytes(bytes: f64) -> String {
 }
 
 /// For how long something has been so.
-pub fn show_age(since_unix_milliseconds: Option<u64>, now_unix_milliseconds: u64) -> String {
+pub(crate) fn show_age(since_unix_milliseconds: Option<u64>, now_unix_milliseconds: u64) -> String {
     let Some(since) = since_unix_milliseconds else { return "-".to_owned() };
     let seconds = now_unix_milliseconds.saturating_sub(since) / 1000;
     match seconds {
@@ -353,7 +353,7 @@ pub(crate) mod tests {
     use super::*;
     use crate::activity::Totals;
 
-    pub fn node(name: &str, state: &str, up: u64) -> NodeStatus {
+    pub(crate) fn node(name: &str, state: &str, up: u64) -> NodeStatus {
         NodeStatus {
             name: name.parse().unwrap(),
             state: state.to_owned(),

@@ -38,7 +38,7 @@ const COLUMNS: [(&str, u16, u16); 11] = [
     ("REASON", 30, 120),
 ];
 
-pub fn draw(frame: &mut Frame<'_>, model: &Model, now_unix_milliseconds: u64) {
+pub(super) fn draw(frame: &mut Frame<'_>, model: &Model, now_unix_milliseconds: u64) {
     let [head, body, foot] =
         Layout::vertical([Constraint::Length(1), Constraint::Min(1), Constraint::Length(1)])
             .areas(frame.area());
@@ -266,7 +266,7 @@ fn draw_streams(frame: &mut Frame<'_>, area: Rect, model: &Model, detail: &NodeD
             cells.extend([
                 show_bytes(stream.up as f64),
                 show_bytes(stream.down as f64),
-                format!("{}: {}", stream.front_door, stream.origin),
+                format!("{}: {}", stream.egress, stream.origin),
             ]);
         }
         Cells::new(cells)
@@ -325,7 +325,7 @@ mod tests {
     fn detail() -> NodeDetail {
         let stream = |id| StreamStatus {
             id,
-            front_door: "connect-unix".to_owned(),
+            egress: "connect-unix".to_owned(),
             origin: "unix uid=0".to_owned(),
             target: format!("10.0.0.{id}:80"),
             reason: String::new(),

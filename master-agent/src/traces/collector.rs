@@ -20,12 +20,12 @@ use opentelemetry_http::{HttpClient, HttpError};
 use opentelemetry_otlp::{SpanExporter, WithExportConfig, WithHttpConfig};
 use tokio::runtime::Handle;
 
-use super::TracesConfig;
+use super::config::TracesConfig;
 
 /// Bytes of an answer that are read.
 const MAX_ANSWER: usize = 64 * 1024;
 
-pub fn exporter(config: &TracesConfig) -> anyhow::Result<SpanExporter> {
+pub(super) fn exporter(config: &TracesConfig) -> anyhow::Result<SpanExporter> {
     let connector = HttpsConnectorBuilder::new().with_tls_config(config.tls.config()?);
     let connector = match config.endpoint.scheme_str() {
         Some("http") => connector.https_or_http().enable_http1().build(),

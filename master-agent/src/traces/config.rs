@@ -15,8 +15,8 @@ use hyper::{
 use proto::{config::Section, io::tls::ClientTls, secret_file};
 
 use crate::{
-    config::{WAIT, secs},
-    front_end::upstream::is_loopback,
+    fields::{WAIT, secs},
+    http::is_loopback,
 };
 
 /// The most that is read of a file of headers.

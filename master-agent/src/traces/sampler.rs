@@ -11,13 +11,13 @@ use opentelemetry_sdk::trace::{SamplingDecision, SamplingResult, ShouldSample};
 /// A share of all traces. Which ones they are depends on their numbers, so that a trace is sent as a whole, and on a
 /// key that only this process knows, so that nobody can choose a number that is sent.
 #[derive(Clone, Debug)]
-pub struct Sampler {
+pub(super) struct Sampler {
     ratio: f64,
     key: RandomState,
 }
 
 impl Sampler {
-    pub fn new(ratio: f64) -> Self {
+    pub(super) fn new(ratio: f64) -> Self {
         Self { ratio, key: RandomState::new() }
     }
 

@@ -1,4 +1,11 @@
-use super::*;
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
+
+use super::{context::Listener, section::nearest, *};
 use crate::Target;
 
 fn read<T>(text: &str, read: impl FnOnce(&Section<'_>) -> Option<T>) -> Result<T, Errors> {

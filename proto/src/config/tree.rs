@@ -70,7 +70,7 @@ pub(super) fn parse(text: &str, report: &dyn Fn(Place, String)) -> Option<Node> 
 
 impl Node {
     /// Whether this is YAML's null, written or left out.
-    pub fn is_null(&self) -> bool {
+    pub(super) fn is_null(&self) -> bool {
         match &self.kind {
             Kind::Scalar { text, plain } => {
                 *plain && matches!(text.as_str(), "" | "~" | "null" | "Null" | "NULL")

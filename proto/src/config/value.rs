@@ -1,4 +1,4 @@
-//! How single values are written: the types that both agents' configurations use.
+//! How single values of the types that both agents' configurations use are written.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -9,14 +9,11 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::{At, Kind};
-use crate::{NodeName, Target, call_home::Master, io::telemetry::LogFormat};
-
-/// A type with one way of being written in a configuration.
-pub trait Value: Sized {
-    /// `None` where the node can't be read as this type, which has been reported then.
-    fn read(at: &At<'_>) -> Option<Self>;
-}
+use super::{
+    section::{At, Value},
+    tree::Kind,
+};
+use crate::{NodeName, Target, call_home::Master};
 
 /// A file mode, written as four octal digits: `"0660"`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,16 +153,6 @@ impl Value for Master {
     }
 }
 
-impl Value for LogFormat {
-    fn read(at: &At<'_>) -> Option<Self> {
-        match at.scalar("text or json")? {
-            ("text", _) => Some(Self::Text),
-            ("json", _) => Some(Self::Json),
-            (text, _) => at.complain(text, "expected text or json"),
-        }
-    }
-}
-
 impl Value for Mode {
     fn read(at: &At<'_>) -> Option<Self> {
         let expected = "expected a mode as four octal digits, such as \"0660\"";
@@ -198,14 +185,5 @@ fn port_range(at: &At<'_>) -> Option<RangeInclusive<u16>> {
         (Some(_), None) | (None, Some(_)) | (None, None) => {
             at.complain(text, "expected a port from 1 to 65535 or a range such as \"8000-8090\"")
         }
-    }
-}
-
-impl At<'_> {
-    /// Reports the text that stands here and what is wrong with it.
-    pub fn complain<T>(&self, text: &str, message: &str) -> Option<T> {
-        let shown: String = text.chars().take(80).collect();
-        self.error(format!("{shown:?}: {message}"));
-        None
     }
 }

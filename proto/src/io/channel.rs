@@ -22,12 +22,7 @@ use bytes::BytesMut;
 use russh::{ChannelId, ChannelWriteHalf, client, server};
 use tokio::sync::Notify;
 
-use super::{
-    link::Gate,
-    stalls::Stalls,
-    stream::{self, Stream, StreamError},
-    tasks::Tasks,
-};
+use super::{link::Gate, stalls::Stalls, stream::error::StreamError, tasks::Tasks};
 
 /// The most bytes buffered for one stream.
 const BUFFER: usize = 2 * 1024 * 1024;
@@ -97,8 +92,8 @@ impl Channels {
         self.table().get(&id).cloned()
     }
 
-    /// Makes a stream of an open channel.
-    pub fn stream(&self, half: Half) -> Stream {
+    /// The halves of the stream that an open channel is.
+    pub(super) fn halves(&self, half: Half) -> (Reader, Writer) {
         let id = half.id();
         let shared = self.entry(id).unwrap_or_else(|| {
             // It was closed, or the session has ended, before it was asked for.
@@ -110,10 +105,8 @@ impl Channels {
             shared
         });
         let owner = Arc::new(Owner { id, half: Some(Arc::new(half)), channels: self.clone(), shared });
-        Stream {
-            reader: stream::Reader::Channel(Reader { owner: owner.clone(), current: BytesMut::new() }),
-            writer: stream::Writer::Channel(Writer { owner, gate: self.gate.clone() }),
-        }
+        let reader = Reader { owner: owner.clone(), current: BytesMut::new() };
+        (reader, Writer { owner, gate: self.gate.clone() })
     }
 
     pub fn len(&self) -> usize {
@@ -374,7 +367,7 @@ impl Drop for Owner {
     }
 }
 
-/// See [`stream::Watch`].
+/// See [`stream::Watch`](super::stream::Watch).
 pub struct Watch(Arc<Shared>);
 
 impl Watch {
@@ -391,7 +384,7 @@ impl Watch {
     }
 }
 
-/// See [`stream::Reader`].
+/// See [`stream::Reader`](super::stream::Reader).
 pub struct Reader {
     owner: Arc<Owner>,
     current: BytesMut,
@@ -442,7 +435,7 @@ impl Reader {
     }
 }
 
-/// See [`stream::Writer`].
+/// See [`stream::Writer`](super::stream::Writer).
 pub struct Writer {
     owner: Arc<Owner>,
     gate: Gate,

@@ -1,4 +1,4 @@
-//! The one thing that front doors know of the rest: something that dials.
+//! The one thing that egress listeners know of the rest: something that dials.
 
 use std::{fmt, pin::Pin};
 

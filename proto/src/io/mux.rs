@@ -23,12 +23,7 @@ use std::{
 use bytes::{Bytes, BytesMut};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{
-    link::Gate,
-    stalls::Stalls,
-    stream::{self, Stream, StreamError},
-    tasks::Tasks,
-};
+use super::{link::Gate, stalls::Stalls, stream::error::StreamError, tasks::Tasks};
 use crate::{
     DialError, Target,
     mux::{
@@ -180,9 +175,13 @@ impl Mux {
         (mux, feeder, Events { incoming, notices })
     }
 
-    /// Opens a stream to `target`. `origin` names the caller for the node's records. Dropping the future
-    /// cancels the dial on the node too.
-    pub async fn open(&self, target: &Target, origin: &str, timeout: Duration) -> Result<Stream, DialError> {
+    /// The halves of a new stream: see [`Mux::open`].
+    pub(super) async fn open_halves(
+        &self,
+        target: &Target,
+        origin: &str,
+        timeout: Duration,
+    ) -> Result<(Reader, Writer), DialError> {
         let timeout_ms = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
         let (answered, answer) = oneshot::channel();
         let lost = || DialError::TunnelLost { node: String::new(), reason: self.closed_reason() };
@@ -201,7 +200,7 @@ impl Mux {
             if answer.is_err() {
                 entry.shared.lock().ended = true;
             }
-            answer.map(|()| entry.into_stream())
+            answer.map(|()| entry.into_halves())
         };
         tokio::time::timeout(timeout, dial).await.unwrap_or_else(|_| {
             Err(DialError::TimedOut(format!(
@@ -565,10 +564,11 @@ impl Incoming {
         }
     }
 
-    pub async fn accept(mut self) -> Option<Stream> {
+    /// The halves of the stream: see [`Incoming::accept`].
+    pub(super) async fn accept_halves(mut self) -> Option<(Reader, Writer)> {
         let entry = self.entry.take()?;
         let opened = frame::encode(&Frame::Opened { stream: entry.id });
-        entry.mux.send(opened).await.then(|| entry.into_stream())
+        entry.mux.send(opened).await.then(|| entry.into_halves())
     }
 
     /// As [`Self::refuse`], without waiting for the link.
@@ -608,12 +608,10 @@ impl Entry {
         self.mux.answer(&Frame::Refused { stream: self.id, error });
     }
 
-    fn into_stream(self) -> Stream {
+    fn into_halves(self) -> (Reader, Writer) {
         let entry = Arc::new(self);
-        Stream {
-            reader: stream::Reader::Mux(Reader { entry: entry.clone(), current: BytesMut::new() }),
-            writer: stream::Writer::Mux(Writer { entry, finished: false }),
-        }
+        let reader = Reader { entry: entry.clone(), current: BytesMut::new() };
+        (reader, Writer { entry, finished: false })
     }
 }
 
@@ -734,7 +732,7 @@ fn wake(waker: &mut Option<Waker>) {
     }
 }
 
-/// See [`stream::Watch`].
+/// See [`stream::Watch`](super::stream::Watch).
 pub struct Watch(Arc<Shared>);
 
 impl Watch {
@@ -751,7 +749,7 @@ impl Watch {
     }
 }
 
-/// See [`stream::Reader`].
+/// See [`stream::Reader`](super::stream::Reader).
 pub struct Reader {
     entry: Arc<Entry>,
     current: BytesMut,
@@ -809,7 +807,7 @@ impl Reader {
     }
 }
 
-/// See [`stream::Writer`].
+/// See [`stream::Writer`](super::stream::Writer).
 pub struct Writer {
     entry: Arc<Entry>,
     finished: bool,
@@ -886,6 +884,7 @@ mod hostile;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::io::stream::Stream;
 
     struct Pair {
         master: Mux,

@@ -1,5 +1,7 @@
 //! One stream of a tunnel, as the [`relay`](super::relay) sees it, whatever carries it below.
 
+use std::time::Duration;
+
 use bytes::BytesMut;
 use tokio::{
     io::AsyncWriteExt,
@@ -9,12 +11,15 @@ use tokio::{
     },
 };
 
-use super::{channel, mux};
+use super::{
+    channel::{self, Channels, Half},
+    mux::{self, Incoming, Mux},
+};
+use crate::{DialError, Target};
 
-/// Why a stream ended before both directions had.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct StreamError(pub String);
+pub(super) mod error;
+
+pub use error::StreamError;
 
 /// A proxied connection inside a tunnel.
 #[derive(Debug)]
@@ -67,17 +72,45 @@ impl Stream {
     }
 }
 
+impl Mux {
+    /// Opens a stream to `target`. `origin` names the caller for the node's records. Dropping the future
+    /// cancels the dial on the node too.
+    pub async fn open(&self, target: &Target, origin: &str, timeout: Duration) -> Result<Stream, DialError> {
+        self.open_halves(target, origin, timeout).await.map(Stream::from)
+    }
+}
+
+impl Incoming {
+    /// Takes the stream; `None` if the tunnel was lost meanwhile.
+    pub async fn accept(self) -> Option<Stream> {
+        self.accept_halves().await.map(Stream::from)
+    }
+}
+
+impl Channels {
+    /// Makes a stream of an open channel.
+    pub fn stream(&self, half: Half) -> Stream {
+        Stream::from(self.halves(half))
+    }
+}
+
+impl From<(mux::Reader, mux::Writer)> for Stream {
+    fn from((reader, writer): (mux::Reader, mux::Writer)) -> Self {
+        Self { reader: Reader::Mux(reader), writer: Writer::Mux(writer) }
+    }
+}
+
+impl From<(channel::Reader, channel::Writer)> for Stream {
+    fn from((reader, writer): (channel::Reader, channel::Writer)) -> Self {
+        Self { reader: Reader::Channel(reader), writer: Writer::Channel(writer) }
+    }
+}
+
 /// A connection without a tunnel: what a dialer on the spot gives.
 impl From<TcpStream> for Stream {
     fn from(socket: TcpStream) -> Self {
         let (reader, writer) = socket.into_split();
         Self { reader: Reader::Tcp(reader, BytesMut::new()), writer: Writer::Tcp(writer) }
-    }
-}
-
-impl From<std::io::Error> for StreamError {
-    fn from(e: std::io::Error) -> Self {
-        Self(e.to_string())
     }
 }
 

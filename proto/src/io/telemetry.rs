@@ -1,18 +1,10 @@
 //! Structured logs on standard error, as text or JSON.
 
-use serde::{Deserialize, Serialize};
 use tracing_subscriber::EnvFilter;
 
-const QUIET: &str = "russh=error,russh::server::encrypted=warn,hyper=warn,rustls=warn,kube_client=error";
+pub use crate::config::LogFormat;
 
-/// How log records are written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LogFormat {
-    #[default]
-    Text,
-    Json,
-}
+const QUIET: &str = "russh=error,russh::server::encrypted=warn,hyper=warn,rustls=warn,kube_client=error";
 
 /// Starts logging for the process. `level` is a word such as `info`, or a filter such as
 /// `info,master_agent=debug`; the libraries below stay quiet unless named. What russh warns of is what any peer

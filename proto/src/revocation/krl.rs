@@ -12,7 +12,8 @@ use std::{
 use russh::keys::{Certificate, PublicKey, ssh_key::public::KeyData};
 use sha2::Digest;
 
-use super::MAX_LIST;
+/// The most bytes of a list.
+pub const MAX_LIST: usize = 1024 * 1024;
 
 const MAGIC: &[u8; 8] = b"SSHKRL\n\0";
 const FORMAT: u32 = 1;
@@ -500,7 +501,7 @@ pub(crate) mod tests {
     pub(crate) struct TempDir(pub PathBuf);
 
     impl TempDir {
-        pub fn new() -> Self {
+        pub(crate) fn new() -> Self {
             let path = std::env::temp_dir().join(format!("proto-krl-{:016x}", rand::random::<u64>()));
             crate::secret_file::create_directory(&path).unwrap();
             Self(path)

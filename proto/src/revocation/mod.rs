@@ -13,6 +13,7 @@ pub mod krl;
 
 use std::collections::BTreeMap;
 
+pub use krl::MAX_LIST;
 use russh::keys::{
     HashAlg, PrivateKey, PublicKey,
     ssh_key::{LineEnding, SshSig},
@@ -25,9 +26,7 @@ use crate::join::{self, MessageError};
 pub const SUBSYSTEM: &str = "revocations-v1";
 /// The namespace of a list's signature: `ssh-keygen -Y verify -n revocations@master-agent`.
 pub const NAMESPACE: &str = "revocations@master-agent";
-/// The most bytes of a list.
-pub const MAX_LIST: usize = 1024 * 1024;
-/// The most bytes of its signature.
+/// The most bytes of a list's signature.
 const MAX_SIGNATURE: usize = 4 * 1024;
 
 /// Why a list was not taken.

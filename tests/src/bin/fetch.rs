@@ -1,4 +1,4 @@
-//! A small client for the HTTP CONNECT front doors: one GET through one of them, and one line of JSON about it.
+//! A small client for the HTTP CONNECT egress listeners: one GET through one of them, and one line of JSON about it.
 
 use std::{
     path::PathBuf,
@@ -27,20 +27,20 @@ use tokio_rustls::TlsConnector;
 /// Bytes of a body that `--expect` looks at.
 const BEGINNING: usize = 64 * 1024;
 
-/// Sends CONNECT to a front door, then GET over HTTP or verified HTTPS; exits with 0 only on status 200.
+/// Sends CONNECT to an egress listener, then GET over HTTP or verified HTTPS; exits with 0 only on status 200.
 ///
-/// Prints one line of JSON: "status" (of the target, or of the front door where that refused), "bytes" of the
-/// body, "connect_ms" until the front door's answer, "total_ms", and "error", null if there is none.
+/// Prints one line of JSON: "status" (of the target, or of the egress listener where that refused), "bytes" of the
+/// body, "connect_ms" until the egress listener's answer, "total_ms", and "error", null if there is none.
 #[derive(Parser)]
 #[command(name = "fetch", version)]
 struct Args {
-    /// The front door: unix:PATH or tls:HOST:PORT.
+    /// The egress listener: unix:PATH or tls:HOST:PORT.
     #[arg(long, value_name = "DOOR")]
     via: String,
-    /// The CA of the front door's certificate, PEM.
+    /// The CA of the egress listener's certificate, PEM.
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
-    /// The client certificate to show the front door, PEM.
+    /// The client certificate to show the egress listener, PEM.
     #[arg(long, value_name = "FILE")]
     cert: Option<PathBuf>,
     /// Its private key, PEM.
@@ -108,7 +108,7 @@ async fn fetch(args: &Args, began: Instant, report: &mut Report) -> anyhow::Resu
     report.connected = Some(began.elapsed());
     if status != 200 {
         report.status = Some(status);
-        bail!("the front door answered {status} {reason}");
+        bail!("the egress listener answered {status} {reason}");
     }
     let stream: Box<dyn Stream> = if https {
         let ca = args.target_ca.as_ref().context("https needs --target-ca")?;
@@ -167,7 +167,7 @@ async fn open(args: &Args) -> anyhow::Result<Box<dyn Stream>> {
     socket.set_nodelay(true)?;
     let name = ServerName::try_from(address.host.to_string())?;
     let tls = TlsConnector::from(Arc::new(config)).connect(name, socket).await;
-    Ok(Box::new(tls.context("TLS with the front door")?))
+    Ok(Box::new(tls.context("TLS with the egress listener")?))
 }
 
 type WantsClientCert = rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert>;
@@ -193,13 +193,13 @@ async fn connect(door: &mut dyn Stream, target: &str) -> anyhow::Result<(u16, St
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         if head.len() > 64 * 1024 {
-            bail!("the front door's answer has no end");
+            bail!("the egress listener's answer has no end");
         }
-        head.push(door.read_u8().await.context("the front door closed the connection")?);
+        head.push(door.read_u8().await.context("the egress listener closed the connection")?);
     }
     let head = String::from_utf8_lossy(&head);
     let mut words = head.lines().next().unwrap_or_default().splitn(3, ' ');
     let (_version, status, reason) = (words.next(), words.next(), words.next());
-    let status = status.and_then(|s| s.parse().ok()).context("the front door's answer is not HTTP")?;
+    let status = status.and_then(|s| s.parse().ok()).context("the egress listener's answer is not HTTP")?;
     Ok((status, reason.unwrap_or_default().to_owned()))
 }

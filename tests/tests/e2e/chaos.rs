@@ -171,7 +171,7 @@ async fn door_streams(cluster: &Cluster) -> f64 {
     let mut sum = 0.0;
     for door in ["connect-unix", "connect-tls"] {
         // A door that has had no stream yet has no sample.
-        let prefix = format!("master_agent_streams{{front_door=\"{door}\"}}");
+        let prefix = format!("master_agent_streams{{egress=\"{door}\"}}");
         sum += cluster.metric(cluster.admin, &prefix).await.unwrap_or_default();
     }
     sum

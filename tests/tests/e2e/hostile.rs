@@ -248,7 +248,7 @@ async fn malformed_connect_heads_are_refused() {
     Echo::open(&cluster.tls, &format!("n1:{port}")).await.unwrap();
     health.check(10 * MB).await;
     let refused =
-        cluster.metric(cluster.admin, "master_agent_bad_requests_total{front_door=\"connect-unix\"").await;
+        cluster.metric(cluster.admin, "master_agent_bad_requests_total{egress=\"connect-unix\"").await;
     assert!(refused.unwrap() > 5000.0);
 }
 
@@ -964,8 +964,7 @@ async fn dawdle(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> Option<u16> 
 async fn callers_that_dawdle_are_cut_and_keep_nobody_out() {
     raise_descriptor_limit(4096).unwrap();
     let port = target::start().await;
-    let cluster =
-        start_with_front_door(options(&[("n1", Kind::Dialled)], port), "  head_timeout: 1s\n").await;
+    let cluster = start_with_egress(options(&[("n1", Kind::Dialled)], port), "  head_timeout: 1s\n").await;
     let mut steady = Steady::start(&cluster, "n1", port).await.unwrap();
     let Door::Tls(tls, _) = cluster.tls.clone() else { unreachable!() };
     let health = Health::of(&cluster.master);
@@ -1029,7 +1028,7 @@ async fn callers_that_dawdle_are_cut_and_keep_nobody_out() {
 }
 
 /// Restarts the master with more lines of `http_connect:`.
-async fn start_with_front_door(options: Options, lines: &str) -> Cluster {
+async fn start_with_egress(options: Options, lines: &str) -> Cluster {
     let mut cluster = Cluster::start(options).await.unwrap();
     let file = cluster.path().join("master.yaml");
     let config = std::fs::read_to_string(&file).unwrap();
@@ -1042,8 +1041,7 @@ async fn start_with_front_door(options: Options, lines: &str) -> Cluster {
 #[tokio::test]
 async fn callers_beyond_max_connections_are_turned_away() {
     let port = target::start().await;
-    let cluster =
-        start_with_front_door(options(&[("n1", Kind::Dialled)], port), "  max_connections: 4\n").await;
+    let cluster = start_with_egress(options(&[("n1", Kind::Dialled)], port), "  max_connections: 4\n").await;
     let target = format!("n1:{port}");
     let mut inside = Vec::new();
     // Each door has its own places, so that nobody at the one can shut the other.

@@ -207,12 +207,12 @@ fn streams_of(cluster: &Cluster) -> Option<u64> {
     status["tunnels"].as_array()?.iter().map(|tunnel| tunnel["streams"].as_u64()).sum()
 }
 
-/// Streams that the master's front doors hold.
+/// Streams that the master's egress listeners hold.
 async fn door_streams(cluster: &Cluster) -> f64 {
     let mut sum = 0.0;
     for door in ["connect-unix", "connect-tls"] {
         // A door that has had no stream yet has no sample.
-        let prefix = format!("master_agent_streams{{front_door=\"{door}\"}}");
+        let prefix = format!("master_agent_streams{{egress=\"{door}\"}}");
         sum += cluster.metric(cluster.admin, &prefix).await.unwrap_or_default();
     }
     sum
@@ -580,7 +580,7 @@ async fn dials_given_up_are_cancelled(kind: Kind) {
         .await;
         nothing_is_left(&cluster, before).await;
         let prefix =
-            format!("master_agent_dials_total{{front_door=\"connect-{}\",result=\"cancelled\"", door.name());
+            format!("master_agent_dials_total{{egress=\"connect-{}\",result=\"cancelled\"", door.name());
         assert_eq!(cluster.metric(cluster.admin, &prefix).await.unwrap(), DIALS as f64);
     }
     assert_bounded("200 cancelled dials", memory_before, memory(&cluster));

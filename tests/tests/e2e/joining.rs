@@ -281,12 +281,12 @@ async fn bad_tokens_and_pins_are_refused_and_use_no_good_token_up() {
     second.join(&unbound, &["--node", "n2"]).joined("n2");
     let nobody = good.replace(&cluster.call_home.to_string(), &local(free_port()).to_string());
     second.join(&nobody, &[]).refused(&["can't connect to"]);
-    let front_door = match &cluster.tls {
+    let egress = match &cluster.tls {
         Door::Tls(address, _) => address.to_string(),
         Door::Unix(_) => unreachable!(),
     };
-    let elsewhere = token(&cluster, &["--node", "n3"]).replace(&cluster.call_home.to_string(), &front_door);
-    second.join(&elsewhere, &[]).refused(&[&front_door]);
+    let elsewhere = token(&cluster, &["--node", "n3"]).replace(&cluster.call_home.to_string(), &egress);
+    second.join(&elsewhere, &[]).refused(&[&egress]);
     assert!(is_unused(&cluster, &elsewhere));
 }
 

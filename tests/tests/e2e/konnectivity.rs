@@ -61,10 +61,8 @@ impl Site {
     }
 
     async fn dials(&self, door: &str, result: &str) -> f64 {
-        self.metric(&format!(
-            "master_agent_dials_total{{front_door=\"konnectivity-{door}\",result=\"{result}\""
-        ))
-        .await
+        self.metric(&format!("master_agent_dials_total{{egress=\"konnectivity-{door}\",result=\"{result}\""))
+            .await
     }
 
     fn descriptors(&self) -> (u64, u64) {
@@ -95,7 +93,7 @@ impl Site {
         );
         assert!(settled.await.is_ok(), "streams on the node, descriptors: {last:?}; before {before:?}");
         for door in ["unix", "tls"] {
-            let prefix = format!("master_agent_streams{{front_door=\"konnectivity-{door}\"}}");
+            let prefix = format!("master_agent_streams{{egress=\"konnectivity-{door}\"}}");
             assert_eq!(self.metric(&prefix).await, 0.0);
         }
     }
@@ -307,7 +305,7 @@ async fn every_packet_has_its_answer() {
         drop((call, connection));
         site.nothing_is_left(before).await;
         let records = site.cluster.master.log_text();
-        let door = format!("front_door=\"konnectivity-{}\"", door.name());
+        let door = format!("egress=\"konnectivity-{}\"", door.name());
         assert!(
             records
                 .lines()
@@ -636,7 +634,7 @@ async fn what_is_not_grpc_is_refused_and_counted() {
         completes("it is closed", closed).await;
     }
     eventually("all are counted", SOON, async || {
-        (site.metric("master_agent_bad_requests_total{front_door=\"konnectivity-unix\"}").await == 4.0)
+        (site.metric("master_agent_bad_requests_total{egress=\"konnectivity-unix\"}").await == 4.0)
             .then_some(())
     })
     .await;

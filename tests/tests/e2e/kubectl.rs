@@ -21,7 +21,7 @@ use tokio::{
 
 const VOLUME: usize = 10_000_000;
 const KUBELET: u16 = 10250;
-const STREAMS: &str = "master_agent_streams{front_door=\"proxy-url-tcp\"";
+const STREAMS: &str = "master_agent_streams{egress=\"proxy-url-tcp\"";
 
 /// A node of each kind with a kubelet, and a kube-apiserver that knows of a pod: `web` in `default`, with the
 /// container `c`.

@@ -240,7 +240,7 @@ async fn every_kind_of_node_brings_its_callers_to_the_front_end() {
         })
         .await;
     }
-    let open = "master_agent_streams{front_door=\"front-end-tunnel\"}";
+    let open = "master_agent_streams{egress=\"front-end-tunnel\"}";
     eventually("no stream is left", SOON, async || {
         (world.cluster.metric(world.cluster.admin, open).await.unwrap() == 0.0).then_some(())
     })

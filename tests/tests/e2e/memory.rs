@@ -182,7 +182,7 @@ impl Watched<'_> {
         eventually("no stream is left", SOON, async || {
             let mut master = 0.0;
             for door in ["unix", "tls"] {
-                let prefix = format!("master_agent_streams{{front_door=\"connect-{door}\"}}");
+                let prefix = format!("master_agent_streams{{egress=\"connect-{door}\"}}");
                 master += self.cluster.metric(self.cluster.admin, &prefix).await.unwrap_or_default();
             }
             let node = &self.cluster.nodes[0];

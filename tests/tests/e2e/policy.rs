@@ -144,7 +144,7 @@ impl Site {
         all
     }
 
-    /// Each target is refused by its rule, at both front doors; counted and logged so.
+    /// Each target is refused by its rule, at both egress listeners; counted and logged so.
     async fn refuses(&self, table: &[(String, &'static str)]) {
         let mut expected = self.all_refusals().await;
         for door in self.cluster.doors() {
@@ -322,7 +322,7 @@ async fn a_plain_sshd_refuses_what_no_rule_names() {
     let site = Site::start(Kind::Sshd, "").await;
     let dials = async |door: &str| {
         let prefix =
-            format!("master_agent_dials_total{{front_door=\"{door}\",result=\"policy\",fault=\"policy\"}}");
+            format!("master_agent_dials_total{{egress=\"{door}\",result=\"policy\",fault=\"policy\"}}");
         site.cluster.metric(site.cluster.admin, &prefix).await.unwrap_or(0.0)
     };
     let table = site.table();

@@ -238,10 +238,7 @@ async fn a_kubelet_is_reached_verified_and_by_curl() {
     site.curl(&["-o", out.to_str().unwrap(), "http://localhost/api/v1/nodes/https:n1:/proxy/bytes/30000000"]);
     assert_eq!(std::fs::metadata(&out).unwrap().len(), 30_000_000);
     let log = site.cluster.master.log_text();
-    assert!(
-        log.contains("front_door=\"proxy-url-unix\"") && log.contains("front_door=\"proxy-url-tcp\""),
-        "{log}"
-    );
+    assert!(log.contains("egress=\"proxy-url-unix\"") && log.contains("egress=\"proxy-url-tcp\""), "{log}");
 }
 
 #[tokio::test]

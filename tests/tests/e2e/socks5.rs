@@ -136,7 +136,7 @@ async fn curl_fetches_by_name_and_by_address_of_both_families() {
     let log = site.cluster.master.log_text();
     assert!(log.contains(&format!("target=n1:{}", site.port)) && log.contains("node name n1"), "{log}");
     for door in ["socks5-unix", "socks5-tcp"] {
-        let prefix = format!("master_agent_dials_total{{front_door=\"{door}\",result=\"ok\"");
+        let prefix = format!("master_agent_dials_total{{egress=\"{door}\",result=\"ok\"");
         assert!(site.cluster.metric(site.cluster.admin, &prefix).await.unwrap() >= 3.0, "{door}");
     }
 }

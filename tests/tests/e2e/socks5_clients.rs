@@ -103,7 +103,7 @@ impl Site {
     }
 
     async fn dials(&self) -> f64 {
-        let prefix = "master_agent_dials_total{front_door=\"socks5-tcp\",result=\"ok\"";
+        let prefix = "master_agent_dials_total{egress=\"socks5-tcp\",result=\"ok\"";
         self.cluster.metric(self.cluster.admin, prefix).await.unwrap_or_default()
     }
 }
@@ -163,7 +163,7 @@ async fn kubectl_reaches_a_kube_apiserver_behind_a_node() {
         child.kill().await.unwrap();
     }
     eventually("no stream is left", SOON, async || {
-        let prefix = "master_agent_streams{front_door=\"socks5-tcp\"";
+        let prefix = "master_agent_streams{egress=\"socks5-tcp\"";
         (site.cluster.metric(site.cluster.admin, prefix).await.ok()? == 0.0).then_some(())
     })
     .await;

@@ -170,7 +170,7 @@ async fn a_request_and_its_stream_are_one_trace() {
     for (name, expected) in [
         ("server.port", port.to_string()),
         ("master_agent.node", "n1".to_owned()),
-        ("master_agent.front_door", "front-end".to_owned()),
+        ("master_agent.egress", "front-end".to_owned()),
         ("master_agent.outcome", "closed".to_owned()),
     ] {
         assert_eq!(attribute(stream, name), expected, "{name} of {stream:?}");

@@ -1,4 +1,4 @@
-//! Bytes through every kind of node and both kinds of front door.
+//! Bytes through every kind of node and both kinds of egress listener.
 
 use std::time::Duration;
 

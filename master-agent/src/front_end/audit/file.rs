@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub struct Output {
+pub(super) struct Output {
     sink: Sink,
     /// The last line was written in part.
     torn: bool,
@@ -35,18 +35,18 @@ struct OpenFile {
 }
 
 impl Output {
-    pub fn stream(stream: impl Write + Send + 'static) -> Self {
+    pub(super) fn stream(stream: impl Write + Send + 'static) -> Self {
         Self { sink: Sink::Stream(Box::new(stream)), torn: false }
     }
 
     /// Opens it, so that a path that can't be used is known at once.
-    pub fn file(path: PathBuf, max_bytes: u64, keep: usize) -> io::Result<Self> {
+    pub(super) fn file(path: PathBuf, max_bytes: u64, keep: usize) -> io::Result<Self> {
         let open = Some(OpenFile::open(&path)?);
         Ok(Self { sink: Sink::File(LogFile { path, max_bytes, keep, open }), torn: false })
     }
 
     /// Writes whole lines, and tells how many were lost and why.
-    pub fn write(&mut self, lines: impl Iterator<Item = String>, lost: &mut dyn FnMut(u64, &str)) {
+    pub(super) fn write(&mut self, lines: impl Iterator<Item = String>, lost: &mut dyn FnMut(u64, &str)) {
         let mut chunk = Vec::new();
         for line in lines {
             if let Sink::File(log) = &self.sink

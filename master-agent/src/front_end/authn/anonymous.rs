@@ -1,7 +1,13 @@
 //! Callers without any credential, on the paths that are listed and no other.
 
-use super::{Authenticator, BoxFuture, Moment, Presented, Reason, Recognized};
-use crate::front_end::user::{ANONYMOUS, UNAUTHENTICATED, User};
+use super::{
+    authenticated::Recognized, authenticator::Authenticator, credential::Presented, moment::Moment,
+    reason::Reason,
+};
+use crate::front_end::{
+    future::BoxFuture,
+    user::{ANONYMOUS, UNAUTHENTICATED, User},
+};
 
 pub struct Anonymous {
     paths: Vec<String>,

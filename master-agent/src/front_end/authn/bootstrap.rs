@@ -17,8 +17,14 @@ use proto::secret_file;
 use tokio::sync::Semaphore;
 use zeroize::Zeroizing;
 
-use super::{Authenticator, BoxFuture, Moment, Presented, Reason, Recognized, cache::Cache, csv};
-use crate::front_end::{reloaded::Reloaded, secret::Secret, user::User};
+use super::{
+    authenticated::Recognized, authenticator::Authenticator, cache::Cache, credential::Presented, csv,
+    moment::Moment, reason::Reason,
+};
+use crate::{
+    front_end::{future::BoxFuture, secret::Secret, user::User},
+    reloaded::Reloaded,
+};
 
 const GROUP: &str = "system:bootstrappers";
 const SECRET_TYPE: &str = "bootstrap.kubernetes.io/token";
@@ -242,7 +248,7 @@ impl ClusterTokens {
         if self.unknown.get(&key, now.monotonic).is_some() {
             return Ok(None);
         }
-        presented.may_cost()?;
+        presented.cost.incur()?;
         let ask = async {
             let _permit = self.asking.acquire().await.map_err(|_| unavailable("it is closed"))?;
             let secret = self.api.get_opt(&format!("bootstrap-token-{id}")).await;

@@ -19,7 +19,13 @@ use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenRe
 use kube::{Api, api::PostParams};
 use tokio::sync::Semaphore;
 
-use super::{Digest, Moment, Presented, Reason, cache::Cache, jwt::Claims};
+use super::{
+    cache::{Cache, Digest},
+    guard::Cost,
+    jwt::Claims,
+    moment::Moment,
+    reason::Reason,
+};
 use crate::{
     front_end::{secret::Secret, seldom::Seldom, user::User},
     kubernetes::{
@@ -83,13 +89,13 @@ impl BoundObjects {
         token: &Secret,
         digest: Digest,
         user: &str,
-        presented: Option<&Presented<'_>>,
+        cost: Option<&Cost<'_>>,
         now: Moment,
     ) -> Result<(), Reason> {
         if let Some(answer) = self.answered(&digest, now) {
             return answer;
         }
-        presented.map_or(Ok(()), Presented::may_cost)?;
+        cost.map_or(Ok(()), Cost::incur)?;
         let permit = tokio::time::timeout(TIMEOUT, self.asking.acquire()).await;
         let Ok(Ok(_permit)) = permit else { return Err(unavailable("too much is asked of it already")) };
         // Somebody else may have asked in the meantime.
@@ -213,12 +219,12 @@ impl Bound {
         Ok(Self { user: user.name.clone(), objects, more, cluster })
     }
 
-    /// Whether the token is still good. `presented` pays for what that costs.
+    /// Whether the token is still good. Where that costs something, `cost` is asked first.
     pub async fn check(
         &self,
         token: &Secret,
         digest: Digest,
-        presented: Option<&Presented<'_>>,
+        cost: Option<&Cost<'_>>,
         now: Moment,
     ) -> Result<(), Reason> {
         let cluster = &self.cluster;
@@ -227,7 +233,7 @@ impl Bound {
         let checked = match sight {
             Sight::Exist if !self.more => Ok(()),
             Sight::Exist | Sight::Unknown | Sight::Missing => {
-                cluster.review(token, digest, &self.user, presented, now).await
+                cluster.review(token, digest, &self.user, cost, now).await
             }
         };
         let before = cluster.verified.get(&digest, now.monotonic);

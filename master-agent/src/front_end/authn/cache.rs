@@ -21,7 +21,7 @@ impl Digest {
 }
 
 /// Forgets after a time, and the oldest when there are too many.
-pub struct Cache<V, K = Digest> {
+pub(super) struct Cache<V, K = Digest> {
     size: usize,
     ttl: Duration,
     entries: Mutex<Entries<K, V>>,
@@ -36,25 +36,25 @@ struct Entries<K, V> {
 
 impl<V: Clone, K: Copy + Eq + std::hash::Hash> Cache<V, K> {
     /// A size or TTL of zero remembers nothing.
-    pub fn new(size: usize, ttl: Duration) -> Self {
+    pub(super) fn new(size: usize, ttl: Duration) -> Self {
         let entries = Entries { values: HashMap::new(), order: VecDeque::new() };
         Self { size, ttl, entries: Mutex::new(entries) }
     }
 
-    pub fn get(&self, key: &K, now: Instant) -> Option<V> {
+    pub(super) fn get(&self, key: &K, now: Instant) -> Option<V> {
         let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         let (value, put) = entries.values.get(key)?;
         (now.saturating_duration_since(*put) < self.ttl).then(|| value.clone())
     }
 
-    pub fn remove(&self, key: &K) {
+    pub(super) fn remove(&self, key: &K) {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         if entries.values.remove(key).is_some() {
             entries.order.retain(|(_, one)| one != key);
         }
     }
 
-    pub fn put(&self, key: K, value: V, now: Instant) {
+    pub(super) fn put(&self, key: K, value: V, now: Instant) {
         if self.size == 0 || self.ttl.is_zero() {
             return;
         }

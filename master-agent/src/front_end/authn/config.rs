@@ -1,25 +1,11 @@
 //! The configuration of authentication.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
-use anyhow::Context;
 use hyper::Uri;
 use proto::config::{At, Section};
 
-use super::{
-    Anonymous, Authenticator, Authenticators, Bootstrap, BootstrapTokens, ClusterTokens, FileTokens, Oidc,
-    ServiceAccounts, TokenFile, Webhook, X509,
-    bound::BoundObjects,
-    keys::{KeySource, Location, RemoteKeys},
-};
-use crate::{
-    client_certificates::ClientCa,
-    front_end::{
-        https_client::{ClientTls, JsonClient},
-        reloaded::{Follow, Reloaded},
-    },
-    kubernetes::Cluster,
-};
+use crate::front_end::https_client::ClientTls;
 
 /// Who is recognised, and how.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -121,9 +107,6 @@ impl Default for CacheConfig {
     }
 }
 
-/// How long a key set or discovery may take to come.
-const FETCH_TIMEOUT: Duration = Duration::from_secs(5);
-
 impl AuthnConfig {
     /// Reads `authentication`, a list of items with one kind of credential each, and `authentication_cache`.
     pub fn read(section: &Section<'_>) -> Self {
@@ -167,6 +150,21 @@ impl AuthnConfig {
     pub fn needs_cluster(&self) -> bool {
         let needs = |one: &_| matches!(one, AuthenticatorConfig::BootstrapTokens(config) if config.cluster);
         self.authenticators.iter().any(needs)
+    }
+}
+
+impl AuthenticatorConfig {
+    /// As it is named in the configuration.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::X509(_) => "x509",
+            Self::TokenFile(_) => "token_file",
+            Self::BootstrapTokens(_) => "bootstrap_tokens",
+            Self::ServiceAccount(_) => "service_account",
+            Self::Oidc(_) => "oidc",
+            Self::Webhook(_) => "webhook",
+            Self::Anonymous(_) => "anonymous",
+        }
     }
 }
 
@@ -341,120 +339,4 @@ fn read_anonymous(section: &Section<'_>) -> Option<Vec<String>> {
         }
     }
     Some(paths)
-}
-
-impl Authenticators {
-    /// Reads all files for the first time; afterwards what is returned must be followed. `cluster` is for its bootstrap
-    /// tokens, and for what the tokens of its service accounts are bound to.
-    pub fn load(
-        config: &AuthnConfig,
-        cluster: Option<&Cluster>,
-    ) -> anyhow::Result<(Self, Vec<Arc<dyn Follow>>)> {
-        let mut files = Vec::new();
-        let mut chain = Vec::new();
-        let mut client_ca = None;
-        for one in &config.authenticators {
-            let kind = one.kind();
-            let authenticator = one
-                .load(cluster, &mut files, &mut client_ca)
-                .with_context(|| format!("authentication: {kind}"))?;
-            chain.push((kind, authenticator));
-        }
-        let authenticators = Self { client_ca, ..Self::new(chain, files.clone(), config.cache) };
-        Ok((authenticators, files))
-    }
-}
-
-impl AuthenticatorConfig {
-    /// As it is named in the configuration.
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::X509(_) => "x509",
-            Self::TokenFile(_) => "token_file",
-            Self::BootstrapTokens(_) => "bootstrap_tokens",
-            Self::ServiceAccount(_) => "service_account",
-            Self::Oidc(_) => "oidc",
-            Self::Webhook(_) => "webhook",
-            Self::Anonymous(_) => "anonymous",
-        }
-    }
-
-    fn load(
-        &self,
-        cluster: Option<&Cluster>,
-        files: &mut Vec<Arc<dyn Follow>>,
-        client_ca: &mut Option<Arc<Reloaded<ClientCa>>>,
-    ) -> anyhow::Result<Box<dyn Authenticator>> {
-        Ok(match self {
-            Self::X509(config) => {
-                let (x509, ca) = X509::load(config.clone())?;
-                files.push(ca.clone());
-                *client_ca = Some(ca);
-                Box::new(x509)
-            }
-            Self::TokenFile(path) => {
-                let (tokens, file) = TokenFile::load(path.clone())?;
-                files.push(file);
-                Box::new(tokens)
-            }
-            Self::BootstrapTokens(config) => {
-                let mut sources: Vec<Box<dyn BootstrapTokens>> = Vec::new();
-                if let Some(path) = &config.file {
-                    let (tokens, file) = FileTokens::load(path.clone())?;
-                    files.push(file);
-                    sources.push(Box::new(tokens));
-                }
-                if config.cluster {
-                    let cluster = cluster.context("there is no cluster: cluster: true needs kubernetes")?;
-                    sources.push(Box::new(ClusterTokens::new(cluster.client.clone())));
-                }
-                Box::new(Bootstrap::new(sources))
-            }
-            Self::ServiceAccount(config) => {
-                let mut keys = Vec::new();
-                for path in &config.key_files {
-                    let file = KeySource::pem(path.clone())?;
-                    files.push(file.clone());
-                    keys.push(KeySource::File(file));
-                }
-                match config.jwks.clone() {
-                    Some(KeysConfig::File(path)) => {
-                        let file = KeySource::jwks_file(path)?;
-                        files.push(file.clone());
-                        keys.push(KeySource::File(file));
-                    }
-                    Some(KeysConfig::Url { url, ca, refresh_pause }) => {
-                        let client =
-                            client("the key set's CA", ClientTls { ca, identity: None }, FETCH_TIMEOUT)?;
-                        files.push(client.clone());
-                        let remote = RemoteKeys::new(client, Location::Jwks(url), refresh_pause);
-                        keys.push(KeySource::Remote(Box::new(remote)));
-                    }
-                    None => {}
-                }
-                let (issuers, audiences) = (config.issuers.clone(), config.audiences.clone());
-                let checked = cluster.filter(|_| config.check_bound_objects != Some(false));
-                let checked = checked.and_then(|cluster| BoundObjects::new(cluster, audiences.clone()));
-                Box::new(ServiceAccounts::new(issuers, audiences, keys, checked))
-            }
-            Self::Oidc(config) => {
-                let tls = ClientTls { ca: config.ca.clone(), identity: None };
-                let client = client("the OIDC provider's CA", tls, FETCH_TIMEOUT)?;
-                files.push(client.clone());
-                let location = Location::Discovery(config.issuer.clone());
-                let keys = RemoteKeys::new(client, location, config.refresh_pause);
-                Box::new(Oidc::new(config.clone(), KeySource::Remote(Box::new(keys))))
-            }
-            Self::Webhook(config) => {
-                let client = client("the authentication webhook's TLS", config.tls.clone(), config.timeout)?;
-                files.push(client.clone());
-                Box::new(Webhook::new(config, client))
-            }
-            Self::Anonymous(paths) => Box::new(Anonymous::new(paths.clone())),
-        })
-    }
-}
-
-fn client(what: &str, tls: ClientTls, timeout: Duration) -> anyhow::Result<Arc<Reloaded<JsonClient>>> {
-    Reloaded::load(what, tls.files(), move || JsonClient::new(&tls, timeout))
 }

@@ -1,11 +1,5 @@
 //! The credentials of a request: the certificate of its connection, and its bearer token.
 
-use std::{
-    fmt,
-    sync::atomic::{AtomicBool, Ordering},
-    time::Duration,
-};
-
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use hyper::{
     HeaderMap,
@@ -13,11 +7,16 @@ use hyper::{
     http::request::Parts,
 };
 
-use super::{Certificates, Failure, Reason};
+use super::{
+    certificates::Certificates,
+    failure::Failure,
+    guard::{Cost, Guard},
+    reason::Reason,
+};
 use crate::front_end::secret::Secret;
 
 /// Longer bearer tokens are refused unread.
-pub const MAX_TOKEN: usize = 16 * 1024;
+pub(super) const MAX_TOKEN: usize = 16 * 1024;
 
 /// How a browser, which can't set headers, gives a token with a WebSocket.
 const SUBPROTOCOL: &str = "base64url.bearer.authorization.k8s.io.";
@@ -29,16 +28,8 @@ pub struct Presented<'a> {
     pub certificates: &'a Certificates,
     pub bearer: Option<Secret>,
     pub path: &'a str,
-    /// `None` lets everything pass.
-    pub(super) guard: Option<&'a dyn Guard>,
-    /// Whether finding out took something that costs.
-    cost: AtomicBool,
-}
-
-/// Stands before what costs something, such as the check of a token's signature or a question to somebody else.
-pub trait Guard: fmt::Debug + Send + Sync {
-    /// Whether it may be done for this caller; else how long until it may.
-    fn pass(&self) -> Result<(), Duration>;
+    /// What finding out who that is costs.
+    pub(super) cost: Cost<'a>,
 }
 
 impl<'a> Presented<'a> {
@@ -49,24 +40,15 @@ impl<'a> Presented<'a> {
             (token, None) | (None, token) => token,
         };
         if bearer.as_ref().is_some_and(|token| token.expose().len() > MAX_TOKEN) {
-            return Err(Reason::TokenTooLong.into());
+            return Err(Reason::TokenTooLong(MAX_TOKEN).into());
         }
         let path = head.uri.path();
-        Ok(Self { certificates, bearer, path, guard: None, cost: AtomicBool::new(false) })
+        Ok(Self { certificates, bearer, path, cost: Cost::default() })
     }
 
-    pub fn guarded(self, guard: &'a dyn Guard) -> Self {
-        Self { guard: Some(guard), ..self }
-    }
-
-    /// To be asked before anything that costs.
-    pub(super) fn may_cost(&self) -> Result<(), Reason> {
-        self.cost.store(true, Ordering::Relaxed);
-        self.guard.map_or(Ok(()), |guard| guard.pass().map_err(Reason::NotTried))
-    }
-
-    pub(super) fn did_cost(&self) -> bool {
-        self.cost.load(Ordering::Relaxed)
+    pub fn guarded(mut self, guard: &'a dyn Guard) -> Self {
+        self.cost.guard(guard);
+        self
     }
 
     /// Why nobody knows this caller, if nobody found anything wrong.
@@ -135,7 +117,7 @@ fn subprotocol(headers: &HeaderMap) -> Result<Option<Secret>, Reason> {
         return Err(Reason::LoneSubprotocol);
     }
     if encoded.len() / 4 * 3 > MAX_TOKEN {
-        return Err(Reason::TokenTooLong);
+        return Err(Reason::TokenTooLong(MAX_TOKEN));
     }
     let token = URL_SAFE_NO_PAD.decode(encoded).ok().and_then(|token| String::from_utf8(token).ok());
     match token {

@@ -2,7 +2,7 @@
 
 /// The fields of each line that is not empty, with the line's number from 1. The error names a line and nothing of
 /// what is on it.
-pub fn records(text: &str) -> Result<Vec<(usize, Vec<String>)>, String> {
+pub(super) fn records(text: &str) -> Result<Vec<(usize, Vec<String>)>, String> {
     let mut records = Vec::new();
     for (line, text) in (1..).zip(text.lines()) {
         if !text.is_empty() {

@@ -17,7 +17,12 @@ use serde::{
 };
 use serde_json::{Map, Value};
 
-use super::{Moment, Presented, Reason, keys::KeySource};
+use super::{
+    guard::Cost,
+    keys::{KeySet, KeySource},
+    moment::Moment,
+    reason::Reason,
+};
 
 /// How far the clocks of issuers may be ahead.
 const LEEWAY: u64 = 10;
@@ -27,7 +32,7 @@ const MAX_HEADER: usize = 4096;
 const MAX_KEY_ID: usize = 256;
 
 /// A token whose signature has not been verified.
-pub struct Unverified<'a> {
+pub(super) struct Unverified<'a> {
     algorithm: Option<Algorithm>,
     key_id: Option<String>,
     claims: Map<String, Value>,
@@ -41,7 +46,7 @@ pub struct Claims(Map<String, Value>);
 
 impl<'a> Unverified<'a> {
     /// `None` for what is no JSON Web Token at all.
-    pub fn read(token: &'a str) -> Result<Option<Self>, Reason> {
+    pub(super) fn read(token: &'a str) -> Result<Option<Self>, Reason> {
         let Some((message, signature)) = token.rsplit_once('.') else { return Ok(None) };
         let Some((header, payload)) = message.split_once('.') else { return Ok(None) };
         if payload.contains('.') {
@@ -65,18 +70,18 @@ impl<'a> Unverified<'a> {
     }
 
     /// Who claims to have issued it.
-    pub fn issuer(&self) -> Option<&str> {
+    pub(super) fn issuer(&self) -> Option<&str> {
         self.claims.get("iss").and_then(Value::as_str)
     }
 
     /// Verifies the signature, then the time.
-    pub async fn verify(
+    pub(super) async fn verify(
         self,
         keys: &[KeySource],
-        presented: &Presented<'_>,
+        cost: &Cost<'_>,
         now: Moment,
     ) -> Result<Claims, Reason> {
-        presented.may_cost()?;
+        cost.incur()?;
         let (mut outcome, mut unavailable) = (Reason::UnknownKey, None);
         for source in keys {
             match self.verify_by(source, now).await {
@@ -102,7 +107,7 @@ impl<'a> Unverified<'a> {
         }
     }
 
-    fn verify_with(&self, set: &super::keys::KeySet) -> Result<(), Reason> {
+    fn verify_with(&self, set: &KeySet) -> Result<(), Reason> {
         let Some(algorithm) = self.algorithm else { return Err(Reason::Algorithm) };
         let mut outcome = Reason::UnknownKey;
         for key in set.select(self.key_id.as_deref()) {

@@ -21,8 +21,8 @@ use x509_parser::{
     certificate::X509Certificate, prelude::FromDer, public_key::PublicKey, x509::SubjectPublicKeyInfo,
 };
 
-use super::{Moment, Reason};
-use crate::front_end::{https_client::JsonClient, reloaded::Reloaded};
+use super::{moment::Moment, reason::Reason};
+use crate::{front_end::https_client::JsonClient, reloaded::Reloaded};
 
 /// Keys of one file or key set.
 const MAX_KEYS: usize = 100;

@@ -3,11 +3,16 @@
 use serde_json::Value;
 
 use super::{
-    Authenticator, BoxFuture, Moment, OidcConfig, Presented, Reason, Recognized,
+    authenticated::Recognized,
+    authenticator::Authenticator,
+    config::OidcConfig,
+    credential::Presented,
     jwt::{Claims, Unverified},
     keys::KeySource,
+    moment::Moment,
+    reason::Reason,
 };
-use crate::front_end::user::User;
+use crate::front_end::{future::BoxFuture, user::User};
 
 pub struct Oidc {
     config: OidcConfig,
@@ -25,7 +30,7 @@ impl Oidc {
         if token.issuer() != Some(&self.config.issuer) {
             return Ok(None);
         }
-        let claims = token.verify(&self.keys, presented, now).await?;
+        let claims = token.verify(&self.keys, &presented.cost, now).await?;
         claims.check_audience(&self.config.client_ids)?;
         for (name, value) in &self.config.required_claims {
             if claims.text(name)? != value {

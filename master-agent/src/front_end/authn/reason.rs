@@ -14,8 +14,8 @@ pub enum Reason {
     MalformedAuthorization,
     #[error("more than one bearer token")]
     TwoTokens,
-    #[error("the bearer token is longer than {} bytes", super::credential::MAX_TOKEN)]
-    TokenTooLong,
+    #[error("the bearer token is longer than {0} bytes")]
+    TokenTooLong(usize),
     #[error("the WebSocket subprotocol's token is not base64url of a token")]
     MalformedSubprotocol,
     #[error("the WebSocket subprotocol with the token stands alone: another must be offered beside it")]

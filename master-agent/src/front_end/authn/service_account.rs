@@ -6,13 +6,17 @@
 use std::sync::Arc;
 
 use super::{
-    Authenticator, BoxFuture, Moment, Presented, Reason, Recognized,
+    authenticated::Recognized,
+    authenticator::Authenticator,
     bound::{Bound, BoundObjects},
+    credential::Presented,
     jwt::{Claims, Unverified},
     keys::KeySource,
+    moment::Moment,
+    reason::Reason,
     x509::CREDENTIAL_ID,
 };
-use crate::front_end::user::User;
+use crate::front_end::{future::BoxFuture, user::User};
 
 /// The issuer of tokens that were kept in Secrets.
 const LEGACY_ISSUER: &str = "kubernetes/serviceaccount";
@@ -43,7 +47,7 @@ impl ServiceAccounts {
             Some(issuer) if self.issuers.iter().any(|one| one == issuer) => {}
             Some(_) | None => return Ok(None),
         }
-        let claims = token.verify(&self.keys, presented, now).await?;
+        let claims = token.verify(&self.keys, &presented.cost, now).await?;
         claims.check_audience(&self.audiences)?;
         let user = user(&claims)?;
         let bound = self.bound.clone().map(|objects| Bound::of(&claims, &user, objects)).transpose()?;

@@ -1,7 +1,7 @@
 //! The table of credentials and configurations, and what only shows over several requests.
 
 use std::{
-    sync::atomic::Ordering,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -13,12 +13,16 @@ use rustls::pki_types::CertificateDer;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::kubernetes::{
-    Cluster,
-    existing::{
-        Existing, Kind,
-        tests::{appear, listed, vanish},
+use crate::{
+    front_end::user::User,
+    kubernetes::{
+        Cluster,
+        existing::{
+            Existing, Kind,
+            tests::{appear, listed, vanish},
+        },
     },
+    reloaded::Follow,
 };
 
 mod table;

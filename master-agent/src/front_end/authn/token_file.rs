@@ -9,8 +9,14 @@ use std::{
 use anyhow::{Context, bail};
 use proto::secret_file;
 
-use super::{Authenticator, BoxFuture, Digest, Moment, Presented, Reason, Recognized, csv};
-use crate::front_end::{reloaded::Reloaded, secret::Secret, user::User};
+use super::{
+    authenticated::Recognized, authenticator::Authenticator, cache::Digest, credential::Presented, csv,
+    moment::Moment, reason::Reason,
+};
+use crate::{
+    front_end::{future::BoxFuture, secret::Secret, user::User},
+    reloaded::Reloaded,
+};
 
 /// Only digests of the tokens are kept.
 type Tokens = HashMap<Digest, User>;

@@ -8,10 +8,17 @@ use serde::Deserialize;
 use tokio::sync::Semaphore;
 
 use super::{
-    Authenticator, BoxFuture, Digest, Moment, Presented, Reason, Recognized, WebhookConfig, cache::Cache,
+    authenticated::Recognized,
+    authenticator::Authenticator,
+    cache::{Cache, Digest},
+    config::WebhookConfig,
+    credential::Presented,
+    moment::Moment,
+    reason::Reason,
 };
-use crate::front_end::{
-    https_client::JsonClient, reloaded::Reloaded, secret::Secret, seldom::Seldom, user::User,
+use crate::{
+    front_end::{future::BoxFuture, https_client::JsonClient, secret::Secret, seldom::Seldom, user::User},
+    reloaded::Reloaded,
 };
 
 pub struct Webhook {
@@ -49,7 +56,7 @@ impl Webhook {
         if let Some(reason) = self.refused.get(&digest, now.monotonic) {
             return Err(reason);
         }
-        presented.may_cost()?;
+        presented.cost.incur()?;
         let answer = self.ask(token).await.inspect_err(|reason| {
             if let Some(times) = self.failures.count(1) {
                 tracing::warn!(times, %reason, "the authentication webhook failed");
@@ -105,7 +112,7 @@ impl Webhook {
             groups: groups.unwrap_or_default(),
             extra: extra.collect(),
         };
-        super::checked(user.into()).map(|recognized| recognized.user)
+        Recognized::from(user).checked().map(|recognized| recognized.user)
     }
 }
 

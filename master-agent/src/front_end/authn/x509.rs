@@ -4,75 +4,36 @@
 //! when the CA or its CRLs have changed or a certificate of the chain has ended.
 
 use std::{
-    fmt::{self, Write},
+    fmt::Write,
     path::PathBuf,
     sync::Arc,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, SystemTime},
 };
 
 use rustls::{CertificateError, pki_types::CertificateDer};
 use sha2::{Digest as _, Sha256};
-use tokio::sync::Mutex;
 use x509_parser::{certificate::X509Certificate, prelude::FromDer, x509::AttributeTypeAndValue};
 
-use super::{Authenticator, BoxFuture, Moment, Presented, Reason, Recognized, X509Config};
+use super::{
+    authenticated::Recognized,
+    authenticator::Authenticator,
+    certificates::{Certificates, Verdict},
+    config::X509Config,
+    credential::Presented,
+    moment::Moment,
+    reason::Reason,
+};
 use crate::{
     client_certificates::{ClientCa, ClientVerifier},
-    front_end::{
-        reloaded::{Follow, Reloaded},
-        user::User,
-    },
+    front_end::{future::BoxFuture, user::User},
+    reloaded::{Follow, Reloaded},
 };
 
 /// The attribute of a subject that Kubernetes takes for the user's UID.
 const UID: &str = "1.3.6.1.4.1.57683.2";
-pub const CREDENTIAL_ID: &str = "authentication.kubernetes.io/credential-id";
+pub(super) const CREDENTIAL_ID: &str = "authentication.kubernetes.io/credential-id";
 
 const NOT_X509: &str = "it is not X.509";
-
-/// How long a connection's certificate is refused without being verified again.
-const REFUSED: Duration = Duration::from_secs(10);
-
-/// The certificates that a caller has shown on its connection, leaf first, and what they were found to be worth.
-#[derive(Default)]
-pub struct Certificates {
-    chain: Arc<[CertificateDer<'static>]>,
-    /// Held while it is found out, so that the requests of a connection find it out once.
-    verdict: Mutex<Option<Verdict>>,
-}
-
-struct Verdict {
-    /// Of the files that it was found out by.
-    generation: u64,
-    at: Instant,
-    found: Result<Recognized, Reason>,
-}
-
-impl Certificates {
-    pub fn new(chain: Vec<CertificateDer<'static>>) -> Self {
-        Self { chain: chain.into(), verdict: Mutex::default() }
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.chain.is_empty()
-    }
-}
-
-impl fmt::Debug for Certificates {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Certificates").field("chain", &self.chain.len()).finish_non_exhaustive()
-    }
-}
-
-impl Verdict {
-    fn holds(&self, generation: u64, now: Moment) -> bool {
-        self.generation == generation
-            && match &self.found {
-                Ok(found) => found.expires.is_none_or(|end| now.wall < end),
-                Err(_) => now.monotonic.saturating_duration_since(self.at) < REFUSED,
-            }
-    }
-}
 
 pub struct X509(ClientVerifier);
 
@@ -94,7 +55,7 @@ impl X509 {
             return known.found.clone().map(Some);
         }
         if !self.0.is_cheap(chain) {
-            presented.may_cost()?;
+            presented.cost.incur()?;
         }
         let verified = self.0.verify(chain, now.wall).await.map_err(|error| reason(&error));
         let found = verified.and_then(|()| user(chain, now.wall));

@@ -8,7 +8,10 @@ use std::collections::BTreeMap;
 use hyper::HeaderMap;
 use percent_encoding::percent_decode_str;
 
-use super::{Attributes, Authorizers, Verdict};
+use super::{
+    authorizer::Attributes,
+    chain::{Authorizers, Verdict},
+};
 use crate::front_end::{
     request_info::RequestInfo,
     user::{ANONYMOUS, AUTHENTICATED, UNAUTHENTICATED, User},

@@ -16,8 +16,14 @@
 //!   Requests that its node authorizer would refuse in any case are not passed on even then: a pod list must select
 //!   the node itself, and no pod or service is proxied or entered.
 
-use super::{Attributes, Authorizer, BoxFuture, Decision, config::NodeConfig};
-use crate::front_end::request_info::{OWN_GROUP, RequestInfo};
+use super::{
+    authorizer::{Attributes, Authorizer, Decision},
+    config::NodeConfig,
+};
+use crate::front_end::{
+    future::BoxFuture,
+    request_info::{OWN_GROUP, RequestInfo},
+};
 
 const LEASES: &str = "kube-node-lease";
 

@@ -5,8 +5,11 @@
 //! goes by it does not allow, and denies if it can. Path rules know nothing of resources: one object can have several paths (`/api/v1/watch/…`), so rights over resources
 //! belong into RBAC. An upgrade to exec, attach, port-forward or a proxy counts as `POST`, whatever its method.
 
-use super::{Attributes, Authorizer, BoxFuture, Decision};
-use crate::front_end::request_info::{RequestInfo, read_alike};
+use super::authorizer::{Attributes, Authorizer, Decision};
+use crate::front_end::{
+    future::BoxFuture,
+    request_info::{RequestInfo, read_alike},
+};
 
 /// Who may reach which paths, or not.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

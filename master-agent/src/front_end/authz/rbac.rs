@@ -17,10 +17,10 @@ use anyhow::{Context, bail};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Attributes, Authorizer, BoxFuture, Decision};
-use crate::front_end::{
+use super::authorizer::{Attributes, Authorizer, Decision};
+use crate::{
+    front_end::{future::BoxFuture, request_info::RequestInfo},
     reloaded::{Follow, Reloaded},
-    request_info::RequestInfo,
 };
 
 /// Larger files are refused.

@@ -1,22 +1,29 @@
 //! Node restriction, path rules, the chain and the configuration. RBAC, the webhook and impersonation have tests of
 //! their own.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use proto::config::{Source, parse};
 
-use super::*;
-use crate::front_end::user::AUTHENTICATED;
+use super::{
+    config::{AuthorizerConfig, AuthzConfig},
+    *,
+};
+use crate::front_end::{
+    future::BoxFuture,
+    request_info::RequestInfo,
+    user::{AUTHENTICATED, User},
+};
 
 /// `NAME` or `NAME,GROUP,…`; everyone is in `system:authenticated`.
-pub fn user(text: &str) -> User {
+pub(super) fn user(text: &str) -> User {
     let mut parts = text.split(',').map(str::to_owned);
     let name = parts.next().unwrap();
     User { name, groups: parts.chain([AUTHENTICATED.to_owned()]).collect(), ..User::default() }
 }
 
 /// `METHOD TARGET`, with `^` before it for an upgrade.
-pub fn request(text: &str) -> RequestInfo {
+pub(super) fn request(text: &str) -> RequestInfo {
     let upgrade = text.starts_with('^');
     let (method, target) = text.trim_start_matches('^').split_once(' ').unwrap();
     let (path, query) = target.split_once('?').map_or((target, None), |(path, query)| (path, Some(query)));
@@ -24,7 +31,7 @@ pub fn request(text: &str) -> RequestInfo {
 }
 
 /// `allow RULE`, `deny RULE` or `-`.
-pub fn shown(decision: &Decision) -> String {
+pub(super) fn shown(decision: &Decision) -> String {
     match decision {
         Decision::Allow { rule } => format!("allow {rule}"),
         Decision::Deny { rule, .. } => format!("deny {rule}"),
@@ -32,7 +39,7 @@ pub fn shown(decision: &Decision) -> String {
     }
 }
 
-pub fn config(text: &str) -> Result<AuthzConfig, String> {
+pub(super) fn config(text: &str) -> Result<AuthzConfig, String> {
     let source = Source { origin: "test", base_dir: Path::new("/etc"), check_files: false };
     parse(text, source, |section| Some(AuthzConfig::read(section, "authorization")))
         .map_err(|e| e.to_string())

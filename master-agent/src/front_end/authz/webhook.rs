@@ -19,11 +19,13 @@ use k8s_openapi::{
 use sha2::{Digest, Sha256};
 use tokio::{sync::Semaphore, time::Instant};
 
-use super::{Attributes, Authorizer, BoxFuture, Decision, config::WebhookConfig};
-use crate::front_end::{
-    https_client::JsonClient,
+use super::{
+    authorizer::{Attributes, Authorizer, Decision},
+    config::WebhookConfig,
+};
+use crate::{
+    front_end::{future::BoxFuture, https_client::JsonClient, seldom::Seldom},
     reloaded::{Follow, Reloaded},
-    seldom::Seldom,
 };
 
 /// What answers reviews.

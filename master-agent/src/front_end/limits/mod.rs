@@ -1,6 +1,6 @@
 //! What one caller can take from the others.
 
-pub mod rate;
+mod config;
 pub mod seats;
 
 use std::{
@@ -14,50 +14,19 @@ use std::{
 };
 
 use hyper::StatusCode;
-use prometheus_client::{
-    encoding::EncodeLabelSet,
-    metrics::{counter::Counter, family::Family},
-};
+use prometheus_client::metrics::{counter::Counter, family::Family};
 use proto::NodeName;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use self::{
+use self::seats::{Busy, Seat, Seats};
+use super::{authn::Guard, peer::Peer};
+use crate::{
+    http::status::Failure,
+    metrics::Limited,
     rate::{Rates, network},
-    seats::{Busy, Seat, SeatLimits, Seats},
 };
-use super::{authn::Guard, server::Peer};
-use crate::http::status::Failure;
 
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LimitsConfig {
-    pub max_connections: usize,
-    pub max_connections_per_address: usize,
-    /// Those that come through a node's tunnels, for whom the node stands in place of an address.
-    pub max_connections_per_node: usize,
-    /// For a TLS handshake, and for a request's head.
-    pub head_timeout: Duration,
-    /// For a connection without a request, and for a caller that takes nothing of a response.
-    pub idle_timeout: Duration,
-    /// From a request's head to its response's; watches and the like have none.
-    pub request_timeout: Duration,
-    /// A request's body brings something within each.
-    pub body_timeout: Duration,
-    /// Bytes of a request's body.
-    pub max_body: u64,
-    /// Requests at once, besides those that are long-running.
-    pub seats: SeatLimits,
-    /// Watches, followed logs, upgrades and the like at once, of all users and of one.
-    pub max_long_running: usize,
-    pub long_running_per_user: usize,
-    pub requests_per_second_per_user: u32,
-    pub requests_per_second_per_address: u32,
-    /// Requests that failed to authenticate.
-    pub failures_per_second_per_address: u32,
-    /// Of an upgraded connection whose one end has closed.
-    pub half_closed_timeout: Duration,
-    /// HTTP/2 streams at once on a connection.
-    pub max_streams: u32,
-}
+pub use self::config::LimitsConfig;
 
 /// Bursts are of so many seconds.
 const BURST: u32 = 2;
@@ -74,12 +43,6 @@ pub struct Limits {
     of_nodes: Counts<Source>,
     max_long_running: usize,
     limited: Family<Limited, Counter>,
-}
-
-/// What was turned away, by kind of limit.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct Limited {
-    pub limit: &'static str,
 }
 
 /// Who shares one measure.

@@ -122,7 +122,7 @@ impl Body for RequestBody {
 }
 
 /// What the body did wrong, if that is why an exchange failed.
-pub fn cause(error: &hyper::Error) -> Option<BodyError> {
+pub(super) fn cause(error: &hyper::Error) -> Option<BodyError> {
     let mut source = std::error::Error::source(error);
     while let Some(error) = source {
         if let Some(error) = error.downcast_ref::<BodyError>() {

@@ -1,112 +1,31 @@
 //! One connection to an API server, and the exchange that goes over it.
 
 use std::{
-    future::poll_fn,
-    pin::{Pin, pin},
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    task::{Context, Poll, Waker},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
 };
 
 use bytes::Bytes;
-use futures_util::FutureExt;
 use hyper::{
     Request, Response, StatusCode, Uri,
     body::{Body, Frame, Incoming, SizeHint},
-    client::conn::{http1, http2},
     header,
     http::uri::{PathAndQuery, Scheme},
 };
-use tokio::{sync::OwnedSemaphorePermit, task::coop::unconstrained, time::Instant};
 
-use super::{RequestBody, server::Server};
+use super::{
+    body::RequestBody,
+    sender::Sender,
+    server::{ConnectError, Protocol, Server},
+};
 
 /// A connection that takes a request.
-pub struct Connection {
+pub(super) struct Connection {
     /// It has served a request before.
     pub kept: bool,
-    pub(super) server: Arc<Server>,
-    pub(super) sender: Sender,
-}
-
-pub(super) enum Sender {
-    Http1(Http1),
-    Http2(http2::SendRequest<RequestBody>, Place),
-}
-
-/// When a connection was made, and by which files.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Made {
-    pub generation: u64,
-    pub at: Instant,
-}
-
-/// A connection without a task of its own: whoever waits for something from it moves it on, so that a request
-/// changes no tasks, and one that is given up ends its connection at once.
-pub(super) struct Http1 {
-    sender: http1::SendRequest<RequestBody>,
-    /// `None` once it has ended.
-    driver: Option<Driver>,
-    pub made: Made,
-    pub used: Instant,
-    _permit: OwnedSemaphorePermit,
-}
-
-pub(super) type Driver = Pin<Box<dyn Future<Output = hyper::Result<()>> + Send>>;
-
-impl Http1 {
-    pub fn new(
-        sender: http1::SendRequest<RequestBody>,
-        driver: Driver,
-        made: Made,
-        permit: OwnedSemaphorePermit,
-    ) -> Self {
-        Self { sender, driver: Some(driver), made, used: made.at, _permit: permit }
-    }
-
-    fn drive(&mut self, cx: &mut Context<'_>) {
-        drive(&mut self.driver, cx);
-    }
-
-    /// Whether it can take a request now. A task that has done much must not hear "not yet" for that alone.
-    pub fn is_ready(&mut self) -> bool {
-        let ready = poll_fn(|cx| {
-            self.drive(cx);
-            let takes = self.driver.is_some() && matches!(self.sender.ready().now_or_never(), Some(Ok(())));
-            Poll::Ready(takes)
-        });
-        let ready = Pin::new(&mut unconstrained(ready)).poll(&mut Context::from_waker(Waker::noop()));
-        ready == Poll::Ready(true)
-    }
-}
-
-fn drive(driver: &mut Option<Driver>, cx: &mut Context<'_>) {
-    let Some(connection) = driver else { return };
-    if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
-        *driver = None;
-        if let Err(error) = ended {
-            tracing::debug!(error = causes(&error), "a connection to an API server failed");
-        }
-    }
-}
-
-/// One stream of a shared connection.
-pub(super) struct Place(Arc<AtomicUsize>);
-
-impl Place {
-    /// Counted in `streams` for as long as it lives.
-    pub fn take(streams: &Arc<AtomicUsize>) -> Self {
-        streams.fetch_add(1, Ordering::Relaxed);
-        Self(streams.clone())
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
+    server: Arc<Server>,
+    sender: Sender,
 }
 
 /// Keeps a connection while its response is read.
@@ -185,8 +104,14 @@ impl Body for ResponseBody {
 }
 
 impl Connection {
+    /// A kept connection to a server, or a new one.
+    pub(super) async fn to(server: &Arc<Server>, protocol: Protocol) -> Result<Self, ConnectError> {
+        let (sender, kept) = server.sender(protocol).await?;
+        Ok(Self { kept, server: server.clone(), sender })
+    }
+
     /// Sends a request. A failure gives the request back where nothing of it has been sent.
-    pub async fn send(
+    pub(super) async fn send(
         self,
         mut request: Request<RequestBody>,
     ) -> Result<Response<ResponseBody>, (hyper::Error, Option<Request<RequestBody>>)> {
@@ -198,16 +123,7 @@ impl Connection {
                 if let Some(host) = server.host_header() {
                     request.headers_mut().insert(header::HOST, host);
                 }
-                let Http1 { sender, driver, .. } = &mut connection;
-                let mut sending = pin!(sender.try_send_request(request));
-                let sent = poll_fn(|cx| {
-                    if let Poll::Ready(sent) = sending.as_mut().poll(cx) {
-                        return Poll::Ready(sent);
-                    }
-                    drive(driver, cx);
-                    sending.as_mut().poll(cx)
-                });
-                match sent.await {
+                match connection.send(request).await {
                     Ok(response) => {
                         let lease = Lease { server, sender: Some(Sender::Http1(connection)) };
                         Ok(ResponseBody::of(response, lease))
@@ -244,16 +160,4 @@ impl Connection {
             }
         }
     }
-}
-
-/// hyper's errors show their cause only when they are asked for it.
-pub fn causes(error: &hyper::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

@@ -4,8 +4,11 @@
 //! a response then holds up nobody else. Connections are kept for the next request.
 
 mod body;
+mod config;
 mod connection;
+mod health;
 mod pool;
+mod sender;
 mod server;
 
 use std::{
@@ -17,56 +20,26 @@ use std::{
     time::Duration,
 };
 
-use hyper::{Method, Request, Response, Uri};
+use hyper::{Method, Request, Response};
 use proto::io::tasks::Tasks;
 
-use super::{
-    headers::IdentityHeaders,
-    https_client::ClientTls,
+use crate::{
+    metrics::Expiry,
     reloaded::{Follow, Reloaded},
 };
-use crate::metrics::Expiry;
 
 pub use body::{BodyError, Progress, RequestBody};
+pub use config::UpstreamConfig;
+use connection::Connection;
 pub use connection::{Lease, ResponseBody};
-pub use server::is_loopback;
+pub use server::UpstreamStatus;
 use server::{Protocol, Server, ServerTls};
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct UpstreamConfig {
-    /// `https://HOST:PORT`, or `http://` on loopback.
-    pub servers: Vec<Uri>,
-    pub tls: ClientTls,
-    pub identity: IdentityHeaders,
-    /// Many requests on one connection, with servers that speak HTTP/2.
-    pub http2: bool,
-    /// What is asked for to see whether a server works.
-    pub health_path: String,
-    pub health_interval: Duration,
-    pub connect_timeout: Duration,
-    /// Connections that are kept for the next request, of each server.
-    pub max_idle: usize,
-    /// Connections at once, to each server.
-    pub max_connections: usize,
-    /// A connection that is older takes no more requests.
-    pub max_age: Duration,
-}
 
 /// All servers.
 pub struct Upstream {
     servers: Vec<Arc<Server>>,
     next: AtomicUsize,
     interval: Duration,
-}
-
-/// One server, as metrics show it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct UpstreamStatus {
-    /// Host and port.
-    pub server: String,
-    pub healthy: bool,
-    /// What failed since the start.
-    pub failures: u64,
 }
 
 /// Why there is no response.
@@ -117,7 +90,7 @@ impl Upstream {
         let mut last = String::new();
         for server in self.in_order() {
             loop {
-                let connection = match server.connection(protocol).await {
+                let connection = match Connection::to(&server, protocol).await {
                     Ok(connection) => connection,
                     Err(error) => {
                         server.unconnected(&error);
@@ -140,7 +113,7 @@ impl Upstream {
                     Err((error, None)) => match (body::cause(&error), again) {
                         (Some(error), _) => return Err(UpstreamError::Body(error)),
                         (None, Some(again)) => request = again,
-                        (None, None) => return Err(UpstreamError::Broken(connection::causes(&error))),
+                        (None, None) => return Err(UpstreamError::Broken(sender::causes(&error))),
                     },
                 }
             }
@@ -179,7 +152,7 @@ impl Upstream {
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             interval.tick().await;
-            futures_util::future::join_all(self.servers.iter().map(|server| server.check())).await;
+            futures_util::future::join_all(self.servers.iter().map(health::check)).await;
         }
     }
 }

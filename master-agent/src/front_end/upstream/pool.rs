@@ -16,17 +16,18 @@ use tokio::{
 };
 
 use super::{
-    RequestBody, UpstreamConfig,
-    connection::{Http1, Made, Place, Sender},
+    body::RequestBody,
+    config::UpstreamConfig,
+    sender::{Http1, Made, Place, Sender},
 };
 use crate::front_end::workers;
 
 /// Requests on one HTTP/2 connection.
-pub const MAX_STREAMS: usize = 100;
+pub(super) const MAX_STREAMS: usize = 100;
 /// How long a connection is kept without a request.
 const MAX_UNUSED: Duration = Duration::from_secs(90);
 
-pub struct Pool {
+pub(super) struct Pool {
     idle: Idle,
     shared: Mutex<Vec<Http2>>,
     permits: Arc<Semaphore>,
@@ -111,7 +112,7 @@ struct Http2 {
 }
 
 impl Pool {
-    pub fn new(config: &UpstreamConfig) -> Self {
+    pub(super) fn new(config: &UpstreamConfig) -> Self {
         Self {
             idle: Idle::new(config.max_idle),
             shared: Mutex::default(),
@@ -121,7 +122,7 @@ impl Pool {
     }
 
     /// For a new connection, at the cost of one that is kept if need be.
-    pub fn permit(&self) -> Option<OwnedSemaphorePermit> {
+    pub(super) fn permit(&self) -> Option<OwnedSemaphorePermit> {
         let permit = || self.permits.clone().try_acquire_owned().ok();
         permit().or_else(|| {
             drop(self.idle.oldest());
@@ -130,7 +131,7 @@ impl Pool {
     }
 
     /// One that was made by the files as they are.
-    pub fn take(&self, generation: u64) -> Option<Sender> {
+    pub(super) fn take(&self, generation: u64) -> Option<Sender> {
         if let Some((sender, place)) = self.stream(generation) {
             return Some(Sender::Http2(sender, place));
         }
@@ -153,7 +154,7 @@ impl Pool {
     }
 
     /// Keeps one that has been used, if it can be used again.
-    pub fn put(&self, mut connection: Http1, generation: u64) {
+    pub(super) fn put(&self, mut connection: Http1, generation: u64) {
         if !self.is_current(&connection.made, generation) || !connection.is_ready() {
             return;
         }
@@ -162,7 +163,7 @@ impl Pool {
     }
 
     /// Keeps one for many requests, of which this is the first.
-    pub fn share(&self, sender: &http2::SendRequest<RequestBody>, made: Made) -> Place {
+    pub(super) fn share(&self, sender: &http2::SendRequest<RequestBody>, made: Made) -> Place {
         let streams = Arc::default();
         let place = Place::take(&streams);
         self.shared().push(Http2 { sender: sender.clone(), streams, made, used: Instant::now() });
@@ -170,7 +171,7 @@ impl Pool {
     }
 
     /// Ends those that the server has ended, that nobody has needed, that are old, or of files that have changed.
-    pub fn sweep(&self, generation: u64) {
+    pub(super) fn sweep(&self, generation: u64) {
         self.idle.retain(|connection| {
             connection.used.elapsed() < MAX_UNUSED
                 && self.is_current(&connection.made, generation)

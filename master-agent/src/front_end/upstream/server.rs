@@ -2,7 +2,6 @@
 
 use std::{
     io,
-    net::IpAddr,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -11,9 +10,8 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use http_body_util::{BodyExt, Limited};
 use hyper::{
-    Request, Uri,
+    Uri,
     client::conn::{http1, http2},
     header::HeaderValue,
     http::uri::{Authority, PathAndQuery},
@@ -33,17 +31,15 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 
 use super::{
-    RequestBody, UpstreamConfig, UpstreamStatus,
-    connection::{Connection, Driver, Http1, Made, Sender, causes},
+    config::UpstreamConfig,
     pool::{MAX_STREAMS, Pool},
+    sender::{Driver, Http1, Made, Sender, causes},
 };
 use crate::{
-    front_end::{
-        https_client::ClientTls,
-        reloaded::{Follow, Reloaded},
-    },
-    http::Executor,
+    front_end::https_client::ClientTls,
+    http::{Executor, is_loopback},
     metrics::{Expiry, X509Expiry},
+    reloaded::{Follow, Reloaded},
 };
 
 const MAX_HEADERS: usize = 256;
@@ -53,25 +49,23 @@ const STREAM_WINDOW: u32 = 1024 * 1024;
 const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MAX_STREAMS as u32;
 /// Checks that fail in a row before a server is not asked any more.
 const FAILURES: usize = 2;
-/// Bytes of an answer to a check that are read, to keep its connection.
-const MAX_HEALTH: usize = 64 * 1024;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Protocol {
+pub(super) enum Protocol {
     Http1,
     /// HTTP/2 where that is asked for and the server speaks it.
     Any,
 }
 
 /// TLS by what a connection may speak.
-pub struct ServerTls {
+pub(super) struct ServerTls {
     any: Arc<ClientConfig>,
     http1: Arc<ClientConfig>,
     expiries: Vec<Expiry>,
 }
 
 impl ServerTls {
-    pub fn read(tls: &ClientTls, http2: bool) -> anyhow::Result<Self> {
+    pub(super) fn read(tls: &ClientTls, http2: bool) -> anyhow::Result<Self> {
         let mut config = tls.config()?;
         let mut expiries = Vec::new();
         if let Some((cert, _)) = &tls.identity {
@@ -89,9 +83,9 @@ impl ServerTls {
     }
 }
 
-pub struct Server {
+pub(super) struct Server {
     /// For people.
-    name: String,
+    pub name: String,
     authority: Authority,
     host_header: Option<HeaderValue>,
     host: String,
@@ -104,8 +98,10 @@ pub struct Server {
     /// Of those who make a connection for many.
     turn: tokio::sync::Mutex<()>,
     pool: Pool,
-    health: PathAndQuery,
-    timeout: Duration,
+    /// What is asked for to see whether it works.
+    pub health: PathAndQuery,
+    /// For making a connection, and for a check.
+    pub timeout: Duration,
     failures: AtomicUsize,
     /// Since the start.
     failures_counted: AtomicU64,
@@ -113,9 +109,19 @@ pub struct Server {
     connections: Tasks,
 }
 
+/// A server, as metrics show it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UpstreamStatus {
+    /// Host and port.
+    pub server: String,
+    pub healthy: bool,
+    /// What failed since the start.
+    pub failures: u64,
+}
+
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
-pub enum ConnectError {
+pub(super) enum ConnectError {
     #[error("{0}: max_connections are in use")]
     Full(String),
     /// Which says nothing of the server.
@@ -126,7 +132,7 @@ pub enum ConnectError {
 }
 
 impl Server {
-    pub fn new(
+    pub(super) fn new(
         uri: &Uri,
         config: &UpstreamConfig,
         tls: Arc<Reloaded<ServerTls>>,
@@ -159,11 +165,11 @@ impl Server {
         })
     }
 
-    pub fn is_healthy(&self) -> bool {
+    pub(super) fn is_healthy(&self) -> bool {
         !self.down.load(Ordering::Relaxed)
     }
 
-    pub fn status(&self) -> UpstreamStatus {
+    pub(super) fn status(&self) -> UpstreamStatus {
         UpstreamStatus {
             server: Target::new(
                 self.host.parse().map_or_else(|_| Host::Name(self.host.clone()), Host::Addr),
@@ -176,7 +182,7 @@ impl Server {
     }
 
     /// When the certificates in use expire.
-    pub fn expiries(&self) -> Vec<Expiry> {
+    pub(super) fn expiries(&self) -> Vec<Expiry> {
         self.tls.get().expiries.clone()
     }
 
@@ -189,7 +195,7 @@ impl Server {
     }
 
     /// There is no connection, for this reason.
-    pub fn unconnected(&self, error: &ConnectError) {
+    pub(super) fn unconnected(&self, error: &ConnectError) {
         match error {
             ConnectError::Server(_, error) => self.failed(error),
             ConnectError::Full(_) | ConnectError::Here(..) => {}
@@ -197,7 +203,7 @@ impl Server {
     }
 
     /// It does not work.
-    pub fn failed(&self, error: &dyn std::fmt::Display) {
+    pub(super) fn failed(&self, error: &dyn std::fmt::Display) {
         self.failures_counted.fetch_add(1, Ordering::Relaxed);
         let failures = self.failures.fetch_add(1, Ordering::Relaxed) + 1;
         if failures >= FAILURES && !self.down.swap(true, Ordering::Relaxed) {
@@ -205,68 +211,41 @@ impl Server {
         }
     }
 
-    fn works(&self) {
+    /// It works.
+    pub(super) fn works(&self) {
         self.failures.store(0, Ordering::Relaxed);
         if self.down.swap(false, Ordering::Relaxed) {
             tracing::info!(server = self.name, "an API server works again");
         }
     }
 
-    /// Asks whether it works. An answer that is no `5xx` says so, whoever may see the path.
-    pub async fn check(self: &Arc<Self>) {
+    /// Ends the kept connections that are of no more use.
+    pub(super) fn sweep(&self) {
         self.pool.sweep(self.tls.generation());
-        match tokio::time::timeout(self.timeout, self.ask()).await {
-            Ok(Ok(())) => self.works(),
-            Ok(Err(error)) => self.unconnected(&error),
-            Err(_) => self.failed(&"no answer in time"),
-        }
     }
 
-    async fn ask(self: &Arc<Self>) -> Result<(), ConnectError> {
-        let failed = |error| ConnectError::Server(self.name.clone(), io::Error::other(error));
-        loop {
-            let connection = self.connection(Protocol::Any).await?;
-            let kept = connection.kept;
-            let mut request = Request::new(RequestBody::empty());
-            *request.uri_mut() = Uri::from(self.health.clone());
-            let response = match connection.send(request).await {
-                Ok(response) => response,
-                // The server may have ended it meanwhile.
-                Err(_) if kept => continue,
-                Err((error, _)) => return Err(failed(causes(&error))),
-            };
-            let status = response.status();
-            let _ = Limited::new(response.into_body(), MAX_HEALTH).collect().await;
-            if status.is_server_error() {
-                return Err(failed(format!("{} answers {status}", self.health)));
-            }
-            return Ok(());
-        }
-    }
-
-    /// A kept connection, or a new one.
-    pub async fn connection(self: &Arc<Self>, protocol: Protocol) -> Result<Connection, ConnectError> {
-        let connection = |kept, sender| Connection { kept, server: self.clone(), sender };
+    /// What sends over a kept connection or a new one, and whether it is a kept one.
+    pub(super) async fn sender(&self, protocol: Protocol) -> Result<(Sender, bool), ConnectError> {
         let kept = || match protocol {
             Protocol::Any => self.pool.take(self.tls.generation()),
             Protocol::Http1 => None,
         };
         if let Some(sender) = kept() {
-            return Ok(connection(true, sender));
+            return Ok((sender, true));
         }
         let connecting = async {
             // Who comes while a connection for many is made waits for it.
             let shares = protocol == Protocol::Any && self.multiplexes.load(Ordering::Relaxed);
             let _turn = if shares { Some(self.turn.lock().await) } else { None };
             if let Some(sender) = kept().filter(|_| shares) {
-                return Ok(connection(true, sender));
+                return Ok((sender, true));
             }
             let permit = self.pool.permit().ok_or_else(|| ConnectError::Full(self.name.clone()))?;
             let sender = self.connect(protocol, permit).await.map_err(|error| {
                 let reason = if is_ours(&error) { ConnectError::Here } else { ConnectError::Server };
                 reason(self.name.clone(), error)
             })?;
-            Ok(connection(false, sender))
+            Ok((sender, false))
         };
         tokio::time::timeout(self.timeout, connecting).await.unwrap_or_else(|_| {
             let late = io::Error::new(io::ErrorKind::TimedOut, "no connection in time");
@@ -274,6 +253,7 @@ impl Server {
         })
     }
 
+    /// Keeps a connection for the next request, if it is still good.
     pub(super) fn keep(&self, connection: Http1) {
         self.pool.put(connection, self.tls.generation());
     }
@@ -352,12 +332,6 @@ fn is_ours(error: &io::Error) -> bool {
         libc::ENETDOWN,
     ];
     error.raw_os_error().is_some_and(|code| ours.contains(&code))
-}
-
-/// Whether a host, as a URL has it, is this one.
-pub fn is_loopback(host: &str) -> bool {
-    let host = host.trim_start_matches('[').trim_end_matches(']');
-    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
 }
 
 #[cfg(test)]

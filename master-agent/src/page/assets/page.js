@@ -290,8 +290,8 @@
     plot(detail.round_trips_microseconds, detail.sample_seconds);
     fill($('#tunnels'), [['Role', ''], ['Direction', ''], ['Kind', ''], ['Peer', ''], ['Round trip', 'number'], ['Streams', 'number'], ['Since', 'number']],
       detail.tunnels.map((t) => [t.role, t.direction, t.kind, t.peer ?? '–', milliseconds(t.round_trip_microseconds), String(t.streams), age(t.since_unix_seconds * 1000)]));
-    fill($('#streams'), [['Target', ''], ['Front door', ''], ['For', 'number'], ['Up', 'number'], ['Down', 'number'], ['Caller', 'text'], ['Why this node', 'text']],
-      detail.streams.map((s) => [s.target, s.front_door, duration(s.seconds), bytes(s.up), bytes(s.down), s.origin, s.reason]));
+    fill($('#streams'), [['Target', ''], ['Egress listener', ''], ['For', 'number'], ['Up', 'number'], ['Down', 'number'], ['Caller', 'text'], ['Why this node', 'text']],
+      detail.streams.map((s) => [s.target, s.egress, duration(s.seconds), bytes(s.up), bytes(s.down), s.origin, s.reason]));
     fill($('#events'), [['When', ''], ['What', ''], ['Text', 'text']],
       detail.events.map((e) => [age(e.unix_milliseconds), kind(e), e.text + (e.times > 1 ? ` (${e.times} times)` : '')]));
     write($('#tunnels-title'), detail.tunnels.length ? 'Tunnels' : 'No tunnel');

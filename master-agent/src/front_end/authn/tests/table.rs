@@ -10,7 +10,7 @@ use super::{
     world::{self, NOW, World, change, without},
 };
 
-pub struct Row {
+pub(super) struct Row {
     pub name: &'static str,
     /// The items of `authentication`.
     pub config: &'static str,
@@ -74,7 +74,7 @@ impl Rows {
     }
 }
 
-pub fn rows(world: &World) -> Vec<Row> {
+pub(super) fn rows(world: &World) -> Vec<Row> {
     let mut rows = Rows(Vec::new());
     heads(&mut rows);
     certificates(&mut rows, world);
@@ -161,7 +161,7 @@ fn heads(rows: &mut Rows) {
     row(
         "oversized token",
         authorization(&format!("Bearer {}", "a".repeat(16_385))),
-        Err(Reason::TokenTooLong),
+        Err(Reason::TokenTooLong(16_384)),
     );
     row("longest token", authorization(&format!("Bearer {}", "a".repeat(16_384))), Err(Reason::Unrecognized));
     row(
@@ -229,7 +229,7 @@ fn heads(rows: &mut Rows) {
     row(
         "oversized WebSocket bearer",
         Request::websocket(&format!("{}, a", encoded(&"a".repeat(16_390)))),
-        Err(Reason::TokenTooLong),
+        Err(Reason::TokenTooLong(16_384)),
     );
     row(
         "WebSocket bearer without an upgrade",

@@ -30,11 +30,11 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 /// 2027-01-15T08:00:00Z.
-pub const NOW: u64 = 1_800_000_000;
+pub(super) const NOW: u64 = 1_800_000_000;
 
-pub type Ca = CertifiedIssuer<'static, KeyPair>;
+pub(super) type Ca = CertifiedIssuer<'static, KeyPair>;
 
-pub struct World {
+pub(super) struct World {
     dir: PathBuf,
     pub rsa: Signer,
     pub p256: Signer,
@@ -59,7 +59,7 @@ impl Drop for World {
 }
 
 impl World {
-    pub async fn new() -> Self {
+    pub(super) async fn new() -> Self {
         let dir = std::env::temp_dir().join(format!("authn-{:016x}", rand::random::<u64>()));
         std::fs::create_dir(&dir).unwrap();
         let tasks = Tasks::new();
@@ -119,16 +119,16 @@ impl World {
         world
     }
 
-    pub fn dir(&self) -> &Path {
+    pub(super) fn dir(&self) -> &Path {
         &self.dir
     }
 
-    pub fn write(&self, name: &str, content: &str) {
+    pub(super) fn write(&self, name: &str, content: &str) {
         proto::secret_file::replace(&self.dir.join(name), content.as_bytes()).unwrap();
     }
 
     /// A client certificate of the CA with this common name.
-    pub fn leaf(
+    pub(super) fn leaf(
         &self,
         name: &str,
         change: impl FnOnce(&mut CertificateParams),
@@ -137,7 +137,7 @@ impl World {
     }
 
     /// What a service account's token says.
-    pub fn account_claims(&self) -> Value {
+    pub(super) fn account_claims(&self) -> Value {
         json!({
             "iss": "https://cluster",
             "sub": "system:serviceaccount:apps:web",
@@ -156,7 +156,7 @@ impl World {
     }
 
     /// What an OIDC provider's token says.
-    pub fn oidc_claims(&self) -> Value {
+    pub(super) fn oidc_claims(&self) -> Value {
         json!({
             "iss": format!("{}/oidc", self.stub.url),
             "sub": "1234",
@@ -224,7 +224,7 @@ fn secrets() -> Vec<(&'static str, Value)> {
 }
 
 /// A key that signs tokens.
-pub struct Signer {
+pub(super) struct Signer {
     pub pair: KeyPair,
     pub algorithm: Algorithm,
     /// As kube-apiserver names it.
@@ -233,25 +233,25 @@ pub struct Signer {
 }
 
 impl Signer {
-    pub fn rsa() -> Self {
+    pub(super) fn rsa() -> Self {
         let pair = KeyPair::generate_for(&rcgen::PKCS_RSA_SHA256).unwrap();
         let key = EncodingKey::from_rsa_pem(pair.serialize_pem().as_bytes()).unwrap();
         Self::new(pair, Algorithm::RS256, key)
     }
 
-    pub fn p256() -> Self {
+    pub(super) fn p256() -> Self {
         let pair = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
         let key = EncodingKey::from_ec_der(pair.serialized_der());
         Self::new(pair, Algorithm::ES256, key)
     }
 
-    pub fn p384() -> Self {
+    pub(super) fn p384() -> Self {
         let pair = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P384_SHA384).unwrap();
         let key = EncodingKey::from_ec_der(pair.serialized_der());
         Self::new(pair, Algorithm::ES384, key)
     }
 
-    pub fn ed25519() -> Self {
+    pub(super) fn ed25519() -> Self {
         let pair = KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
         let key = EncodingKey::from_ed_der(pair.serialized_der());
         Self::new(pair, Algorithm::EdDSA, key)
@@ -263,26 +263,26 @@ impl Signer {
     }
 
     /// The public key.
-    pub fn pem(&self) -> String {
+    pub(super) fn pem(&self) -> String {
         self.pair.public_key_pem()
     }
 
-    pub fn sign(&self, message: &str, algorithm: Algorithm) -> String {
+    pub(super) fn sign(&self, message: &str, algorithm: Algorithm) -> String {
         jsonwebtoken::crypto::sign(message.as_bytes(), &self.key, algorithm).unwrap()
     }
 
-    pub fn token(&self, claims: &Value) -> String {
+    pub(super) fn token(&self, claims: &Value) -> String {
         self.token_with(json!({"kid": self.id}), claims)
     }
 
     /// With this in the header beside the algorithm.
-    pub fn token_with(&self, header: Value, claims: &Value) -> String {
+    pub(super) fn token_with(&self, header: Value, claims: &Value) -> String {
         let header = change(header, "alg", serde_json::to_value(self.algorithm).unwrap());
         self.token_of(&header.to_string(), &claims.to_string(), self.algorithm)
     }
 
     /// Of header and payload as they are.
-    pub fn token_of(&self, header: &str, payload: &str, algorithm: Algorithm) -> String {
+    pub(super) fn token_of(&self, header: &str, payload: &str, algorithm: Algorithm) -> String {
         let message = format!("{}.{}", URL_SAFE_NO_PAD.encode(header), URL_SAFE_NO_PAD.encode(payload));
         format!("{message}.{}", self.sign(&message, algorithm))
     }
@@ -310,7 +310,7 @@ impl Signer {
 }
 
 /// An HMAC over a token, as one would who takes a public key for a secret.
-pub fn hmac_token(secret: &str, header: &Value, claims: &Value) -> String {
+pub(super) fn hmac_token(secret: &str, header: &Value, claims: &Value) -> String {
     let message = format!(
         "{}.{}",
         URL_SAFE_NO_PAD.encode(header.to_string()),
@@ -320,16 +320,16 @@ pub fn hmac_token(secret: &str, header: &Value, claims: &Value) -> String {
     format!("{message}.{}", jsonwebtoken::crypto::sign(message.as_bytes(), &key, Algorithm::HS256).unwrap())
 }
 
-pub fn jwks(signers: &[&Signer]) -> Value {
+pub(super) fn jwks(signers: &[&Signer]) -> Value {
     json!({"keys": signers.iter().map(|signer| signer.jwk()).collect::<Vec<_>>()})
 }
 
-pub fn change(mut object: Value, name: &str, value: Value) -> Value {
+pub(super) fn change(mut object: Value, name: &str, value: Value) -> Value {
     object.as_object_mut().unwrap().insert(name.to_owned(), value);
     object
 }
 
-pub fn without(mut object: Value, name: &str) -> Value {
+pub(super) fn without(mut object: Value, name: &str) -> Value {
     object.as_object_mut().unwrap().remove(name).unwrap();
     object
 }
@@ -350,17 +350,21 @@ fn authority_params(name: &str) -> CertificateParams {
     params
 }
 
-pub fn authority(name: &str) -> Ca {
+pub(super) fn authority(name: &str) -> Ca {
     Ca::self_signed(authority_params(name), KeyPair::generate().unwrap()).unwrap()
 }
 
-pub fn intermediate(ca: &Ca, name: &str, change: impl FnOnce(&mut CertificateParams)) -> Ca {
+pub(super) fn intermediate(ca: &Ca, name: &str, change: impl FnOnce(&mut CertificateParams)) -> Ca {
     let mut params = authority_params(name);
     change(&mut params);
     Ca::signed_by(params, KeyPair::generate().unwrap(), ca).unwrap()
 }
 
-pub fn leaf(ca: &Ca, name: &str, change: impl FnOnce(&mut CertificateParams)) -> CertificateDer<'static> {
+pub(super) fn leaf(
+    ca: &Ca,
+    name: &str,
+    change: impl FnOnce(&mut CertificateParams),
+) -> CertificateDer<'static> {
     let mut params = params(name);
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
     params.use_authority_key_identifier_extension = true;
@@ -387,7 +391,7 @@ fn revocations(ca: &Ca, serials: &[u64]) -> String {
 }
 
 /// Key sets, discovery, TokenReviews and Secrets over HTTPS.
-pub struct Stub {
+pub(super) struct Stub {
     pub url: String,
     /// Whether TokenReviews are answered with an error.
     pub fail: AtomicBool,
@@ -439,22 +443,22 @@ impl Stub {
         (stub, ca)
     }
 
-    pub fn serve(&self, path: &str, status: u16, body: Value) {
+    pub(super) fn serve(&self, path: &str, status: u16, body: Value) {
         let mut served = self.served.lock().unwrap();
         served.entry(path.to_owned()).or_default().push((status, body));
     }
 
     /// In place of what was served before.
-    pub fn serve_only(&self, path: &str, body: Value) {
+    pub(super) fn serve_only(&self, path: &str, body: Value) {
         self.served.lock().unwrap().insert(path.to_owned(), vec![(200, body)]);
     }
 
-    pub fn count(&self, path: &str) -> usize {
+    pub(super) fn count(&self, path: &str) -> usize {
         self.counts.lock().unwrap().get(path).copied().unwrap_or_default()
     }
 
     /// Those that the last TokenReview asked for.
-    pub fn review_audiences(&self) -> Value {
+    pub(super) fn review_audiences(&self) -> Value {
         self.review.lock().unwrap()["spec"]["audiences"].clone()
     }
 

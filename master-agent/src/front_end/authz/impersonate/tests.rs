@@ -3,7 +3,10 @@ use std::sync::{Arc, Mutex};
 use hyper::header::{HeaderName, HeaderValue};
 
 use super::*;
-use crate::front_end::authz::{Authorizer, BoxFuture, Decision, tests::user};
+use crate::front_end::{
+    authz::{Authorizer, Decision, tests::user},
+    future::BoxFuture,
+};
 
 fn headers(lines: &[(&str, &str)]) -> HeaderMap {
     let mut map = HeaderMap::new();

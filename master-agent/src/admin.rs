@@ -1,0 +1,89 @@
+//! What the admin address and the admin socket answer.
+
+use std::sync::Arc;
+
+use hyper::{Method, Request, body::Incoming};
+use percent_encoding::percent_decode_str;
+use proto::io::{admin, dialer::Origin};
+
+use crate::{
+    agent::Agent,
+    front_end::server::FrontEnd,
+    page::{self, Page},
+    tunnels::explain::explain,
+};
+
+/// Answers scrapers, the page's viewers and the commands of this host.
+pub struct Admin {
+    pub agent: Arc<Agent>,
+    pub page: Arc<Page>,
+    /// `None` where there is no front end.
+    pub front_end: Option<Arc<FrontEnd>>,
+}
+
+impl admin::Admin for Admin {
+    fn ready(&self) -> Result<Vec<String>, String> {
+        let agent = &self.agent;
+        if agent.draining.is_cancelled() {
+            return Err("stopping".to_owned());
+        }
+        let legacy = agent.config.kubernetes.as_ref().is_some_and(|config| config.legacy_names);
+        let name = |error| if legacy { format!("SSH Tunnel Check: {error}") } else { error };
+        let mut amiss =
+            agent.watches.as_ref().map_or(Ok(Vec::new()), |watches| watches.ready()).map_err(name)?;
+        if let Some((0, servers)) = self.front_end.as_ref().map(|front_end| front_end.upstreams()) {
+            amiss.push(format!("front end: none of {servers} API servers works"));
+        }
+        match agent.registry.count() {
+            (0, known) if known > 0 => Err(format!("none of {known} nodes is connected")),
+            _ => Ok(amiss),
+        }
+    }
+
+    fn answer(self: Arc<Self>, request: Request<Incoming>, door: admin::Door) -> admin::AnswerFuture {
+        Box::pin(async move {
+            match door {
+                admin::Door::Tcp => page::serve(&self.page, request).await,
+                admin::Door::Unix => self.told(request).await.map(admin::respond),
+            }
+        })
+    }
+}
+
+impl Admin {
+    /// Answers the commands of this host.
+    async fn told(&self, request: Request<Incoming>) -> Option<admin::Answer> {
+        let (head, body) = request.into_parts();
+        let (path, query) = (head.uri.path(), head.uri.query().unwrap_or_default());
+        match (&head.method, path) {
+            (&Method::GET, _) => self.asked(path, query).await,
+            (&Method::POST, "/page/token") => Some(page::token(&self.page)),
+            (&Method::PUT, "/comparison") => Some(self.page.take_comparison(body).await),
+            _ => None,
+        }
+    }
+
+    async fn asked(&self, path: &str, query: &str) -> Option<admin::Answer> {
+        let json = |value: Result<String, serde_json::Error>| match value {
+            Ok(text) => (hyper::StatusCode::OK, "application/json", text),
+            Err(e) => (hyper::StatusCode::INTERNAL_SERVER_ERROR, "text/plain", e.to_string()),
+        };
+        match path {
+            "/watches" => Some(json(serde_json::to_string(
+                &self.agent.watches.as_ref().map(|watches| watches.status()).unwrap_or_default(),
+            ))),
+            "/nodes" => Some(json(serde_json::to_string(&self.agent.registry.status()))),
+            "/explain" => {
+                let target = percent_decode_str(query).decode_utf8_lossy();
+                Some(match explain(&self.agent, &target, Origin("explain".to_owned())).await {
+                    Ok(explanation) => json(serde_json::to_string(&explanation)),
+                    Err(error) => (hyper::StatusCode::BAD_REQUEST, "text/plain", error),
+                })
+            }
+            path => {
+                let name = path.strip_prefix("/nodes/")?.parse().ok()?;
+                Some(json(serde_json::to_string(&self.agent.registry.detail(&name)?)))
+            }
+        }
+    }
+}

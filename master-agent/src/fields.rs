@@ -1,0 +1,122 @@
+//! What the configurations of several features have in common: ranges, listening addresses, Unix sockets and TLS.
+
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    ops::RangeInclusive,
+    path::PathBuf,
+    time::Duration,
+};
+
+use proto::config::{At, Mode, Section};
+
+pub(crate) const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// For waits: long enough for any network, and no accidental month.
+pub(crate) const WAIT: RangeInclusive<Duration> = Duration::from_millis(10)..=DAY;
+
+pub(crate) const COUNT: RangeInclusive<usize> = 1..=1_000_000;
+
+pub(crate) const NO_LISTENER: &str = "has no listener: give it unix, tcp or both";
+
+pub(crate) fn secs(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+pub(crate) fn loopback(port: u16) -> SocketAddr {
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port)
+}
+
+pub(crate) fn any(port: u16) -> SocketAddr {
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port)
+}
+
+pub(crate) fn listen_loopback(s: &Section<'_>, default_port: u16) -> SocketAddr {
+    let default = loopback(default_port);
+    let address = s.listen("listen", Some(default)).unwrap_or(default);
+    if !address.ip().to_canonical().is_loopback() {
+        s.error("listen", format!("{address} has no authentication, so it must be a loopback address"));
+    }
+    address
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnixConfig {
+    pub path: PathBuf,
+    pub mode: u32,
+    /// Numeric user of the socket file; `None` leaves it to the process.
+    pub owner: Option<u32>,
+    /// Numeric group of the socket file; `None` leaves it to the process.
+    pub group: Option<u32>,
+}
+
+impl UnixConfig {
+    pub(crate) fn read(s: &Section<'_>, default_path: &str) -> Self {
+        Self {
+            path: s.listen_unix("path", default_path),
+            mode: s.or("mode", Mode(0o660)).0,
+            owner: s.at("owner").and_then(|at| account(&at, "/etc/passwd", "user")),
+            group: s.at("group").and_then(|at| account(&at, "/etc/group", "group")),
+        }
+    }
+}
+
+/// TLS that asks every caller for a certificate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsConfig {
+    pub listen: SocketAddr,
+    pub cert: PathBuf,
+    pub key: PathBuf,
+    pub client_ca: PathBuf,
+    /// Common names or subject alternative names that may call; empty allows every certificate of `client_ca`.
+    pub allowed_names: Vec<String>,
+}
+
+impl TlsConfig {
+    pub(crate) fn read(s: &Section<'_>, default_port: u16) -> Option<Self> {
+        let listen = s.listen("listen", Some(any(default_port)));
+        let cert = s.required_file("cert");
+        let key = s.required_private_file("key");
+        let client_ca = s.required_file("client_ca");
+        let allowed_names = s.list("allowed_names");
+        Some(Self { listen: listen?, cert: cert?, key: key?, client_ca: client_ca?, allowed_names })
+    }
+}
+
+/// The numeric id of a user or group, given as such or by its name in `table` (passwd(5), group(5)).
+fn account(at: &At<'_>, table: &str, kind: &str) -> Option<u32> {
+    let text = at.text()?;
+    if let Ok(id) = text.parse() {
+        return Some(id);
+    }
+    match fs::read_to_string(table) {
+        Ok(accounts) => id_of(&accounts, text)
+            .or_else(|| at.complain(text, &format!("no such {kind} in {table}; a numeric id will do, too"))),
+        Err(error) => {
+            at.complain(text, &format!("can't look up this {kind}, {table} can't be read: {error}"))
+        }
+    }
+}
+
+/// Both tables have the name first and the id third.
+fn id_of(accounts: &str, name: &str) -> Option<u32> {
+    let id = |line: &str| {
+        let mut fields = line.split(':');
+        let found = fields.next() == Some(name);
+        fields.nth(1).filter(|_| found)?.parse().ok()
+    };
+    accounts.lines().find_map(id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn account_tables_are_read_as_passwd_and_group_are() {
+        let passwd = "root:x:0:0:root:/root:/bin/sh\nkube:x:1001:1002::/:/bin/false\nbad\n";
+        assert_eq!(id_of(passwd, "kube"), Some(1001));
+        assert_eq!(id_of(passwd, "bad"), None);
+        assert_eq!(id_of("wheel:x:10:root,kube\n", "wheel"), Some(10));
+    }
+}

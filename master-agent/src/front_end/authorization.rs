@@ -1,0 +1,78 @@
+//! What the caller of a request may, on the connection that the request came over.
+
+use std::sync::Arc;
+
+use hyper::{StatusCode, http::request::Parts};
+
+use super::{
+    authn::Authenticated,
+    authz::{Attributes, Verdict, impersonate::Impersonation},
+    connection::Connection,
+    peer::Peer,
+    recorder::Recorder,
+    request_info::RequestInfo,
+    user::User,
+};
+use crate::http::status::Failure;
+
+impl Connection {
+    /// Refuses a node's credential that comes through another node's tunnel. Nodes don't share credentials, and one
+    /// without a route has a tunnel of its own, so it has been stolen.
+    pub(super) fn refuse_other_node(
+        &self,
+        caller: &Authenticated,
+        record: &mut Recorder,
+    ) -> Result<(), Failure> {
+        let (Peer::Node { name, .. }, Some(node)) = (&self.peer, caller.user.node()) else { return Ok(()) };
+        if node == name.as_str() {
+            return Ok(());
+        }
+        let reason =
+            format!("a credential of node {node:?} can't be used through the tunnel of node {name:?}");
+        tracing::warn!(peer = %self.peer, user = caller.user.name, reason, "refused a node's credential");
+        record.decided(&Verdict {
+            allowed: false,
+            authorizer: Some("tunnel"),
+            rule: "not-its-own".to_owned(),
+            reason: reason.clone(),
+        });
+        Err(Failure::new(StatusCode::FORBIDDEN, format!("forbidden: {reason}")))
+    }
+
+    /// The user on whose behalf the request goes on.
+    pub(super) async fn authorize(
+        &self,
+        head: &Parts,
+        caller: Authenticated,
+        info: &RequestInfo,
+        served_here: bool,
+        record: &mut Recorder,
+    ) -> Result<Arc<User>, Failure> {
+        let front_end = &self.front_end;
+        let denied = |reason: String| Failure::new(StatusCode::FORBIDDEN, format!("forbidden: {reason}"));
+        let impersonation = Impersonation::requested(&head.headers)
+            .map_err(|error| Failure::new(StatusCode::BAD_REQUEST, error.to_string()))?;
+        let user = match impersonation {
+            None => caller.user,
+            Some(impersonation) => match impersonation.allowed(&caller.user, &front_end.authz).await {
+                Ok(user) => {
+                    let user = Arc::new(user);
+                    record.impersonates(&user);
+                    user
+                }
+                Err(verdict) => {
+                    record.decided(&verdict);
+                    return Err(denied(verdict.reason));
+                }
+            },
+        };
+        if served_here || front_end.authorize_everything {
+            let verdict = front_end.authz.decide(&Attributes { user: &user, request: info }).await;
+            record.decided(&verdict);
+            if !verdict.allowed {
+                return Err(denied(verdict.reason));
+            }
+        }
+        Ok(user)
+    }
+}

@@ -1,0 +1,68 @@
+//! The `limits` section of the configuration.
+
+use std::time::Duration;
+
+use proto::config::Section;
+
+use super::seats::SeatLimits;
+use crate::fields::{COUNT, WAIT, secs};
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LimitsConfig {
+    pub max_connections: usize,
+    pub max_connections_per_address: usize,
+    /// Those that come through a node's tunnels, for whom the node stands in place of an address.
+    pub max_connections_per_node: usize,
+    /// For a TLS handshake, and for a request's head.
+    pub head_timeout: Duration,
+    /// For a connection without a request, and for a caller that takes nothing of a response.
+    pub idle_timeout: Duration,
+    /// From a request's head to its response's; watches and the like have none.
+    pub request_timeout: Duration,
+    /// A request's body brings something within each.
+    pub body_timeout: Duration,
+    /// Bytes of a request's body.
+    pub max_body: u64,
+    /// Requests at once, besides those that are long-running.
+    pub seats: SeatLimits,
+    /// Watches, followed logs, upgrades and the like at once, of all users and of one.
+    pub max_long_running: usize,
+    pub long_running_per_user: usize,
+    pub requests_per_second_per_user: u32,
+    pub requests_per_second_per_address: u32,
+    /// Requests that failed to authenticate.
+    pub failures_per_second_per_address: u32,
+    /// Of an upgraded connection whose one end has closed.
+    pub half_closed_timeout: Duration,
+    /// HTTP/2 streams at once on a connection.
+    pub max_streams: u32,
+}
+
+impl LimitsConfig {
+    pub fn read(s: &Section<'_>) -> Self {
+        let rate = |name, default| u32::try_from(s.number(name, default, COUNT)).unwrap_or(u32::MAX);
+        Self {
+            max_connections: s.number("max_connections", 16_384, COUNT),
+            max_connections_per_address: s.number("max_connections_per_address", 4096, COUNT),
+            max_connections_per_node: s.number("max_connections_per_node", 1024, COUNT),
+            head_timeout: s.duration("head_timeout", secs(10), WAIT),
+            idle_timeout: s.duration("idle_timeout", secs(180), WAIT),
+            request_timeout: s.duration("request_timeout", secs(60), WAIT),
+            body_timeout: s.duration("body_timeout", secs(30), WAIT),
+            max_body: s.number("max_body", 16 << 20, 1..=1 << 40) as u64,
+            seats: SeatLimits {
+                total: s.number("max_in_flight", 400, COUNT),
+                per_user: s.number("max_in_flight_per_user", 100, COUNT),
+                queue: s.number("queue_per_user", 100, COUNT),
+                wait: s.duration("queue_timeout", secs(5), WAIT),
+            },
+            max_long_running: s.number("max_long_running", 50_000, COUNT),
+            long_running_per_user: s.number("long_running_per_user", 1000, COUNT),
+            requests_per_second_per_user: rate("requests_per_second_per_user", 1000),
+            requests_per_second_per_address: rate("requests_per_second_per_address", 5000),
+            failures_per_second_per_address: rate("failures_per_second_per_address", 10),
+            half_closed_timeout: s.duration("half_closed_timeout", secs(600), WAIT),
+            max_streams: rate("max_streams", 250),
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! The listener, and HTTP on the connections of callers.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use hyper::{
+    server::conn::{http1, http2},
+    service::service_fn,
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use proto::io::{admin::accept_error, patient::PatientWriter, socket};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpListener,
+};
+use tokio_rustls::TlsAcceptor;
+
+use super::{
+    admission::Admission, authn::Certificates, connection::Connection, peer::Peer, server::FrontEnd,
+    streams::Streams,
+};
+use crate::{http::watched::Watched, metrics::Handshake};
+
+/// Of a request's head.
+const MAX_HEAD: usize = 64 * 1024;
+const MAX_HEADERS: usize = 128;
+/// Streams that a caller resets before they are served (CVE-2023-44487).
+const MAX_RESETS: usize = 20;
+const STREAM_WINDOW: u32 = 256 * 1024;
+const CONNECTION_WINDOW: u32 = 1024 * 1024;
+/// How long requests that are under way may take once their connection is to end.
+const LAST_REQUESTS: Duration = Duration::from_secs(10);
+const EVICTED: &str = "gave its place to a newcomer before anybody authenticated";
+
+impl FrontEnd {
+    /// Accepts callers for ever.
+    pub async fn accept(self: Arc<Self>, listener: TcpListener) {
+        loop {
+            let (socket, peer) = match listener.accept().await {
+                Ok((socket, peer)) => (socket, Peer::Address(peer)),
+                Err(e) => {
+                    accept_error(&e).await;
+                    continue;
+                }
+            };
+            // Whoever is refused here hears nothing: an answer would cost a handshake.
+            let Ok(mut admission) = self.admit(&peer) else { continue };
+            socket::tune_caller(&socket);
+            let (socket, runtime, load) = match self.workers.take(socket) {
+                Ok(taken) => taken,
+                Err(error) => {
+                    self.refused(&peer, &error);
+                    continue;
+                }
+            };
+            admission.load = Some(load);
+            self.connections.spawn_on(self.clone().serve(socket, peer, admission), &runtime);
+        }
+    }
+
+    /// Serves one caller to its end, whatever its connection came over.
+    pub async fn serve<S>(self: Arc<Self>, socket: S, peer: Peer, admission: Admission)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let acceptor = TlsAcceptor::from(self.tls.get().config.clone());
+        let handshake = Box::pin(tokio::time::timeout(self.config.head_timeout, acceptor.accept(socket)));
+        let tls = tokio::select! {
+            handshake = handshake => match handshake {
+                Ok(Ok(tls)) => tls,
+                Ok(Err(error)) => return self.no_handshake(Handshake::Failed, &peer, &error),
+                Err(_) => return self.no_handshake(Handshake::TimedOut, &peer, &"no TLS handshake in time"),
+            },
+            () = admission.evicted.cancelled() => {
+                return self.no_handshake(Handshake::Evicted, &peer, &EVICTED);
+            }
+        };
+        let session = &tls.get_ref().1;
+        self.metrics.front_end.handshake(Handshake::Ok(session.protocol_version()));
+        let http2 = session.alpn_protocol() == Some(b"h2");
+        let certificates = session.peer_certificates().unwrap_or_default();
+        let certificates = certificates.iter().map(|certificate| certificate.clone().into_owned());
+        let certificates = Certificates::new(certificates.collect());
+        let connection =
+            Arc::new(Connection { certificates, ..Connection::new(self, peer, None, admission) });
+        let socket = PatientWriter::new(tls, connection.front_end.config.idle_timeout);
+        if http2 {
+            let served = Box::pin(connection.clone().http2(socket));
+            connection.unless_evicted(served).await;
+        } else {
+            connection.served_http1(socket).await;
+        }
+    }
+
+    fn no_handshake(&self, why: Handshake, peer: &Peer, error: &dyn fmt::Display) {
+        self.metrics.front_end.handshake(why);
+        self.refused(peer, error);
+    }
+}
+
+impl Connection {
+    /// Serves HTTP/1.1 to the connection's end.
+    pub(super) async fn served_http1<S>(self: Arc<Self>, socket: S)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let served = Box::pin(self.clone().http1(socket));
+        self.unless_evicted(served).await;
+    }
+
+    async fn unless_evicted(&self, served: impl Future<Output = hyper::Result<()>>) {
+        tokio::select! {
+            served = served => {
+                if let Err(error) = served {
+                    self.front_end.refused(&self.peer, &error);
+                }
+            }
+            () = self.admission.evicted.cancelled() => self.front_end.refused(&self.peer, &EVICTED),
+        }
+    }
+
+    async fn http1<S>(self: Arc<Self>, socket: S) -> hyper::Result<()>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let FrontEnd { config, draining, .. } = self.front_end.as_ref();
+        let socket = Watched::new(socket, self.activity.clone(), config.head_timeout);
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(config.idle_timeout)
+            .max_headers(MAX_HEADERS)
+            .max_buf_size(MAX_HEAD)
+            .serve_connection(TokioIo::new(socket), service_fn(|request| self.clone().answer(request)))
+            .with_upgrades();
+        tokio::pin!(connection);
+        tokio::select! {
+            served = connection.as_mut() => served,
+            () = draining.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        }
+    }
+
+    async fn http2<S>(self: Arc<Self>, socket: S) -> hyper::Result<()>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let FrontEnd { config, draining, connections, .. } = self.front_end.as_ref();
+        let streams = Streams {
+            tasks: connections.clone(),
+            patience: config.idle_timeout,
+            ending: self.ending.clone(),
+        };
+        let connection = http2::Builder::new(streams)
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(config.max_streams)
+            .max_header_list_size(MAX_HEAD as u32)
+            .max_pending_accept_reset_streams(MAX_RESETS)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .keep_alive_interval(Duration::from_secs(30))
+            .keep_alive_timeout(Duration::from_secs(20))
+            .serve_connection(TokioIo::new(socket), service_fn(|request| self.clone().answer(request)));
+        tokio::pin!(connection);
+        tokio::select! {
+            served = connection.as_mut() => return served,
+            () = draining.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                return connection.await;
+            }
+            () = self.ending.cancelled() => {}
+            () = self.activity.unused(config.head_timeout, config.idle_timeout) => {}
+        }
+        connection.as_mut().graceful_shutdown();
+        tokio::time::timeout(LAST_REQUESTS, connection).await.unwrap_or(Ok(()))
+    }
+}

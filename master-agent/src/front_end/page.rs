@@ -1,0 +1,25 @@
+//! The page that the front end may serve, behind its authentication and authorization.
+
+use std::sync::Arc;
+
+use hyper::{Request, Response};
+use proto::io::{admin, dialer::Origin};
+
+use super::{future::BoxFuture, upstream::RequestBody};
+
+/// Serves a page to callers who are known and authorized.
+pub trait Page: Send + Sync {
+    /// Whether a path is one of the page.
+    fn serves(&self, path: &str) -> bool;
+
+    /// Whether the answer goes on for as long as somebody watches.
+    fn is_long_running(&self, path: &str) -> bool;
+
+    /// Answers a caller who is `origin`.
+    fn answer(
+        self: Arc<Self>,
+        path: String,
+        request: Request<RequestBody>,
+        origin: Origin,
+    ) -> BoxFuture<'static, Response<admin::Body>>;
+}

@@ -1,0 +1,131 @@
+//! What sends requests over one connection to an API server: an HTTP/1.1 connection, or one stream of a shared HTTP/2
+//! connection.
+
+use std::{
+    future::poll_fn,
+    pin::{Pin, pin},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll, Waker},
+};
+
+use futures_util::FutureExt;
+use hyper::{
+    Request, Response,
+    body::Incoming,
+    client::conn::{TrySendError, http1, http2},
+};
+use tokio::{sync::OwnedSemaphorePermit, task::coop::unconstrained, time::Instant};
+
+use super::body::RequestBody;
+
+/// What sends requests over one connection.
+pub(super) enum Sender {
+    Http1(Http1),
+    Http2(http2::SendRequest<RequestBody>, Place),
+}
+
+/// When a connection was made, and by which files.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Made {
+    pub generation: u64,
+    pub at: Instant,
+}
+
+/// A connection without a task of its own: whoever waits for something from it moves it on, so that a request
+/// changes no tasks, and one that is given up ends its connection at once.
+pub(super) struct Http1 {
+    sender: http1::SendRequest<RequestBody>,
+    /// `None` once it has ended.
+    driver: Option<Driver>,
+    pub made: Made,
+    pub used: Instant,
+    _permit: OwnedSemaphorePermit,
+}
+
+pub(super) type Driver = Pin<Box<dyn Future<Output = hyper::Result<()>> + Send>>;
+
+impl Http1 {
+    pub(super) fn new(
+        sender: http1::SendRequest<RequestBody>,
+        driver: Driver,
+        made: Made,
+        permit: OwnedSemaphorePermit,
+    ) -> Self {
+        Self { sender, driver: Some(driver), made, used: made.at, _permit: permit }
+    }
+
+    /// Sends a request, and moves the connection on until the response's head is there.
+    pub(super) async fn send(
+        &mut self,
+        request: Request<RequestBody>,
+    ) -> Result<Response<Incoming>, TrySendError<Request<RequestBody>>> {
+        let Self { sender, driver, .. } = self;
+        let mut sending = pin!(sender.try_send_request(request));
+        let sent = poll_fn(|cx| {
+            if let Poll::Ready(sent) = sending.as_mut().poll(cx) {
+                return Poll::Ready(sent);
+            }
+            drive(driver, cx);
+            sending.as_mut().poll(cx)
+        });
+        sent.await
+    }
+
+    /// Moves the connection on.
+    pub(super) fn drive(&mut self, cx: &mut Context<'_>) {
+        drive(&mut self.driver, cx);
+    }
+
+    /// Whether it can take a request now. A task that has done much must not hear "not yet" for that alone.
+    pub(super) fn is_ready(&mut self) -> bool {
+        let ready = poll_fn(|cx| {
+            self.drive(cx);
+            let takes = self.driver.is_some() && matches!(self.sender.ready().now_or_never(), Some(Ok(())));
+            Poll::Ready(takes)
+        });
+        let ready = Pin::new(&mut unconstrained(ready)).poll(&mut Context::from_waker(Waker::noop()));
+        ready == Poll::Ready(true)
+    }
+}
+
+fn drive(driver: &mut Option<Driver>, cx: &mut Context<'_>) {
+    let Some(connection) = driver else { return };
+    if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
+        *driver = None;
+        if let Err(error) = ended {
+            tracing::debug!(error = causes(&error), "a connection to an API server failed");
+        }
+    }
+}
+
+/// One stream of a shared connection.
+pub(super) struct Place(Arc<AtomicUsize>);
+
+impl Place {
+    /// Counted in `streams` for as long as it lives.
+    pub(super) fn take(streams: &Arc<AtomicUsize>) -> Self {
+        streams.fetch_add(1, Ordering::Relaxed);
+        Self(streams.clone())
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// hyper's errors show their cause only when they are asked for it.
+pub(super) fn causes(error: &hyper::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

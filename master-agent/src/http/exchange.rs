@@ -1,0 +1,142 @@
+//! What is left of a request once its response has begun: the response's body, or an upgraded connection, either with the
+//! hold that it has on the connection to the target.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::{
+    body::{Body as HttpBody, Frame, Incoming, SizeHint},
+    upgrade::OnUpgrade,
+};
+use hyper_util::rt::TokioIo;
+use proto::io::relay::{Counters, relay_until};
+use tokio::sync::oneshot;
+
+use super::watched::Busy;
+
+/// How long the rest of an exchange may take once its response has been passed on: an upload that was answered
+/// before its end, or the target's closing.
+const LINGER: Duration = Duration::from_secs(5);
+
+/// The body of a response.
+pub struct Body {
+    content: Content,
+    _busy: Option<Busy>,
+}
+
+enum Content {
+    Own(Full<Bytes>),
+    Relayed { incoming: Incoming, exchange: Exchange },
+}
+
+impl Body {
+    pub fn empty() -> Self {
+        Self::from(Full::default())
+    }
+
+    /// As it comes from the target.
+    pub fn relayed(incoming: Incoming, exchange: Exchange) -> Self {
+        Self { content: Content::Relayed { incoming, exchange }, _busy: None }
+    }
+
+    /// Until it has been passed on, or given up.
+    pub fn while_busy(self, busy: Busy) -> Self {
+        Self { _busy: Some(busy), ..self }
+    }
+}
+
+impl From<Full<Bytes>> for Body {
+    fn from(body: Full<Bytes>) -> Self {
+        Self { content: Content::Own(body), _busy: None }
+    }
+}
+
+impl HttpBody for Body {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        match &mut self.content {
+            Content::Own(body) => Pin::new(body).poll_frame(cx).map_err(|never| match never {}),
+            Content::Relayed { incoming, exchange } => {
+                let frame = Pin::new(&mut *incoming).poll_frame(cx);
+                if matches!(frame, Poll::Ready(None)) || incoming.is_end_stream() {
+                    exchange.complete();
+                }
+                frame
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.content {
+            Content::Own(body) => body.is_end_stream(),
+            Content::Relayed { incoming, .. } => incoming.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.content {
+            Content::Own(body) => body.size_hint(),
+            Content::Relayed { incoming, .. } => incoming.size_hint(),
+        }
+    }
+}
+
+/// A connection that has changed to another protocol, on both sides.
+pub struct Upgrade {
+    pub caller: OnUpgrade,
+    pub target: OnUpgrade,
+    pub exchange: Exchange,
+    pub busy: Busy,
+    pub half_closed_timeout: Duration,
+}
+
+impl Upgrade {
+    /// Passes on raw bytes until both directions have ended, or one has and the other is silent, or `until` completes.
+    pub async fn carry(self, carried: &Counters, until: impl Future<Output = ()>) {
+        let Self { caller, target, mut exchange, busy, half_closed_timeout } = self;
+        let (Ok(caller), Ok(target)) = (caller.await, target.await) else { return };
+        let (caller, target) = (TokioIo::new(caller), TokioIo::new(target));
+        match relay_until(caller, target, carried, half_closed_timeout, until).await {
+            Ok(true) => exchange.complete(),
+            Ok(false) => tracing::debug!(
+                "upgraded connection was half-closed and silent for too long, or its time was over"
+            ),
+            Err(error) => tracing::debug!(%error, "upgraded connection failed"),
+        }
+        drop(busy);
+    }
+}
+
+/// Keeps the connection to the target for as long as its exchange goes on. Dropped before the end, the connection is
+/// cut at once.
+pub struct Exchange(Option<oneshot::Sender<()>>);
+
+impl Exchange {
+    /// Beside it: what completes when the connection is not wanted any more.
+    pub fn new() -> (Self, impl Future<Output = ()> + Send) {
+        let (sender, receiver) = oneshot::channel();
+        let unwanted = async {
+            if receiver.await.is_ok() {
+                tokio::time::sleep(LINGER).await;
+            }
+        };
+        (Self(Some(sender)), unwanted)
+    }
+
+    /// The response has been passed on to its end.
+    fn complete(&mut self) {
+        if let Some(sender) = self.0.take() {
+            let _ = sender.send(());
+        }
+    }
+}

@@ -1,0 +1,27 @@
+//! Parts of one layer that know each other by a trait only.
+
+use std::{net::IpAddr, sync::Arc};
+
+use hyper::{Request, body::Incoming};
+
+use crate::{
+    egress::proxy_url::ProxyUrls,
+    front_end::{
+        future::BoxFuture,
+        proxy_urls::{self, Answered},
+    },
+    http::watched::Activity,
+    stream::caller::Caller,
+};
+
+impl proxy_urls::ProxyUrls for ProxyUrls {
+    fn answer(
+        self: Arc<Self>,
+        caller: Caller,
+        peer: IpAddr,
+        activity: Activity,
+        request: Request<Incoming>,
+    ) -> BoxFuture<'static, Answered> {
+        Box::pin(async move { self.answer_authorized(caller, peer, &activity, request).await })
+    }
+}

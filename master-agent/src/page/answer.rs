@@ -1,0 +1,133 @@
+//! What is answered below the prefix, in both places.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Limited};
+use hyper::{
+    Method, Request, Response, StatusCode,
+    body::Body,
+    header::{self, HeaderValue},
+};
+use proto::io::{admin, dialer::Origin};
+use tokio::time::Instant;
+
+use super::{
+    paths::{EVENTS, WITHOUT_SLASH},
+    response::{HTML, POLICY, REPORT_POLICY, asset, guarded, json, redirect, refusal},
+    state::Page,
+};
+use crate::{
+    agent::Agent,
+    compare::{html, report::Overview},
+    tunnels::explain,
+};
+
+/// Of what is to be explained.
+const MAX_TARGET: usize = 1024;
+/// For that to arrive.
+const BODY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Who looks at the page.
+pub(super) struct Viewer {
+    /// Of what it has dialled.
+    pub origin: Origin,
+    /// When it must ask again to be told what is live.
+    pub end: Instant,
+    pub on_front_end: bool,
+}
+
+/// Answers what is asked for below the prefix. `own` says whether the page itself asks; only it may have
+/// something done.
+pub(super) async fn answer<B>(
+    page: &Page,
+    path: &str,
+    request: Request<B>,
+    own: Result<(), &'static str>,
+    viewer: Viewer,
+) -> Response<admin::Body>
+where
+    B: Body<Data = Bytes>,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let allowed = if path == "explain" { Method::POST } else { Method::GET };
+    if request.method() != allowed {
+        let message = format!("only {allowed} is served here");
+        let mut response = refusal(StatusCode::METHOD_NOT_ALLOWED, &message);
+        if let Ok(value) = HeaderValue::try_from(allowed.as_str()) {
+            response.headers_mut().insert(header::ALLOW, value);
+        }
+        return response;
+    }
+    match path {
+        WITHOUT_SLASH => redirect("page/", StatusCode::PERMANENT_REDIRECT),
+        "" => asset(HTML, include_str!("assets/page.html")),
+        "page.css" => asset("text/css; charset=utf-8", include_str!("assets/page.css")),
+        "page.js" => asset("text/javascript; charset=utf-8", include_str!("assets/page.js")),
+        "icon.svg" => asset("image/svg+xml", include_str!("assets/icon.svg")),
+        EVENTS => match page.live.watch(page.agent.draining.clone(), viewer.end, viewer.on_front_end) {
+            Some(body) => {
+                let mut response = Response::new(body);
+                let stream = HeaderValue::from_static("text/event-stream");
+                response.headers_mut().insert(header::CONTENT_TYPE, stream);
+                guarded(response, POLICY)
+            }
+            None => refusal(StatusCode::SERVICE_UNAVAILABLE, "too many pages are open; close one"),
+        },
+        "explain" => match own {
+            Ok(()) => explain_target(&page.agent, request.into_body(), viewer.origin).await,
+            Err(reason) => refusal(StatusCode::FORBIDDEN, reason),
+        },
+        "comparison.json" => match page.comparison() {
+            Some(comparison) => json(&Summary {
+                unix_milliseconds: comparison.unix_milliseconds,
+                started: &comparison.report.started,
+                seconds: comparison.report.seconds,
+                rounds: comparison.report.rounds,
+                overview: comparison.report.overview(),
+            }),
+            None => refusal(StatusCode::NOT_FOUND, NO_COMPARISON),
+        },
+        "comparison.html" => match page.comparison() {
+            Some(comparison) => {
+                guarded(admin::respond((StatusCode::OK, HTML, html::page(&comparison.report))), REPORT_POLICY)
+            }
+            None => refusal(StatusCode::NOT_FOUND, NO_COMPARISON),
+        },
+        path => {
+            let name = path.strip_prefix("nodes/").and_then(|name| name.parse().ok());
+            match name.and_then(|name| page.agent.registry.detail(&name)) {
+                Some(detail) => json(&detail),
+                None => refusal(StatusCode::NOT_FOUND, "no such page, or no such node"),
+            }
+        }
+    }
+}
+
+const NO_COMPARISON: &str = "nothing has been compared since the agent was started";
+
+#[derive(serde::Serialize)]
+struct Summary<'a> {
+    unix_milliseconds: u64,
+    started: &'a str,
+    seconds: f64,
+    rounds: usize,
+    #[serde(flatten)]
+    overview: Overview,
+}
+
+async fn explain_target<B>(agent: &Agent, body: B, origin: Origin) -> Response<admin::Body>
+where
+    B: Body<Data = Bytes>,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let body = Limited::new(body, MAX_TARGET).collect();
+    let target = match tokio::time::timeout(BODY_TIMEOUT, body).await {
+        Ok(Ok(body)) => body.to_bytes(),
+        Ok(Err(_)) | Err(_) => return refusal(StatusCode::BAD_REQUEST, "expected a target: HOST:PORT"),
+    };
+    match explain::explain(agent, String::from_utf8_lossy(&target).trim(), origin).await {
+        Ok(explanation) => json(&explanation),
+        Err(error) => refusal(StatusCode::BAD_REQUEST, &error),
+    }
+}

@@ -1,0 +1,45 @@
+//! The page on the front end, for whoever is authorized there.
+
+use std::{sync::Arc, time::Duration};
+
+use hyper::{Request, Response, StatusCode};
+use proto::io::{admin, dialer::Origin};
+use tokio::time::Instant;
+
+use super::{
+    answer::{Viewer, answer},
+    guard,
+    paths::{EVENTS, FRONT_END, below},
+    response::refusal,
+    state::Page,
+};
+use crate::front_end::{future::BoxFuture, page, upstream::RequestBody};
+
+/// After so long on the front end, whoever watches is authorized again.
+const AGAIN: Duration = Duration::from_secs(60);
+
+impl page::Page for Page {
+    fn serves(&self, path: &str) -> bool {
+        below(path, FRONT_END).is_some()
+    }
+
+    fn is_long_running(&self, path: &str) -> bool {
+        below(path, FRONT_END) == Some(EVENTS)
+    }
+
+    fn answer(
+        self: Arc<Self>,
+        path: String,
+        request: Request<RequestBody>,
+        origin: Origin,
+    ) -> BoxFuture<'static, Response<admin::Body>> {
+        Box::pin(async move {
+            let Some(path) = below(&path, FRONT_END) else {
+                return refusal(StatusCode::NOT_FOUND, "no such page");
+            };
+            let own = guard::own_page_through_proxies(&request);
+            let viewer = Viewer { origin, end: Instant::now() + AGAIN, on_front_end: true };
+            answer(&self, path, request, own, viewer).await
+        })
+    }
+}

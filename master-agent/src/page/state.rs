@@ -1,0 +1,73 @@
+//! What the agent keeps for the page alone: its sessions, what is told live, and the last comparison.
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::SystemTime,
+};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Limited};
+use hyper::{StatusCode, body::Body};
+use proto::io::admin::Answer;
+
+use super::{live::Live, response::TEXT, sessions::Sessions};
+use crate::{activity::unix_milliseconds, agent::Agent, compare::report::Report};
+
+/// Of a comparison that is handed over.
+const MAX_COMPARISON: usize = 4 << 20;
+
+/// The page of a running agent.
+pub struct Page {
+    pub(super) agent: Arc<Agent>,
+    /// The admin address, if the page is served there.
+    pub(super) admin: Option<SocketAddr>,
+    pub(super) sessions: Sessions,
+    pub(super) live: Arc<Live>,
+    comparison: Mutex<Option<Arc<Comparison>>>,
+}
+
+/// A report that `compare` handed over.
+pub(super) struct Comparison {
+    pub unix_milliseconds: u64,
+    pub report: Report,
+}
+
+impl Page {
+    /// `admin` is the admin address, if the page is served there.
+    pub fn new(agent: Arc<Agent>, admin: Option<SocketAddr>) -> Self {
+        let live = Live::new(agent.registry.clone());
+        Self { agent, admin, sessions: Sessions::default(), live, comparison: Mutex::default() }
+    }
+
+    pub(super) fn comparison(&self) -> Option<Arc<Comparison>> {
+        self.comparison.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes what `PUT /comparison` of the admin socket brings.
+    pub async fn take_comparison<B>(&self, body: B) -> Answer
+    where
+        B: Body<Data = Bytes>,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let body = match Limited::new(body, MAX_COMPARISON).collect().await {
+            Ok(body) => body.to_bytes(),
+            Err(error) => {
+                let message = format!("no comparison of at most {MAX_COMPARISON} bytes: {error}\n");
+                return (StatusCode::PAYLOAD_TOO_LARGE, TEXT, message);
+            }
+        };
+        let report = match serde_json::from_slice::<Report>(&body) {
+            Ok(report) if report.version == 1 => report,
+            Ok(Report { version, .. }) => {
+                let message = format!("a comparison of version {version} is not known here\n");
+                return (StatusCode::BAD_REQUEST, TEXT, message);
+            }
+            Err(error) => return (StatusCode::BAD_REQUEST, TEXT, format!("no comparison: {error}\n")),
+        };
+        let comparison = Comparison { unix_milliseconds: unix_milliseconds(SystemTime::now()), report };
+        self.live.compared(comparison.unix_milliseconds);
+        *self.comparison.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(comparison));
+        (StatusCode::OK, TEXT, "ok\n".to_owned())
+    }
+}

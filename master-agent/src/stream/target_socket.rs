@@ -1,0 +1,117 @@
+//! A socket to a target, for egress listeners that speak a protocol of their own with it.
+
+use std::{
+    io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf},
+    sync::oneshot,
+};
+
+/// Bytes that wait each way between the stream and its user.
+const PIPE: usize = 64 * 1024;
+/// How long the target may take to end its direction after a socket that was shut down is dropped.
+const LINGER: Duration = Duration::from_secs(5);
+
+/// One connection to a target. Dropping it resets the connection, unless it was shut down before: then the target
+/// has a few seconds to end its direction. A connection that breaks gives an error where its end would be, so that
+/// what is cut short never looks complete.
+pub struct TargetSocket {
+    io: DuplexStream,
+    broken: Arc<AtomicBool>,
+    shut_down: bool,
+    dropped: Option<oneshot::Sender<()>>,
+}
+
+/// What the stream's side of the socket must know.
+pub struct FarEnd {
+    pub io: DuplexStream,
+    broken: Arc<AtomicBool>,
+    dropped: oneshot::Receiver<()>,
+}
+
+pub fn pair() -> (TargetSocket, FarEnd) {
+    pair_of(PIPE)
+}
+
+/// A pair between whose ends so many bytes wait each way.
+pub fn pair_of(pipe: usize) -> (TargetSocket, FarEnd) {
+    let (near, far) = tokio::io::duplex(pipe);
+    let broken = Arc::<AtomicBool>::default();
+    let (sender, dropped) = oneshot::channel();
+    (
+        TargetSocket { io: near, broken: broken.clone(), shut_down: false, dropped: Some(sender) },
+        FarEnd { io: far, broken, dropped },
+    )
+}
+
+impl FarEnd {
+    /// Carries by `relay`, which gives whether both directions ended in order, for as long as the socket wants it.
+    pub async fn carry<F>(self, relay: impl FnOnce(DuplexStream) -> F)
+    where
+        F: Future<Output = (DuplexStream, bool)>,
+    {
+        let Self { io, broken, dropped } = self;
+        let unwanted = async {
+            if dropped.await.is_ok() {
+                tokio::time::sleep(LINGER).await;
+            }
+        };
+        tokio::select! {
+            (io, in_order) = relay(io) => {
+                broken.store(!in_order, Ordering::Release);
+                drop(io);
+            }
+            () = unwanted => {}
+        }
+    }
+}
+
+impl Drop for TargetSocket {
+    fn drop(&mut self) {
+        if let Some(dropped) = self.dropped.take().filter(|_| self.shut_down) {
+            let _ = dropped.send(());
+        }
+    }
+}
+
+impl AsyncRead for TargetSocket {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut self.io).poll_read(cx, buf))?;
+        let ended = buf.filled().len() == before && buf.remaining() > 0;
+        Poll::Ready(match ended && self.broken.load(Ordering::Acquire) {
+            true => {
+                Err(io::Error::new(io::ErrorKind::ConnectionReset, "the connection to the target was lost"))
+            }
+            false => Ok(()),
+        })
+    }
+}
+
+impl AsyncWrite for TargetSocket {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.shut_down = true;
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}

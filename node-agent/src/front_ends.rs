@@ -1,0 +1,121 @@
+//! The front ends that masters offer through their tunnels, and the streams to them.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use proto::{
+    DialError, Target,
+    io::{
+        mux::{Events, Mux, Notice},
+        stream::Stream,
+    },
+    mux::FRONT_END,
+};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+
+use crate::config::LocalEndpointConfig;
+
+/// The masters whose front end can be reached now, in the order in which they came.
+pub struct FrontEnds {
+    offers: watch::Sender<Vec<(u64, Mux)>>,
+    next: AtomicUsize,
+    ids: AtomicU64,
+    /// One for each caller.
+    permits: Arc<Semaphore>,
+    wait: Duration,
+}
+
+impl FrontEnds {
+    pub fn new(config: &LocalEndpointConfig) -> Self {
+        Self {
+            offers: watch::Sender::new(Vec::new()),
+            next: AtomicUsize::new(0),
+            ids: AtomicU64::new(0),
+            permits: Arc::new(Semaphore::new(config.max_connections)),
+            wait: config.wait,
+        }
+    }
+
+    /// Offers a master's front end to callers for as long as its multiplexer lives, or until the master's certificate has
+    /// `expired`.
+    pub async fn offer(&self, mux: Mux, mut events: Events, expired: impl Future<Output = ()>) {
+        let id = self.ids.fetch_add(1, Ordering::Relaxed);
+        self.offers.send_modify(|offers| offers.push((id, mux)));
+        let _withdrawn = Withdrawn { front_ends: self, id };
+        tracing::info!("the master offers its front end");
+        tokio::pin!(expired);
+        loop {
+            let notice = tokio::select! {
+                notice = events.notices.recv() => notice,
+                () = &mut expired => return,
+            };
+            let Some(notice) = notice else { return };
+            match notice {
+                Notice::GoAway(reason) => {
+                    tracing::info!(reason, "the master's front end takes no new callers");
+                }
+                Notice::Certificate(_) => {
+                    tracing::warn!("a certificate came where none is expected; ignored");
+                }
+            }
+        }
+    }
+
+    /// A place for one more caller, unless there are too many.
+    pub fn place(&self) -> Option<OwnedSemaphorePermit> {
+        self.permits.clone().try_acquire_owned().ok()
+    }
+
+    /// Opens a stream to one of them in turn. Waits a short time for one to come.
+    pub async fn open(&self, origin: &str, timeout: Duration) -> Result<Stream, DialError> {
+        let target: Target = FRONT_END.parse().map_err(|_| DialError::BadTarget(FRONT_END.to_owned()))?;
+        let deadline = tokio::time::Instant::now() + self.wait;
+        let mut offers = self.offers.subscribe();
+        let mut failed = None;
+        loop {
+            let usable = offers.borrow_and_update().iter().map(|(_, mux)| mux.clone()).collect::<Vec<_>>();
+            let first = self.next.fetch_add(1, Ordering::Relaxed) % usable.len().max(1);
+            let in_turn = usable.iter().cycle().skip(first).take(usable.len());
+            for mux in in_turn.filter(|mux| !mux.is_going_away()) {
+                match mux.open(&target, origin, timeout).await {
+                    Ok(stream) => return Ok(stream),
+                    Err(error) if error.retry_elsewhere() => failed = Some(error),
+                    Err(error) => return Err(error),
+                }
+            }
+            if let Some(error @ DialError::TooManyStreams(_)) = failed {
+                return Err(error);
+            }
+            let changed = tokio::time::timeout_at(deadline, offers.changed()).await;
+            if !matches!(changed, Ok(Ok(()))) {
+                return Err(failed.unwrap_or_else(|| self.none()));
+            }
+        }
+    }
+
+    fn none(&self) -> DialError {
+        DialError::NoTunnel {
+            node: "this".to_owned(),
+            state: format!(
+                "within {} no master offered its front end; a master does that where it has `front_end:` with `through_tunnels`",
+                humantime::format_duration(self.wait)
+            ),
+        }
+    }
+}
+
+struct Withdrawn<'a> {
+    front_ends: &'a FrontEnds,
+    id: u64,
+}
+
+impl Drop for Withdrawn<'_> {
+    fn drop(&mut self) {
+        self.front_ends.offers.send_modify(|offers| offers.retain(|(id, _)| *id != self.id));
+    }
+}

@@ -1,0 +1,42 @@
+//! How an agent logs, in the words of both agents' configurations.
+
+use serde::{Deserialize, Serialize};
+
+use super::section::{At, Section, Value};
+
+/// How log records are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    #[default]
+    Text,
+    Json,
+}
+
+/// What an agent logs, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Log {
+    pub format: LogFormat,
+    /// A word such as `info`, or a filter such as `info,proto=debug`.
+    pub level: String,
+}
+
+impl Log {
+    pub fn read(section: &Section<'_>) -> Self {
+        let level = section.or("level", "info".to_owned());
+        if let Err(error) = tracing_subscriber::EnvFilter::builder().parse(&level) {
+            section.error("level", format!("is no log level or filter: {error}"));
+        }
+        Self { format: section.or("format", LogFormat::Text), level }
+    }
+}
+
+impl Value for LogFormat {
+    fn read(at: &At<'_>) -> Option<Self> {
+        match at.scalar("text or json")? {
+            ("text", _) => Some(Self::Text),
+            ("json", _) => Some(Self::Json),
+            (text, _) => at.complain(text, "expected text or json"),
+        }
+    }
+}

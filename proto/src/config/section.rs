@@ -1,0 +1,387 @@
+//! The tree of a configuration as its readers see it: values that know their place, and sections of named fields.
+
+use std::{
+    cell::RefCell,
+    fs, io,
+    net::SocketAddr,
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use super::{
+    context::{Context, Listener},
+    tree::{Entry, Kind, Node, Place},
+};
+use crate::secret_file;
+
+/// A type with one way of being written in a configuration.
+pub trait Value: Sized {
+    /// `None` where the node can't be read as this type, which has been reported then.
+    fn read(at: &At<'_>) -> Option<Self>;
+}
+
+/// One node of the tree and where it stands.
+pub struct At<'a> {
+    context: &'a Context<'a>,
+    pub(super) node: &'a Node,
+    /// Where the field's name stands, for values that have one.
+    name_place: Option<Place>,
+    field: String,
+}
+
+impl<'a> At<'a> {
+    /// The whole document.
+    pub(super) fn root(context: &'a Context<'a>, node: &'a Node) -> Self {
+        Self { context, node, name_place: None, field: String::new() }
+    }
+
+    /// Reports that this value is wrong.
+    pub fn error(&self, message: impl Into<String>) {
+        self.context.report(self.node.place, &self.field, message.into());
+    }
+
+    /// Reports the text that stands here and what is wrong with it.
+    pub fn complain<T>(&self, text: &str, message: &str) -> Option<T> {
+        let shown: String = text.chars().take(80).collect();
+        self.error(format!("{shown:?}: {message}"));
+        None
+    }
+
+    /// The line this value stands on, counted from 1.
+    pub fn line(&self) -> usize {
+        self.node.place.line
+    }
+
+    /// What relative paths are relative to.
+    pub fn base_dir(&self) -> &Path {
+        self.context.source.base_dir
+    }
+
+    /// The scalar's text, quotes and escapes resolved; `None` (reported) for anything else.
+    pub fn text(&self) -> Option<&'a str> {
+        self.scalar("a text").map(|(text, _)| text)
+    }
+
+    /// The scalar's text, and whether it stood without quotes. `None` (reported as not `expected`) for
+    /// anything else.
+    pub(super) fn scalar(&self, expected: &str) -> Option<(&'a str, bool)> {
+        match &self.node.kind {
+            Kind::Scalar { .. } if self.node.is_null() => self.no_value(),
+            Kind::Scalar { text, plain } => return Some((text, *plain)),
+            Kind::List(_) => self.error(format!("expected {expected}, found a list")),
+            Kind::Map(_) => self.error(format!("expected {expected}, found a section")),
+            Kind::Bad => {}
+        }
+        None
+    }
+
+    fn no_value(&self) {
+        let place = self.name_place.unwrap_or(self.node.place);
+        self.context.report(place, &self.field, "has no value: give it one, or remove it".into());
+    }
+
+    /// Reads this value as a section; afterwards its fields that `read` did not ask for are reported.
+    pub fn section<T>(&self, read: impl FnOnce(&Section<'a>) -> Option<T>) -> Option<T> {
+        match &self.node.kind {
+            Kind::Map(entries) => {
+                let place = self.name_place.unwrap_or(self.node.place);
+                let (context, field) = (self.context, self.field.clone());
+                let section = Section { context, place, field, entries, known: RefCell::default() };
+                let value = read(&section);
+                section.report_unknown();
+                return value;
+            }
+            Kind::Scalar { .. } if self.node.is_null() => self.no_value(),
+            Kind::Scalar { .. } => self.error("expected a section of fields, found a single value"),
+            Kind::List(_) => self.error("expected a section of fields, found a list"),
+            Kind::Bad => {}
+        }
+        None
+    }
+
+    /// The elements of this list; empty (reported) for anything else.
+    pub fn items(&self) -> Vec<At<'a>> {
+        match &self.node.kind {
+            Kind::List(items) => {
+                let item = |(i, node)| {
+                    let field = format!("{}[{i}]", self.field);
+                    At { context: self.context, node, name_place: None, field }
+                };
+                return items.iter().enumerate().map(item).collect();
+            }
+            Kind::Scalar { .. } if self.node.is_null() => self.no_value(),
+            Kind::Scalar { .. } => self.error("expected a list, found a single value"),
+            Kind::Map(_) => self.error("expected a list, found a section"),
+            Kind::Bad => {}
+        }
+        Vec::new()
+    }
+
+    /// Whether this is a list without elements.
+    pub fn is_empty_list(&self) -> bool {
+        matches!(&self.node.kind, Kind::List(items) if items.is_empty())
+    }
+
+    /// A path; a relative one is relative to the file's directory.
+    pub(super) fn path(&self) -> Option<PathBuf> {
+        let text = self.text()?;
+        if text.is_empty() || text.contains('\0') {
+            self.error("is not a path");
+            return None;
+        }
+        Some(self.base_dir().join(text))
+    }
+
+    fn check_file(&self, path: &Path, private: bool) {
+        if !self.context.source.check_files {
+            return;
+        }
+        if let Err(message) = file_is_readable(path) {
+            return self.error(format!("{} {message}", path.display()));
+        }
+        if let (true, Err(error)) = (private, secret_file::check_given(path)) {
+            self.error(error.to_string());
+        }
+    }
+}
+
+/// `metadata` before `open`, since opening a FIFO would wait for its writer.
+fn file_is_readable(path: &Path) -> Result<(), String> {
+    let unreadable = |error: std::io::Error| format!("can't be read: {error}");
+    let metadata = fs::metadata(path).map_err(unreadable)?;
+    if !metadata.is_file() {
+        return Err("is not a file".into());
+    }
+    fs::File::open(path).map(drop).map_err(unreadable)
+}
+
+/// A mapping of field names to values. Each method names a field; those never named are unknown.
+pub struct Section<'a> {
+    context: &'a Context<'a>,
+    place: Place,
+    field: String,
+    entries: &'a [Entry],
+    known: RefCell<Vec<&'static str>>,
+}
+
+impl<'a> Section<'a> {
+    /// The field, if it is there.
+    pub fn at(&self, name: &'static str) -> Option<At<'a>> {
+        self.known.borrow_mut().push(name);
+        let entry = self.entries.iter().find(|entry| entry.key == name)?;
+        let (context, node) = (self.context, &entry.value);
+        Some(At { context, node, name_place: Some(entry.place), field: self.path_of(name) })
+    }
+
+    /// Reports a mistake: at the field if it is there, else at the section that should have it.
+    pub fn error(&self, name: &str, message: impl Into<String>) {
+        let entry = self.entries.iter().find(|entry| entry.key == name);
+        let place = entry.map_or(self.place, |entry| entry.value.place);
+        self.context.report(place, &self.path_of(name), message.into());
+    }
+
+    /// Reports a mistake of the section as a whole.
+    pub fn section_error(&self, message: impl Into<String>) {
+        self.context.report(self.place, &self.field, message.into());
+    }
+
+    fn path_of(&self, name: &str) -> String {
+        if self.field.is_empty() { name.to_owned() } else { format!("{}.{name}", self.field) }
+    }
+
+    /// A field that must be there.
+    pub fn required<T: Value>(&self, name: &'static str) -> Option<T> {
+        self.required_at(name).and_then(|at| T::read(&at))
+    }
+
+    /// A field that must be there, to be read by other means than [`Value`].
+    pub fn required_at(&self, name: &'static str) -> Option<At<'a>> {
+        let at = self.at(name);
+        if at.is_none() {
+            self.error(name, "is required");
+        }
+        at
+    }
+
+    pub fn optional<T: Value>(&self, name: &'static str) -> Option<T> {
+        self.at(name).and_then(|at| T::read(&at))
+    }
+
+    /// The field's value, or `default` where it is absent (or wrong and reported).
+    pub fn or<T: Value>(&self, name: &'static str, default: T) -> T {
+        self.optional(name).unwrap_or(default)
+    }
+
+    /// A whole number within `range`.
+    pub fn number(&self, name: &'static str, default: usize, range: RangeInclusive<usize>) -> usize {
+        let Some(number) = self.optional(name) else { return default };
+        if !range.contains(&number) {
+            self.error(name, format!("{number} is not in the range {} to {}", range.start(), range.end()));
+        }
+        number
+    }
+
+    /// A duration within `range`.
+    pub fn duration(
+        &self,
+        name: &'static str,
+        default: Duration,
+        range: RangeInclusive<Duration>,
+    ) -> Duration {
+        let Some(duration) = self.optional(name) else { return default };
+        if !range.contains(&duration) {
+            let show = humantime::format_duration;
+            let (least, most) = (show(*range.start()), show(*range.end()));
+            self.error(name, format!("{} is not in the range {least} to {most}", show(duration)));
+        }
+        duration
+    }
+
+    /// A list of values, empty where absent.
+    pub fn list<T: Value>(&self, name: &'static str) -> Vec<T> {
+        self.items(name).iter().filter_map(T::read).collect()
+    }
+
+    /// A list's elements, none where absent.
+    pub fn items(&self, name: &'static str) -> Vec<At<'a>> {
+        self.at(name).map(|at| at.items()).unwrap_or_default()
+    }
+
+    /// A section that may be absent.
+    pub fn section<T>(&self, name: &'static str, read: impl FnOnce(&Section<'a>) -> Option<T>) -> Option<T> {
+        self.at(name).and_then(|at| at.section(read))
+    }
+
+    /// A section whose fields all have defaults: one that is absent is read as an empty one.
+    pub fn section_or_default<T>(&self, name: &'static str, read: impl Fn(&Section<'_>) -> T) -> T {
+        self.section(name, |section| Some(read(section))).unwrap_or_else(|| {
+            let (context, place, field) = (self.context, self.place, self.path_of(name));
+            read(&Section { context, place, field, entries: &[], known: RefCell::default() })
+        })
+    }
+
+    /// An address to listen on, different from every other listener of this configuration. Required without a
+    /// default.
+    pub fn listen(&self, name: &'static str, default: Option<SocketAddr>) -> Option<SocketAddr> {
+        let address = match default {
+            Some(default) => Some(self.or(name, default)),
+            None => self.required(name),
+        }?;
+        self.claim(name, Listener::Tcp(address));
+        Some(address)
+    }
+
+    /// As [`Section::listen`], for an interface without authentication: only loopback addresses, unless the
+    /// section has `allow_remote: true`.
+    pub fn listen_local(&self, name: &'static str, default: SocketAddr) -> SocketAddr {
+        let address = self.listen(name, Some(default)).unwrap_or(default);
+        if !self.or("allow_remote", false) && !address.ip().to_canonical().is_loopback() {
+            let message =
+                "has no authentication, so it must be a loopback address; allow_remote: true lifts this";
+            self.error(name, format!("{address} {message}"));
+        }
+        address
+    }
+
+    /// The path of a Unix socket to listen on, different from every other one. `sun_path` in unix(7) has room for
+    /// 107 bytes, and the socket is first made under another name beside it.
+    pub fn listen_unix(&self, name: &'static str, default: &str) -> PathBuf {
+        let path = self.at(name).and_then(|at| at.path()).unwrap_or_else(|| PathBuf::from(default));
+        if path.as_os_str().len() > 98 {
+            self.error(name, "is longer than the 98 bytes that a Unix socket's path may have here");
+        }
+        self.claim(name, Listener::Unix(path.clone()));
+        path
+    }
+
+    fn claim(&self, name: &str, listener: Listener) {
+        let entry = self.entries.iter().find(|entry| entry.key == name);
+        let place = entry.map_or(self.place, |entry| entry.value.place);
+        self.context.claim(listener, place, &self.path_of(name));
+    }
+
+    /// A directory of the agent's own, which need not exist yet.
+    pub fn directory(&self, name: &'static str, default: &str) -> PathBuf {
+        let path = self.at(name).and_then(|at| at.path()).unwrap_or_else(|| PathBuf::from(default));
+        if self.context.source.check_files
+            && let Err(error) = secret_file::check_directory(&path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            self.error(name, error.to_string());
+        }
+        path
+    }
+
+    /// A file that must be readable, if the field is there.
+    pub fn file(&self, name: &'static str) -> Option<PathBuf> {
+        let at = self.at(name)?;
+        let path = at.path()?;
+        at.check_file(&path, false);
+        Some(path)
+    }
+
+    /// A file that must be readable.
+    pub fn required_file(&self, name: &'static str) -> Option<PathBuf> {
+        self.required_at(name)?;
+        self.file(name)
+    }
+
+    /// A private key's file, as [`Section::private_file`].
+    pub fn required_private_file(&self, name: &'static str) -> Option<PathBuf> {
+        self.required_at(name)?;
+        self.private_file(name)
+    }
+
+    /// A file with secrets that [`secret_file::read_given`] takes, if the field is there.
+    pub fn private_file(&self, name: &'static str) -> Option<PathBuf> {
+        let at = self.at(name)?;
+        let path = at.path()?;
+        at.check_file(&path, true);
+        Some(path)
+    }
+
+    fn report_unknown(&self) {
+        let known = self.known.borrow();
+        for entry in self.entries.iter().filter(|entry| !known.contains(&entry.key.as_str())) {
+            let key: String = entry.key.chars().take(80).collect();
+            let message = match nearest(&key, &known) {
+                Some(name) => format!("unknown field; did you mean {name}?"),
+                None => format!("unknown field; known here: {}", distinct(&known)),
+            };
+            self.context.report(entry.place, &self.path_of(&key), message);
+        }
+    }
+}
+
+fn distinct(names: &[&str]) -> String {
+    let mut names = names.to_vec();
+    names.sort_unstable();
+    names.dedup();
+    names.join(", ")
+}
+
+/// The known name that `key` is most likely a misspelling of.
+pub(super) fn nearest<'a>(key: &str, known: &[&'a str]) -> Option<&'a str> {
+    let plain = |s: &str| s.to_ascii_lowercase().replace(['-', '_', ' '], "");
+    let key = plain(key);
+    let close = |name: &&'a str| (edits(&key, &plain(name)), *name);
+    known.iter().map(close).filter(|(edits, name)| *edits <= name.len() / 3).min().map(|(_, name)| name)
+}
+
+/// Levenshtein distance.
+fn edits(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.chars().count()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut left = i + 1;
+        let mut next = vec![left];
+        for (y, above) in b.chars().zip(row.windows(2)) {
+            if let [diagonal, above] = *above {
+                left = (left + 1).min(above + 1).min(diagonal + usize::from(x != y));
+            }
+            next.push(left);
+        }
+        row = next;
+    }
+    row.last().copied().unwrap_or_default()
+}

@@ -1,0 +1,12 @@
+//! Why a stream fails, whatever carries it below.
+
+/// Why a stream ended before both directions had.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct StreamError(pub String);
+
+impl From<std::io::Error> for StreamError {
+    fn from(e: std::io::Error) -> Self {
+        Self(e.to_string())
+    }
+}
