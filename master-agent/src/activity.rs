@@ -109,6 +109,7 @@ impl EventKind {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StreamStatus {
     pub id: u64,
+    #[serde(alias = "front_door")]
     pub egress: String,
     pub origin: String,
     pub target: String,

@@ -463,8 +463,7 @@ async fn hold(agent: Arc<Agent>, registration: Registration, events: Option<Even
                 }
             }
             notice = next(&mut notices) => match notice {
-                Some(Notice::GoAway(reason)) => tracing::info!(node = %tunnel.node, reason, "the node takes no new streams"),
-                Some(Notice::Certificate(_)) => tracing::warn!(node = %tunnel.node, "the node sent a certificate; ignored"),
+                Some(notice) => heard(&tunnel, &notice),
                 None => notices = None,
             },
             reason = tunnel.ended() => break reason,
@@ -473,6 +472,9 @@ async fn hold(agent: Arc<Agent>, registration: Registration, events: Option<Even
             }
         }
     };
+    while let Some(notice) = notices.as_mut().and_then(|notices| notices.try_recv().ok()) {
+        heard(&tunnel, &notice);
+    }
     // A node that called again says so, and closes the former link when its streams have ended.
     if tunnel.is_retired() || tunnel.is_going_away() && agent.registry.has_newer(&tunnel) {
         tracing::info!(node = %tunnel.node, reason, seconds = tunnel.established.elapsed().as_secs(), "retired tunnel ended");
@@ -484,12 +486,29 @@ async fn hold(agent: Arc<Agent>, registration: Registration, events: Option<Even
     reason
 }
 
+/// What a node says of its whole tunnel.
+fn heard(tunnel: &Tunnel, notice: &Notice) {
+    match notice {
+        Notice::GoAway(reason) => {
+            tracing::info!(node = %tunnel.node, reason, "the node takes no new streams");
+        }
+        Notice::Certificate(_) => {
+            tracing::warn!(node = %tunnel.node, "the node sent a certificate; ignored");
+        }
+    }
+}
+
 /// Serves the callers who come through a tunnel, where that is configured.
 async fn serve_callers(agent: Arc<Agent>, tunnel: Arc<Tunnel>) {
     let Some(callers) = agent.callers.get() else { return };
-    let inventory = agent.inventory();
-    let node = inventory.nodes.iter().find(|node| node.name == tunnel.node);
-    callers.clone().serve(tunnel, node.and_then(|node| node.front_end_listen)).await;
+    // An inventory is not kept for as long as a tunnel lasts.
+    let listen = match tunnel.is_node_agent() {
+        true => None,
+        false => {
+            agent.inventory().nodes.iter().find(|n| n.name == tunnel.node).and_then(|n| n.front_end_listen)
+        }
+    };
+    callers.clone().serve(tunnel, listen).await;
 }
 
 /// Waits until a tunnel is retired and has no streams.

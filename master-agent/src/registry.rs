@@ -359,7 +359,7 @@ impl Registry {
 
 impl NodeActivities for Registry {
     fn activity(&self, name: &NodeName) -> Option<Arc<NodeActivity>> {
-        self.activity(name)
+        Self::activity(self, name)
     }
 }
 

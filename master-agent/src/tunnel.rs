@@ -50,7 +50,7 @@ use crate::{
     tunnels::config::TunnelsConfig,
 };
 
-/// How long one stream to a plain sshd may hold up the others on its connection.
+/// How long one stream to a plain sshd may hold up the others on its connection; up to twice as long once it was fast.
 const PATIENCE: Duration = Duration::from_millis(250);
 
 /// The least size of packets that a node has to take.

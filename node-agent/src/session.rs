@@ -406,7 +406,16 @@ impl Session {
     fn take_notices(&mut self) {
         while let Some(notice) = self.notices.as_mut().and_then(|notices| notices.try_recv().ok()) {
             match notice {
-                Notice::Certificate(text) => self.agent.renew(&text),
+                Notice::Certificate(_) if self.user.as_ref().is_some_and(|user| user.has_expired()) => {
+                    tracing::warn!("ignored a host certificate from a master whose own has expired");
+                }
+                Notice::Certificate(text) => {
+                    let agent = self.agent.clone();
+                    // It writes files.
+                    self.tasks.spawn(async move {
+                        let _ = tokio::task::spawn_blocking(move || agent.renew(&text)).await;
+                    });
+                }
                 Notice::GoAway(reason) => {
                     self.shared.replaced.store(true, Ordering::Relaxed);
                     tracing::info!(reason, "the master takes no new streams");

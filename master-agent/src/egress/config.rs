@@ -14,7 +14,7 @@ pub struct HttpConnectConfig {
     pub head_timeout: Duration,
     /// After one direction of a stream has ended, how long the other may be silent.
     pub half_closed_timeout: Duration,
-    /// Callers at once, over both listeners.
+    /// Callers at once on each of the two.
     pub max_connections: usize,
 }
 

@@ -1,5 +1,6 @@
-//! What accepts callers on the master. Each egress listener holds a [`Dialer`](proto::io::dialer::Dialer) and nothing else of the rest; how
-//! callers are accepted ([`listen`]) and what is counted and recorded of them is the same for all.
+//! What accepts callers who want to reach the cluster. Each egress listener holds a
+//! [`Dialer`](proto::io::dialer::Dialer) and nothing else of the rest; how callers are accepted ([`listen`]) and what is
+//! counted and recorded of them is the same for all.
 
 pub mod certificates;
 pub mod config;

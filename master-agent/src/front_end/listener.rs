@@ -53,12 +53,12 @@ impl FrontEnd {
                 }
             };
             admission.load = Some(load);
-            self.connections.spawn_on(self.clone().serve(socket, peer, admission), &runtime);
+            self.connections.spawn_on(self.clone().serve_caller(socket, peer, admission), &runtime);
         }
     }
 
     /// Serves one caller to its end, whatever its connection came over.
-    pub async fn serve<S>(self: Arc<Self>, socket: S, peer: Peer, admission: Admission)
+    pub async fn serve_caller<S>(self: Arc<Self>, socket: S, peer: Peer, admission: Admission)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {

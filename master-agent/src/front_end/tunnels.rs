@@ -148,7 +148,7 @@ async fn carry(
     let mut record = Record::new(metrics, caller, target, node, "tunnel".to_owned(), Span::default());
     let (near, far) = target_socket::pair_of(PIPE);
     let half_closed = front_end.config.half_closed_timeout;
-    let served = front_end.clone().serve(near, peer(tunnel), admission);
+    let served = front_end.clone().serve_caller(near, peer(tunnel), admission);
     let carried = far.carry(|mut io| async {
         let (read, write) = tokio::io::split(&mut io);
         let counters = record.counters();

@@ -1,5 +1,5 @@
-//! What keeps web pages of elsewhere from using a listener that only people of this host can reach, through the browser of
-//! one of them: requests for other hosts (DNS rebinding) and those that a page of another origin makes are refused.
+//! What keeps web pages of elsewhere from using a server through the browser of somebody who can reach it: requests that a
+//! page of another origin makes are refused, and on loopback those for other hosts, too (DNS rebinding).
 
 use std::net::IpAddr;
 
@@ -25,7 +25,7 @@ pub fn refuse_other_hosts(uri: &Uri, headers: &HeaderMap) -> Result<(), String> 
     Ok(())
 }
 
-/// Refuses what a browser sends for a page that is not of this egress listener at `proto` (`http` or `https`).
+/// Refuses what a browser sends for a page of another origin than this server's, which is at `proto` (`http` or `https`).
 pub fn refuse_other_origins(proto: &str, uri: &Uri, headers: &HeaderMap) -> Result<(), String> {
     let host = asked_host(uri, headers);
     for origin in headers.get_all(header::ORIGIN) {

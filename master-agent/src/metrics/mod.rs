@@ -107,7 +107,8 @@ impl Metrics {
         }
     }
 
-    /// All of them, but for those of the front end.
+    /// Registers all but those of the front end and those under the names of Konnectivity, which have registers of their
+    /// own.
     pub fn register(&self, r: &mut Registry) {
         r.register("dials", "Dials by egress listener, result and who is at fault", self.dials.clone());
         r.register("dial_duration_seconds", "Time to a successful dial", self.dial_seconds.clone());

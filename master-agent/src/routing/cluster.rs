@@ -159,9 +159,11 @@ impl Cluster {
     pub fn apply(&mut self, object: Object) {
         match object {
             Object::Node(node) => {
-                let (since, settled) = self.since(Kind::Nodes, node.created);
                 let old = self.nodes.remove(node.name.as_str());
                 let (addresses, cidrs) = old.map(|n| (n.addresses, n.cidrs)).unwrap_or_default();
+                let claims = node.addresses.iter().any(|a| !addresses.contains(a))
+                    || node.cidrs.iter().any(|net| !cidrs.contains(net));
+                let (since, settled) = self.since(Kind::Nodes, node.created, claims);
                 for address in addresses.iter().filter(|a| !node.addresses.contains(a)) {
                     self.node_addresses.release(address, &node.name);
                 }
@@ -177,7 +179,6 @@ impl Cluster {
                 self.nodes.insert(node.name.as_str().into(), node);
             }
             Object::Pod(pod) => {
-                let (since, settled) = self.since(Kind::Pods, pod.created);
                 let owner = self.owner(&pod);
                 let old =
                     self.pods.get(&pod.key).map(|old| (self.owner(old), addresses_of_its_own(old).to_vec()));
@@ -185,6 +186,8 @@ impl Cluster {
                 let has = addresses_of_its_own(&pod);
                 // One that is bound to its node only now claims anew.
                 let stays = |a: &&IpAddr| former == owner && had.contains(a) && has.contains(a);
+                let claims = has.iter().any(|a| !stays(&a));
+                let (since, settled) = self.since(Kind::Pods, pod.created, claims);
                 for address in had.iter().filter(|a| !stays(a)) {
                     self.pod_addresses.release(address, &former);
                 }
@@ -260,12 +263,12 @@ impl Cluster {
         }
     }
 
-    /// How old a claim is that an object makes now, and whether it comes after the first list.
-    fn since(&mut self, kind: Kind, created: Age) -> (Since, bool) {
+    /// How old a claim is that an object makes now, if it `claims` anything, and whether it comes after the first list.
+    fn since(&mut self, kind: Kind, created: Age, claims: bool) -> (Since, bool) {
         if !self.settled.contains(&kind) {
             return (Since::new(created, 0), false);
         }
-        self.turn = self.turn.saturating_add(1);
+        self.turn = self.turn.saturating_add(u32::from(claims));
         (Since::new(created, self.turn), true)
     }
 
@@ -305,7 +308,9 @@ impl Cluster {
     /// The node that has this address, unless a pod of another node had it before.
     pub fn node_of_address(&self, address: IpAddr) -> Option<&NodeName> {
         let node = self.node_addresses.get(&address)?;
-        let pod_was_first = self.pod_addresses.turn(&address) < self.node_addresses.turn(&address)
+        let (pod, node_turn) = (self.pod_addresses.turn(&address), self.node_addresses.turn(&address));
+        // Of claims that share the last turn, the node's counts as the later one.
+        let pod_was_first = (pod < node_turn || node_turn == Some(u32::MAX))
             && self
                 .pod_of_address(address)
                 .is_some_and(|(_, of)| of != node && self.node(of.as_str()).is_some());

@@ -4,7 +4,7 @@
 //! SSH has flow control per channel, but russh opens a channel's window again when data arrives, not when it
 //! is consumed. So there is no way to make the peer wait for one stream: the buffer is bounded, a full one
 //! makes the whole SSH connection wait, and a stream whose socket does not drain within the connection's
-//! patience is reset.
+//! patience, and what lead it had, is reset.
 
 use std::{
     collections::HashMap,
@@ -28,9 +28,9 @@ use super::{link::Gate, stalls::Stalls, stream::error::StreamError, tasks::Tasks
 const BUFFER: usize = 2 * 1024 * 1024;
 /// Bytes whose draining is timed against the connection's patience.
 const QUANTUM: usize = 256 * 1024;
-/// How many times the patience a stream may get ahead by draining faster: a steady reader's kernel takes much at
-/// once, and then nothing until the reader has made room for as much again.
-const AHEAD: u32 = 2;
+/// How far a stream may get ahead by draining faster than it must: the kernel of a steady reader takes much at once, and
+/// then nothing until the reader has made room for as much again.
+const LEAD: Duration = Duration::from_millis(250);
 /// The most bytes sent in one message; OpenSSH accepts no more in a packet.
 const CHUNK: usize = 32 * 1024;
 /// The most bytes buffered for all streams of a connection together, but for a little for each.
@@ -62,8 +62,8 @@ pub enum Half {
 }
 
 impl Channels {
-    /// `patience`: how long the connection may be held up by one stream that takes less than 256 KiB. `stalls` counts
-    /// what waits for the peer's windows.
+    /// `patience`: how long the connection may be held up by one stream that takes less than 256 KiB; 250 ms longer by
+    /// one that took more before. `stalls` counts what waits for the peer's windows.
     pub fn new(gate: Gate, tasks: Tasks, patience: Duration, stalls: Stalls) -> Self {
         Self { table: Arc::default(), buffered: Arc::default(), gate, tasks, patience, stalls }
     }
@@ -204,8 +204,9 @@ struct Pace {
 }
 
 impl Pace {
+    /// Data comes, and there was none: what was drained before still counts.
     fn begin(&mut self, now: Instant, patience: Duration) {
-        *self = Self { due: now + patience, drained: 0 };
+        self.due = self.due.max(now + patience);
     }
 
     fn drain(&mut self, bytes: usize, now: Instant, patience: Duration) {
@@ -213,8 +214,8 @@ impl Pace {
         let quanta = self.drained / QUANTUM;
         if quanta > 0 {
             self.drained %= QUANTUM;
-            let ahead = self.due + patience * u32::try_from(quanta).unwrap_or(AHEAD).min(AHEAD);
-            self.due = ahead.clamp(now + patience, now + patience * AHEAD);
+            let ahead = self.due + patience.saturating_mul(u32::try_from(quanta).unwrap_or(u32::MAX));
+            self.due = ahead.clamp(now + patience, now + patience + LEAD);
         }
     }
 }
@@ -513,11 +514,12 @@ mod tests {
         let start = Instant::now();
         let mut pace = Pace { due: start, drained: 0 };
         pace.begin(start, PATIENCE);
-        // 2 MB/s, of which the kernel takes 800 KB every 400 ms.
+        // 2 MB/s, of which the kernel takes 800 KB every 400 ms, and the buffer is empty between any two parts.
         for gulp in 1..100 {
             let now = start + after(gulp * 400);
             for part in [200_000, 256_000, 256_000, 88_000] {
                 pace.drain(part, now, PATIENCE);
+                pace.begin(now, PATIENCE);
             }
             assert!(pace.due > now + after(400), "gulp {gulp}");
         }
@@ -529,9 +531,9 @@ mod tests {
         let mut pace = Pace { due: start, drained: 0 };
         pace.begin(start, PATIENCE);
         pace.drain(1 << 30, start, PATIENCE);
-        assert_eq!(pace.due, start + AHEAD * PATIENCE);
+        assert_eq!(pace.due, start + PATIENCE + LEAD);
         pace.drain(QUANTUM - 1, start + after(400), PATIENCE);
-        assert_eq!(pace.due, start + AHEAD * PATIENCE);
+        assert_eq!(pace.due, start + PATIENCE + LEAD);
         // A trickle that ends a quantum late gets no more than what another takes.
         pace.drain(1, start + after(900), PATIENCE);
         assert_eq!(pace.due, start + after(900) + PATIENCE);
