@@ -128,11 +128,14 @@ pub fn assert_golden(metrics: &Metrics, name: &str) {
     assert!(*metrics == wanted, "tests/data/metrics/{name}.txt should be:\n{}", text(metrics));
 }
 
-/// The metrics that the README's table names, with their labels.
+/// The metrics that the guide's table names, with their labels.
 pub fn documented() -> BTreeMap<String, BTreeSet<String>> {
-    let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
-    let table =
-        readme.lines().skip_while(|l| *l != "| name | labels | |").skip(2).take_while(|l| l.starts_with('|'));
+    let page = std::fs::read_to_string(root().join("deploy/guide/metrics.md")).unwrap();
+    let table = page
+        .lines()
+        .skip_while(|l| *l != "| name | labels | meaning |")
+        .skip(2)
+        .take_while(|l| l.starts_with('|'));
     let quoted = |cell: &str| cell.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>();
     let mut metrics = BTreeMap::new();
     for row in table {

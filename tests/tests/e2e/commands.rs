@@ -147,10 +147,11 @@ fn every_argument_and_option_is_described() {
 }
 
 #[test]
-fn the_readme_lists_exactly_the_commands_there_are() {
-    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md")).unwrap();
+fn the_guide_lists_exactly_the_commands_there_are() {
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/guide/commands.md");
+    let page = std::fs::read_to_string(page).unwrap();
     for agent in AGENTS {
-        let table = readme.lines().skip_while(|l| *l != format!("| `{agent}` | |")).skip(2);
+        let table = page.lines().skip_while(|l| *l != format!("| `{agent}` | what it does |")).skip(2);
         let mut documented = BTreeSet::new();
         for row in table.take_while(|l| l.starts_with('|')) {
             let cell = row.split('|').nth(1).unwrap();
@@ -167,18 +168,18 @@ fn the_readme_lists_exactly_the_commands_there_are() {
     }
 }
 
-/// Names and quoted defaults of the tables of fields; a table follows the line that names its file.
+/// Names and quoted defaults of the tables of fields; tables follow the heading that names their file.
 #[test]
-fn the_defaults_in_the_readme_are_those_of_the_sample_files() {
+fn the_defaults_in_the_guide_are_those_of_the_sample_files() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let readme = std::fs::read_to_string(root.join("README.md")).unwrap();
+    let page = std::fs::read_to_string(root.join("deploy/guide/configuration.md")).unwrap();
     let quoted = |cell: &str| cell.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>();
     let (mut sample, mut wrong, mut compared) = (None, Vec::new(), 0);
-    for line in readme.lines().skip_while(|l| *l != "## Configuration").take_while(|l| *l != "## Ports") {
+    for line in page.lines().take_while(|l| *l != "## Ports") {
         sample = match line {
-            "`/etc/master-agent/master-agent.yaml`:" => Some("master-agent.yaml"),
-            "Inventory:" => Some("inventory.yaml"),
-            "`/etc/node-agent/node-agent.yaml`:" => Some("node-agent.yaml"),
+            "## master-agent.yaml" => Some("master-agent.yaml"),
+            "## inventory.yaml" => Some("inventory.yaml"),
+            "## node-agent.yaml" => Some("node-agent.yaml"),
             _ => sample,
         };
         let cells: Vec<&str> = line.split('|').collect();
@@ -199,8 +200,7 @@ fn the_defaults_in_the_readme_are_those_of_the_sample_files() {
             if default != "[]" && default != "none" {
                 compared += 1;
                 if !values.contains(&default.as_str()) {
-                    wrong
-                        .push(format!("{sample}: {name}: {default} in the README, {values:?} in the sample"));
+                    wrong.push(format!("{sample}: {name}: {default} in the guide, {values:?} in the sample"));
                 }
             }
         }

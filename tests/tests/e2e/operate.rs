@@ -218,7 +218,7 @@ async fn front_end_is_called(cluster: &Cluster, front_end: SocketAddr) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_metrics_are_those_of_the_readme() {
+async fn the_metrics_are_those_of_the_guide() {
     let (port, closed_port) = (target::start().await, free_port());
     let api = tests::apiserver::ApiServer::start().await.unwrap();
     let kubeconfig = api.directory().join("kubeconfig");

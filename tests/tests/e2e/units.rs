@@ -181,10 +181,10 @@ fn skeleton(root: &Path) {
     fs::write(etc.join("resolv.conf"), "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n").unwrap();
 }
 
-/// The block of YAML that follows a text in the README.
-fn readme(before: &str) -> String {
-    let text = fs::read_to_string(deploy().join("../README.md")).unwrap();
-    let rest = text.split_once(before).unwrap_or_else(|| panic!("{before} is not in README.md")).1;
+/// The block of YAML that follows a text in a page of the guide.
+fn guide(page: &str, before: &str) -> String {
+    let text = fs::read_to_string(deploy().join("guide").join(page)).unwrap();
+    let rest = text.split_once(before).unwrap_or_else(|| panic!("{before} is not in {page}")).1;
     let block = rest.split_once("```yaml\n").unwrap().1;
     block.split_once("```").unwrap().0.to_owned()
 }
@@ -281,9 +281,9 @@ async fn every_sample_for_the_master_starts_under_its_unit() {
     let sample = fs::read_to_string(deploy().join("config/master-agent.yaml")).unwrap();
     let samples = [
         sample.clone(),
-        readme("`/etc/master-agent/master-agent.yaml`, as short as it can usefully be"),
-        readme("through an HTTPS port that may stand on an open network"),
-        readme("belongs on a network that you trust."),
+        guide("install.md", "Write `/etc/master-agent/master-agent.yaml`."),
+        guide("front-end.md", "## Configure the front end"),
+        guide("egress.md", "## Configure SOCKS5 and proxy URLs"),
         "http_connect:\n  unix: {path: /run/master-agent-egress/connect.sock}\n".to_owned(),
         "konnectivity:\n  unix: {path: /run/master-agent-egress/konnectivity.sock}\n".to_owned(),
     ];
@@ -344,7 +344,7 @@ async fn every_sample_for_a_node_starts_under_its_unit() {
     // In a new network namespace the ports below 1024 are as on a host.
     let host = Host::new("node-agent", &network, &["privileged-port.conf"]);
     let sample = fs::read_to_string(deploy().join("config/node-agent.yaml")).unwrap();
-    let short = readme("`/etc/node-agent/node-agent.yaml` ([every field]");
+    let short = guide("install.md", "Write `/etc/node-agent/node-agent.yaml`");
     let ca = Authority::new("CA").unwrap();
     fs::write(host.config("front-end-ca.crt"), ca.pem()).unwrap();
     ca.client(&host.config(""), "client").unwrap();
