@@ -409,13 +409,8 @@ impl Session {
                 Notice::Certificate(_) if self.user.as_ref().is_some_and(|user| user.has_expired()) => {
                     tracing::warn!("ignored a host certificate from a master whose own has expired");
                 }
-                Notice::Certificate(text) => {
-                    let agent = self.agent.clone();
-                    // It writes files.
-                    self.tasks.spawn(async move {
-                        let _ = tokio::task::spawn_blocking(move || agent.renew(&text)).await;
-                    });
-                }
+                // In the order in which they came: a later one may not have what an earlier one has given up.
+                Notice::Certificate(text) => self.agent.renew(&text),
                 Notice::GoAway(reason) => {
                     self.shared.replaced.store(true, Ordering::Relaxed);
                     tracing::info!(reason, "the master takes no new streams");

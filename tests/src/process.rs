@@ -1,9 +1,11 @@
 //! Child processes: started, watched, measured, ended by pid.
 
 use std::{
+    collections::BTreeSet,
     fs::File,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -161,15 +163,22 @@ pub async fn eventually<T>(what: &str, timeout: Duration, mut done: impl AsyncFn
     }
 }
 
-/// A TCP port of loopback that was free a moment ago.
+/// A TCP port of loopback that was free a moment ago, and that this process has not been given before.
 pub fn free_port() -> u16 {
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
     // Below the ephemeral range, so that no outgoing connection takes it meanwhile.
     loop {
         let port = rand::random_range(10_000..32_000);
         if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok()
             && std::net::TcpListener::bind(("::1", port)).is_ok()
         {
-            return port;
+            let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
+            if given.len() > 10_000 {
+                given.clear();
+            }
+            if given.insert(port) {
+                return port;
+            }
         }
     }
 }
