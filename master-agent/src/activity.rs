@@ -34,7 +34,7 @@ const STREAMS: usize = 500;
 pub struct Live {
     /// The listener's name, for instance `connect-unix`.
     pub door: &'static str,
-    /// Who has made it.
+    /// The caller who opened the stream.
     pub origin: Origin,
     pub target: Target,
     /// Why its node was chosen.

@@ -1,4 +1,4 @@
-//! What the admin address and the admin socket answer.
+//! Answers requests on the admin address and on the admin socket.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! What the commands ask the running agent, over its admin socket.
+//! The client with which commands ask the running agent, over its admin socket.
 
 use std::path::{Path, PathBuf};
 

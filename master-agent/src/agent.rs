@@ -30,7 +30,7 @@ use crate::{
 /// Connections that have not authenticated, where no port for them alone is configured.
 const HANDSHAKES: usize = 256;
 
-/// What is configured of what the agent holds.
+/// The configuration of the parts that the agent holds.
 #[derive(Clone, Debug)]
 pub struct AgentConfig {
     pub tunnels: TunnelsConfig,
@@ -60,7 +60,7 @@ pub struct Agent {
     /// Set when no new tunnels are to be made.
     pub draining: CancellationToken,
     pub handshakes: Places,
-    /// Who serves callers who come through tunnels; nobody where that is not configured.
+    /// Serves callers who come through tunnels; unset if the configuration does not ask for it.
     pub callers: OnceLock<Arc<dyn ServeCallers>>,
     /// Certificates of masters and people that nodes are to refuse.
     pub revocations: Revocations,

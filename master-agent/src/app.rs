@@ -89,7 +89,7 @@ struct ProxyUrlSockets {
     tls: TargetTls,
 }
 
-/// Who owns which tasks.
+/// The groups of tasks, by when they end.
 #[derive(Default)]
 struct Owners {
     /// Callers and their streams, which may finish at the end.

@@ -1,4 +1,4 @@
-//! Parts of one layer that know each other by a trait only.
+//! Joins the egress listener of proxy URLs to the front end, which knows it by a trait only.
 
 use std::{net::IpAddr, sync::Arc};
 
