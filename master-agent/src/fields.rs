@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
+use hyper::Uri;
 use proto::config::{At, Mode, Section};
+
+use crate::http::is_loopback;
 
 pub(crate) const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -38,6 +41,19 @@ pub(crate) fn listen_loopback(s: &Section<'_>, default_port: u16) -> SocketAddr 
         s.error("listen", format!("{address} has no authentication, so it must be a loopback address"));
     }
     address
+}
+
+/// Takes `https://` URLs, and those that never leave this host.
+pub(crate) fn verified_or_loopback(at: &At<'_>, uri: Uri) -> Option<Uri> {
+    match uri.scheme_str() {
+        Some("https") => Some(uri),
+        Some("http") if is_loopback(uri.host().unwrap_or_default()) => Some(uri),
+        _ => {
+            let text = at.text()?;
+            at.error(format!("{text:?}: must be https://, as http:// is for loopback only"));
+            None
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -14,10 +14,7 @@ use hyper::{
 };
 use proto::{config::Section, io::tls::ClientTls, secret_file};
 
-use crate::{
-    fields::{WAIT, secs},
-    http::is_loopback,
-};
+use crate::fields::{WAIT, secs, verified_or_loopback};
 
 /// The most that is read of a file of headers.
 const MAX_HEADERS_FILE: u64 = 64 * 1024;
@@ -81,14 +78,7 @@ fn endpoint(s: &Section<'_>) -> Option<Uri> {
         at.error(format!("{text:?}: expected https://HOST:4318/v1/traces"));
         return None;
     };
-    match uri.scheme_str() {
-        Some("https") => Some(uri),
-        Some("http") if is_loopback(uri.host().unwrap_or_default()) => Some(uri),
-        _ => {
-            at.error(format!("{text:?}: must be https://, as http:// is for loopback only"));
-            None
-        }
-    }
+    verified_or_loopback(&at, uri)
 }
 
 /// The values are secrets, and part of no error.

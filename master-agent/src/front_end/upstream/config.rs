@@ -6,9 +6,8 @@ use hyper::Uri;
 use proto::config::{At, Section};
 
 use crate::{
-    fields::{COUNT, WAIT, secs},
+    fields::{COUNT, WAIT, secs, verified_or_loopback},
     front_end::{headers::IdentityHeaders, https_client::ClientTls},
-    http::is_loopback,
 };
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,14 +71,7 @@ fn server(at: &At<'_>) -> Option<Uri> {
         at.error(format!("{text:?}: expected https://HOST:PORT"));
         return None;
     };
-    match uri.scheme_str() {
-        Some("https") => Some(uri),
-        Some("http") if is_loopback(uri.host().unwrap_or_default()) => Some(uri),
-        _ => {
-            at.error(format!("{text:?}: must be https://, as http:// is for loopback only"));
-            None
-        }
-    }
+    verified_or_loopback(at, uri)
 }
 
 #[cfg(test)]
