@@ -12,10 +12,8 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use proto::{
-    DialError, Fault, NodeName, Target,
-    io::{dialer::Origin, relay::Counters},
-};
+use proto::{DialError, Fault, NodeName, Target};
+use proto_net::{dialer::Origin, relay::Counters};
 use serde::{Deserialize, Serialize};
 
 /// Of each node.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use hyper::{Method, Request, body::Incoming};
 use percent_encoding::percent_decode_str;
-use proto::io::{admin, dialer::Origin};
+use proto_net::{admin, dialer::Origin};
 
 use crate::{
     agent::Agent,

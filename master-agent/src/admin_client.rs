@@ -8,7 +8,7 @@ use http_body_util::{BodyExt, Full};
 use hyper::Method;
 use hyper_util::rt::TokioIo;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
-use proto::io::tasks::Tasks;
+use proto_net::tasks::Tasks;
 use tokio::net::UnixStream;
 
 use crate::{

@@ -6,10 +6,8 @@ use std::{
     time::SystemTime,
 };
 
-use proto::{
-    NodeName,
-    io::{handshake::Places, tasks::Tasks},
-};
+use proto::NodeName;
+use proto_net::{handshake::Places, tasks::Tasks};
 use tokio_util::sync::CancellationToken;
 
 use crate::{

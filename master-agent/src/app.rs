@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::Context;
 use prometheus_client::registry::Registry;
-use proto::io::{admin::Endpoints, exposition::Exposition, socket, systemd, tasks::Tasks, tls, unix};
+use proto_net::{admin::Endpoints, exposition::Exposition, socket, systemd, tasks::Tasks, tls, unix};
 use rustls::{
     ServerConfig,
     pki_types::{CertificateDer, pem::PemObject},

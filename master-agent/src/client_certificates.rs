@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use proto::io::tls::{check_chain, roots};
+use proto_net::tls::{check_chain, roots};
 use rustls::{
     DigitallySignedStruct, DistinguishedName, SignatureScheme,
     client::danger::HandshakeSignatureValid,

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use proto::config::{self, Errors, Log, Section, Source};
+use proto_config::{Errors, Log, Section, Source};
 
 use crate::{
     agent::AgentConfig,
@@ -67,7 +67,7 @@ impl Config {
     /// inventory that it names.
     pub fn load(path: &Path) -> Result<Self, Errors> {
         let mut inventory = None;
-        let loaded = config::load(path, |s| {
+        let loaded = proto_config::load(path, |s| {
             let config = Self::read(s)?;
             inventory = config.inventory.clone();
             Some(config)
@@ -83,13 +83,13 @@ impl Config {
 
     /// Reads the file and none that it names.
     pub fn load_alone(path: &Path) -> Result<Self, Errors> {
-        config::load_alone(path, Self::read)
+        proto_config::load_alone(path, Self::read)
     }
 
     /// Reads a configuration from its text, shown in errors as the file `origin`, with paths relative to
     /// `base_dir`. The files that it names need not exist.
     pub fn parse(text: &str, origin: &str, base_dir: &Path) -> Result<Self, Errors> {
-        config::parse(text, Source { origin, base_dir, check_files: false }, Self::read)
+        proto_config::parse(text, Source { origin, base_dir, check_files: false }, Self::read)
     }
 
     /// Whether nodes call home, and hosts join, over the front end's port.
@@ -198,7 +198,7 @@ impl AdminConfig {
 mod tests {
     use std::os::unix::fs::PermissionsExt;
 
-    use proto::io::telemetry::LogFormat;
+    use proto_net::telemetry::LogFormat;
 
     use super::*;
     use crate::{

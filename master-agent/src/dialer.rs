@@ -6,12 +6,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use proto::{
-    DialError, Fault, Host, NodeName, Target,
-    io::{
-        dialer::{Connection, DialFuture, Dialer, Origin},
-        stream::Stream,
-    },
+use proto::{DialError, Fault, Host, NodeName, Target};
+use proto_net::{
+    dialer::{Connection, DialFuture, Dialer, Origin},
+    stream::Stream,
 };
 use tokio::sync::OwnedSemaphorePermit;
 

@@ -9,7 +9,7 @@ use std::{
 };
 
 use hyper::Uri;
-use proto::config::{At, Mode, Section};
+use proto_config::{At, Mode, Section};
 
 use crate::http::is_loopback;
 

@@ -8,10 +8,8 @@ use std::{
 };
 
 use ipnet::IpNet;
-use proto::{
-    NodeName, Target,
-    config::{self, At, Errors, Section, Source, Value},
-};
+use proto::{NodeName, Target};
+use proto_config::{At, Errors, Section, Source, Value};
 
 use crate::host_trust::HostTrust;
 
@@ -58,13 +56,13 @@ struct Claims {
 impl Inventory {
     /// Reads the file and checks the files that it names.
     pub fn load(path: &Path) -> Result<Self, Errors> {
-        config::load(path, Self::read)
+        proto_config::load(path, Self::read)
     }
 
     /// Reads an inventory from its text, shown in errors as the file `origin`, with paths relative to
     /// `base_dir`. The files that it names need not exist.
     pub fn parse(text: &str, origin: &str, base_dir: &Path) -> Result<Self, Errors> {
-        config::parse(text, Source { origin, base_dir, check_files: false }, Self::read)
+        proto_config::parse(text, Source { origin, base_dir, check_files: false }, Self::read)
     }
 
     fn read(s: &Section<'_>) -> Option<Self> {

@@ -8,17 +8,13 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use proto::{
-    NodeName, Target,
-    backoff::Backoff,
-    io::{
-        admin::accept_error,
-        handshake::Place,
-        mux::{Events, Notice},
-        socket,
-        tasks::Tasks,
-    },
-    relink,
+use proto::{NodeName, Target, backoff::Backoff, relink};
+use proto_net::{
+    admin::accept_error,
+    handshake::Place,
+    mux::{Events, Notice},
+    socket,
+    tasks::Tasks,
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},

@@ -20,9 +20,9 @@ use master_agent::{
 };
 use proto::{
     call_home::Master,
-    io::telemetry,
     revocation::krl::{Entry, Krl},
 };
+use proto_net::telemetry;
 use russh::keys::PublicKey;
 
 /// sysexits.h: the configuration has errors.

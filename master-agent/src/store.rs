@@ -11,7 +11,8 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use proto::{NodeName, secret_file};
+use proto::NodeName;
+use proto_config::secret_file;
 use rusqlite::{Connection, OptionalExtension, TransactionBehavior, params};
 use russh::keys::PublicKey;
 use serde::{Serialize, Serializer};

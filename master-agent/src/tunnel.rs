@@ -20,18 +20,18 @@ use std::{
 use bytes::Bytes;
 use proto::{
     DialError, NodeName, Target,
-    io::{
-        channel::{Channels, Half},
-        handshake::{BEGUN, Place},
-        link::{Gate, Link},
-        mux::{Events, Feeder, Mux, ProtocolError},
-        ssh, stalls,
-        stream::Stream,
-        tasks::Tasks,
-    },
     mux::{FRONT_END_SUBSYSTEM, SUBSYSTEM},
     refusal,
     revocation::{self, Report},
+};
+use proto_net::{
+    channel::{Channels, Half},
+    handshake::{BEGUN, Place},
+    link::{Gate, Link},
+    mux::{Events, Feeder, Mux, ProtocolError},
+    ssh, stalls,
+    stream::Stream,
+    tasks::Tasks,
 };
 use russh::{
     ChannelId, ChannelMsg, ChannelOpenFailure, SshId,

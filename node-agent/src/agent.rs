@@ -9,10 +9,10 @@ use std::{
 use hyper::{Request, body::Incoming};
 use proto::{
     DialError, Target,
-    io::{admin, handshake::Places, tasks::Tasks},
     policy::closed_range,
     revocation::{Report, SignedList},
 };
+use proto_net::{admin, handshake::Places, tasks::Tasks};
 use russh::keys::{Certificate, PrivateKey};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;

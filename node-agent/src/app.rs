@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use anyhow::Context;
-use proto::io::{admin::Endpoints, exposition::Exposition, socket, systemd, tasks::Tasks, unix};
+use proto_net::{admin::Endpoints, exposition::Exposition, socket, systemd, tasks::Tasks, unix};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{

@@ -11,9 +11,9 @@ use ipnet::IpNet;
 use proto::{
     NodeName,
     call_home::Master,
-    config::{self, At, Errors, Log, Mode, Ports, Section, Source, Value},
     policy::{self, Policy, Rule},
 };
+use proto_config::{At, Errors, Log, Mode, Ports, Section, Source, Value};
 
 use crate::https::CallHomeHttps;
 
@@ -116,13 +116,13 @@ pub const KUBELET_RULE: &str = "kubelet";
 impl Config {
     /// Reads the file and checks the files that it names.
     pub fn load(path: &Path) -> Result<Self, Errors> {
-        config::load(path, Self::read)
+        proto_config::load(path, Self::read)
     }
 
     /// Reads a configuration from its text, shown in errors as the file `origin`, with paths relative to
     /// `base_dir`. The files that it names need not exist.
     pub fn parse(text: &str, origin: &str, base_dir: &Path) -> Result<Self, Errors> {
-        config::parse(text, Source { origin, base_dir, check_files: false }, Self::read)
+        proto_config::parse(text, Source { origin, base_dir, check_files: false }, Self::read)
     }
 
     /// The rules for a node that states these addresses: `kubelet` on each of them, `pod-cidr`, `service-cidr`, then
@@ -307,7 +307,8 @@ fn network_or_address(at: &At<'_>) -> Option<IpNet> {
 
 #[cfg(test)]
 mod tests {
-    use proto::{io::telemetry::LogFormat, policy::Verdict};
+    use proto::policy::Verdict;
+    use proto_net::telemetry::LogFormat;
 
     use super::*;
 

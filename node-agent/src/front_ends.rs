@@ -8,13 +8,10 @@ use std::{
     time::Duration,
 };
 
-use proto::{
-    DialError, Target,
-    io::{
-        mux::{Events, Mux, Notice},
-        stream::Stream,
-    },
-    mux::FRONT_END,
+use proto::{DialError, Target, mux::FRONT_END};
+use proto_net::{
+    mux::{Events, Mux, Notice},
+    stream::Stream,
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 

@@ -6,11 +6,8 @@ use std::{fmt, net::IpAddr, path::PathBuf, str::FromStr};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use ipnet::IpNet;
 use percent_encoding::percent_decode_str;
-use proto::{
-    Host, Target,
-    config::{At, Value},
-    secret_file,
-};
+use proto::{Host, Target};
+use proto_config::{At, Value, secret_file};
 use zeroize::Zeroizing;
 
 /// An HTTP proxy. Its credentials are never shown.

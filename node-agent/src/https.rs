@@ -23,10 +23,9 @@ use hyper_util::rt::TokioIo;
 use proto::{
     NodeName, Target,
     call_home::{Purpose, UPGRADE, path},
-    config::Section,
-    io::tls::ClientTls,
-    secret_file,
 };
+use proto_config::{Section, secret_file};
+use proto_net::tls::ClientTls;
 use rustls::pki_types::ServerName;
 use tokio::{
     io::{AsyncRead, AsyncWrite},

@@ -19,7 +19,8 @@ use std::{
 
 use anyhow::{Context, bail};
 use ipnet::IpNet;
-use proto::{NodeName, join::JoinResponse, revocation::krl::Revoked, secret_file};
+use proto::{NodeName, join::JoinResponse, revocation::krl::Revoked};
+use proto_config::secret_file;
 use russh::keys::{
     Algorithm, Certificate, HashAlg, PrivateKey, PublicKey,
     ssh_key::{LineEnding, certificate::CertType, public::KeyData},

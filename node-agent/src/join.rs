@@ -14,10 +14,10 @@ use std::{
 use proto::{
     NodeName,
     call_home::{Master, Purpose},
-    io::{link::Link, ssh},
     join::{JoinRequest, JoinResponse, SUBSYSTEM},
     refusal,
 };
+use proto_net::{link::Link, ssh};
 use russh::{
     Channel, ChannelId, MethodKind, MethodSet, SshId,
     keys::Certificate,

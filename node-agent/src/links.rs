@@ -6,8 +6,8 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use proto::{
     backoff::Backoff,
     call_home::{Master, Purpose},
-    io::{admin::accept_error, socket},
 };
+use proto_net::{admin::accept_error, socket};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,

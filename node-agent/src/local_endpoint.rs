@@ -4,7 +4,7 @@
 
 use std::{sync::Arc, time::Instant};
 
-use proto::io::{
+use proto_net::{
     admin::accept_error,
     relay::{Counters, relay},
     socket,

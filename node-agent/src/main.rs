@@ -11,7 +11,8 @@ use node_agent::{
     identity::NodeIdentity,
     join::{Join, join},
 };
-use proto::{call_home::Master, io::telemetry};
+use proto::call_home::Master;
+use proto_net::telemetry;
 
 /// sysexits.h: the configuration has errors.
 const EX_CONFIG: u8 = 78;

@@ -12,13 +12,11 @@ use std::{
 };
 
 use anyhow::Context;
-use proto::{
-    revocation::{
-        ListError, Report, SignedList,
-        krl::{Krl, Revoked, blob},
-    },
-    secret_file,
+use proto::revocation::{
+    ListError, Report, SignedList,
+    krl::{Krl, Revoked, blob},
 };
+use proto_config::secret_file;
 use russh::keys::{Certificate, HashAlg, PublicKey, ssh_key::public::KeyData};
 use tokio::sync::watch;
 

@@ -20,20 +20,21 @@ use std::{
 
 use proto::{
     DialError, Target,
-    io::{
-        channel::{Channels, Half},
-        handshake::Place,
-        link::{Gate, Link},
-        mux::{Feeder, Incoming, Mux, Notice},
-        relay::{Counters, relay},
-        socket, ssh,
-        stream::Stream,
-        tasks::Tasks,
-    },
     mux::{FRONT_END_SUBSYSTEM, SUBSYSTEM},
     refusal,
     relink::{self, GRACE},
     revocation::{self, SignedList, krl::Revoked},
+};
+use proto_net::{
+    channel::{Channels, Half},
+    expiry,
+    handshake::Place,
+    link::{Gate, Link},
+    mux::{Feeder, Incoming, Mux, Notice},
+    relay::{Counters, relay},
+    socket, ssh,
+    stream::Stream,
+    tasks::Tasks,
 };
 use russh::{
     Channel, ChannelId, ChannelOpenFailure, MethodKind, MethodSet, SshId,
@@ -288,7 +289,7 @@ async fn over(
     retire: &CancellationToken,
 ) -> &'static str {
     let (mut reason, mut limit) = tokio::select! {
-        () = relink::reached(user.expires()) => (EXPIRED, Some(agent.config.shutdown_grace)),
+        () = expiry::reached(user.expires()) => (EXPIRED, Some(agent.config.shutdown_grace)),
         () = retire.cancelled() => {
             shared.replaced.store(true, Ordering::Relaxed);
             shared.go_away("the node has made another link to this master").await;
@@ -435,7 +436,7 @@ impl Session {
         if initiator {
             *of_node = Some(mux.clone());
             self.front_end = Some((channel, feeder));
-            let expired = async move { relink::reached(user.expires()).await };
+            let expired = async move { expiry::reached(user.expires()).await };
             let agent = self.agent.clone();
             self.tasks.spawn(async move {
                 if let Some(front_ends) = &agent.front_ends {
@@ -756,7 +757,7 @@ async fn serve_mux(
                 None => return,
             },
             () = agent.draining.cancelled() => break "the node-agent is stopping",
-            () = relink::reached(user.expires()) => break EXPIRED,
+            () = expiry::reached(user.expires()) => break EXPIRED,
         }
     };
     if reason == EXPIRED && !shared.replaced.load(Ordering::Relaxed) {

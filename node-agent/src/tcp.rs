@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use proto::{Target, io::socket};
+use proto::Target;
+use proto_net::socket;
 use tokio::net::TcpStream;
 
 /// Connects to a master, or to what is on the way to it.

@@ -1,15 +1,12 @@
-//! What master-agent and node-agent must agree on.
+//! What master-agent and node-agent must agree on: types, decisions, codecs and state machines.
 //!
-//! Everything here but [`io`] is free of I/O and of the clock: types, decisions, codecs and state
-//! machines that take bytes or the time as an argument. [`io`] holds the pieces with sockets that both
-//! agents use.
+//! Everything here is free of I/O and of the clock: bytes, the time and randomness are arguments. `proto-net` holds
+//! the sockets and tasks that both agents use, and `proto-config` reads their configuration files.
 
 pub mod backoff;
 pub mod call_home;
-pub mod config;
 pub mod connect;
 pub mod error;
-pub mod io;
 pub mod join;
 pub mod konnectivity;
 pub mod mux;
@@ -18,7 +15,6 @@ pub mod policy;
 pub mod refusal;
 pub mod relink;
 pub mod revocation;
-pub mod secret_file;
 pub mod target;
 
 pub use error::{DialError, Fault};

@@ -3,31 +3,19 @@
 //! A session can't be authenticated twice, so whoever dials a node's links makes a second one in time, new streams go
 //! over that, and the old one ends when its streams have.
 
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 /// Streams may still be opened for so long after the certificate's end: who dials the next link and who refuses streams
 /// look at different clocks.
 pub const GRACE: Duration = Duration::from_secs(5);
 /// The least time until the next link.
 const LEAST: Duration = Duration::from_secs(1);
-/// How often the wall clock is looked at, as it may be set.
-const LOOK: Duration = Duration::from_secs(30);
 
 /// How long until the next link is made, of a session that began with `left` of the certificate's life: about half of
 /// that, by which time a master has a new certificate, as it makes one in every third of their life. `random` in 0..1
 /// keeps all nodes from doing so at once.
 pub fn due(left: Duration, random: f64) -> Duration {
     left.mul_f64(0.4 + 0.2 * random.clamp(0.0, 1.0)).max(LEAST)
-}
-
-/// Waits until the wall clock has passed a time; for ever without one.
-pub async fn reached(at: Option<SystemTime>) {
-    let Some(at) = at else { return std::future::pending().await };
-    while let Ok(left) = at.duration_since(SystemTime::now())
-        && !left.is_zero()
-    {
-        tokio::time::sleep(left.min(LOOK)).await;
-    }
 }
 
 #[cfg(test)]
@@ -46,12 +34,5 @@ mod tests {
             }
         }
         assert_eq!(due(Duration::ZERO, 0.5), LEAST);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn what_has_passed_is_reached_and_what_never_comes_is_not() {
-        reached(Some(SystemTime::UNIX_EPOCH)).await;
-        let never = tokio::time::timeout(Duration::from_secs(3600), reached(None)).await;
-        assert!(never.is_err());
     }
 }

@@ -20,7 +20,7 @@ use opentelemetry_proto::tonic::{
     trace::v1::{Span, status::StatusCode as SpanStatus},
 };
 use prost::Message;
-use proto::io::tasks::Tasks;
+use proto_net::tasks::Tasks;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,

@@ -386,7 +386,7 @@ impl FrontEnd {
 }
 
 fn write_secret(path: &Path, text: &str) -> anyhow::Result<()> {
-    proto::secret_file::replace(path, text.as_bytes()).with_context(|| path.display().to_string())
+    proto_config::secret_file::replace(path, text.as_bytes()).with_context(|| path.display().to_string())
 }
 
 fn configuration(path: &Path, address: SocketAddr, upstream: &Upstream, setup: &Setup) -> String {

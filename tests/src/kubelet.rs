@@ -46,7 +46,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::TokioIo;
-use proto::io::tasks::Tasks;
+use proto_net::tasks::Tasks;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokio::{

@@ -111,7 +111,10 @@ impl Authority {
         let key = KeyPair::generate()?;
         let certificate = params.signed_by(&key, &self.0)?;
         std::fs::write(directory.join(format!("{name}.crt")), certificate.pem())?;
-        proto::secret_file::replace(&directory.join(format!("{name}.key")), key.serialize_pem().as_bytes())?;
+        proto_config::secret_file::replace(
+            &directory.join(format!("{name}.key")),
+            key.serialize_pem().as_bytes(),
+        )?;
         Ok(())
     }
 }

@@ -15,10 +15,8 @@ use std::{
 };
 
 use anyhow::Context as _;
-use proto::{
-    io::{link::Link, ssh},
-    mux::{FRONT_END_SUBSYSTEM, SUBSYSTEM},
-};
+use proto::mux::{FRONT_END_SUBSYSTEM, SUBSYSTEM};
+use proto_net::{link::Link, ssh};
 use russh::{
     Channel, ChannelId, MethodKind, MethodSet,
     client::{self, AuthResult},

@@ -27,7 +27,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::TokioIo;
-use proto::io::tasks::Tasks;
+use proto_net::tasks::Tasks;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use serde_json::json;
 use sha2::{Digest, Sha256};

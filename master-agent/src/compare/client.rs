@@ -21,7 +21,8 @@ use hyper::{
     header,
 };
 use hyper_util::rt::TokioIo;
-use proto::{Target, io::tasks::Tasks};
+use proto::Target;
+use proto_net::tasks::Tasks;
 use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::time::Instant;
 use tokio_rustls::TlsConnector;

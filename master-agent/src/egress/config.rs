@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use proto::config::{At, Section, Value};
+use proto_config::{At, Section, Value};
 
 use crate::fields::{COUNT, NO_LISTENER, TlsConfig, UnixConfig, WAIT, listen_loopback, loopback, secs};
 

@@ -3,13 +3,11 @@
 use std::{sync::Arc, time::Duration};
 
 use prometheus_client::metrics::gauge::Gauge;
-use proto::{
-    DialError, Fault, Target,
-    io::{
-        dialer::{Connection, Dialer},
-        relay::{Outcome as Ended, relay},
-        tasks::Tasks,
-    },
+use proto::{DialError, Fault, Target};
+use proto_net::{
+    dialer::{Connection, Dialer},
+    relay::{Outcome as Ended, relay},
+    tasks::Tasks,
 };
 use tokio::io::{AsyncRead, AsyncWrite};
 

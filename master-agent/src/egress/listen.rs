@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use proto::io::{admin::accept_error, dialer::Origin, handshake::Places, socket};
+use proto_net::{admin::accept_error, dialer::Origin, handshake::Places, socket};
 use rustls::pki_types::CertificateDer;
 use tokio::{
     net::{TcpListener, UnixListener},

@@ -1,5 +1,5 @@
 //! What accepts callers who want to reach the cluster. Each egress listener holds a
-//! [`Dialer`](proto::io::dialer::Dialer) and nothing else of the rest; how callers are accepted ([`listen`]) and what is
+//! [`Dialer`](proto_net::dialer::Dialer) and nothing else of the rest; how callers are accepted ([`listen`]) and what is
 //! counted and recorded of them is the same for all.
 
 pub mod certificates;

@@ -20,11 +20,8 @@ use fast_socks5::{
     },
     util::target_addr::TargetAddr,
 };
-use proto::{
-    DialError, Host, Target,
-    io::{dialer::Origin, handshake::Places},
-    target::InvalidTarget,
-};
+use proto::{DialError, Host, Target, target::InvalidTarget};
+use proto_net::{dialer::Origin, handshake::Places};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     time::Instant,

@@ -20,7 +20,7 @@ use argon2::{
     password_hash::{PasswordHasher, PasswordVerifier, phc::PasswordHash},
 };
 use hmac::{Hmac, KeyInit, Mac};
-use proto::secret_file;
+use proto_config::secret_file;
 use sha2::Sha256;
 use tokio::sync::{OnceCell, Semaphore};
 use zeroize::Zeroizing;

@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use proto::io::handshake::Place;
+use proto_net::handshake::Place;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 

@@ -13,7 +13,7 @@ use std::{
 use bytes::{Buf, Bytes};
 use http_body_util::Full;
 use hyper::body::{Body, Frame, SizeHint};
-use proto::io::admin;
+use proto_net::admin;
 use tokio::sync::Notify;
 
 use super::{future::BoxFuture, limits::Place, recorder::Recorder, upstream::ResponseBody};

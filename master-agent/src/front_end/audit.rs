@@ -26,7 +26,7 @@ use std::{
 
 use anyhow::Context;
 use prometheus_client::metrics::counter::Counter;
-use proto::config::Section;
+use proto_config::Section;
 use serde::{Serialize, Serializer};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 

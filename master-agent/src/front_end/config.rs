@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use proto::config::Section;
+use proto_config::Section;
 
 use super::{
     audit::AuditConfig, authn::AuthnConfig, authz::config::AuthzConfig, limits::LimitsConfig,

@@ -8,7 +8,7 @@ use hyper::{
     http::request::Parts,
 };
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
-use proto::config::{At, Section};
+use proto_config::{At, Section};
 
 use super::{authn, user::User};
 use crate::http::{

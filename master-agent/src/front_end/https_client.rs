@@ -11,7 +11,7 @@ use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::{TokioExecutor, TokioTimer},
 };
-pub use proto::io::tls::{ClientTls, chain, private_key, roots};
+pub use proto_net::tls::{ClientTls, chain, private_key, roots};
 use serde::{Serialize, de::DeserializeOwned};
 
 /// Bytes of an answer that are read.

@@ -7,7 +7,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use proto::io::{admin::accept_error, patient::PatientWriter, socket};
+use proto_net::{admin::accept_error, patient::PatientWriter, socket};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use proto::io::{admin::accept_error, patient::PatientWriter, socket};
+use proto_net::{admin::accept_error, patient::PatientWriter, socket};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},

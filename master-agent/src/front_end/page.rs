@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use hyper::{Request, Response};
-use proto::io::{admin, dialer::Origin};
+use proto_net::{admin, dialer::Origin};
 
 use super::{future::BoxFuture, upstream::RequestBody};
 

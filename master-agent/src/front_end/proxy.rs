@@ -17,7 +17,7 @@ use hyper::{
     upgrade::OnUpgrade,
 };
 use hyper_util::rt::TokioIo;
-use proto::io::{dialer::Origin, relay::relay_until};
+use proto_net::{dialer::Origin, relay::relay_until};
 
 use super::{
     answer::{Answer, Content, Held},

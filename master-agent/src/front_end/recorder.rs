@@ -10,7 +10,8 @@ use std::{
 
 use hyper::{HeaderMap, Method, Request, StatusCode, Uri};
 use opentelemetry::trace::SpanKind;
-use proto::{NodeName, io::relay::Counters};
+use proto::NodeName;
+use proto_net::relay::Counters;
 
 use super::{
     audit::{Audit, Full, Outcome, Queue, Record, RequestId, Room},

@@ -3,7 +3,7 @@
 use std::{fmt, sync::Arc};
 
 use anyhow::Context;
-use proto::io::{handshake::Places, tasks::Tasks};
+use proto_net::{handshake::Places, tasks::Tasks};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use proto::io::tasks::Tasks;
+use proto_net::tasks::Tasks;
 use tokio_util::sync::CancellationToken;
 
 use super::answer::Progress;

@@ -6,7 +6,7 @@
 use std::{path::PathBuf, sync::Arc};
 
 use anyhow::{Context, bail};
-use proto::config::Section;
+use proto_config::Section;
 use rustls::{
     ServerConfig,
     crypto::{CryptoProvider, aws_lc_rs},

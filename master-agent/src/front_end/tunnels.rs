@@ -7,15 +7,12 @@
 
 use std::{net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
-use proto::{
-    DialError, Target,
-    io::{
-        dialer::Origin,
-        mux::{Events, Incoming},
-        relay::{Outcome, relay},
-        stream::Stream,
-    },
-    mux::FRONT_END,
+use proto::{DialError, Target, mux::FRONT_END};
+use proto_net::{
+    dialer::Origin,
+    mux::{Events, Incoming},
+    relay::{Outcome, relay},
+    stream::Stream,
 };
 
 use super::{admission::Admission, peer::Peer, server::FrontEnd};

@@ -76,7 +76,7 @@ impl Workers {
 
 #[cfg(test)]
 mod tests {
-    use proto::io::tasks::Tasks;
+    use proto_net::tasks::Tasks;
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
         net::TcpListener,

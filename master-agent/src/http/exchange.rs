@@ -14,7 +14,7 @@ use hyper::{
     upgrade::OnUpgrade,
 };
 use hyper_util::rt::TokioIo;
-use proto::io::relay::{Counters, relay_until};
+use proto_net::relay::{Counters, relay_until};
 use tokio::sync::oneshot;
 
 use super::watched::Busy;

@@ -9,7 +9,7 @@ pub mod watched;
 
 use std::net::IpAddr;
 
-use proto::io::tasks::Tasks;
+use proto_net::tasks::Tasks;
 
 /// Runs the tasks of an HTTP/2 connection where they are drained with the others.
 #[derive(Clone)]

@@ -12,8 +12,8 @@ use anyhow::{Context, bail};
 use proto::{
     NodeName,
     revocation::{ListError, SignedList},
-    secret_file,
 };
+use proto_config::secret_file;
 use russh::keys::{
     Algorithm, Certificate, HashAlg, PrivateKey, PublicKey,
     ssh_key::{

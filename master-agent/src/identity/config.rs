@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use proto::config::Section;
+use proto_config::Section;
 
 use crate::fields::{DAY, secs};
 

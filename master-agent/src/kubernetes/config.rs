@@ -2,7 +2,8 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use proto::{Host, Target, config::Section};
+use proto::{Host, Target};
+use proto_config::Section;
 
 use crate::{
     fields::{WAIT, secs},

@@ -27,7 +27,8 @@ use kube::{
     api::{ListParams, WatchEvent, WatchParams},
     config::{KubeConfigOptions, Kubeconfig},
 };
-use proto::{backoff::Backoff, io::tasks::Tasks};
+use proto::backoff::Backoff;
+use proto_net::tasks::Tasks;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::sync::watch;
 

@@ -11,7 +11,7 @@ use prometheus_client::{
     encoding::{DescriptorEncoder, EncodeMetric},
     metrics::{MetricType, gauge::ConstGauge},
 };
-use proto::io::tls::{FileError, chain};
+use proto_net::tls::{FileError, chain};
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
 /// When the certificates of a file end, in seconds since 1970.

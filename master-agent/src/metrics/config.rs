@@ -1,6 +1,6 @@
 //! The `metrics` section of the configuration.
 
-use proto::config::Section;
+use proto_config::Section;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MetricsConfig {

@@ -20,7 +20,8 @@ use prometheus_client::{
     },
     registry::Registry,
 };
-use proto::{DialError, io::stalls};
+use proto::DialError;
+use proto_net::stalls;
 
 use crate::activity::NodeActivities;
 

@@ -9,7 +9,7 @@ use hyper::{
     body::Body,
     header::{self, HeaderValue},
 };
-use proto::io::{admin, dialer::Origin};
+use proto_net::{admin, dialer::Origin};
 use tokio::time::Instant;
 
 use super::{

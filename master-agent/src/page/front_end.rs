@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use hyper::{Request, Response, StatusCode};
-use proto::io::{admin, dialer::Origin};
+use proto_net::{admin, dialer::Origin};
 use tokio::time::Instant;
 
 use super::{

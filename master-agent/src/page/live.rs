@@ -20,7 +20,8 @@ use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
-use proto::{NodeName, io::admin::Body};
+use proto::NodeName;
+use proto_net::admin::Body;
 use serde::Serialize;
 use tokio::{
     sync::{Mutex, OwnedSemaphorePermit, Semaphore},

@@ -7,7 +7,7 @@ use hyper::{
     body::Incoming,
     header::{self, HeaderValue},
 };
-use proto::io::{
+use proto_net::{
     admin::{self, Answer},
     dialer::Origin,
 };

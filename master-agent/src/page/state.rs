@@ -9,7 +9,7 @@ use std::{
 use bytes::Bytes;
 use http_body_util::{BodyExt, Limited};
 use hyper::{StatusCode, body::Body};
-use proto::io::admin::Answer;
+use proto_net::admin::Answer;
 
 use super::{live::Live, response::TEXT, sessions::Sessions};
 use crate::{activity::unix_milliseconds, agent::Agent, compare::report::Report};

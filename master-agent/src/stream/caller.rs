@@ -1,6 +1,6 @@
 //! Who calls an egress listener, as records, metrics and traces know it.
 
-use proto::io::dialer::Origin;
+use proto_net::dialer::Origin;
 
 use crate::traces::SpanContext;
 

@@ -6,7 +6,8 @@ use std::{
 };
 
 use opentelemetry::trace::SpanKind;
-use proto::{NodeName, Target, io::relay::Counters};
+use proto::{NodeName, Target};
+use proto_net::relay::Counters;
 
 use super::caller::Caller;
 use crate::{

@@ -12,7 +12,8 @@ use hyper::{
     Uri,
     header::{HeaderName, HeaderValue},
 };
-use proto::{config::Section, io::tls::ClientTls, secret_file};
+use proto_config::{Section, secret_file};
+use proto_net::tls::ClientTls;
 
 use crate::fields::{WAIT, secs, verified_or_loopback};
 

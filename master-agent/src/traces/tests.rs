@@ -95,7 +95,7 @@ fn where_spans_go() {
 #[test]
 fn a_file_of_headers() {
     let path = std::env::temp_dir().join(format!("traces-headers-{}", std::process::id()));
-    let write = |text: &str| proto::secret_file::replace(&path, text.as_bytes()).unwrap();
+    let write = |text: &str| proto_config::secret_file::replace(&path, text.as_bytes()).unwrap();
     write("# a comment\n\nAuthorization:  Basic abc \nX-Scope: a:b\n");
     let headers = read_headers(&path).unwrap();
     assert_eq!((headers.len(), &*headers["Authorization"], &*headers["X-Scope"]), (2, "Basic abc", "a:b"));

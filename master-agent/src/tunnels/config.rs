@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use proto::config::Section;
+use proto_config::Section;
 
 use crate::fields::{COUNT, DAY, WAIT, any, secs};
 

@@ -5,10 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use proto::{
-    Host, NodeName, Target,
-    io::dialer::{Dialer as _, Origin},
-};
+use proto::{Host, NodeName, Target};
+use proto_net::dialer::{Dialer as _, Origin};
 use serde::{Deserialize, Serialize};
 
 use crate::agent::Agent;

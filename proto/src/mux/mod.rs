@@ -10,7 +10,7 @@
 //! to [`FRONT_END`]. A peer that does not know it, or has nothing to do with it, refuses the subsystem.
 //!
 //! [`frame`] is the codec, [`window`] the flow control, [`ids`] tells which streams there have been; all are pure.
-//! `proto::io::mux` moves the bytes.
+//! `proto_net::mux` moves the bytes.
 
 pub mod frame;
 pub mod ids;

@@ -503,7 +503,7 @@ pub(crate) mod tests {
     impl TempDir {
         pub(crate) fn new() -> Self {
             let path = std::env::temp_dir().join(format!("proto-krl-{:016x}", rand::random::<u64>()));
-            crate::secret_file::create_directory(&path).unwrap();
+            std::fs::create_dir(&path).unwrap();
             Self(path)
         }
     }

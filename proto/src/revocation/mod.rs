@@ -135,6 +135,8 @@ impl Report {
 
 #[cfg(test)]
 mod tests {
+    use std::{io::Write, os::unix::fs::OpenOptionsExt};
+
     use russh::keys::Algorithm;
 
     use super::*;
@@ -192,7 +194,9 @@ mod tests {
         let dir = krl::tests::TempDir::new();
         let ca = ca();
         let key = dir.0.join("ca");
-        crate::secret_file::write_new(&key, ca.to_openssh(LineEnding::LF).unwrap().as_bytes()).unwrap();
+        let mut file =
+            std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&key).unwrap();
+        file.write_all(ca.to_openssh(LineEnding::LF).unwrap().as_bytes()).unwrap();
         let signed = SignedList::sign(&ca, b"a list".to_vec()).unwrap();
         std::fs::write(dir.0.join("list"), &signed.list).unwrap();
         std::fs::write(dir.0.join("list.sig"), &signed.signature).unwrap();

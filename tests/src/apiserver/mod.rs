@@ -59,7 +59,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::TokioIo;
-use proto::io::tasks::Tasks;
+use proto_net::tasks::Tasks;
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, sync::mpsc};
 use tokio_rustls::TlsAcceptor;
@@ -181,7 +181,7 @@ impl ApiServer {
 
     /// From now on only this token is right. It is written to `token`, not to kubeconfig files.
     pub fn set_token(&self, token: &str) -> anyhow::Result<()> {
-        proto::secret_file::replace(&self.directory().join("token"), token.as_bytes())?;
+        proto_config::secret_file::replace(&self.directory().join("token"), token.as_bytes())?;
         token.clone_into(&mut self.shared().token);
         Ok(())
     }
@@ -199,7 +199,7 @@ impl ApiServer {
             "contexts": [{"name": "stub", "context": {"cluster": "stub", "user": "tester"}}],
             "current-context": "stub",
         });
-        proto::secret_file::replace(path, config.to_string().as_bytes())?;
+        proto_config::secret_file::replace(path, config.to_string().as_bytes())?;
         Ok(())
     }
 

@@ -7,7 +7,7 @@ use http_body_util::{BodyExt, combinators::UnsyncBoxBody};
 use hyper::{Method, Request, Response, StatusCode, body::Incoming, header};
 use hyper_util::rt::TokioIo;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
-use proto::io::tasks::Tasks;
+use proto_net::tasks::Tasks;
 use serde_json::{Value, json};
 
 use super::{Body, failure, not_found};

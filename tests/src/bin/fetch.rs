@@ -12,7 +12,8 @@ use bytes::Bytes;
 use clap::Parser;
 use http_body_util::{BodyExt, Empty};
 use hyper_util::rt::TokioIo;
-use proto::{Target, io::tasks::Tasks};
+use proto::Target;
+use proto_net::tasks::Tasks;
 use rustls::{
     ClientConfig, RootCertStore,
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use anyhow::Context;
 use clap::Parser;
-use proto::io::tasks::Tasks;
+use proto_net::tasks::Tasks;
 use tokio::signal::unix::{SignalKind, signal};
 
 #[path = "../standin.rs"]

@@ -101,8 +101,18 @@ const LAYERS: &[&[(&str, &[&str])]] = &[
         ],
     )],
     &[("node", &["node-agent/src/"])],
-    &[("I/O of both", &["proto/src/io/"])],
+    &[("I/O of both", &["proto/net/src/"])],
+    &[("configuration reader", &["proto/config/src/"])],
     &[("proto", &["proto/src/"])],
+];
+
+/// The folders of the crates, each with the name of its package.
+const CRATES: &[(&str, &str)] = &[
+    ("proto", "proto"),
+    ("proto-config", "proto/config"),
+    ("proto-net", "proto/net"),
+    ("node-agent", "node-agent"),
+    ("master-agent", "master-agent"),
 ];
 
 /// From a file to one that it uses.
@@ -271,8 +281,8 @@ fn is_colons(tokens: &[TokenTree], at: usize) -> bool {
 /// Every arrow between the files of the crates below `root`.
 fn arrows(root: &Path) -> BTreeSet<Arrow> {
     let mut reader = Reader { root, crates: BTreeMap::new(), bodies: Vec::new() };
-    for name in ["proto", "node-agent", "master-agent"] {
-        reader.read_file(name, Vec::new(), &root.join(name).join("src/lib.rs"));
+    for (name, folder) in CRATES {
+        reader.read_file(name, Vec::new(), &root.join(folder).join("src/lib.rs"));
     }
     // A binary is a crate of its own, that uses its library by name.
     for (name, library) in [("node-agent binary", "node-agent"), ("master-agent binary", "master-agent")] {
@@ -371,9 +381,10 @@ fn files_use_each_other_in_no_cycle_and_layers_only_those_below() {
 fn tree_with(file: &str, text: &str) -> TempDir {
     let dir = TempDir::new("architecture").unwrap();
     for (path, source) in [
-        ("proto/src/lib.rs", "pub mod io;\npub mod name;"),
-        ("proto/src/io/mod.rs", "pub mod link;"),
-        ("proto/src/io/link.rs", "use crate::name::Name;"),
+        ("proto/src/lib.rs", "pub mod name;"),
+        ("proto/config/src/lib.rs", ""),
+        ("proto/net/src/lib.rs", "pub mod link;"),
+        ("proto/net/src/link.rs", "use proto::name::Name;"),
         ("proto/src/name.rs", "pub struct Name;"),
         ("node-agent/src/lib.rs", "mod session;"),
         ("node-agent/src/main.rs", "fn main() { node_agent::run() }"),
@@ -382,7 +393,7 @@ fn tree_with(file: &str, text: &str) -> TempDir {
         ("master-agent/src/main.rs", ""),
         ("master-agent/src/page/mod.rs", "use crate::routing::{self, choice::Choice};"),
         ("master-agent/src/routing/mod.rs", "pub mod choice;"),
-        ("master-agent/src/routing/choice.rs", "use proto::{io::link, name::Name};"),
+        ("master-agent/src/routing/choice.rs", "use proto::name::Name;\nuse proto_net::link;"),
     ] {
         let to = dir.path().join(path);
         std::fs::create_dir_all(to.parent().unwrap()).unwrap();
@@ -400,13 +411,13 @@ fn every_way_to_break_the_rules_is_found() {
     for (file, text, fault) in [
         (
             "proto/src/name.rs",
-            "use crate::io::link::Link;",
-            "proto/src/name.rs (proto) may not use proto/src/io/link.rs",
+            "use proto_net::link::Link;",
+            "proto/src/name.rs (proto) may not use proto/net/src/link.rs",
         ),
         (
             "proto/src/name.rs",
-            "use super::io::{link::Link as L};",
-            "cycle: proto/src/io/link.rs, proto/src/name.rs",
+            "use proto_net::{link::Link as L};",
+            "cycle: proto/net/src/link.rs, proto/src/name.rs",
         ),
         (
             "master-agent/src/routing/choice.rs",
@@ -439,7 +450,7 @@ fn every_way_to_break_the_rules_is_found() {
             "use master_agent::page;",
             "may not use master-agent/src/page/mod.rs (ui)",
         ),
-        ("proto/src/name.rs", "#[cfg(test)] mod tests { use crate::io::link::Link; }", ""),
+        ("proto/src/name.rs", "#[cfg(test)] mod tests { use proto_net::link::Link; }", ""),
     ] {
         let found = faults(&arrows(tree_with(file, text).path()));
         match fault {

@@ -11,7 +11,7 @@ use master_agent::front_end::{
     request_info::RequestInfo,
     user::User,
 };
-use proto::config::{Source, parse};
+use proto_config::{Source, parse};
 use serde_json::{Value, json};
 use tests::{
     pki::{self, Authority},
@@ -124,7 +124,7 @@ async fn a_webhooks_ca_is_followed() {
     std::fs::write(&ca, "broken, and of another length").unwrap();
     look();
     assert_eq!(decided(&authorizers, "alice").await, "false webhook failure");
-    proto::secret_file::replace(&ca, authority.pem().as_bytes()).unwrap();
+    proto_config::secret_file::replace(&ca, authority.pem().as_bytes()).unwrap();
     look();
     assert_eq!(decided(&authorizers, "alice").await, "true webhook SubjectAccessReview");
 }

@@ -384,7 +384,7 @@ async fn a_nodes_credential_is_good_on_its_own_way_only() {
     let tokens = files.path().join("tokens.csv");
     let text =
         b"of-n1,system:node:n1,1,\"system:nodes\"\nof-n2,system:node:n2,2,\"system:nodes\"\nof-jane,jane,3\n";
-    proto::secret_file::replace(&tokens, text).unwrap();
+    proto_config::secret_file::replace(&tokens, text).unwrap();
     let kinds = [cluster::Kind::Dialled, cluster::Kind::CallHome];
     let setup = Setup {
         unconfigured: true,

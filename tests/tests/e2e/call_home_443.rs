@@ -68,8 +68,9 @@ async fn world(change: impl FnOnce(&mut Options, &Path)) -> World {
     let group = "apiGroup: rbac.authorization.k8s.io, kind: Group, name: 'system:bootstrappers'";
     let account = "kind: ServiceAccount, name: node-agent, namespace: kube-system";
     std::fs::write(path.join("rbac.yaml"), role("call-home", rule, &[group, account])).unwrap();
-    let secret =
-        |name: &str, text: &str| proto::secret_file::replace(&path.join(name), text.as_bytes()).unwrap();
+    let secret = |name: &str, text: &str| {
+        proto_config::secret_file::replace(&path.join(name), text.as_bytes()).unwrap()
+    };
     secret("bootstrap.csv", &format!("{BOOTSTRAP},,\n{EXPIRED},2020-01-01T00:00:00Z,\n"));
     secret("tokens.csv", &format!("{OTHER_GROUP},sam,uid-7,others\n"));
     let target = target::start().await;
@@ -712,14 +713,14 @@ async fn an_http_proxy_is_gone_through_and_not_trusted() {
 
     let (port, count) = proxy(world.cluster.https, Some("bWU6c2VjcmV0")).await;
     let password = world.cluster.path().join("proxy-password");
-    proto::secret_file::replace(&password, b"wrong\n").unwrap();
+    proto_config::secret_file::replace(&password, b"wrong\n").unwrap();
     let by_file = format!("'http://me@127.0.0.1:{port}', proxy_password_file: ../proxy-password");
     world.configure(0, master, &shown(&by_file));
     world.cluster.start_node(0).unwrap();
     let log = || world.cluster.nodes[0].process.as_ref().unwrap().log_text();
     eventually("the wrong password is refused", SOON, async || log().contains("(407)").then_some(())).await;
     // Read again for each link.
-    proto::secret_file::replace(&password, b"secret\n").unwrap();
+    proto_config::secret_file::replace(&password, b"secret\n").unwrap();
     world.cluster.wait_state("n1", "connected").await;
     assert!(!log().contains("secret") && !log().contains("wrong"), "{}", log());
     download(&world.cluster.unix, &format!("n1:{}", world.target), volume()).await;

@@ -399,7 +399,7 @@ fn the_sample_files_load() {
     std::fs::write(dir.path().join("kubeconfig"), "").unwrap();
     openssh::keygen(&dir.path().join("id_ed25519")).unwrap();
     for secret in ["tokens.csv", "bootstrap-tokens.csv", "collector-headers", "socks5-users"] {
-        proto::secret_file::write_new(&dir.path().join(secret), b"").unwrap();
+        proto_config::secret_file::write_new(&dir.path().join(secret), b"").unwrap();
     }
     for file in ["service-account.pub", "rbac.yaml", "token"] {
         std::fs::write(dir.path().join(file), "").unwrap();

@@ -417,7 +417,7 @@ async fn a_certificate_that_comes_to_be_revoked_is_refused_within_two_seconds() 
     }
     let revoke = |names: &[&str]| {
         let list = clients.revocations(path, names).unwrap();
-        proto::secret_file::replace(&path.join("revoked.crl"), list.as_bytes()).unwrap();
+        proto_config::secret_file::replace(&path.join("revoked.crl"), list.as_bytes()).unwrap();
     };
     revoke(&[]);
     let (ca, crl) = (path.join("ca.crt"), path.join("revoked.crl"));
@@ -453,7 +453,7 @@ async fn a_certificate_that_comes_to_be_revoked_is_refused_within_two_seconds() 
     assert!(lines.iter().all(|line| line["code"] == 401 && line["user"].is_null()), "{lines:?}");
     assert!(front_end.log().contains("the certificate is revoked"));
     // A list that can't be read leaves the last in force.
-    proto::secret_file::replace(&crl, b"no list").unwrap();
+    proto_config::secret_file::replace(&crl, b"no list").unwrap();
     eventually("the log says so", SOON, async || {
         front_end.log().contains("the last good one stays").then_some(())
     })

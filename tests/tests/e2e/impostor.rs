@@ -534,8 +534,11 @@ async fn a_stolen_certificate_proves_nothing_without_its_key() {
         Command::new("cp").arg("-a").arg(cluster.nodes[0].dir.join("state")).arg(directory.join("state")),
     )
     .unwrap();
-    proto::secret_file::replace(&directory.join("state/host_key"), &std::fs::read(&thief.file).unwrap())
-        .unwrap();
+    proto_config::secret_file::replace(
+        &directory.join("state/host_key"),
+        &std::fs::read(&thief.file).unwrap(),
+    )
+    .unwrap();
     let mut agent = start_agent(&directory, "thief", &cluster.nodes[0].dir, cluster.call_home);
     assert_eq!(agent.wait(Duration::from_secs(60)).unwrap(), Some(1));
     assert!(agent.log_text().contains("is for another key than host_key"), "{}", agent.log_text());

@@ -114,7 +114,7 @@ struct World {
 async fn world(kinds: &[Kind], front_end: &str, change: impl FnOnce(&mut Options)) -> World {
     let tokens = TempDir::new("tokens").unwrap();
     let file = tokens.path().join("tokens.csv");
-    proto::secret_file::replace(&file, b"kubelet-token,someone,1\n").unwrap();
+    proto_config::secret_file::replace(&file, b"kubelet-token,someone,1\n").unwrap();
     let (listen, upstream) = (free_port(), upstream().await);
     let mut options = Options {
         nodes: kinds.iter().enumerate().map(|(i, kind)| (format!("n{}", i + 1), *kind)).collect(),

@@ -215,7 +215,7 @@ async fn what_a_peer_says_harms_no_log() {
         methods: MethodSet::from(&[MethodKind::PublicKey][..]),
         auth_rejection_time: Duration::ZERO,
         keys: vec![stranger.key.clone()],
-        preferred: proto::io::ssh::preferred(),
+        preferred: proto_net::ssh::preferred(),
         ..server::Config::default()
     });
     let text = long.clone();
@@ -362,7 +362,7 @@ fn a_password_is_hashed_from_standard_input() {
     let dir = TempDir::new("users").unwrap();
     let users = dir.path().join("users");
     let sha256 = "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b";
-    proto::secret_file::write_new(&users, format!("# people\nalice:{sha256}\n").as_bytes()).unwrap();
+    proto_config::secret_file::write_new(&users, format!("# people\nalice:{sha256}\n").as_bytes()).unwrap();
     let config = dir.path().join("master.yaml");
     std::fs::write(
         &config,

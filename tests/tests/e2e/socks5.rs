@@ -49,7 +49,7 @@ impl Site {
         let file: String = users.iter().map(|(name, password)| line(name, password)).collect();
         let dir = TempDir::new("socks5").unwrap();
         let path = dir.path().join("users");
-        proto::secret_file::replace(&path, file.as_bytes()).unwrap();
+        proto_config::secret_file::replace(&path, file.as_bytes()).unwrap();
         let users_file =
             if users.is_empty() { String::new() } else { format!(", users_file: {}", path.display()) };
         let cluster = Cluster::start(Options {

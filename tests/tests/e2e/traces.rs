@@ -117,7 +117,7 @@ async fn a_request_and_its_stream_are_one_trace() {
     std::fs::write(dir.path().join("ca.crt"), authority.pem()).unwrap();
     let headers = dir.path().join("headers");
     let text = format!("# whose we are\nAuthorization: {AUTHORIZATION}\n");
-    proto::secret_file::replace(&headers, text.as_bytes()).unwrap();
+    proto_config::secret_file::replace(&headers, text.as_bytes()).unwrap();
     let tls = pki::server_config(dir.path(), "collector").unwrap();
     let collector = Collector::start(Some(tls.into())).await.unwrap();
     let port = target().await;

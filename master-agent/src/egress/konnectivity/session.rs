@@ -21,12 +21,12 @@ use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use proto::{
     DialError, Target,
-    io::{
-        dialer::Connection,
-        stream::{Reader, Stream as Tunnelled, StreamError, Writer},
-    },
     konnectivity::{DialRequest, Packet, Payload, TCP},
     mux::frame::MAX_DATA,
+};
+use proto_net::{
+    dialer::Connection,
+    stream::{Reader, Stream as Tunnelled, StreamError, Writer},
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;

@@ -28,7 +28,8 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use proto::{NodeName, io::relay::Counters};
+use proto::NodeName;
+use proto_net::relay::Counters;
 
 use super::{
     door::{Common, EgressListener},

@@ -14,10 +14,8 @@ use std::{
 };
 
 use anyhow::Context;
-use proto::{
-    Target,
-    io::tls::{check_chain, private_key},
-};
+use proto::Target;
+use proto_net::tls::{check_chain, private_key};
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
     client::{

@@ -5,7 +5,7 @@ use std::{
     sync::Mutex,
 };
 
-use proto::config::{Source, parse};
+use proto_config::{Source, parse};
 use serde_json::Value;
 
 use super::*;

@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context, bail, ensure};
 use k8s_openapi::{api::core::v1, jiff::Timestamp};
 use kube::{Api, Client};
-use proto::secret_file;
+use proto_config::secret_file;
 use tokio::sync::Semaphore;
 use zeroize::Zeroizing;
 

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use hyper::Uri;
-use proto::config::{At, Section};
+use proto_config::{At, Section};
 
 use crate::front_end::https_client::ClientTls;
 

@@ -8,7 +8,7 @@ use std::{
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use hyper::http::request::Parts;
 use jsonwebtoken::Algorithm;
-use proto::config::{self, Source};
+use proto_config::Source;
 use rustls::pki_types::CertificateDer;
 use serde_json::{Value, json};
 
@@ -92,9 +92,9 @@ fn at(seconds: i64) -> Moment {
     Moment { wall: SystemTime::UNIX_EPOCH + Duration::from_secs(shift(NOW)), monotonic }
 }
 
-fn read(yaml: &str, world: &World) -> Result<AuthnConfig, config::Errors> {
+fn read(yaml: &str, world: &World) -> Result<AuthnConfig, proto_config::Errors> {
     let source = Source { origin: "test.yaml", base_dir: world.dir(), check_files: true };
-    config::parse(yaml, source, |section| Some(AuthnConfig::read(section)))
+    proto_config::parse(yaml, source, |section| Some(AuthnConfig::read(section)))
 }
 
 fn load(items: &str, world: &World) -> (Authenticators, Vec<Arc<dyn Follow>>) {

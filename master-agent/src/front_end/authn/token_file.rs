@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use proto::secret_file;
+use proto_config::secret_file;
 
 use super::{
     authenticated::Recognized, authenticator::Authenticator, cache::Digest, credential::Presented, csv,

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use hyper::Uri;
-use proto::config::{At, Section};
+use proto_config::{At, Section};
 
 use super::paths::PathRule;
 use crate::front_end::https_client::ClientTls;

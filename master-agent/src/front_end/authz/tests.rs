@@ -3,7 +3,7 @@
 
 use std::{path::Path, sync::Arc};
 
-use proto::config::{Source, parse};
+use proto_config::{Source, parse};
 
 use super::{
     config::{AuthorizerConfig, AuthzConfig},

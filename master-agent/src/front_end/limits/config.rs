@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use proto::config::Section;
+use proto_config::Section;
 
 use super::seats::SeatLimits;
 use crate::fields::{COUNT, WAIT, secs};

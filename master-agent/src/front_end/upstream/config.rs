@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use hyper::Uri;
-use proto::config::{At, Section};
+use proto_config::{At, Section};
 
 use crate::{
     fields::{COUNT, WAIT, secs, verified_or_loopback},
@@ -79,7 +79,7 @@ mod tests {
     use std::path::Path;
 
     use hyper::header::HeaderName;
-    use proto::config::{Source, parse};
+    use proto_config::{Source, parse};
 
     use super::*;
 

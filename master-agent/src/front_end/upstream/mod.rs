@@ -21,7 +21,7 @@ use std::{
 };
 
 use hyper::{Method, Request, Response};
-use proto::io::tasks::Tasks;
+use proto_net::tasks::Tasks;
 
 use crate::{
     metrics::Expiry,

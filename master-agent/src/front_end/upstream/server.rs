@@ -17,10 +17,8 @@ use hyper::{
     http::uri::{Authority, PathAndQuery},
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use proto::{
-    Host, Target,
-    io::{socket, tasks::Tasks},
-};
+use proto::{Host, Target};
+use proto_net::{socket, tasks::Tasks};
 use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::{
     io::{AsyncRead, AsyncWrite},

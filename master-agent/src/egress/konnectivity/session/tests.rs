@@ -5,11 +5,11 @@ use std::net::SocketAddr;
 
 use proto::{
     Host,
-    io::{
-        dialer::{DialFuture, Dialer, Origin},
-        tasks::Tasks,
-    },
     konnectivity::{CloseResponse, DialResponse, Drain},
+};
+use proto_net::{
+    dialer::{DialFuture, Dialer, Origin},
+    tasks::Tasks,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},

@@ -19,7 +19,7 @@ use http_body_util::{BodyExt, Full};
 use hyper::{Response, body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioIo;
 use jsonwebtoken::{Algorithm, EncodingKey};
-use proto::io::tasks::Tasks;
+use proto_net::tasks::Tasks;
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DistinguishedName,
     DnType, ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, PublicKeyData,
@@ -124,7 +124,7 @@ impl World {
     }
 
     pub(super) fn write(&self, name: &str, content: &str) {
-        proto::secret_file::replace(&self.dir.join(name), content.as_bytes()).unwrap();
+        proto_config::secret_file::replace(&self.dir.join(name), content.as_bytes()).unwrap();
     }
 
     /// A client certificate of the CA with this common name.

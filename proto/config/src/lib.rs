@@ -13,6 +13,7 @@ use std::{fs, path::Path};
 mod context;
 mod error;
 mod log;
+pub mod secret_file;
 mod section;
 mod tree;
 mod value;

@@ -13,7 +13,7 @@ use super::{
     section::{At, Value},
     tree::Kind,
 };
-use crate::{NodeName, Target, call_home::Master};
+use proto::{NodeName, Target, call_home::Master};
 
 /// A file mode, written as four octal digits: `"0660"`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,7 +133,7 @@ impl Value for IpNet {
 impl Value for NodeName {
     fn read(at: &At<'_>) -> Option<Self> {
         let (text, _) = at.scalar("a node's name")?;
-        text.parse().map_err(|error: crate::name::InvalidNodeName| at.error(error.to_string())).ok()
+        text.parse().map_err(|error: proto::name::InvalidNodeName| at.error(error.to_string())).ok()
     }
 }
 

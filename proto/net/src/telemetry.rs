@@ -2,7 +2,7 @@
 
 use tracing_subscriber::EnvFilter;
 
-pub use crate::config::LogFormat;
+pub use proto_config::LogFormat;
 
 const QUIET: &str = "russh=error,russh::server::encrypted=warn,hyper=warn,rustls=warn,kube_client=error";
 

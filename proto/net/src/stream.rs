@@ -15,7 +15,7 @@ use super::{
     channel::{self, Channels, Half},
     mux::{self, Incoming, Mux},
 };
-use crate::{DialError, Target};
+use proto::{DialError, Target};
 
 pub(super) mod error;
 
@@ -149,14 +149,14 @@ impl Writer {
         match self {
             Self::Mux(w) => w.room().await,
             Self::Channel(w) => w.room(),
-            Self::Tcp(_) => Ok(crate::mux::frame::MAX_DATA),
+            Self::Tcp(_) => Ok(proto::mux::frame::MAX_DATA),
         }
     }
 
     /// An empty buffer for up to `max` bytes, to be filled behind what it holds already, for [`Self::send`].
     pub fn buffer(&self, max: usize) -> BytesMut {
         match self {
-            Self::Mux(_) => crate::mux::frame::start_data(max),
+            Self::Mux(_) => proto::mux::frame::start_data(max),
             Self::Channel(_) | Self::Tcp(_) => BytesMut::with_capacity(max),
         }
     }

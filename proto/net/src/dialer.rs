@@ -3,7 +3,7 @@
 use std::{fmt, pin::Pin};
 
 use super::stream::Stream;
-use crate::{DialError, NodeName, Target};
+use proto::{DialError, NodeName, Target};
 
 /// Who asked, for records and limits: for instance `unix uid=0 pid=77` or `tls CN=kube-apiserver`.
 #[derive(Clone, Debug, PartialEq, Eq)]

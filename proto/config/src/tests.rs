@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{context::Listener, section::nearest, *};
-use crate::Target;
+use proto::Target;
 
 fn read<T>(text: &str, read: impl FnOnce(&Section<'_>) -> Option<T>) -> Result<T, Errors> {
     parse(text, Source { origin: "f.yaml", base_dir: Path::new("/base"), check_files: false }, read)

@@ -12,7 +12,7 @@ use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::stream::{Reader, Stream, StreamError, Writer};
-use crate::mux::frame::MAX_DATA;
+use proto::mux::frame::MAX_DATA;
 
 /// A read of fewer bytes is small.
 const SMALL: usize = 2 * 1024;

@@ -4,6 +4,7 @@
 pub mod admin;
 pub mod channel;
 pub mod dialer;
+pub mod expiry;
 pub mod exposition;
 pub mod handshake;
 pub mod link;

@@ -1,7 +1,7 @@
 //! A peer that does what no honest one does, frame by frame, against either side.
 
 use super::*;
-use crate::io::stream::Stream;
+use crate::stream::Stream;
 
 const LIMIT: usize = 10;
 /// Streams of the table below: one that is open, one that the peer has ended, one that has ended here, one that the

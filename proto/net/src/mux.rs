@@ -1,4 +1,4 @@
-//! Runs the multiplexer of [`crate::mux`] over one SSH channel.
+//! Runs the multiplexer of [`proto::mux`] over one SSH channel.
 //!
 //! There is no task between a stream and the SSH session: bytes that arrive are put into their stream's
 //! buffer by the session itself ([`Feeder::feed`]), and a stream's frames go straight to the session's queue.
@@ -24,7 +24,7 @@ use bytes::{Bytes, BytesMut};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{link::Gate, stalls::Stalls, stream::error::StreamError, tasks::Tasks};
-use crate::{
+use proto::{
     DialError, Target,
     mux::{
         frame::{self, Decoder, Frame, FrameError},
@@ -884,7 +884,7 @@ mod hostile;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::stream::Stream;
+    use crate::stream::Stream;
 
     struct Pair {
         master: Mux,

@@ -17,7 +17,7 @@ use rustls::{
 };
 use webpki::EndEntityCert;
 
-use crate::secret_file;
+use proto_config::secret_file;
 
 /// How a server is verified and what it is shown.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
