@@ -2,11 +2,13 @@
 # Runs every test: format, lints, dependencies, unit tests, and whole agents against real peers.
 #
 #   tests/run.sh             everything
+#   tests/run.sh quick       fmt, clippy and unit: needs neither root nor packages beyond a compiler and OpenSSH
 #   tests/run.sh STEP...     only these: fmt clippy deny unit e2e quickstart bench
 #
-# It installs what it needs (as root, with apt, pip and cargo) and needs root for what it tests: network namespaces, a
-# DNS server on port 53, accounts. Nothing is skipped: what can't be run fails. TEST_BYTES and TEST_STREAMS make the
-# longest end-to-end tests shorter.
+# It installs what the steps need (as root, with apt, pip and cargo). The steps e2e, quickstart and bench need root for
+# what they test: network namespaces, a DNS server on port 53, accounts. Nothing is skipped: what cannot run fails.
+# TEST_BYTES and TEST_STREAMS make the longest end-to-end tests shorter, and TEST_THREADS says how many of the others
+# run at once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=$PATH:/usr/sbin:/sbin:$HOME/.cargo/bin
@@ -18,16 +20,42 @@ die() {
     exit 1
 }
 
+# What a step needs, as COMMAND:PACKAGE.
+needs() {
+    case $1 in
+        fmt) ;;
+        clippy | deny) echo cc:build-essential ;;
+        unit) echo cc:build-essential ssh-keygen:openssh-client sshd:openssh-server ;;
+        e2e)
+            echo cc:build-essential sshd:openssh-server ssh:openssh-client ip:iproute2 nft:nftables curl:curl \
+                openssl:openssl setpriv:util-linux useradd:passwd python3:python3 systemd-analyze:systemd \
+                chromium:chromium tmux:tmux promtool:prometheus prometheus:prometheus
+            ;;
+        quickstart)
+            echo cc:build-essential sshd:openssh-server ssh:openssh-client ip:iproute2 nft:nftables curl:curl \
+                openssl:openssl setpriv:util-linux useradd:passwd python3:python3
+            ;;
+        bench)
+            echo cc:build-essential sshd:openssh-server ssh:openssh-client setpriv:util-linux useradd:passwd \
+                python3:python3 nginx:nginx-light tmux:tmux
+            ;;
+        *) die "there is no step $1" ;;
+    esac
+}
+
 install_missing() {
-    local pair missing=()
-    for pair in cc:build-essential sshd:openssh-server ssh:openssh-client ip:iproute2 nft:nftables curl:curl \
-        openssl:openssl setpriv:util-linux useradd:passwd python3:python3 systemd-analyze:systemd \
-        chromium:chromium nginx:nginx-light tmux:tmux promtool:prometheus prometheus:prometheus; do
-        command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
+    local step pairs pair missing=()
+    for step in "$@"; do
+        pairs=$(needs "$step")
+        for pair in $pairs; do
+            command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
+        done
+        if [ "$step" = e2e ]; then
+            python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
+        fi
     done
-    python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
     if [ ${#missing[@]} -gt 0 ]; then
-        [ "$(id -u)" = 0 ] || die "install these first: ${missing[*]}"
+        [ "$(id -u)" = 0 ] && [ -z "$quick" ] || die "install these first: ${missing[*]}"
         DEBIAN_FRONTEND=noninteractive apt-get update -qq
         DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
     fi
@@ -60,34 +88,28 @@ browser() {
     export BROWSER_PYTHON=$venv/bin/python
 }
 
-unit() { cargo test --locked --workspace --lib --bins --test architecture; }
+unit() { cargo test --locked --workspace --lib --bins --test architecture --test corpora; }
 
 release() {
     cargo build --locked --release -p master-agent -p node-agent -p tests --bins
 }
 
-# One at a time: they measure memory and descriptors, and load two cores well. What fails is tried once more alone,
-# since other work on the machine can make a whole agent late; what fails twice has failed, and what did not is named.
+# Most tests wait more than they compute, so several run at once. Those in the folder `alone` measure memory, CPU time
+# or throughput, and run one at a time.
 e2e() {
     [ "$(id -u)" = 0 ] || die "the end-to-end tests need root (network namespaces, accounts, port 53)"
     release
     browser
     export TEST_BIN_DIR=$CARGO_TARGET_DIR/release TEST_FIGURES=$CARGO_TARGET_DIR/e2e-figures.txt
-    local log=$CARGO_TARGET_DIR/e2e.log name failed
     rm -f "$TEST_FIGURES"
-    if cargo test --locked -p tests --test e2e -- --test-threads=1 2>&1 | tee "$log"; then
+    local failed=()
+    cargo test --locked -p tests --test e2e -- --skip alone:: --test-threads="${TEST_THREADS:-4}" || failed+=(parallel)
+    cargo test --locked -p tests --test e2e -- alone:: --test-threads=1 || failed+=(alone)
+    if [ -e "$TEST_FIGURES" ]; then
         printf '\n==== figures on the way\n'
         cat "$TEST_FIGURES"
-        return
     fi
-    mapfile -t failed < <(sed -n 's/^test \(.*\) \.\.\. FAILED$/\1/p' "$log")
-    # Without names of failed tests, something else went wrong: the build, say.
-    [ ${#failed[@]} -gt 0 ] && [ ${#failed[@]} -le 5 ] || die "the end-to-end tests failed"
-    for name in "${failed[@]}"; do
-        printf '\n==== once more: %s\n' "$name"
-        cargo test --locked -p tests --test e2e -- --test-threads=1 --exact "$name"
-    done
-    printf '\nWARNING: failed once and then passed: %s\n' "${failed[*]}"
+    [ ${#failed[@]} = 0 ] || die "end-to-end tests failed: ${failed[*]}"
 }
 
 quickstart() {
@@ -153,11 +175,13 @@ for name, figure in figures.items():
 END
 }
 
-install_missing
-for step in "${@:-fmt}"; do
-    case $step in fmt | clippy | deny | unit | e2e | quickstart | bench) ;; *) die "there is no step $step" ;; esac
-done
+quick=''
+if [ "$*" = quick ]; then
+    quick=1
+    set -- fmt clippy unit
+fi
 [ $# -gt 0 ] || set -- fmt clippy deny unit e2e quickstart bench
+install_missing "$@"
 for step in "$@"; do
     printf '\n==== %s\n' "$step"
     "$step"

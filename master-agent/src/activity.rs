@@ -1,7 +1,8 @@
-//! What each node's tunnels carry now and did lately: for people and for metrics, never for decisions.
+//! What each node's tunnels carry now and what happened to them lately. People and metrics are shown it; nothing is decided
+//! by it.
 //!
-//! The registry has one [`NodeActivity`] for each node, as long as the node is known. Everything here is bounded: what is
-//! older goes.
+//! The registry keeps one [`NodeActivity`] for each node as long as the node is known. Everything here is bounded, and the
+//! oldest is forgotten first.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -14,126 +15,71 @@ use std::{
 
 use proto::{DialError, Fault, NodeName, Target};
 use proto_net::{dialer::Origin, relay::Counters};
-use serde::{Deserialize, Serialize};
 
-/// Of each node.
+use crate::admin_api::{Detail, Event, EventKind, StreamStatus, Totals};
+
+/// Events that are kept of each node.
 const EVENTS: usize = 16;
-/// Of each node; a point every [`SAMPLE`].
+/// Round trips that are kept of each node, one every [`SAMPLE`].
 const ROUND_TRIPS: usize = 120;
-/// How often round trips are kept.
+/// How often a round trip is kept.
 pub const SAMPLE: Duration = Duration::from_secs(5);
-/// Characters of a text that peers have a part in.
+/// Characters that are kept of a text which a peer may influence.
 const TEXT: usize = 200;
-/// Streams that are told of a node.
+/// Open streams that are listed of a node.
 const STREAMS: usize = 500;
 
 /// One open stream.
 #[derive(Debug)]
-pub struct Live {
+pub struct OpenStream {
     /// The listener's name, for instance `connect-unix`.
-    pub door: &'static str,
-    /// The caller who opened the stream.
+    pub listener: &'static str,
     pub origin: Origin,
     pub target: Target,
-    /// Why its node was chosen.
+    /// Why the node was chosen.
     pub reason: String,
     pub began: Instant,
     pub counters: Counters,
 }
 
-/// Where what each node carries and did is kept.
+/// Finds the activity of a node.
 pub trait NodeActivities: Send + Sync {
-    /// `None` of a node that is not known.
+    /// `None` if the node is unknown.
     fn activity(&self, name: &NodeName) -> Option<Arc<NodeActivity>>;
 }
 
-/// Of one node.
+/// The activity of one node.
 #[derive(Debug, Default)]
 pub struct NodeActivity {
-    next: AtomicU64,
-    live: Mutex<HashMap<u64, Arc<Live>>>,
+    next_id: AtomicU64,
+    open: Mutex<HashMap<u64, Arc<OpenStream>>>,
     /// Bytes of streams that have ended.
     ended: Counters,
-    dials_failed: [AtomicU64; 5],
+    dials_failed: FailedDials,
     lost: AtomicU64,
-    /// How often it came back after it had been without a tunnel.
+    /// How often the node came back after it had been without a tunnel.
     reconnects: AtomicU64,
-    lately: Mutex<Lately>,
+    history: Mutex<History>,
+}
+
+/// Failed dials, by who is at fault.
+#[derive(Debug, Default)]
+struct FailedDials {
+    caller: AtomicU64,
+    route: AtomicU64,
+    tunnel: AtomicU64,
+    policy: AtomicU64,
+    target: AtomicU64,
 }
 
 #[derive(Debug, Default)]
-struct Lately {
+struct History {
     events: VecDeque<Event>,
-    /// In microseconds; `None` while there was no tunnel, or none that can be measured.
+    /// Round trips in microseconds; `None` while there was no tunnel, or none that can be measured.
     round_trips: VecDeque<Option<u32>>,
 }
 
-/// Something that happened to a node.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Event {
-    pub unix_milliseconds: u64,
-    pub kind: EventKind,
-    pub text: String,
-    /// Of the node's policy, where it refused.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rule: Option<String>,
-    /// How often, one after the other; the time is that of the last.
-    pub times: u64,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum EventKind {
-    Connected,
-    /// A tunnel ended.
-    Lost,
-    /// An attempt to make a tunnel failed.
-    Retrying,
-    /// Someone who claimed to be the node was refused.
-    Impostor,
-    /// The node's policy refused a dial.
-    Policy,
-    DialFailed,
-}
-
-impl EventKind {
-    /// What changes nothing of the node's state.
-    fn is_refusal_or_failure(self) -> bool {
-        matches!(self, Self::Policy | Self::Impostor | Self::DialFailed)
-    }
-}
-
-/// A stream, as `/nodes/NAME` of the admin socket shows it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct StreamStatus {
-    pub id: u64,
-    #[serde(alias = "front_door")]
-    pub egress: String,
-    pub origin: String,
-    pub target: String,
-    pub reason: String,
-    pub seconds: f64,
-    pub up: u64,
-    pub down: u64,
-}
-
-/// Sums, as `/nodes` of the admin socket shows them.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Totals {
-    /// Bytes to targets and from them, since the node is known.
-    pub up: u64,
-    pub down: u64,
-    /// Streams since the node is known.
-    pub streams: u64,
-    /// Dials that failed, by who is at fault.
-    pub failed: HashMap<String, u64>,
-    /// Tunnels that have ended.
-    pub lost: u64,
-    /// When its state last changed.
-    pub changed_unix_milliseconds: Option<u64>,
-}
-
-/// Sums, as metrics show them.
+/// The sums that metrics show.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Figures {
     pub up: u64,
@@ -143,42 +89,30 @@ pub struct Figures {
     pub reconnects: u64,
 }
 
-/// What `/nodes/NAME` adds to what `/nodes` tells.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Detail {
-    /// The oldest ones first, at most 500.
-    pub streams: Vec<StreamStatus>,
-    /// The newest first.
-    pub events: Vec<Event>,
-    /// The oldest first; one every [`SAMPLE`].
-    pub round_trips_microseconds: Vec<Option<u32>>,
-    pub sample_seconds: u64,
-}
-
-/// A stream's place among the open ones; dropping it takes it away.
+/// Keeps a stream listed as open until it is dropped.
 #[derive(Debug)]
-pub struct Place {
+pub struct OpenStreamGuard {
     activity: Arc<NodeActivity>,
     id: u64,
 }
 
 impl NodeActivity {
-    fn live(&self) -> MutexGuard<'_, HashMap<u64, Arc<Live>>> {
-        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    fn open_streams(&self) -> MutexGuard<'_, HashMap<u64, Arc<OpenStream>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lately(&self) -> MutexGuard<'_, Lately> {
-        self.lately.lock().unwrap_or_else(PoisonError::into_inner)
+    fn history(&self) -> MutexGuard<'_, History> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes a stream known while it is open.
-    pub fn open(self: &Arc<Self>, stream: Arc<Live>) -> Place {
-        let id = self.next.fetch_add(1, Relaxed);
-        self.live().insert(id, stream);
-        Place { activity: self.clone(), id }
+    /// Lists a stream while it is open.
+    pub fn open(self: &Arc<Self>, stream: Arc<OpenStream>) -> OpenStreamGuard {
+        let id = self.next_id.fetch_add(1, Relaxed);
+        self.open_streams().insert(id, stream);
+        OpenStreamGuard { activity: self.clone(), id }
     }
 
-    /// There is one more tunnel; `again` after there was none for a while.
+    /// Records a new tunnel. `again` says that the node had been without one.
     pub fn connected(&self, text: &str, again: bool) {
         self.reconnects.fetch_add(u64::from(again), Relaxed);
         self.event(EventKind::Connected, text);
@@ -195,27 +129,26 @@ impl NodeActivity {
         let short = |text: &str| text.chars().take(TEXT).collect::<String>();
         let (text, rule) = (short(text), rule.map(short));
         let unix_milliseconds = unix_milliseconds(SystemTime::now());
-        let mut lately = self.lately();
+        let mut history = self.history();
         if let Some(last) =
-            lately.events.back_mut().filter(|e| e.kind == kind && e.text == text && e.rule == rule)
+            history.events.back_mut().filter(|e| e.kind == kind && e.text == text && e.rule == rule)
         {
             last.times += 1;
             last.unix_milliseconds = unix_milliseconds;
             return;
         }
-        if lately.events.len() >= EVENTS {
-            // What changed the node's state is worth more than what anybody can bring about.
-            let least = lately.events.iter().position(|e| e.kind.is_refusal_or_failure()).unwrap_or_default();
-            lately.events.remove(least);
+        if history.events.len() >= EVENTS {
+            // Events that changed the node's state are worth more than those that any caller can cause.
+            let least =
+                history.events.iter().position(|e| e.kind.is_refusal_or_failure()).unwrap_or_default();
+            history.events.remove(least);
         }
-        lately.events.push_back(Event { unix_milliseconds, kind, text, rule, times: 1 });
+        history.events.push_back(Event { unix_milliseconds, kind, text, rule, times: 1 });
     }
 
-    /// Counts a dial through this node that failed.
+    /// Records a failed dial through this node.
     pub fn failed(&self, target: &Target, error: &DialError) {
-        if let Some(count) = self.dials_failed.get(error.fault() as usize) {
-            count.fetch_add(1, Relaxed);
-        }
+        self.dials_failed.of(error.fault()).fetch_add(1, Relaxed);
         let kind = match error.fault() {
             Fault::Policy => EventKind::Policy,
             Fault::Tunnel | Fault::Target => EventKind::DialFailed,
@@ -227,29 +160,29 @@ impl NodeActivity {
 
     pub fn sample(&self, round_trip: Option<Duration>) {
         let round_trip = round_trip.map(|time| u32::try_from(time.as_micros()).unwrap_or(u32::MAX));
-        let mut lately = self.lately();
-        if lately.round_trips.len() >= ROUND_TRIPS {
-            lately.round_trips.pop_front();
+        let mut history = self.history();
+        if history.round_trips.len() >= ROUND_TRIPS {
+            history.round_trips.pop_front();
         }
-        lately.round_trips.push_back(round_trip);
+        history.round_trips.push_back(round_trip);
     }
 
     fn failures(&self) -> impl Iterator<Item = (Fault, u64)> {
-        FAULTS.into_iter().zip(self.dials_failed.each_ref().map(|count| count.load(Relaxed)))
+        FAULTS.into_iter().map(|fault| (fault, self.dials_failed.of(fault).load(Relaxed)))
     }
 
     fn bytes(&self) -> (u64, u64) {
-        // Under the lock, as a stream that ends moves its bytes under it.
-        let live = self.live();
+        // A stream that ends moves its bytes while it holds the lock.
+        let open = self.open_streams();
         let (mut up, mut down) = (self.ended.up.load(Relaxed), self.ended.down.load(Relaxed));
-        for stream in live.values() {
+        for stream in open.values() {
             up += stream.counters.up.load(Relaxed);
             down += stream.counters.down.load(Relaxed);
         }
         (up, down)
     }
 
-    /// The counters, without what is for people.
+    /// The sums for metrics.
     pub fn figures(&self) -> Figures {
         let (up, down) = self.bytes();
         Figures {
@@ -264,34 +197,34 @@ impl NodeActivity {
     pub fn totals(&self) -> Totals {
         let (up, down) = self.bytes();
         let failed = self.failures().filter(|(_, times)| *times > 0);
-        let state = |kind: EventKind| !kind.is_refusal_or_failure();
         Totals {
             up,
             down,
-            streams: self.next.load(Relaxed),
+            streams: self.next_id.load(Relaxed),
             failed: failed.map(|(fault, times)| (fault.to_string(), times)).collect(),
             lost: self.lost.load(Relaxed),
             changed_unix_milliseconds: {
-                let lately = self.lately();
-                lately.events.iter().rev().find(|event| state(event.kind)).map(|e| e.unix_milliseconds)
+                let history = self.history();
+                let changes = history.events.iter().rev().find(|event| !event.kind.is_refusal_or_failure());
+                changes.map(|event| event.unix_milliseconds)
             },
         }
     }
 
-    /// Who was refused: by the node's policy, or as an impostor of the node. The newest first.
+    /// Refusals by the node's policy and of impostors, the newest first.
     pub fn refusals(&self) -> Vec<Event> {
         let refused = |event: &&Event| matches!(event.kind, EventKind::Policy | EventKind::Impostor);
-        self.lately().events.iter().rev().filter(refused).cloned().collect()
+        self.history().events.iter().rev().filter(refused).cloned().collect()
     }
 
     pub fn detail(&self) -> Detail {
-        let mut open: Vec<(u64, Arc<Live>)> =
-            self.live().iter().map(|(id, stream)| (*id, stream.clone())).collect();
+        let mut open: Vec<(u64, Arc<OpenStream>)> =
+            self.open_streams().iter().map(|(id, stream)| (*id, stream.clone())).collect();
         open.sort_unstable_by_key(|(id, _)| *id);
         open.truncate(STREAMS);
         let streams = open.into_iter().map(|(id, stream)| StreamStatus {
             id,
-            egress: stream.door.to_owned(),
+            egress: stream.listener.to_owned(),
             origin: stream.origin.0.chars().take(TEXT).collect(),
             target: stream.target.to_string(),
             reason: stream.reason.chars().take(TEXT).collect(),
@@ -300,23 +233,34 @@ impl NodeActivity {
             down: stream.counters.down.load(Relaxed),
         });
         let streams = streams.collect();
-        let lately = self.lately();
+        let history = self.history();
         Detail {
             streams,
-            events: lately.events.iter().rev().cloned().collect(),
-            round_trips_microseconds: lately.round_trips.iter().copied().collect(),
+            events: history.events.iter().rev().cloned().collect(),
+            round_trips_microseconds: history.round_trips.iter().copied().collect(),
             sample_seconds: SAMPLE.as_secs(),
         }
     }
 }
 
-/// All of them, in the order of their numbers.
 const FAULTS: [Fault; 5] = [Fault::Caller, Fault::Route, Fault::Tunnel, Fault::Policy, Fault::Target];
 
-impl Drop for Place {
+impl FailedDials {
+    fn of(&self, fault: Fault) -> &AtomicU64 {
+        match fault {
+            Fault::Caller => &self.caller,
+            Fault::Route => &self.route,
+            Fault::Tunnel => &self.tunnel,
+            Fault::Policy => &self.policy,
+            Fault::Target => &self.target,
+        }
+    }
+}
+
+impl Drop for OpenStreamGuard {
     fn drop(&mut self) {
-        let mut live = self.activity.live();
-        if let Some(stream) = live.remove(&self.id) {
+        let mut open = self.activity.open_streams();
+        if let Some(stream) = open.remove(&self.id) {
             self.activity.ended.up.fetch_add(stream.counters.up.load(Relaxed), Relaxed);
             self.activity.ended.down.fetch_add(stream.counters.down.load(Relaxed), Relaxed);
         }
@@ -332,9 +276,9 @@ pub fn unix_milliseconds(time: SystemTime) -> u64 {
 mod tests {
     use super::*;
 
-    fn stream(target: &str) -> Arc<Live> {
-        Arc::new(Live {
-            door: "connect-unix",
+    fn stream(target: &str) -> Arc<OpenStream> {
+        Arc::new(OpenStream {
+            listener: "connect-unix",
             origin: Origin("x".repeat(5000)),
             target: target.parse().unwrap(),
             reason: "node name n1".to_owned(),
@@ -344,10 +288,10 @@ mod tests {
     }
 
     #[test]
-    fn streams_count_while_they_are_open_and_after() {
+    fn streams_count_while_they_are_open_and_afterwards() {
         let activity = Arc::new(NodeActivity::default());
         let (a, b) = (stream("n1:1"), stream("n1:2"));
-        let (place, _other) = (activity.open(a.clone()), activity.open(b.clone()));
+        let (guard, _other) = (activity.open(a.clone()), activity.open(b.clone()));
         a.counters.up.store(5, Relaxed);
         b.counters.down.store(7, Relaxed);
         let sums = |totals: Totals| (totals.up, totals.down, totals.streams);
@@ -355,13 +299,13 @@ mod tests {
         let streams = activity.detail().streams;
         assert_eq!((streams.len(), &*streams[0].target, streams[0].up), (2, "n1:1", 5));
         assert_eq!(streams[0].origin.len(), TEXT);
-        drop(place);
+        drop(guard);
         assert_eq!(sums(activity.totals()), (5, 7, 2));
         assert_eq!(activity.detail().streams.len(), 1);
     }
 
     #[test]
-    fn events_are_few_and_those_of_the_node_s_state_stay() {
+    fn few_events_are_kept_and_state_changes_longest() {
         let activity = NodeActivity::default();
         activity.event(EventKind::Connected, "10.0.0.1:22");
         let policy = DialError::Policy { rule: "default".to_owned(), reason: "no".to_owned() };

@@ -7,16 +7,14 @@ use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::Method;
 use hyper_util::rt::TokioIo;
-use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use proto_net::tasks::Tasks;
 use tokio::net::UnixStream;
 
-use crate::{
-    registry::{NodeDetail, NodeStatus},
-    tunnels::explain::Explanation,
+use crate::admin_api::{
+    COMPARISON, Explanation, NODES, NodeDetail, NodeStatus, PAGE_TOKEN, explain_path, node_path,
 };
 
-/// A client of the running agent. Each question has a connection of its own.
+/// A client of the running agent. Each request has its own connection.
 #[derive(Clone, Debug)]
 pub struct AdminClient {
     socket: PathBuf,
@@ -27,33 +25,42 @@ impl AdminClient {
         Self { socket: socket.to_owned() }
     }
 
-    /// All nodes, and their tunnels.
+    /// All nodes and their tunnels.
     pub async fn nodes(&self) -> anyhow::Result<Vec<NodeStatus>> {
-        Ok(serde_json::from_str(&self.get("/nodes").await?)?)
+        Ok(serde_json::from_str(&self.nodes_json().await?)?)
     }
 
-    /// One node, with its streams and events.
+    /// All nodes and their tunnels, in the agent's own JSON.
+    pub async fn nodes_json(&self) -> anyhow::Result<String> {
+        self.get(NODES).await
+    }
+
+    /// One node with its streams and events.
     pub async fn node(&self, name: &str) -> anyhow::Result<NodeDetail> {
-        Ok(serde_json::from_str(&self.get(&format!("/nodes/{name}")).await?)?)
+        Ok(serde_json::from_str(&self.get(&node_path(name)).await?)?)
     }
 
-    /// Which way a target would be reached, and why.
+    /// How a target is reached, and why.
     pub async fn explain(&self, target: &str) -> anyhow::Result<Explanation> {
-        Ok(serde_json::from_str(&self.get(&explain_path(target)).await?)?)
+        Ok(serde_json::from_str(&self.explain_json(target).await?)?)
+    }
+
+    /// How a target is reached, and why, in the agent's own JSON.
+    pub async fn explain_json(&self, target: &str) -> anyhow::Result<String> {
+        self.get(&explain_path(target)).await
     }
 
     /// A token with which a browser logs in to the page, once.
     pub async fn page_token(&self) -> anyhow::Result<String> {
-        self.send(Method::POST, "/page/token", String::new()).await
+        self.send(Method::POST, PAGE_TOKEN, String::new()).await
     }
 
-    /// Gives the page a comparison to show, as JSON.
+    /// Hands over a comparison, as JSON, for the page to show.
     pub async fn put_comparison(&self, report: String) -> anyhow::Result<()> {
-        self.send(Method::PUT, "/comparison", report).await.map(drop)
+        self.send(Method::PUT, COMPARISON, report).await.map(drop)
     }
 
-    /// An answer as it is.
-    pub async fn get(&self, path: &str) -> anyhow::Result<String> {
+    async fn get(&self, path: &str) -> anyhow::Result<String> {
         self.send(Method::GET, path, String::new()).await
     }
 
@@ -81,9 +88,4 @@ impl AdminClient {
         }
         Ok(body)
     }
-}
-
-/// Where the explanation of a target is.
-pub fn explain_path(target: &str) -> String {
-    format!("/explain?{}", utf8_percent_encode(target, NON_ALPHANUMERIC))
 }

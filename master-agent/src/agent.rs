@@ -1,27 +1,26 @@
 //! What all parts of a running master-agent share.
 
 use std::{
-    collections::HashSet,
     sync::{Arc, OnceLock, PoisonError, RwLock},
     time::SystemTime,
 };
 
-use proto::NodeName;
-use proto_net::{handshake::Places, tasks::Tasks};
+use proto_net::{handshake::HandshakePermits, tasks::Tasks};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     dialer::TunnelDialer,
-    identity::{Authorities, UserIdentity, config::CertificatesConfig, revocation::Revocations},
-    inventory::Inventory,
+    identity::{
+        Authorities, UserIdentity, config::CertificatesConfig, revocation::Revocations, store::Store,
+    },
     kubernetes::{Watches, config::KubernetesConfig},
-    metrics::{Metrics, MetricsConfig, Reason},
+    metrics::{MetricsConfig, Reason},
     registry::{Absent, Registry},
-    routing::{InventoryRoutes, shared::SharedRoutes},
-    store::Store,
+    routing::{InventoryRoutes, inventory::Inventory, shared::SharedRoutes},
     tunnels::{
         callers::ServeCallers,
         config::{CallHomeConfig, TunnelsConfig},
+        counters::TunnelMetrics,
     },
 };
 
@@ -45,7 +44,7 @@ pub struct AgentConfig {
 /// Configuration, identity, registry and counters, and the owner of every session.
 pub struct Agent {
     pub config: AgentConfig,
-    pub metrics: Metrics,
+    pub metrics: TunnelMetrics,
     pub registry: Arc<Registry>,
     pub dialer: Arc<TunnelDialer>,
     pub routes: Arc<SharedRoutes>,
@@ -57,7 +56,7 @@ pub struct Agent {
     pub sessions: Tasks,
     /// Set when no new tunnels are to be made.
     pub draining: CancellationToken,
-    pub handshakes: Places,
+    pub handshakes: HandshakePermits,
     /// Serves callers who come through tunnels; unset if the configuration does not ask for it.
     pub callers: OnceLock<Arc<dyn ServeCallers>>,
     /// Certificates of masters and people that nodes are to refuse.
@@ -81,7 +80,7 @@ impl Agent {
             Arc::new(TunnelDialer::new(registry.clone(), routes.clone(), config.tunnels.dial_timeout));
         let user = authorities.issue_user(SystemTime::now(), config.certificates.user_ttl)?;
         let agent = Self {
-            metrics: Metrics::new(registry.clone()),
+            metrics: TunnelMetrics::default(),
             watches: config
                 .kubernetes
                 .as_ref()
@@ -93,7 +92,9 @@ impl Agent {
             authorities,
             sessions: Tasks::new(),
             draining: CancellationToken::new(),
-            handshakes: Places::new(config.call_home.as_ref().map_or(HANDSHAKES, |c| c.max_handshakes)),
+            handshakes: HandshakePermits::new(
+                config.call_home.as_ref().map_or(HANDSHAKES, |c| c.max_handshakes),
+            ),
             callers: OnceLock::new(),
             revocations: Revocations::new(None),
             user: RwLock::new(Arc::new(user)),
@@ -144,7 +145,7 @@ impl Agent {
 
     /// Whether the inventory file had nodes when it was read last.
     pub fn file_has_nodes(&self) -> bool {
-        !self.of_file.read().unwrap_or_else(PoisonError::into_inner).nodes.is_empty()
+        !self.of_file.read().unwrap_or_else(PoisonError::into_inner).nodes().is_empty()
     }
 
     /// Makes the nodes of the inventory file and of the cluster known. Tunnels of nodes that are gone are closed.
@@ -152,14 +153,13 @@ impl Agent {
         let of_file = self.of_file.read().unwrap_or_else(PoisonError::into_inner).clone();
         let mut inventory = Inventory::clone(&of_file);
         if let Some(template) = self.config.kubernetes.as_ref().and_then(|k| k.nodes.as_ref()) {
-            let listed: HashSet<&NodeName> = of_file.nodes.iter().map(|node| &node.name).collect();
             let watched = self.routes.read(|routes| {
-                let nodes = routes.cluster.nodes().filter(|node| !listed.contains(&node.name));
+                let nodes = routes.cluster.nodes().filter(|node| of_file.node(&node.name).is_none());
                 nodes.map(|node| template.node(node)).collect::<Vec<_>>()
             });
-            inventory.nodes.extend(watched);
+            inventory.extend(watched);
         }
-        let expected = inventory.nodes.iter().map(|node| {
+        let expected = inventory.nodes().iter().map(|node| {
             let absent = if node.dial.is_some() { Absent::New } else { Absent::WaitingForCallHome };
             (node.name.clone(), (node.connections, absent))
         });

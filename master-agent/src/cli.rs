@@ -1,4 +1,4 @@
-//! The command line, and the commands that ask the running agent.
+//! The command line, and the commands that query the running agent.
 
 use std::{
     io::{self, BufRead},
@@ -14,9 +14,9 @@ use rustix::termios::{self, LocalModes, OptionalActions};
 use zeroize::Zeroizing;
 
 use crate::{
-    admin_client::{AdminClient, explain_path},
+    admin_client::AdminClient,
     compare::CompareArgs,
-    egress::users,
+    egress::socks5::users,
     identity::revocation,
     page,
     sshd_config::SshdConfigArgs,
@@ -24,7 +24,7 @@ use crate::{
     top::TopArgs,
 };
 
-/// Runs beside kube-apiserver: keeps SSH tunnels to every node and carries connections over them.
+/// Runs beside kube-apiserver, keeps SSH tunnels to every node and carries connections over them.
 #[derive(Debug, Parser)]
 #[command(name = "master-agent", version, propagate_version = true)]
 pub struct Cli {
@@ -43,71 +43,71 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Run the agent until SIGTERM; SIGHUP reads the inventory again.
+    /// Run the agent until SIGTERM. SIGHUP reloads the inventory.
     Run,
-    /// Read the configuration and everything it names, print every error, and exit with 78 if there is one.
+    /// Check the configuration and the files that it names, print every error, and exit with 78 if there is one.
     CheckConfig,
-    /// Tokens with which a new host joins.
+    /// Manage the tokens with which new hosts join.
     #[command(subcommand)]
     Token(TokenCommand),
-    /// The nodes of the running agent.
+    /// List and forget nodes.
     #[command(subcommand)]
     Node(NodeCommand),
-    /// Print what makes a plain OpenSSH sshd a node: a script to run on that host as root.
+    /// Print a script that makes a host with a plain OpenSSH sshd a node. Run it as root on that host.
     SshdConfig(SshdConfigArgs),
-    /// Say which way a target would be reached, and why.
+    /// Explain how a target is reached, and dial it.
     Explain {
-        /// The target, for instance n1:10250, 10.244.1.7:8080 or [fd00::1]:443.
+        /// The target, for example n1:10250, 10.244.1.7:8080 or [fd00::1]:443.
         #[arg(value_name = "HOST:PORT")]
         target: String,
         #[command(flatten)]
         output: OutputArgs,
     },
-    /// Print the address under which a browser on this host, or one behind `ssh -L`, shows the running agent's page.
+    /// Print a login URL for the running agent's page, for a browser on this host or behind `ssh -L`.
     Page,
-    /// The nodes of the running agent, live.
+    /// Show the nodes of the running agent live.
     Top(TopArgs),
-    /// Measure targets over their tunnels and directly, pair by pair: what a tunnel costs.
+    /// Measure what a tunnel costs: the same work over tunnels and directly, pair by pair.
     Compare(Box<CompareArgs>),
-    /// Sign a person's SSH key, for `ssh -L`, `-W` and `-J` through nodes within their policies.
+    /// Sign a person's SSH key for `ssh -L`, `-W` and `-J` through nodes, within their policies.
     SignUser(SignUserArgs),
-    /// Print a user's line for `socks5.tcp.users_file`. The password is a line of standard input.
+    /// Print a user's line for `socks5.tcp.users_file`. The password is read from standard input.
     HashPassword {
         /// The user's name.
         name: String,
     },
-    /// Revoke SSH certificates of masters and people: nodes cut their sessions and refuse them.
+    /// Revoke SSH certificates of masters and people. Nodes close their sessions and refuse new ones.
     Revoke(RevokeArgs),
     /// Print a completion script for a shell.
     Completions {
-        /// The shell that is to read it.
+        /// The shell.
         shell: clap_complete::Shell,
     },
 }
 
 #[derive(Debug, Subcommand)]
 pub enum TokenCommand {
-    /// Make a token, and print the line to run on the new host.
+    /// Create a token and print the command to run on the new host.
     Create(TokenCreateArgs),
-    /// List the tokens that have not expired (never their secrets).
+    /// List the tokens that have not expired, without their secrets.
     List(OutputArgs),
-    /// Revoke a token by its id.
+    /// Revoke a token.
     Revoke {
-        /// As `token list` shows it.
+        /// The token's id, as shown by `token list`.
         id: String,
     },
 }
 
 #[derive(Debug, Args)]
 pub struct TokenCreateArgs {
-    /// The only node name the token is good for. Needed to join a node anew that has joined before.
+    /// The only node name that the token is valid for. Required for a node that has joined before.
     #[arg(long, value_name = "NAME")]
     pub node: Option<NodeName>,
-    /// How long it can be used, for instance 30m.
+    /// How long the token is valid, for example 30m.
     #[arg(long, default_value = "1h", value_parser = humantime::parse_duration)]
     pub ttl: Duration,
-    /// The master's call-home address as the new host sees it; the host name and the configured port by default. With
-    /// https:// before it, that of the front end.
+    /// The master's call-home address as the new host sees it, or with https:// the address of the front end. Defaults
+    /// to the host name and the configured port.
     #[arg(long, value_name = "HOST:PORT")]
     pub address: Option<proto::call_home::Master>,
 }
@@ -116,8 +116,8 @@ pub struct TokenCreateArgs {
 pub enum NodeCommand {
     /// List the nodes and their tunnels.
     List(OutputArgs),
-    /// Forget the host key that a node joined with, or that was trusted on first use, so that another may take its
-    /// place. The key and its certificate are good for nothing from then on.
+    /// Forget the host key that a node joined with, or that was trusted on first use. The key and its certificate are no
+    /// longer accepted, and another key may take their place.
     Forget {
         /// The node's name.
         node: NodeName,
@@ -126,7 +126,7 @@ pub enum NodeCommand {
 
 #[derive(Debug, Args)]
 pub struct OutputArgs {
-    /// The form of the output.
+    /// The output format.
     #[arg(long, short, value_enum, default_value_t)]
     pub output: Output,
 }
@@ -143,7 +143,7 @@ pub struct SignUserArgs {
     /// The login name, which becomes the certificate's principal.
     #[arg(value_name = "LOGIN")]
     pub login: String,
-    /// The person's public key ("-" is standard input).
+    /// The file with the person's public key ("-" for standard input).
     #[arg(long, value_name = "FILE")]
     pub key: PathBuf,
     /// How long the certificate is valid.
@@ -158,23 +158,23 @@ pub struct SignUserArgs {
         master-agent revoke --import KRL | --list | --export FILE"
 )]
 pub struct RevokeArgs {
-    /// Certificates with this serial number, or from FIRST to LAST; `ssh-keygen -L` and the log of a node show it.
+    /// Revoke certificates by serial number, or from FIRST to LAST. `ssh-keygen -L` and the logs of nodes show it.
     #[arg(long, value_name = "N|FIRST-LAST", value_parser = revocation::serials, group = "what")]
     pub serial: Vec<Entry>,
-    /// Certificates with this key id: a person's login name, or master-agent:HOST. Also those that are signed later.
+    /// Revoke certificates by key id (a person's login name, or master-agent:HOST), including those signed later.
     #[arg(long, value_name = "ID", group = "what")]
     pub key_id: Vec<String>,
-    /// All certificates of a key: a file with the public key or a certificate of it ("-" is standard input), or its
-    /// fingerprint.
+    /// Revoke all certificates of a key: a file with the public key or one of its certificates ("-" for standard input),
+    /// or its fingerprint.
     #[arg(long, value_name = "FILE|SHA256:...", group = "what")]
     pub key: Vec<String>,
-    /// All that an OpenSSH key revocation list has of keys and of this master's user CA.
+    /// Revoke what an OpenSSH key revocation list contains for keys and for this master's user CA.
     #[arg(long, value_name = "KRL", group = "what")]
     pub import: Vec<PathBuf>,
-    /// Take out of the list what is named, rather than add it.
+    /// Remove the named entries from the list instead of adding them.
     #[arg(long, conflicts_with = "import")]
     pub remove: bool,
-    /// Print what is revoked.
+    /// Print the list.
     #[arg(long, group = "what")]
     pub list: bool,
     /// Write the list to FILE as an OpenSSH key revocation list, and its signature to FILE.sig.
@@ -189,14 +189,14 @@ pub fn completions(shell: clap_complete::Shell) {
     clap_complete::generate(shell, &mut Cli::command(), "master-agent", &mut std::io::stdout());
 }
 
-/// `hash-password`. The password is no argument, as those are for every process to see.
+/// Runs `hash-password`. The password is not an argument, since every process can see those.
 pub fn hash_password(name: &str) -> anyhow::Result<()> {
     let password = read_password().context("can't read standard input")?;
     println!("{}", users::line(name, password.trim_end_matches(['\r', '\n']).as_bytes())?);
     Ok(())
 }
 
-/// One line of standard input; a terminal does not show it.
+/// Reads a line of standard input. A terminal does not show it.
 fn read_password() -> io::Result<Zeroizing<String>> {
     let stdin = io::stdin();
     let terminal = termios::tcgetattr(&stdin).ok();
@@ -215,19 +215,19 @@ fn read_password() -> io::Result<Zeroizing<String>> {
     read.map(|_| line)
 }
 
-/// `node list`.
+/// Runs `node list`.
 pub async fn node_list(agent: &AdminClient, output: Output) -> anyhow::Result<()> {
     match output {
-        Output::Json => println!("{}", agent.get("/nodes").await?),
+        Output::Json => println!("{}", agent.nodes_json().await?),
         Output::Table => print_nodes(&agent.nodes().await?),
     }
     Ok(())
 }
 
-/// `explain`.
+/// Runs `explain`.
 pub async fn explain(agent: &AdminClient, target: &str, output: Output) -> anyhow::Result<()> {
     match output {
-        Output::Json => println!("{}", agent.get(&explain_path(target)).await?),
+        Output::Json => println!("{}", agent.explain_json(target).await?),
         Output::Table => {
             let e = agent.explain(target).await?;
             let none = || "-".to_owned();
@@ -236,13 +236,14 @@ pub async fn explain(agent: &AdminClient, target: &str, output: Output) -> anyho
                 ["target".to_owned(), e.target],
                 ["reason".to_owned(), if e.reason.is_empty() { none() } else { e.reason }],
             ];
-            for way in e.candidates {
-                let round_trip = way.round_trip_microseconds.map(|us| format!(", round trip {}", ms(us)));
+            for candidate in e.candidates {
+                let round_trip =
+                    candidate.round_trip_microseconds.map(|us| format!(", round trip {}", ms(us)));
                 let text = format!(
                     "{} for {}, {}{}",
-                    way.node,
-                    way.target,
-                    way.state.unwrap_or_else(|| "not known here".to_owned()),
+                    candidate.node,
+                    candidate.target,
+                    candidate.state.unwrap_or_else(|| "not known here".to_owned()),
                     round_trip.unwrap_or_default()
                 );
                 rows.push(["candidate".to_owned(), text]);
@@ -259,7 +260,7 @@ pub async fn explain(agent: &AdminClient, target: &str, output: Output) -> anyho
     Ok(())
 }
 
-/// `page`.
+/// Runs `page`.
 pub async fn page(agent: &AdminClient, listen: SocketAddr) -> anyhow::Result<()> {
     println!("http://{listen}{}login?token={}", page::ADMIN, agent.page_token().await?);
     Ok(())

@@ -14,7 +14,7 @@ use proto_net::{
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::{
-    directory::{Directory, Pod},
+    directory::{Directory, PodLocation},
     registry::Registry,
     routing::{Hop, Route, Via, preference, shared::SharedRoutes},
 };
@@ -94,13 +94,12 @@ impl TunnelDialer {
             ways -= 1;
             let error = match self.dial_node(&node, &asked, origin, left).await {
                 Ok((stream, permit)) => {
-                    let permit = Some(Box::new(permit) as _);
                     let reason = if asked == *target {
                         route.reason
                     } else {
                         format!("{}, endpoint {asked}", route.reason)
                     };
-                    return Ok(Connection { stream, node: Some(node), reason, permit });
+                    return Ok(Connection { stream, node: Some(node), reason, permit: Some(permit) });
                 }
                 Err(error) => error,
             };
@@ -175,11 +174,11 @@ impl Directory for TunnelDialer {
         self.routes.read(|routes| routes.node_addresses(node))
     }
 
-    fn pod(&self, namespace: &str, name: &str) -> Result<Pod, DialError> {
+    fn pod(&self, namespace: &str, name: &str) -> Result<PodLocation, DialError> {
         let key = format!("{namespace}/{name}");
         self.routes.read(|routes| {
             let pod = routes.cluster.pod(&key).ok_or_else(|| unknown("pod", &key))?;
-            Ok(Pod { address: routes.pod_address(pod)?, first_port: pod.first_port })
+            Ok(PodLocation { address: routes.pod_address(pod)?, first_port: pod.first_port })
         })
     }
 

@@ -1,4 +1,4 @@
-//! What the configurations of several features have in common: ranges, listening addresses, Unix sockets and TLS.
+//! Configuration fields that several features share: ranges, listening addresses, Unix sockets and TLS.
 
 use std::{
     fs,
@@ -15,7 +15,7 @@ use crate::http::is_loopback;
 
 pub(crate) const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// For waits: long enough for any network, and no accidental month.
+/// The range of waits: long enough for any network, but no month by accident.
 pub(crate) const WAIT: RangeInclusive<Duration> = Duration::from_millis(10)..=DAY;
 
 pub(crate) const COUNT: RangeInclusive<usize> = 1..=1_000_000;
@@ -60,9 +60,9 @@ pub(crate) fn verified_or_loopback(at: &At<'_>, uri: Uri) -> Option<Uri> {
 pub struct UnixConfig {
     pub path: PathBuf,
     pub mode: u32,
-    /// Numeric user of the socket file; `None` leaves it to the process.
+    /// The numeric owner of the socket file; `None` leaves the process's own.
     pub owner: Option<u32>,
-    /// Numeric group of the socket file; `None` leaves it to the process.
+    /// The numeric group of the socket file; `None` leaves the process's own.
     pub group: Option<u32>,
 }
 
@@ -77,14 +77,14 @@ impl UnixConfig {
     }
 }
 
-/// TLS that asks every caller for a certificate.
+/// TLS that requires a certificate of every caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TlsConfig {
     pub listen: SocketAddr,
     pub cert: PathBuf,
     pub key: PathBuf,
     pub client_ca: PathBuf,
-    /// Common names or subject alternative names that may call; empty allows every certificate of `client_ca`.
+    /// The common names or subject alternative names that may call. If empty, every certificate of `client_ca` may.
     pub allowed_names: Vec<String>,
 }
 
@@ -114,7 +114,7 @@ fn account(at: &At<'_>, table: &str, kind: &str) -> Option<u32> {
     }
 }
 
-/// Both tables have the name first and the id third.
+/// In both tables, the name is the first field and the id the third.
 fn id_of(accounts: &str, name: &str) -> Option<u32> {
     let id = |line: &str| {
         let mut fields = line.split(':');

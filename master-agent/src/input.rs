@@ -1,4 +1,4 @@
-//! Files that commands read.
+//! Input of commands.
 
 use std::path::Path;
 

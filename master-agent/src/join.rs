@@ -18,10 +18,12 @@ use russh::{ChannelMsg, keys::PublicKey};
 
 use crate::{
     agent::Agent,
-    identity::{HostKeyError, VerifiedHost},
-    inventory::Inventory,
+    identity::{
+        HostKeyError, VerifiedHost,
+        token::{Admission, Applicant, Listed},
+    },
     metrics::Reason,
-    token::{self, Listed},
+    routing::inventory::Inventory,
     tunnel::Session,
 };
 
@@ -107,17 +109,14 @@ async fn decide(agent: &Arc<Agent>, request: JoinRequest, key: &PublicKey, peer:
     let (agent, key) = (agent.clone(), key.clone());
     let decided = tokio::task::spawn_blocking(move || {
         let inventory = agent.inventory();
-        let ttl = agent.config.certificates.host_ttl;
-        let response = token::handle_join(
-            &request,
-            &key,
-            peer.ip(),
-            &agent.authorities,
-            agent.store.as_ref(),
-            inventory.as_ref(),
-            SystemTime::now(),
-            ttl,
-        );
+        let admission = Admission {
+            authorities: &agent.authorities,
+            store: agent.store.as_ref(),
+            listed: inventory.as_ref(),
+            host_ttl: agent.config.certificates.host_ttl,
+        };
+        let applicant = Applicant { host_key: &key, peer: peer.ip() };
+        let response = admission.decide(&request, applicant, SystemTime::now());
         let result = match &response {
             JoinResponse::Accepted { node, .. } => {
                 tracing::info!(%node, %peer, "joined");
@@ -149,11 +148,11 @@ fn end_former(agent: &Arc<Agent>, node: &NodeName, key: &PublicKey) {
 
 impl Listed for Inventory {
     fn addresses(&self, node: &NodeName) -> Option<Vec<IpAddr>> {
-        self.nodes.iter().find(|n| n.name == *node).map(|n| n.addresses.clone())
+        self.node(node).map(|node| node.addresses.clone())
     }
 
     fn owner(&self, address: &IpAddr) -> Option<NodeName> {
-        self.nodes.iter().find(|n| n.addresses.contains(address)).map(|n| n.name.clone())
+        self.node_with_address(address).map(|node| node.name.clone())
     }
 }
 

@@ -2,14 +2,12 @@
 
 use std::{net::IpAddr, sync::Arc};
 
+use futures_util::future::BoxFuture;
 use hyper::{Request, body::Incoming};
 
 use crate::{
-    egress::proxy_url::ProxyUrls,
-    front_end::{
-        future::BoxFuture,
-        proxy_urls::{self, Answered},
-    },
+    egress::proxy_urls::call::ProxyUrls,
+    front_end::proxy_urls::{self, Answered},
     http::watched::Activity,
     stream::caller::Caller,
 };

@@ -2,11 +2,11 @@
 
 pub mod activity;
 pub mod admin;
+pub mod admin_api;
 pub mod admin_client;
 pub mod agent;
 pub mod app;
 pub mod cli;
-pub mod client_certificates;
 pub mod compare;
 pub mod config;
 pub mod dialer;
@@ -18,22 +18,18 @@ pub mod host_trust;
 pub mod http;
 pub mod identity;
 pub mod input;
-pub mod inventory;
 pub mod join;
 mod joined;
 pub mod kubernetes;
 pub mod links;
 pub mod metrics;
 pub mod page;
-pub mod rate;
 pub mod registry;
-pub mod reloaded;
+
 pub mod routing;
 pub mod sshd_config;
-pub mod store;
 pub mod stream;
 pub mod table;
-pub mod token;
 pub mod top;
 pub mod traces;
 pub mod trust;

@@ -11,7 +11,7 @@ use std::{
 use proto::{NodeName, Target, backoff::Backoff, relink};
 use proto_net::{
     admin::accept_error,
-    handshake::Place,
+    handshake::HandshakePermit,
     mux::{Events, Notice},
     socket,
     tasks::Tasks,
@@ -22,13 +22,13 @@ use tokio::{
 };
 
 use crate::{
-    activity::EventKind,
+    admin_api::EventKind,
     agent::Agent,
     identity::{HostKeyError, LOGIN, UserIdentity},
-    inventory::InventoryNode,
     join,
     metrics::Reason,
     registry::{Absent, Registration},
+    routing::inventory::InventoryNode,
     trust,
     tunnel::{Direction, HostIdentity, Session, Tunnel, TunnelError, Verify, handshake},
     tunnels::revocation,
@@ -57,15 +57,14 @@ impl DialLinks {
     /// Starts loops for new nodes, ends those of nodes that are gone, restarts those that changed.
     pub fn follow(&mut self, agent: &Arc<Agent>) {
         let inventory = agent.inventory();
-        let now: HashMap<&NodeName, &InventoryNode> = inventory.nodes.iter().map(|n| (&n.name, n)).collect();
         self.loops.retain(|name, (was, tasks)| {
-            let stays = now.get(name).is_some_and(|node| same_link(node, was));
+            let stays = inventory.node(name).is_some_and(|node| same_link(node, was));
             if !stays {
                 tasks.cancel();
             }
             stays
         });
-        for node in &inventory.nodes {
+        for node in inventory.nodes() {
             let Some(address) = &node.dial else { continue };
             if self.loops.contains_key(&node.name) {
                 continue;
@@ -210,7 +209,9 @@ async fn dial_once(
     let peer = socket.peer_addr().ok();
     let verify = trust::dialled(agent, node, address);
     let user = match &node.key_file {
-        Some(path) => Arc::new(UserIdentity::read(path).map_err(|e| TunnelError::Connect(e.to_string()))?),
+        Some(path) => {
+            Arc::new(UserIdentity::load(path.clone()).await.map_err(|e| TunnelError::Connect(e.to_string()))?)
+        }
         None => agent.user(),
     };
     let session = shake(agent, socket, verify, (&node.user, &user), tasks, None).await?;
@@ -254,7 +255,7 @@ pub enum Asked {
 }
 
 /// Answers a call home, and keeps its tunnel to its end.
-pub async fn answer<T>(agent: &Arc<Agent>, socket: T, peer: SocketAddr, asked: Asked, place: Place)
+pub async fn answer<T>(agent: &Arc<Agent>, socket: T, peer: SocketAddr, asked: Asked, place: HandshakePermit)
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -281,7 +282,7 @@ async fn called<T>(
     socket: T,
     peer: SocketAddr,
     asked: Asked,
-    place: &Place,
+    place: &HandshakePermit,
 ) -> Result<Option<Linked>, TunnelError>
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -323,13 +324,20 @@ where
 /// Takes only what the call was admitted as: that node, or a host that is none yet.
 fn admitted(verify: Verify, asked: &Asked) -> Verify {
     let asked = asked.clone();
-    Box::new(move |presented| match (verify(presented)?, &asked) {
-        (HostIdentity::Verified(host), Asked::Link(node)) if host.node != *node => {
-            Err(HostKeyError::OtherNode { admitted: node.clone(), node: host.node })
-        }
-        (HostIdentity::Verified(host), Asked::Join(_)) => Err(HostKeyError::NotJoining { node: host.node }),
-        (HostIdentity::Unknown(_, why), Asked::Link(_)) => Err(why.as_ref().clone()),
-        (identity, Asked::Anything | Asked::Link(_) | Asked::Join(_)) => Ok(identity),
+    Box::new(move |presented| {
+        let (verified, asked) = (verify(presented), asked.clone());
+        Box::pin(async move {
+            match (verified.await?, &asked) {
+                (HostIdentity::Verified(host), Asked::Link(node)) if host.node != *node => {
+                    Err(HostKeyError::OtherNode { admitted: node.clone(), node: host.node })
+                }
+                (HostIdentity::Verified(host), Asked::Join(_)) => {
+                    Err(HostKeyError::NotJoining { node: host.node })
+                }
+                (HostIdentity::Unknown(_, why), Asked::Link(_)) => Err(why.as_ref().clone()),
+                (identity, Asked::Anything | Asked::Link(_) | Asked::Join(_)) => Ok(identity),
+            }
+        })
     })
 }
 
@@ -339,7 +347,7 @@ async fn shake<T>(
     verify: Verify,
     (login, user): (&str, &UserIdentity),
     tasks: &Tasks,
-    place: Option<&Place>,
+    place: Option<&HandshakePermit>,
 ) -> Result<Session, TunnelError>
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -500,9 +508,7 @@ async fn serve_callers(agent: Arc<Agent>, tunnel: Arc<Tunnel>) {
     // An inventory is not kept for as long as a tunnel lasts.
     let listen = match tunnel.is_node_agent() {
         true => None,
-        false => {
-            agent.inventory().nodes.iter().find(|n| n.name == tunnel.node).and_then(|n| n.front_end_listen)
-        }
+        false => agent.inventory().node(&tunnel.node).and_then(|node| node.front_end_listen),
     };
     callers.clone().serve(tunnel, listen).await;
 }

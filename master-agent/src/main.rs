@@ -1,4 +1,4 @@
-//! The master-agent program.
+//! The program master-agent: reads the command line and the configuration, then runs the command.
 
 use std::{process::ExitCode, sync::Arc, time::SystemTime};
 
@@ -10,13 +10,12 @@ use master_agent::{
     cli::{self, Cli, Command, NodeCommand, Output, RevokeArgs, SignUserArgs, TokenCommand, TokenCreateArgs},
     compare::{self, Configured},
     config::Config,
-    identity::{Authorities, host_name, revocation},
+    identity::{Authorities, host_name, revocation, sqlite::SqliteStore, store::Store, token},
     input::read_text,
-    inventory::Inventory,
+    routing::inventory::Inventory,
     sshd_config::{self, SshdConfigArgs},
-    store::{SqliteStore, Store},
     table::print_table,
-    token, top,
+    top,
 };
 use proto::{
     call_home::Master,
@@ -37,7 +36,7 @@ fn main() -> ExitCode {
     if let Command::HashPassword { name } = &cli.command {
         return done(cli::hash_password(name));
     }
-    // A mistake in the inventory is no reason not to answer what the running agent does.
+    // A mistake in the inventory must not prevent queries to the running agent.
     let load = match cli.command {
         Command::Run | Command::CheckConfig => Config::load,
         Command::Token(_)
@@ -76,8 +75,8 @@ fn done(result: anyhow::Result<()>) -> ExitCode {
     }
 }
 
-/// For tunnels half of the cores, as the others are kube-apiserver's; the front end has threads of its own. With one,
-/// nothing is handed over between threads, and what streams send together leaves together.
+/// The runtime of the tunnels has half of the cores: the others are for kube-apiserver, and the front end has its own
+/// threads. With one thread nothing is handed over between threads, and what streams send together leaves together.
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     match std::thread::available_parallelism().map_or(1, |n| n.get() / 2) {
         0 | 1 => tokio::runtime::Builder::new_current_thread().enable_all().build(),
@@ -136,11 +135,11 @@ fn token_create(config: &Config, args: TokenCreateArgs) -> anyhow::Result<()> {
         config.front_end.as_ref().filter(|_| config.calls_over_https()).map(|f| ("https://", f.listen));
     let Some((scheme, listen)) = config.call_home.as_ref().map(|c| ("", c.listen)).or(https) else {
         bail!(
-            "neither `call_home:` nor `front_end:` with `call_home: true` is configured: a new host joins there"
+            "new hosts join where nodes call home, but neither `call_home:` nor `front_end:` with `call_home: true` is configured"
         );
     };
     if matches!(args.address, Some(Master::Https(_))) && https.is_none() {
-        bail!("hosts can't join over HTTPS: `front_end:` with `call_home: true` is not configured");
+        bail!("hosts cannot join over HTTPS: `front_end:` with `call_home: true` is not configured");
     }
     let authorities = Authorities::load_or_create(&config.state_dir)?;
     let store = SqliteStore::open(&config.state_dir)?;
@@ -174,7 +173,7 @@ fn token_list(config: &Config, output: Output) -> anyhow::Result<()> {
 fn print_sshd_config(config: &Config, args: SshdConfigArgs) -> anyhow::Result<()> {
     let Some(path) = &config.inventory else { bail!("`inventory:` is not configured") };
     let inventory = Inventory::load(path)?;
-    let Some(node) = inventory.nodes.iter().find(|node| node.name == args.node) else {
+    let Some(node) = inventory.node(&args.node) else {
         bail!("node {} is not in {}: add it there first", args.node, path.display());
     };
     let authorities = Authorities::load_or_create(&config.state_dir)?;
@@ -203,7 +202,7 @@ fn sign_user(config: &Config, args: SignUserArgs) -> anyhow::Result<()> {
     let certificate = authorities.sign_user(&key, &principals, &args.login, SystemTime::now(), args.ttl)?;
     if let Some(by) = revocation::stored(&SqliteStore::open(&config.state_dir)?)?.revokes(&certificate) {
         bail!(
-            "nodes would refuse the certificate, as it is revoked by {by}: see `master-agent revoke --list`"
+            "nodes would refuse the certificate, since it is revoked by {by}: see `master-agent revoke --list`"
         );
     }
     println!("{}", certificate.to_openssh()?);
@@ -236,13 +235,13 @@ fn revoke(config: &Config, args: RevokeArgs) -> anyhow::Result<()> {
             for other in &imported {
                 let left_out = list.merge(ca, other.clone())?;
                 if left_out > 0 {
-                    eprintln!("left out what is of {left_out} other CAs");
+                    eprintln!("skipped the entries of {left_out} other CAs");
                 }
             }
             Ok(())
         })?;
         match changed {
-            Some(version) => eprintln!("version {version}; the running agent brings it to its nodes"),
+            Some(version) => eprintln!("version {version}; the running agent distributes it to its nodes"),
             None => eprintln!("nothing changed"),
         }
     }

@@ -6,17 +6,16 @@
 
 use std::{
     collections::BTreeMap,
-    net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
 
 use proto::{DialError, NodeName};
-use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
-    activity::{self, Detail, Event, EventKind, Figures, NodeActivities, NodeActivity, Totals},
+    activity::{self, Figures, NodeActivities, NodeActivity},
+    admin_api::{Event, EventKind, NodeDetail, NodeStatus, TunnelStatus},
     tunnel::{Direction, NotRegistered, Tunnel},
 };
 
@@ -81,27 +80,6 @@ pub struct Registration {
     pub absence: Option<Duration>,
 }
 
-/// What `node list` shows.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct NodeStatus {
-    pub name: NodeName,
-    pub state: String,
-    pub reason: String,
-    pub tunnels: Vec<TunnelStatus>,
-    pub refused: u64,
-    #[serde(default)]
-    pub totals: Totals,
-}
-
-/// What `/nodes/NAME` of the admin socket answers.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct NodeDetail {
-    #[serde(flatten)]
-    pub status: NodeStatus,
-    #[serde(flatten)]
-    pub detail: Detail,
-}
-
 /// What metrics tell of a node.
 #[derive(Clone, Debug)]
 pub struct NodeFigures {
@@ -113,20 +91,6 @@ pub struct NodeFigures {
     pub certificate_expires: Option<u64>,
     pub refused: u64,
     pub activity: Figures,
-}
-
-/// One tunnel, as `node list -o json` shows it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct TunnelStatus {
-    pub role: String,
-    pub direction: String,
-    pub kind: String,
-    pub peer: Option<SocketAddr>,
-    pub since_unix_seconds: u64,
-    pub streams: usize,
-    pub round_trip_microseconds: Option<u64>,
-    pub host_key: String,
-    pub certificate_expires_unix_seconds: Option<u64>,
 }
 
 impl Registry {
@@ -360,23 +324,6 @@ impl Registry {
 impl NodeActivities for Registry {
     fn activity(&self, name: &NodeName) -> Option<Arc<NodeActivity>> {
         Self::activity(self, name)
-    }
-}
-
-impl NodeStatus {
-    /// Open ones, over all tunnels.
-    pub fn streams(&self) -> usize {
-        self.tunnels.iter().map(|tunnel| tunnel.streams).sum()
-    }
-
-    /// Failed dials, impostors and lost tunnels.
-    pub fn errors(&self) -> u64 {
-        self.totals.failed.values().sum::<u64>() + self.refused + self.totals.lost
-    }
-
-    /// Dials that the node's policy refused, and impostors.
-    pub fn refusals(&self) -> u64 {
-        self.totals.failed.get(&proto::Fault::Policy.to_string()).copied().unwrap_or_default() + self.refused
     }
 }
 

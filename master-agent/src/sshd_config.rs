@@ -1,10 +1,10 @@
-//! What makes a plain OpenSSH sshd a node: a script that installs a drop-in for sshd_config.
+//! The script that makes a host with a plain OpenSSH sshd a node, by installing a drop-in for sshd_config.
 //!
-//! The drop-in trusts this master's user CA for one account, which may open TCP connections to the targets
-//! that policy allows, and have sshd listen for the master's front end on the one address that the inventory gives
-//! (`front_end_listen`), if any. Nothing else: no shell, command, sftp, agent, X11 or other remote forwarding.
+//! The drop-in trusts this master's user CA for one account. That account may open TCP connections to the targets that the
+//! policy allows, and may have sshd listen for the master's front end on the one address that the inventory gives
+//! (`front_end_listen`), if any. It has no shell, command, sftp, agent, X11 or other remote forwarding.
 //!
-//! It refuses the certificates that were revoked when the script was made. Nothing brings an sshd a newer list.
+//! The drop-in refuses the certificates that were revoked when the script was made. A plain sshd receives no newer list.
 
 use std::{
     fmt::Write,
@@ -25,7 +25,7 @@ use russh::keys::PublicKey;
 
 use crate::{
     identity::{Authorities, LOGIN},
-    inventory::InventoryNode,
+    routing::inventory::InventoryNode,
 };
 
 #[derive(Debug, Args)]
@@ -33,38 +33,37 @@ pub struct SshdConfigArgs {
     /// The node's name in the inventory.
     #[arg(value_name = "NODE")]
     pub node: NodeName,
-    /// The host's public key, for instance its /etc/ssh/ssh_host_ed25519_key.pub ("-" is standard input).
+    /// The file with the host's public key, for example /etc/ssh/ssh_host_ed25519_key.pub ("-" for standard input).
     #[arg(long, value_name = "FILE")]
     pub host_key: PathBuf,
-    /// Where that key's private half is on the host.
+    /// The path of the private key on the host.
     #[arg(long, default_value = "/etc/ssh/ssh_host_ed25519_key", value_name = "PATH")]
     pub host_key_path: PathBuf,
     /// The kubelet's port on the node's addresses.
     #[arg(long, default_value_t = 10250)]
     pub kubelet_port: u16,
-    /// Further targets to permit, HOST:PORT.
+    /// A further target to permit; can be repeated.
     #[arg(long = "allow", value_name = "HOST:PORT")]
     pub allow: Vec<proto::Target>,
-    /// How long the host certificate is valid; sshd nodes get a new one by running this again.
+    /// How long the host certificate is valid. Run this command and its script again to renew it.
     #[arg(long, default_value = "365d", value_parser = humantime::parse_duration)]
     pub ttl: Duration,
-    /// Where the CA, the certificate and the list of principals go on the host.
+    /// The directory on the host for the CA, the certificate and the list of principals.
     #[arg(long, default_value = "/etc/ssh/master-agent", value_name = "PATH")]
     pub directory: PathBuf,
-    /// Where the drop-in goes on the host.
+    /// The path of the drop-in on the host.
     #[arg(long, default_value = "/etc/ssh/sshd_config.d/10-master-agent.conf", value_name = "PATH")]
     pub drop_in: PathBuf,
-    /// Print a script that only writes the files: the account, the check by `sshd -t` and the reload are left to
-    /// whoever runs it.
+    /// Print a script that only writes the files and leaves the account, the check by `sshd -t` and the reload to you.
     #[arg(long)]
     pub files_only: bool,
 }
 
-/// The most addresses of a CIDR that are listed one by one.
+/// The largest number of addresses of a CIDR that are listed one by one.
 const MAX_EXPANDED: usize = 256;
 
-/// Makes the script for one node of the inventory, whose host key is `host_key`. `revoked` is the list of revoked
-/// certificates, if there ever was one.
+/// Generates the script for a node of the inventory with this host key. `revoked` is the list of revoked certificates, if
+/// there has ever been one.
 pub fn generate(
     authorities: &Authorities,
     node: &InventoryNode,
@@ -83,7 +82,7 @@ pub fn generate(
     if !args.files_only {
         write_account(&mut out, node)?;
     }
-    // Before the drop-in that names it: sshd refuses every key while it can't read the list.
+    // The list comes before the drop-in that names it, as sshd refuses every key while it cannot read the list.
     if let Some(revoked) = revoked {
         write_revoked(&mut out, args, revoked)?;
     }
@@ -95,8 +94,8 @@ pub fn generate(
     Ok(out)
 }
 
-/// Both texts are read by root on the host, one of them by a shell, and `Match User` takes patterns: a user
-/// `*` or `root` would lock everybody out.
+/// Rejects names and paths with special characters: a shell of root reads the script, and `Match User` takes patterns, so a
+/// user `*` or `root` would lock everybody out.
 fn check_text(node: &InventoryNode, args: &SshdConfigArgs) -> anyhow::Result<()> {
     let user = &node.user;
     let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_' || c == '-';
@@ -104,11 +103,14 @@ fn check_text(node: &InventoryNode, args: &SshdConfigArgs) -> anyhow::Result<()>
         || !user.starts_with(|c: char| c.is_ascii_lowercase() || c == '_')
         || !user.chars().all(plain)
     {
-        bail!("user {user:?} of node {} is no name of a Unix account: use a-z, 0-9, '_' and '-'", node.name);
+        bail!(
+            "user {user:?} of node {} is not a valid name of a Unix account: use a-z, 0-9, '_' and '-'",
+            node.name
+        );
     }
     if user == "root" {
         bail!(
-            "node {} has user root, who would lose every other way to log in: use an account of its own",
+            "node {} has user root, who would lose every other way to log in: use a separate account",
             node.name
         );
     }
@@ -168,23 +170,23 @@ Match all
     Ok(out)
 }
 
-/// sshd's default host keys need no line; one line would take the place of all of them.
+/// The line for a host key that sshd does not use by default. One such line replaces all defaults.
 fn host_key_line(path: &Path) -> String {
     let default =
         ["ed25519", "ecdsa"].iter().any(|kind| path == Path::new(&format!("/etc/ssh/ssh_host_{kind}_key")));
     if default { String::new() } else { format!("HostKey {}\n", path.display()) }
 }
 
-/// What AllowTcpForwarding, PermitListen and GatewayPorts have to be.
+/// The values of AllowTcpForwarding, PermitListen and GatewayPorts.
 fn permit_listen(node: &InventoryNode) -> (&'static str, String, &'static str) {
     let Some(address) = node.front_end_listen else { return ("local", "none".to_owned(), "no") };
-    // Without gateway ports sshd takes every other address for these two.
+    // Without gateway ports, sshd listens on these two whatever address is requested.
     let localhost = [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)];
     let gateway = if localhost.contains(&address.ip()) { "no" } else { "clientspecified" };
     ("yes", address.to_string(), gateway)
 }
 
-/// The targets as PermitOpen takes them, and remarks about what it can't express.
+/// The targets for PermitOpen, and comments about what it cannot express.
 fn permit_open(node: &InventoryNode, args: &SshdConfigArgs) -> (String, String) {
     let mut open = Vec::new();
     let mut notes = String::new();
@@ -205,7 +207,7 @@ fn permit_open(node: &InventoryNode, args: &SshdConfigArgs) -> (String, String) 
             IpNet::V6(net) => net.hosts().take(MAX_EXPANDED + 1).map(IpAddr::V6).collect(),
         };
         if hosts.len() <= MAX_EXPANDED {
-            // As a node-agent's policy would decide with this one rule.
+            // Decides as a node-agent's policy with this one rule.
             let rule = Rule { name: "pod-cidr".to_owned(), net: *net, ports: 1..=u16::MAX };
             let policy = Policy { rules: vec![rule] };
             let allowed = |a: &&IpAddr| matches!(policy.decide(**a, 1), Verdict::Allow { .. });
@@ -366,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn sshd_accepts_the_drop_in_and_means_what_we_mean() {
+    fn sshd_accepts_the_drop_in_and_understands_it_as_intended() {
         let dir = TempDir::new();
         let key = new_key();
         let printed =
@@ -428,7 +430,7 @@ mod tests {
         }
         assert!(!open.contains("10.245."));
         assert!(printed.contains("# 10.245.0.0/16 has more than 256 addresses and is left out"));
-        // Everybody else logs in as before.
+        // All other users log in as before.
         let others = sshd("alice");
         assert!(others.contains("x11forwarding yes") && others.contains("permitopen any"), "{others}");
         assert!(others.contains("trustedusercakeys none"), "{others}");
@@ -440,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn it_may_listen_where_the_inventory_says_and_nowhere_else() {
+    fn sshd_listens_only_where_the_inventory_says() {
         let dir = TempDir::new();
         for (address, gateway) in [
             ("127.0.0.1:6443", "no"),
@@ -463,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn the_script_is_a_shell_script() {
+    fn the_script_is_valid_shell() {
         let dir = TempDir::new();
         let printed = made(&dir, &node(&[]), &args(), &new_key()).unwrap();
         let script = dir.0.join("script");
@@ -472,7 +474,7 @@ mod tests {
     }
 
     #[test]
-    fn closed_addresses_are_left_out_unless_they_are_named() {
+    fn closed_addresses_are_left_out_unless_named() {
         let mut node = node(&["168.63.129.16/30", "100.100.100.200/32", "fe80::/126", "fd00:ec2::254/127"]);
         node.addresses.extend(["169.254.169.254".parse::<IpAddr>().unwrap(), [127, 0, 0, 1].into()]);
         let (open, notes) = permit_open(&node, &args());
@@ -497,7 +499,7 @@ mod tests {
     }
 
     #[test]
-    fn without_targets_nothing_is_open() {
+    fn nothing_is_permitted_without_targets() {
         let dir = TempDir::new();
         let mut bare = node(&[]);
         bare.addresses.clear();
@@ -506,7 +508,7 @@ mod tests {
     }
 
     #[test]
-    fn what_would_be_a_pattern_or_a_command_is_refused() {
+    fn patterns_and_commands_are_rejected() {
         let dir = TempDir::new();
         for user in ["*", "root", "a;reboot", "$(id)", "a b", "!x", "a,b", "", "-x", "A"] {
             let node = InventoryNode { user: user.to_owned(), ..node(&[]) };

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::registry::NodeStatus;
+use crate::admin_api::NodeStatus;
 
-/// Prints nodes and their tunnels, a line for each tunnel.
+/// Prints nodes, with a line for each tunnel.
 pub fn print_nodes(nodes: &[NodeStatus]) {
     let mut rows = vec![
         ["NODE", "STATE", "ROLE", "DIRECTION", "KIND", "STREAMS", "RTT", "SINCE", "PEER"].map(str::to_owned),
@@ -44,7 +44,7 @@ pub fn print_nodes(nodes: &[NodeStatus]) {
     print_table(&rows);
 }
 
-/// Prints rows in columns that are as wide as they need to be.
+/// Prints rows in columns of the necessary width.
 pub fn print_table<const N: usize>(rows: &[[String; N]]) {
     let width =
         |column: usize| rows.iter().filter_map(|row| row.get(column)).map(String::len).max().unwrap_or(0);

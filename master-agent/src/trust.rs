@@ -1,90 +1,115 @@
 //! Verification of host keys with what the inventory and the store say.
 
-use std::{collections::HashMap, sync::Arc, time::SystemTime};
+use std::{path::Path, sync::Arc, time::SystemTime};
 
 use proto::Target;
-use russh::keys::PublicKey;
+use russh::keys::{PublicKey, PublicKeyOrCertificate};
 
 use crate::{
     agent::Agent,
     host_trust::HostTrust,
-    identity::{Expected, HostKeyError, VerifiedHost, fingerprint, verify_host},
-    inventory::InventoryNode,
+    identity::{
+        Expected, HostKeyError, Proof, VerifiedHost, fingerprint, known_hosts::KnownHosts, verify_host,
+    },
+    routing::inventory::InventoryNode,
     tunnel::{HostIdentity, Verify},
 };
 
 /// For a node that the master dials.
 pub fn dialled(agent: &Arc<Agent>, node: &InventoryNode, address: &Target) -> Verify {
-    let (agent, node, address) = (agent.clone(), node.clone(), address.clone());
+    let context = Arc::new((agent.clone(), node.clone(), address.clone()));
     Box::new(move |presented| {
-        let first = match node.trust {
-            HostTrust::FirstUse => {
-                agent.store.first_use(&node.name).map_err(|e| HostKeyError::Store(e.to_string()))?
-            }
-            HostTrust::HostCa | HostTrust::Pins(_) | HostTrust::KnownHosts(_) => None,
-        };
-        let expected = Expected::Node {
-            name: &node.name,
-            dialled: &address,
-            trust: &node.trust,
-            first_use: first.as_deref(),
-        };
-        let host = verify_host(presented, &expected, agent.authorities.host_ca(), SystemTime::now())?;
-        if node.trust == HostTrust::FirstUse && first.is_none() {
-            tracing::warn!(node = %node.name, key = fingerprint(&host.key), "trusting a host key on first use");
-            // Of two that are first at the same time, the one that was remembered is.
-            agent
-                .store
-                .remember_first_use(&node.name, &fingerprint(&host.key))
-                .map_err(|e| HostKeyError::Store(e.to_string()))?;
-        }
-        still_good(&agent, &host).map(|()| HostIdentity::Verified(host))
+        let context = context.clone();
+        Box::pin(async move {
+            let (agent, node, address) = &*context;
+            verify_dialled(agent, node, address, presented).await
+        })
     })
+}
+
+async fn verify_dialled(
+    agent: &Agent,
+    node: &InventoryNode,
+    address: &Target,
+    presented: &PublicKeyOrCertificate,
+) -> Result<HostIdentity, HostKeyError> {
+    let (first, known);
+    let proof = match &node.trust {
+        HostTrust::HostCa => Proof::HostCa,
+        HostTrust::Pins(pins) => Proof::Pins(pins),
+        HostTrust::KnownHosts(file) => {
+            known = known_hosts(file).await;
+            Proof::KnownHosts { file, known: &known }
+        }
+        HostTrust::FirstUse => {
+            first = agent.store.first_use_key(&node.name);
+            Proof::FirstUse(first.as_deref())
+        }
+    };
+    let expected = Expected::Dialled { name: &node.name, dialled: address, proof };
+    let host = verify_host(presented, &expected, agent.authorities.host_ca(), SystemTime::now())?;
+    if matches!(proof, Proof::FirstUse(None)) {
+        remember_first_use(agent, &host).await?;
+    }
+    still_good(agent, &host).map(|()| HostIdentity::Verified(host))
+}
+
+/// A known_hosts file, read anew for each handshake. One that can't be read knows no host.
+async fn known_hosts(file: &Path) -> KnownHosts {
+    KnownHosts::load(file.to_owned()).await.unwrap_or_else(|error| {
+        tracing::error!(file = %file.display(), %error, "can't read a known_hosts file");
+        KnownHosts::default()
+    })
+}
+
+/// Records the first key of a node. If another one was recorded meanwhile, that one stays, and the host is refused.
+async fn remember_first_use(agent: &Agent, host: &VerifiedHost) -> Result<(), HostKeyError> {
+    let (store, node, key) = (agent.store.clone(), host.node.clone(), fingerprint(&host.key));
+    tracing::warn!(%node, key, "trusting a host key on first use");
+    let recorded = tokio::task::spawn_blocking(move || store.remember_first_use(&node, &key)).await;
+    let recorded = recorded.map_err(anyhow::Error::from).and_then(|recorded| recorded);
+    recorded.map(drop).map_err(|error| HostKeyError::Store(error.to_string()))
 }
 
 /// For a node that calls home. A plain key that nothing is known of may join.
 pub fn call_home(agent: &Arc<Agent>) -> Verify {
     let agent = agent.clone();
     Box::new(move |presented| {
-        let inventory = agent.inventory();
-        let mut pins = HashMap::new();
-        for node in &inventory.nodes {
-            if let HostTrust::Pins(list) = &node.trust {
-                pins.extend(list.iter().map(|pin| (pin.clone(), node.name.clone())));
-            }
-        }
-        let expected = Expected::CallHome { pins: &pins };
-        match verify_host(presented, &expected, agent.authorities.host_ca(), SystemTime::now()) {
-            Ok(host) => {
-                let Some(node) = inventory.nodes.iter().find(|node| node.name == host.node) else {
-                    return Err(HostKeyError::UnknownNode { node: host.node });
-                };
-                // Otherwise whoever got a certificate with a token could pass by a node's pins.
-                if host.not_after.is_some() && node.trust != HostTrust::HostCa {
-                    let fingerprint = fingerprint(&host.key);
-                    return Err(HostKeyError::OtherTrust { node: host.node, fingerprint });
-                }
-                still_good(&agent, &host).map(|()| HostIdentity::Verified(host))
-            }
-            Err(error) => match (&error, presented) {
-                (
-                    HostKeyError::NoCertificate { .. },
-                    russh::keys::PublicKeyOrCertificate::PublicKey { key, .. },
-                ) => {
-                    let key = PublicKey::new(key.key_data().clone(), "");
-                    Ok(HostIdentity::Unknown(Box::new(key), Arc::new(error)))
-                }
-                _ => Err(error),
-            },
-        }
+        let verified = verify_call_home(&agent, presented);
+        Box::pin(std::future::ready(verified))
     })
+}
+
+fn verify_call_home(agent: &Agent, presented: &PublicKeyOrCertificate) -> Result<HostIdentity, HostKeyError> {
+    let inventory = agent.inventory();
+    let expected = Expected::CallHome { pins: inventory.pins() };
+    match verify_host(presented, &expected, agent.authorities.host_ca(), SystemTime::now()) {
+        Ok(host) => {
+            let Some(node) = inventory.node(&host.node) else {
+                return Err(HostKeyError::UnknownNode { node: host.node });
+            };
+            // Otherwise whoever got a certificate with a token could pass by a node's pins.
+            if host.not_after.is_some() && node.trust != HostTrust::HostCa {
+                let fingerprint = fingerprint(&host.key);
+                return Err(HostKeyError::OtherTrust { node: host.node, fingerprint });
+            }
+            still_good(agent, &host).map(|()| HostIdentity::Verified(host))
+        }
+        Err(error) => match (&error, presented) {
+            (HostKeyError::NoCertificate { .. }, PublicKeyOrCertificate::PublicKey { key, .. }) => {
+                let key = PublicKey::new(key.key_data().clone(), "");
+                Ok(HostIdentity::Unknown(Box::new(key), Arc::new(error)))
+            }
+            _ => Err(error),
+        },
+    }
 }
 
 /// Whether a host that was verified once is still the node it was then: in the inventory, recognised in the
 /// same way, and with the key that it joined with last. A known_hosts file is looked at in handshakes only.
 pub fn still_good(agent: &Agent, host: &VerifiedHost) -> Result<(), HostKeyError> {
     let (inventory, fingerprint) = (agent.inventory(), fingerprint(&host.key));
-    let Some(node) = inventory.nodes.iter().find(|node| node.name == host.node) else {
+    let Some(node) = inventory.node(&host.node) else {
         return Err(HostKeyError::UnknownNode { node: host.node.clone() });
     };
     match &node.trust {
@@ -92,48 +117,42 @@ pub fn still_good(agent: &Agent, host: &VerifiedHost) -> Result<(), HostKeyError
         HostTrust::Pins(pins) if pins.contains(&fingerprint) => Ok(()),
         HostTrust::Pins(_) => Err(HostKeyError::NotPinned { node: host.node.clone(), fingerprint }),
         HostTrust::KnownHosts(_) => Ok(()),
-        HostTrust::FirstUse => {
-            let first = agent.store.first_use(&host.node).map_err(|e| HostKeyError::Store(e.to_string()))?;
-            match first {
-                Some(first) if first == fingerprint => Ok(()),
-                first => Err(HostKeyError::Changed {
-                    node: host.node.clone(),
-                    first: first.unwrap_or_else(|| "forgotten".to_owned()),
-                    fingerprint,
-                }),
-            }
-        }
+        HostTrust::FirstUse => match agent.store.first_use_key(&host.node) {
+            Some(first) if first == fingerprint => Ok(()),
+            first => Err(HostKeyError::Changed {
+                node: host.node.clone(),
+                first: first.unwrap_or_else(|| "forgotten".to_owned()),
+                fingerprint,
+            }),
+        },
     }
 }
 
 /// A certificate is good only with the key that the node joined with last, and that was not forgotten since.
 fn still_current(agent: &Agent, host: &VerifiedHost) -> Result<(), HostKeyError> {
-    let shown = fingerprint(&host.key);
-    match agent.store.node(&host.node).map_err(|e| HostKeyError::Store(e.to_string()))? {
-        Some(node) if node.key_fingerprint == shown => Ok(()),
-        Some(node) => {
-            Err(HostKeyError::Superseded { node: host.node.clone(), current: node.key_fingerprint })
-        }
+    match agent.store.joined_key(&host.node) {
+        Some(current) if current == fingerprint(&host.key) => Ok(()),
+        Some(current) => Err(HostKeyError::Superseded { node: host.node.clone(), current }),
         None => Err(HostKeyError::Forgotten { node: host.node.clone() }),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{path::Path, time::Duration};
+    use std::time::Duration;
 
     use proto::NodeName;
-    use russh::keys::PublicKeyOrCertificate;
+    use russh::keys::PrivateKey;
 
     use super::*;
     use crate::{
         config::Config,
         identity::{
             Authorities,
+            sqlite::SqliteStore,
             tests::{TempDir, new_key},
         },
-        inventory::Inventory,
-        store::SqliteStore,
+        routing::inventory::Inventory,
     };
 
     const HOUR: Duration = Duration::from_secs(3600);
@@ -158,8 +177,8 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_certificate_is_no_way_around_how_a_node_is_recognised() {
+    #[tokio::test]
+    async fn a_certificate_is_no_way_around_how_a_node_is_recognised() {
         let (dir, pinned) = (TempDir::new(), new_key());
         let pin = fingerprint(pinned.public_key());
         let inventory = format!(
@@ -182,15 +201,15 @@ mod tests {
             let (name, key): (NodeName, _) = (name.parse().unwrap(), new_key());
             agent.store.remember_node(&name, key.public_key(), &[], now, now + HOUR).unwrap();
             let shown = certificate(&agent, &name, key.public_key());
-            assert_eq!(outcome(call_home(&agent)(&shown)), want, "{name}");
+            assert_eq!(outcome(call_home(&agent)(&shown).await), want, "{name}");
         }
-        let plain = |key: &PublicKey| outcome(call_home(&agent)(&key.clone().into()));
-        assert_eq!(plain(pinned.public_key()), Ok("pinned".to_owned()));
-        assert_eq!(plain(new_key().public_key()), Ok("may join".to_owned()));
+        let plain = async |key: &PublicKey| outcome(call_home(&agent)(&key.clone().into()).await);
+        assert_eq!(plain(pinned.public_key()).await, Ok("pinned".to_owned()));
+        assert_eq!(plain(new_key().public_key()).await, Ok("may join".to_owned()));
     }
 
-    #[test]
-    fn a_certificate_of_a_key_that_was_replaced_is_refused() {
+    #[tokio::test]
+    async fn a_certificate_of_a_key_that_was_replaced_is_refused() {
         let dir = TempDir::new();
         let agent = agent(&dir, "nodes: [{name: n1, dial: \"a:22\"}]");
         let name: NodeName = "n1".parse().unwrap();
@@ -199,30 +218,29 @@ mod tests {
         for key in [&old, &new] {
             agent.store.remember_node(&name, key.public_key(), &[], now, now + HOUR).unwrap();
         }
-        let node = agent.inventory().nodes[0].clone();
+        let node = agent.inventory().nodes()[0].clone();
         for verify in [dialled(&agent, &node, node.dial.as_ref().unwrap()), call_home(&agent)] {
-            assert_eq!(outcome(verify(&certificate(&agent, &name, old.public_key()))), Err("superseded"));
-            assert_eq!(outcome(verify(&certificate(&agent, &name, new.public_key()))), Ok("n1".to_owned()));
+            let by = |key: &PrivateKey| certificate(&agent, &name, key.public_key());
+            assert_eq!(outcome(verify(&by(&old)).await), Err("superseded"));
+            assert_eq!(outcome(verify(&by(&new)).await), Ok("n1".to_owned()));
         }
         agent.store.forget_node(&name).unwrap();
         for key in [&old, &new] {
-            assert_eq!(
-                outcome(call_home(&agent)(&certificate(&agent, &name, key.public_key()))),
-                Err("forgotten")
-            );
+            let shown = certificate(&agent, &name, key.public_key());
+            assert_eq!(outcome(call_home(&agent)(&shown).await), Err("forgotten"));
         }
     }
 
-    #[test]
-    fn the_first_key_is_kept() {
+    #[tokio::test]
+    async fn the_first_key_is_kept() {
         let dir = TempDir::new();
         let agent = agent(&dir, "nodes: [{name: n1, dial: \"a:22\", host_keys: {first_use: true}}]");
-        let node = agent.inventory().nodes[0].clone();
+        let node = agent.inventory().nodes()[0].clone();
         let verify = dialled(&agent, &node, node.dial.as_ref().unwrap());
         let (first, second) = (new_key(), new_key());
         for _ in 0..2 {
-            assert_eq!(outcome(verify(&first.public_key().clone().into())), Ok("n1".to_owned()));
-            assert_eq!(outcome(verify(&second.public_key().clone().into())), Err("key_changed"));
+            assert_eq!(outcome(verify(&first.public_key().clone().into()).await), Ok("n1".to_owned()));
+            assert_eq!(outcome(verify(&second.public_key().clone().into()).await), Err("key_changed"));
         }
     }
 }

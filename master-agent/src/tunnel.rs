@@ -18,6 +18,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use proto::{
     DialError, NodeName, Target,
     mux::{FRONT_END_SUBSYSTEM, SUBSYSTEM},
@@ -25,8 +26,8 @@ use proto::{
     revocation::{self, Report},
 };
 use proto_net::{
-    channel::{Channels, Half},
-    handshake::{BEGUN, Place},
+    channel::{Channels, WriteHalf},
+    handshake::{BEGUN, HandshakePermit},
     link::{Gate, Link},
     mux::{Events, Feeder, Mux, ProtocolError},
     ssh, stalls,
@@ -109,7 +110,8 @@ pub enum HostIdentity {
 }
 
 /// Decides whose a presented host key is.
-pub type Verify = Box<dyn Fn(&PublicKeyOrCertificate) -> Result<HostIdentity, HostKeyError> + Send + Sync>;
+pub type Verify =
+    Box<dyn Fn(&PublicKeyOrCertificate) -> BoxFuture<'_, Result<HostIdentity, HostKeyError>> + Send + Sync>;
 
 /// Why the registry does not take a tunnel.
 #[derive(Debug, thiserror::Error)]
@@ -281,7 +283,7 @@ impl client::Handler for ClientHandler {
     async fn check_server_key(&mut self, presented: &PublicKeyOrCertificate) -> Result<bool, russh::Error> {
         // Also with a key that is refused the key exchange comes to its end, so that the node can be told why;
         // `handshake` goes no further with it.
-        Ok(self.shared.identity.set((self.verify)(presented)).is_ok())
+        Ok(self.shared.identity.set((self.verify)(presented).await).is_ok())
     }
 
     async fn kex_done(
@@ -366,7 +368,7 @@ impl client::Handler for ClientHandler {
         self.channels.on_open(half.id());
         reply.accept().await;
         place.send(Forwarded {
-            stream: self.channels.counted_in(&self.stalls.down).stream(Half::Client(half)),
+            stream: self.channels.counted_in(&self.stalls.down).stream(WriteHalf::Client(half)),
             origin: format!("tcp {originator_address}:{originator_port}"),
             permit,
         });
@@ -484,7 +486,7 @@ pub async fn handshake<T>(
     (login, user): (&str, &UserIdentity),
     config: &TunnelsConfig,
     tasks: &Tasks,
-    place: Option<&Place>,
+    place: Option<&HandshakePermit>,
     stalls: &stalls::ByDirection,
 ) -> Result<Session, TunnelError>
 where
@@ -577,7 +579,7 @@ fn timed_out(limit: Duration, received: usize) -> TunnelError {
     TunnelError::NotSsh(format!("no SSH server answered there within {limit}. {WAYS_OUT}"))
 }
 
-async fn evicted(place: Option<&Place>) {
+async fn evicted(place: Option<&HandshakePermit>) {
     match place {
         Some(place) => place.evicted.cancelled().await,
         None => std::future::pending().await,
@@ -829,7 +831,7 @@ impl Tunnel {
             let (host, port) = (asked.host.to_string(), u32::from(asked.port));
             let opened = handle.channel_open_direct_tcpip(host, port, "127.0.0.1", 0).await;
             drop(opening);
-            let _ = answer.send(opened.map(|channel| channels.stream(Half::Client(channel.split().1))));
+            let _ = answer.send(opened.map(|channel| channels.stream(WriteHalf::Client(channel.split().1))));
         });
         match tokio::time::timeout(timeout, answered).await {
             Ok(Ok(Ok(stream))) => Ok(stream),

@@ -1,97 +1,94 @@
 //! The composition root: everything is read and every socket bound first, then everything serves.
 
-use std::{sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context;
-use proto_net::{admin::Endpoints, exposition::Exposition, socket, systemd, tasks::Tasks, unix};
-use tokio::signal::unix::{SignalKind, signal};
+use proto_net::{
+    admin::Endpoints, exposition::Exposition, handshake::HandshakePermits, socket, systemd, tasks::Tasks,
+    unix,
+};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    signal::unix::{SignalKind, signal},
+    sync::Semaphore,
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
-    agent::Agent,
-    config::{Config, LocalUnixConfig},
-    identity::NodeIdentity,
-    links, local_endpoint,
+    call_home::CallHome,
+    clock::Clock,
+    config::Config,
+    dialer::Dialer,
+    identity::{
+        current::CurrentIdentity,
+        host::NodeIdentity,
+        renewal::{self, Installer},
+        trust::Trust,
+    },
+    links,
+    local_endpoint::{front_ends::FrontEnds, listener::LocalEndpoint},
+    metrics::Metrics,
+    policy::{Scope, ScopeConfig},
+    readiness::Readiness,
     revocation::Revocations,
+    session::{serve::SessionServer, services::SessionServices, streams::StreamServer},
+    shutdown::Shutdown,
 };
 
-/// The least time for sessions to end by themselves.
-const GOODBYE: Duration = Duration::from_secs(2);
+/// The least time for sessions to say goodbye.
+const MIN_GOODBYE: Duration = Duration::from_secs(2);
+/// How long what has no streams may take to end by itself.
+const LAST_GRACE: Duration = Duration::from_secs(2);
+/// How often it is checked whether all streams have ended.
+const STREAM_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Runs the agent until SIGTERM or SIGINT, then drains it.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let identity = NodeIdentity::load_or_create(&config.state_dir)?;
     let revocations = Revocations::load(&config.state_dir, identity.user_cas())?;
-    let listener = match config.listen {
-        Some(address) => Some(socket::listen(address).map_err(|e| bind_error(address, e))?),
-        None => None,
-    };
-    let admin = socket::listen(config.admin.listen)
-        .with_context(|| format!("can't listen on {}", config.admin.listen))?;
-    let (mut front_end_tcp, mut front_end_unix) = (None, None);
-    if let Some(front_end) = &config.front_end {
-        if let Some(address) = front_end.tcp {
-            front_end_tcp =
-                Some(socket::listen(address).with_context(|| format!("can't listen on {address}"))?);
-        }
-        if let Some(LocalUnixConfig { path, mode }) = &front_end.unix {
-            let listener = unix::bind(path, *mode, None, None);
-            front_end_unix = Some(listener.with_context(|| format!("can't listen on {}", path.display()))?);
-        }
-    }
-    let agent = Arc::new(Agent::new(config, identity, revocations));
-
-    let background = Tasks::new();
-    let listeners = Tasks::new();
-    if let Some(listener) = listener {
-        listeners.spawn(links::accept(agent.clone(), listener));
-    }
-    if let Some(listener) = front_end_tcp {
-        listeners.spawn(local_endpoint::accept_tcp(agent.clone(), listener));
-    }
-    if let Some(listener) = front_end_unix {
-        listeners.spawn(local_endpoint::accept_unix(agent.clone(), listener));
-    }
-    for master in &agent.config.call_home {
-        agent.sessions.spawn(links::call_home(agent.clone(), master.clone()));
-    }
-    let endpoints = Endpoints { metrics: Exposition::new(agent.metrics.register()), admin: agent.clone() };
-    background.spawn(endpoints.serve_tcp(admin, background.clone()));
-    background.spawn(systemd::watchdog(Vec::new()));
-
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut hangup = signal(SignalKind::hangup())?;
-    systemd::ready();
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), "node-agent runs");
-    loop {
-        tokio::select! {
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
-            _ = hangup.recv() => tracing::info!("SIGHUP: nothing is read again here; a restart reads the configuration"),
-        }
-    }
-
-    // Stop accepting, tell the masters, let streams finish, end the sessions.
-    systemd::stopping();
-    let streams = || agent.metrics.streams.get() + agent.metrics.front_end_streams.get();
-    tracing::info!(streams = streams(), "stopping");
-    agent.draining.cancel();
-    listeners.cancel();
-    let deadline = tokio::time::Instant::now() + agent.config.shutdown_grace;
-    while streams() > 0 && tokio::time::Instant::now() < deadline {
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    let cut = streams();
-    agent.stopping.cancel();
-    agent.sessions.drain(deadline.saturating_duration_since(tokio::time::Instant::now()).max(GOODBYE)).await;
-    background.cancel();
-    background.drain(Duration::from_secs(2)).await;
-    tracing::info!(cut, "stopped");
+    let sockets = Sockets::bind(&config)?;
+    let (agent, installer) = Agent::new(config, identity, revocations);
+    let groups = Groups::new();
+    agent.serve(sockets, installer, &groups);
+    until_terminated().await?;
+    agent.stop(&groups).await;
     Ok(())
 }
 
-fn bind_error(address: std::net::SocketAddr, error: std::io::Error) -> anyhow::Error {
-    if error.kind() == std::io::ErrorKind::AddrInUse {
+/// Every socket that the configuration names, bound.
+struct Sockets {
+    links: Option<TcpListener>,
+    admin: TcpListener,
+    local_tcp: Option<TcpListener>,
+    local_unix: Option<UnixListener>,
+}
+
+impl Sockets {
+    fn bind(config: &Config) -> anyhow::Result<Self> {
+        let links = match config.listen {
+            Some(address) => Some(socket::listen(address).map_err(|e| bind_error(address, e))?),
+            None => None,
+        };
+        let listen = |address: SocketAddr| {
+            socket::listen(address).with_context(|| format!("can't listen on {address}"))
+        };
+        let admin = listen(config.admin.listen)?;
+        let local = config.front_end.as_ref();
+        let local_tcp = local.and_then(|local| local.tcp).map(listen).transpose()?;
+        let local_unix = match local.and_then(|local| local.unix.as_ref()) {
+            Some(at) => {
+                let listener = unix::bind(&at.path, at.mode, None, None);
+                Some(listener.with_context(|| format!("can't listen on {}", at.path.display()))?)
+            }
+            None => None,
+        };
+        Ok(Self { links, admin, local_tcp, local_unix })
+    }
+}
+
+fn bind_error(address: SocketAddr, error: io::Error) -> anyhow::Error {
+    if error.kind() == io::ErrorKind::AddrInUse {
         return anyhow::anyhow!(
             "can't listen on {address}: the port is taken, probably by this host's sshd. Ways out: let this node \
              call home (`call_home: [MASTER:2222]` and no `listen:`), give it another port (`listen:` here, `dial:` \
@@ -99,4 +96,180 @@ fn bind_error(address: std::net::SocketAddr, error: std::io::Error) -> anyhow::E
         );
     }
     anyhow::anyhow!("can't listen on {address}: {error}")
+}
+
+/// The groups of tasks, in the order in which a shutdown ends them.
+struct Groups {
+    all: Tasks,
+    /// Accept connections.
+    listeners: Tasks,
+    /// Sessions, callers of the local endpoint, and the loops that call masters home.
+    sessions: Tasks,
+    /// What sessions hand over, such as renewed certificates.
+    background: Tasks,
+    /// Health, metrics and the watchdog, which answer until the end.
+    health: Tasks,
+}
+
+impl Groups {
+    fn new() -> Self {
+        let all = Tasks::new();
+        let [listeners, sessions, background, health] = std::array::from_fn(|_| all.child());
+        Self { all, listeners, sessions, background, health }
+    }
+}
+
+/// The parts of the agent that serve.
+struct Agent {
+    config: Config,
+    identity: CurrentIdentity,
+    dialer: Arc<Dialer>,
+    services: Arc<SessionServices>,
+    metrics: Arc<Metrics>,
+    shutdown: Shutdown,
+    /// Cancelled once no session can hand over anything more.
+    sessions_ended: CancellationToken,
+}
+
+impl Agent {
+    fn new(config: Config, identity: NodeIdentity, revocations: Revocations) -> (Self, Installer) {
+        let metrics = Arc::<Metrics>::default();
+        let shutdown = Shutdown::default();
+        let scope_config = ScopeConfig {
+            node: config.node.clone(),
+            addresses: config.addresses.clone(),
+            policy: config.policy.clone(),
+        };
+        let dialer = Arc::new(Dialer::new(Scope::default(), metrics.clone()));
+        let apply = {
+            let (dialer, metrics) = (dialer.clone(), metrics.clone());
+            move |identity: &NodeIdentity| {
+                metrics.set_certificate_expiry(identity.not_after());
+                let scope = scope_config.scope(identity);
+                scope.log();
+                dialer.replace_scope(scope);
+            }
+        };
+        apply(&identity);
+        let revocations = Arc::new(revocations);
+        let trust = Trust::new(identity.user_cas().to_vec(), revocations.clone(), config.users.clone());
+        let identity = CurrentIdentity::new(identity);
+        let (renewals, installer) = renewal::queue(identity.clone(), metrics.clone(), apply);
+        let streams = StreamServer {
+            dialer: dialer.clone(),
+            metrics: metrics.clone(),
+            dial_timeout: config.limits.dial_timeout,
+            half_closed_timeout: config.half_closed_timeout,
+            draining: shutdown.draining.clone(),
+        };
+        let services = SessionServices {
+            identity: identity.clone(),
+            trust,
+            renewals,
+            revocations,
+            streams: Arc::new(streams),
+            front_ends: config.front_end.as_ref().map(FrontEnds::new).map(Arc::new),
+            limits: config.limits.clone(),
+            people: Arc::new(Semaphore::new(config.limits.max_sessions)),
+            shutdown_grace: config.shutdown_grace,
+            metrics: metrics.clone(),
+            clock: Clock::system(),
+            shutdown: shutdown.clone(),
+        };
+        let services = Arc::new(services);
+        let sessions_ended = CancellationToken::new();
+        (Self { config, identity, dialer, services, metrics, shutdown, sessions_ended }, installer)
+    }
+
+    /// Starts everything that serves.
+    fn serve(&self, sockets: Sockets, installer: Installer, groups: &Groups) {
+        let Groups { listeners, sessions, background, health, all: _ } = groups;
+        let limits = &self.config.limits;
+        let server = SessionServer::new(self.services.clone(), sessions.clone());
+        if let Some(listener) = sockets.links {
+            let handshakes = HandshakePermits::new(limits.max_handshakes);
+            listeners.spawn(links::accept(server.clone(), handshakes, sessions.clone(), listener));
+        }
+        if let Some(front_ends) = &self.services.front_ends {
+            let local = Arc::new(LocalEndpoint {
+                front_ends: front_ends.clone(),
+                metrics: self.metrics.clone(),
+                open_timeout: limits.dial_timeout,
+                half_closed_timeout: self.config.half_closed_timeout,
+                tasks: sessions.clone(),
+            });
+            if let Some(listener) = sockets.local_tcp {
+                listeners.spawn(local.clone().accept_tcp(listener));
+            }
+            if let Some(listener) = sockets.local_unix {
+                listeners.spawn(local.accept_unix(listener));
+            }
+        }
+        let call_home = CallHome {
+            server,
+            identity: self.identity.clone(),
+            dialer: self.dialer.clone(),
+            https: self.config.call_home_https.clone(),
+            connect_timeout: limits.dial_timeout,
+            clock: self.services.clock.clone(),
+            draining: self.shutdown.draining.clone(),
+            tasks: sessions.clone(),
+        };
+        for master in &self.config.call_home {
+            sessions.spawn(call_home.clone().run(master.clone()));
+        }
+        background.spawn(installer.run(self.sessions_ended.clone()));
+        let readiness = Readiness {
+            listens: self.config.listen.is_some(),
+            draining: self.shutdown.draining.clone(),
+            metrics: self.metrics.clone(),
+        };
+        let metrics = Exposition::new(self.metrics.register());
+        let endpoints = Endpoints { metrics, admin: Arc::new(readiness) };
+        health.spawn(endpoints.serve_tcp(sockets.admin, health.clone()));
+        health.spawn(systemd::watchdog(Vec::new()));
+    }
+
+    /// Stops accepting, tells the masters, lets streams end by themselves, ends the sessions, and joins every task.
+    async fn stop(&self, groups: &Groups) {
+        systemd::stopping();
+        tracing::info!(streams = self.streams(), "stopping");
+        groups.listeners.cancel();
+        groups.listeners.drain(LAST_GRACE).await;
+        self.shutdown.draining.cancel();
+        let deadline = Instant::now() + self.config.shutdown_grace;
+        while self.streams() > 0 && Instant::now() < deadline {
+            tokio::time::sleep(STREAM_CHECK_INTERVAL).await;
+        }
+        let cut = self.streams();
+        self.shutdown.stopping.cancel();
+        let grace = deadline.saturating_duration_since(Instant::now()).max(MIN_GOODBYE);
+        groups.sessions.drain(grace).await;
+        self.sessions_ended.cancel();
+        groups.background.drain(LAST_GRACE).await;
+        groups.health.cancel();
+        groups.health.drain(LAST_GRACE).await;
+        groups.all.drain(LAST_GRACE).await;
+        tracing::info!(cut, "stopped");
+    }
+
+    fn streams(&self) -> i64 {
+        self.metrics.streams.get() + self.metrics.front_end_streams.get()
+    }
+}
+
+/// Tells systemd that the agent is ready, and waits for SIGTERM or SIGINT.
+async fn until_terminated() -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    systemd::ready();
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), "node-agent runs");
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+            _ = hangup.recv() => tracing::info!("ignored SIGHUP: a restart reads the configuration again"),
+        }
+    }
 }

@@ -5,7 +5,7 @@ use std::{net::IpAddr, path::PathBuf};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use proto::{NodeName, call_home::Master};
 
-/// The node's end of the tunnel, and the policy that decides what masters reach through it.
+/// The node's end of the tunnels, and the policy that decides what is reached through them.
 #[derive(Debug, Parser)]
 #[command(name = "node-agent", version, propagate_version = true)]
 pub struct Cli {
@@ -26,38 +26,39 @@ pub struct Cli {
 pub enum Command {
     /// Run the agent until SIGTERM.
     Run,
-    /// Get this host its identity from a master, with a token made there by `master-agent token create`.
+    /// Get an identity for this host from a master, with a token that `master-agent token create` printed there.
     Join(JoinArgs),
-    /// Read the configuration, print every error, and exit with 78 if there is one.
+    /// Read the configuration, print every error in it, and exit with status 78 if there is one.
     CheckConfig,
     /// Print a completion script for a shell.
     Completions {
-        /// The shell that is to read it.
+        /// The shell to print it for.
         shell: clap_complete::Shell,
     },
 }
 
 #[derive(Debug, Args)]
 pub struct JoinArgs {
-    /// The master's call-home address, or its front end's with https:// before it.
+    /// The address at which the master accepts calls home, or https:// and the address of its front end.
     #[arg(value_name = "HOST:PORT")]
     pub master: Master,
-    /// The token; or set NODE_AGENT_TOKEN, which other users of this host can't see.
+    /// The join token. Other users of this host can see this option, but not the variable NODE_AGENT_TOKEN.
     #[arg(long, env = "NODE_AGENT_TOKEN", hide_env_values = true)]
     pub token: String,
     /// The fingerprint of the master's user CA, SHA256:...
     #[arg(long, value_name = "FINGERPRINT")]
     pub ca_pin: String,
-    /// This node's name; needed unless the token is bound to one.
+    /// This node's name. Required unless the token is bound to one.
     #[arg(long, value_name = "NAME")]
     pub node: Option<NodeName>,
-    /// The node's own addresses; those of this host's interfaces towards the master by default.
+    /// One of the node's own addresses; may be repeated. The default is this host's address towards the master.
     #[arg(long = "address", value_name = "ADDRESS")]
     pub addresses: Vec<IpAddr>,
-    /// The CA of the front end's certificate; the configuration's call_home_https.ca by default, else the system's.
+    /// The CA of the front end's certificate. The default is call_home_https.ca in the configuration, or else the CAs of
+    /// the system.
     #[arg(long, value_name = "FILE")]
     pub https_ca: Option<PathBuf>,
-    /// Where keys and certificates are kept; the configuration's state_dir by default.
+    /// Where keys and certificates are kept. The default is state_dir in the configuration.
     #[arg(long, value_name = "DIRECTORY")]
     pub state_dir: Option<PathBuf>,
 }

@@ -1,77 +1,37 @@
-//! Policy, resolution and connection: every stream of every peer passes here.
+//! Every stream of every peer is dialled here: the target's name is resolved, the policy decides about each address,
+//! and one that is allowed is connected to.
 //!
-//! A name is resolved once, and the addresses that came out are what is checked and what is dialled, so an
-//! answer that changes between the two gains nothing.
+//! A name is resolved once. The addresses that came out are both checked and dialled, so a peer gains nothing from a
+//! name server whose answer changes between the two.
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket},
+    net::{IpAddr, SocketAddr, ToSocketAddrs},
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
 
-use proto::{
-    DialError, Host, NodeName, Target,
-    policy::{DEFAULT_DENY, Policy, Verdict},
-};
+use proto::{DialError, Host, Target, policy::Verdict};
 use tokio::{net::TcpStream, sync::Semaphore};
 
-use crate::config::KUBELET_RULE;
+use crate::{
+    identity::user::UserRole,
+    metrics::{self, Metrics},
+    policy::{Scope, is_of_this_host},
+};
 
-/// What this node is and lets others reach. Replaced whole when a renewed certificate changes it.
-#[derive(Clone, Debug, Default)]
-pub struct Scope {
-    pub node: Option<NodeName>,
-    /// What the node's name stands for.
-    pub addresses: Vec<IpAddr>,
-    pub policy: Policy,
-    /// Where the addresses are the certificate's and not the configuration's, so that the policy has no rule for
-    /// them, the kubelet's port. It is open on those that are this host's.
-    pub certified_kubelet: Option<u16>,
+/// Names that are looked up at once for masters and for people. Each takes a thread while its name servers are silent.
+const LOOKUPS: usize = 64;
+const LOOKUPS_OF_PEOPLE: usize = 16;
+
+/// Dials what the policy allows, and counts the outcome.
+#[derive(Debug)]
+pub struct Dialer {
+    scope: RwLock<Arc<Scope>>,
+    lookups: Arc<Semaphore>,
+    lookups_of_people: Arc<Semaphore>,
+    metrics: Arc<Metrics>,
 }
-
-impl Scope {
-    /// Decides about one resolved address. Who signs certificates opens nothing but a port of this host: an address
-    /// in a closed range stays closed, and one that the host does not have does.
-    fn decide(&self, address: IpAddr, port: u16, is_of_this_host: impl Fn(IpAddr) -> bool) -> Verdict<'_> {
-        let verdict = self.policy.decide(address, port);
-        let certified =
-            self.certified_kubelet == Some(port) && self.addresses.contains(&address.to_canonical());
-        match verdict {
-            Verdict::Deny { rule: DEFAULT_DENY, .. } if certified && is_of_this_host(address) => {
-                Verdict::Allow { rule: KUBELET_RULE }
-            }
-            Verdict::Deny { rule: DEFAULT_DENY, .. } if certified => Verdict::Deny {
-                rule: DEFAULT_DENY,
-                reason: format!(
-                    "{address} is in the host certificate, but no interface of this host has it: if the host is \
-                     behind NAT, list it under `addresses:` in the node-agent's configuration"
-                ),
-            },
-            Verdict::Allow { .. } | Verdict::Deny { .. } => verdict,
-        }
-    }
-}
-
-/// Whether an address is this host's now. The kernel knows without a list of interfaces, which would need netlink,
-/// and without a packet: only to its own addresses does it connect from that very address.
-pub fn is_of_this_host(address: IpAddr) -> bool {
-    let address = address.to_canonical();
-    let any = match address {
-        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-    };
-    let source = || {
-        let socket = UdpSocket::bind((any, 0))?;
-        socket.connect((address, 9))?;
-        socket.local_addr()
-    };
-    source().is_ok_and(|source| source.ip() == address)
-}
-
-/// Dials what the policy allows. Cheap to clone.
-#[derive(Clone, Debug, Default)]
-pub struct LocalDialer(Arc<RwLock<Arc<Scope>>>);
 
 /// A connection, and the rule that allowed it.
 #[derive(Debug)]
@@ -80,35 +40,63 @@ pub struct Dialled {
     pub rule: String,
 }
 
-impl LocalDialer {
-    pub fn new(scope: Scope) -> Self {
-        Self(Arc::new(RwLock::new(Arc::new(scope))))
+impl Dialer {
+    pub fn new(scope: Scope, metrics: Arc<Metrics>) -> Self {
+        Self {
+            scope: RwLock::new(Arc::new(scope)),
+            lookups: Arc::new(Semaphore::new(LOOKUPS)),
+            lookups_of_people: Arc::new(Semaphore::new(LOOKUPS_OF_PEOPLE)),
+            metrics,
+        }
     }
 
-    pub fn replace(&self, scope: Scope) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(scope);
+    pub fn replace_scope(&self, scope: Scope) {
+        *self.scope.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(scope);
     }
 
     pub fn scope(&self) -> Arc<Scope> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.scope.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Connects to `target` within `timeout`, resolution included.
-    /// `lookups` bounds how many names the caller's kind may have under way.
+    /// Connects to `target` on behalf of a user within `timeout`, which includes the resolution of its name.
     pub async fn dial(
         &self,
         target: &Target,
         timeout: Duration,
-        lookups: &Arc<Semaphore>,
+        role: &UserRole,
     ) -> Result<Dialled, DialError> {
+        let lookups = match role {
+            UserRole::Master => &self.lookups,
+            UserRole::Person { .. } => &self.lookups_of_people,
+        };
         let scope = self.scope();
-        match tokio::time::timeout(timeout, dial(&scope, target, lookups)).await {
+        let result = match tokio::time::timeout(timeout, dial(&scope, target, lookups)).await {
             Ok(result) => result,
             Err(_) => Err(DialError::TimedOut(format!(
                 "dial tcp {target}: no answer within {}",
                 humantime::format_duration(timeout)
             ))),
+        };
+        match &result {
+            Ok(_) => self.count("ok"),
+            Err(error) => {
+                self.count(error.kind());
+                if let DialError::Policy { rule, .. } = error {
+                    self.metrics.refusals.get_or_create(&metrics::RuleLabel { rule: rule.clone() }).inc();
+                }
+                tracing::info!(%target, %error, fault = %error.fault(), "dial failed");
+            }
         }
+        result
+    }
+
+    /// Counts a dial whose caller left before it ended.
+    pub fn count_cancelled(&self) {
+        self.count(DialError::Cancelled.kind());
+    }
+
+    fn count(&self, result: &'static str) {
+        self.metrics.dials.get_or_create(&metrics::ResultLabel { result }).inc();
     }
 }
 
@@ -145,7 +133,7 @@ async fn resolve(scope: &Scope, target: &Target, lookups: &Arc<Semaphore>) -> Re
     let failed = |e: &dyn std::fmt::Display| DialError::Resolve(format!("lookup {name}: {e}"));
     let permit = lookups.clone().acquire_owned().await.map_err(|e| failed(&e))?;
     let (asked, port) = (name.clone(), target.port);
-    // A look-up can't be cancelled: it keeps its permit until it ends, also when its caller has left.
+    // A lookup can't be cancelled, so it keeps its permit until it ends, also when its caller has left.
     let lookup = tokio::task::spawn_blocking(move || {
         let _permit = permit;
         Ok::<_, io::Error>(
@@ -171,25 +159,26 @@ fn connect_error(target: &Target, error: &io::Error) -> DialError {
 
 #[cfg(test)]
 mod tests {
-    use proto::policy::Rule;
+    use proto::policy::{Policy, Rule};
     use tokio::net::TcpListener;
 
     use super::*;
 
-    fn dialer(net: &str, port: u16) -> LocalDialer {
-        LocalDialer::new(Scope {
+    fn dialer(net: &str, port: u16) -> Dialer {
+        let scope = Scope {
             node: Some("n1".parse().unwrap()),
             addresses: vec!["127.0.0.1".parse().unwrap()],
             policy: Policy {
                 rules: vec![Rule { name: "test".into(), net: net.parse().unwrap(), ports: port..=port }],
             },
             certified_kubelet: None,
-        })
+        };
+        Dialer::new(scope, Arc::default())
     }
 
-    async fn try_dial(dialer: &LocalDialer, target: &str) -> Result<String, DialError> {
-        let lookups = Arc::new(Semaphore::new(1));
-        dialer.dial(&target.parse().unwrap(), Duration::from_secs(5), &lookups).await.map(|d| d.rule)
+    async fn try_dial(dialer: &Dialer, target: &str) -> Result<String, DialError> {
+        let target = target.parse().unwrap();
+        dialer.dial(&target, Duration::from_secs(5), &UserRole::Master).await.map(|d| d.rule)
     }
 
     #[tokio::test]
@@ -217,6 +206,11 @@ mod tests {
                 "{target}: {result:?}"
             );
         }
+        let refusals = |rule: &str| {
+            dialer.metrics.refusals.get_or_create(&metrics::RuleLabel { rule: rule.to_owned() }).get()
+        };
+        assert_eq!([refusals("loopback"), refusals("link-local"), refusals("default-deny")], [2, 1, 1]);
+        assert_eq!(dialer.metrics.dials.get_or_create(&metrics::ResultLabel { result: "policy" }).get(), 4);
     }
 
     #[tokio::test]
@@ -230,44 +224,14 @@ mod tests {
         assert!(matches!(try_dial(&dialer, "no-such-name.invalid:1").await, Err(DialError::Resolve(_))));
     }
 
-    #[test]
-    fn an_address_is_of_this_host_or_it_is_not() {
-        for (address, expected) in [
-            ("127.0.0.1", true),
-            ("::1", true),
-            ("::ffff:127.0.0.1", true),
-            ("198.51.100.7", false),
-            ("255.255.255.255", false),
-            ("2001:db8::7", false),
-        ] {
-            assert_eq!(is_of_this_host(address.parse().unwrap()), expected, "{address}");
-        }
-    }
-
-    #[test]
-    fn an_address_of_the_certificate_counts_if_the_host_has_it_and_it_is_not_closed() {
-        let closed =
-            ["127.0.0.1", "::1", "169.254.169.254", "fe80::1", "100.100.100.200", "64:ff9b::169.254.169.254"];
-        let own = ["10.0.0.5", "fd00::5", "198.51.100.7"];
-        let addresses = own.iter().chain(&closed).map(|a| a.parse().unwrap()).collect();
-        let scope = Scope { addresses, certified_kubelet: Some(10250), ..Scope::default() };
-        let here = |address: IpAddr| address != "198.51.100.7".parse::<IpAddr>().unwrap();
-        let decide =
-            |scope: &Scope, address: &str, port| match scope.decide(address.parse().unwrap(), port, here) {
-                Verdict::Allow { rule } => Ok(rule.to_owned()),
-                Verdict::Deny { rule, reason } => Err((rule, reason)),
-            };
-        for address in ["10.0.0.5", "::ffff:10.0.0.5", "fd00::5"] {
-            assert_eq!(decide(&scope, address, 10250), Ok(KUBELET_RULE.to_owned()), "{address}");
-            assert_eq!(decide(&scope, address, 10251).unwrap_err().0, DEFAULT_DENY, "{address}");
-        }
-        for address in closed {
-            assert_ne!(decide(&scope, address, 10250).unwrap_err().0, DEFAULT_DENY, "{address}");
-        }
-        assert_eq!(decide(&scope, "10.0.0.6", 10250).unwrap_err().0, DEFAULT_DENY);
-        let (rule, reason) = decide(&scope, "198.51.100.7", 10250).unwrap_err();
-        assert!(rule == DEFAULT_DENY && reason.contains("`addresses:`"), "{rule}: {reason}");
-        let none = Scope { certified_kubelet: None, ..scope };
-        assert_eq!(decide(&none, "10.0.0.5", 10250).unwrap_err().0, DEFAULT_DENY);
+    #[tokio::test(start_paused = true)]
+    async fn people_who_wait_for_name_servers_keep_no_master_waiting() {
+        let dialer = dialer("127.0.0.1/32", 1);
+        let _all = dialer.lookups_of_people.acquire_many(LOOKUPS_OF_PEOPLE as u32).await.unwrap();
+        let target = "localhost:2".parse().unwrap();
+        let person = UserRole::Person { login: "alice".into(), key_id: "alice".into() };
+        let waits = dialer.dial(&target, Duration::from_secs(5), &person).await;
+        assert!(matches!(waits, Err(DialError::TimedOut(_))), "{waits:?}");
+        assert!(matches!(try_dial(&dialer, "localhost:2").await, Err(DialError::Policy { .. })));
     }
 }

@@ -1,7 +1,7 @@
-//! The HTTP proxy that stands between this node and masters, if there is one: given by the configuration, or by the
-//! environment as other programs of a cluster's nodes read it (Go's `httpproxy`).
+//! The HTTP proxy between this node and masters, if there is one. The configuration names it, or the environment, which
+//! is read as other programs on a cluster's nodes read it (Go's `httpproxy`).
 
-use std::{fmt, net::IpAddr, path::PathBuf, str::FromStr};
+use std::{fmt, io, net::IpAddr, path::PathBuf, str::FromStr};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use ipnet::IpNet;
@@ -10,7 +10,7 @@ use proto::{Host, Target};
 use proto_config::{At, Value, secret_file};
 use zeroize::Zeroizing;
 
-/// An HTTP proxy. Its credentials are never shown.
+/// An HTTP proxy. Neither `Display` nor `Debug` shows its credentials.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Proxy {
     pub address: Target,
@@ -27,7 +27,7 @@ struct Login {
 enum Password {
     None,
     Given(Zeroizing<Vec<u8>>),
-    /// Read anew for each link.
+    /// The file is read for each link.
     File(PathBuf),
 }
 
@@ -35,7 +35,7 @@ enum Password {
 pub enum InvalidProxy {
     #[error("expected http://[USER:PASSWORD@]HOST:PORT; other kinds of proxies are not supported")]
     Scheme,
-    /// Without the text, which may hold a password.
+    /// The error does not show the text, which may hold a password.
     #[error("the proxy's address is not of the form http://[USER:PASSWORD@]HOST:PORT")]
     Address,
 }
@@ -68,25 +68,25 @@ impl FromStr for Proxy {
 }
 
 impl Proxy {
-    /// Takes the password from a file; `None` where the address names no user, or has a password already.
+    /// Takes the password from a file; `None` if the address names no user, or has a password already.
     pub fn with_password_file(mut self, file: PathBuf) -> Option<Self> {
         let login = self.login.as_mut().filter(|login| login.password == Password::None)?;
         login.password = Password::File(file);
         Some(self)
     }
 
-    /// The value of `Proxy-Authorization` (RFC 7617). Reads the password's file, if it is in one.
-    pub fn authorization(&self) -> Result<Option<Zeroizing<String>>, String> {
+    /// The value of `Proxy-Authorization` (RFC 7617). Blocks while it reads the password's file, if there is one.
+    pub fn authorization(&self) -> Result<Option<Zeroizing<String>>, CredentialsError> {
         let Some(Login { user, password }) = &self.login else { return Ok(None) };
         let mut plain = Zeroizing::new([user.as_slice(), b":"].concat());
         match password {
             Password::None => {}
             Password::Given(password) => plain.extend_from_slice(password),
             Password::File(file) => {
-                let text = secret_file::read_given(file).map_err(|e| e.to_string())?;
+                let text = secret_file::read_given(file)?;
                 let password = text.trim_end_matches(['\r', '\n']);
                 if password.is_empty() || password.contains(char::is_control) {
-                    return Err(format!("{} does not hold one line with a password", file.display()));
+                    return Err(CredentialsError::NoPassword(file.clone()));
                 }
                 plain.extend_from_slice(password.as_bytes());
             }
@@ -107,17 +107,27 @@ impl fmt::Debug for Proxy {
     }
 }
 
-/// What the configuration says of proxies.
+/// Why the credentials for a proxy can't be used. No variant shows them.
+#[derive(Debug, thiserror::Error)]
+pub enum CredentialsError {
+    /// The text names the file.
+    #[error(transparent)]
+    File(#[from] io::Error),
+    #[error("{} does not hold one line with a password", .0.display())]
+    NoPassword(PathBuf),
+}
+
+/// The configuration's choice of a proxy.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Choice {
-    /// That of `HTTPS_PROXY`, except for what `NO_PROXY` names.
+pub enum ProxyChoice {
+    /// The proxy that `HTTPS_PROXY` names, except for targets that `NO_PROXY` names.
     #[default]
     Environment,
     None,
     Use(Proxy),
 }
 
-impl Choice {
+impl ProxyChoice {
     /// The proxy on the way to a target.
     pub fn towards(&self, target: &Target) -> Result<Option<Proxy>, InvalidProxy> {
         match self {
@@ -126,9 +136,7 @@ impl Choice {
             Self::Use(proxy) => Ok(Some(proxy.clone())),
         }
     }
-}
 
-impl Choice {
     /// As [`Proxy::with_password_file`].
     pub fn with_password_file(self, file: PathBuf) -> Option<Self> {
         match self {
@@ -138,7 +146,7 @@ impl Choice {
     }
 }
 
-impl Value for Choice {
+impl Value for ProxyChoice {
     fn read(at: &At<'_>) -> Option<Self> {
         match at.text()? {
             "environment" => Some(Self::Environment),
@@ -154,7 +162,7 @@ impl Value for Choice {
     }
 }
 
-/// The variables.
+/// The environment variables that name proxies.
 #[derive(Clone, Default)]
 pub struct Environment {
     pub https_proxy: String,
@@ -162,7 +170,7 @@ pub struct Environment {
 }
 
 impl Environment {
-    /// Capital letters come before small ones.
+    /// Reads the variables. Names in capital letters take precedence.
     pub fn read() -> Self {
         let variable = |names: [&str; 2]| {
             let mut set = names.into_iter().filter_map(|name| std::env::var(name).ok());
@@ -182,20 +190,20 @@ impl Environment {
         }
     }
 
-    /// Whether a target is reached without the proxy. This host always is.
+    /// Whether a target is reached without the proxy, as this host always is.
     fn exempts(&self, target: &Target) -> bool {
         let this_host = match &target.host {
             Host::Addr(address) => address.is_loopback(),
             Host::Name(name) => name == "localhost",
         };
         let entries = self.no_proxy.split([',', ' ']).map(str::trim).filter(|entry| !entry.is_empty());
-        this_host || entries.into_iter().any(|entry| is_for(&entry.to_ascii_lowercase(), target))
+        this_host || entries.into_iter().any(|entry| applies(&entry.to_ascii_lowercase(), target))
     }
 }
 
-/// Whether one entry of `NO_PROXY` is for a target: `*`, an address, a network, a domain with what is below it
-/// (`.example` without the domain itself), the latter two with a port or without.
-fn is_for(entry: &str, target: &Target) -> bool {
+/// Whether one entry of `NO_PROXY` applies to a target. An entry is `*`, a network, or an address or a domain, either of
+/// which may have a port. A domain includes its subdomains, and `.example` stands for those alone.
+fn applies(entry: &str, target: &Target) -> bool {
     if entry == "*" {
         return true;
     }
@@ -232,7 +240,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_proxy() {
+    fn no_proxy_exempts_what_its_entries_apply_to() {
         for (no_proxy, target, exempt) in [
             ("", "a.example:443", false),
             ("*", "a.example:443", true),
@@ -280,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn proxies() {
+    fn addresses_of_proxies_and_their_credentials() {
         for (text, address, authorization) in [
             ("http://proxy.example:3128", "proxy.example:3128", None),
             ("HTTP://proxy.example:3128/", "proxy.example:3128", None),
@@ -318,7 +326,8 @@ mod tests {
         let file = std::env::temp_dir().join(format!("proxy-password-{:016x}", rand::random::<u64>()));
         let proxy: Proxy = "http://user@proxy.example:3128".parse().unwrap();
         let proxy = proxy.with_password_file(file.clone()).unwrap();
-        assert!(proxy.authorization().unwrap_err().contains(&file.display().to_string()));
+        let missing = proxy.authorization().unwrap_err().to_string();
+        assert!(missing.contains(&file.display().to_string()), "{missing}");
         for password in ["first", "p@ss:word ", "third\n", "fourth\r\n"] {
             secret_file::replace(&file, password.as_bytes()).unwrap();
             let plain = format!("user:{}", password.trim_end_matches(['\r', '\n']));
@@ -327,12 +336,12 @@ mod tests {
         }
         for bad in ["", "\n", "wonder\nland", "wonderland\u{7f}"] {
             secret_file::replace(&file, bad.as_bytes()).unwrap();
-            let error = proxy.authorization().unwrap_err();
+            let error = proxy.authorization().unwrap_err().to_string();
             assert!(error.contains("one line with a password") && !error.contains("wonder"), "{error}");
         }
         secret_file::replace(&file, b"wonderland").unwrap();
         std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
-        let error = proxy.authorization().unwrap_err();
+        let error = proxy.authorization().unwrap_err().to_string();
         assert!(error.contains("chmod 600") && !error.contains("wonderland"), "{error}");
         std::fs::remove_file(&file).unwrap();
         assert_eq!(format!("{proxy} {proxy:?}"), "http://proxy.example:3128 http://proxy.example:3128");
@@ -342,11 +351,11 @@ mod tests {
     }
 
     #[test]
-    fn without_a_proxy_there_is_none() {
+    fn without_variables_there_is_no_proxy_and_a_bad_one_is_an_error() {
         let target: Target = "a.example:443".parse().unwrap();
         assert_eq!(Environment::default().towards(&target), Ok(None));
         let broken = Environment { https_proxy: "ftp://proxy".into(), no_proxy: String::new() };
         assert_eq!(broken.towards(&target), Err(InvalidProxy::Scheme));
-        assert_eq!(Choice::None.towards(&target), Ok(None));
+        assert_eq!(ProxyChoice::None.towards(&target), Ok(None));
     }
 }

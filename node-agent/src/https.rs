@@ -1,7 +1,7 @@
-//! Links to a master's front end: TLS, perhaps through an HTTP proxy, and a request that changes to another protocol.
+//! Links to a master's front end: TLS, perhaps through an HTTP proxy, and a request that upgrades the connection.
 //!
-//! The credential that is shown there only opens the door. It leaves this host once the front end's certificate has
-//! been verified, in TLS, and is in no log or error. Both sides prove themselves once more inside, by SSH.
+//! The credential that is presented there only opens the way to SSH, in which both sides prove themselves once more. It
+//! leaves this host only within TLS, after the front end's certificate has been verified, and is in no log or error.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -25,8 +25,8 @@ use proto::{
     call_home::{Purpose, UPGRADE, path},
 };
 use proto_config::{Section, secret_file};
-use proto_net::tls::ClientTls;
-use rustls::pki_types::ServerName;
+use proto_net::tls::{ClientTls, FileError};
+use rustls::pki_types::{InvalidDnsNameError, ServerName};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
@@ -35,30 +35,89 @@ use tokio_rustls::TlsConnector;
 use zeroize::Zeroizing;
 
 use crate::{
-    http_proxy::{Choice, Proxy},
-    tcp,
+    http_proxy::{CredentialsError, InvalidProxy, Proxy, ProxyChoice},
+    tcp::{self, ConnectError},
 };
 
-/// Of the heads of a front end's and a proxy's answers.
+/// The size of the head of a front end's or a proxy's answer.
 const MAX_HEAD: usize = 16 * 1024;
 const MAX_HEADERS: usize = 64;
-/// Bytes of an answer that says why not.
+/// Bytes that are read of an answer that refuses.
 const MAX_REASON: usize = 4096;
-/// Characters of it that are shown.
-const SHOWN: usize = 300;
-/// Longer tokens are none.
+/// Characters of its reason that are shown.
+const MAX_SHOWN: usize = 300;
 const MAX_TOKEN: usize = 16 * 1024;
+
+/// Why there is no link.
+#[derive(Debug, thiserror::Error)]
+pub enum HttpsError {
+    #[error("https://{front_end} did not answer within {}", humantime::format_duration(*limit))]
+    TimedOut { front_end: Target, limit: Duration },
+    #[error(transparent)]
+    ProxyAddress(#[from] InvalidProxy),
+    #[error(transparent)]
+    ProxyCredentials(#[from] CredentialsError),
+    #[error(transparent)]
+    TlsFile(#[from] FileError),
+    #[error("can't read the token: {0}")]
+    TokenFile(std::io::Error),
+    #[error("{} holds no token", .0.display())]
+    NoToken(PathBuf),
+    #[error("the task that reads files failed: {0}")]
+    Task(tokio::task::JoinError),
+    #[error("a credential can't be sent")]
+    UnsendableCredential,
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    #[error("{name}: {error}")]
+    ServerName { name: String, error: InvalidDnsNameError },
+    #[error("no TLS with https://{front_end}, and no credential was sent: {error}")]
+    Tls { front_end: Target, error: std::io::Error },
+    #[error("the proxy http://{proxy} {fault}")]
+    Proxy { proxy: Target, fault: AnswerFault },
+    #[error("https://{front_end} {fault}")]
+    FrontEnd { front_end: Target, fault: AnswerFault },
+}
+
+/// What is wrong with the answer of a front end or a proxy.
+#[derive(Debug, thiserror::Error)]
+pub enum AnswerFault {
+    #[error("can't be asked: {0}")]
+    Request(#[from] hyper::http::Error),
+    #[error("answers with an endless head")]
+    EndlessHead,
+    #[error("does not answer in HTTP/1.1")]
+    NotHttp,
+    #[error("broke off: {0}")]
+    Broken(hyper::Error),
+    #[error("was lost")]
+    Lost,
+    #[error("sends something of its own behind its answer")]
+    BytesAfterAnswer,
+    #[error("wants other credentials (407): see `call_home_https.proxy` and `.proxy_password_file`")]
+    ProxyAuthentication,
+    #[error("does not connect to {authority}: it answers {status}")]
+    NotConnected { authority: String, status: StatusCode },
+    #[error("changes to another protocol")]
+    OtherProtocol,
+    #[error("does not recognise this node's credential (401); its log says why")]
+    Unauthorized,
+    #[error("does not take calls home from here: it answers {status} {reason}")]
+    Refused { status: StatusCode, reason: String },
+    #[error("answers {0}")]
+    Unexpected(StatusCode),
+}
 
 /// How front ends are reached. Its files are read again for every link.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CallHomeHttps {
-    /// Whom this node trusts to be a front end, and the certificate that it shows.
+    /// The CA that this node trusts, and the certificate that it shows.
     pub tls: ClientTls,
-    /// Holds a bearer token: a bootstrap token, or a service account's.
+    /// The file of a bearer token, which is a bootstrap token or a service account's.
     pub token_file: Option<PathBuf>,
-    /// The name in the front end's certificate, if it is another than the one that is dialled.
+    /// The name in the front end's certificate, if it differs from the one that is dialled.
     pub server_name: Option<String>,
-    pub proxy: Choice,
+    pub proxy: ProxyChoice,
 }
 
 impl CallHomeHttps {
@@ -71,11 +130,11 @@ impl CallHomeHttps {
         if server_name.as_ref().is_some_and(|name| ServerName::try_from(name.as_str()).is_err()) {
             s.error("server_name", "is neither a DNS name nor an address");
         }
-        let mut proxy = s.or("proxy", Choice::Environment);
+        let mut proxy = s.or("proxy", ProxyChoice::Environment);
         if let Some(file) = s.private_file("proxy_password_file") {
             proxy = proxy.with_password_file(file).unwrap_or_else(|| {
                 s.error("proxy_password_file", "needs `proxy: http://USER@HOST:PORT`, without a password");
-                Choice::None
+                ProxyChoice::None
             });
         }
         Some(Self {
@@ -90,22 +149,32 @@ impl CallHomeHttps {
         self.tls.identity.is_some() || self.token_file.is_some()
     }
 
-    /// The token to present, read from its file.
-    fn token(&self) -> Result<Option<String>, String> {
+    /// Reads the token to present.
+    fn token(&self) -> Result<Option<String>, HttpsError> {
         let Some(file) = &self.token_file else { return Ok(None) };
-        let shown = file.display();
         // Kubelet writes service accounts' tokens for everybody to read unless the pod has an `fsGroup`.
-        let text = secret_file::read_public(file).map_err(|e| format!("can't read the token: {e}"))?;
+        let text = secret_file::read_public(file).map_err(HttpsError::TokenFile)?;
         let token = text.trim();
         if token.is_empty() || token.len() > MAX_TOKEN || !token.bytes().all(|b| b.is_ascii_graphic()) {
-            return Err(format!("{shown} holds no token"));
+            return Err(HttpsError::NoToken(file.clone()));
         }
         Ok(Some(token.to_owned()))
     }
 }
 
+/// What is asked of a front end.
+#[derive(Clone, Copy)]
+pub struct LinkRequest<'a> {
+    pub front_end: &'a Target,
+    /// The node on whose behalf the link is made.
+    pub node: Option<&'a NodeName>,
+    pub purpose: Purpose,
+    /// The token that is presented if the configuration has no credential.
+    pub join_token: Option<&'a str>,
+}
+
 /// A connection that has become a link.
-pub struct Connected {
+pub struct HttpsLink {
     pub stream: TokioIo<Upgraded>,
     /// The master's address; `None` behind a proxy.
     pub peer: Option<SocketAddr>,
@@ -113,41 +182,35 @@ pub struct Connected {
     pub local: Option<IpAddr>,
 }
 
-/// Connects to a front end on behalf of `node`. Without a credential that is configured, `token` is presented.
+/// Connects to a front end, and makes the connection a link.
 pub async fn connect(
     config: &CallHomeHttps,
-    front_end: &Target,
-    node: Option<&NodeName>,
-    purpose: Purpose,
-    token: Option<&str>,
+    request: LinkRequest<'_>,
     timeout: Duration,
-) -> Result<Connected, String> {
-    let connected = connect_within(config, front_end, node, purpose, token, timeout);
-    tokio::time::timeout(timeout, connected).await.unwrap_or_else(|_| {
-        Err(format!("https://{front_end} did not answer within {}", humantime::format_duration(timeout)))
+) -> Result<HttpsLink, HttpsError> {
+    tokio::time::timeout(timeout, connect_within(config, request, timeout)).await.unwrap_or_else(|_| {
+        Err(HttpsError::TimedOut { front_end: request.front_end.clone(), limit: timeout })
     })
 }
 
 async fn connect_within(
     config: &CallHomeHttps,
-    front_end: &Target,
-    node: Option<&NodeName>,
-    purpose: Purpose,
-    token: Option<&str>,
+    request: LinkRequest<'_>,
     timeout: Duration,
-) -> Result<Connected, String> {
-    let proxy = config.proxy.towards(front_end).map_err(|e| e.to_string())?;
+) -> Result<HttpsLink, HttpsError> {
+    let front_end = request.front_end;
+    let proxy = config.proxy.towards(front_end)?;
     let (files, login) = (config.clone(), proxy.clone());
-    // As many as the system's own certificates.
+    // The system's own CA certificates alone are more than a hundred files.
     let read = tokio::task::spawn_blocking(move || {
-        let tls = files.tls.config().map_err(|e| e.to_string())?;
+        let tls = files.tls.config()?;
         let authorization = login.map_or(Ok(None), |proxy| proxy.authorization())?;
-        Ok::<_, String>((tls, files.token()?, authorization))
+        Ok::<_, HttpsError>((tls, files.token()?, authorization))
     });
-    let (mut tls, configured, authorization) = read.await.map_err(|e| e.to_string())??;
+    let (mut tls, configured, authorization) = read.await.map_err(HttpsError::Task)??;
     let token = match configured {
         Some(token) => Some(token),
-        None if config.tls.identity.is_none() => token.map(str::to_owned),
+        None if config.tls.identity.is_none() => request.join_token.map(str::to_owned),
         None => None,
     };
     tls.alpn_protocols = vec![b"http/1.1".to_vec()];
@@ -162,11 +225,12 @@ async fn connect_within(
         }
     };
     let name = config.server_name.clone().unwrap_or_else(|| front_end.host.to_string());
-    let name = ServerName::try_from(name).map_err(|e| format!("{}: {e}", front_end.host))?;
+    let name = ServerName::try_from(name)
+        .map_err(|error| HttpsError::ServerName { name: front_end.host.to_string(), error })?;
     let tls = TlsConnector::from(Arc::new(tls)).connect(name, socket).await;
-    let tls = tls.map_err(|e| format!("no TLS with https://{front_end}, and no credential was sent: {e}"))?;
-    let stream = upgrade(tls, front_end, node, purpose, token).await?;
-    Ok(Connected { stream, peer, local })
+    let tls = tls.map_err(|error| HttpsError::Tls { front_end: front_end.clone(), error })?;
+    let stream = upgrade(tls, request, token).await?;
+    Ok(HttpsLink { stream, peer, local })
 }
 
 /// Has a proxy connect to the front end (RFC 9110 §9.3.6).
@@ -175,42 +239,42 @@ async fn tunnel(
     authorization: Option<Zeroizing<String>>,
     front_end: &Target,
     socket: TcpStream,
-) -> Result<TcpStream, String> {
-    let failed = |what: &str| format!("the proxy {proxy} {what}");
+) -> Result<TcpStream, HttpsError> {
+    let failed = |fault| HttpsError::Proxy { proxy: proxy.address.clone(), fault };
     let authority = front_end.to_string();
     let mut request =
         Request::builder().method(Method::CONNECT).uri(&authority).header(header::HOST, &authority);
     if let Some(authorization) = authorization {
         request = request.header(header::PROXY_AUTHORIZATION, secret(&authorization)?);
     }
-    let request = request.body(Empty::new()).map_err(|e| failed(&e.to_string()))?;
-    match exchange(socket, request).await.map_err(|e| failed(&e))? {
-        (head, Outcome::Changed(upgraded)) if head.status.is_success() => {
-            let parts = upgraded.downcast::<TokioIo<TcpStream>>().map_err(|_| failed("was lost"))?;
-            // TLS begins with this side.
+    let request = request.body(Empty::new()).map_err(|e| failed(e.into()))?;
+    match exchange(socket, request).await.map_err(failed)? {
+        (head, Outcome::Upgraded(upgraded)) if head.status.is_success() => {
+            let parts = upgraded.downcast::<TokioIo<TcpStream>>().map_err(|_| failed(AnswerFault::Lost))?;
+            // This side speaks first in TLS.
             if !parts.read_buf.is_empty() {
-                return Err(failed("sends something of its own behind its answer"));
+                return Err(failed(AnswerFault::BytesAfterAnswer));
             }
             Ok(parts.io.into_inner())
         }
-        (head, _) if head.status == StatusCode::PROXY_AUTHENTICATION_REQUIRED => Err(failed(
-            "wants other credentials (407): see `call_home_https.proxy` and `.proxy_password_file`",
-        )),
-        (head, _) => Err(failed(&format!("does not connect to {authority}: it answers {}", head.status))),
+        (head, _) if head.status == StatusCode::PROXY_AUTHENTICATION_REQUIRED => {
+            Err(failed(AnswerFault::ProxyAuthentication))
+        }
+        (head, _) => Err(failed(AnswerFault::NotConnected { authority, status: head.status })),
     }
 }
 
+/// Upgrades a connection to a link (RFC 9110 §7.8).
 async fn upgrade<S>(
     socket: S,
-    front_end: &Target,
-    node: Option<&NodeName>,
-    purpose: Purpose,
+    request: LinkRequest<'_>,
     token: Option<String>,
-) -> Result<TokioIo<Upgraded>, String>
+) -> Result<TokioIo<Upgraded>, HttpsError>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let failed = |what: String| format!("https://{front_end} {what}");
+    let LinkRequest { front_end, node, purpose, join_token: _ } = request;
+    let failed = |fault| HttpsError::FrontEnd { front_end: front_end.clone(), fault };
     let mut request = Request::builder()
         .method(Method::POST)
         .uri(path(node, purpose))
@@ -220,32 +284,30 @@ where
     if let Some(token) = &token {
         request = request.header(header::AUTHORIZATION, secret(&format!("Bearer {token}"))?);
     }
-    let request = request.body(Empty::new()).map_err(|e| failed(e.to_string()))?;
+    let request = request.body(Empty::new()).map_err(|e| failed(e.into()))?;
     let (head, outcome) = exchange(socket, request).await.map_err(failed)?;
     let protocol = head.headers.get(header::UPGRADE).map(HeaderValue::as_bytes);
     match (head.status, outcome) {
-        (StatusCode::SWITCHING_PROTOCOLS, Outcome::Changed(upgraded))
+        (StatusCode::SWITCHING_PROTOCOLS, Outcome::Upgraded(upgraded))
             if protocol.is_some_and(|protocol| protocol.eq_ignore_ascii_case(UPGRADE.as_bytes())) =>
         {
             Ok(TokioIo::new(upgraded))
         }
-        (StatusCode::SWITCHING_PROTOCOLS, _) => Err(failed("changes to another protocol".to_owned())),
-        (StatusCode::UNAUTHORIZED, _) => {
-            Err(failed("does not recognise this node's credential (401); its log says why".to_owned()))
-        }
+        (StatusCode::SWITCHING_PROTOCOLS, _) => Err(failed(AnswerFault::OtherProtocol)),
+        (StatusCode::UNAUTHORIZED, _) => Err(failed(AnswerFault::Unauthorized)),
         (status, Outcome::Answered(reason)) => {
             let reason = match &token {
                 Some(token) => reason.replace(token.as_str(), "***"),
                 None => reason,
             };
-            Err(failed(format!("does not take calls home from here: it answers {status} {reason}")))
+            Err(failed(AnswerFault::Refused { status, reason }))
         }
-        (status, Outcome::Changed(_)) => Err(failed(format!("answers {status}"))),
+        (status, Outcome::Upgraded(_)) => Err(failed(AnswerFault::Unexpected(status))),
     }
 }
 
-fn secret(text: &str) -> Result<HeaderValue, String> {
-    let mut value = HeaderValue::from_str(text).map_err(|_| "a credential can't be sent".to_owned())?;
+fn secret(text: &str) -> Result<HeaderValue, HttpsError> {
+    let mut value = HeaderValue::from_str(text).map_err(|_| HttpsError::UnsendableCredential)?;
     value.set_sensitive(true);
     Ok(value)
 }
@@ -256,13 +318,13 @@ struct Head {
 }
 
 enum Outcome {
-    Changed(Upgraded),
-    /// With the reason that a Kubernetes Status gives.
+    Upgraded(Upgraded),
+    /// An answer, with the reason that it gives if it is a Kubernetes Status.
     Answered(String),
 }
 
-/// Sends one request, and gives what came of it.
-async fn exchange<S>(socket: S, request: Request<Empty<Bytes>>) -> Result<(Head, Outcome), String>
+/// Sends one request, and returns what came of it.
+async fn exchange<S>(socket: S, request: Request<Empty<Bytes>>) -> Result<(Head, Outcome), AnswerFault>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -273,9 +335,9 @@ where
     let answered = async {
         let mut response = sender.send_request(request).await.map_err(broken)?;
         let head = Head { status: response.status(), headers: std::mem::take(response.headers_mut()) };
-        let changed = head.status == StatusCode::SWITCHING_PROTOCOLS || connect && head.status.is_success();
-        let outcome = if changed {
-            Outcome::Changed(hyper::upgrade::on(response).await.map_err(broken)?)
+        let upgraded = head.status == StatusCode::SWITCHING_PROTOCOLS || connect && head.status.is_success();
+        let outcome = if upgraded {
+            Outcome::Upgraded(hyper::upgrade::on(response).await.map_err(broken)?)
         } else {
             Outcome::Answered(reason(response).await)
         };
@@ -289,14 +351,14 @@ where
     }
 }
 
-fn broken(error: hyper::Error) -> String {
+fn broken(error: hyper::Error) -> AnswerFault {
     if error.is_parse_too_large() {
-        return "answers with an endless head".to_owned();
+        return AnswerFault::EndlessHead;
     }
     if error.is_parse() {
-        return "does not answer in HTTP/1.1".to_owned();
+        return AnswerFault::NotHttp;
     }
-    format!("broke off: {error}")
+    AnswerFault::Broken(error)
 }
 
 async fn reason(response: Response<Incoming>) -> String {
@@ -304,5 +366,5 @@ async fn reason(response: Response<Incoming>) -> String {
     let body = body.map(http_body_util::Collected::to_bytes).unwrap_or_default();
     let status: Option<serde_json::Value> = serde_json::from_slice(&body).ok();
     let message = status.as_ref().and_then(|status| status.get("message")?.as_str()).unwrap_or_default();
-    message.chars().take(SHOWN).map(|c| if c.is_control() { ' ' } else { c }).collect()
+    message.chars().take(MAX_SHOWN).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }

@@ -1,9 +1,9 @@
 //! `node-agent join`: from a fresh host to an identity, over one call-home link.
 //!
-//! The host has a key and no certificate; the master is known by the fingerprint of its user CA alone. The SSH
-//! roles are as ever, so the two prove themselves in this order: the master signs the session with a key
-//! that the pinned CA certified (a relay in between has another session and no such key), and only then does
-//! this side send the token. The master signs the host key that this very session has proved.
+//! The host has a key and no certificate, and knows the master by the fingerprint of its user CA alone. The master is the
+//! SSH client, as always. It first signs the session with a key that the pinned CA has certified; a relay in between has
+//! another session and no such key. Only then does this side send the token. The master certifies the host key that this
+//! very session has proved.
 
 use std::{
     net::IpAddr,
@@ -30,18 +30,21 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    https::{self, CallHomeHttps},
-    identity::NodeIdentity,
-    tcp,
+    https::{self, CallHomeHttps, HttpsError, LinkRequest},
+    identity::{
+        host::{IdentityError, NodeIdentity},
+        user,
+    },
+    tcp::{self, ConnectError},
 };
 
 /// How long the whole exchange may take.
 const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// What joining needs to know.
-pub struct Join {
+/// How to join, and with what.
+pub struct JoinOptions {
     pub master: Master,
-    /// How it is reached if it is a front end. Without a credential of its own, the join token is presented there, too.
+    /// How the master is reached if it is a front end. Without a credential, the join token is presented there, too.
     pub https: CallHomeHttps,
     pub token: String,
     pub ca_pin: String,
@@ -52,8 +55,10 @@ pub struct Join {
 /// Why the host did not join; the text says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {
-    #[error("{0}")]
-    Connect(String),
+    #[error(transparent)]
+    Tcp(#[from] ConnectError),
+    #[error(transparent)]
+    Https(#[from] HttpsError),
     #[error(
         "the master at {master} did not prove itself: {reason}. Compare --ca-pin with the line that `master-agent token create` printed; if it is the same, something between this host and the master answers in its place"
     )]
@@ -66,8 +71,10 @@ pub enum JoinError {
     Refused { reason: String, hint: String },
     #[error("the master's answer can't be read: {0}")]
     Answer(String),
-    #[error("{0}")]
-    Identity(String),
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    #[error("the certificate names no node")]
+    Unnamed,
 }
 
 enum Event {
@@ -76,27 +83,26 @@ enum Event {
     Bytes(Vec<u8>),
 }
 
-/// Joins, and installs what the master gave into `identity`. Gives the node's name.
-pub async fn join(identity: &mut NodeIdentity, join: Join) -> Result<NodeName, JoinError> {
-    let response = match &join.master {
+/// Joins, and installs what the master gave into `identity`. Returns the node's name.
+pub async fn join(identity: &mut NodeIdentity, options: JoinOptions) -> Result<NodeName, JoinError> {
+    let response = match &options.master {
         Master::Tcp(master) => {
-            let socket = tcp::connect(master, TIMEOUT).await.map_err(JoinError::Connect)?;
+            let socket = tcp::connect(master, TIMEOUT).await?;
             let local = socket.local_addr().map(|a| a.ip()).ok();
-            exchange(identity, &join, socket, local).await?
+            exchange(identity, &options, socket, local).await?
         }
         Master::Https(front_end) => {
-            let (node, token) = (join.node.as_ref(), Some(join.token.as_str()));
-            let link = https::connect(&join.https, front_end, node, Purpose::Join, token, TIMEOUT);
-            let link = link.await.map_err(JoinError::Connect)?;
-            exchange(identity, &join, link.stream, link.local).await?
+            let (node, purpose) = (options.node.as_ref(), Purpose::Join);
+            let join_token = Some(options.token.as_str());
+            let request = LinkRequest { front_end, node, purpose, join_token };
+            let link = https::connect(&options.https, request, TIMEOUT).await?;
+            exchange(identity, &options, link.stream, link.local).await?
         }
     };
     match response {
         JoinResponse::Accepted { .. } => {
-            identity.install(&response).map_err(|e| JoinError::Identity(e.to_string()))?;
-            identity
-                .node_name()
-                .ok_or_else(|| JoinError::Identity("the certificate names no node".to_owned()))
+            identity.install(&response)?;
+            identity.node_name().ok_or(JoinError::Unnamed)
         }
         JoinResponse::Refused { reason, hint } => Err(JoinError::Refused { reason, hint }),
     }
@@ -104,33 +110,35 @@ pub async fn join(identity: &mut NodeIdentity, join: Join) -> Result<NodeName, J
 
 async fn exchange<T>(
     identity: &NodeIdentity,
-    join: &Join,
+    options: &JoinOptions,
     socket: T,
     local: Option<IpAddr>,
 ) -> Result<JoinResponse, JoinError>
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let exchanged = tokio::time::timeout(TIMEOUT, exchange_within(identity, join, socket, local));
-    exchanged.await.map_err(|_| JoinError::Incomplete(join.master.clone()))?
+    let exchanged = tokio::time::timeout(TIMEOUT, exchange_within(identity, options, socket, local));
+    exchanged.await.map_err(|_| JoinError::Incomplete(options.master.clone()))?
 }
 
 async fn exchange_within<T>(
     identity: &NodeIdentity,
-    join: &Join,
+    options: &JoinOptions,
     socket: T,
     local: Option<IpAddr>,
 ) -> Result<JoinResponse, JoinError>
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let addresses = match (join.addresses.as_slice(), local) {
+    let addresses = match (options.addresses.as_slice(), local) {
         ([], Some(local)) => vec![local.to_canonical()],
         (given, _) => given.to_vec(),
     };
-    let request = JoinRequest { version: 1, token: join.token.clone(), node: join.node.clone(), addresses };
+    let request =
+        JoinRequest { version: 1, token: options.token.clone(), node: options.node.clone(), addresses };
     let (events, mut received) = mpsc::channel(16);
-    let handler = Handler { ca_pin: join.ca_pin.clone(), request: request.encode(), proved: false, events };
+    let handler =
+        Handler { ca_pin: options.ca_pin.clone(), request: request.encode(), proved: false, events };
     let config = server::Config {
         server_id: SshId::Standard(refusal::NODE_AGENT.into()),
         methods: MethodSet::from(&[MethodKind::PublicKey][..]),
@@ -142,13 +150,13 @@ where
     let cut = CancellationToken::new();
     let _cut_on_exit = cut.clone().drop_guard();
     let (link, _) = Link::new(socket, cut, Arc::default());
-    let incomplete = || JoinError::Incomplete(join.master.clone());
+    let incomplete = || JoinError::Incomplete(options.master.clone());
     let _session = server::run_stream(Arc::new(config), link, handler).await.map_err(|_| incomplete())?;
     let mut bytes = Vec::new();
     while let Some(event) = received.recv().await {
         match event {
-            Event::WrongPin(reason) => return Err(JoinError::Pin { master: join.master.clone(), reason }),
-            Event::Refused(reason) => return Err(JoinError::Link(join.master.clone(), reason)),
+            Event::WrongPin(reason) => return Err(JoinError::Pin { master: options.master.clone(), reason }),
+            Event::Refused(reason) => return Err(JoinError::Link(options.master.clone(), reason)),
             Event::Bytes(more) => bytes.extend(more),
         }
         if let Some(response) = JoinResponse::decode(&bytes).map_err(|e| JoinError::Answer(e.to_string()))? {
@@ -177,10 +185,10 @@ impl server::Handler for Handler {
 
     async fn auth_openssh_certificate(
         &mut self,
-        user: &str,
+        login: &str,
         certificate: &Certificate,
     ) -> Result<Auth, russh::Error> {
-        match NodeIdentity::verify_pinned_user(&self.ca_pin, user, certificate, SystemTime::now()) {
+        match user::verify_pinned(certificate, login, &self.ca_pin, SystemTime::now()) {
             Ok(()) => {
                 self.proved = true;
                 Ok(Auth::Accept)

@@ -1,11 +1,16 @@
-//! node-agent: the node's end of the tunnel, and the policy that decides what masters reach through it.
+//! The node-agent: the node's end of the tunnels, and the policy that decides what masters and people reach through it.
+//!
+//! [`app`] composes the parts. [`links`] accepts links and [`call_home`] dials them; [`session`] serves SSH on both.
+//! [`dialer`] connects every stream as [`policy`] allows. [`identity`] and [`revocation`] decide whose certificates count.
+//! [`local_endpoint`] is for callers on this node who want to reach a master's front end.
 
-pub mod agent;
 pub mod app;
+pub mod call_home;
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod dialer;
-pub mod front_ends;
+mod fields;
 pub mod http_proxy;
 pub mod https;
 pub mod identity;
@@ -13,6 +18,11 @@ pub mod join;
 pub mod links;
 pub mod local_endpoint;
 pub mod metrics;
+pub mod policy;
+mod readiness;
 pub mod revocation;
 pub mod session;
+pub mod shutdown;
 pub mod tcp;
+#[cfg(test)]
+mod testing;

@@ -8,8 +8,8 @@ use node_agent::{
     app,
     cli::{Cli, Command, JoinArgs, completions},
     config::Config,
-    identity::NodeIdentity,
-    join::{Join, join},
+    identity::host::NodeIdentity,
+    join::{JoinOptions, join},
 };
 use proto::call_home::Master;
 use proto_net::telemetry;
@@ -19,7 +19,7 @@ const EX_CONFIG: u8 = 78;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    // One thread carries a node's tunnels: without hand-overs, each stream is faster and cheaper.
+    // One thread carries all tunnels of a node, since streams are faster and cheaper without hand-overs between threads.
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => return fail(&e.into()),
@@ -47,7 +47,7 @@ fn main() -> ExitCode {
             };
             telemetry::init(config.log.format, &config.log.level);
             let result = runtime.block_on(app::run(config));
-            // A name that is still being looked up keeps nobody waiting.
+            // A lookup that is still under way must not delay the exit.
             runtime.shutdown_background();
             match result {
                 Ok(()) => ExitCode::SUCCESS,
@@ -70,7 +70,7 @@ async fn run_join(config: &std::path::Path, args: JoinArgs) -> anyhow::Result<()
         https.get_or_insert_default().tls.ca = Some(ca);
     }
     let mut identity = NodeIdentity::load_or_create(&state_dir)?;
-    let asked = Join {
+    let options = JoinOptions {
         master: args.master,
         https: https.unwrap_or_default(),
         token: args.token,
@@ -78,7 +78,7 @@ async fn run_join(config: &std::path::Path, args: JoinArgs) -> anyhow::Result<()
         node: args.node,
         addresses: args.addresses,
     };
-    let node = join(&mut identity, asked).await?;
+    let node = join(&mut identity, options).await?;
     println!("joined as node {node}; keys and certificates are in {}", state_dir.display());
     Ok(())
 }

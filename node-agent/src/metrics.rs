@@ -1,6 +1,6 @@
-//! What node-agent counts. All names begin with `node_agent_`.
+//! The metrics of the node-agent. All names begin with `node_agent_`.
 
-use std::sync::atomic::AtomicU64;
+use std::{sync::atomic::AtomicU64, time::SystemTime};
 
 use prometheus_client::{
     encoding::EncodeLabelSet,
@@ -10,50 +10,55 @@ use prometheus_client::{
 use proto_net::stalls;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct Result {
+pub struct ResultLabel {
     pub result: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct Rule {
+pub struct RuleLabel {
     pub rule: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct Direction {
+pub struct DirectionLabel {
     pub direction: &'static str,
 }
 
 /// The agent's metrics.
 #[derive(Clone, Debug, Default)]
 pub struct Metrics {
-    /// SSH sessions that have authenticated and not ended.
+    /// SSH sessions that have authenticated and have not ended.
     pub sessions: Gauge,
     /// SSH handshakes by outcome.
-    pub handshakes: Family<Result, Counter>,
+    pub handshakes: Family<ResultLabel, Counter>,
     /// Streams that have not ended.
     pub streams: Gauge,
     /// Dials by outcome: `ok` or the kind of error.
-    pub dials: Family<Result, Counter>,
+    pub dials: Family<ResultLabel, Counter>,
     /// Dials refused by policy, by rule.
-    pub refusals: Family<Rule, Counter>,
+    pub refusals: Family<RuleLabel, Counter>,
     /// Bytes carried for streams that have ended.
-    pub bytes: Family<Direction, Counter>,
+    pub bytes: Family<DirectionLabel, Counter>,
     /// Callers of the local endpoint by outcome: `ok` or the kind of error.
-    pub front_end_callers: Family<Result, Counter>,
-    /// Their streams that have not ended.
+    pub front_end_callers: Family<ResultLabel, Counter>,
+    /// Streams of callers of the local endpoint that have not ended.
     pub front_end_streams: Gauge,
-    /// Bytes carried for those that have.
-    pub front_end_bytes: Family<Direction, Counter>,
-    /// Waits of what is sent to masters.
+    /// Bytes carried for streams of such callers that have ended.
+    pub front_end_bytes: Family<DirectionLabel, Counter>,
+    /// How often, and how long, senders of streams wait for the master's windows.
     pub stalls: stalls::ByDirection,
-    /// When the host certificate expires, seconds since the epoch; 0 without one.
+    /// When the host certificate expires, in seconds since the epoch; 0 without one.
     pub certificate_expiry: Gauge<f64, AtomicU64>,
-    /// Host certificates received by renewal.
-    pub renewals: Family<Result, Counter>,
+    /// Host certificates that masters have sent, by outcome.
+    pub renewals: Family<ResultLabel, Counter>,
 }
 
 impl Metrics {
+    pub fn set_certificate_expiry(&self, not_after: Option<SystemTime>) {
+        let seconds = not_after.and_then(|t| t.duration_since(SystemTime::UNIX_EPOCH).ok());
+        self.certificate_expiry.set(seconds.unwrap_or_default().as_secs_f64());
+    }
+
     pub fn register(&self) -> Registry {
         let mut r = Registry::with_prefix("node_agent");
         r.register("sessions", "SSH sessions that are authenticated", self.sessions.clone());

@@ -1,17 +1,16 @@
-//! The lists of revoked certificates that this node holds: of each trusted user CA the newest that any master has
-//! brought, also after a restart.
+//! The lists of revoked certificates that this node holds: for each trusted user CA the newest list that any master has
+//! brought. They outlive a restart.
 //!
-//! A list is taken only with the CA's own signature, and speaks for that CA's certificates alone. A master without the
-//! CA's key can therefore neither make one nor bring an older one back.
+//! A list is accepted only with the CA's own signature, and applies to that CA's certificates alone. A master without the
+//! CA's key can therefore neither make a list nor bring an older one back.
 
 use std::{
     collections::BTreeMap,
-    io::ErrorKind,
+    io::{self, ErrorKind},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, RwLock},
 };
 
-use anyhow::Context;
 use proto::revocation::{
     ListError, Report, SignedList,
     krl::{Krl, Revoked, blob},
@@ -20,21 +19,38 @@ use proto_config::secret_file;
 use russh::keys::{Certificate, HashAlg, PublicKey, ssh_key::public::KeyData};
 use tokio::sync::watch;
 
-/// Why a list was not taken.
+/// Why a list that a master brought was not taken.
 #[derive(Debug, thiserror::Error)]
 pub enum RefusedList {
     #[error(transparent)]
     List(#[from] ListError),
     #[error("it has version {offered}, and this node holds version {held}")]
     Older { offered: u64, held: u64 },
-    #[error("it has version {0} as the one that this node holds, and another content")]
+    #[error("it has the version that this node holds, {0}, and other content")]
     SameVersion(u64),
     #[error("it is in force, but will be lost with a restart: {0}")]
-    NotKept(std::io::Error),
+    NotKept(io::Error),
+}
+
+/// Why the list in a file can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error("can't read {path}: {error}", path = path.display())]
+    Read { path: PathBuf, error: io::Error },
+    #[error(
+        "{path} is no list of revoked certificates by the user CA: remove it, and the next master that connects brings it again: {error}",
+        path = path.display()
+    )]
+    Content { path: PathBuf, error: ListError },
+    #[error(
+        "{path} is not a complete list of revoked certificates: remove it, and the next master that connects brings it again",
+        path = .0.display()
+    )]
+    Incomplete(PathBuf),
 }
 
 struct Held {
-    /// As it was signed.
+    /// The list as it was signed.
     bytes: Vec<u8>,
     list: Krl,
 }
@@ -42,44 +58,61 @@ struct Held {
 /// The lists in force.
 pub struct Revocations {
     directory: PathBuf,
-    /// By the CA's key, as SSH has it on the wire.
+    /// The user CAs that are trusted.
+    cas: Vec<PublicKey>,
+    /// By the CA's key in SSH's wire encoding.
     held: RwLock<BTreeMap<Vec<u8>, Arc<Held>>>,
-    /// Held while a list is compared with the one in force, and written.
+    /// Locked while a list is compared with the one in force, and written.
     installing: Mutex<()>,
     changed: watch::Sender<()>,
 }
 
 impl Revocations {
     /// Reads the lists of these CAs.
-    pub fn load(directory: &Path, cas: &[PublicKey]) -> anyhow::Result<Self> {
+    pub fn load(directory: &Path, cas: &[PublicKey]) -> Result<Self, LoadError> {
         let revocations = Self {
             directory: directory.to_owned(),
+            cas: cas.to_vec(),
             held: RwLock::default(),
             installing: Mutex::default(),
             changed: watch::Sender::new(()),
         };
         for ca in cas {
             let path = revocations.path(ca);
-            let bytes = match std::fs::read(&path) {
-                Ok(bytes) => bytes,
-                Err(e) if e.kind() == ErrorKind::NotFound => continue,
-                Err(e) => return Err(e).with_context(|| format!("can't read {}", path.display())),
-            };
-            let held = read(bytes, ca).with_context(|| {
-                format!(
-                    "{} is no list of revoked certificates by the user CA: take it away, and the next master that comes brings it again",
-                    path.display()
-                )
-            })?;
-            revocations.put(ca, held);
+            match std::fs::read(&path) {
+                Ok(bytes) => revocations.put(ca, read(bytes, ca, path)?),
+                Err(e) if e.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(LoadError::Read { path, error }),
+            }
         }
         Ok(revocations)
     }
 
-    /// Takes a list: signed by one of `cas`, and no older than the one in force. `false` if that is the same. Takes
-    /// time, and writes a file.
-    pub fn install(&self, signed: SignedList, cas: &[PublicKey]) -> Result<bool, RefusedList> {
-        let ca = signed.verify(cas)?;
+    /// Takes a list that a master has brought, and returns what to answer. Blocks while it writes a file.
+    pub fn take(&self, signed: SignedList) -> Report {
+        let refused = match self.install(signed) {
+            Ok(new) => {
+                if new {
+                    tracing::info!(held = ?self.report(None).held, "took a list of revoked certificates");
+                }
+                None
+            }
+            Err(error @ RefusedList::NotKept(_)) => {
+                tracing::error!(%error, "can't keep the list of revoked certificates");
+                Some(error.to_string())
+            }
+            Err(error) => {
+                tracing::warn!(%error, "refused a list of revoked certificates");
+                Some(error.to_string())
+            }
+        };
+        self.report(refused)
+    }
+
+    /// Installs a list that is signed by one of the CAs and no older than the one in force; `false` if it is the one in
+    /// force.
+    pub(crate) fn install(&self, signed: SignedList) -> Result<bool, RefusedList> {
+        let ca = signed.verify(&self.cas)?;
         let list = Krl::decode(&signed.list).map_err(ListError::from)?;
         let _one_at_a_time = self.installing.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(held) = self.of(ca.key_data()) {
@@ -105,17 +138,27 @@ impl Revocations {
         self.of(certificate.signature_key())?.list.revokes(certificate)
     }
 
-    /// Changes with every list that is taken.
-    pub fn changes(&self) -> watch::Receiver<()> {
-        self.changed.subscribe()
+    /// Waits until a certificate is revoked.
+    pub async fn revoked(&self, certificate: &Certificate) -> Revoked {
+        let mut changes = self.changed.subscribe();
+        loop {
+            changes.mark_unchanged();
+            if let Some(by) = self.revokes(certificate) {
+                return by;
+            }
+            if changes.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+        }
     }
 
-    pub fn report(&self, cas: &[PublicKey], refused: Option<String>) -> Report {
+    /// What a master is told of the lists in force, and of the one that it brought if that was `refused`.
+    pub fn report(&self, refused: Option<String>) -> Report {
         let version = |ca: &PublicKey| {
             let held = self.of(ca.key_data())?;
             Some((ca.fingerprint(HashAlg::Sha256).to_string(), held.list.version))
         };
-        Report { held: cas.iter().filter_map(version).collect(), refused }
+        Report { held: self.cas.iter().filter_map(version).collect(), refused }
     }
 
     fn of(&self, ca: &KeyData) -> Option<Arc<Held>> {
@@ -128,7 +171,7 @@ impl Revocations {
         all.insert(blob(ca.key_data()), Arc::new(held));
     }
 
-    /// Named by the CA, whose fingerprint in text form has slashes.
+    /// The list's file. A fingerprint in its usual form has slashes, so the name has its first bytes in hexadecimal.
     fn path(&self, ca: &PublicKey) -> PathBuf {
         let fingerprint = ca.fingerprint(HashAlg::Sha256);
         let name: String = fingerprint.as_bytes().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
@@ -136,39 +179,32 @@ impl Revocations {
     }
 }
 
-fn read(bytes: Vec<u8>, ca: &PublicKey) -> anyhow::Result<Held> {
-    let signed = SignedList::decode(&bytes)?.context("it is not complete")?;
-    signed.verify(std::slice::from_ref(ca))?;
-    let list = Krl::decode(&signed.list)?;
-    Ok(Held { bytes: signed.list, list })
+fn read(bytes: Vec<u8>, ca: &PublicKey, path: PathBuf) -> Result<Held, LoadError> {
+    let decode = || -> Result<Option<Held>, ListError> {
+        let Some(signed) = SignedList::decode(&bytes)? else { return Ok(None) };
+        signed.verify(std::slice::from_ref(ca))?;
+        let list = Krl::decode(&signed.list)?;
+        Ok(Some(Held { bytes: signed.list, list }))
+    };
+    match decode() {
+        Ok(Some(held)) => Ok(held),
+        Ok(None) => Err(LoadError::Incomplete(path)),
+        Err(error) => Err(LoadError::Content { path, error }),
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
+    use std::{
+        os::unix::fs::PermissionsExt,
+        task::{Context, Poll, Waker},
+    };
 
     use proto::revocation::krl::Entry;
-    use russh::keys::{Algorithm, PrivateKey};
+    use russh::keys::PrivateKey;
 
     use super::*;
-
-    struct TempDir(PathBuf);
-
-    impl Drop for TempDir {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_dir_all(&self.0);
-        }
-    }
-
-    fn directory() -> TempDir {
-        let path = std::env::temp_dir().join(format!("node-agent-test-{:016x}", rand::random::<u64>()));
-        secret_file::create_directory(&path).unwrap();
-        TempDir(path)
-    }
-
-    fn ca() -> PrivateKey {
-        PrivateKey::random(&mut rand::rng(), Algorithm::Ed25519).unwrap()
-    }
+    use crate::testing::{CertificateSpec, TempDir, new_key};
 
     fn list(ca: &PrivateKey, version: u64, id: &str) -> SignedList {
         let mut list = Krl::new(version);
@@ -176,31 +212,26 @@ mod tests {
         SignedList::sign(ca, list.encode().unwrap()).unwrap()
     }
 
-    fn certificate(ca: &PrivateKey, id: &str) -> Certificate {
-        let key = PrivateKey::random(&mut rand::rng(), Algorithm::Ed25519).unwrap();
-        let key = key.public_key().key_data().clone();
-        let mut builder =
-            russh::keys::ssh_key::certificate::Builder::new_with_random_nonce(&mut rand::rng(), key, 0, 9)
-                .unwrap();
-        builder.key_id(id).unwrap().all_principals_valid().unwrap();
-        builder.sign(ca).unwrap()
+    fn certificate(ca: &PrivateKey, key_id: &str) -> Certificate {
+        let key = new_key();
+        CertificateSpec { key_id, ..CertificateSpec::user(ca, key.public_key()) }.sign()
     }
 
     #[test]
     fn an_older_list_is_refused_also_after_a_restart() {
-        let (dir, stranger, ca) = (directory(), ca(), ca());
+        let (dir, other_ca, ca) = (TempDir::new(), new_key(), new_key());
         let cas = [ca.public_key().clone()];
-        let load = || Revocations::load(&dir.0, &cas).unwrap();
-        let held = |revocations: &Revocations| revocations.report(&cas, None).held.into_values().next();
+        let load = || Revocations::load(dir.path(), &cas).unwrap();
+        let held = |revocations: &Revocations| revocations.report(None).held.into_values().next();
         let revocations = load();
         assert_eq!(held(&revocations), None);
-        assert!(revocations.install(list(&ca, 7, "alice"), &cas).unwrap());
-        assert!(!revocations.install(list(&ca, 7, "alice"), &cas).unwrap(), "the same again");
+        assert!(revocations.install(list(&ca, 7, "alice")).unwrap());
+        assert!(!revocations.install(list(&ca, 7, "alice")).unwrap(), "the same again");
         for revocations in [revocations, load()] {
-            let refuses = |list| revocations.install(list, &cas).unwrap_err();
+            let refuses = |list| revocations.install(list).unwrap_err();
             assert!(matches!(refuses(list(&ca, 6, "bob")), RefusedList::Older { offered: 6, held: 7 }));
             assert!(matches!(refuses(list(&ca, 7, "bob")), RefusedList::SameVersion(7)));
-            assert!(matches!(refuses(list(&stranger, 8, "bob")), RefusedList::List(ListError::Untrusted)));
+            assert!(matches!(refuses(list(&other_ca, 8, "bob")), RefusedList::List(ListError::Untrusted)));
             let forged = SignedList { list: list(&ca, 8, "bob").list, ..list(&ca, 9, "bob") };
             assert!(matches!(refuses(forged), RefusedList::List(ListError::Forged)));
             let nonsense = SignedList::sign(&ca, b"nonsense".to_vec()).unwrap();
@@ -210,11 +241,9 @@ mod tests {
             assert_eq!(revocations.revokes(&certificate(&ca, "bob")), None);
         }
         let revocations = load();
-        let changes = revocations.changes();
-        assert!(revocations.install(list(&ca, 8, "bob"), &cas).unwrap());
-        assert!(changes.has_changed().unwrap());
+        assert!(revocations.install(list(&ca, 8, "bob")).unwrap());
         assert_eq!(revocations.revokes(&certificate(&ca, "alice")), None, "the newer list says so");
-        for entry in std::fs::read_dir(&dir.0).unwrap() {
+        for entry in std::fs::read_dir(dir.path()).unwrap() {
             let entry = entry.unwrap();
             assert_eq!(entry.metadata().unwrap().permissions().mode() & 0o777, 0o600, "{:?}", entry.path());
         }
@@ -222,34 +251,49 @@ mod tests {
 
     #[test]
     fn a_ca_speaks_for_its_own_certificates_only() {
-        let (dir, ours, other) = (directory(), ca(), ca());
+        let (dir, ours, other) = (TempDir::new(), new_key(), new_key());
         let cas = [ours.public_key().clone(), other.public_key().clone()];
-        let revocations = Revocations::load(&dir.0, &cas).unwrap();
+        let revocations = Revocations::load(dir.path(), &cas).unwrap();
         let victim = certificate(&ours, "alice");
         let mut list = Krl::new(u64::MAX);
         list.add(ours.public_key(), Entry::KeyId(b"alice".to_vec())).unwrap();
         list.add(ours.public_key(), Entry::Key(blob(victim.public_key()))).unwrap();
         list.add(ours.public_key(), Entry::Key(blob(ours.public_key().key_data()))).unwrap();
         let signed = SignedList::sign(&other, list.encode().unwrap()).unwrap();
-        assert!(revocations.install(signed, &cas).unwrap());
+        assert!(revocations.install(signed).unwrap());
         assert_eq!(revocations.revokes(&victim), None);
-        assert!(revocations.install(self::list(&ours, 1, "bob"), &cas).unwrap(), "versions are a CA's own");
+        assert!(revocations.install(self::list(&ours, 1, "bob")).unwrap(), "versions are a CA's own");
     }
 
     #[test]
     fn a_file_that_is_no_list_is_named() {
-        let (dir, ca) = (directory(), ca());
+        let (dir, ca) = (TempDir::new(), new_key());
         let cas = [ca.public_key().clone()];
-        let revocations = Revocations::load(&dir.0, &cas).unwrap();
-        revocations.install(list(&ca, 1, "alice"), &cas).unwrap();
+        let revocations = Revocations::load(dir.path(), &cas).unwrap();
+        revocations.install(list(&ca, 1, "alice")).unwrap();
         let path = revocations.path(&cas[0]);
         let good = std::fs::read(&path).unwrap();
         let mut changed = good.clone();
         *changed.last_mut().unwrap() ^= 1;
         for bad in [&b""[..], &good[..good.len() - 1], &changed[..]] {
             std::fs::write(&path, bad).unwrap();
-            let error = Revocations::load(&dir.0, &cas).map(|_| ()).unwrap_err();
-            assert!(format!("{error:#}").contains(path.to_str().unwrap()), "{error:#}");
+            let error = Revocations::load(dir.path(), &cas).map(|_| ()).unwrap_err();
+            assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
         }
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_learns_of_the_list_that_revokes() {
+        let (dir, ca) = (TempDir::new(), new_key());
+        let revocations = Revocations::load(dir.path(), &[ca.public_key().clone()]).unwrap();
+        let alice = certificate(&ca, "alice");
+        let mut waiting = std::pin::pin!(revocations.revoked(&alice));
+        let mut poll =
+            || std::future::Future::poll(waiting.as_mut(), &mut Context::from_waker(Waker::noop()));
+        assert!(poll().is_pending());
+        revocations.install(list(&ca, 1, "bob")).unwrap();
+        assert!(poll().is_pending());
+        revocations.install(list(&ca, 2, "alice")).unwrap();
+        assert_eq!(poll(), Poll::Ready(Revoked::KeyId));
     }
 }

@@ -1,10 +1,10 @@
-//! Jittered exponential back-off. Time and randomness are arguments.
+//! Exponential back-off with jitter. Random numbers are arguments.
 
 use std::time::Duration;
 
-/// Delays before the next attempt: the first is at most `base`, each further one at most twice the one
-/// before, up to `max`. Each is drawn from the upper half of its range, so that many peers that lost their
-/// tunnels together don't come back together.
+/// The delays before the next attempts. The ceiling of the first is `base`, and that of each further one is twice the one
+/// before, up to `max`. Each delay lies between half of its ceiling and all of it, so that peers that lost their tunnels
+/// together don't come back together.
 #[derive(Clone, Debug)]
 pub struct Backoff {
     base: Duration,
@@ -25,7 +25,7 @@ impl Backoff {
         ceiling.mul_f64(0.5 + 0.5 * random.clamp(0.0, 1.0))
     }
 
-    /// To be called once a connection has proved useful.
+    /// Begins anew, once a connection has proved useful.
     pub fn reset(&mut self) {
         self.attempt = 0;
     }

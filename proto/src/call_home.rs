@@ -1,15 +1,15 @@
-//! Where nodes call home, and the request by which an HTTPS connection to the front end becomes a link.
+//! Where nodes call home (RFC 8071), and the request that turns an HTTPS connection to the front end into a link.
 //!
-//! Over HTTPS the node sends `POST` for [`path`] with `Connection: Upgrade` and `Upgrade:` [`UPGRADE`] (RFC 9110
-//! §7.8). Behind the answer 101 come the very bytes of a call home over plain TCP: SSH, with the master as its client.
+//! Over HTTPS the node sends `POST` to [`path`] with `Connection: Upgrade` and `Upgrade:` [`UPGRADE`] (RFC 9110 §7.8).
+//! After the answer 101 come the same bytes as on a call home over plain TCP: SSH, with the master as the client.
 
 use std::{fmt, str::FromStr};
 
 use crate::{NodeName, Target, target::InvalidTarget};
 
-/// The protocol that is changed to.
+/// The name of the protocol that the connection is upgraded to.
 pub const UPGRADE: &str = "master-agent-link";
-/// Stands for the name of a host that joins and leaves its name to its token. No node can be called so.
+/// Stands for the name of a host that joins and leaves its name to its token. It is not a valid node name.
 pub const UNNAMED: &str = "-";
 const HTTPS: u16 = 443;
 
@@ -20,7 +20,7 @@ pub enum Purpose {
     Join,
 }
 
-/// The path to ask for, on behalf of `node`.
+/// The path of the request on behalf of `node`.
 pub fn path(node: Option<&NodeName>, purpose: Purpose) -> String {
     let node = node.map_or(UNNAMED, NodeName::as_str);
     let purpose = match purpose {
@@ -30,7 +30,7 @@ pub fn path(node: Option<&NodeName>, purpose: Purpose) -> String {
     format!("/apis/master-agent/v1/nodes/{node}/{purpose}")
 }
 
-/// A master as a node dials it: `HOST:PORT`, or `https://HOST[:PORT]` for its front end (443 without a port).
+/// A master as a node dials it: `HOST:PORT`, or `https://HOST[:PORT]` for its front end, with 443 as the default port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Master {
     Tcp(Target),

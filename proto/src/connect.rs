@@ -1,5 +1,5 @@
-//! The head of an HTTP CONNECT request (RFC 9110 §9.3.6) and the answers to it, as kube-apiserver speaks
-//! them to its egress proxy. Routing is by the request target; `Host` is ignored.
+//! The head of an HTTP CONNECT request (RFC 9110 §9.3.6) and the answers to it, as kube-apiserver and its egress proxy
+//! exchange them. Only the request target matters for routing; `Host` is ignored.
 
 use crate::{DialError, Target, target::InvalidTarget};
 
@@ -7,10 +7,10 @@ use crate::{DialError, Target, target::InvalidTarget};
 pub const MAX_HEAD: usize = 16 * 1024;
 const MAX_HEADERS: usize = 64;
 
-/// The answer to a dial that succeeded. No byte may follow until the target has spoken.
+/// The answer to a dial that has succeeded. The next bytes must be the target's.
 pub const ESTABLISHED: &[u8] = b"HTTP/1.1 200 Connection Established\r\n\r\n";
 
-/// A request, and the length of its head; what follows belongs to the target.
+/// A request, and the length of its head. The bytes after it belong to the target.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Request {
     pub target: Target,
@@ -34,7 +34,7 @@ pub enum HeadError {
     Timeout,
 }
 
-/// Reads a head; `None` when more bytes are needed.
+/// Reads a head; `None` if more bytes are needed.
 pub fn parse(bytes: &[u8]) -> Result<Option<Request>, HeadError> {
     let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut request = httparse::Request::new(&mut headers);
@@ -43,7 +43,7 @@ pub fn parse(bytes: &[u8]) -> Result<Option<Request>, HeadError> {
         Err(httparse::Error::TooManyHeaders) => return Err(HeadError::TooLarge),
         Err(e) => return Err(HeadError::Malformed(e.to_string())),
     };
-    // A wrong method is answered without waiting for the rest.
+    // A wrong method is answered without waiting for the rest of the head.
     if request.method.is_some_and(|m| m != "CONNECT") {
         return Err(HeadError::Method);
     }
@@ -67,7 +67,7 @@ pub fn parse(bytes: &[u8]) -> Result<Option<Request>, HeadError> {
     }
 }
 
-/// The status of a head that can't be served.
+/// The status that answers a head that can't be served.
 pub fn head_status(error: &HeadError) -> u16 {
     match error {
         HeadError::Malformed(_) | HeadError::Target { .. } | HeadError::Body => 400,
@@ -77,7 +77,7 @@ pub fn head_status(error: &HeadError) -> u16 {
     }
 }
 
-/// The status of a dial that failed.
+/// The status that answers a dial that has failed.
 pub fn dial_status(error: &DialError) -> u16 {
     match error {
         DialError::BadTarget(_) => 400,
@@ -93,8 +93,8 @@ pub fn dial_status(error: &DialError) -> u16 {
     }
 }
 
-/// A whole refusal. kube-apiserver shows its user the status line, so the reason stands there, and in the
-/// body for others.
+/// A whole answer that refuses a request. kube-apiserver shows the status line to its user, so the reason is in that line,
+/// and for other callers in the body.
 pub fn refusal(status: u16, reason: &str) -> Vec<u8> {
     let printable: String = reason.chars().map(|c| if (' '..='~').contains(&c) { c } else { '?' }).collect();
     let line: String = printable.chars().take(400).collect();

@@ -15,26 +15,26 @@ pub enum Fault {
     Target,
 }
 
-/// Why a dial did not give a stream. The text of every variant is for people; callers match on the variant
-/// (or on [`DialError::fault`]) and each egress listener maps it exhaustively to its own status.
+/// Why a dial failed. The text of every variant is for people. Callers match on the variant or on [`DialError::fault`], and
+/// each egress listener maps it to its own status in one exhaustive match.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DialError {
-    /// What the caller asked for is no target.
+    /// What the caller asked for is not a target.
     #[error("bad target: {0}")]
     BadTarget(String),
-    /// The caller may not have another stream now.
+    /// The caller can't have another stream now.
     #[error("too many streams: {0}")]
     TooManyStreams(String),
     /// The caller went away before the dial ended.
     #[error("cancelled by the caller")]
     Cancelled,
-    /// Nothing says which node reaches the target.
+    /// No route says which node reaches the target.
     #[error("no route to {0}")]
     NoRoute(String),
     /// The node is known, but has no established tunnel.
     #[error("no tunnel to node {node}: {state}")]
     NoTunnel { node: String, state: String },
-    /// The tunnel went away while the dial was under way.
+    /// The tunnel was lost during the dial.
     #[error("the tunnel to node {node} was lost: {reason}")]
     TunnelLost { node: String, reason: String },
     /// The node's policy forbids it. `rule` is the name of the rule that decided.
@@ -65,8 +65,8 @@ impl DialError {
         }
     }
 
-    /// Whether the same dial through another tunnel may succeed. Only true where the target can't have seen
-    /// anything of this one.
+    /// Whether the same dial may succeed through another tunnel. This is true only if the target can't have seen anything
+    /// of this one.
     pub fn retry_elsewhere(&self) -> bool {
         match self {
             Self::TooManyStreams(_) | Self::NoTunnel { .. } | Self::TunnelLost { .. } => true,

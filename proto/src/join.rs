@@ -1,5 +1,5 @@
-//! What a joining host and the master say to each other, inside an SSH channel (subsystem [`SUBSYSTEM`]) of a
-//! session in which the master has proved itself. Each message is a length (u32, big endian) and JSON.
+//! The messages between a joining host and the master. They travel in an SSH channel (subsystem [`SUBSYSTEM`]) of a session
+//! in which the master has authenticated. Each message is a length (u32, big endian) and JSON.
 
 use std::{fmt, net::IpAddr};
 
@@ -12,8 +12,8 @@ pub const SUBSYSTEM: &str = "join-v1";
 /// The most bytes of a message.
 pub const MAX_MESSAGE: usize = 64 * 1024;
 
-/// A token: `mat1.`, 12 characters of id, a dot, 43 characters (256 bits) of secret. It never shows its
-/// secret but by [`JoinToken::reveal`].
+/// A join token: `mat1.`, an id of 12 characters, a dot, and a secret of 43 characters (256 bits). Only
+/// [`JoinToken::reveal`] shows the secret.
 #[derive(Clone, PartialEq, Eq)]
 pub struct JoinToken {
     pub id: String,
@@ -54,12 +54,12 @@ impl JoinToken {
         }
     }
 
-    /// The token in full, for whoever is to use it.
+    /// The whole token, for the host that is to use it.
     pub fn reveal(&self) -> String {
         format!("mat1.{}.{}", self.id, self.secret)
     }
 
-    /// What is stored in place of the secret.
+    /// The hash that is stored in place of the secret.
     pub fn hash(&self) -> [u8; 32] {
         use sha2::Digest;
         sha2::Sha256::digest(self.secret.as_bytes()).into()
@@ -72,7 +72,7 @@ impl fmt::Debug for JoinToken {
     }
 }
 
-/// What the host asks for. The host key it wants certified is the one its SSH session has proved.
+/// What the host asks for. The host key to be certified is the one that its SSH session has proved.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JoinRequest {
@@ -93,7 +93,7 @@ impl fmt::Debug for JoinRequest {
     }
 }
 
-/// The master's answer. Keys and certificates are in OpenSSH's text form.
+/// The master's answer, with keys and certificates in OpenSSH's text form.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "snake_case")]
 pub enum JoinResponse {
@@ -101,12 +101,12 @@ pub enum JoinResponse {
     Refused { reason: String, hint: String },
 }
 
-/// The bytes are no message.
+/// Why bytes are not a message.
 #[derive(Debug, thiserror::Error)]
 pub enum MessageError {
     #[error("a message of {0} bytes; {MAX_MESSAGE} are allowed")]
     TooLarge(usize),
-    /// Without the text of the parser, which may quote a token.
+    /// The parser's own text is left out, since it may quote a token.
     #[error("not a message of this protocol")]
     Malformed,
 }
@@ -133,7 +133,7 @@ impl JoinRequest {
         encode(self)
     }
 
-    /// `None` when more bytes are needed.
+    /// Decodes the message at the beginning of `bytes`; `None` if more bytes are needed.
     pub fn decode(bytes: &[u8]) -> Result<Option<Self>, MessageError> {
         decode(bytes)
     }
@@ -144,7 +144,7 @@ impl JoinResponse {
         encode(self)
     }
 
-    /// `None` when more bytes are needed.
+    /// Decodes the message at the beginning of `bytes`; `None` if more bytes are needed.
     pub fn decode(bytes: &[u8]) -> Result<Option<Self>, MessageError> {
         decode(bytes)
     }
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_is_no_message() {
+    fn bytes_that_are_not_a_message_are_refused() {
         for bytes in [&b"\xff\xff\xff\xff"[..], b"\0\0\0\x02{}", b"\0\0\0\x01x", b"\0\0\0\0"] {
             assert!(JoinRequest::decode(bytes).is_err(), "{bytes:?}");
         }

@@ -1,14 +1,14 @@
-//! The packets of Konnectivity's `ProxyService`, as kube-apiserver's egress selector speaks it in `GRPC` mode
+//! The packets of Konnectivity's `ProxyService`, which kube-apiserver's egress selector uses in `GRPC` mode
 //! (apiserver-network-proxy, `konnectivity-client/proto/client/client.proto`).
 
 use bytes::Bytes;
 
-/// The one method of the service: a stream of [`Packet`]s each way.
+/// The only method of the service: a stream of [`Packet`]s in each direction.
 pub const PROXY: &str = "/ProxyService/Proxy";
 /// The only value of [`DialRequest::protocol`].
 pub const TCP: &str = "tcp";
 
-/// What a packet's `type` says it holds.
+/// What a packet holds, according to its field `type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
 #[repr(i32)]
 pub enum PacketType {
@@ -55,17 +55,17 @@ pub struct DialRequest {
     /// `HOST:PORT`, an IPv6 address in brackets.
     #[prost(string, tag = "2")]
     pub address: String,
-    /// Chosen by the client; the answer has the same.
+    /// Chosen by the client. The answer has the same number.
     #[prost(int64, tag = "3")]
     pub random: i64,
 }
 
-/// With an empty `error` there is a connection, which is `connect_id` from now on.
+/// The answer to a [`DialRequest`]. If `error` is empty, there is a connection, whose id is `connect_id`.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct DialResponse {
     #[prost(string, tag = "1")]
     pub error: String,
-    /// From 1; 0 is no connection.
+    /// Counted from 1; 0 stands for no connection.
     #[prost(int64, tag = "2")]
     pub connect_id: i64,
     #[prost(int64, tag = "3")]
@@ -82,14 +82,14 @@ pub struct Data {
     pub data: Bytes,
 }
 
-/// Asks for the end of both directions of a connection.
+/// Asks to close both directions of a connection.
 #[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
 pub struct CloseRequest {
     #[prost(int64, tag = "1")]
     pub connect_id: i64,
 }
 
-/// A connection's last packet, whoever ended it.
+/// The last packet of a connection, whichever side has closed it.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct CloseResponse {
     #[prost(string, tag = "1")]
@@ -98,14 +98,14 @@ pub struct CloseResponse {
     pub connect_id: i64,
 }
 
-/// Gives up a dial that has not been answered.
+/// Cancels a dial that has not been answered.
 #[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
 pub struct CloseDial {
     #[prost(int64, tag = "1")]
     pub random: i64,
 }
 
-/// Sent by agents of Konnectivity only.
+/// Only agents of Konnectivity send it.
 #[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
 pub struct Drain {}
 
@@ -130,7 +130,7 @@ impl From<Payload> for Packet {
 }
 
 impl Packet {
-    /// What the packet holds, if that is what its type says; peers go by either.
+    /// What the packet holds, if that agrees with its type. Some peers look only at the one, others only at the other.
     pub fn into_payload(self) -> Option<Payload> {
         let kind = self.r#type;
         self.payload.filter(|payload| i32::from(payload.kind()) == kind)
@@ -157,7 +157,7 @@ impl Packet {
         Payload::CloseRequest(CloseRequest { connect_id }).into()
     }
 
-    /// An empty `error` is an end in order.
+    /// An empty `error` means that the connection was closed regularly.
     pub fn close_response(connect_id: i64, error: String) -> Self {
         Payload::CloseResponse(CloseResponse { error, connect_id }).into()
     }
@@ -175,7 +175,7 @@ mod tests {
 
     const RANDOM: i64 = 7_188_621_719_815_055_000;
 
-    /// The bytes are of a real kube-apiserver and a real Konnectivity server.
+    /// The bytes were recorded from a real kube-apiserver and a real Konnectivity server.
     #[test]
     fn packets_are_those_of_konnectivity() {
         let error = "dial tcp 10.77.1.2:8081: connect: connection refused";
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn rubbish_is_no_packet() {
+    fn malformed_bytes_are_refused() {
         for bytes in [&b"\x12\xff\xff\xff\xff\x0f"[..], b"\x12\x05\x0a\x01\xff", b"\x22\x02\x08", b"\xff"] {
             assert!(Packet::decode(bytes).is_err(), "{bytes:?}");
         }

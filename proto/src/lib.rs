@@ -1,7 +1,7 @@
 //! What master-agent and node-agent must agree on: types, decisions, codecs and state machines.
 //!
-//! Everything here is free of I/O and of the clock: bytes, the time and randomness are arguments. `proto-net` holds
-//! the sockets and tasks that both agents use, and `proto-config` reads their configuration files.
+//! Nothing here does I/O or reads a clock: bytes, the time and random numbers are arguments. `proto-net` holds the sockets
+//! and tasks that both agents use, and `proto-config` reads their configuration files.
 
 pub mod backoff;
 pub mod call_home;

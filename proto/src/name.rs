@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 /// A node's name: a DNS subdomain (RFC 1123), as Kubernetes requires of Node objects. At most 253
 /// characters of `a-z0-9-.`, each label beginning and ending with a letter or digit.
 ///
-/// Holding one says nothing about who claimed it; a verified name comes from a host certificate or a pin.
+/// The type says nothing about who claims the name. A verified name comes from a host certificate or a pin.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct NodeName(String);
@@ -33,7 +33,7 @@ impl FromStr for NodeName {
                 && edge(l.chars().last())
                 && l.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
         };
-        // A name that also reads as an address could shadow another node's address in routing.
+        // A name that is also an address could shadow another node's address in routing.
         let address = s.parse::<std::net::IpAddr>().is_ok();
         if s.len() <= 253 && !address && s.split('.').all(label) {
             Ok(Self(s.to_owned()))

@@ -1,48 +1,49 @@
-//! What a node lets a master reach. Default deny; decided on the node, for every stream, on the very address
-//! that is then dialled.
+//! What a node lets a master reach. What no rule allows is refused. The node decides for every stream, on the address that
+//! it then dials.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-/// What one allow rule permits: an address inside `net`, a port inside `ports` (inclusive).
+/// An allow rule: it permits the addresses in `net` on the ports in `ports`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
-    /// Shown to whoever is refused or allowed by it, for instance `kubelet` or `pod-cidr`.
+    /// Shown in records and refusals, for instance `kubelet` or `pod-cidr`.
     pub name: String,
     pub net: IpNet,
     pub ports: std::ops::RangeInclusive<u16>,
 }
 
-/// A node's allow rules. What no rule names is refused. Addresses in a [`ClosedRange`] are refused unless a rule's
-/// network lies wholly inside that range, so that a wide `0.0.0.0/0` never opens them.
+/// A node's allow rules. Addresses in a [`ClosedRange`] are refused unless the network of a rule lies wholly inside that
+/// range, so that a wide rule such as `0.0.0.0/0` never opens them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
     pub rules: Vec<Rule>,
 }
 
-/// The rule that decided, whichever way.
+/// The decision, and the rule that decided.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict<'a> {
     Allow { rule: &'a str },
     Deny { rule: &'static str, reason: String },
 }
 
-/// Addresses that stay closed unless a rule names them.
+/// A range of addresses that stays closed unless a rule names addresses in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClosedRange {
     pub name: &'static str,
     pub net: IpNet,
 }
 
-/// The name of the refusal of what no rule allows and no closed range holds.
+/// The name of the refusal of addresses that no rule allows and that lie in no closed range.
 pub const DEFAULT_DENY: &str = "default-deny";
 
-/// What refusals are put down to in place of a rule: [`ClosedRange::name`], or that no rule allows the target.
+/// All names that refusals have in place of a rule: [`DEFAULT_DENY`], and those of the closed ranges.
 pub const REFUSALS: [&str; 7] =
     [DEFAULT_DENY, "link-local", "loopback", "unspecified", "multicast", "metadata", "nat64"];
 
-/// The metadata services of clouds that are not link-local: they give the host's credentials to whoever asks from it.
+/// The metadata services of clouds whose addresses are not link-local. They give the host's credentials to everybody who asks
+/// from it.
 const METADATA: [IpAddr; 8] = [
     IpAddr::V4(Ipv4Addr::new(168, 63, 129, 16)),   // Azure
     IpAddr::V4(Ipv4Addr::new(100, 100, 100, 200)), // Alibaba Cloud
@@ -55,8 +56,8 @@ const METADATA: [IpAddr; 8] = [
 ];
 
 impl Policy {
-    /// Decides about one resolved address. An IPv4-mapped address is judged as the IPv4 address in it, and so is
-    /// one of NAT64, which rules may also name by networks inside `64:ff9b::/96`.
+    /// Decides about one resolved address. An IPv4-mapped address counts as the IPv4 address in it, and so does a NAT64
+    /// address, which rules may also name by networks inside `64:ff9b::/96`.
     pub fn decide(&self, addr: IpAddr, port: u16) -> Verdict<'_> {
         let addr = addr.to_canonical();
         let closed = closed_range(addr);
@@ -74,7 +75,8 @@ impl Policy {
     }
 }
 
-/// Whether a rule for `net` allows `addr`: it contains the address, and lies inside its closed range if there is one.
+/// Whether a rule for `net` allows `addr`: whether the network contains the address, and lies inside the closed range of
+/// the address if there is one.
 fn names(net: &IpNet, addr: IpAddr, closed: Option<ClosedRange>) -> bool {
     let inside = |net: &IpNet| closed.is_none_or(|range| range.net.contains(net));
     match (nat64_to_v4(addr), net) {
@@ -103,7 +105,7 @@ pub fn closed_range(addr: IpAddr) -> Option<ClosedRange> {
         v6("loopback", [0, 0, 0, 0, 0, 0, 0, 1], 128),
         v6("unspecified", [0; 8], 128),
         v6("multicast", [0xff00, 0, 0, 0, 0, 0, 0, 0], 8),
-        // For NAT64 inside one network (RFC 8215), which alone knows where the IPv4 address is in these.
+        // NAT64 inside one network (RFC 8215): only its owner knows where the IPv4 address is in these.
         v6("nat64", [0x64, 0xff9b, 1, 0, 0, 0, 0, 0], 48),
     ];
     let metadata = METADATA.into_iter().map(|addr| ("metadata", IpNet::from(addr)));
@@ -111,7 +113,7 @@ pub fn closed_range(addr: IpAddr) -> Option<ClosedRange> {
     found.map(|(name, net)| ClosedRange { name, net })
 }
 
-/// The IPv4 address that a translator puts in place of an address of NAT64's well-known prefix (RFC 6052, 2.1).
+/// The IPv4 address in an address with NAT64's well-known prefix (RFC 6052 §2.1).
 fn nat64_to_v4(addr: IpAddr) -> Option<Ipv4Addr> {
     let IpAddr::V6(addr) = addr else { return None };
     let [0x64, 0xff9b, 0, 0, 0, 0, high, low] = addr.segments() else { return None };
@@ -219,7 +221,7 @@ mod tests {
             ("64:ff9b::0.0.0.0", 9001, Err("unspecified")),
             ("64:ff9b::224.0.0.1", 9001, Err("multicast")),
             ("64:ff9b::168.63.129.16", 9001, Err("metadata")),
-            // Local use: where the IPv4 address is, only the network's owner knows.
+            // The prefix for local use, whose closed range applies as a whole.
             ("64:ff9b:1::169.254.169.254", 80, Err("nat64")),
             ("64:ff9b:1:808:8:800::", 80, Err("nat64")),
             ("64:ff9b:2::1", 80, Ok("v6")),

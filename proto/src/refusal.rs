@@ -1,31 +1,31 @@
-//! Why a link is refused, in words that reach the other agent's log.
+//! How an agent tells its peer why it refuses a link, so that the reason is in both logs.
 //!
-//! SSH has a place for them, the description of SSH_MSG_DISCONNECT (RFC 4253 §11.1), and every refusal is said there.
-//! But a node-agent, being the SSH server, does not get to see it, as russh drops it. To a node-agent the master also
-//! says it as the user name of an authentication request with the method `none` (RFC 4252 §5.2), which lets nobody in.
+//! The description of SSH_MSG_DISCONNECT (RFC 4253 §11.1) carries the reason of every refusal. A node-agent, which is the
+//! SSH server, does not get to see it, because russh drops it there. To a node-agent the master therefore also sends the
+//! reason as the user name of an authentication request with the method `none` (RFC 4252 §5.2), which never succeeds.
 //!
-//! Whoever reads such a text does not know yet who wrote it: it is a hint for people, bounded and printable, and
-//! nothing is decided by it.
+//! The reader of such a text does not know yet who wrote it. It is a hint for people, bounded and printable, and nothing
+//! is decided by it.
 
-/// What a node-agent's SSH version begins with.
+/// The beginning of a node-agent's SSH version.
 pub const NODE_AGENT: &str = "SSH-2.0-node-agent";
 /// The most characters of a peer's text that are kept.
 pub const MOST: usize = 300;
 
 const PREFIX: &str = "refused: ";
 
-/// The reason as a user name.
+/// Encodes a reason as a user name.
 pub fn to_login(reason: &str) -> String {
     format!("{PREFIX}{}", printable(reason))
 }
 
-/// The reason, if the user name is one.
+/// The reason that a user name encodes, if it encodes one.
 pub fn from_login(login: &str) -> Option<String> {
     login.strip_prefix(PREFIX).map(printable)
 }
 
-/// A peer's text as it may stand in a log or on a terminal: without control characters and what else changes how its
-/// surroundings are shown, and not too long.
+/// Makes a peer's text fit for a log or a terminal: bounds its length, and replaces control characters and all others that
+/// could change how the text around it is shown.
 pub fn printable(text: &str) -> String {
     let shown = |c: char| if c.is_ascii_graphic() || c.is_alphanumeric() { c } else { ' ' };
     text.chars().take(MOST).map(shown).collect()

@@ -1,19 +1,19 @@
-//! When a link is made anew because the certificate that its session was authenticated with comes to its end.
+//! When a link is replaced because the certificate that authenticated its session is about to expire.
 //!
-//! A session can't be authenticated twice, so whoever dials a node's links makes a second one in time, new streams go
-//! over that, and the old one ends when its streams have.
+//! A session can't be authenticated twice. Whoever dials a node's links therefore makes a second one in time; new streams
+//! use that one, and the old one ends with the last of its streams.
 
 use std::time::Duration;
 
-/// Streams may still be opened for so long after the certificate's end: who dials the next link and who refuses streams
-/// look at different clocks.
+/// How long after the certificate's expiry streams may still be opened: the side that dials the next link and the side that
+/// refuses streams look at different clocks.
 pub const GRACE: Duration = Duration::from_secs(5);
-/// The least time until the next link.
+/// The least time until the next link is made.
 const LEAST: Duration = Duration::from_secs(1);
 
-/// How long until the next link is made, of a session that began with `left` of the certificate's life: about half of
-/// that, by which time a master has a new certificate, as it makes one in every third of their life. `random` in 0..1
-/// keeps all nodes from doing so at once.
+/// How long after the beginning of a session, when the certificate was valid for another `left`, the next link is made:
+/// about half of that. By then the master has a new certificate, since it makes one in every third of a certificate's
+/// lifetime. `random` in 0..1 keeps all nodes from doing so at the same time.
 pub fn due(left: Duration, random: f64) -> Duration {
     left.mul_f64(0.4 + 0.2 * random.clamp(0.0, 1.0)).max(LEAST)
 }
@@ -25,7 +25,7 @@ mod tests {
     #[test]
     fn a_new_certificate_is_there_before_the_next_link_and_the_old_one_is_still_good() {
         let life = Duration::from_secs(86_400);
-        // A session begins when its certificate has between two thirds of its life left and all of it.
+        // When a session begins, its certificate has between two thirds and all of its lifetime left.
         for left in [life, life * 5 / 6, life * 2 / 3] {
             let renewed = left - life * 2 / 3;
             for random in [0.0, 0.5, 1.0] {

@@ -1,4 +1,4 @@
-//! What a caller wants to reach.
+//! Targets: what a caller wants to reach.
 
 use std::{
     fmt,
@@ -8,8 +8,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-/// The host part of a [`Target`]: an address, or a name still to be resolved (lower case, at most 253
-/// characters).
+/// The host part of a [`Target`]: an address, or a name in lower case of at most 253 characters that is still to be
+/// resolved.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Host {
     Addr(IpAddr),
@@ -41,8 +41,8 @@ impl Target {
 }
 
 impl Host {
-    /// Parses an address (IPv6 without brackets) or a name. An IPv4-mapped IPv6 address becomes IPv4, so
-    /// that no policy can be passed by another spelling.
+    /// Parses an address (IPv6 without brackets) or a name. An IPv4-mapped IPv6 address becomes IPv4, so that no policy
+    /// can be circumvented by another spelling.
     pub fn parse(s: &str) -> Result<Self, InvalidTarget> {
         if let Ok(addr) = s.parse::<IpAddr>() {
             return Ok(Self::Addr(addr.to_canonical()));
@@ -53,7 +53,7 @@ impl Host {
                 && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
         };
         let name = s.strip_suffix('.').unwrap_or(s);
-        // "127.1", "0x7f.1" and "2130706433" are names by syntax, and addresses to some resolvers.
+        // "127.1", "0x7f.1" and "2130706433" have the syntax of names, and some resolvers take them for addresses.
         let last = name.rsplit('.').next().unwrap_or_default();
         let numeric = match last.strip_prefix("0x").or(last.strip_prefix("0X")) {
             Some(hex) => hex.bytes().all(|b| b.is_ascii_hexdigit()),

@@ -1,4 +1,4 @@
-//! A web browser: Debian's chromium, without a screen.
+//! Drives Debian's chromium without a screen.
 
 use std::{
     net::SocketAddr,

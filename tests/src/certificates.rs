@@ -1,5 +1,5 @@
-//! `certificates.k8s.io/v1` of a stub kube-apiserver, as far as a kubelet's TLS bootstrap needs it: a request is created,
-//! watched, approved by a test, and signed by the real OpenSSL as kube-controller-manager's signer would.
+//! Serves `certificates.k8s.io/v1` for a stub kube-apiserver, as far as a kubelet's TLS bootstrap needs it. A request
+//! is created, watched, approved by a test, and signed by the real OpenSSL as kube-controller-manager's signer would.
 
 use std::path::Path;
 
@@ -18,7 +18,7 @@ use crate::{
 };
 
 pub const PATH: &str = "/apis/certificates.k8s.io/v1/certificatesigningrequests";
-/// Who signs what kubelets show to kube-apiserver.
+/// The signer of certificates that kubelets show to kube-apiserver.
 pub const SIGNER: &str = "kubernetes.io/kube-apiserver-client-kubelet";
 
 /// The requests that have been made.

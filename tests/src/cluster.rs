@@ -1,5 +1,5 @@
-//! A master-agent and nodes on loopback: the real binaries with configurations of their own, joined as a user
-//! would join them.
+//! Starts a master-agent and nodes on loopback. They are the real binaries, each with a configuration of its own, and
+//! join as a user would join them.
 
 use std::{
     fmt::Write,
@@ -22,7 +22,7 @@ use crate::{
 /// How long a tunnel may take to come up in a test.
 pub const SOON: Duration = Duration::from_secs(20);
 
-/// What a node is.
+/// The kinds of node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// A node-agent that the master dials.
@@ -35,7 +35,7 @@ pub enum Kind {
     Sshd,
 }
 
-/// How a cluster is to be.
+/// Describes a cluster.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
     pub nodes: Vec<(String, Kind)>,
@@ -51,7 +51,7 @@ pub struct Options {
     pub ports: Vec<u16>,
     /// Further targets that every node's policy allows.
     pub targets: Vec<SocketAddr>,
-    /// What the master dials in place of a node's own port: a relay, say.
+    /// Addresses that the master dials in place of a node's own port, such as a relay's.
     pub dial: Vec<(String, SocketAddr)>,
     /// Ports of the nodes' SSH servers, in order; free ones where it ends.
     pub node_ports: Vec<u16>,
@@ -59,7 +59,7 @@ pub struct Options {
     pub call_home: Option<SocketAddr>,
     /// The master's own port for nodes that call home; a free one without.
     pub call_home_port: Option<u16>,
-    /// Of nodes that call home over HTTPS, in place of the section `call_home_https` that shows a client certificate.
+    /// The section `call_home_https` of nodes that call home over HTTPS, in place of one that shows a client certificate.
     pub https: Option<String>,
     /// Their master as they dial it, in place of `https://localhost:PORT`.
     pub https_master: Option<String>,
@@ -196,6 +196,24 @@ impl Cluster {
     /// Where a node's local endpoint listens.
     pub fn local_endpoint(&self, index: usize) -> SocketAddr {
         self.options.local_endpoints[index]
+    }
+
+    /// Descriptors of the master and of the first node.
+    pub fn descriptors(&self) -> (u64, u64) {
+        let node = self.nodes[0].process.as_ref().expect("the first node runs");
+        (self.master.usage().descriptors, node.usage().descriptors)
+    }
+
+    /// The same once they have stopped changing: a tunnel that has just come up still has files to close.
+    pub async fn descriptors_at_rest(&self) -> (u64, u64) {
+        let (mut last, mut same) = (self.descriptors(), 0);
+        eventually("descriptors stop changing", SOON, async || {
+            let now = self.descriptors();
+            same = if now == last { same + 1 } else { 0 };
+            last = now;
+            (same >= 10).then_some(now)
+        })
+        .await
     }
 
     pub fn doors(&self) -> [Door; 2] {
@@ -372,7 +390,7 @@ impl Cluster {
         .await;
     }
 
-    /// What `node list -o json` says of a node.
+    /// The entry of a node in `node list -o json`.
     pub fn node_status(&self, node: &str) -> anyhow::Result<serde_json::Value> {
         let all: Vec<serde_json::Value> =
             serde_json::from_str(&self.command(&["node", "list", "-o", "json"])?)?;

@@ -1,4 +1,4 @@
-//! An OpenTelemetry collector, as far as traces need one: it keeps the spans that are posted to it.
+//! An OpenTelemetry collector that keeps the spans that are posted to it.
 
 use std::{
     collections::HashMap,
@@ -42,7 +42,7 @@ pub struct Sent {
     pub message: String,
     pub events: Vec<String>,
     pub state: String,
-    /// Of the process.
+    /// The resource attribute `service.name`.
     pub service: String,
 }
 
@@ -58,7 +58,7 @@ struct Heard {
     spans: Mutex<Vec<Sent>>,
     heads: Mutex<Vec<HeaderMap>>,
     requests: AtomicUsize,
-    /// What it answers, and takes nothing then; 0 takes everything.
+    /// The status with which it refuses everything; 0 accepts everything.
     refuses: AtomicUsize,
 }
 
@@ -94,7 +94,7 @@ impl Collector {
         self.heard.spans.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Of the requests that it has got.
+    /// Heads of the requests that it has received.
     pub fn heads(&self) -> Vec<HeaderMap> {
         self.heard.heads.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }

@@ -1,4 +1,4 @@
-//! Figures that tests take on their way. They decide nothing; `tests/run.sh` shows them at its end.
+//! Figures that tests measure in passing. They decide nothing, and `tests/run.sh` shows them at its end.
 
 use std::io::Write;
 

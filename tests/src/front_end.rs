@@ -1,4 +1,5 @@
-//! A master-agent with its front end before a stub kube-apiserver, and callers with every kind of credential.
+//! Starts a master-agent with its front end before a stub kube-apiserver, and makes callers with every kind of
+//! credential.
 
 use std::{
     net::SocketAddr,
@@ -41,7 +42,7 @@ pub const GREEDY: &str = "static-token-of-the-greedy";
 pub const BOOTSTRAP: &str = "abcdef.0123456789abcdef";
 pub const ISSUER: &str = "https://kubernetes.default.svc";
 
-/// What a caller shows.
+/// The credentials of callers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Credential {
     Certificate,
@@ -60,7 +61,7 @@ pub enum Http {
 impl Credential {
     pub const ALL: [Self; 4] = [Self::Certificate, Self::Token, Self::ServiceAccount, Self::Bootstrap];
 
-    /// What kube-apiserver is to be told, except for what a certificate says about itself.
+    /// The identity that kube-apiserver must be told.
     pub fn identity(self) -> Identity {
         let identity = |user: &str, uid: Option<&str>, groups: &[&str], extra: &[(&str, &str)]| Identity {
             user: user.to_owned(),
@@ -92,7 +93,7 @@ impl Credential {
     }
 }
 
-/// How the front end is to be.
+/// Describes a front end.
 #[derive(Clone, Debug, Default)]
 pub struct Setup {
     /// Lines of the section `limits`, which else lets tests do what they want.
@@ -148,7 +149,7 @@ pub struct FrontEnd {
     pub upstream: Upstream,
     pub address: SocketAddr,
     pub cluster: Cluster,
-    /// Of its own certificate, and of its callers'.
+    /// The authorities of its own certificates, and of its callers'.
     pub servers: Authority,
     pub clients: Authority,
     service_accounts: rcgen::KeyPair,
@@ -564,5 +565,5 @@ pub async fn exchange(stream: &mut Stream, bytes: &[u8]) -> anyhow::Result<Vec<H
     Ok(all)
 }
 
-/// How long a replaced file may take to rule.
+/// A replaced file takes effect within this time.
 pub const RELOADED: Duration = Duration::from_secs(2);

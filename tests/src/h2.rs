@@ -1,4 +1,4 @@
-//! HTTP/2 as bytes: frames that are well-formed or not, and what is answered to them.
+//! Speaks HTTP/2 as bytes: sends frames that are well-formed or not, and reads the answers.
 
 use anyhow::{Context, bail};
 use bytes::{BufMut, Bytes, BytesMut};

@@ -1,4 +1,4 @@
-//! Requests over HTTP/1.1, plain or over TLS, on connections of their own.
+//! Sends requests over HTTP/1.1, plain or over TLS, each on a connection of its own.
 
 use std::{path::Path, sync::Arc};
 

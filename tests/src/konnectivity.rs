@@ -22,7 +22,7 @@ use crate::{
     load::completes,
 };
 
-/// What a client lets the server send before it has read.
+/// Bytes that the server may send before the client has read them.
 const STREAM_WINDOW: u32 = 64 * 1024;
 const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
 

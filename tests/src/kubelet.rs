@@ -51,7 +51,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
-    net::{TcpListener, TcpStream},
+    net::TcpListener,
     sync::{mpsc, watch},
 };
 use tokio_rustls::TlsAcceptor;
@@ -67,6 +67,7 @@ use tokio_tungstenite::{
 use crate::{
     http::parameters,
     pki::{Authority, server_config},
+    port_forward::forward_ports,
     process::TempDir,
     spdy::{Session, Stream, Writer},
 };
@@ -150,7 +151,7 @@ impl Kubelet {
         self.server.open.load(Ordering::SeqCst)
     }
 
-    /// What was asked so far: `METHOD /PATH?QUERY`, and the protocol behind it where one was upgraded to.
+    /// All requests so far: `METHOD /PATH?QUERY`, and the protocol behind it for an upgrade.
     pub fn asked(&self) -> Vec<String> {
         self.server.asked.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -162,7 +163,7 @@ impl Drop for Kubelet {
     }
 }
 
-/// What a connection needs.
+/// The state that all connections share.
 #[derive(Clone)]
 struct Server {
     log: watch::Sender<Vec<Bytes>>,
@@ -180,7 +181,7 @@ impl Drop for Open {
     }
 }
 
-/// What is upgraded to.
+/// The protocols that connections can be upgraded to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Protocol {
     Spdy(&'static str),
@@ -515,7 +516,7 @@ async fn read_websocket(
         }
         let channel = bytes.split_to(1)[0];
         match (channel, bytes.as_ref(), &stdin) {
-            // What nobody reads any more is dropped.
+            // Data that nobody reads any more is dropped.
             (STDIN, [_, ..], Some(sender)) => drop(sender.send(bytes).await),
             (END, [STDIN], Some(_)) => stdin = None,
             (RESIZE, ..) | (STDIN, [], Some(_)) => {}
@@ -550,56 +551,6 @@ fn tunnel(socket: WebSocket) -> DuplexStream {
         tokio::join!(up, down)
     });
     near
-}
-
-/// Each forwarded connection is a stream for its bytes and one for what goes wrong.
-async fn forward_ports(mut session: Session) -> anyhow::Result<()> {
-    let mut waiting = Vec::<Stream>::new();
-    let mut connections = tokio::task::JoinSet::new();
-    while let Some(stream) = session.accept().await {
-        let id = stream.header("requestid").to_owned();
-        let Some(index) = waiting.iter().position(|other| other.header("requestid") == id) else {
-            waiting.push(stream);
-            continue;
-        };
-        let other = waiting.swap_remove(index);
-        let (data, error) =
-            if stream.header("streamtype") == "data" { (stream, other) } else { (other, stream) };
-        connections.spawn(async move {
-            if let Err(failure) = forward_port(data).await {
-                error.writer.write(format!("{failure:#}").into()).await?;
-            }
-            error.writer.finish().await
-        });
-    }
-    Ok(())
-}
-
-async fn forward_port(data: Stream) -> anyhow::Result<()> {
-    let port: u16 = data.header("port").parse()?;
-    let Stream { mut reader, writer, .. } = data;
-    let socket = TcpStream::connect(("127.0.0.1", port)).await.with_context(|| format!("port {port}"))?;
-    let (mut read, mut write) = socket.into_split();
-    let up = async {
-        while let Some(bytes) = reader.recv().await {
-            write.write_all(&bytes).await?;
-        }
-        write.shutdown().await?;
-        // The other direction may go on.
-        std::future::pending().await
-    };
-    let down = async {
-        let mut buffer = BytesMut::with_capacity(64 * 1024);
-        while read.read_buf(&mut buffer).await? > 0 {
-            writer.write(buffer.split().freeze()).await?;
-        }
-        writer.finish().await
-    };
-    // The port's end is that of the whole, as with a kubelet: kubectl keeps its half open until it hears of it.
-    tokio::select! {
-        failed = up => failed,
-        done = down => done,
-    }
 }
 
 fn full(bytes: impl Into<Bytes>) -> Body {

@@ -1,4 +1,4 @@
-//! Traffic that checks itself.
+//! Generates traffic that checks itself.
 
 use std::{
     sync::{

@@ -1,4 +1,4 @@
-//! Metrics as a scraper gets them, and what the project says that they are.
+//! Reads metrics as a scraper does, and compares them with what the guide and the golden files say.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

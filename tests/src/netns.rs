@@ -1,4 +1,4 @@
-//! A network namespace with one veth pair to it: a host of its own that can lose its link.
+//! A network namespace with one veth pair to it. It stands for a host that can lose its link.
 
 use std::{
     ffi::OsStr,
@@ -27,7 +27,7 @@ impl Namespace {
     pub fn new() -> anyhow::Result<Self> {
         let id: u32 = rand::random();
         let [a, b, c, _] = id.to_be_bytes();
-        // Of 10.0.0.0/8 the upper half, so that a container network's usual places stay free.
+        // The upper half of 10.0.0.0/8 leaves the usual networks of containers free.
         let net = |last| Ipv4Addr::new(10, a | 128, b, (c & 0xfc) + last);
         let namespace = Self {
             name: format!("test-{id:08x}"),

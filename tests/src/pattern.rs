@@ -1,5 +1,5 @@
-//! Bytes that can be checked cheaply: every 8 bytes are their own offset, scrambled, so that loss, repetition
-//! and exchange are all seen.
+//! Bytes that can be checked cheaply. Every 8 bytes are their own offset, scrambled, so that loss, repetition and
+//! reordering are all noticed.
 
 const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
 

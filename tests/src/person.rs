@@ -1,4 +1,4 @@
-//! A person with the stock ssh, sftp and scp, who knows a node by the master's host CA.
+//! A person who uses the stock ssh, sftp and scp, and recognises a node by the master's host CA.
 
 use std::{
     path::{Path, PathBuf},
@@ -19,7 +19,7 @@ pub struct Person {
     pub directory: PathBuf,
 }
 
-/// What a client left behind.
+/// The exit code and output of a client.
 #[derive(Debug)]
 pub struct Outcome {
     pub code: Option<i32>,

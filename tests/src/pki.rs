@@ -1,4 +1,4 @@
-//! X.509 certificates for the mutual TLS of the egress listener.
+//! Makes X.509 certificates for the mutual TLS of listeners.
 
 use std::{path::Path, sync::Arc, time::SystemTime};
 

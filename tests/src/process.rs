@@ -1,4 +1,4 @@
-//! Child processes: started, watched, measured, ended by pid.
+//! Starts child processes, watches and measures them, and ends them by pid.
 
 use std::{
     collections::BTreeSet,
@@ -80,7 +80,7 @@ impl Drop for Process {
     }
 }
 
-/// What a process uses, descendants included.
+/// The resources that a process uses, with its descendants.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Usage {
     /// Resident memory, bytes.
@@ -169,16 +169,12 @@ pub fn free_port() -> u16 {
     // Below the ephemeral range, so that no outgoing connection takes it meanwhile.
     loop {
         let port = rand::random_range(10_000..32_000);
-        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok()
+        // A port that has been given is not even tried: it is somebody's, who may be about to listen on it again.
+        if GIVEN.lock().unwrap_or_else(PoisonError::into_inner).insert(port)
+            && std::net::TcpListener::bind(("127.0.0.1", port)).is_ok()
             && std::net::TcpListener::bind(("::1", port)).is_ok()
         {
-            let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
-            if given.len() > 10_000 {
-                given.clear();
-            }
-            if given.insert(port) {
-                return port;
-            }
+            return port;
         }
     }
 }

@@ -1,4 +1,5 @@
-//! A TCP relay that delays, limits, stops or cuts what passes: the network that this kernel does not emulate.
+//! A TCP relay that delays, limits, stops or cuts what passes through it. It stands for networks that the kernel here
+//! does not emulate.
 
 use std::{collections::VecDeque, net::SocketAddr, sync::Arc, time::Duration};
 

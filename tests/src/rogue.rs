@@ -1,5 +1,5 @@
-//! Peers that do wrong: SSH servers in a node's place, SSH clients in a master's, with whatever identity a test
-//! gives them.
+//! Hostile peers: SSH servers in a node's place and SSH clients in a master's, with whatever identity a test gives
+//! them.
 
 use std::{
     collections::HashMap,

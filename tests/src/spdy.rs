@@ -42,7 +42,7 @@ const DICTIONARY_TEXT: &str = "1001012012022052063003023033043053063074024054064
 const HEADER: usize = 8;
 const VERSION: u16 = 3;
 const FIN: u8 = 1;
-/// Of a frame's body, and of the headers that a block may become.
+/// The most bytes of a frame's body, and of the headers that a block expands to.
 const MAX: usize = 1 << 20;
 /// Frames and chunks that wait.
 const QUEUE: usize = 8;
@@ -256,7 +256,7 @@ pub struct Session {
 /// A stream that the peer has opened and that has been answered.
 pub struct Stream {
     pub headers: Headers,
-    /// What comes, until the peer's end of the stream or of the connection.
+    /// Data from the peer, until it ends the stream or the connection.
     pub reader: mpsc::Receiver<Bytes>,
     pub writer: Writer,
 }
@@ -347,7 +347,7 @@ async fn receive(
             }
             Frame::Data { id, data, fin } => {
                 if let Some(stream) = streams.get(&id).filter(|_| !data.is_empty()) {
-                    // What nobody reads any more is dropped.
+                    // Data that nobody reads any more is dropped.
                     let _ = stream.send(data).await;
                 }
                 if fin {

@@ -208,7 +208,7 @@ impl Pattern {
     }
 }
 
-/// What fills a block behind its offset: a splitmix64 sequence.
+/// The filling of a block behind its offset: a splitmix64 sequence.
 pub fn block() -> Bytes {
     let mut state = 0u64;
     let mut bytes = BytesMut::with_capacity(BLOCK);

@@ -1,4 +1,4 @@
-//! What has to go on undisturbed while a test does its worst.
+//! Checks what must go on undisturbed while a test attacks the agents.
 
 use std::{path::PathBuf, process::Command, time::Duration};
 
@@ -85,7 +85,7 @@ fn since(cluster: &Cluster, node: &str) -> anyhow::Result<u64> {
     }
 }
 
-/// What a process used before the worst was done.
+/// A process's usage before an attack.
 pub struct Health {
     name: String,
     pid: u32,
@@ -125,12 +125,17 @@ impl Health {
     }
 }
 
-/// Lets this process, and those that it starts, have `count` descriptors.
+/// Enough for all tests that run at once.
+const DESCRIPTORS: u64 = 65_536;
+
+/// Lets this process, and those that it starts, have `count` descriptors beside those of other tests.
 pub fn raise_descriptor_limit(count: u64) -> anyhow::Result<()> {
     let limits = std::fs::read_to_string("/proc/self/limits")?;
     let line = limits.lines().find(|l| l.starts_with("Max open files")).context("no limit of open files")?;
     let mut numbers = line.split_whitespace().filter_map(|w| w.parse::<u64>().ok());
     let (Some(soft), Some(hard)) = (numbers.next(), numbers.next()) else { bail!("can't read {line:?}") };
+    // Where the hard limit cannot be raised, it has to do.
+    let count = count.max(DESCRIPTORS.min(hard));
     if soft >= count {
         return Ok(());
     }

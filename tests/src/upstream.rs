@@ -57,9 +57,9 @@ use crate::{
 
 /// The common name that an authenticating proxy must have.
 pub const PROXY_NAME: &str = "front-proxy-client";
-/// What an upgraded connection ends with, after the caller's end.
+/// Sent at the end of an upgraded connection, after the caller's end.
 pub const GOODBYE: &[u8] = b"goodbye\n";
-/// What the proxy itself is to ask for.
+/// The path of the proxy's own health checks.
 pub const HEALTH: &str = "/livez?from=proxy";
 /// Decrypted bytes kept of each connection.
 const RAW: usize = 256 * 1024;
@@ -84,13 +84,13 @@ pub struct Received {
     pub whole: bool,
 }
 
-/// Who a request is from, as the proxy says.
+/// The identity of a caller, as the proxy states it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Identity {
     pub user: String,
     pub uid: Option<String>,
     pub groups: Vec<String>,
-    /// Of each `X-Remote-Extra-…` the rest of the name as it is written, in lower case, and the value.
+    /// The rest of each name after `X-Remote-Extra-`, in lower case, and its value.
     pub extra: Headers,
 }
 
@@ -131,7 +131,7 @@ impl Received {
     }
 }
 
-/// What every request meets.
+/// How every request is treated.
 #[derive(Clone, Debug, Default)]
 pub struct Behaviour {
     /// Before the answer.
@@ -199,12 +199,12 @@ impl Upstream {
         self.directory().join(name)
     }
 
-    /// Whom this server takes for an authenticating proxy.
+    /// The authority of authenticating proxies.
     pub fn proxies(&self) -> &Authority {
         &self.proxies
     }
 
-    /// What answers lists and watches, for the test to say what happens.
+    /// The stub that answers lists and watches, which a test controls.
     pub fn api(&self) -> &ApiServer {
         &self.api
     }
@@ -218,7 +218,7 @@ impl Upstream {
         self.server.shared().received.clone()
     }
 
-    /// What was received since the last time this was called.
+    /// The requests that came since this was last called.
     pub fn take(&self) -> Vec<Received> {
         let mut shared = self.server.shared();
         shared.taken += shared.received.len();
@@ -316,7 +316,7 @@ fn server_config(directory: &Path) -> anyhow::Result<Arc<ServerConfig>> {
     Ok(Arc::new(config))
 }
 
-/// What a connection needs.
+/// The state that all connections share.
 #[derive(Clone)]
 struct Server {
     config: Arc<ServerConfig>,
@@ -427,7 +427,7 @@ impl Server {
         tokio::time::sleep(behaviour.delay).await;
         drop(waiting);
         let upgrade = request.headers().get(header::UPGRADE).cloned();
-        // What is created is only received.
+        // Requests that create something are only recorded.
         let creates = request.method() == hyper::Method::POST && upgrade.is_none();
         let mut response = if let Some(status) = behaviour.status {
             failure(status, "Ordered", "this failure was ordered by a test")

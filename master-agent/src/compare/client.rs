@@ -1,4 +1,4 @@
-//! HTTP/1.1 over a path, as far as measuring needs it.
+//! An HTTP/1.1 client for measurements over a path.
 
 use std::{
     convert::Infallible,
@@ -32,19 +32,19 @@ use super::{
     target::{Scheme, Url},
 };
 
-/// Bytes that are sent at once.
+/// Bytes that are sent in one frame of a body.
 const BLOCK: usize = 64 * 1024;
 
 type Outgoing = Either<Empty<Bytes>, Block>;
 
-/// A target and how it is spoken to, the same on every path.
+/// A client of one target, the same on every path.
 pub(super) struct Client {
     pub url: Url,
-    /// Where it is on the direct path.
+    /// The target's address on the direct path.
     pub direct: Target,
-    /// For `https`.
+    /// The configuration for `https`.
     pub tls: Arc<ClientConfig>,
-    /// A bearer token's header.
+    /// The header with the bearer token.
     pub authorization: Option<header::HeaderValue>,
     block: Bytes,
 }
@@ -71,29 +71,29 @@ impl Client {
         authorization: Option<header::HeaderValue>,
     ) -> Self {
         let mut block = vec![0; BLOCK];
-        // Nothing on the way can make it smaller.
+        // Random bytes, so that nothing on the way can compress them.
         rand::fill(block.as_mut_slice());
         Self { url, direct, tls, authorization, block: block.into() }
     }
 
-    /// Only as far as the target's having taken the connection.
+    /// Connects until the target has accepted. Returns the time that it took.
     pub(super) async fn connect(&self, path: &Path) -> anyhow::Result<Duration> {
         Ok(path.open(&self.url.target, &self.direct).await?.1)
     }
 
-    /// A new connection and its first request.
+    /// Connects and makes the first request.
     pub(super) async fn first(&self, path: &Path) -> anyhow::Result<First> {
         let began = Instant::now();
         let (mut connection, connected) = self.open(path).await?;
         let request = self.request(&self.url.path, None)?;
-        let response = connection.sender.send_request(request).await.context("no answer")?;
+        let response = connection.sender.send_request(request).await.context("no response")?;
         let first_byte = began.elapsed();
         let status = response.status();
         drain(response.into_body(), None).await?;
         Ok(First { connection, connected, first_byte, status })
     }
 
-    /// A connection that is ready for requests, and how long the path took to be there.
+    /// Opens a connection for requests. Returns also how long the path took.
     pub(super) async fn open(&self, path: &Path) -> anyhow::Result<(Connection, Duration)> {
         let (stream, connected) = path.open(&self.url.target, &self.direct).await?;
         let stream: Stream = match self.url.scheme {
@@ -125,17 +125,17 @@ impl Client {
         })?)
     }
 
-    /// A request on a kept connection; gives the time until the answer's end.
+    /// Makes a request on a kept connection. Returns the time until the end of the response.
     pub(super) async fn get(&self, connection: &mut Connection) -> anyhow::Result<Duration> {
         let began = Instant::now();
         let request = self.request(&self.url.path, None)?;
-        let response = connection.sender.send_request(request).await.context("no answer")?;
+        let response = connection.sender.send_request(request).await.context("no response")?;
         drain(response.into_body(), None).await?;
         connection.sender.ready().await?;
         Ok(began.elapsed())
     }
 
-    /// Asks for `path` again and again, and counts what comes, until it is dropped or fails.
+    /// Requests `path` repeatedly and counts the received bytes, until dropped or failed.
     pub(super) async fn download(
         &self,
         connection: &mut Connection,
@@ -144,15 +144,15 @@ impl Client {
     ) -> anyhow::Result<Infallible> {
         loop {
             let request = self.request(path, None)?;
-            let response = connection.sender.send_request(request).await.context("no answer")?;
-            fine(response.status(), path)?;
+            let response = connection.sender.send_request(request).await.context("no response")?;
+            expect_success(response.status(), path)?;
             let bytes = drain(response.into_body(), Some(count)).await?;
             anyhow::ensure!(bytes > 0, "{path} has no body");
             connection.sender.ready().await?;
         }
     }
 
-    /// Sends so many bytes to `path`, and waits for the answer.
+    /// Sends so many bytes to `path` and waits for the response.
     pub(super) async fn upload(
         &self,
         connection: &mut Connection,
@@ -160,14 +160,14 @@ impl Client {
         bytes: u64,
     ) -> anyhow::Result<()> {
         let request = self.request(path, Some(bytes))?;
-        let response = connection.sender.send_request(request).await.context("no answer")?;
-        fine(response.status(), path)?;
+        let response = connection.sender.send_request(request).await.context("no response")?;
+        expect_success(response.status(), path)?;
         drain(response.into_body(), None).await?;
         Ok(connection.sender.ready().await?)
     }
 }
 
-fn fine(status: StatusCode, path: &str) -> anyhow::Result<()> {
+fn expect_success(status: StatusCode, path: &str) -> anyhow::Result<()> {
     anyhow::ensure!(status.is_success(), "{path} is answered with {status}");
     Ok(())
 }
@@ -175,7 +175,7 @@ fn fine(status: StatusCode, path: &str) -> anyhow::Result<()> {
 async fn drain(mut body: Incoming, count: Option<&AtomicU64>) -> anyhow::Result<u64> {
     let mut all = 0;
     while let Some(frame) = body.frame().await {
-        let bytes = frame.context("the answer was cut short")?.data_ref().map_or(0, Bytes::len) as u64;
+        let bytes = frame.context("the response was truncated")?.data_ref().map_or(0, Bytes::len) as u64;
         all += bytes;
         if let Some(count) = count {
             count.fetch_add(bytes, Relaxed);
@@ -184,7 +184,7 @@ async fn drain(mut body: Incoming, count: Option<&AtomicU64>) -> anyhow::Result<
     Ok(all)
 }
 
-/// So many bytes, of the same block.
+/// A body of so many bytes, made of one block.
 pub(super) struct Block {
     block: Bytes,
     left: u64,

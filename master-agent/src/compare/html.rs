@@ -1,4 +1,4 @@
-//! A report as one page that needs nothing else: no script, no other file, nothing from any network.
+//! A report as a self-contained page: without scripts, other files or anything from a network.
 
 use std::fmt::{self, Display, Write as _};
 
@@ -9,15 +9,15 @@ use super::{
 
 const STYLE: &str = include_str!("report.css");
 
-/// Of a plot, in its own units.
+/// The size of a plot in its own units.
 const WIDTH: f64 = 640.0;
 const HEIGHT: f64 = 200.0;
-/// Below the plot, for the axis.
+/// The height of the axis below a plot.
 const AXIS: f64 = 34.0;
-/// Of a bar.
+/// The height of a bar.
 const BAR: f64 = 26.0;
 
-/// Text in HTML, wherever it stands.
+/// Text that is escaped for any place in HTML.
 struct Escaped<T>(T);
 
 impl<T: Display> Display for Escaped<T> {
@@ -38,7 +38,7 @@ impl<T: Display> Display for Escaped<T> {
 
 pub fn page(report: &Report) -> String {
     let mut page = String::new();
-    // Writing to a String can't fail.
+    // Writing to a String cannot fail.
     let _ = write_page(&mut page, report);
     page
 }
@@ -64,7 +64,7 @@ fn write_page(page: &mut String, report: &Report) -> fmt::Result {
     Ok(())
 }
 
-/// Begins a table that may be wider than the screen.
+/// Begins a table, which may be wider than the screen.
 fn begin_table(page: &mut String, label: &str) -> fmt::Result {
     let label = Escaped(label);
     writeln!(
@@ -169,7 +169,7 @@ fn figures(page: &mut String, target: &TargetReport) -> fmt::Result {
     Ok(())
 }
 
-/// How times are spread: for each path a line over a logarithmic axis, as high as its share of samples.
+/// Plots the distribution of times: a line for each path over a logarithmic axis, as high as the share of samples.
 fn distribution(page: &mut String, target: &TargetReport, figure: &Figure) -> fmt::Result {
     let all = || figure.paths.iter().flatten().flat_map(|summary| summary.histogram.iter());
     let low = all().map(|(end, _)| *end).fold(f64::INFINITY, f64::min);
@@ -204,7 +204,7 @@ fn distribution(page: &mut String, target: &TargetReport, figure: &Figure) -> fm
                     page,
                     "<line class=\"grid\" x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"0\" y2=\"{HEIGHT}\"/>"
                 )?;
-                // Labels of neighbours would run into each other.
+                // Dense labels would overlap.
                 if digit == 1.0 || to - from < 1.6 {
                     let at_label = at.clamp(46.0, WIDTH - 48.0);
                     writeln!(
@@ -237,7 +237,7 @@ fn distribution(page: &mut String, target: &TargetReport, figure: &Figure) -> fm
     end_plot(page, target)
 }
 
-/// A bar for each path.
+/// Plots throughput: a bar for each path.
 fn throughput(page: &mut String, target: &TargetReport, figure: &Figure) -> fmt::Result {
     let bars: Vec<_> =
         open(target).filter_map(|(at, path)| Some((at, path, figure.paths.get(at)?.as_ref()?))).collect();
@@ -319,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_peer_says_is_text_and_no_markup() {
+    fn texts_of_peers_are_escaped() {
         let page = page(&report("<script>alert(\"1\")</script>&'"));
         assert!(!page.contains("<script"), "{page}");
         assert!(page.contains("&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;&amp;&#39;"));
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn the_page_has_the_table_s_values() {
+    fn the_page_shows_the_values_of_the_table() {
         let report = report("x");
         let page = page(&report);
         let figure = &report.targets[0].figures[0];

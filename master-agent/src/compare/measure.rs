@@ -1,5 +1,5 @@
-//! The work itself: every round does the same on each path, in alternating order, so that whatever else the machines
-//! and the network do hits all of them.
+//! The measurements. Every round does the same work on each path, in alternating order, so that other load on the machines and
+//! the network affects all paths.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering::Relaxed},
@@ -16,25 +16,26 @@ use super::{
     target::Scheme,
 };
 
-/// Failures in a row after which a path is left alone.
+/// Consecutive failures after which a path is abandoned.
 const GIVE_UP: u32 = 5;
-/// Bytes of the first upload, and of the largest.
+/// The sizes of the first upload and of the largest one, in bytes.
 const UPLOAD: (f64, f64) = (262_144.0, 4e9);
 
-/// How much of everything.
+/// How much work to do.
 #[derive(Clone, Debug)]
 pub(super) struct Work {
     pub rounds: usize,
-    /// Of each round: new connections, and requests on a kept one.
+    /// New connections per round.
     pub connects: usize,
+    /// Requests on a kept connection per round.
     pub requests: usize,
-    /// At once, where that is not one.
+    /// Concurrent connections, for figures with more than one.
     pub connections: usize,
-    /// How long rates are measured in each round.
+    /// How long a rate is measured per round.
     pub slice: Duration,
-    /// For an attempt at anything.
+    /// The timeout of a single attempt.
     pub timeout: Duration,
-    /// Paths for throughput.
+    /// The HTTP paths that measure throughput.
     pub download: Option<String>,
     pub upload: Option<String>,
 }
@@ -49,7 +50,7 @@ pub(super) enum Phase {
 }
 
 impl Work {
-    /// What is done in each round, in this order.
+    /// The phases of a round, in this order.
     pub(super) fn phases(&self, scheme: Scheme) -> Vec<Phase> {
         let mut phases = vec![Phase::Connect];
         if scheme == Scheme::Tcp {
@@ -71,17 +72,17 @@ impl Work {
             return vec!["requests and throughput: nothing is sent to a tcp:// target".to_owned()];
         }
         if self.download.is_none() {
-            all.push("download: give --download PATH, of an answer with a long body".to_owned());
+            all.push("download: give --download PATH, with a long response".to_owned());
         }
         if self.upload.is_none() {
-            all.push("upload: give --upload PATH, which takes a long body by POST".to_owned());
+            all.push("upload: give --upload PATH, which accepts a long body by POST".to_owned());
         }
         all
     }
 }
 
-/// Measures one target on all paths. `ways` say which way each path is; a path with an error is not tried. `tick` is
-/// called after every phase of every round.
+/// Measures one target on all paths. `ways` describe the paths; a path with an error is not tried. `tick` is called after every
+/// phase of every round.
 pub(super) async fn measure(
     client: &Client,
     paths: &[Path],
@@ -103,7 +104,7 @@ pub(super) async fn measure(
                     for turn in 0..work.connects {
                         for at in order(lanes.len(), round + turn) {
                             let Some(lane) = lanes.get_mut(at) else { continue };
-                            lane.connect(&mut samples, at, round).await;
+                            lane.connect(samples.cell(at, round)).await;
                         }
                     }
                 }
@@ -111,14 +112,14 @@ pub(super) async fn measure(
                     for turn in 0..work.requests {
                         for at in order(lanes.len(), round + turn) {
                             let Some(lane) = lanes.get_mut(at) else { continue };
-                            lane.request(&mut samples, at, round).await;
+                            lane.request(samples.cell(at, round)).await;
                         }
                     }
                 }
                 Phase::RequestMany | Phase::Download(_) | Phase::Upload(_) => {
                     for at in order(lanes.len(), round) {
                         let Some(lane) = lanes.get_mut(at) else { continue };
-                        lane.at_once(*phase, &mut samples, at, round).await;
+                        lane.rate(*phase, samples.cell(at, round)).await;
                     }
                 }
             }
@@ -137,36 +138,50 @@ pub(super) async fn measure(
     }
 }
 
-/// Forwards, then backwards.
+/// The order of the paths, which alternates from turn to turn.
 fn order(paths: usize, turn: usize) -> Vec<usize> {
     if turn.is_multiple_of(2) { (0..paths).collect() } else { (0..paths).rev().collect() }
 }
 
-/// For each path, each round: the samples.
-type OfPaths = Vec<Vec<Vec<f64>>>;
+/// The samples of each round of each path.
+type SamplesByPath = Vec<Vec<Vec<f64>>>;
 
-/// What was measured so far, by figure.
+/// The samples so far, by figure.
 struct Samples {
     rounds: usize,
     paths: usize,
-    figures: Vec<((Name, usize), OfPaths)>,
+    figures: Vec<((Name, usize), SamplesByPath)>,
+}
+
+/// Where the samples of one path in one round go.
+struct Cell<'a> {
+    samples: &'a mut Samples,
+    path: usize,
+    round: usize,
 }
 
 impl Samples {
-    fn add(&mut self, name: Name, connections: usize, path: usize, round: usize, value: f64) {
+    fn cell(&mut self, path: usize, round: usize) -> Cell<'_> {
+        Cell { samples: self, path, round }
+    }
+}
+
+impl Cell<'_> {
+    fn add(&mut self, name: Name, connections: usize, value: f64) {
+        let Samples { rounds, paths, figures } = &mut *self.samples;
         let key = (name, connections);
-        let at = self.figures.iter().position(|(k, _)| *k == key).unwrap_or_else(|| {
-            self.figures.push((key, vec![vec![Vec::new(); self.rounds]; self.paths]));
-            self.figures.len() - 1
+        let at = figures.iter().position(|(k, _)| *k == key).unwrap_or_else(|| {
+            figures.push((key, vec![vec![Vec::new(); *rounds]; *paths]));
+            figures.len() - 1
         });
-        let rounds = self.figures.get_mut(at).and_then(|(_, paths)| paths.get_mut(path));
-        if let Some(samples) = rounds.and_then(|rounds| rounds.get_mut(round)) {
+        let of_path = figures.get_mut(at).and_then(|(_, paths)| paths.get_mut(self.path));
+        if let Some(samples) = of_path.and_then(|rounds| rounds.get_mut(self.round)) {
             samples.push(value);
         }
     }
 }
 
-/// One path, and what is known of it.
+/// One path with its state.
 struct Lane<'a> {
     client: &'a Client,
     path: &'a Path,
@@ -174,9 +189,9 @@ struct Lane<'a> {
     report: PathReport,
     kept: Option<Connection>,
     failures: u32,
-    /// Of an empty request.
+    /// The time of an empty request.
     latency: Duration,
-    /// Bytes a second by all connections together: with one, and with many.
+    /// Bytes per second of the last uploads over one connection, and over all connections together.
     uploaded: [Option<f64>; 2],
 }
 
@@ -199,7 +214,7 @@ impl<'a> Lane<'a> {
         self.report.closed.is_none() && self.failures < GIVE_UP
     }
 
-    /// Counts how an attempt went.
+    /// Runs an attempt and counts its outcome.
     async fn attempt<T>(
         &mut self,
         limit: Duration,
@@ -212,14 +227,14 @@ impl<'a> Lane<'a> {
                 return Some(done);
             }
             Ok(Err(error)) => format!("{error:#}"),
-            Err(_) => format!("not done within {}", humantime::format_duration(limit)),
+            Err(_) => format!("not completed within {}", humantime::format_duration(limit)),
         };
         self.failures += 1;
         *self.report.failures.entry(error).or_default() += 1;
         None
     }
 
-    /// Whether it can be measured at all.
+    /// Finds out whether the path can be measured.
     async fn probe(&mut self) {
         if !self.is_open() {
             return;
@@ -243,22 +258,22 @@ impl<'a> Lane<'a> {
         }
     }
 
-    async fn connect(&mut self, samples: &mut Samples, at: usize, round: usize) {
+    async fn connect(&mut self, mut cell: Cell<'_>) {
         if !self.is_open() {
             return;
         }
         let (client, path) = (self.client, self.path);
         if client.url.scheme == Scheme::Tcp {
             if let Some(connected) = self.attempt(self.work.timeout, client.connect(path)).await {
-                samples.add(Name::Connect, 1, at, round, micros(connected));
+                cell.add(Name::Connect, 1, micros(connected));
             }
         } else if let Some(first) = self.attempt(self.work.timeout, client.first(path)).await {
-            samples.add(Name::Connect, 1, at, round, micros(first.connected));
-            samples.add(Name::FirstByte, 1, at, round, micros(first.first_byte));
+            cell.add(Name::Connect, 1, micros(first.connected));
+            cell.add(Name::FirstByte, 1, micros(first.first_byte));
         }
     }
 
-    async fn request(&mut self, samples: &mut Samples, at: usize, round: usize) {
+    async fn request(&mut self, mut cell: Cell<'_>) {
         if !self.is_open() {
             return;
         }
@@ -271,13 +286,13 @@ impl<'a> Lane<'a> {
         };
         let Some(mut kept) = kept else { return };
         if let Some(time) = self.attempt(self.work.timeout, client.get(&mut kept)).await {
-            samples.add(Name::Request, 1, at, round, micros(time));
+            cell.add(Name::Request, 1, micros(time));
             self.kept = Some(kept);
         }
     }
 
-    /// What takes a while, on connections that are made for it.
-    async fn at_once(&mut self, phase: Phase, samples: &mut Samples, at: usize, round: usize) {
+    /// Measures a rate, on connections that are opened for it.
+    async fn rate(&mut self, phase: Phase, mut cell: Cell<'_>) {
         if !self.is_open() {
             return;
         }
@@ -298,9 +313,9 @@ impl<'a> Lane<'a> {
                     return;
                 };
                 let rate = times.len() as f64 / elapsed.as_secs_f64();
-                samples.add(Name::RequestRate, count, at, round, rate);
+                cell.add(Name::RequestRate, count, rate);
                 for time in times {
-                    samples.add(Name::Request, count, at, round, micros(time));
+                    cell.add(Name::Request, count, micros(time));
                 }
             }
             Phase::Download(_) => {
@@ -308,15 +323,15 @@ impl<'a> Lane<'a> {
                 let warm = work.slice / 4 + self.latency * 4;
                 let download = download(client, &mut connections, from, warm, work.slice);
                 if let Some(rate) = self.attempt(limit + warm, download).await {
-                    samples.add(Name::Download, count, at, round, rate / 1e6);
+                    cell.add(Name::Download, count, rate / 1e6);
                 }
             }
             Phase::Upload(_) => {
                 let (Some(to), kind) = (&work.upload, usize::from(count > 1)) else { return };
                 let known = self.uploaded.get(kind).copied().flatten();
-                let upload = upload(client, &mut connections, to, known, work.slice, self.latency);
-                if let Some(rate) = self.attempt(limit * 2, upload).await {
-                    samples.add(Name::Upload, count, at, round, rate / 1e6);
+                let upload = Upload { path: to, known, slice: work.slice, latency: self.latency };
+                if let Some(rate) = self.attempt(limit * 2, upload.run(client, &mut connections)).await {
+                    cell.add(Name::Upload, count, rate / 1e6);
                     if let Some(known) = self.uploaded.get_mut(kind) {
                         *known = Some(rate);
                     }
@@ -327,7 +342,7 @@ impl<'a> Lane<'a> {
     }
 }
 
-/// Requests on all connections for a while.
+/// Makes requests on all connections during `slice`.
 async fn requests(
     client: &Client,
     connections: Vec<Connection>,
@@ -345,7 +360,7 @@ async fn requests(
     Ok((times, began.elapsed()))
 }
 
-/// Bytes a second that come over all connections, after `warm`.
+/// Bytes per second that arrive over all connections, measured after `warm`.
 async fn download(
     client: &Client,
     connections: &mut [Connection],
@@ -367,33 +382,39 @@ async fn download(
     }
 }
 
-/// Bytes a second that all connections take, until the answers: how much was sent into buffers says nothing. Each takes
-/// as much as fills the slice, by what is `known` or by trying.
-async fn upload(
-    client: &Client,
-    connections: &mut [Connection],
-    path: &str,
+/// One measurement of an upload.
+struct Upload<'a> {
+    /// The HTTP path.
+    path: &'a str,
+    /// The rate of the last upload in bytes per second.
     known: Option<f64>,
     slice: Duration,
+    /// The time that an empty request takes, which is subtracted.
     latency: Duration,
-) -> anyhow::Result<f64> {
-    let share = |all: f64| all.clamp(UPLOAD.0, UPLOAD.1) / connections.len().max(1) as f64;
-    let mut bytes = share(known.map_or(UPLOAD.0, |rate| rate * slice.as_secs_f64())) as u64;
-    loop {
-        let began = Instant::now();
-        let loads = connections.iter_mut().map(|connection| client.upload(connection, path, bytes));
-        for done in join_all(loads).await {
-            done?;
+}
+
+impl Upload<'_> {
+    /// Bytes per second that are sent over all connections, measured until the responses arrive, since bytes in buffers do
+    /// not count. The size is what fills the slice at the known rate, or is found by trying.
+    async fn run(self, client: &Client, connections: &mut [Connection]) -> anyhow::Result<f64> {
+        let Self { path, known, slice, latency } = self;
+        let count = connections.len().max(1) as f64;
+        let share = |all: f64| all.clamp(UPLOAD.0, UPLOAD.1) / count;
+        let mut bytes = share(known.map_or(UPLOAD.0, |rate| rate * slice.as_secs_f64())) as u64;
+        loop {
+            let began = Instant::now();
+            let loads = connections.iter_mut().map(|connection| client.upload(connection, path, bytes));
+            for done in join_all(loads).await {
+                done?;
+            }
+            let elapsed = began.elapsed();
+            let taken = elapsed - latency.min(elapsed / 2);
+            let all = bytes as f64 * count;
+            let rate = all / taken.as_secs_f64().max(1e-6);
+            if known.is_some() || elapsed > slice / 2 || all >= UPLOAD.1 {
+                return Ok(rate);
+            }
+            bytes = share((rate * slice.as_secs_f64()).min(all * 8.0)).max(bytes as f64 + 1.0) as u64;
         }
-        // An empty request would have taken so long.
-        let elapsed = began.elapsed();
-        let taken = elapsed - latency.min(elapsed / 2);
-        let all = (bytes * connections.len() as u64) as f64;
-        let rate = all / taken.as_secs_f64().max(1e-6);
-        if known.is_some() || elapsed > slice / 2 || all >= UPLOAD.1 {
-            return Ok(rate);
-        }
-        let share = |all: f64| all.clamp(UPLOAD.0, UPLOAD.1) / connections.len().max(1) as f64;
-        bytes = share((rate * slice.as_secs_f64()).min(all * 8.0)).max(bytes as f64 + 1.0) as u64;
     }
 }

@@ -1,6 +1,7 @@
-//! `compare`: what a tunnel costs, beside the direct path and other proxies, on the same work at the same time.
+//! `compare`: measures what a tunnel costs, compared with the direct path and with other proxies, by the same work at the same
+//! time.
 //!
-//! [`measure`] does the work and makes a [`report::Report`]; [`print`] and [`html`] only show it.
+//! [`measure`] does the work and returns a [`report::Report`], which [`print`] and [`html`] show.
 
 mod client;
 pub mod html;
@@ -17,127 +18,126 @@ use clap::{Args, ValueEnum};
 use hyper::header::HeaderValue;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use proto::{Host, NodeName, Target};
+use proto_net::tls::{ClientTls, believe_any, roots};
 use rustls::ClientConfig;
 use tokio::time::Instant;
 
 use crate::{
+    admin_api::{ExplainedCandidate, Explanation},
     admin_client::AdminClient,
-    egress::proxy_url::tls::believe_any,
-    front_end::https_client::{ClientTls, roots},
     input::read_text,
-    tunnels::explain::{self, Explanation},
 };
 
 use client::Client;
 use measure::{Phase, Work, measure};
-use path::{Path, Place, Proxy, Via, Way};
+use path::{Path, Proxy, ProxyAddress, Via, Way};
 use report::Report;
-use target::{Elsewhere, NODE, Url, expand, is_path};
+use target::{DirectAddresses, NODE, Url, expand, is_path};
 
-/// Measure targets over their tunnels and directly, pair by pair, and whatever `--via` adds.
+/// Measure targets over their tunnels, directly and by the paths that `--via` adds, pair by pair.
 #[derive(Debug, Args)]
 pub struct CompareArgs {
-    /// The nodes that {node} in a target stands for; all by default.
+    /// The nodes that {node} in a target stands for; default: all.
     #[arg(value_name = "NODE")]
     nodes: Vec<NodeName>,
-    /// What to ask for: http://, https:// or tcp://, then a node, pod or service with its port. {node} stands for
-    /// each node. Several times for several.
+    /// A target: http://, https:// or tcp://, then a node, pod or service with its port. {node} stands for each node. Can be
+    /// repeated.
     #[arg(long = "target", value_name = "URL", default_value = "https://{node}:10250/healthz")]
     targets: Vec<String>,
-    /// A path with a long answer, for throughput.
+    /// A path with a long response, to measure downloads.
     #[arg(long, value_name = "PATH")]
     download: Option<String>,
-    /// A path that takes a long body by POST, for throughput.
+    /// A path that accepts a long body by POST, to measure uploads.
     #[arg(long, value_name = "PATH")]
     upload: Option<String>,
-    /// Where a host or a target is on the direct path, when that differs: n1=10.0.0.5, web.default.svc:80=10.3.0.7:8080.
+    /// The direct address of a host or target, if it differs: n1=10.0.0.5 or web.default.svc:80=10.3.0.7:8080.
     #[arg(long, value_name = "WHAT=WHERE")]
     direct: Vec<String>,
-    /// Leave the direct path out.
+    /// Do not measure the direct path.
     #[arg(long)]
     no_direct: bool,
-    /// Another path: a proxy that takes HTTP CONNECT (NAME=unix:PATH, =http://HOST:PORT, =https://HOST:PORT), or a port
-    /// that is forwarded to the target, as by `ssh -L` (NAME=tcp:HOST:PORT).
+    /// A further path: a proxy with HTTP CONNECT (NAME=unix:PATH, NAME=http://HOST:PORT or NAME=https://HOST:PORT), or a
+    /// port that is forwarded to the target, as by `ssh -L` (NAME=tcp:HOST:PORT).
     #[arg(long, value_name = "NAME=WHERE")]
     via: Vec<Via>,
-    /// The agent's egress listener, when the Unix socket of the configuration is not to be used: as in --via.
+    /// The agent's egress listener, in the form of --via; default: the Unix socket of the configuration.
     #[arg(long, value_name = "WHERE")]
-    tunnel: Option<Place>,
-    /// The CA of https proxies; that of the system by default.
+    tunnel: Option<ProxyAddress>,
+    /// The CA of https proxies; default: those of the system.
     #[arg(long, value_name = "FILE")]
     via_ca: Option<PathBuf>,
-    /// The certificate to show https proxies.
+    /// The client certificate for https proxies.
     #[arg(long, value_name = "FILE", requires = "via_key")]
     via_cert: Option<PathBuf>,
     /// Its private key.
     #[arg(long, value_name = "FILE", requires = "via_cert")]
     via_key: Option<PathBuf>,
-    /// The CA of https targets; by default proxy_urls.kubelet_ca of the configuration, else that of the system.
+    /// The CA of https targets; default: proxy_urls.kubelet_ca of the configuration, or those of the system.
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
-    /// The certificate to show https targets; by default proxy_urls.kubelet_client_cert.
+    /// The client certificate for https targets; default: proxy_urls.kubelet_client_cert.
     #[arg(long, value_name = "FILE", requires = "key")]
     cert: Option<PathBuf>,
     /// Its private key.
     #[arg(long, value_name = "FILE", requires = "cert")]
     key: Option<PathBuf>,
-    /// A file with the bearer token that targets are sent.
+    /// A file with a bearer token, which is sent to targets.
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
-    /// Believe any certificate of targets: the token and the answers may be anyone's.
+    /// Accept any certificate of targets. The token may be sent to anybody, and anybody may answer.
     #[arg(long)]
     insecure_skip_verify: bool,
-    /// Rounds; each does the same on all paths.
+    /// The number of rounds; each does the same work on all paths.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
     rounds: u16,
-    /// New connections in each round.
+    /// New connections per round.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
     connects: u16,
-    /// Requests on a kept connection in each round.
+    /// Requests on a kept connection per round.
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u16).range(1..))]
     requests: u16,
-    /// Connections at once, for rates and throughput of many.
+    /// Concurrent connections, for rates and throughput.
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u16).range(2..=1024))]
     connections: u16,
-    /// How long each round measures a rate.
+    /// How long a rate is measured per round.
     #[arg(long, default_value = "500ms", value_parser = humantime::parse_duration, value_name = "TIME")]
     slice: Duration,
-    /// For any single attempt.
+    /// The timeout of a single attempt.
     #[arg(long, default_value = "5s", value_parser = humantime::parse_duration, value_name = "TIME")]
     timeout: Duration,
-    /// The form of the output.
+    /// The output format.
     #[arg(long, short, value_enum, default_value_t)]
-    output: Form,
-    /// Write the report as JSON there as well.
+    output: Format,
+    /// Also write the report as JSON to this file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Write a page with plots there as well: one file, which needs nothing else.
+    /// Also write the report as a self-contained HTML page with plots to this file.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
-enum Form {
+enum Format {
     #[default]
     Table,
     Json,
     Csv,
 }
 
-/// What the configuration says, where the arguments say nothing.
+/// What the configuration says, for arguments that are not given.
 #[derive(Debug)]
 pub struct Configured {
-    /// Of the running agent.
+    /// The client of the running agent.
     pub agent: AdminClient,
-    /// The socket of HTTP CONNECT.
+    /// The Unix socket of HTTP CONNECT.
     pub connect: Option<PathBuf>,
     /// The CA of kubelets.
     pub kubelet_ca: Option<PathBuf>,
-    /// The certificate that kubelets are shown, and its key.
+    /// The client certificate for kubelets, and its key.
     pub kubelet_client: Option<(PathBuf, PathBuf)>,
 }
 
-/// `compare`.
+/// Runs `compare`.
 pub async fn compare(configured: &Configured, args: CompareArgs) -> anyhow::Result<()> {
     let work = args.work()?;
     let report = args.report(configured, &work).await?;
@@ -148,15 +148,15 @@ pub async fn compare(configured: &Configured, args: CompareArgs) -> anyhow::Resu
         }
     }
     if let Err(error) = configured.agent.put_comparison(json.clone()).await {
-        eprintln!("master-agent: the running agent did not take the comparison for its page: {error:#}");
+        eprintln!("master-agent: the running agent did not accept the comparison for its page: {error:#}");
     }
     match args.output {
-        Form::Table => print!("{}", print::table(&report)),
-        Form::Json => print!("{json}"),
-        Form::Csv => print!("{}", print::csv(&report)),
+        Format::Table => print!("{}", print::table(&report)),
+        Format::Json => print!("{json}"),
+        Format::Csv => print!("{}", print::csv(&report)),
     }
     if report.targets.iter().all(|target| target.figures.is_empty()) {
-        bail!("nothing could be measured: see why above");
+        bail!("nothing could be measured; the reasons are above");
     }
     Ok(())
 }
@@ -165,11 +165,11 @@ impl CompareArgs {
     fn work(&self) -> anyhow::Result<Work> {
         for path in self.download.iter().chain(&self.upload) {
             if !is_path(path) {
-                bail!("{path:?} is no path: it begins with / and has no spaces");
+                bail!("{path:?} is not a path: it must begin with / and have no spaces");
             }
         }
         if self.slice < Duration::from_millis(10) || self.timeout < Duration::from_millis(10) {
-            bail!("--slice and --timeout are at least 10ms");
+            bail!("--slice and --timeout must be at least 10ms");
         }
         Ok(Work {
             rounds: self.rounds.into(),
@@ -188,9 +188,9 @@ impl CompareArgs {
         let paths = self.paths(configured.connect.as_deref(), urls.len())?;
         let tls = Arc::new(self.target_tls(configured)?);
         let authorization = self.authorization()?;
-        let mut elsewhere = Elsewhere::default();
+        let mut direct_addresses = DirectAddresses::default();
         for rule in &self.direct {
-            elsewhere.add(rule).with_context(|| format!("--direct {rule}"))?;
+            direct_addresses.add(rule).with_context(|| format!("--direct {rule}"))?;
         }
         let phases: usize = urls.iter().map(|(_, url)| work.phases(url.scheme).len()).sum();
         let bar = progress(phases * work.rounds);
@@ -198,7 +198,7 @@ impl CompareArgs {
         let mut targets = Vec::new();
         for (node, url) in urls {
             let explained = configured.agent.explain(&url.target.to_string()).await?;
-            let direct = whereabouts(&explained, &elsewhere, &url.target);
+            let direct = direct_address(&explained, &direct_addresses, &url.target);
             let ways = paths.iter().map(|path| match &path.way {
                 Way::Direct => direct.clone().map(|target| target.to_string()),
                 Way::Connect(_) if path.name == TUNNEL => match &explained.node {
@@ -240,7 +240,7 @@ impl CompareArgs {
         if nodes.is_empty() {
             nodes = known.into_iter().map(|node| node.name).collect();
         } else if self.targets.iter().all(|target| !target.contains(NODE)) {
-            bail!("nodes were given, but no --target has {NODE} in it");
+            bail!("nodes are given, but no --target contains {NODE}");
         }
         let mut urls = Vec::new();
         for template in &self.targets {
@@ -254,11 +254,11 @@ impl CompareArgs {
 
     fn paths(&self, connect: Option<&std::path::Path>, targets: usize) -> anyhow::Result<Vec<Path>> {
         let tunnel = match (&self.tunnel, connect) {
-            (Some(place), _) => place.way(|| self.via_tls())?,
+            (Some(address), _) => address.way(|| self.via_tls())?,
             (None, Some(socket)) => Way::Connect(Proxy::Unix(socket.to_owned())),
             (None, None) => bail!(
-                "the tunnel is entered by http_connect.unix, which is not configured: configure it, or say which \
-                 egress listener to take with --tunnel"
+                "the tunnel is reached by http_connect.unix, which is not configured: configure it, or name another \
+                 egress listener with --tunnel"
             ),
         };
         let mut paths = Vec::new();
@@ -267,13 +267,13 @@ impl CompareArgs {
         }
         paths.push(Path { name: TUNNEL.to_owned(), way: tunnel });
         for via in &self.via {
-            if matches!(via.place, Place::Forward(_)) && targets > 1 {
+            if matches!(via.address, ProxyAddress::Forward(_)) && targets > 1 {
                 bail!("--via {}: a forwarded port leads to one target, and there are {targets}", via.name);
             }
             if paths.iter().any(|path| path.name == via.name) {
                 bail!("--via {}: the name is taken", via.name);
             }
-            paths.push(Path { name: via.name.clone(), way: via.place.way(|| self.via_tls())? });
+            paths.push(Path { name: via.name.clone(), way: via.address.way(|| self.via_tls())? });
         }
         Ok(paths)
     }
@@ -292,11 +292,11 @@ impl CompareArgs {
         }
         let mut tls = ClientTls { ca, identity }.config()?;
         if self.insecure_skip_verify {
-            eprintln!("master-agent: --insecure-skip-verify: any certificate of targets is believed");
+            eprintln!("master-agent: --insecure-skip-verify: any certificate of targets is accepted");
             believe_any(&mut tls);
         }
         tls.alpn_protocols = vec![b"http/1.1".to_vec()];
-        // Every new connection does the same work.
+        // Without resumption, every new connection does the same work.
         tls.resumption = rustls::client::Resumption::disabled();
         Ok(tls)
     }
@@ -305,21 +305,25 @@ impl CompareArgs {
         let Some(file) = &self.token_file else { return Ok(None) };
         let token = read_text(file)?;
         let mut value = HeaderValue::from_str(&format!("Bearer {}", token.trim()))
-            .map_err(|_| anyhow::anyhow!("{} holds no bearer token", file.display()))?;
+            .map_err(|_| anyhow::anyhow!("{} does not contain a bearer token", file.display()))?;
         value.set_sensitive(true);
         Ok(Some(value))
     }
 }
 
-/// What the path through the agent is called.
+/// The name of the path through the agent.
 const TUNNEL: &str = "tunnel";
 
-/// Where a target is on the direct path: as `--direct` says, or where the tunnel's end finds it.
-fn whereabouts(explained: &Explanation, elsewhere: &Elsewhere, target: &Target) -> Result<Target, String> {
-    if let Some(given) = elsewhere.get(target) {
+/// A target's address on the direct path: as given by `--direct`, or as the end of the tunnel finds it.
+fn direct_address(
+    explained: &Explanation,
+    direct_addresses: &DirectAddresses,
+    target: &Target,
+) -> Result<Target, String> {
+    if let Some(given) = direct_addresses.get(target) {
         return Ok(given);
     }
-    let taken = |way: &&explain::Way| Some(&way.node) == explained.node.as_ref();
+    let taken = |candidate: &&ExplainedCandidate| Some(&candidate.node) == explained.node.as_ref();
     let way = explained.candidates.iter().find(taken).or(explained.candidates.first());
     if let Some(way) = way
         && let Ok(found) = way.target.parse::<Target>()
@@ -334,7 +338,7 @@ fn whereabouts(explained: &Explanation, elsewhere: &Elsewhere, target: &Target) 
     if matches!(target.host, Host::Addr(_)) {
         return Ok(target.clone());
     }
-    Err(format!("where {} is directly is not known: give --direct {}=ADDRESS", target.host, target.host))
+    Err(format!("the direct address of {} is unknown: give --direct {}=ADDRESS", target.host, target.host))
 }
 
 fn progress(steps: usize) -> ProgressBar {

@@ -1,4 +1,4 @@
-//! The paths to a target: through a tunnel, directly, and whatever else it is compared with.
+//! The paths to a target: through a tunnel, directly, and through other proxies.
 
 use std::{fmt, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
@@ -13,10 +13,10 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
-/// Bytes of a proxy's answer to CONNECT.
+/// Bytes of a proxy's response to CONNECT.
 const MAX_HEAD: usize = 16 * 1024;
 
-/// A connection, whatever it is made of.
+/// Any kind of connection.
 pub(super) trait Io: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Io for S {}
 pub(super) type Stream = Box<dyn Io>;
@@ -24,7 +24,7 @@ pub(super) type Stream = Box<dyn Io>;
 /// One way to reach targets.
 #[derive(Clone, Debug)]
 pub(super) struct Path {
-    /// As it is called in what is printed: `tunnel`, `direct`, or as `--via` says.
+    /// The name in reports: `tunnel`, `direct`, or the one that `--via` gives.
     pub name: String,
     pub way: Way,
 }
@@ -32,13 +32,13 @@ pub(super) struct Path {
 #[derive(Clone)]
 pub(super) enum Way {
     Direct,
-    /// A proxy that takes HTTP CONNECT, the agent's own egress listener among them.
+    /// A proxy with HTTP CONNECT, such as the agent's own egress listener.
     Connect(Proxy),
-    /// A port that leads to the one target, such as that of `ssh -L`.
+    /// A port that leads to a single target, as that of `ssh -L`.
     Forward(Target),
 }
 
-/// Where a proxy is.
+/// How a proxy is reached.
 #[derive(Clone)]
 pub(super) enum Proxy {
     Unix(PathBuf),
@@ -58,22 +58,22 @@ impl fmt::Debug for Way {
     }
 }
 
-/// `--via NAME=WHERE`, before the files that TLS needs are read.
+/// The argument of `--via`, before the files for TLS are read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Via {
     pub name: String,
-    pub place: Place,
+    pub address: ProxyAddress,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum ProxyAddress {
     Unix(PathBuf),
     Http(Target),
     Https(Target),
     Forward(Target),
 }
 
-impl FromStr for Place {
+impl FromStr for ProxyAddress {
     type Err = String;
 
     fn from_str(s: &str) -> Result<Self, Self::Err> {
@@ -96,7 +96,7 @@ impl FromStr for Via {
     type Err = String;
 
     fn from_str(s: &str) -> Result<Self, Self::Err> {
-        let (name, place) = s.split_once('=').ok_or("write NAME=WHERE")?;
+        let (name, address) = s.split_once('=').ok_or("write NAME=WHERE")?;
         let good = !name.is_empty()
             && name.len() <= 32
             && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
@@ -105,12 +105,12 @@ impl FromStr for Via {
                 "{name:?} can't be a name here: letters, digits, '-', '_' and '.', not \"tunnel\" and not \"direct\""
             ));
         }
-        Ok(Self { name: name.to_owned(), place: place.parse()? })
+        Ok(Self { name: name.to_owned(), address: address.parse()? })
     }
 }
 
-impl Place {
-    /// `tls` is what an https proxy is verified by and shown.
+impl ProxyAddress {
+    /// The way through the proxy. `tls` makes the configuration for an https proxy.
     pub(super) fn way(&self, tls: impl FnOnce() -> anyhow::Result<Arc<ClientConfig>>) -> anyhow::Result<Way> {
         Ok(match self {
             Self::Unix(path) => Way::Connect(Proxy::Unix(path.clone())),
@@ -122,7 +122,7 @@ impl Place {
 }
 
 impl Path {
-    /// Connects to `target`, which on the direct path is at `direct`; gives how long that took.
+    /// Connects to `target`, whose address on the direct path is `direct`. Returns also how long that took.
     pub(super) async fn open(&self, target: &Target, direct: &Target) -> anyhow::Result<(Stream, Duration)> {
         let began = Instant::now();
         let stream: Stream = match &self.way {
@@ -156,7 +156,7 @@ async fn tcp(address: &Target) -> anyhow::Result<TcpStream> {
     Ok(socket)
 }
 
-/// Asks a proxy for `target`. Nothing of what follows its answer is taken.
+/// Asks a proxy for `target`. Nothing beyond the proxy's response is read.
 async fn connect(stream: &mut Stream, target: &Target) -> anyhow::Result<()> {
     let request = format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n");
     stream.write_all(request.as_bytes()).await.context("the proxy closed the connection")?;
@@ -164,9 +164,9 @@ async fn connect(stream: &mut Stream, target: &Target) -> anyhow::Result<()> {
     let mut head = Vec::with_capacity(256);
     while !head.ends_with(b"\r\n\r\n") {
         if head.len() > MAX_HEAD {
-            bail!("the proxy's answer has no end");
+            bail!("the proxy's response has no end");
         }
-        head.push(stream.read_u8().await.context("the proxy closed the connection without an answer")?);
+        head.push(stream.read_u8().await.context("the proxy closed the connection without a response")?);
     }
     let head = String::from_utf8_lossy(&head);
     let line = head.lines().next().unwrap_or_default();
@@ -186,13 +186,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn vias_are_read() {
-        let place = |s: &str| s.parse::<Via>().map(|via| via.place);
+    fn via_arguments_are_parsed() {
+        let address = |s: &str| s.parse::<Via>().map(|via| via.address);
         let target = |s: &str| s.parse::<Target>().unwrap();
-        assert_eq!(place("k=unix:/run/k.sock"), Ok(Place::Unix("/run/k.sock".into())));
-        assert_eq!(place("k=http://127.0.0.1:8131"), Ok(Place::Http(target("127.0.0.1:8131"))));
-        assert_eq!(place("k=https://[::1]:8131/"), Ok(Place::Https(target("[::1]:8131"))));
-        assert_eq!(place("ssh-L=tcp:localhost:9000"), Ok(Place::Forward(target("localhost:9000"))));
+        assert_eq!(address("k=unix:/run/k.sock"), Ok(ProxyAddress::Unix("/run/k.sock".into())));
+        assert_eq!(address("k=http://127.0.0.1:8131"), Ok(ProxyAddress::Http(target("127.0.0.1:8131"))));
+        assert_eq!(address("k=https://[::1]:8131/"), Ok(ProxyAddress::Https(target("[::1]:8131"))));
+        assert_eq!(address("ssh-L=tcp:localhost:9000"), Ok(ProxyAddress::Forward(target("localhost:9000"))));
         for text in [
             "",
             "k",
@@ -208,7 +208,7 @@ mod tests {
         }
     }
 
-    /// A proxy that answers with `answer`, and what follows it.
+    /// Asks a proxy that responds with `answer`. Returns what follows the response.
     async fn asked(answer: &'static [u8]) -> Result<Vec<u8>, String> {
         let (near, mut far) = tokio::io::duplex(64 * 1024);
         let proxy = async {
@@ -231,12 +231,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_proxys_answers() {
+    async fn responses_of_proxies_are_understood() {
         assert_eq!(asked(b"HTTP/1.1 200 OK\r\nX: y\r\n\r\nrest").await.unwrap(), b"rest");
         for (answer, error) in [
             (&b"HTTP/1.1 403 policy\r\n\r\n"[..], "the proxy answers 403 policy"),
             (b"SSH-2.0-x\r\n\r\n", "the proxy does not speak HTTP: \"SSH-2.0-x\""),
-            (b"HTTP/1.1 200 OK\r\n", "without an answer"),
+            (b"HTTP/1.1 200 OK\r\n", "without a response"),
             (&[b'x'; 40_000], "has no end"),
         ] {
             let said = asked(answer).await.unwrap_err();

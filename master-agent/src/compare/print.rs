@@ -1,4 +1,4 @@
-//! A report as a table for people, and as CSV.
+//! Prints a report as a table and as CSV.
 
 use std::fmt::Write as _;
 
@@ -32,7 +32,7 @@ fn count(n: usize, what: &str) -> String {
     if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") }
 }
 
-/// What a path is, and what went wrong on it.
+/// A description of a path and of its failures.
 pub(super) fn path_line(path: &PathReport) -> String {
     let mut line = format!("{}: {}", path.name, path.way);
     if let Some(status) = path.status {
@@ -48,12 +48,12 @@ pub(super) fn path_line(path: &PathReport) -> String {
     line
 }
 
-/// The open paths of a target, with their places.
+/// The paths of a target that are measured, with their indices.
 pub(super) fn open(target: &TargetReport) -> impl Iterator<Item = (usize, &PathReport)> {
     target.paths.iter().enumerate().filter(|(_, path)| path.closed.is_none())
 }
 
-/// The name of a figure, with how many connections work at once.
+/// The name of a figure, with the number of connections.
 pub(super) fn title(figure: &Figure) -> String {
     match figure.connections {
         1 => figure.name.title().to_owned(),
@@ -111,7 +111,7 @@ fn lines(rows: &[Vec<String>]) -> Vec<String> {
         .collect()
 }
 
-/// RFC 4180, with a header: one line for each figure of each path; what is not known is empty.
+/// CSV (RFC 4180) with a header: one line for each figure of each path. Unknown values are empty.
 pub(super) fn csv(report: &Report) -> String {
     let mut text =
         "node,url,path,figure,connections,unit,samples,p50,p90,p99,min,max,ratio,ratio_low,ratio_high,\

@@ -1,23 +1,23 @@
-//! What was measured: the one form that the table, JSON, CSV and the page are made of.
+//! The results of a comparison, from which the table, JSON, CSV and the page are made.
 
 use std::collections::BTreeMap;
 
 use proto::NodeName;
 use serde::{Deserialize, Serialize};
 
-/// Buckets of a histogram for each factor of ten.
+/// Histogram buckets per factor of ten.
 pub const BUCKETS_PER_DECADE: i32 = 20;
 
 /// A comparison.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// Of this form; 1.
+    /// The version of this format, 1.
     pub version: u32,
     /// RFC 3339, in UTC.
     pub started: String,
     pub seconds: f64,
     pub rounds: usize,
-    /// Connections at once, where that is not one.
+    /// Concurrent connections, for figures with more than one.
     pub connections: usize,
     pub targets: Vec<TargetReport>,
 }
@@ -25,7 +25,7 @@ pub struct Report {
 /// One target on all paths.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TargetReport {
-    /// The node through which the tunnel reaches it, where that is known.
+    /// The node through which the tunnel reaches the target, if known.
     pub node: Option<NodeName>,
     pub url: String,
     pub paths: Vec<PathReport>,
@@ -38,61 +38,61 @@ pub struct TargetReport {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct PathReport {
     pub name: String,
-    /// Which way that is: the route, the address.
+    /// A description: the route or the address.
     pub way: String,
-    /// Why nothing was measured on it.
+    /// Why the path was not measured.
     pub closed: Option<String>,
-    /// The status of the first answer.
+    /// The status of the first response.
     pub status: Option<u16>,
     pub attempts: u64,
-    /// What failed, and how often.
+    /// Errors and how often they occurred.
     pub failures: BTreeMap<String, u64>,
 }
 
-/// One figure of one target; `paths` and `ratios` have an entry for each of the target's paths, in their order.
+/// A figure of a target. `paths` and `ratios` have an entry for each path of the target, in the same order.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Figure {
     pub name: Name,
     pub unit: Unit,
-    /// How many connections work at once.
+    /// The number of concurrent connections.
     pub connections: usize,
     pub paths: Vec<Option<Summary>>,
-    /// To the target's base path, round by round: the direct one if it is open, else the first that is. `None` for
-    /// that path itself and for those that were not measured.
+    /// The ratios to the base path, round by round. The base is the direct path if it was measured, else the first one that
+    /// was. `None` for the base itself and for paths that were not measured.
     pub ratios: Vec<Option<Ratio>>,
 }
 
-/// A line for each target and path: what is shown of a report at first.
+/// The overview at the top of a report, with a line for each target and path.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Overview {
-    /// The figures that each line has.
+    /// The names of the figures in each line.
     pub columns: Vec<String>,
     pub lines: Vec<Line>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Line {
-    /// Which of the targets.
+    /// The index of the target.
     #[serde(skip)]
     pub at: usize,
     pub target: String,
     pub path: String,
-    /// Nothing was measured.
+    /// Whether the path was not measured.
     pub closed: bool,
-    /// As people read them: the median, and its ratio to the base path.
+    /// The formatted median, and its ratio to the base path.
     pub values: Vec<Option<(String, Option<String>)>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Name {
-    /// A new connection, until the target has taken it.
+    /// The time of a new connection until the target has accepted it.
     Connect,
-    /// From the beginning of a new connection, TLS included, to the first byte of an answer.
+    /// The time from the beginning of a new connection, including TLS, to the first byte of the response.
     FirstByte,
-    /// A request on a kept connection, until the end of the answer.
+    /// The time of a request on a kept connection until the end of the response.
     Request,
-    /// Requests a second over all connections together.
+    /// Requests per second over all connections together.
     RequestRate,
     Download,
     Upload,
@@ -104,12 +104,12 @@ pub enum Unit {
     Microseconds,
     #[serde(rename = "1/s")]
     PerSecond,
-    /// Millions of bytes a second.
+    /// Millions of bytes per second.
     #[serde(rename = "MB/s")]
     Megabytes,
 }
 
-/// Of all samples of all rounds.
+/// A summary of all samples of all rounds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
     pub samples: usize,
@@ -118,8 +118,7 @@ pub struct Summary {
     pub p99: f64,
     pub min: f64,
     pub max: f64,
-    /// For times: upper ends of buckets, [`BUCKETS_PER_DECADE`] for each factor of ten, and how many samples each
-    /// has; without those that have none.
+    /// For times: the upper bounds and counts of the buckets that are not empty, [`BUCKETS_PER_DECADE`] per factor of ten.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub histogram: Vec<(f64, u64)>,
 }
@@ -154,7 +153,7 @@ impl Name {
 }
 
 impl Unit {
-    /// A value with its unit, as people read it. The table and the page show values in no other way.
+    /// Formats a value with its unit, for the table and the page.
     pub fn show(self, value: f64) -> String {
         let digits = |value: f64| match value {
             v if v >= 99.95 => 0,
@@ -214,7 +213,7 @@ impl Report {
 }
 
 impl TargetReport {
-    /// What is asked for, and on which node.
+    /// The URL, and the node if it is known.
     pub fn title(&self) -> String {
         match &self.node {
             Some(node) => format!("{node}: {}", self.url),
@@ -222,7 +221,7 @@ impl TargetReport {
         }
     }
 
-    /// What others are compared with: the direct path if anything was measured on it, else the first such.
+    /// The path that others are compared with: the direct one if it was measured, else the first one that was.
     pub fn base(paths: &[PathReport]) -> Option<usize> {
         let open = |path: &PathReport| path.closed.is_none();
         let direct = paths.iter().position(|path| path.name == "direct" && open(path));
@@ -231,7 +230,7 @@ impl TargetReport {
 }
 
 impl Figure {
-    /// `samples` has for each path its rounds, and for each of these its samples; `base` is what to compare with.
+    /// Summarises `samples`, which has the samples of each round of each path. `base` is the path to compare with.
     pub fn new(name: Name, connections: usize, samples: &[Vec<Vec<f64>>], base: Option<usize>) -> Self {
         let unit = name.unit();
         let paths = samples.iter().map(|rounds| Summary::new(&rounds.concat(), unit)).collect();
@@ -245,7 +244,7 @@ impl Figure {
 }
 
 impl Summary {
-    /// `None` of no samples.
+    /// `None` without samples.
     fn new(samples: &[f64], unit: Unit) -> Option<Self> {
         let sorted = sorted(samples);
         let (min, max) = (*sorted.first()?, *sorted.last()?);
@@ -284,13 +283,13 @@ fn sorted(samples: &[f64]) -> Vec<f64> {
     sorted
 }
 
-/// The nearest rank; 0 of nothing.
+/// The quantile by nearest rank; 0 without samples.
 fn quantile(sorted: &[f64], q: f64) -> f64 {
     let rank = (q * sorted.len() as f64).ceil() as usize;
     sorted.get(rank.max(1) - 1).copied().unwrap_or_default()
 }
 
-/// To tenths: no more is meant.
+/// Rounds to tenths, which is the precision of reports.
 fn round(value: f64) -> f64 {
     (value * 10.0).round() / 10.0
 }
@@ -310,7 +309,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn figures_are_those_of_their_samples() {
+    fn figures_summarise_their_samples() {
         let direct: Vec<Vec<f64>> =
             (0..4).map(|round| (1..=100).map(|i| f64::from(i + round)).collect()).collect();
         let tunnel: Vec<Vec<f64>> =
@@ -328,7 +327,7 @@ mod tests {
         );
         assert_eq!(figure.paths[2], None);
         assert_eq!(figure.ratios, [Some(Ratio { median: 2.0, low: 2.0, high: 2.0 }), None, None]);
-        // A round in which a path failed is no part of the ratio.
+        // A round in which a path failed does not count for the ratio.
         let rates = [vec![vec![10.0], vec![], vec![30.0]], vec![vec![5.0], vec![7.0], vec![10.0]]];
         let figure = Figure::new(Name::RequestRate, 8, &rates, Some(1));
         assert_eq!(figure.ratios[0], Some(Ratio { median: 2.0, low: 2.0, high: 3.0 }));
@@ -336,14 +335,14 @@ mod tests {
     }
 
     #[test]
-    fn drift_that_hits_both_paths_is_no_difference() {
+    fn drift_on_both_paths_does_not_change_the_ratio() {
         let rounds = |factor: f64| (1..=9).map(|round| vec![factor * f64::from(round)]).collect::<Vec<_>>();
         let figure = Figure::new(Name::Download, 1, &[rounds(0.5), rounds(1.0)], Some(1));
         assert_eq!(figure.ratios[0], Some(Ratio { median: 0.5, low: 0.5, high: 0.5 }));
     }
 
     #[test]
-    fn values_as_people_read_them() {
+    fn values_are_formatted_with_their_unit() {
         for (unit, value, shown) in [
             (Unit::Microseconds, 65.0, "0.07 ms"),
             (Unit::Microseconds, 20_060.0, "20.1 ms"),

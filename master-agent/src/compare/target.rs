@@ -1,4 +1,4 @@
-//! What is asked for: a URL, and where it leads on each path.
+//! The targets of a comparison: URLs, and their addresses on the direct path.
 
 use std::{collections::HashMap, fmt, str::FromStr};
 
@@ -7,16 +7,16 @@ use proto::{
     target::{Host, InvalidTarget},
 };
 
-/// Stands for each of the chosen nodes in a URL.
+/// Stands for each chosen node in a URL.
 pub(super) const NODE: &str = "{node}";
 
-/// `http://`, `https://` or `tcp://`, a target, and for the first two a path. To `tcp` nothing is sent: only the
+/// A URL with `http://`, `https://` or `tcp://`, a target and, for the first two, a path. Nothing is sent to `tcp://`: only the
 /// connection is measured.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Url {
     pub scheme: Scheme,
     pub target: Target,
-    /// With its query; begins with `/`.
+    /// The path with its query. It begins with `/`.
     pub path: String,
 }
 
@@ -77,12 +77,12 @@ impl fmt::Display for Url {
     }
 }
 
-/// A path and query that can stand in a request line.
+/// Whether a text is a path and query for a request line.
 pub(super) fn is_path(path: &str) -> bool {
     path.starts_with('/') && path.bytes().all(|b| b.is_ascii_graphic() && b != b'#')
 }
 
-/// The URLs of a template: one for each node if it has `{node}`, else itself alone.
+/// Expands a template to one URL for each node if it contains `{node}`, else to a single URL.
 pub(super) fn expand(template: &str, nodes: &[NodeName]) -> Result<Vec<(Option<NodeName>, Url)>, InvalidUrl> {
     if !template.contains(NODE) {
         return Ok(vec![(None, template.parse()?)]);
@@ -93,15 +93,16 @@ pub(super) fn expand(template: &str, nodes: &[NodeName]) -> Result<Vec<(Option<N
         .collect()
 }
 
-/// `--direct`: where hosts and targets are on the direct path, when not where the tunnel finds them.
+/// The arguments of `--direct`: addresses of hosts and targets on the direct path, where they differ from what the tunnel
+/// finds.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Elsewhere {
+pub(super) struct DirectAddresses {
     hosts: HashMap<Host, Host>,
     targets: HashMap<Target, Target>,
 }
 
-impl Elsewhere {
-    /// Takes `n1=10.0.0.5` or `web.default.svc:80=10.3.0.7:8080`.
+impl DirectAddresses {
+    /// Adds a rule such as `n1=10.0.0.5` or `web.default.svc:80=10.3.0.7:8080`.
     pub(super) fn add(&mut self, rule: &str) -> anyhow::Result<()> {
         let pair = rule.split_once('=');
         let (from, to) = pair.ok_or_else(|| anyhow::anyhow!("write HOST=HOST or HOST:PORT=HOST:PORT"))?;
@@ -125,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn urls_are_read_and_shown() {
+    fn urls_are_parsed_and_formatted() {
         for (text, shown) in [
             ("http://n1", "http://n1:80/"),
             ("https://n1/healthz", "https://n1:443/healthz"),
@@ -157,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn a_template_gives_a_url_for_each_node() {
+    fn a_template_expands_to_a_url_for_each_node() {
         let nodes: Vec<NodeName> = ["n1", "n2"].map(|n| n.parse().unwrap()).into();
         let urls = expand("https://{node}:10250/healthz", &nodes).unwrap();
         let shown: Vec<_> = urls.iter().map(|(node, url)| (node.clone().unwrap(), url.to_string())).collect();
@@ -168,18 +169,18 @@ mod tests {
     }
 
     #[test]
-    fn what_is_elsewhere() {
-        let mut elsewhere = Elsewhere::default();
+    fn direct_addresses_replace_hosts_and_targets() {
+        let mut direct_addresses = DirectAddresses::default();
         for rule in ["n1=10.0.0.5", "n1:1=n2:2", "web.default.svc:80=[fd00::7]:8080"] {
-            elsewhere.add(rule).unwrap();
+            direct_addresses.add(rule).unwrap();
         }
-        let found = |target: &str| elsewhere.get(&target.parse().unwrap()).map(|t| t.to_string());
+        let found = |target: &str| direct_addresses.get(&target.parse().unwrap()).map(|t| t.to_string());
         assert_eq!(found("n1:10250").as_deref(), Some("10.0.0.5:10250"));
         assert_eq!(found("n1:1").as_deref(), Some("n2:2"));
         assert_eq!(found("web.default.svc:80").as_deref(), Some("[fd00::7]:8080"));
         assert_eq!(found("web.default.svc:81"), None);
         for rule in ["n1", "=", "n1=1:2:3", "n1:1=n2", "a b=c"] {
-            assert!(elsewhere.add(rule).is_err(), "{rule}");
+            assert!(direct_addresses.add(rule).is_err(), "{rule}");
         }
     }
 }

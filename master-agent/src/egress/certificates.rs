@@ -1,27 +1,28 @@
-//! The certificates of the egress listeners and of proxy URLs, as metrics tell when they expire.
+//! The certificates of all egress listeners, which follow their files.
 
-use super::config::{HttpConnectConfig, KonnectivityConfig, ProxyUrlsConfig};
+use std::sync::Arc;
+
+use super::{proxy_urls::tls::TargetTls, tls::CallerTls};
 use crate::metrics::Expiry;
+use proto_net::file_watcher::Watcher;
 
-/// Of the files, which are read once.
-pub fn expiries(
-    http_connect: &HttpConnectConfig,
-    konnectivity: &KonnectivityConfig,
-    proxy_urls: Option<&ProxyUrlsConfig>,
-) -> Vec<Expiry> {
-    let mut all = Vec::new();
-    for (tls, name, authorities) in [
-        (&http_connect.tls, "connect", "connect_client_ca"),
-        (&konnectivity.tls, "konnectivity", "konnectivity_client_ca"),
-    ] {
-        let Some(tls) = tls else { continue };
-        all.push(Expiry::chain(name, &tls.cert));
-        all.push(Expiry::authorities(authorities, &tls.client_ca));
+/// What egress listeners show their callers and targets, and the CAs that they verify them by.
+#[derive(Clone, Default)]
+pub struct EgressCertificates {
+    pub callers: Vec<Arc<CallerTls>>,
+    pub targets: Option<Arc<TargetTls>>,
+}
+
+impl EgressCertificates {
+    /// What to watch for changes of the files.
+    pub fn watchers(&self) -> Vec<Arc<dyn Watcher>> {
+        let callers = self.callers.iter().flat_map(|tls| tls.watchers());
+        callers.chain(self.targets.iter().flat_map(|tls| tls.watchers())).collect()
     }
-    if let Some(urls) = proxy_urls {
-        all.push(urls.kubelet_client.as_ref().and_then(|(cert, _)| Expiry::chain("kubelet_client", cert)));
-        all.push(urls.kubelet_ca.as_ref().and_then(|ca| Expiry::authorities("kubelet_ca", ca)));
-        all.push(urls.target_ca.as_ref().and_then(|ca| Expiry::authorities("target_ca", ca)));
+
+    /// When the certificates in use expire.
+    pub fn expiries(&self) -> Vec<Expiry> {
+        let callers = self.callers.iter().flat_map(|tls| tls.expiries());
+        callers.chain(self.targets.iter().flat_map(|tls| tls.expiries())).collect()
     }
-    all.into_iter().flatten().collect()
 }

@@ -1,4 +1,4 @@
-//! The configuration of the egress listeners: HTTP CONNECT, Konnectivity, SOCKS5 and proxy URLs.
+//! The sections of the configuration for the egress listeners: HTTP CONNECT, Konnectivity, SOCKS5 and proxy URLs.
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -10,11 +10,11 @@ use crate::fields::{COUNT, NO_LISTENER, TlsConfig, UnixConfig, WAIT, listen_loop
 pub struct HttpConnectConfig {
     pub unix: Option<UnixConfig>,
     pub tls: Option<TlsConfig>,
-    /// How long a caller may take to send its request's head.
+    /// How long a caller may take to send the head of its request.
     pub head_timeout: Duration,
-    /// After one direction of a stream has ended, how long the other may be silent.
+    /// How long one direction of a stream may be silent after the other has ended.
     pub half_closed_timeout: Duration,
-    /// Callers at once on each of the two.
+    /// The number of callers at once on each of the two.
     pub max_connections: usize,
 }
 
@@ -34,9 +34,9 @@ impl HttpConnectConfig {
 pub struct KonnectivityConfig {
     pub unix: Option<UnixConfig>,
     pub tls: Option<TlsConfig>,
-    /// How long a caller may take until its first gRPC call.
+    /// How long a caller may take to make its first gRPC call.
     pub head_timeout: Duration,
-    /// HTTP/2 connections at once on each of the listeners.
+    /// The number of HTTP/2 connections at once on each of the two.
     pub max_connections: usize,
 }
 
@@ -59,7 +59,7 @@ pub struct Socks5Config {
     /// How long a caller may take for the handshake.
     pub head_timeout: Duration,
     pub half_closed_timeout: Duration,
-    /// Callers at once on each of the two.
+    /// The number of callers at once on each of the two.
     pub max_connections: usize,
 }
 
@@ -81,9 +81,9 @@ impl Socks5Config {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Socks5TcpConfig {
-    /// A loopback address, unless there is a users file.
+    /// A loopback address unless there is a users file.
     pub listen: SocketAddr,
-    /// The file of [`super::users::Users`].
+    /// The file of [`super::socks5::users::Users`].
     pub users_file: Option<PathBuf>,
 }
 
@@ -93,31 +93,34 @@ impl Socks5TcpConfig {
         let listen = s.listen("listen", Some(default)).unwrap_or(default);
         let authenticated = s.at("users_file").is_some();
         if !authenticated && !listen.ip().to_canonical().is_loopback() {
-            s.error("listen", format!("{listen} must be a loopback address, or users_file say who may call"));
+            s.error(
+                "listen",
+                format!("{listen} must be a loopback address unless users_file says who may call"),
+            );
         }
         Self { listen, users_file: s.private_file("users_file") }
     }
 }
 
-/// Egress listener for apiserver-style proxy URLs.
+/// The egress listener for the proxy URLs of kube-apiserver.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProxyUrlsConfig {
     pub unix: Option<UnixConfig>,
     /// A loopback address.
     pub tcp: Option<SocketAddr>,
-    /// The CA of kubelets' serving certificates.
+    /// The CA of the serving certificates of kubelets.
     pub kubelet_ca: Option<PathBuf>,
     /// The certificate that kubelets are shown, and its key.
     pub kubelet_client: Option<(PathBuf, PathBuf)>,
-    /// The CA of certificates of pods, services and other ports of nodes.
+    /// The CA of the certificates of pods, services and other ports of nodes.
     pub target_ca: Option<PathBuf>,
     pub insecure_skip_verify: Vec<Unverified>,
-    /// How long a caller may take to send a request's head.
+    /// How long a caller may take to send the head of a request.
     pub head_timeout: Duration,
     /// How long a connection may wait for its next request.
     pub idle_timeout: Duration,
     pub half_closed_timeout: Duration,
-    /// Callers at once on each of the two.
+    /// The number of callers at once on each of the two.
     pub max_connections: usize,
 }
 
@@ -145,7 +148,7 @@ impl ProxyUrlsConfig {
     }
 }
 
-/// Whose certificates are not verified.
+/// The kinds of targets whose certificates are not verified.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unverified {
     Kubelet,

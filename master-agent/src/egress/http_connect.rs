@@ -10,58 +10,60 @@ use proto::{
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::{
-    door::{Common, Dialled, EgressListener},
-    early::{self, WithEarly},
-    socket::Socket,
+    early_data::{self, WithEarlyData},
+    lingering_close,
+    listener::EgressListener,
+    outbound::{Dialled, Outbound},
+    socket::CallerSocket,
 };
 use crate::stream::caller::Caller;
 
 /// The egress listener.
-pub struct HttpConnect(pub Common);
+pub struct HttpConnect(pub Outbound);
 
 /// One accepted connection.
 struct Call<'a> {
-    common: &'a Common,
-    caller: &'a Caller,
+    outbound: &'a Outbound,
+    caller: Caller,
 }
 
 impl EgressListener for HttpConnect {
-    fn common(&self) -> &Common {
+    fn outbound(&self) -> &Outbound {
         &self.0
     }
 
-    async fn serve<S: Socket>(self: Arc<Self>, mut socket: S, caller: Caller) {
-        // Boxed, so that a long-lived stream does not keep the room that the beginning needed.
-        let begun = Box::pin(Call { common: &self.0, caller: &caller }.begin(&mut socket)).await;
-        if let Some((target, dialled, early)) = begun {
+    async fn serve<S: CallerSocket>(self: Arc<Self>, mut socket: S, caller: Caller) {
+        // Boxed, so that a long-lived stream does not keep the memory of the handshake.
+        let opened = Box::pin(Call { outbound: &self.0, caller }.open(&mut socket)).await;
+        if let Some((dialled, early)) = opened {
             let (read, write) = socket.halves();
-            self.0.relay(WithEarly { early, inner: read }, write, dialled, target, caller).await;
+            self.0.relay(WithEarlyData { early, inner: read }, write, dialled).await;
         }
     }
 }
 
 impl Call<'_> {
-    /// Up to the answer: the connection if it was 200, and what the caller has sent already.
-    async fn begin<S: Socket>(&self, socket: &mut S) -> Option<(Target, Dialled, BytesMut)> {
+    /// Reads the request, dials and answers. Returns the connection and the caller's early data if the answer was 200.
+    async fn open<S: CallerSocket>(self, socket: &mut S) -> Option<(Dialled, BytesMut)> {
         let (target, early) = self.read_head(socket).await?;
-        match early::dial(self.common, socket, &target, self.caller, early).await {
-            Ok((dialled, early)) => {
+        match early_data::dial(self.outbound, socket, &target, &self.caller, early).await {
+            Ok(opened) => {
                 socket.write_all(connect::ESTABLISHED).await.ok()?;
                 socket.flush().await.ok()?;
-                Some((target, dialled, early))
+                Some(opened)
             }
             Err(error) => {
-                self.common.dial_failed(&target, self.caller, &error);
+                self.outbound.dial_failed(&target, &self.caller, &error);
                 if error != DialError::Cancelled {
                     let refusal = connect::refusal(connect::dial_status(&error), &error.to_string());
-                    early::refuse(socket, &refusal).await;
+                    lingering_close::refuse(socket, &refusal).await;
                 }
                 None
             }
         }
     }
 
-    async fn read_head<S: Socket>(&self, socket: &mut S) -> Option<(Target, BytesMut)> {
+    async fn read_head<S: CallerSocket>(&self, socket: &mut S) -> Option<(Target, BytesMut)> {
         let mut head = BytesMut::with_capacity(1024);
         let read = async {
             loop {
@@ -79,15 +81,16 @@ impl Call<'_> {
                 }
             }
         };
-        let error = match tokio::time::timeout(self.common.head_timeout, read).await {
+        let error = match tokio::time::timeout(self.outbound.limits.head_timeout, read).await {
             Ok(Some(Ok(target))) => return Some((target, head)),
             Ok(Some(Err(error))) => error,
-            // Nobody there to be answered.
+            // The caller has left.
             Ok(None) => return None,
             Err(_) => HeadError::Timeout,
         };
-        self.common.bad_request(self.caller.door, &self.caller.origin, &error);
-        early::refuse(socket, &connect::refusal(connect::head_status(&error), &error.to_string())).await;
+        self.outbound.bad_request(self.caller.listener, &self.caller.origin, &error);
+        let refusal = connect::refusal(connect::head_status(&error), &error.to_string());
+        lingering_close::refuse(socket, &refusal).await;
         None
     }
 }

@@ -1,17 +1,18 @@
-//! What accepts callers who want to reach the cluster. Each egress listener holds a
-//! [`Dialer`](proto_net::dialer::Dialer) and nothing else of the rest; how callers are accepted ([`listen`]) and what is
-//! counted and recorded of them is the same for all.
+//! The egress listeners, which accept callers who want to reach the cluster: one file or folder for each protocol.
+//!
+//! A listener knows nothing of the tunnels but a [`Dialer`](proto_net::dialer::Dialer). How callers are accepted
+//! ([`accept`]), and what is dialled, counted and recorded for them ([`outbound`]), is the same for all of them.
 
+pub mod accept;
 pub mod certificates;
 pub mod config;
-mod door;
-mod early;
+mod early_data;
 pub mod http_connect;
 pub mod konnectivity;
-pub mod listen;
-pub mod proxy_url;
+mod lingering_close;
+mod listener;
+pub mod outbound;
+pub mod proxy_urls;
 mod socket;
 pub mod socks5;
-pub mod users;
-
-pub use door::{Common, Dialled, EgressListener};
+pub mod tls;

@@ -1,4 +1,4 @@
-//! The kinds of socket that callers come by.
+//! The kinds of socket that callers connect with.
 
 use std::{net::IpAddr, time::Duration};
 
@@ -9,18 +9,18 @@ use tokio::{
 use tokio_rustls::server::TlsStream;
 
 /// What differs between the kinds of socket.
-pub trait Socket: AsyncRead + AsyncWrite + Unpin + Send + 'static {
-    /// Reading and writing halves without a lock where the kind has them.
+pub trait CallerSocket: AsyncRead + AsyncWrite + Unpin + Send + 'static {
+    /// The reading and the writing half, without a lock where the kind of socket allows it.
     fn halves(self) -> (impl AsyncRead + Unpin + Send, impl AsyncWrite + Unpin + Send);
 
-    /// After the end of what the caller sends: completes once it has closed the other direction too.
+    /// After the caller has ended its sending direction: completes once it has closed the other one, too.
     fn closed_after_eof(&self) -> impl Future<Output = ()> + Send;
 
-    /// The caller's address; none on a Unix socket.
+    /// The caller's address; `None` on a Unix socket.
     fn peer(&self) -> Option<IpAddr>;
 }
 
-impl Socket for UnixStream {
+impl CallerSocket for UnixStream {
     fn halves(self) -> (impl AsyncRead + Unpin + Send, impl AsyncWrite + Unpin + Send) {
         self.into_split()
     }
@@ -39,12 +39,12 @@ impl Socket for UnixStream {
     }
 }
 
-impl Socket for TlsStream<TcpStream> {
+impl CallerSocket for TlsStream<TcpStream> {
     fn halves(self) -> (impl AsyncRead + Unpin + Send, impl AsyncWrite + Unpin + Send) {
         tokio::io::split(self)
     }
 
-    /// TCP does not tell; a caller that ends its TLS session before the answer has left.
+    /// TCP does not tell, so a caller that ends its TLS session before the answer counts as gone.
     async fn closed_after_eof(&self) {}
 
     fn peer(&self) -> Option<IpAddr> {
@@ -52,12 +52,12 @@ impl Socket for TlsStream<TcpStream> {
     }
 }
 
-impl Socket for TcpStream {
+impl CallerSocket for TcpStream {
     fn halves(self) -> (impl AsyncRead + Unpin + Send, impl AsyncWrite + Unpin + Send) {
         self.into_split()
     }
 
-    /// TCP does not tell; a caller that ends its half before the answer has left.
+    /// TCP does not tell, so a caller that ends its sending direction before the answer counts as gone.
     async fn closed_after_eof(&self) {}
 
     fn peer(&self) -> Option<IpAddr> {

@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use proto_net::handshake::Place;
+use proto_net::handshake::HandshakePermit;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
@@ -14,7 +14,7 @@ use super::{
 /// A caller's place among those that are served, for as long as its connection lasts, whatever it changes to.
 pub struct Admission {
     /// Until somebody has authenticated: who has not gives way to newcomers.
-    stranger: Mutex<Option<Place>>,
+    stranger: Mutex<Option<HandshakePermit>>,
     pub(super) evicted: CancellationToken,
     _permit: OwnedSemaphorePermit,
     _counted: Counted<Source>,
@@ -23,7 +23,11 @@ pub struct Admission {
 }
 
 impl Admission {
-    pub(super) fn new(stranger: Place, permit: OwnedSemaphorePermit, counted: Counted<Source>) -> Self {
+    pub(super) fn new(
+        stranger: HandshakePermit,
+        permit: OwnedSemaphorePermit,
+        counted: Counted<Source>,
+    ) -> Self {
         let evicted = stranger.evicted.clone();
         Self { stranger: Mutex::new(Some(stranger)), evicted, _permit: permit, _counted: counted, load: None }
     }

@@ -11,12 +11,13 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
+use futures_util::future::BoxFuture;
 use http_body_util::Full;
 use hyper::body::{Body, Frame, SizeHint};
 use proto_net::admin;
 use tokio::sync::Notify;
 
-use super::{future::BoxFuture, limits::Place, recorder::Recorder, upstream::ResponseBody};
+use super::{limits::RequestPermit, recorder::Recorder, upstream::ResponseBody};
 use crate::http::{exchange, watched::Busy};
 
 /// How far a response has got with its caller. Of a body whose caller opens no window nothing is asked, so the body
@@ -62,7 +63,7 @@ impl Progress {
 pub(super) struct Held {
     pub record: Arc<Recorder>,
     pub _busy: Busy,
-    pub _place: Option<Place>,
+    pub _place: Option<RequestPermit>,
     pub progress: Arc<Progress>,
 }
 

@@ -24,13 +24,14 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use access::{request_info::RequestInfo, user::User};
 use anyhow::Context;
 use prometheus_client::metrics::counter::Counter;
 use proto_config::Section;
+use proto_net::log_throttle::LogThrottle;
 use serde::{Serialize, Serializer};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-use super::{request_info::RequestInfo, seldom::Seldom, user::User};
 use file::Output;
 
 mod file;
@@ -259,7 +260,7 @@ impl Audit {
         };
         // Bounded by the rooms: each line has one.
         let (lines, written) = mpsc::unbounded_channel();
-        let lost = Lost { counter: lost, log: Seldom::default(), unwritten: AtomicU64::new(0) };
+        let lost = Lost { counter: lost, log: LogThrottle::default(), unwritten: AtomicU64::new(0) };
         let (rooms, lost) = (Arc::new(rooms), Arc::new(lost));
         (Self { lines, rooms, wait: config.wait, on_full: config.on_full, lost }, written)
     }
@@ -304,7 +305,7 @@ impl Writer {
 /// Records that could not be written.
 struct Lost {
     counter: Counter,
-    log: Seldom,
+    log: LogThrottle,
     /// Those that the audit log does not speak of yet.
     unwritten: AtomicU64,
 }

@@ -1,23 +1,22 @@
-//! What the caller of a request may, on the connection that the request came over.
+//! Authorization of a request on its connection.
 
 use std::sync::Arc;
 
-use hyper::{StatusCode, http::request::Parts};
-
-use super::{
+use access::{
     authn::Authenticated,
     authz::{Attributes, Verdict, impersonate::Impersonation},
-    connection::Connection,
     peer::Peer,
-    recorder::Recorder,
     request_info::RequestInfo,
     user::User,
 };
+use hyper::{StatusCode, http::request::Parts};
+
+use super::{connection::Connection, recorder::Recorder};
 use crate::http::status::Failure;
 
 impl Connection {
-    /// Refuses a node's credential that comes through another node's tunnel. Nodes don't share credentials, and one
-    /// without a route has a tunnel of its own, so it has been stolen.
+    /// Rejects the credential of a node that is presented through the tunnel of another node. Nodes do not share
+    /// credentials, and each node has a tunnel of its own, so the credential has been stolen.
     pub(super) fn refuse_other_node(
         &self,
         caller: &Authenticated,
@@ -39,7 +38,7 @@ impl Connection {
         Err(Failure::new(StatusCode::FORBIDDEN, format!("forbidden: {reason}")))
     }
 
-    /// The user on whose behalf the request goes on.
+    /// The user on whose behalf the request is passed on.
     pub(super) async fn authorize(
         &self,
         head: &Parts,

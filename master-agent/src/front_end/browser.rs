@@ -1,8 +1,8 @@
 //! What keeps web pages from using the plain port through the browser of somebody who works on its host.
 
+use access::peer::Peer;
 use hyper::{StatusCode, http::request::Parts};
 
-use super::peer::Peer;
 use crate::http::{browser, status::Failure};
 
 /// Refuses what a browser sends for a page.

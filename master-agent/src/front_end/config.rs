@@ -2,12 +2,10 @@
 
 use std::net::SocketAddr;
 
+use access::{authn::AuthnConfig, authz::config::AuthzConfig};
 use proto_config::Section;
 
-use super::{
-    audit::AuditConfig, authn::AuthnConfig, authz::config::AuthzConfig, limits::LimitsConfig,
-    tls::ServingCertificate, upstream::UpstreamConfig,
-};
+use super::{audit::AuditConfig, limits::LimitsConfig, tls::ServingCertificate, upstream::UpstreamConfig};
 use crate::fields::{NO_LISTENER, UnixConfig, any, listen_loopback};
 
 #[derive(Clone, Debug, PartialEq, Eq)]

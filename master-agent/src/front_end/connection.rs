@@ -5,15 +5,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio_util::sync::CancellationToken;
-
-use super::{
-    admission::Admission,
-    authn::{Authenticated, Certificates, Moment},
+use access::{
+    authn::{Authenticated, Certificates},
+    moment::Moment,
     peer::Peer,
-    server::FrontEnd,
     user::UNAUTHENTICATED,
 };
+use tokio_util::sync::CancellationToken;
+
+use super::{admission::Admission, server::FrontEnd};
 use crate::http::watched::Activity;
 
 /// How long who a certificate is may be remembered on its connection.

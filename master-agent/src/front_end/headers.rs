@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use access::{authn, user::User};
 use hyper::{
     HeaderMap, StatusCode, Version,
     header::{self, HeaderName, HeaderValue},
@@ -10,7 +11,6 @@ use hyper::{
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use proto_config::{At, Section};
 
-use super::{authn, user::User};
 use crate::http::{
     claims::{Claims, fold},
     hop::{Hop, refuse_other_encodings, remove_hop_by_hop},

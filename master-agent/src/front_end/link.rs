@@ -15,6 +15,13 @@ use std::{
     time::SystemTime,
 };
 
+use access::{
+    authn::{self, Authenticated, Guard, Presented, Validity},
+    authz::Verdict,
+    peer::Peer,
+    request_info::{OWN_GROUP, RequestInfo},
+    user::User,
+};
 use http_body_util::Full;
 use hyper::{
     Method, Request, Response, StatusCode, Version,
@@ -33,20 +40,15 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
     answer::Content,
-    authn::{self, Authenticated, Guard, Presented, Validity},
-    authz::Verdict,
     connection::Connection,
     limits::{self, too_many},
-    peer::Peer,
     recorder::Recorder,
-    request_info::{OWN_GROUP, RequestInfo},
-    user::User,
 };
 use crate::{
     agent::Agent,
     http::{hop::Hop, status::Failure},
+    identity::store::TokenError,
     links::{self, Asked},
-    store::TokenError,
 };
 
 /// The authenticator's name in records.
@@ -247,7 +249,7 @@ pub(super) struct Link {
     asked: Asked,
     upgrade: OnUpgrade,
     peer: std::net::SocketAddr,
-    place: limits::Place,
+    place: limits::RequestPermit,
 }
 
 impl Link {

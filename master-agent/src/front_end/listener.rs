@@ -2,12 +2,13 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
+use access::{authn::Certificates, peer::Peer};
 use hyper::{
     server::conn::{http1, http2},
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use proto_net::{admin::accept_error, patient::PatientWriter, socket};
+use proto_net::{admin::accept_error, socket, write_timeout::WriteTimeout};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,
@@ -15,10 +16,9 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 
 use super::{
-    admission::Admission, authn::Certificates, connection::Connection, peer::Peer, server::FrontEnd,
-    streams::Streams,
+    admission::Admission, connection::Connection, counters::Handshake, server::FrontEnd, streams::Streams,
 };
-use crate::{http::watched::Watched, metrics::Handshake};
+use crate::http::watched::Watched;
 
 /// Of a request's head.
 const MAX_HEAD: usize = 64 * 1024;
@@ -75,14 +75,14 @@ impl FrontEnd {
             }
         };
         let session = &tls.get_ref().1;
-        self.metrics.front_end.handshake(Handshake::Ok(session.protocol_version()));
+        self.metrics.handshake(Handshake::Ok(session.protocol_version()));
         let http2 = session.alpn_protocol() == Some(b"h2");
         let certificates = session.peer_certificates().unwrap_or_default();
         let certificates = certificates.iter().map(|certificate| certificate.clone().into_owned());
         let certificates = Certificates::new(certificates.collect());
         let connection =
             Arc::new(Connection { certificates, ..Connection::new(self, peer, None, admission) });
-        let socket = PatientWriter::new(tls, connection.front_end.config.idle_timeout);
+        let socket = WriteTimeout::new(tls, connection.front_end.config.idle_timeout);
         if http2 {
             let served = Box::pin(connection.clone().http2(socket));
             connection.unless_evicted(served).await;
@@ -92,7 +92,7 @@ impl FrontEnd {
     }
 
     fn no_handshake(&self, why: Handshake, peer: &Peer, error: &dyn fmt::Display) {
-        self.metrics.front_end.handshake(why);
+        self.metrics.handshake(why);
         self.refused(peer, error);
     }
 }

@@ -6,20 +6,18 @@
 
 use std::sync::Arc;
 
-use proto_net::{admin::accept_error, patient::PatientWriter, socket};
+use access::{
+    authn::{Authenticated, Validity},
+    peer::Peer,
+    user::{AUTHENTICATED, User},
+};
+use proto_net::{admin::accept_error, socket, write_timeout::WriteTimeout};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
 };
 
-use super::{
-    authn::{Authenticated, Validity},
-    config::LocalConfig,
-    connection::Connection,
-    peer::Peer,
-    server::FrontEnd,
-    user::{AUTHENTICATED, User},
-};
+use super::{config::LocalConfig, connection::Connection, server::FrontEnd};
 
 /// Accepts from a Unix socket for ever; who may connect is the socket file's mode and owner.
 pub async fn accept_unix(front_end: Arc<FrontEnd>, config: LocalConfig, listener: UnixListener) {
@@ -51,7 +49,7 @@ where
     let Ok(admission) = front_end.admit(&peer) else { return };
     let known = Some(caller(config));
     let connection = Arc::new(Connection::new(front_end.clone(), peer, known, admission));
-    let socket = PatientWriter::new(socket, front_end.config.idle_timeout);
+    let socket = WriteTimeout::new(socket, front_end.config.idle_timeout);
     front_end.connections.spawn(connection.served_http1(socket));
 }
 

@@ -13,7 +13,7 @@ use super::server::FrontEnd;
 use crate::metrics::signed;
 
 pub fn register(front_end: &Arc<FrontEnd>, r: &mut Registry) {
-    front_end.metrics.register_front_end(r);
+    front_end.metrics.register(r);
     r.register_collector(Box::new(Standing(front_end.clone())));
 }
 

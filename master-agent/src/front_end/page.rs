@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
+use futures_util::future::BoxFuture;
 use hyper::{Request, Response};
 use proto_net::{admin, dialer::Origin};
 
-use super::{future::BoxFuture, upstream::RequestBody};
+use super::upstream::RequestBody;
 
 /// Serves a page to callers who are known and authorized.
 pub trait Page: Send + Sync {

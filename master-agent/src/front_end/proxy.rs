@@ -8,6 +8,12 @@ use std::{
     time::Duration,
 };
 
+use access::{
+    authn::{self, Authenticated, Presented, Validity},
+    moment::Moment,
+    request_info::RequestInfo,
+    user::User,
+};
 use http_body_util::Full;
 use hyper::{
     Request, Response, StatusCode, Version,
@@ -21,19 +27,16 @@ use proto_net::{dialer::Origin, relay::relay_until};
 
 use super::{
     answer::{Answer, Content, Held},
-    authn::{self, Authenticated, Moment, Presented, Validity},
     browser::refuse_pages,
     connection::Connection,
     headers,
-    limits::{Attempt, Place, too_many},
+    limits::{Attempt, RequestPermit, too_many},
     link::Link,
     proxy_urls::ProxyUrls,
     recorder::Recorder,
-    request_info::RequestInfo,
     server::DOOR,
     streams,
     upstream::{BodyError, Lease, RequestBody, ResponseBody, UpstreamError},
-    user::User,
 };
 use crate::{
     http::{exchange, hop::Hop, status::Failure},
@@ -49,12 +52,8 @@ impl Connection {
         request: Request<Incoming>,
     ) -> Result<Response<Answer>, Infallible> {
         let busy = self.activity.busy();
-        let mut record = Recorder::new(
-            self.front_end.audit.clone(),
-            self.front_end.metrics.front_end.clone(),
-            &self.peer,
-            &request,
-        );
+        let mut record =
+            Recorder::new(self.front_end.audit.clone(), self.front_end.metrics.clone(), &self.peer, &request);
         // A Content-Length beside it is dropped unseen, and whoever stands before this server may have gone by it.
         let http1 = request.version() < Version::HTTP_2;
         let mut last = http1 && request.headers().contains_key(header::TRANSFER_ENCODING);
@@ -238,11 +237,11 @@ impl Connection {
         self: &Arc<Self>,
         urls: &Arc<dyn ProxyUrls>,
         user: &User,
-        place: Place,
+        place: RequestPermit,
         request: Request<Incoming>,
         record: &mut Recorder,
     ) -> Result<Answered, Failure> {
-        let caller = Caller { door: DOOR, origin: self.origin(record, user), span: record.span() };
+        let caller = Caller { listener: DOOR, origin: self.origin(record, user), span: record.span() };
         let (answered, node) =
             urls.clone().answer(caller, self.peer.ip(), self.activity.clone(), request).await;
         if let Some(node) = node {
@@ -309,7 +308,7 @@ impl Connection {
                 let message = "the credential can't be checked at the moment, please try again later";
                 return Failure::new(StatusCode::SERVICE_UNAVAILABLE, message).retry_after(1);
             }
-            None => attempt.fail().err(),
+            None => attempt.fail().err().map(Failure::from),
         };
         if let Some(limited) = limited {
             self.front_end.limits.count("failures_per_address");
@@ -394,7 +393,7 @@ fn is_long_running(info: &RequestInfo, query: Option<&str>) -> bool {
 struct Answered {
     pub response: Response<Content>,
     /// Of the request while its response is passed on.
-    pub place: Option<Place>,
+    pub place: Option<RequestPermit>,
     /// For how long it was granted.
     pub validity: Validity,
     pub upgrade: Option<Upgrade>,
@@ -420,12 +419,12 @@ enum Stream {
         caller: OnUpgrade,
         server: OnUpgrade,
         lease: Lease,
-        _place: Place,
+        _place: RequestPermit,
         half_closed_timeout: Duration,
     },
     Target {
         upgrade: exchange::Upgrade,
-        _place: Place,
+        _place: RequestPermit,
     },
 }
 

@@ -2,10 +2,10 @@
 
 use std::{net::IpAddr, sync::Arc};
 
+use futures_util::future::BoxFuture;
 use hyper::{Request, Response, body::Incoming};
 use proto::NodeName;
 
-use super::future::BoxFuture;
 use crate::{
     http::{
         exchange::{Body, Upgrade},

@@ -8,6 +8,13 @@ use std::{
     time::{Instant, SystemTime},
 };
 
+use access::{
+    authn::{Authenticated, Failure, Reason},
+    authz::Verdict,
+    peer::Peer,
+    request_info::RequestInfo,
+    user::{UNAUTHENTICATED, User},
+};
 use hyper::{HeaderMap, Method, Request, StatusCode, Uri};
 use opentelemetry::trace::SpanKind;
 use proto::NodeName;
@@ -15,16 +22,11 @@ use proto_net::relay::Counters;
 
 use super::{
     audit::{Audit, Full, Outcome, Queue, Record, RequestId, Room},
-    authn::{Authenticated, Failure, Reason},
-    authz::Verdict,
+    counters::{Authentication, FrontEndMetrics, RequestOutcome},
     limits::Limits,
-    peer::Peer,
-    request_info::RequestInfo,
-    user::{UNAUTHENTICATED, User},
 };
 use crate::{
     http::status,
-    metrics::{Authentication, FrontEndMetrics, RequestOutcome},
     traces::{self, Span, SpanContext},
 };
 

@@ -2,32 +2,34 @@
 
 use std::{fmt, sync::Arc};
 
+use access::{
+    authn::{Authenticators, cluster::Cluster},
+    authz::Authorizers,
+    peer::Peer,
+};
 use anyhow::Context;
-use proto_net::{handshake::Places, tasks::Tasks};
+use proto_net::{
+    file_watcher::{FileWatcher, Watcher, watch},
+    handshake::HandshakePermits,
+    tasks::Tasks,
+};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use super::{
     admission::Admission,
     audit::{Audit, Writer},
-    authn::Authenticators,
-    authz::Authorizers,
     config::FrontEndConfig,
+    counters::FrontEndMetrics,
     headers::Introduction,
     limits::{Limits, LimitsConfig},
     page::Page,
-    peer::Peer,
     proxy_urls::ProxyUrls,
     tls,
     upstream::{Upstream, UpstreamStatus},
     workers::Workers,
 };
-use crate::{
-    agent::Agent,
-    kubernetes::Cluster,
-    metrics::{Expiry, Metrics},
-    reloaded::{Follow, Reloaded, follow},
-};
+use crate::{agent::Agent, metrics::Expiry, stream::metrics::StreamMetrics};
 
 /// Connections at once on which nobody has authenticated.
 const HANDSHAKES: usize = 1024;
@@ -35,7 +37,7 @@ pub const DOOR: &str = "front-end";
 
 /// The front end, its files read.
 pub struct FrontEnd {
-    pub(super) tls: Arc<Reloaded<tls::Serving>>,
+    pub(super) tls: Arc<FileWatcher<tls::Serving>>,
     pub(super) authn: Authenticators,
     pub(super) authz: Authorizers,
     pub(super) authorize_everything: bool,
@@ -46,7 +48,8 @@ pub struct FrontEnd {
     pub(super) limits: Limits,
     pub(super) config: LimitsConfig,
     pub(super) audit: Audit,
-    pub(super) metrics: Metrics,
+    pub(super) metrics: Arc<FrontEndMetrics>,
+    pub(super) streams: StreamMetrics,
     /// Callers and upgraded connections; drained at the end.
     pub(super) connections: Tasks,
     pub(super) draining: CancellationToken,
@@ -55,9 +58,9 @@ pub struct FrontEnd {
     /// `None` hands its paths on.
     page: Option<Arc<dyn Page>>,
     permits: Arc<Semaphore>,
-    handshakes: Places,
+    handshakes: HandshakePermits,
     pub(super) workers: Workers,
-    files: Vec<Arc<dyn Follow>>,
+    files: Vec<Arc<dyn Watcher>>,
 }
 
 /// What the front end needs of the rest of the agent.
@@ -70,7 +73,7 @@ pub struct Parts<'a> {
     pub page: Arc<dyn Page>,
     /// Whose nodes may call home here.
     pub home: Option<Arc<Agent>>,
-    pub metrics: Metrics,
+    pub streams: StreamMetrics,
     /// Set when connections are to end after the request that they are at.
     pub draining: CancellationToken,
 }
@@ -92,7 +95,8 @@ impl FrontEnd {
         callers: &Tasks,
         background: &Tasks,
     ) -> anyhow::Result<(Arc<Self>, Writer)> {
-        let Parts { cluster, proxy_urls, page, home, metrics, draining } = parts;
+        let Parts { cluster, proxy_urls, page, home, streams, draining } = parts;
+        let metrics = Arc::<FrontEndMetrics>::default();
         let (authn, mut files) = Authenticators::load(&config.authn, cluster)?;
         let (authz, more) = Authorizers::load(&config.authz)?;
         files.extend(more);
@@ -109,16 +113,17 @@ impl FrontEnd {
             proxy_urls: proxy_urls.filter(|_| config.serve_proxy_urls),
             upstream: Arc::new(upstream),
             introduction: Introduction::new(config.upstream.identity.clone()),
-            limits: Limits::new(&config.limits, metrics.front_end.limited.clone()),
+            limits: Limits::new(&config.limits, metrics.limited.clone()),
             config: config.limits.clone(),
             audit,
             metrics,
+            streams,
             connections: callers.clone(),
             draining,
             home,
             page: config.serve_page.then_some(page),
             permits: Arc::new(Semaphore::new(config.limits.max_connections)),
-            handshakes: Places::new(HANDSHAKES),
+            handshakes: HandshakePermits::new(HANDSHAKES),
             workers: Workers::start().context("no threads for the front end")?,
             files,
         });
@@ -127,7 +132,7 @@ impl FrontEnd {
 
     /// Follows the files and looks at the API servers, for ever.
     pub fn watch(self: &Arc<Self>, background: &Tasks) {
-        background.spawn(follow(self.files.clone()));
+        background.spawn(watch(self.files.clone()));
         background.spawn(self.upstream.clone().watch_health());
     }
 
@@ -191,7 +196,7 @@ impl FrontEnd {
     }
 
     pub(super) fn refused(&self, peer: &Peer, error: &dyn fmt::Display) {
-        self.metrics.bad_requests.get_or_create(&crate::metrics::Door { egress: DOOR }).inc();
+        self.streams.bad_request(DOOR);
         tracing::debug!(egress = DOOR, %peer, %error, "refused a caller");
     }
 }

@@ -1,12 +1,17 @@
 //! TLS of the port: certificates by name, and the caller's own certificate.
 //!
-//! A caller's certificate is asked for, and in the handshake only its possession is proved; [`super::authn`] finds out
+//! A caller's certificate is asked for, and in the handshake only its possession is proved; [`access::authn`] finds out
 //! what it is worth, and finds it out again on open connections when a CA or a list of revoked certificates changes.
 
 use std::{path::PathBuf, sync::Arc};
 
+use access::{client_certificates::Possession, x509_expiry::X509Expiry};
 use anyhow::{Context, bail};
 use proto_config::Section;
+use proto_net::{
+    file_watcher::FileWatcher,
+    tls::{chain, private_key},
+};
 use rustls::{
     ServerConfig,
     crypto::{CryptoProvider, aws_lc_rs},
@@ -15,9 +20,6 @@ use rustls::{
     sign::CertifiedKey,
 };
 use x509_parser::{extensions::GeneralName, prelude::FromDer};
-
-use super::https_client::{chain, private_key};
-use crate::{client_certificates::Possession, metrics::X509Expiry, reloaded::Reloaded};
 
 /// A serving certificate: its chain and its key.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,9 +43,9 @@ pub struct Serving {
 
 /// The configuration for new connections, which follows the files. `ask` is whether callers are asked for a
 /// certificate.
-pub fn load(certificates: Vec<ServingCertificate>, ask: bool) -> anyhow::Result<Arc<Reloaded<Serving>>> {
+pub fn load(certificates: Vec<ServingCertificate>, ask: bool) -> anyhow::Result<Arc<FileWatcher<Serving>>> {
     let files = certificates.iter().flat_map(|c| [c.cert.clone(), c.key.clone()]).collect();
-    Reloaded::load("the front end's certificates", files, move || {
+    FileWatcher::load("the front end's certificates", files, move || {
         let expiries = certificates.iter().map(|c| X509Expiry::read(&c.cert)).collect::<Result<_, _>>()?;
         Ok(Serving { config: Arc::new(server_config(&certificates, ask)?), expiries })
     })

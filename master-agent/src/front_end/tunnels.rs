@@ -7,6 +7,7 @@
 
 use std::{net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
+use access::peer::Peer;
 use proto::{DialError, Target, mux::FRONT_END};
 use proto_net::{
     dialer::Origin,
@@ -15,9 +16,13 @@ use proto_net::{
     stream::Stream,
 };
 
-use super::{admission::Admission, peer::Peer, server::FrontEnd};
+use super::{admission::Admission, server::FrontEnd};
 use crate::{
-    stream::{caller::Caller, record::Record, target_socket},
+    stream::{
+        caller::Caller,
+        record::{Opened, Record},
+        target_socket,
+    },
     traces::Span,
     tunnel::Tunnel,
     tunnels::callers::ServeCallers,
@@ -140,9 +145,9 @@ async fn carry(
     let origin = Origin(format!("node {}, which says {origin:?}", tunnel.node));
     let caller = Caller::new(DOOR, origin);
     let node = Some(tunnel.node.clone());
-    let metrics = front_end.metrics.clone();
     // Its requests have spans of their own.
-    let mut record = Record::new(metrics, caller, target, node, "tunnel".to_owned(), Span::default());
+    let opened = Opened { caller, target, node, reason: "tunnel".to_owned(), span: Span::default() };
+    let mut record = Record::open(front_end.streams.clone(), opened);
     let (near, far) = target_socket::pair_of(PIPE);
     let half_closed = front_end.config.half_closed_timeout;
     let served = front_end.clone().serve_caller(near, peer(tunnel), admission);

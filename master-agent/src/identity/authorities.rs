@@ -4,7 +4,7 @@
 use std::{
     io::ErrorKind,
     net::IpAddr,
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
 
@@ -24,7 +24,7 @@ use russh::keys::{
 
 /// The master's SSH user name, and the principal of its certificates.
 pub const LOGIN: &str = "master-agent";
-/// Clocks of peers may be behind by this much.
+/// How much the clocks of peers may be behind.
 const CLOCK_SKEW: Duration = Duration::from_secs(300);
 /// 9999-12-31T23:59:59Z, the last second that RFC 3339 can write.
 const LATEST: u64 = 253_402_300_799;
@@ -36,11 +36,11 @@ pub struct Authorities {
     user_ca: PrivateKey,
 }
 
-/// A fresh key, in memory only, and the certificate with which the master shows it.
+/// A key with which the master logs in, and its certificate.
 #[derive(Debug)]
 pub struct UserIdentity {
     pub key: PrivateKey,
-    /// `None` for a key that nodes know by itself (authorized_keys).
+    /// `None` for a key that nodes list in `authorized_keys`.
     pub certificate: Option<Certificate>,
 }
 
@@ -50,8 +50,12 @@ impl UserIdentity {
         self.certificate.as_ref()?.valid_before_time()
     }
 
-    /// A key that the configuration names, with no certificate.
-    pub fn read(path: &Path) -> anyhow::Result<Self> {
+    /// Reads a key that the configuration names, on a thread for blocking work. It comes without a certificate.
+    pub async fn load(path: PathBuf) -> anyhow::Result<Self> {
+        tokio::task::spawn_blocking(move || Self::read(&path)).await?
+    }
+
+    fn read(path: &Path) -> anyhow::Result<Self> {
         let key = PrivateKey::from_openssh(secret_file::read_given(path)?)
             .with_context(|| format!("{} is no usable key: it has to be an Ed25519 or ECDSA key without a passphrase, as ssh-keygen writes it", path.display()))?;
         Ok(Self { key, certificate: None })
@@ -59,7 +63,7 @@ impl UserIdentity {
 }
 
 impl Authorities {
-    /// Reads the authorities' keys, or makes them where there are none yet.
+    /// Reads the authorities' keys, or creates them if there are none yet.
     pub fn load_or_create(state_dir: &Path) -> anyhow::Result<Self> {
         secret_file::create_directory(state_dir)?;
         Ok(Self {
@@ -76,7 +80,7 @@ impl Authorities {
         self.user_ca.public_key()
     }
 
-    /// What a joining host compares: the fingerprint of the user CA, `SHA256:...`.
+    /// The fingerprint of the user CA, `SHA256:...`, by which a joining host recognises its master.
     pub fn user_ca_pin(&self) -> String {
         self.user_ca.fingerprint(HashAlg::Sha256).to_string()
     }
@@ -95,8 +99,8 @@ impl Authorities {
         Ok(builder.sign(&self.host_ca)?)
     }
 
-    /// Certifies a person's key for port forwarding. Fails for the master's own principal, with which the
-    /// person would be a master.
+    /// Certifies a person's key for port forwarding. It refuses the master's own principal, which would make the person
+    /// a master.
     pub fn sign_user(
         &self,
         key: &PublicKey,
@@ -132,7 +136,7 @@ impl Authorities {
         SignedList::sign(&self.user_ca, list)
     }
 
-    /// Makes a new key for the master, and certifies it. The key id says which master it is: `master-agent:HOST`.
+    /// Creates and certifies a key for the master, which stays in memory. The key id is `master-agent:HOST`.
     pub fn issue_user(&self, now: SystemTime, ttl: Duration) -> anyhow::Result<UserIdentity> {
         let key = PrivateKey::random(&mut rand::rng(), Algorithm::Ed25519)?;
         let key_id = format!("{LOGIN}:{}", host_name()?);
@@ -141,7 +145,7 @@ impl Authorities {
     }
 }
 
-/// This host's name. The systemd unit hides the file of /proc that holds it.
+/// This host's name. It comes from uname(2), as the systemd unit hides the file in /proc.
 pub fn host_name() -> anyhow::Result<String> {
     let system = rustix::system::uname();
     Ok(system.nodename().to_str().context("the host's name is not UTF-8")?.to_owned())

@@ -8,9 +8,9 @@ use crate::fields::{DAY, secs};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CertificatesConfig {
-    /// Life of the master's own SSH user certificates.
+    /// The lifetime of the master's own SSH user certificates.
     pub user_ttl: Duration,
-    /// Life of nodes' host certificates.
+    /// The lifetime of nodes' host certificates.
     pub host_ttl: Duration,
 }
 

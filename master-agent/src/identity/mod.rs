@@ -1,13 +1,20 @@
-//! Who is who: the two certificate authorities of the master, the verification of nodes' host keys, and the revocation of
-//! the certificates of masters and people.
+//! Identity: the master's two certificate authorities, the verification of nodes' host keys and of clients'
+//! certificates, join tokens, the revocation of certificates of masters and people, and the store that keeps all this.
 
 mod authorities;
 pub mod config;
+mod host_certificate;
 mod host_key;
+mod host_key_error;
+pub mod known_hosts;
 pub mod revocation;
+pub mod sqlite;
+pub mod store;
+pub mod token;
 
 pub use authorities::{Authorities, LOGIN, UserIdentity, host_name};
-pub use host_key::{Expected, HostKeyError, VerifiedHost, fingerprint, verify_host};
+pub use host_key::{Expected, Proof, VerifiedHost, fingerprint, verify_host};
+pub use host_key_error::HostKeyError;
 
 #[cfg(test)]
 pub(crate) mod tests;

@@ -12,19 +12,18 @@ use proto::revocation::{
 use russh::keys::{Certificate, HashAlg, PublicKey};
 use tokio::sync::watch;
 
-use super::Authorities;
-use crate::store::Store;
+use super::{authorities::Authorities, store::Store};
 
-/// A list ready to be brought to nodes.
+/// A list that is ready for nodes.
 #[derive(Debug)]
 pub struct Published {
     pub version: u64,
     pub list: Krl,
-    /// The list with its signature, as it goes to nodes.
+    /// The list with its signature, in the form that nodes take.
     pub signed: Bytes,
 }
 
-/// The list that nodes are to have; none while nothing has ever been revoked.
+/// The list that nodes should have; `None` while nothing has ever been revoked.
 pub type Revocations = watch::Sender<Option<Arc<Published>>>;
 
 /// The list in the store.
@@ -37,7 +36,7 @@ pub fn stored(store: &dyn Store) -> anyhow::Result<Krl> {
     }
 }
 
-/// Changes the list in the store, in one step; gives the new version, or `None` if nothing changed.
+/// Changes the list in the store in one transaction. Returns the new version, or `None` if nothing changed.
 pub fn change(
     store: &dyn Store,
     ca: &PublicKey,
@@ -58,7 +57,7 @@ pub fn change(
         if list.revokes_key(ca.key_data()) {
             bail!("it would revoke the user CA, and with it every certificate of masters and people");
         }
-        // Also after a backup was restored, a new list is newer than all that nodes may hold.
+        // Even after a backup was restored, a new list is newer than any that nodes may hold.
         let seconds = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
         list.version = list.version.saturating_add(1).max(seconds);
         list.generated = seconds;
@@ -73,7 +72,7 @@ pub fn sign(authorities: &Authorities, list: &Krl) -> anyhow::Result<SignedList>
     Ok(authorities.sign_revocations(list.encode()?)?)
 }
 
-/// What `--key` means: `SHA256:...`, or a file's key or the key of its certificate.
+/// Reads the argument of `--key`: `SHA256:...`, or a file with a public key or a certificate.
 pub fn key_entry(text: &str, read: impl Fn(&str) -> anyhow::Result<String>) -> anyhow::Result<Entry> {
     if let Some(hash) = text.strip_prefix("SHA256:") {
         let hash = STANDARD_NO_PAD.decode(hash.trim_end_matches('=')).ok().and_then(|h| h.try_into().ok());
@@ -85,7 +84,7 @@ pub fn key_entry(text: &str, read: impl Fn(&str) -> anyhow::Result<String>) -> a
     Ok(Entry::Key(blob(&key.with_context(|| format!("{text} holds no OpenSSH public key or certificate"))?)))
 }
 
-/// What `--serial` means: a number, or the first and the last of a range.
+/// Reads the argument of `--serial`: a number, or the first and the last one of a range.
 pub fn serials(text: &str) -> Result<Entry, String> {
     let (first, last) = text.split_once('-').unwrap_or((text, text));
     match (first.parse(), last.parse()) {
@@ -94,7 +93,7 @@ pub fn serials(text: &str) -> Result<Entry, String> {
     }
 }
 
-/// An entry as `revoke --list` shows it: what it is of, and its value.
+/// An entry as `revoke --list` shows it: its kind and its value.
 pub fn show(entry: &Entry) -> (&'static str, String) {
     let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
     match entry {
@@ -115,9 +114,9 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::{
-        identity::tests::{TempDir, new_key},
-        store::SqliteStore,
+    use crate::identity::{
+        sqlite::SqliteStore,
+        tests::{TempDir, new_key},
     };
 
     fn at(seconds: u64) -> SystemTime {
@@ -148,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_to_be_revoked_can_be_said_in_several_ways() {
+    fn arguments_name_keys_and_serials_in_several_ways() {
         let key = new_key();
         let none = |_: &str| bail!("no file");
         let fingerprint = key.public_key().fingerprint(HashAlg::Sha256);

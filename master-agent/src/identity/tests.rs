@@ -17,8 +17,8 @@ use russh::keys::{
     },
 };
 
+use super::known_hosts::KnownHosts;
 use super::*;
-use crate::host_trust::HostTrust;
 
 /// A directory that goes with the test.
 pub(crate) struct TempDir(pub PathBuf);
@@ -177,8 +177,7 @@ fn a_host_key_is_accepted_only_as_the_node_that_its_certificate_names() {
     let n1 = name("n1");
     let dialled: Target = "10.0.0.5:22".parse().unwrap();
     for (what, shown, when_dialled, when_called) in table {
-        let expected =
-            Expected::Node { name: &n1, dialled: &dialled, trust: &HostTrust::HostCa, first_use: None };
+        let expected = Expected::Dialled { name: &n1, dialled: &dialled, proof: Proof::HostCa };
         let got = verify_host(&shown, &expected, authorities.host_ca(), now());
         if let Ok(host) = &got {
             assert_eq!((&host.node, host.key.key_data()), (&n1, key.public_key().key_data()), "{what}");
@@ -203,28 +202,29 @@ fn pins_and_the_first_use_decide_about_the_key_alone() {
     let n1 = name("n1");
     let dialled: Target = "10.0.0.5:22".parse().unwrap();
     let pin = fingerprint(key.public_key());
-    let check = |shown: &PrivateKey, trust: &HostTrust, first_use: Option<&str>| {
-        let expected = Expected::Node { name: &n1, dialled: &dialled, trust, first_use };
+    let check = |shown: &PrivateKey, proof: Proof<'_>| {
+        let expected = Expected::Dialled { name: &n1, dialled: &dialled, proof };
         verify_host(&plain(shown), &expected, authorities.host_ca(), now()).map(|_| ()).map_err(|e| e.kind())
     };
-    let pinned = HostTrust::Pins(vec![pin.clone()]);
-    assert_eq!(check(&key, &pinned, None), Ok(()));
-    assert_eq!(check(&other, &pinned, None), Err("not_pinned"));
-    assert_eq!(check(&other, &HostTrust::FirstUse, None), Ok(()));
-    assert_eq!(check(&key, &HostTrust::FirstUse, Some(&pin)), Ok(()));
-    assert_eq!(check(&other, &HostTrust::FirstUse, Some(&pin)), Err("key_changed"));
+    let pins = [pin.clone()];
+    let pinned = Proof::Pins(&pins);
+    assert_eq!(check(&key, pinned), Ok(()));
+    assert_eq!(check(&other, pinned), Err("not_pinned"));
+    assert_eq!(check(&other, Proof::FirstUse(None)), Ok(()));
+    assert_eq!(check(&key, Proof::FirstUse(Some(&pin))), Ok(()));
+    assert_eq!(check(&other, Proof::FirstUse(Some(&pin))), Err("key_changed"));
 
-    let pins = HashMap::from([(pin, n1.clone())]);
+    let nodes = HashMap::from([(pin.clone(), n1.clone())]);
     let call = |shown| {
         let got =
-            verify_host(&plain(shown), &Expected::CallHome { pins: &pins }, authorities.host_ca(), now());
+            verify_host(&plain(shown), &Expected::CallHome { pins: &nodes }, authorities.host_ca(), now());
         got.map(|h| h.node).map_err(|e| e.kind())
     };
     assert_eq!(call(&key), Ok(n1.clone()));
     assert_eq!(call(&other), Err("unknown_key"));
     // A certificate does not stand in for the pinned key.
     let certified = authorities.sign_host(other.public_key(), &n1, &[], now(), HOUR).unwrap().into();
-    let expected = Expected::Node { name: &n1, dialled: &dialled, trust: &pinned, first_use: None };
+    let expected = Expected::Dialled { name: &n1, dialled: &dialled, proof: pinned };
     assert_eq!(
         verify_host(&certified, &expected, authorities.host_ca(), now()).unwrap_err().kind(),
         "not_pinned"
@@ -260,7 +260,12 @@ fn known_hosts_is_read_as_openssh_reads_it() {
         (format!("n2.example {key_text}\n"), "n1.example:22", plain(&key), Err("not_in_known_hosts")),
         (format!("n1.example {other_text}\n"), "n1.example:22", plain(&key), Err("not_in_known_hosts")),
         (format!("#n1.example {key_text}\n"), "n1.example:22", plain(&key), Err("not_in_known_hosts")),
-        (hashed, "n1.example:22", plain(&key), Ok(())),
+        (hashed.clone(), "n1.example:22", plain(&key), Ok(())),
+        (hashed.clone(), "n1.example:2222", plain(&key), Err("not_in_known_hosts")),
+        (hashed, "n1.example:22", plain(&other), Err("not_in_known_hosts")),
+        // A line that can't be read does not hide the next one, and patterns are for CAs.
+        (format!("n1.example ssh-none x\nn1.example {key_text}\n"), "n1.example:22", plain(&key), Ok(())),
+        (format!("* {key_text}\n"), "n1.example:22", plain(&key), Err("not_in_known_hosts")),
         // A CA's key is good for signing, not for a host; a host's key not for signing.
         (ca_line("*"), "n1.example:22", plain(&ca), Err("not_in_known_hosts")),
         (
@@ -310,18 +315,17 @@ fn known_hosts_is_read_as_openssh_reads_it() {
         ),
     ];
     let n1 = name("n1");
-    let trust = HostTrust::KnownHosts(file.clone());
     for (text, dialled, shown, want) in table {
         std::fs::write(&file, &text).unwrap();
         let dialled: Target = dialled.parse().unwrap();
-        let expected = Expected::Node { name: &n1, dialled: &dialled, trust: &trust, first_use: None };
+        let known = KnownHosts::read(&file).unwrap();
+        let proof = Proof::KnownHosts { file: &file, known: &known };
+        let expected = Expected::Dialled { name: &n1, dialled: &dialled, proof };
         let got = verify_host(&shown, &expected, authorities.host_ca(), now());
         assert_eq!(got.map(|_| ()).map_err(|e| e.kind()), want, "{dialled} with\n{text}");
     }
     std::fs::remove_file(&file).unwrap();
-    let dialled: Target = "n1.example:22".parse().unwrap();
-    let expected = Expected::Node { name: &n1, dialled: &dialled, trust: &trust, first_use: None };
-    assert!(verify_host(&plain(&key), &expected, authorities.host_ca(), now()).is_err());
+    assert!(KnownHosts::read(&file).is_err());
 }
 
 #[test]

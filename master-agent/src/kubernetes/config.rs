@@ -8,8 +8,10 @@ use proto_config::Section;
 use crate::{
     fields::{WAIT, secs},
     host_trust::HostTrust,
-    inventory::{DEFAULT_USER, InventoryNode, front_end_listen, login_name},
-    routing::cluster::Node,
+    routing::{
+        cluster::Node,
+        inventory::{DEFAULT_USER, InventoryNode, front_end_listen, login_name},
+    },
 };
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,11 +20,11 @@ pub struct KubernetesConfig {
     pub kubeconfig: Option<PathBuf>,
     /// What cluster DNS appends to the names of services.
     pub cluster_domain: String,
-    /// After how long without a word from the API server the agent is not ready any more.
+    /// How long the agent stays ready without hearing from the API server.
     pub stale_after: Duration,
-    /// Also serve the metrics, and name the health check, as kube-apiserver's own SSH tunneler did.
+    /// Whether to also serve metrics and a health check under the names of kube-apiserver's own SSH tunneler.
     pub legacy_names: bool,
-    /// How nodes are reached that the inventory does not have; `None` leaves them alone.
+    /// How to reach nodes that are not in the inventory; `None` leaves them alone.
     pub nodes: Option<WatchedNodes>,
 }
 
@@ -38,7 +40,7 @@ impl KubernetesConfig {
     }
 }
 
-/// What every Node of the cluster is taken for.
+/// What holds for every Node of the cluster that is not in the inventory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WatchedNodes {
     /// The port of their SSH server; `None` for nodes that call home.
@@ -48,7 +50,7 @@ pub struct WatchedNodes {
     pub key_file: Option<PathBuf>,
     pub connections: usize,
     pub trust: HostTrust,
-    /// Where their sshd is to listen for callers of the front end; `None` for node-agents.
+    /// The address on which their sshd listens for callers of the front end; `None` for node-agents.
     pub front_end_listen: Option<SocketAddr>,
 }
 
@@ -73,7 +75,7 @@ impl WatchedNodes {
 }
 
 impl WatchedNodes {
-    /// What a Node of the cluster is as an entry of the inventory.
+    /// The inventory entry of a Node of the cluster.
     pub fn node(&self, node: &Node) -> InventoryNode {
         let address = node.addresses.first().copied();
         InventoryNode {

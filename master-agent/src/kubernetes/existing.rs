@@ -1,76 +1,26 @@
-//! Which nodes, pods and service accounts exist under which UIDs: what service accounts' tokens are bound to.
+//! The nodes, pods and service accounts that exist, with their UIDs, as service accounts' tokens are bound to them.
 //!
-//! This is read from the metadata alone, so that an object which is not understood otherwise still counts as the one
-//! that exists, and its predecessor of the same name does not.
+//! Only the metadata is read, so that an object that can't be understood otherwise still exists, and its predecessor of
+//! the same name does not.
 
 use std::{
     collections::{HashMap, HashSet},
     sync::{PoisonError, RwLock},
 };
 
+use access::authn::cluster::{BoundKind, BoundObject, Existence, Uid};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use sha2::{Digest, Sha256};
 
 use super::{followed::Followed, objects};
 use crate::routing::cluster::{self, Key};
 
-/// Seconds for which an object that is to be deleted is still taken for existing after its `deletionTimestamp`, as
-/// kube-apiserver has it (`pkg/serviceaccount/claims.go`).
+/// The seconds for which an object still counts as existing after its `deletionTimestamp`, as in kube-apiserver
+/// (`pkg/serviceaccount/claims.go`).
 const LEEWAY: i64 = 60;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    Node,
-    Pod,
-    ServiceAccount,
-}
-
-impl Kind {
-    fn of(followed: Followed) -> Option<Self> {
-        match followed {
-            Followed::Routed(cluster::Kind::Nodes) => Some(Self::Node),
-            Followed::Routed(cluster::Kind::Pods) => Some(Self::Pod),
-            Followed::ServiceAccounts => Some(Self::ServiceAccount),
-            Followed::Routed(cluster::Kind::Services | cluster::Kind::EndpointSlices) => None,
-        }
-    }
-}
-
-/// A digest, as UIDs are opaque text of any length.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Uid([u8; 16]);
-
-impl Uid {
-    pub fn of(text: &str) -> Self {
-        let digest: [u8; 32] = Sha256::digest(text).into();
-        let mut uid = [0; 16];
-        uid.iter_mut().zip(digest).for_each(|(to, from)| *to = from);
-        Self(uid)
-    }
-}
-
-/// One object of those that were, or are to be: another one of the same name is another object.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Object {
-    pub kind: Kind,
-    pub key: Key,
-    pub uid: Uid,
-}
-
-/// What is known of several objects together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sight {
-    /// All of them exist.
-    Exist,
-    /// All that are known of did when the API server was last heard.
-    Unknown,
-    /// One of them is not there, or is no longer.
-    Missing,
-}
-
-/// The objects, as the watches show them.
+/// The objects that exist, as the watches say.
 #[derive(Debug, Default)]
-pub struct Existing(RwLock<Kinds>);
+pub struct ExistingObjects(RwLock<Kinds>);
 
 #[derive(Debug, Default)]
 struct Kinds {
@@ -82,9 +32,9 @@ struct Kinds {
 #[derive(Debug, Default)]
 struct Objects {
     seen: HashMap<Key, Seen>,
-    /// A list has arrived whole.
+    /// Whether a list has arrived whole.
     listed: bool,
-    /// The watch stands.
+    /// Whether the watch stands.
     heard: bool,
 }
 
@@ -95,11 +45,10 @@ struct Seen {
     deletion: Option<i64>,
 }
 
-impl Existing {
-    /// What is known of these at a time in seconds since 1970.
-    pub fn look(&self, objects: &[Object], now: i64) -> Sight {
+impl access::authn::cluster::Objects for ExistingObjects {
+    fn check(&self, objects: &[BoundObject], now: i64) -> Existence {
         let kinds = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        let mut sight = Sight::Exist;
+        let mut existence = Existence::Exist;
         for object in objects {
             let known = kinds.of(object.kind);
             let exists = |seen: &Seen| {
@@ -108,17 +57,19 @@ impl Existing {
             };
             match known.seen.get(&object.key) {
                 Some(seen) if exists(seen) => {}
-                Some(_) | None if known.listed => return Sight::Missing,
-                Some(_) | None => sight = Sight::Unknown,
+                Some(_) | None if known.listed => return Existence::Missing,
+                Some(_) | None => existence = Existence::Unknown,
             }
             if !(known.listed && known.heard) {
-                sight = Sight::Unknown;
+                existence = Existence::Unknown;
             }
         }
-        sight
+        existence
     }
+}
 
-    pub fn count(&self, kind: Kind) -> usize {
+impl ExistingObjects {
+    pub fn count(&self, kind: BoundKind) -> usize {
         self.0.read().unwrap_or_else(PoisonError::into_inner).of(kind).seen.len()
     }
 
@@ -138,7 +89,7 @@ impl Existing {
         });
     }
 
-    /// Forgets what a whole list does not have.
+    /// Forgets the objects that are not in a whole list.
     pub(super) fn retain(&self, kind: Followed, listed: &HashSet<Key>) {
         self.change(kind, |known| {
             known.seen.retain(|key, _| listed.contains(key));
@@ -151,28 +102,39 @@ impl Existing {
     }
 
     fn change(&self, kind: Followed, change: impl FnOnce(&mut Objects)) {
-        let Some(kind) = Kind::of(kind) else { return };
+        let Some(kind) = bound(kind) else { return };
         let mut kinds = self.0.write().unwrap_or_else(PoisonError::into_inner);
         change(match kind {
-            Kind::Node => &mut kinds.nodes,
-            Kind::Pod => &mut kinds.pods,
-            Kind::ServiceAccount => &mut kinds.accounts,
+            BoundKind::Node => &mut kinds.nodes,
+            BoundKind::Pod => &mut kinds.pods,
+            BoundKind::ServiceAccount => &mut kinds.accounts,
         });
     }
 }
 
+/// The kind of those objects that tokens can be bound to.
+fn bound(followed: Followed) -> Option<BoundKind> {
+    match followed {
+        Followed::Routed(cluster::Kind::Nodes) => Some(BoundKind::Node),
+        Followed::Routed(cluster::Kind::Pods) => Some(BoundKind::Pod),
+        Followed::ServiceAccounts => Some(BoundKind::ServiceAccount),
+        Followed::Routed(cluster::Kind::Services | cluster::Kind::EndpointSlices) => None,
+    }
+}
+
 impl Kinds {
-    fn of(&self, kind: Kind) -> &Objects {
+    fn of(&self, kind: BoundKind) -> &Objects {
         match kind {
-            Kind::Node => &self.nodes,
-            Kind::Pod => &self.pods,
-            Kind::ServiceAccount => &self.accounts,
+            BoundKind::Node => &self.nodes,
+            BoundKind::Pod => &self.pods,
+            BoundKind::ServiceAccount => &self.accounts,
         }
     }
 }
 
 #[cfg(test)]
-pub mod tests {
+mod tests {
+    use access::authn::cluster::Objects as _;
     use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 
     use super::*;
@@ -180,33 +142,33 @@ pub mod tests {
     const PODS: Followed = Followed::Routed(cluster::Kind::Pods);
     const NOW: i64 = 1_800_000_000;
 
-    pub fn object(kind: Kind, key: &str, uid: &str) -> Object {
-        Object { kind, key: key.into(), uid: Uid::of(uid) }
+    fn object(kind: BoundKind, key: &str, uid: &str) -> BoundObject {
+        BoundObject { kind, key: key.into(), uid: Uid::of(uid) }
     }
 
     /// Shows an object as its watch does.
-    pub fn appear(existing: &Existing, kind: Kind, key: &str, uid: &str, deletion: Option<i64>) {
+    fn appear(existing: &ExistingObjects, kind: BoundKind, key: &str, uid: &str, deletion: Option<i64>) {
         existing.apply(followed(kind), &metadata(key, uid, deletion));
     }
 
-    pub fn vanish(existing: &Existing, kind: Kind, key: &str) {
+    fn vanish(existing: &ExistingObjects, kind: BoundKind, key: &str) {
         existing.remove(followed(kind), key);
     }
 
     /// All that was shown is a whole list of each kind, and its watches stand or do not.
-    pub fn listed(existing: &Existing, heard: bool) {
-        for kind in [Kind::Node, Kind::Pod, Kind::ServiceAccount] {
+    fn listed(existing: &ExistingObjects, heard: bool) {
+        for kind in [BoundKind::Node, BoundKind::Pod, BoundKind::ServiceAccount] {
             let keys = existing.0.read().unwrap().of(kind).seen.keys().cloned().collect();
             existing.retain(followed(kind), &keys);
             existing.heard(followed(kind), heard);
         }
     }
 
-    fn followed(kind: Kind) -> Followed {
+    fn followed(kind: BoundKind) -> Followed {
         match kind {
-            Kind::Node => Followed::Routed(cluster::Kind::Nodes),
-            Kind::Pod => PODS,
-            Kind::ServiceAccount => Followed::ServiceAccounts,
+            BoundKind::Node => Followed::Routed(cluster::Kind::Nodes),
+            BoundKind::Pod => PODS,
+            BoundKind::ServiceAccount => Followed::ServiceAccounts,
         }
     }
 
@@ -223,38 +185,44 @@ pub mod tests {
 
     #[test]
     fn an_object_exists_under_its_uid_while_its_watch_stands() {
-        let existing = Existing::default();
-        let look = |uid: &str| existing.look(&[object(Kind::Pod, "a/web", uid)], NOW);
-        assert_eq!(look("1"), Sight::Unknown, "nothing has been listed");
-        appear(&existing, Kind::Pod, "a/web", "1", None);
-        assert_eq!(look("1"), Sight::Unknown, "the list has not arrived whole");
+        let existing = ExistingObjects::default();
+        let look = |uid: &str| existing.check(&[object(BoundKind::Pod, "a/web", uid)], NOW);
+        assert_eq!(look("1"), Existence::Unknown, "nothing has been listed");
+        appear(&existing, BoundKind::Pod, "a/web", "1", None);
+        assert_eq!(look("1"), Existence::Unknown, "the list has not arrived whole");
         listed(&existing, true);
-        assert_eq!((look("1"), look("2")), (Sight::Exist, Sight::Missing));
-        appear(&existing, Kind::Pod, "a/web", "2", None);
-        assert_eq!((look("1"), look("2")), (Sight::Missing, Sight::Exist), "made anew under the same name");
+        assert_eq!((look("1"), look("2")), (Existence::Exist, Existence::Missing));
+        appear(&existing, BoundKind::Pod, "a/web", "2", None);
+        assert_eq!(
+            (look("1"), look("2")),
+            (Existence::Missing, Existence::Exist),
+            "made anew under the same name"
+        );
         existing.heard(PODS, false);
-        assert_eq!((look("1"), look("2")), (Sight::Missing, Sight::Unknown));
+        assert_eq!((look("1"), look("2")), (Existence::Missing, Existence::Unknown));
         existing.heard(PODS, true);
-        vanish(&existing, Kind::Pod, "a/web");
-        assert_eq!(look("2"), Sight::Missing);
-        let both = [object(Kind::ServiceAccount, "a/web", "1"), object(Kind::Node, "n1", "1")];
-        appear(&existing, Kind::ServiceAccount, "a/web", "1", None);
-        assert_eq!(existing.look(&both, NOW), Sight::Missing, "one of them is not there");
-        appear(&existing, Kind::Node, "n1", "1", None);
-        assert_eq!(existing.look(&both, NOW), Sight::Exist);
+        vanish(&existing, BoundKind::Pod, "a/web");
+        assert_eq!(look("2"), Existence::Missing);
+        let both = [object(BoundKind::ServiceAccount, "a/web", "1"), object(BoundKind::Node, "n1", "1")];
+        appear(&existing, BoundKind::ServiceAccount, "a/web", "1", None);
+        assert_eq!(existing.check(&both, NOW), Existence::Missing, "one of them is not there");
+        appear(&existing, BoundKind::Node, "n1", "1", None);
+        assert_eq!(existing.check(&both, NOW), Existence::Exist);
         existing.retain(Followed::ServiceAccounts, &HashSet::new());
-        assert_eq!(existing.look(&both, NOW), Sight::Missing, "the next list does not have it");
+        assert_eq!(existing.check(&both, NOW), Existence::Missing, "the next list does not have it");
     }
 
     #[test]
     fn one_that_is_being_deleted_exists_for_a_minute_more() {
-        let existing = Existing::default();
-        for (deletion, sight) in
-            [(NOW + 30, Sight::Exist), (NOW - LEEWAY, Sight::Exist), (NOW - LEEWAY - 1, Sight::Missing)]
-        {
-            appear(&existing, Kind::Pod, "a/web", "1", Some(deletion));
+        let existing = ExistingObjects::default();
+        for (deletion, existence) in [
+            (NOW + 30, Existence::Exist),
+            (NOW - LEEWAY, Existence::Exist),
+            (NOW - LEEWAY - 1, Existence::Missing),
+        ] {
+            appear(&existing, BoundKind::Pod, "a/web", "1", Some(deletion));
             listed(&existing, true);
-            assert_eq!(existing.look(&[object(Kind::Pod, "a/web", "1")], NOW), sight, "{deletion}");
+            assert_eq!(existing.check(&[object(BoundKind::Pod, "a/web", "1")], NOW), existence, "{deletion}");
         }
     }
 }

@@ -3,11 +3,11 @@
 use crate::routing::cluster::Kind;
 
 /// A kind of object that is followed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Followed {
-    /// For its routes.
+    /// A kind that gives routes.
     Routed(Kind),
-    /// To know which exist.
+    /// Service accounts, of which it matters only that they exist.
     ServiceAccounts,
 }
 
@@ -20,7 +20,7 @@ impl Followed {
         Self::ServiceAccounts,
     ];
 
-    /// As in the API's paths.
+    /// The plural that the API's paths use.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Routed(kind) => kind.name(),

@@ -1,4 +1,4 @@
-//! Objects that need not be well-formed: a bad one must not keep the good ones of its list from being read.
+//! Objects that may be malformed, so that a bad one does not keep the good ones of its list from being read.
 
 use std::{borrow::Cow, fmt::Debug};
 
@@ -6,7 +6,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use serde::{Deserialize, Deserializer, de::DeserializeOwned};
 use serde_json::Value;
 
-/// An object of a kind, or why it is none. Of the metadata there is at least what could be read.
+/// An object of a kind, or why it can't be read. The metadata holds at least what could be read of it.
 #[derive(Clone, Debug)]
 pub(super) struct Lenient<K> {
     pub metadata: ObjectMeta,
@@ -22,7 +22,7 @@ impl<'de, K: DeserializeOwned> Deserialize<'de> for Lenient<K> {
             name: text("/metadata/name"),
             namespace: text("/metadata/namespace"),
             resource_version: text("/metadata/resourceVersion"),
-            // It is not known to exist if it is not known until when.
+            // If the time of deletion can't be read, the object is not known to exist.
             uid: text("/metadata/uid").filter(|_| !matches!(deletion, Some(Err(_)))),
             deletion_timestamp: deletion.and_then(Result::ok),
             ..ObjectMeta::default()
@@ -31,7 +31,7 @@ impl<'de, K: DeserializeOwned> Deserialize<'de> for Lenient<K> {
     }
 }
 
-/// Asked for as the kind itself.
+/// Requests are those of the kind itself.
 impl<K: kube::Resource> kube::Resource for Lenient<K> {
     type DynamicType = K::DynamicType;
     type Scope = K::Scope;

@@ -1,4 +1,4 @@
-//! How the API server is followed, read off the watches when asked.
+//! Metrics about the watches, collected when they are scraped.
 
 use std::{fmt, sync::Arc};
 

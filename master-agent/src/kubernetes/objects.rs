@@ -1,5 +1,5 @@
-//! From the API's objects to what routing knows of them. What is not usable in an object (an address that is
-//! none, a port of another protocol) is left out; an object of which nothing is usable is `None`.
+//! Converts the API's objects to what routing knows of them. Unusable parts, such as malformed addresses and ports of
+//! other protocols, are left out; an object without any usable part becomes `None`.
 
 use std::net::IpAddr;
 
@@ -11,9 +11,9 @@ use k8s_openapi::{
 
 use crate::routing::cluster::{Endpoint, EndpointSlice, Key, Node, Object, Pod, Service, ServicePort};
 
-/// Where kubelets listen unless their Node says otherwise.
+/// The port of kubelets whose Node names none.
 const KUBELET_PORT: u16 = 10250;
-/// Which service an EndpointSlice belongs to.
+/// The label that names the service of an EndpointSlice.
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
 pub(super) fn node(node: core::Node) -> Option<Object> {
@@ -93,11 +93,11 @@ pub(super) fn endpoint_slice(slice: discovery::EndpointSlice) -> Option<Object> 
     let ports = ports.into_iter().filter(|p| is_tcp(p.protocol.as_deref()));
     let endpoints = slice.endpoints.unwrap_or_default().into_iter().filter_map(|endpoint| {
         Some(Endpoint {
-            // All addresses of an endpoint are the same for whoever connects.
+            // The addresses of an endpoint are interchangeable.
             address: endpoint.addresses.iter().find_map(|ip| address(ip))?,
             node: endpoint.node_name.and_then(|name| name.parse().ok()),
             hostname: endpoint.hostname,
-            // Unknown is to be taken as ready.
+            // The API says to take an unknown condition as ready.
             ready: endpoint.conditions.and_then(|c| c.ready).unwrap_or(true),
         })
     });
@@ -121,7 +121,7 @@ fn age(metadata: &ObjectMeta) -> i64 {
     metadata.creation_timestamp.as_ref().map_or(i64::MAX, |time| time.0.as_second())
 }
 
-/// Nobody's pod or node is at these, whatever an object says.
+/// Reads an address. No pod or node is at an address that is unspecified, loopback, multicast or link-local.
 fn address(text: &str) -> Option<IpAddr> {
     let address = text.parse::<IpAddr>().ok()?.to_canonical();
     let link_local = match address {
@@ -132,7 +132,7 @@ fn address(text: &str) -> Option<IpAddr> {
     usable.then_some(address)
 }
 
-/// No node has pods in half the world: what is so short would be a default route by another name.
+/// Reads a pod network. A very short prefix would amount to a default route, so it is left out.
 fn pod_cidr(text: &str) -> Option<IpNet> {
     let net = text.parse::<IpNet>().ok()?.trunc();
     let shortest = match net {

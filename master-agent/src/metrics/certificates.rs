@@ -1,4 +1,4 @@
-//! When certificates expire, read off those that are in use when asked.
+//! When certificates expire, collected from those in use whenever metrics are scraped.
 
 use std::{
     fmt,
@@ -6,56 +6,26 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use access::x509_expiry::X509Expiry;
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric},
     metrics::{MetricType, gauge::ConstGauge},
 };
-use proto_net::tls::{FileError, chain};
-use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
-/// When the certificates of a file end, in seconds since 1970.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct X509Expiry {
-    file: String,
-    ends: Vec<u64>,
-}
-
-impl X509Expiry {
-    pub fn read(file: &Path) -> Result<Self, FileError> {
-        let end = |der: &_| {
-            let (_, certificate) = X509Certificate::from_der(der).ok()?;
-            u64::try_from(certificate.validity().not_after.timestamp()).ok()
-        };
-        let ends = chain(file)?.iter().filter_map(|der| end(der)).collect();
-        Ok(Self { file: file.display().to_string(), ends })
-    }
-
-    /// A chain is good until its first end.
-    fn of_chain(&self) -> Option<u64> {
-        self.ends.iter().min().copied()
-    }
-
-    /// The next one to end. A CA that has ended may stay in its file for ever, where others have taken its place.
-    fn of_authorities(&self, now: u64) -> Option<u64> {
-        let next = self.ends.iter().filter(|end| **end > now).min();
-        next.or(self.ends.iter().max()).copied()
-    }
-}
-
-/// When what is in use expires, and what it is for.
+/// What expires, and when. The name says what it is used for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Expiry {
-    /// Shown to others.
+    /// A certificate that peers are shown.
     Chain(&'static str, X509Expiry),
-    /// Whose certificates are accepted.
+    /// CAs whose certificates are accepted.
     Authorities(&'static str, X509Expiry),
-    /// An SSH certificate, which is in no file, with its end in seconds since 1970 if it has one.
+    /// An SSH certificate, which is in no file, and when it expires in seconds since 1970, if ever.
     Ssh(&'static str, Option<u64>),
 }
 
 impl Expiry {
-    /// `None` where it can't be read, which whoever uses it says.
+    /// `None` if the file cannot be read, which its user reports.
     pub fn chain(name: &'static str, file: &Path) -> Option<Self> {
         X509Expiry::read(file).ok().map(|expiry| Self::Chain(name, expiry))
     }
@@ -64,8 +34,8 @@ impl Expiry {
         X509Expiry::read(file).ok().map(|expiry| Self::Authorities(name, expiry))
     }
 
-    /// What it is for, its file, and when it ends.
-    fn told(&self, now: u64) -> (&'static str, &str, Option<u64>) {
+    /// The use, the file and the expiry.
+    fn labels_and_expiry(&self, now: u64) -> (&'static str, &str, Option<u64>) {
         match self {
             Self::Chain(name, expiry) => (name, &expiry.file, expiry.of_chain()),
             Self::Authorities(name, expiry) => (name, &expiry.file, expiry.of_authorities(now)),
@@ -74,7 +44,7 @@ impl Expiry {
     }
 }
 
-/// Tells of those that are in use when asked.
+/// Collects the expiries of the certificates in use.
 pub struct Certificates(Box<dyn Fn() -> Vec<Expiry> + Send + Sync>);
 
 impl Certificates {
@@ -97,28 +67,11 @@ impl Collector for Certificates {
         let (name, help) =
             ("certificate_expiry_timestamp_seconds", "When a certificate expires, by its use and file.");
         let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-        for (name, file, end) in all.iter().map(|expiry| expiry.told(now)) {
+        for (name, file, end) in all.iter().map(|expiry| expiry.labels_and_expiry(now)) {
             let Some(end) = end else { continue };
             ConstGauge::new(end as f64)
                 .encode(family.encode_family(&[("certificate", name), ("file", file)])?)?;
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_chain_ends_with_its_first_and_a_bundle_of_authorities_tells_the_next() {
-        let expiry = |ends: &[u64]| X509Expiry { file: "x".to_owned(), ends: ends.to_vec() };
-        let all = expiry(&[300, 100, 200]);
-        assert_eq!(all.of_chain(), Some(100));
-        assert_eq!(
-            [50, 150, 250, 350].map(|now| all.of_authorities(now)),
-            [Some(100), Some(200), Some(300), Some(300)]
-        );
-        assert_eq!((expiry(&[]).of_chain(), expiry(&[]).of_authorities(1)), (None, None));
     }
 }

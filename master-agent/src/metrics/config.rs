@@ -4,9 +4,9 @@ use proto_config::Section;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MetricsConfig {
-    /// Serve some series of each node.
+    /// Whether each node has series of its own.
     pub per_node: bool,
-    /// Also serve the names of a Konnectivity server.
+    /// Whether the metrics of a Konnectivity server are served as well.
     pub konnectivity_names: bool,
 }
 

@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use futures_util::future::BoxFuture;
 use hyper::{Request, Response, StatusCode};
 use proto_net::{admin, dialer::Origin};
 use tokio::time::Instant;
@@ -13,7 +14,7 @@ use super::{
     response::refusal,
     state::Page,
 };
-use crate::front_end::{future::BoxFuture, page, upstream::RequestBody};
+use crate::front_end::{page, upstream::RequestBody};
 
 /// After so long on the front end, whoever watches is authorized again.
 const AGAIN: Duration = Duration::from_secs(60);

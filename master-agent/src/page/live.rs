@@ -31,8 +31,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    activity::{Event, unix_milliseconds},
-    registry::{NodeStatus, Registry},
+    activity::unix_milliseconds,
+    admin_api::{Event, NodeStatus},
+    registry::Registry,
 };
 
 /// Pages that are open at once on the admin address, and as many on the front end.
@@ -338,7 +339,7 @@ fn two_digits(value: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{activity::EventKind, registry::Absent, top::model::tests::node as status};
+    use crate::{admin_api::EventKind, registry::Absent, top::model::tests::node as status};
 
     fn snapshot(status: Vec<NodeStatus>, last: Option<&Snapshot>, at: Instant) -> Snapshot {
         let rows = rows(status, last, at);

@@ -1,4 +1,4 @@
-//! Who has what, where two may claim the same: the one who came first keeps it.
+//! Exclusive claims on addresses and networks: whoever claims a key first keeps it, and the others wait for it.
 
 use std::{
     cmp::Reverse,
@@ -9,15 +9,15 @@ use std::{
 
 use ipnet::IpNet;
 
-/// When an object was made, in Unix seconds. Of claims that are seen at the same time, the oldest object's is the
-/// good one; afterwards nobody can take what another has by claiming it too.
+/// When an object was created, in Unix seconds. Among claims that are seen at the same time, the oldest object's wins.
+/// Afterwards nobody can take what another has by claiming it, too.
 pub(super) type Age = i64;
 
-/// How old a claim is: by the object that makes it, then by its turn among all claims. Those of the first lists have
+/// The age of a claim: that of the object that makes it, then its turn among all claims. Claims of the first lists have
 /// the turn 0, as nobody knows which came first.
 ///
-/// There is one for each address of each pod, so it is kept small: `created` in whole seconds from 1970 to 2106, and
-/// claims beyond the 2^32nd share the last turn.
+/// Every address of every pod has one, so it is small: `created` counts whole seconds from 1970 to 2106, and claims
+/// beyond the 2^32nd share the last turn.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Since {
     created: u32,
@@ -30,7 +30,7 @@ impl Since {
     }
 }
 
-/// Exclusive claims on keys. Those who lose wait for the key.
+/// Exclusive claims on keys. A claim that loses waits for the key.
 #[derive(Clone, Debug)]
 pub(super) struct Claims<K, O> {
     owners: HashMap<K, (Since, O)>,
@@ -53,12 +53,13 @@ impl<K: Hash + Eq + Clone, O: Eq + Ord + Clone> Claims<K, O> {
         self.owners.get(key).map(|(since, _)| since.turn)
     }
 
-    /// Of those who wait for the key, the first in their own order that is not before `from`.
+    /// The first owner, in the order of owners, that waits for the key and does not come before `from`.
     pub(super) fn waiting(&self, key: &K, from: impl FnOnce() -> O) -> Option<&O> {
         self.waiting.get(key)?.range((from(), Since::default())..).next().map(|(owner, _)| owner)
     }
 
-    /// `false` when the key stays with another: with an older one, and once `settled` with whoever has it.
+    /// Claims a key. Returns `false` if it stays with another owner: with an older one, or, once `settled`, with whoever
+    /// has it.
     pub(super) fn claim(&mut self, key: K, since: Since, owner: O, settled: bool) -> bool {
         match self.owners.entry(key) {
             Entry::Vacant(free) => {
@@ -79,7 +80,7 @@ impl<K: Hash + Eq + Clone, O: Eq + Ord + Clone> Claims<K, O> {
         }
     }
 
-    /// Gives a key, or the wait for it, up.
+    /// Gives up a key, or stops waiting for it.
     pub(super) fn release(&mut self, key: &K, owner: &O) {
         let owned = self.owners.get(key).is_some_and(|(_, o)| o == owner);
         if owned {
@@ -106,8 +107,8 @@ impl<K: Hash + Eq + Clone, O: Eq + Ord + Clone> Claims<K, O> {
     }
 }
 
-/// Networks with their owners, asked for the longest prefix that contains an address. A cluster has few
-/// different prefix lengths, so one hash table for each is as good as a tree.
+/// Networks with their owners, which finds the longest prefix that contains an address. A cluster has few different
+/// prefix lengths, so one hash table for each length is as good as a tree.
 #[derive(Clone, Debug)]
 pub(super) struct Prefixes<O> {
     v4: BTreeMap<Reverse<u8>, Claims<IpNet, O>>,
@@ -153,7 +154,7 @@ impl<O: Eq + Ord + Clone> Prefixes<O> {
         self.all(address).next()
     }
 
-    /// Whose network holds an address, if no other's does.
+    /// The owner whose network holds an address, if it is the only one.
     pub(super) fn only(&self, address: IpAddr) -> Option<&O> {
         let mut owners = self.all(address).map(|(_, owner)| owner);
         let first = owners.next()?;

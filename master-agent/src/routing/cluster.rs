@@ -1,14 +1,14 @@
-//! What is known of a cluster: nodes, pods, services and their endpoints, kept as indices that are changed
-//! object by object and asked in constant time.
+//! What is known of a cluster: nodes, pods, services and their endpoints, in indices that change object by object and
+//! answer in constant time.
 //!
-//! What an object says of itself is not believed against another: a kubelet writes its own node's addresses and
-//! those of its pods. Of two nodes (or two pods) that claim an address or a network, the one has it that had it
-//! first; of those seen in the first list together, the one that was made first. To refuse both would let every
-//! kubelet cut off every pod.
+//! An object can't take from another what it merely says to have, as a kubelet writes its own node's addresses and
+//! those of its pods. If two nodes or two pods claim an address or a network, it belongs to the one that had it first,
+//! or, if the first list shows both, to the one that was created first. Refusing both would let every kubelet cut off
+//! every pod.
 //!
-//! Pod networks are given out by the control plane, so that they decide before that: of pods that claim an address,
-//! the one has it whose node's network holds it, even if it comes later. Where the networks of several nodes hold
-//! it, none of them counts.
+//! The control plane assigns pod networks, so they take precedence: among pods that claim an address, it belongs to the
+//! one whose node's network holds it, even if that pod comes later. If the networks of several nodes hold the address,
+//! none of them counts.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -35,7 +35,7 @@ pub enum Kind {
 impl Kind {
     pub const ALL: [Self; 4] = [Self::Nodes, Self::Pods, Self::Services, Self::EndpointSlices];
 
-    /// As in the API's paths.
+    /// The plural that the API's paths use.
     pub fn name(self) -> &'static str {
         match self {
             Self::Nodes => "nodes",
@@ -59,12 +59,12 @@ pub struct Node {
 pub struct Pod {
     pub key: Key,
     pub created: Age,
-    /// Where it runs, or is to run.
+    /// Where it runs or has been scheduled to.
     pub node: Option<NodeName>,
     pub addresses: Vec<IpAddr>,
-    /// Its addresses are its node's.
+    /// Whether its addresses are its node's.
     pub host_network: bool,
-    /// It has ended, and its addresses may be another's by now.
+    /// Whether it has ended, so that its addresses may belong to another pod by now.
     pub ended: bool,
     /// The first port that its containers declare.
     pub first_port: Option<u16>,
@@ -78,7 +78,7 @@ pub struct Service {
     pub addresses: Vec<IpAddr>,
     /// TCP ports.
     pub ports: Vec<ServicePort>,
-    /// It is but another name for this host.
+    /// The host that an `ExternalName` service stands for.
     pub external_name: Option<String>,
 }
 
@@ -133,12 +133,12 @@ impl Object {
     }
 }
 
-/// A pod that claims an address: its node, and the pod. In this order those of one node are found together.
+/// A pod that claims an address: its node, then the pod, so that the pods of one node are next to each other.
 type PodOfNode = (Option<Key>, Key);
 
 /// The indices.
 #[derive(Clone, Debug, Default)]
-pub struct Cluster {
+pub struct ClusterIndex {
     nodes: HashMap<Key, Node>,
     node_addresses: Claims<IpAddr, NodeName>,
     node_cidrs: Prefixes<NodeName>,
@@ -148,14 +148,14 @@ pub struct Cluster {
     service_addresses: Claims<IpAddr, Key>,
     slices: HashMap<Key, EndpointSlice>,
     slices_of: HashMap<Key, BTreeSet<Key>>,
-    /// Kinds that have been listed whole.
+    /// The kinds of which a whole list has been applied.
     settled: HashSet<Kind>,
-    /// Of the next claim after the first lists.
+    /// The turn of the last claim after the first lists.
     turn: u32,
 }
 
-impl Cluster {
-    /// Adds an object or puts it in the place of its former version.
+impl ClusterIndex {
+    /// Adds an object or replaces its former version.
     pub fn apply(&mut self, object: Object) {
         match object {
             Object::Node(node) => {
@@ -184,7 +184,7 @@ impl Cluster {
                     self.pods.get(&pod.key).map(|old| (self.owner(old), addresses_of_its_own(old).to_vec()));
                 let (former, had) = old.unwrap_or_else(|| (owner.clone(), Vec::new()));
                 let has = addresses_of_its_own(&pod);
-                // One that is bound to its node only now claims anew.
+                // A pod that has only now been bound to its node claims its addresses anew.
                 let stays = |a: &&IpAddr| former == owner && had.contains(a) && has.contains(a);
                 let claims = has.iter().any(|a| !stays(&a));
                 let (since, settled) = self.since(Kind::Pods, pod.created, claims);
@@ -248,8 +248,8 @@ impl Cluster {
         }
     }
 
-    /// Removes what a list of all objects of a kind, which has been applied, does not have. From now on nobody can
-    /// take an address or a network from who has it.
+    /// Removes the objects of a kind that are not in a whole list, all objects of which have been applied. From now on
+    /// nobody can take an address or a network from its owner.
     pub fn retain(&mut self, kind: Kind, listed: &HashSet<Key>) {
         self.settled.insert(kind);
         let keys: Vec<Key> = match kind {
@@ -263,7 +263,7 @@ impl Cluster {
         }
     }
 
-    /// How old a claim is that an object makes now, if it `claims` anything, and whether it comes after the first list.
+    /// The age of a claim that an object makes now, if it `claims` anything, and whether it comes after the first list.
     fn since(&mut self, kind: Kind, created: Age, claims: bool) -> (Since, bool) {
         if !self.settled.contains(&kind) {
             return (Since::new(created, 0), false);
@@ -309,7 +309,7 @@ impl Cluster {
     pub fn node_of_address(&self, address: IpAddr) -> Option<&NodeName> {
         let node = self.node_addresses.get(&address)?;
         let (pod, node_turn) = (self.pod_addresses.turn(&address), self.node_addresses.turn(&address));
-        // Of claims that share the last turn, the node's counts as the later one.
+        // If both claims share the last turn, the node's counts as the later one.
         let pod_was_first = (pod < node_turn || node_turn == Some(u32::MAX))
             && self
                 .pod_of_address(address)
@@ -329,7 +329,7 @@ impl Cluster {
         Some((pod, pod.node.as_ref()?))
     }
 
-    /// Of the pods that claim this address, one of the node whose network holds it, unless `first` is.
+    /// A pod that claims this address and runs on the node whose network holds it, unless `first` does.
     fn pod_at_home(&self, address: IpAddr, first: &PodOfNode) -> Option<&PodOfNode> {
         let home = self.node_cidrs.only(address)?.as_str();
         let is_at_home = |pod: &&PodOfNode| pod.0.as_deref() == Some(home);

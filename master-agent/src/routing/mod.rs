@@ -1,38 +1,35 @@
-//! Which node reaches a target, and why. Pure: what the inventory and the cluster say, asked with a target.
+//! Finds the node that reaches a target, and the reason, from what the inventory and the cluster say. There is no I/O.
 //!
-//! Exact before general: a name or address of the inventory, of a service, of a node, of a pod, then the longest
-//! CIDR of a node or of services, then the node marked `default_route`. What the operator wrote comes first, then
-//! what the API server gives out itself, then what a kubelet says of its node and its pods. Never a direct
+//! An exact match precedes a general one: a name or address of the inventory, of a service, of a node, of a pod, then
+//! the longest CIDR of a node or of services, then the node marked `default_route`. What the operator wrote precedes
+//! what the API server assigns, and that precedes what a kubelet says of its node and its pods. There is never a direct
 //! connection.
 
 mod claims;
 pub mod cluster;
+pub mod inventory;
 pub mod preference;
 pub mod shared;
 #[cfg(test)]
 mod tests;
 
-use std::{
-    collections::{BTreeSet, HashMap},
-    net::IpAddr,
-    str::FromStr,
-};
+use std::{collections::HashMap, net::IpAddr, str::FromStr};
 
 use ipnet::IpNet;
 use proto::{DialError, Host, NodeName, Target};
 
-use crate::inventory::Inventory;
 use claims::{Prefixes, Since};
-use cluster::{Cluster, Endpoint, Pod, Service};
+use cluster::{ClusterIndex, Endpoint, Pod, Service};
+use inventory::Inventory;
 
-/// Endpoints of a service that are considered for one dial.
+/// The most endpoints of a service that are considered for one dial.
 const ENDPOINTS: usize = 16;
 
-/// All that routes come from.
+/// The sources of all routes.
 #[derive(Clone, Debug, Default)]
 pub struct Routes {
     pub inventory: InventoryRoutes,
-    pub cluster: Cluster,
+    pub cluster: ClusterIndex,
     /// What cluster DNS appends to the names of services, for instance `cluster.local`.
     pub cluster_domain: String,
 }
@@ -40,9 +37,9 @@ pub struct Routes {
 /// What the inventory says; replaced as a whole.
 #[derive(Clone, Debug, Default)]
 pub struct InventoryRoutes {
-    names: BTreeSet<NodeName>,
+    /// The addresses of each node.
+    nodes: HashMap<NodeName, Vec<IpAddr>>,
     addresses: HashMap<IpAddr, NodeName>,
-    first_address: HashMap<NodeName, IpAddr>,
     cidrs: Prefixes<NodeName>,
     services: Prefixes<()>,
     default_route: Option<NodeName>,
@@ -51,9 +48,9 @@ pub struct InventoryRoutes {
 /// Where a target leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Route {
-    /// Ways to it, at least one, none better than the other as far as routing knows.
+    /// The ways to it, at least one. As far as routing knows, none is better than another.
     pub hops: Vec<Hop>,
-    /// To be tried when all others have failed.
+    /// The way to try when all others have failed.
     pub last: Option<Hop>,
     /// For `explain`, logs and metrics.
     pub reason: String,
@@ -77,12 +74,10 @@ pub enum Via {
 impl InventoryRoutes {
     pub fn new(inventory: &Inventory) -> Self {
         let mut routes = Self::default();
-        for node in &inventory.nodes {
-            routes.names.insert(node.name.clone());
-            if let Some(first) = node.addresses.first() {
-                routes.first_address.insert(node.name.clone(), first.to_canonical());
-            }
-            routes.addresses.extend(node.addresses.iter().map(|a| (a.to_canonical(), node.name.clone())));
+        for node in inventory.nodes() {
+            let addresses: Vec<IpAddr> = node.addresses.iter().map(IpAddr::to_canonical).collect();
+            routes.addresses.extend(addresses.iter().map(|address| (*address, node.name.clone())));
+            routes.nodes.insert(node.name.clone(), addresses);
             for net in &node.cidrs {
                 routes.cidrs.claim(*net, Since::default(), node.name.clone(), false);
             }
@@ -90,7 +85,7 @@ impl InventoryRoutes {
                 routes.default_route = Some(node.name.clone());
             }
         }
-        for net in &inventory.service_cidrs {
+        for net in inventory.service_cidrs() {
             routes.services.claim(*net, Since::default(), (), false);
         }
         routes
@@ -112,30 +107,31 @@ impl Routes {
     }
 
     pub fn has_node(&self, name: &str) -> bool {
-        NodeName::from_str(name).is_ok_and(|node| self.inventory.names.contains(&node))
+        NodeName::from_str(name).is_ok_and(|node| self.inventory.nodes.contains_key(&node))
             || self.cluster.node(name).is_some()
     }
 
     /// The address that stands for a node's name where the node can't resolve it itself (a plain sshd).
     pub fn node_address(&self, name: &NodeName) -> Option<IpAddr> {
         let of_cluster = || self.cluster.node(name.as_str())?.addresses.first().copied();
-        self.inventory.first_address.get(name).copied().or_else(of_cluster)
+        let of_inventory = self.inventory.nodes.get(name).and_then(|addresses| addresses.first());
+        of_inventory.copied().or_else(of_cluster)
     }
 
     /// All addresses of a node.
     pub fn node_addresses(&self, name: &str) -> Vec<IpAddr> {
-        let of_inventory = self.inventory.addresses.iter().filter(|(_, node)| node.as_str() == name);
-        let mut addresses: Vec<IpAddr> = of_inventory.map(|(address, _)| *address).collect();
+        let of_inventory = NodeName::from_str(name).ok().and_then(|name| self.inventory.nodes.get(&name));
+        let mut addresses = of_inventory.cloned().unwrap_or_default();
         let of_cluster = self.cluster.node(name).into_iter().flat_map(|node| &node.addresses);
-        // What two nodes claim proves nothing of the younger one.
+        // An address that two nodes claim proves nothing about the one that does not own it.
         addresses.extend(
             of_cluster.filter(|a| self.cluster.node_of_address(**a).is_some_and(|n| n.as_str() == name)),
         );
         addresses
     }
 
-    /// Where a pod is dialled: at its first address, if that leads to the pod's own node. Its kubelet may report any
-    /// address, also one of another node, pod or service, which whoever asks for the pod must not be led to.
+    /// The address at which a pod is dialled: its first one, if that leads to the pod's own node. Its kubelet may report
+    /// any address, even one of another node, pod or service, to which a caller who asks for the pod must not be led.
     pub fn pod_address(&self, pod: &Pod) -> Result<IpAddr, DialError> {
         let key = &pod.key;
         let unreachable = |why: String| DialError::Unreachable(format!("pod {key} {why}"));
@@ -160,7 +156,7 @@ impl Routes {
     fn by_name(&self, name: &str, target: &Target) -> Result<Option<Route>, DialError> {
         let of_service = name.ends_with(".svc") || name.ends_with(&format!(".svc.{}", self.cluster_domain));
         if let Ok(node) = NodeName::from_str(name)
-            && (self.inventory.names.contains(&node) || !of_service && self.has_node(name))
+            && (self.inventory.nodes.contains_key(&node) || !of_service && self.has_node(name))
         {
             return Ok(Some(one(format!("node name {node}"), Via::Node(node), target)));
         }
@@ -257,7 +253,7 @@ impl Routes {
         let reason = match port {
             Some(port) if port.name.is_empty() => format!("service {key}"),
             Some(port) => format!("service {key} port {}", port.name),
-            // Who resolves a headless service's name connects to its pods at any port.
+            // Clients that resolve a headless service's name connect to its pods at any port.
             None if headless => format!("headless service {key}"),
             None => return Err(DialError::NoRoute(format!("{target}: service {key} has no such TCP port"))),
         };
@@ -282,7 +278,7 @@ impl Routes {
         let start = if count > ENDPOINTS { rand::random_range(0..count) } else { 0 };
         let hops = ready.clone().chain(ready).skip(start).take(count.min(ENDPOINTS));
         let hops: Vec<Hop> = hops.filter_map(|(endpoint, port)| self.endpoint_hop(endpoint, port)).collect();
-        // Where a node forwards to services itself, it reaches endpoints that are on no node, too.
+        // A node that forwards to services itself also reaches endpoints that are on no node.
         let last = service.addresses.first().map(|address| Hop {
             via: Via::AnyNode,
             target: Target::new(

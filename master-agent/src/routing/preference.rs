@@ -1,15 +1,15 @@
-//! Which of several ways to a target is tried first. Distance is a preference and no more: a node can make itself look
-//! near, or be near, and must not get all of a service's traffic for it.
+//! The order in which several ways to a target are tried. Distance is a preference and no more: a node that is near, or
+//! makes itself look near, must not get all of a service's traffic.
 
 use std::time::Duration;
 
 use rand::{Rng, RngExt};
 
-/// How much likelier a near node comes first than a far one. Of N connected nodes one is first in at most
-/// `PREFERENCE / (N - 1 + PREFERENCE)` of all cases, whatever distances there are, and in no fewer than
+/// How much more likely a near node is to come first than a far one. Whatever the distances, each of N connected nodes
+/// comes first with a probability of at most `PREFERENCE / (N - 1 + PREFERENCE)` and at least
 /// `1 / (1 + PREFERENCE * (N - 1))`.
 const PREFERENCE: f64 = 3.0;
-/// Round trips that differ by less are the same.
+/// Round trips that differ by less count as equal.
 const NEAR: Duration = Duration::from_micros(500);
 
 /// How a node is reached: `None` without a tunnel, `Some(None)` where the round trip is not measured.
@@ -17,7 +17,7 @@ pub type Reach = Option<Option<Duration>>;
 
 /// The order in which to try nodes, as indices: the connected ones first, drawn at random by weight.
 pub fn order(reach: &[Reach], rng: &mut impl Rng) -> Vec<usize> {
-    // Of independent exponential times the one at rate w comes first with probability w / sum (a race).
+    // In a race of independent exponential times, the one with rate w comes first with probability w / sum.
     let race = |weight: Option<f64>| match weight {
         Some(weight) => (false, -(1.0 - rng.random::<f64>()).ln() / weight),
         None => (true, rng.random()),
@@ -27,7 +27,7 @@ pub fn order(reach: &[Reach], rng: &mut impl Rng) -> Vec<usize> {
     ranked.into_iter().map(|(index, _)| index).collect()
 }
 
-/// The weights of nodes that are connected. A distance that nobody knows earns no preference.
+/// The weights of the nodes that are connected. An unknown distance earns no preference.
 fn weights(reach: &[Reach]) -> impl Iterator<Item = Option<f64>> {
     let nearest = reach.iter().flatten().flatten().min().copied().unwrap_or_default();
     let near = nearest * 2 + NEAR;

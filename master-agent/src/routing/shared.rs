@@ -14,7 +14,7 @@ impl SharedRoutes {
         Self(RwLock::new(Routes { cluster_domain, ..Routes::default() }))
     }
 
-    /// Asks the routes. What `ask` does has to be quick: changes wait for it.
+    /// Asks the routes. `ask` has to be quick, as changes wait for it.
     pub fn read<R>(&self, ask: impl FnOnce(&Routes) -> R) -> R {
         ask(&self.0.read().unwrap_or_else(PoisonError::into_inner))
     }

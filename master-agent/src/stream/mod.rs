@@ -1,6 +1,7 @@
-//! Streams to targets, whoever asked for them: the caller, the record that each stream leaves, and a socket for those who
-//! speak a protocol of their own with the target.
+//! Streams to targets, whichever listener they come from: the caller, the record that each stream leaves, the
+//! metrics, and a socket for listeners that speak a protocol of their own with the target.
 
 pub mod caller;
+pub mod metrics;
 pub mod record;
 pub mod target_socket;

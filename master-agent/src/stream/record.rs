@@ -1,4 +1,5 @@
-//! The record that every stream leaves when it ends, in whatever way; while it is open, its node knows of it.
+//! The record that every stream leaves when it ends, for whatever reason: one line in the log, the metrics, and the
+//! attributes of its span. This is the only place that says what such a record holds.
 
 use std::{
     sync::{Arc, atomic::Ordering::Relaxed},
@@ -9,43 +10,50 @@ use opentelemetry::trace::SpanKind;
 use proto::{NodeName, Target};
 use proto_net::relay::Counters;
 
-use super::caller::Caller;
+use super::{caller::Caller, metrics::StreamMetrics};
 use crate::{
-    activity::{Live, Place},
-    metrics::{Door, DoorDirection, Metrics},
+    activity::{OpenStream, OpenStreamGuard},
     traces::{self, Span, SpanContext},
 };
 
+/// What is known of a stream when its target has accepted it.
+pub struct Opened {
+    pub caller: Caller,
+    pub target: Target,
+    /// The node that reached the target; `None` without a tunnel.
+    pub node: Option<NodeName>,
+    /// Why that node was chosen.
+    pub reason: String,
+    /// The stream's span, which began before the dial.
+    pub span: Span,
+}
+
+/// An open stream. Its node's activity lists it; dropping it writes the record.
 pub struct Record {
-    metrics: Metrics,
-    stream: Arc<Live>,
+    metrics: StreamMetrics,
+    stream: Arc<OpenStream>,
     node: Option<NodeName>,
-    _place: Option<Place>,
-    /// Of what it is part.
+    _listed: Option<OpenStreamGuard>,
+    /// The caller's span, whose identifiers are logged if the stream's own span is not sent.
     parent: Option<SpanContext>,
     span: Span,
+    /// How the stream ended; `cancelled` until somebody knows better.
     pub outcome: &'static str,
 }
 
 impl Record {
-    pub fn new(
-        metrics: Metrics,
-        caller: Caller,
-        target: Target,
-        node: Option<NodeName>,
-        reason: String,
-        span: Span,
-    ) -> Self {
-        let Caller { door, origin, span: parent } = caller;
-        metrics.streams.get_or_create(&Door { egress: door }).inc();
+    pub fn open(metrics: StreamMetrics, opened: Opened) -> Self {
+        let Opened { caller, target, node, reason, span } = opened;
+        let Caller { listener, origin, span: parent } = caller;
+        metrics.opened(listener);
         let (began, counters) = (Instant::now(), Counters::default());
-        let stream = Arc::new(Live { door, origin, target, reason, began, counters });
+        let stream = Arc::new(OpenStream { listener, origin, target, reason, began, counters });
         let activity = node.as_ref().and_then(|node| metrics.nodes.activity(node));
-        let place = activity.map(|activity| activity.open(stream.clone()));
-        Self { metrics, stream, node, _place: place, parent, span, outcome: "cancelled" }
+        let listed = activity.map(|activity| activity.open(stream.clone()));
+        Self { metrics, stream, node, _listed: listed, parent, span, outcome: "cancelled" }
     }
 
-    /// To be counted in while the stream is carried.
+    /// The bytes that the stream has carried, which whoever carries them counts.
     pub fn counters(&self) -> &Counters {
         &self.stream.counters
     }
@@ -53,20 +61,13 @@ impl Record {
 
 impl Drop for Record {
     fn drop(&mut self) {
-        let Live { origin, target, reason, began, counters, .. } = &*self.stream;
-        let egress = self.stream.door;
+        let OpenStream { listener: egress, origin, target, reason, began, counters } = &*self.stream;
+        let egress = *egress;
         let (up, down) = (counters.up.load(Relaxed), counters.down.load(Relaxed));
         let seconds = began.elapsed().as_secs_f64();
         let span = self.span.context().or(self.parent.as_ref()).map(traces::ids);
         let (trace_id, span_id) = span.unzip();
-        self.metrics.streams.get_or_create(&Door { egress }).dec();
-        for (direction, bytes) in [("up", up), ("down", down)] {
-            let labels = DoorDirection { egress, direction };
-            self.metrics.bytes.get_or_create(&labels).inc_by(bytes);
-            self.metrics.stream_size.get_or_create(&labels).observe(bytes as f64);
-        }
-        self.metrics.stream_seconds.get_or_create(&Door { egress }).observe(seconds);
-        self.metrics.konnectivity.stream_seconds.observe(seconds);
+        self.metrics.ended(egress, seconds, [up, down]);
         tracing::info!(
             egress,
             %origin,
@@ -81,25 +82,31 @@ impl Drop for Record {
             span_id,
             "stream ended"
         );
-        end(&mut self.span, self.outcome, self.node.as_ref(), reason, [up, down]);
+        end_span(&mut self.span, self.outcome, self.node.as_ref(), reason, [up, down]);
     }
 }
 
-/// Of a stream, from before its dial.
-pub fn span(caller: &Caller, target: &Target) -> Span {
+/// Starts a stream's span, before its dial.
+pub fn start_span(caller: &Caller, target: &Target) -> Span {
     let parent = caller.span.as_ref();
-    let name = || format!("stream {}", caller.door);
+    let name = || format!("stream {}", caller.listener);
     let mut span = Span::start(SpanKind::Client, parent, SystemTime::now(), name);
     if span.is_sent() {
         span.set_text("server.address", &target.host.to_string());
         span.set("server.port", i64::from(target.port));
-        span.set("master_agent.egress", caller.door);
+        span.set("master_agent.egress", caller.listener);
         span.set_text("master_agent.origin", &caller.origin.0);
     }
     span
 }
 
-fn end(span: &mut Span, outcome: &'static str, node: Option<&NodeName>, reason: &str, [up, down]: [u64; 2]) {
+fn end_span(
+    span: &mut Span,
+    outcome: &'static str,
+    node: Option<&NodeName>,
+    reason: &str,
+    [up, down]: [u64; 2],
+) {
     if !span.is_sent() {
         return;
     }

@@ -1,4 +1,4 @@
-//! A socket to a target, for egress listeners that speak a protocol of their own with it.
+//! A socket to a target, for those who speak a protocol of their own with it.
 
 use std::{
     io,
@@ -16,14 +16,13 @@ use tokio::{
     sync::oneshot,
 };
 
-/// Bytes that wait each way between the stream and its user.
-const PIPE: usize = 64 * 1024;
-/// How long the target may take to end its direction after a socket that was shut down is dropped.
+/// Bytes that are buffered in each direction between the stream and its user.
+const BUFFER: usize = 64 * 1024;
+/// How long the target may take to end its direction after a socket has been shut down and dropped.
 const LINGER: Duration = Duration::from_secs(5);
 
-/// One connection to a target. Dropping it resets the connection, unless it was shut down before: then the target
-/// has a few seconds to end its direction. A connection that breaks gives an error where its end would be, so that
-/// what is cut short never looks complete.
+/// A connection to a target. Dropping it resets the connection, unless it has been shut down: then the target has a few
+/// seconds to end its direction. A broken connection ends with an error, so that a truncated response never looks complete.
 pub struct TargetSocket {
     io: DuplexStream,
     broken: Arc<AtomicBool>,
@@ -31,7 +30,7 @@ pub struct TargetSocket {
     dropped: Option<oneshot::Sender<()>>,
 }
 
-/// What the stream's side of the socket must know.
+/// The stream's end of the socket.
 pub struct FarEnd {
     pub io: DuplexStream,
     broken: Arc<AtomicBool>,
@@ -39,12 +38,12 @@ pub struct FarEnd {
 }
 
 pub fn pair() -> (TargetSocket, FarEnd) {
-    pair_of(PIPE)
+    pair_of(BUFFER)
 }
 
-/// A pair between whose ends so many bytes wait each way.
-pub fn pair_of(pipe: usize) -> (TargetSocket, FarEnd) {
-    let (near, far) = tokio::io::duplex(pipe);
+/// A pair with a buffer of so many bytes in each direction.
+pub fn pair_of(buffer: usize) -> (TargetSocket, FarEnd) {
+    let (near, far) = tokio::io::duplex(buffer);
     let broken = Arc::<AtomicBool>::default();
     let (sender, dropped) = oneshot::channel();
     (
@@ -54,7 +53,7 @@ pub fn pair_of(pipe: usize) -> (TargetSocket, FarEnd) {
 }
 
 impl FarEnd {
-    /// Carries by `relay`, which gives whether both directions ended in order, for as long as the socket wants it.
+    /// Runs `relay` for as long as the socket is wanted. `relay` returns whether both directions have ended in order.
     pub async fn carry<F>(self, relay: impl FnOnce(DuplexStream) -> F)
     where
         F: Future<Output = (DuplexStream, bool)>,

@@ -1,4 +1,4 @@
-//! `top`: the nodes of the running agent, live in a terminal.
+//! `top`: a live view of the running agent's nodes in a terminal.
 
 pub(crate) mod model;
 mod view;
@@ -18,31 +18,31 @@ use tokio::{
 use crate::{admin_client::AdminClient, table::print_nodes};
 use model::{Key, Model, Sort};
 
-/// The nodes of the running agent, live: states, round trips, streams, bytes a second, errors.
+/// Show the nodes of the running agent live: states, round trips, streams, bytes per second, errors.
 #[derive(Debug, Args)]
 pub struct TopArgs {
-    /// How often the agent is asked.
+    /// How often the agent is queried.
     #[arg(long, short, default_value = "1s", value_parser = humantime::parse_duration, value_name = "TIME")]
     interval: Duration,
-    /// What to sort by at first.
+    /// The initial sort order.
     #[arg(long, value_enum, default_value_t)]
     sort: Sort,
-    /// Show only nodes with this text in their name, state, direction, kind or reason.
+    /// Show only nodes whose name, state, direction, kind or reason contains this text.
     #[arg(long, value_name = "TEXT", default_value = "")]
     filter: String,
 }
 
-/// `top`. Without a terminal it prints the nodes once, as `node list` does.
+/// Runs `top`. Without a terminal it prints the nodes once, as `node list` does.
 pub async fn top(agent: &AdminClient, args: TopArgs) -> anyhow::Result<()> {
     if args.interval < Duration::from_millis(100) {
-        anyhow::bail!("--interval is at least 100ms");
+        anyhow::bail!("--interval must be at least 100ms");
     }
     let first = agent.nodes().await?;
     if !stdout().is_terminal() {
         print_nodes(&first);
         return Ok(());
     }
-    // Before the terminal is changed, so that none of these finds it so.
+    // Registered before the terminal is changed, so that no signal leaves it changed.
     let ends = [SignalKind::terminate(), SignalKind::hangup(), SignalKind::interrupt(), SignalKind::quit()];
     let mut signals = Vec::new();
     for kind in ends {
@@ -52,7 +52,7 @@ pub async fn top(agent: &AdminClient, args: TopArgs) -> anyhow::Result<()> {
         let waits = signals.iter_mut().map(|signal| Box::pin(signal.recv()));
         futures_util::future::select_all(waits).await;
     };
-    // Also restores it when this panics.
+    // This also restores the terminal after a panic.
     let mut terminal = ratatui::try_init()?;
     let mut model = Model::new(args.sort, args.filter);
     model.take(first, Instant::now());
@@ -84,7 +84,7 @@ async fn run(
                 if !press(model, event?) {
                     return Ok(());
                 }
-                // What came meanwhile is drawn once.
+                // Events that have arrived meanwhile are drawn once.
                 while let Ok(event) = input.try_recv() {
                     if !press(model, event?) {
                         return Ok(());
@@ -111,7 +111,7 @@ async fn refresh(agent: &AdminClient, model: &mut Model) {
     }
 }
 
-/// Reads the keyboard on a thread of its own, which ends with the program.
+/// Reads the keyboard on its own thread, which ends with the program.
 fn read_input() -> mpsc::Receiver<std::io::Result<event::Event>> {
     let (send, receive) = mpsc::channel(64);
     std::thread::spawn(move || {
@@ -126,7 +126,7 @@ fn read_input() -> mpsc::Receiver<std::io::Result<event::Event>> {
     receive
 }
 
-/// Whether to go on.
+/// Handles an event. Returns whether to go on.
 #[allow(clippy::wildcard_enum_match_arm, reason = "keyboards have many keys, and most do nothing here")]
 fn press(model: &mut Model, event: event::Event) -> bool {
     let event::Event::Key(KeyEvent { code, modifiers, kind, .. }) = event else { return true };

@@ -1,4 +1,4 @@
-//! What `top` shows, without a terminal: rows, their order, what is selected.
+//! What `top` shows, without a terminal: the rows, their order and the selection.
 
 use std::{
     cmp::Ordering,
@@ -8,9 +8,9 @@ use std::{
 
 use clap::ValueEnum;
 
-use crate::registry::{NodeDetail, NodeStatus};
+use crate::admin_api::{NodeDetail, NodeStatus};
 
-/// By what nodes are sorted.
+/// The order of nodes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Sort {
     #[default]
@@ -42,19 +42,19 @@ impl Sort {
     }
 }
 
-/// One node.
+/// A node in the table.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Row {
     pub name: String,
     pub state: String,
     pub reason: String,
-    /// `dialled` or `call-home`, of the active tunnel.
+    /// The direction of the active tunnel: `dialled`, `call-home` or `call-home-https`.
     pub direction: String,
     pub kind: String,
     pub tunnels: usize,
     pub round_trip: Option<Duration>,
     pub streams: usize,
-    /// Bytes a second since the time before; `None` the first time.
+    /// Bytes per second since the last update; `None` after the first one.
     pub up: Option<f64>,
     pub down: Option<f64>,
     /// Failed dials, impostors and lost tunnels.
@@ -90,7 +90,7 @@ impl Row {
     }
 
     fn compare(&self, other: &Self, sort: Sort) -> Ordering {
-        // What one looks for comes first: what is broken, busy, slow or new.
+        // Nodes that are broken, busy, slow or recently changed come first.
         let order = match sort {
             Sort::Name => Ordering::Equal,
             Sort::State => rank(&self.state).cmp(&rank(&other.state)),
@@ -121,7 +121,7 @@ fn rank(state: &str) -> u8 {
     }
 }
 
-/// n2 before n10.
+/// Orders n2 before n10.
 fn natural(a: &str, b: &str) -> Ordering {
     let number = |name: &str| {
         let digits = name.bytes().rev().take_while(u8::is_ascii_digit).count();
@@ -131,7 +131,7 @@ fn natural(a: &str, b: &str) -> Ordering {
     number(a).cmp(&number(b)).then_with(|| a.cmp(b))
 }
 
-/// Everything that is shown.
+/// The state of the view.
 #[derive(Default)]
 pub(crate) struct Model {
     nodes: Vec<NodeStatus>,
@@ -140,22 +140,22 @@ pub(crate) struct Model {
     pub sort: Sort,
     pub reversed: bool,
     pub filter: String,
-    /// The filter is being typed.
+    /// Whether the filter is being typed.
     pub typing: bool,
     pub help: bool,
     selected: Option<String>,
-    /// The node whose streams are shown, and what was heard of it.
+    /// The node whose streams are shown.
     pub opened: Option<String>,
     pub detail: Option<NodeDetail>,
     rates: HashMap<u64, (u64, u64)>,
     pub stream_rates: HashMap<u64, (f64, f64)>,
     detail_taken: Option<Instant>,
-    /// Lines of the detail that are scrolled away.
+    /// The number of streams that are scrolled out of view.
     pub scrolled: usize,
     pub error: Option<String>,
 }
 
-/// What a key does.
+/// A key, by its effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Key {
     Up(usize),
@@ -173,7 +173,7 @@ impl Model {
         Self { sort, filter, ..Self::default() }
     }
 
-    /// Takes what the agent said at `now`.
+    /// Takes the nodes as the agent reported them at `now`.
     pub(crate) fn take(&mut self, nodes: Vec<NodeStatus>, now: Instant) {
         let seconds = self.taken.map(|taken| now.duration_since(taken).as_secs_f64()).filter(|s| *s > 0.0);
         let before: HashMap<&str, &NodeStatus> = self.nodes.iter().map(|n| (n.name.as_str(), n)).collect();
@@ -210,24 +210,24 @@ impl Model {
         });
     }
 
-    /// The rows that the filter lets through.
+    /// The rows that match the filter.
     pub(crate) fn rows(&self) -> Vec<&Row> {
         let filter = self.filter.to_lowercase();
         self.rows.iter().filter(|row| row.matches(&filter)).collect()
     }
 
-    /// How many nodes there are, and how many of them are connected.
+    /// The number of nodes, and of connected ones.
     pub(crate) fn counts(&self) -> (usize, usize) {
         (self.rows.len(), self.rows.iter().filter(|row| row.state == "connected").count())
     }
 
-    /// Bytes a second of all nodes, up and down.
+    /// Bytes per second of all nodes, up and down.
     pub(crate) fn rates(&self) -> (f64, f64) {
         let sum = |of: fn(&Row) -> Option<f64>| self.rows.iter().filter_map(of).fold(0.0, |a, b| a + b);
         (sum(|row| row.up), sum(|row| row.down))
     }
 
-    /// Where the selected row stands among [`Self::rows`].
+    /// The index of the selected row in [`Self::rows`].
     pub(crate) fn selected(&self) -> usize {
         let rows = self.rows();
         let selected = self.selected.as_ref();
@@ -240,7 +240,7 @@ impl Model {
         self.selected = name;
     }
 
-    /// Whether to go on.
+    /// Handles a key. Returns whether to go on.
     pub(crate) fn press(&mut self, key: Key) -> bool {
         if self.help {
             self.help = false;
@@ -311,7 +311,7 @@ impl Model {
     }
 }
 
-/// Bytes a second in at most seven characters.
+/// Bytes per second in at most seven characters.
 pub(crate) fn show_rate(rate: Option<f64>) -> String {
     match rate {
         None => "-".to_owned(),
@@ -336,7 +336,7 @@ pub(crate) fn show_bytes(bytes: f64) -> String {
     format!("{value:.0} PB")
 }
 
-/// For how long something has been so.
+/// The time since something happened, in at most six characters.
 pub(crate) fn show_age(since_unix_milliseconds: Option<u64>, now_unix_milliseconds: u64) -> String {
     let Some(since) = since_unix_milliseconds else { return "-".to_owned() };
     let seconds = now_unix_milliseconds.saturating_sub(since) / 1000;
@@ -351,7 +351,7 @@ pub(crate) fn show_age(since_unix_milliseconds: Option<u64>, now_unix_millisecon
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::activity::Totals;
+    use crate::admin_api::Totals;
 
     pub(crate) fn node(name: &str, state: &str, up: u64) -> NodeStatus {
         NodeStatus {
@@ -369,14 +369,14 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn rows_are_sorted_filtered_and_stay_selected() {
+    fn rows_are_sorted_and_filtered_and_the_selection_follows() {
         let now = Instant::now();
         let mut model = Model::new(Sort::Name, String::new());
         model.take(vec![node("n10", "connected", 0), node("n2", "lost", 0), node("x", "retrying", 0)], now);
         assert_eq!(names(&model), ["n2", "n10", "x"]);
         assert!(model.press(Key::Down(1)) && model.press(Key::Down(50)) && model.press(Key::Up(1)));
         assert_eq!(model.selected(), 1);
-        // The selected node stays so wherever it goes.
+        // The selection follows its node.
         assert!(model.press(Key::Char('s')));
         assert_eq!((names(&model), model.selected()), (["n2", "x", "n10"].map(str::to_owned).into(), 2));
         assert!(model.press(Key::Char('r')) && model.selected() == 0);
@@ -391,7 +391,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn rates_are_differences() {
+    fn rates_are_differences_between_updates() {
         let now = Instant::now();
         let mut model = Model::new(Sort::Rate, String::new());
         model.take(vec![node("a", "connected", 1000), node("b", "connected", 1000)], now);
@@ -403,7 +403,7 @@ pub(crate) mod tests {
         let rates: Vec<_> = model.rows().iter().map(|row| (row.name.clone(), row.up)).collect();
         assert_eq!(rates[..2], [("b".to_owned(), Some(2000.0)), ("a".to_owned(), Some(0.0))]);
         assert_eq!((model.rates(), model.counts()), ((2000.0, 0.0), (3, 3)));
-        // Without nodes, keys do nothing.
+        // Keys do nothing if there are no nodes.
         model.take(Vec::new(), now + Duration::from_secs(3));
         for key in [Key::Down(1), Key::Up(1), Key::First, Key::Last, Key::Enter] {
             assert!(model.press(key) && model.opened.is_none());
@@ -411,7 +411,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_people_read_is_short() {
+    fn values_are_short() {
         for (bytes, shown) in [
             (0.0, "0 B"),
             (999.0, "999 B"),

@@ -1,4 +1,4 @@
-//! How `top` looks. Colours only repeat what words say.
+//! How `top` draws its state. Colours only repeat what words say.
 
 use ratatui::{
     Frame,
@@ -9,21 +9,21 @@ use ratatui::{
 };
 
 use super::model::{Model, Row, Sort, show_age, show_bytes, show_rate};
-use crate::{activity::EventKind, registry::NodeDetail};
+use crate::admin_api::{EventKind, NodeDetail};
 
 const HELP: [&str; 9] = [
     "up, down, j, k    select",
-    "PgUp, PgDn        a page",
-    "Home, End         the first, the last",
-    "Enter             the node's streams and events",
-    "Esc, Backspace    back; undo the filter",
+    "PgUp, PgDn        move by a page",
+    "Home, End         go to the first, the last",
+    "Enter             show the node's streams and events",
+    "Esc, Backspace    go back; clear the filter",
     "s                 sort by the next column",
-    "r                 the other way round",
+    "r                 reverse the order",
     "/                 filter; Enter keeps it",
     "q                 quit",
 ];
 
-/// Columns by what there is room for: title, width, and from which width of the screen on.
+/// The columns: title, width, and the width of the screen from which on the column is shown.
 const COLUMNS: [(&str, u16, u16); 11] = [
     ("NODE", 20, 0),
     ("STATE", 10, 24),
@@ -139,7 +139,7 @@ fn draw_nodes(frame: &mut Frame<'_>, area: Rect, model: &Model, now: u64) {
     });
     let rows = model.rows();
     let selected = model.selected();
-    // Only what is seen is made.
+    // Only visible rows are built.
     let height = usize::from(area.height.saturating_sub(1)).max(1);
     let first = (selected + 1).saturating_sub(height).max(selected.saturating_sub(height / 2));
     let first = first.min(rows.len().saturating_sub(height));
@@ -158,7 +158,7 @@ fn draw_nodes(frame: &mut Frame<'_>, area: Rect, model: &Model, now: u64) {
 
 fn draw_node(frame: &mut Frame<'_>, area: Rect, model: &Model, name: &str, now: u64) {
     let Some(detail) = &model.detail else {
-        frame.render_widget(Paragraph::new(format!("{name}: asking")), area);
+        frame.render_widget(Paragraph::new(format!("{name}: loading")), area);
         return;
     };
     let events = u16::try_from(detail.detail.events.len()).unwrap_or(u16::MAX).clamp(1, 6);
@@ -299,10 +299,7 @@ mod tests {
     use ratatui::{Terminal, backend::TestBackend};
 
     use super::{super::model::Key, *};
-    use crate::{
-        activity::{Detail, Event, StreamStatus, Totals},
-        registry::NodeStatus,
-    };
+    use crate::admin_api::{Detail, Event, NodeStatus, StreamStatus, Totals};
 
     fn node(i: usize) -> NodeStatus {
         let lost = i % 7 == 3;
@@ -351,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thousand_nodes_at_any_size() {
+    fn a_thousand_nodes_are_drawn_at_any_size() {
         let mut model = Model::new(Sort::Name, String::new());
         model.take((0..1000).map(node).collect(), Instant::now());
         let wide = screen(&model, 140, 30);
@@ -370,19 +367,19 @@ mod tests {
             "{last}"
         );
         assert!(model.press(Key::Up(3)) && screen(&model, 60, 15).contains("node-999"));
-        assert!(model.press(Key::Char('?')) && screen(&model, 60, 15).contains("the other way round"));
+        assert!(model.press(Key::Char('?')) && screen(&model, 60, 15).contains("reverse the order"));
         for (width, height) in [(1, 1), (5, 2), (20, 3), (300, 80)] {
             screen(&model, width, height);
         }
     }
 
     #[test]
-    fn a_node_with_its_streams_and_events() {
+    fn a_node_is_drawn_with_its_streams_and_events() {
         let mut model = Model::new(Sort::Name, String::new());
         let now = Instant::now();
         model.take((0..3).map(node).collect(), now);
         assert!(model.press(Key::Down(1)) && model.press(Key::Enter));
-        assert!(screen(&model, 100, 30).contains("node-1: asking"));
+        assert!(screen(&model, 100, 30).contains("node-1: loading"));
         model.take_detail(detail(), now);
         let mut later = detail();
         later.detail.streams[7].down += 4_000_000;

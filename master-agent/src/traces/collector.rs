@@ -1,4 +1,4 @@
-//! The collector that spans are posted to.
+//! The client that posts spans to a collector.
 
 use std::{
     fmt,
@@ -22,7 +22,7 @@ use tokio::runtime::Handle;
 
 use super::config::TracesConfig;
 
-/// Bytes of an answer that are read.
+/// Bytes of a response that are read.
 const MAX_ANSWER: usize = 64 * 1024;
 
 pub(super) fn exporter(config: &TracesConfig) -> anyhow::Result<SpanExporter> {
@@ -40,7 +40,7 @@ pub(super) fn exporter(config: &TracesConfig) -> anyhow::Result<SpanExporter> {
         client,
         endpoint: config.endpoint.clone(),
         timeout: config.timeout,
-        runtime: Handle::try_current().context("there is no runtime")?,
+        runtime: Handle::try_current().context("there is no tokio runtime")?,
         failing: AtomicBool::new(false),
     };
     SpanExporter::builder()
@@ -68,11 +68,11 @@ impl fmt::Debug for Collector {
 }
 
 impl Collector {
-    /// Says once that spans can't be sent, and once that they can again.
-    fn told(&self, sent: &Result<Response<Bytes>, HttpError>) {
+    /// Logs once that spans cannot be sent, and once that they are sent again.
+    fn log_change(&self, sent: &Result<Response<Bytes>, HttpError>) {
         let error = match sent {
             Ok(response) if response.status().is_success() => None,
-            Ok(response) => Some(format!("it answers {}", response.status())),
+            Ok(response) => Some(format!("the collector answers {}", response.status())),
             Err(error) => Some(error.to_string()),
         };
         let failing = error.is_some();
@@ -81,7 +81,7 @@ impl Collector {
         }
         match error {
             Some(error) => {
-                tracing::warn!(endpoint = %self.endpoint, error, "spans can't be sent; they are lost until they can")
+                tracing::warn!(endpoint = %self.endpoint, error, "spans cannot be sent and are lost")
             }
             None => tracing::info!(endpoint = %self.endpoint, "spans are sent again"),
         }
@@ -89,7 +89,7 @@ impl Collector {
 }
 
 impl HttpClient for Collector {
-    /// Called by the thread that batches spans, which is none of the runtime's.
+    /// Called by the thread that batches spans, which does not belong to the runtime.
     fn send_bytes<'this, 'sent>(
         &'this self,
         request: Request<Bytes>,
@@ -109,10 +109,10 @@ impl HttpClient for Collector {
         Box::pin(async move {
             let sent = match exchange.await {
                 Ok(Ok(sent)) => sent,
-                Ok(Err(_)) => Err("it does not answer in time".into()),
+                Ok(Err(_)) => Err("the collector does not answer in time".into()),
                 Err(error) => Err(error.into()),
             };
-            self.told(&sent);
+            self.log_change(&sent);
             sent
         })
     }

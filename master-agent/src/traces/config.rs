@@ -17,22 +17,22 @@ use proto_net::tls::ClientTls;
 
 use crate::fields::{WAIT, secs, verified_or_loopback};
 
-/// The most that is read of a file of headers.
+/// The largest headers file.
 const MAX_HEADERS_FILE: u64 = 64 * 1024;
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct TracesConfig {
-    /// Where spans are posted to: OTLP over HTTP, binary protobuf.
+    /// Where spans are posted (OTLP over HTTP, binary protobuf).
     pub endpoint: Uri,
     pub tls: ClientTls,
-    /// Lines `NAME: VALUE` that every request has, such as an authorization.
+    /// A file with lines `NAME: VALUE`, which every request has as headers, for instance an authorization.
     pub headers_file: Option<PathBuf>,
-    /// Of all traces, those that are sent: 0 to 1.
+    /// The share of traces that is sent, from 0 to 1.
     pub sample_ratio: f64,
     pub service_name: String,
-    /// For one request to the collector.
+    /// How long a request to the collector may take.
     pub timeout: Duration,
-    /// Spans that may wait to be sent. More are lost.
+    /// Spans that may wait to be sent; further ones are lost.
     pub queue: usize,
 }
 
@@ -82,7 +82,7 @@ fn endpoint(s: &Section<'_>) -> Option<Uri> {
     verified_or_loopback(&at, uri)
 }
 
-/// The values are secrets, and part of no error.
+/// Reads a headers file. The values are secrets, so errors never show them.
 pub(super) fn read_headers(path: &Path) -> anyhow::Result<HashMap<String, String>> {
     let name = path.display();
     let size = fs::metadata(path).with_context(|| format!("can't read {name}"))?.len();

@@ -1,9 +1,11 @@
 //! Traces: a span for each request that the front end serves and for each stream, sent to an OpenTelemetry collector by
-//! OTLP. Off unless configured.
+//! OTLP. They are off unless configured, and belong to the process, as the log does.
 //!
-//! Like the log they are the process's. A caller's `traceparent` (W3C Trace Context) says which trace a span is part of;
-//! whether the spans of a trace are sent is not the caller's to say ([`Sampler`]). Its `tracestate` goes through, and is
-//! kept nowhere.
+//! A caller's `traceparent` (W3C Trace Context) says which trace a span is part of, but not whether the spans of a trace are
+//! sent: that is decided by the [`Sampler`]. A `tracestate` is passed on and not kept.
+//!
+//! The propagator of opentelemetry_sdk is not used for `traceparent`: it accepts fields with signs and of wrong lengths, and
+//! replaces the `tracestate` of a request.
 
 mod collector;
 mod config;
@@ -37,20 +39,20 @@ pub use config::TracesConfig;
 use sampler::Sampler;
 
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
-/// How long spans gather before they are sent together.
+/// How long spans are gathered before they are sent.
 const GATHER: Duration = Duration::from_secs(1);
-/// Spans sent together.
+/// Spans that are sent in one request.
 const BATCH: usize = 512;
-/// Characters of a text that callers have a part in.
+/// Characters that are kept of a text which callers may influence.
 const TEXT: usize = 1024;
 
 static TRACER: OnceLock<SdkTracer> = OnceLock::new();
 
-/// Sends spans until it is closed.
+/// Sends spans until closed.
 pub struct Traces(SdkTracerProvider);
 
 impl Traces {
-    /// Starts traces for the process, in a tokio runtime.
+    /// Starts traces for the process. Called in a tokio runtime.
     pub fn start(config: &TracesConfig) -> anyhow::Result<Self> {
         let exporter = exporter(config)?;
         let batches = BatchConfigBuilder::default()
@@ -68,11 +70,11 @@ impl Traces {
             .with_span_limits(SpanLimits::default())
             .with_span_processor(BatchSpanProcessor::builder(exporter).with_batch_config(batches).build())
             .build();
-        TRACER.set(provider.tracer("master-agent")).ok().context("traces have been started before")?;
+        TRACER.set(provider.tracer("master-agent")).ok().context("traces have already been started")?;
         Ok(Self(provider))
     }
 
-    /// Sends what is left, for at most `timeout`.
+    /// Sends the remaining spans within `timeout`.
     pub async fn close(self, timeout: Duration) {
         let closing = tokio::task::spawn_blocking(move || self.0.shutdown_with_timeout(timeout));
         match tokio::time::timeout(timeout, closing).await {
@@ -83,14 +85,14 @@ impl Traces {
     }
 }
 
-/// The span that a request is part of, as its `traceparent` has it. Whoever sent it must have been authenticated.
+/// The span that a request is part of, according to its only `traceparent`. Its sender must have been authenticated.
 pub fn parent(headers: &HeaderMap) -> Option<SpanContext> {
     let mut values = headers.get_all(TRACEPARENT).iter();
     let value = values.next().filter(|_| values.next().is_none())?;
     parse(value.to_str().ok()?)
 }
 
-/// W3C Trace Context §3.2: `VERSION-TRACE-SPAN-FLAGS`; versions to come may have more behind it.
+/// Parses a `traceparent` (W3C Trace Context §3.2): `VERSION-TRACE-SPAN-FLAGS`, which future versions may extend.
 fn parse(value: &str) -> Option<SpanContext> {
     let (head, rest) = value.split_at_checked(55)?;
     let mut parts = head.split('-');
@@ -107,7 +109,7 @@ fn parse(value: &str) -> Option<SpanContext> {
     let context = SpanContext::new(
         TraceId::from_hex(trace).ok()?,
         SpanId::from_hex(span).ok()?,
-        // More is not known.
+        // Other flags are unknown.
         TraceFlags::new(u8::from_str_radix(flags, 16).ok()?) & TraceFlags::SAMPLED,
         true,
         TraceState::default(),
@@ -115,7 +117,7 @@ fn parse(value: &str) -> Option<SpanContext> {
     context.is_valid().then_some(context)
 }
 
-/// Says in a request that what it leads to is part of `span`.
+/// Makes what a request leads to part of `span`.
 pub fn inject(span: &SpanContext, headers: &mut HeaderMap) {
     let flags = span.trace_flags().to_u8();
     let value = format!("00-{}-{}-{flags:02x}", span.trace_id(), span.span_id());
@@ -124,7 +126,7 @@ pub fn inject(span: &SpanContext, headers: &mut HeaderMap) {
     }
 }
 
-/// Something that takes time, from [`Span::start`] until it is dropped; nothing where it is not to be sent.
+/// A span from [`Span::start`] until it is dropped. It is empty if it will not be sent.
 #[derive(Default)]
 pub struct Span {
     span: Option<Box<opentelemetry_sdk::trace::Span>>,
@@ -132,7 +134,7 @@ pub struct Span {
 }
 
 impl Span {
-    /// `parent` is the span that it is part of; without one it begins a trace.
+    /// Starts a span that is part of `parent`. Without a parent it begins a trace.
     pub fn start(
         kind: SpanKind,
         parent: Option<&SpanContext>,
@@ -150,7 +152,7 @@ impl Span {
         Self { span: span.is_recording().then(|| Box::new(span)), settled: false }
     }
 
-    /// For the spans that are part of it; `None` where it is not sent.
+    /// The parent for further spans; `None` if this one is not sent.
     pub fn context(&self) -> Option<&SpanContext> {
         self.span.as_ref().map(|span| span.span_context())
     }
@@ -159,7 +161,7 @@ impl Span {
         self.span.is_some()
     }
 
-    /// Renames it, once more is known of it.
+    /// Renames the span.
     pub fn name(&mut self, name: String) {
         if let Some(span) = &mut self.span {
             span.update_name(name);
@@ -172,7 +174,7 @@ impl Span {
         }
     }
 
-    /// The same of a text that callers have a part in.
+    /// Sets an attribute to a text that callers may influence, which is truncated.
     pub fn set_text(&mut self, key: &'static str, value: &str) {
         if self.is_sent() {
             self.set(key, value.chars().take(TEXT).collect::<String>());
@@ -185,7 +187,7 @@ impl Span {
         }
     }
 
-    /// It came to its end. A span that is dropped without having been settled, or failed, was cancelled.
+    /// Says that the work is complete. A span that is dropped before it was settled or failed counts as cancelled.
     pub fn settle(&mut self) {
         self.settled = true;
     }
@@ -207,7 +209,7 @@ impl Drop for Span {
     }
 }
 
-/// As records show it: the trace's number, and the span's.
+/// The identifiers of the trace and the span, as records show them.
 pub fn ids(context: &SpanContext) -> (String, String) {
     (context.trace_id().to_string(), context.span_id().to_string())
 }

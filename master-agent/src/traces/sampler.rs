@@ -1,4 +1,4 @@
-//! Which traces are sent.
+//! Which traces are sampled.
 
 use std::hash::{BuildHasher, RandomState};
 
@@ -8,8 +8,8 @@ use opentelemetry::{
 };
 use opentelemetry_sdk::trace::{SamplingDecision, SamplingResult, ShouldSample};
 
-/// A share of all traces. Which ones they are depends on their numbers, so that a trace is sent as a whole, and on a
-/// key that only this process knows, so that nobody can choose a number that is sent.
+/// Samples a share of all traces. The decision depends on the trace's identifier, so that a trace is sent as a whole, and on
+/// a key that only this process has, so that nobody can choose an identifier that is sampled.
 #[derive(Clone, Debug)]
 pub(super) struct Sampler {
     ratio: f64,
@@ -22,9 +22,9 @@ impl Sampler {
     }
 
     fn sends(&self, trace: TraceId) -> bool {
-        // From 0 to 1, as exactly as a float can tell.
-        let place = (self.key.hash_one(trace.to_bytes()) >> 11) as f64 / (1_u64 << 53) as f64;
-        place < self.ratio
+        // A number from 0 to 1 with the precision of a float.
+        let fraction = (self.key.hash_one(trace.to_bytes()) >> 11) as f64 / (1_u64 << 53) as f64;
+        fraction < self.ratio
     }
 }
 
@@ -49,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_share_is_sent_that_nobody_can_choose() {
+    fn a_share_is_sampled_that_nobody_can_choose() {
         let traces = || (1..=10_000_u128).map(TraceId::from);
         for (ratio, expected) in [(0.0, 0..=0), (0.1, 700..=1300), (1.0, 10_000..=10_000)] {
             let sampler = Sampler::new(ratio);

@@ -1,3 +1,5 @@
+//! Propagation, endpoints, headers files, and the absence of spans without traces.
+
 use std::path::Path;
 
 use hyper::header::HeaderValue;
@@ -17,7 +19,7 @@ fn headers(values: &[&[u8]]) -> HeaderMap {
 }
 
 #[test]
-fn one_good_traceparent_and_no_other_is_believed() {
+fn only_a_single_valid_traceparent_is_accepted() {
     let good = format!("00-{TRACE}-{SPAN}-01");
     let span = parent(&headers(&[good.as_bytes()])).unwrap();
     assert_eq!(ids(&span), (TRACE.to_owned(), SPAN.to_owned()));
@@ -51,7 +53,7 @@ fn one_good_traceparent_and_no_other_is_believed() {
 }
 
 #[test]
-fn what_goes_on_is_part_of_the_span() {
+fn a_forwarded_request_is_part_of_the_span() {
     let mut headers = headers(&[format!("cc-{TRACE}-{SPAN}-ff-more").as_bytes()]);
     headers.insert("tracestate", HeaderValue::from_static("vendor=1"));
     let span = parent(&headers).unwrap();
@@ -68,7 +70,7 @@ fn errors(traces: &str) -> Vec<String> {
 }
 
 #[test]
-fn where_spans_go() {
+fn endpoints_are_validated() {
     for good in [
         "endpoint: https://collector.example:4318/v1/traces",
         "endpoint: http://127.0.0.1:4318/v1/traces\nsample_ratio: 0.25",
@@ -93,7 +95,7 @@ fn where_spans_go() {
 }
 
 #[test]
-fn a_file_of_headers() {
+fn headers_files_are_read_and_errors_show_no_values() {
     let path = std::env::temp_dir().join(format!("traces-headers-{}", std::process::id()));
     let write = |text: &str| proto_config::secret_file::replace(&path, text.as_bytes()).unwrap();
     write("# a comment\n\nAuthorization:  Basic abc \nX-Scope: a:b\n");

@@ -13,21 +13,29 @@ use prometheus_client::{
     },
 };
 
+use proto_net::stalls::ByDirection;
+
 use crate::{
     agent::Agent,
     kubernetes::Watches,
-    metrics::{DOORS, Door, Metrics, signed},
+    metrics::signed,
     registry::Registry,
+    stream::metrics::{LISTENERS, ListenerLabels, StreamMetrics},
+    tunnels::counters::TunnelMetrics,
 };
 
 /// Those that are configured.
-pub fn register(agent: &Agent, root: &mut prometheus_client::registry::Registry) {
+pub fn register(agent: &Agent, streams: &StreamMetrics, root: &mut prometheus_client::registry::Registry) {
     let legacy = agent.config.kubernetes.as_ref().is_some_and(|config| config.legacy_names);
     if let Some(watches) = agent.watches.as_ref().filter(|_| legacy) {
         root.register_collector(Box::new(LegacyNames::new(&agent.metrics, watches)));
     }
     if agent.config.metrics.konnectivity_names {
-        root.register_collector(Box::new(KonnectivityNames::new(&agent.metrics, &agent.registry)));
+        root.register_collector(Box::new(KonnectivityNames {
+            streams: streams.clone(),
+            stalls: agent.metrics.stalls.clone(),
+            nodes: agent.registry.clone(),
+        }));
     }
 }
 
@@ -39,8 +47,8 @@ struct LegacyNames {
 }
 
 impl LegacyNames {
-    fn new(metrics: &Metrics, watches: &Arc<Watches>) -> Self {
-        let Metrics { tunnel_dials, tunnel_dials_failed, .. } = metrics;
+    fn new(metrics: &TunnelMetrics, watches: &Arc<Watches>) -> Self {
+        let TunnelMetrics { tunnel_dials, tunnel_dials_failed, .. } = metrics;
         Self { dials: tunnel_dials.clone(), failed: tunnel_dials_failed.clone(), watches: watches.clone() }
     }
 }
@@ -74,7 +82,8 @@ impl Collector for LegacyNames {
 
 /// The names of a Konnectivity server.
 struct KonnectivityNames {
-    metrics: Metrics,
+    streams: StreamMetrics,
+    stalls: ByDirection,
     nodes: Arc<Registry>,
 }
 
@@ -85,13 +94,11 @@ impl fmt::Debug for KonnectivityNames {
 }
 
 impl KonnectivityNames {
-    fn new(metrics: &Metrics, nodes: &Arc<Registry>) -> Self {
-        Self { metrics: metrics.clone(), nodes: nodes.clone() }
-    }
-
-    fn streams(&self, of: impl Fn(&str) -> bool) -> i64 {
-        let doors = DOORS.into_iter().filter(|door| of(door));
-        doors.map(|egress| self.metrics.streams.get(&Door { egress }).map_or(0, |open| open.get())).sum()
+    /// Open streams of the listeners that `of` names.
+    fn open(&self, of: impl Fn(&str) -> bool) -> i64 {
+        let listeners = LISTENERS.into_iter().filter(|listener| of(listener));
+        let open = |egress| self.streams.open.get(&ListenerLabels { egress }).map_or(0, |open| open.get());
+        listeners.map(open).sum()
     }
 }
 
@@ -103,7 +110,7 @@ macro_rules! name {
 
 impl Collector for KonnectivityNames {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let Metrics { konnectivity: counts, dials_pending, stalls, .. } = &self.metrics;
+        let StreamMetrics { konnectivity: counts, dials_pending, .. } = &self.streams;
         for (name, help, histogram) in [
             (name!("dial_duration_seconds"), "Time to a successful dial.", &counts.dial_seconds),
             (name!("connection_duration_seconds"), "How long ended streams lasted.", &counts.stream_seconds),
@@ -120,11 +127,11 @@ impl Collector for KonnectivityNames {
         for (name, help, value) in [
             (name!("ready_backend_connections"), "Nodes with a tunnel.", connected),
             (name!("pending_backend_dials"), "Dials that are under way.", Gauge::get(dials_pending)),
-            (name!("established_connections"), "Streams that are open.", self.streams(|_| true)),
+            (name!("established_connections"), "Streams that are open.", self.open(|_| true)),
             (
                 name!("http_connections"),
                 "Streams of HTTP CONNECT that are open.",
-                self.streams(|door| door.starts_with("connect-")),
+                self.open(|listener| listener.starts_with("connect-")),
             ),
         ] {
             let gauge = ConstGauge::new(value);
@@ -132,7 +139,7 @@ impl Collector for KonnectivityNames {
         }
         let (name, help) = (name!("full_receive_channels"), "Streams that wait for a node to have room.");
         let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-        let waiting = ConstGauge::new(signed(stalls.up.now()));
+        let waiting = ConstGauge::new(signed(self.stalls.up.now()));
         waiting.encode(family.encode_family(&[("service_method", "Proxy")])?)
     }
 }

@@ -7,40 +7,11 @@ use std::{
 
 use proto::{Host, NodeName, Target};
 use proto_net::dialer::{Dialer as _, Origin};
-use serde::{Deserialize, Serialize};
 
-use crate::agent::Agent;
-
-/// What `explain` answers.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct Explanation {
-    pub target: String,
-    /// Why the candidates are such.
-    pub reason: String,
-    /// In the order in which they are tried.
-    pub candidates: Vec<Way>,
-    /// The one that reached the target.
-    pub node: Option<NodeName>,
-    pub verdict: String,
-    /// To find the route.
-    pub route_microseconds: u64,
-    /// From the request for a stream to the target's answer, the tunnel's round trip included.
-    pub dial_microseconds: Option<u64>,
-}
-
-/// One candidate.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Way {
-    pub node: NodeName,
-    /// The node's own.
-    #[serde(default)]
-    pub addresses: Vec<IpAddr>,
-    /// What that node is asked for.
-    pub target: String,
-    pub state: Option<String>,
-    /// Of its tunnel.
-    pub round_trip_microseconds: Option<u64>,
-}
+use crate::{
+    admin_api::{ExplainedCandidate, Explanation},
+    agent::Agent,
+};
 
 /// Finds the ways to a target, then takes them: the time of each hop, and the verdict of the node's policy,
 /// are those of a real dial, whose connection is closed at once.
@@ -68,7 +39,7 @@ pub async fn explain(agent: &Agent, target: &str, origin: Origin) -> Result<Expl
     let status = agent.registry.status();
     explanation.candidates = candidates
         .into_iter()
-        .map(|candidate| Way {
+        .map(|candidate| ExplainedCandidate {
             state: status.iter().find(|s| s.name == candidate.node).map(|s| s.state.clone()),
             round_trip_microseconds: agent.registry.round_trip(&candidate.node).map(micros),
             addresses: addresses(agent, &candidate.node),
@@ -91,7 +62,7 @@ pub async fn explain(agent: &Agent, target: &str, origin: Origin) -> Result<Expl
 /// A node's own addresses, as the inventory or the cluster has them; else that which is dialled.
 fn addresses(agent: &Agent, node: &NodeName) -> Vec<IpAddr> {
     let inventory = agent.inventory();
-    let Some(node) = inventory.nodes.iter().find(|n| &n.name == node) else { return Vec::new() };
+    let Some(node) = inventory.node(node) else { return Vec::new() };
     let dialled = node.dial.as_ref().and_then(|dial| match dial.host {
         Host::Addr(address) => Some(address),
         Host::Name(_) => None,

@@ -3,6 +3,7 @@
 pub mod callers;
 pub mod compatibility;
 pub mod config;
+pub mod counters;
 pub mod explain;
 pub mod metrics;
 pub mod revocation;

@@ -1,4 +1,4 @@
-//! What the readers of one configuration share while they read it: its source, its mistakes and its listeners.
+//! The state that the readers of one configuration share: its source, its mistakes and its listeners.
 
 use std::{
     cell::{Cell, RefCell},
@@ -8,7 +8,7 @@ use std::{
 
 use super::{
     error::{Error, Errors},
-    tree::Place,
+    tree::Location,
 };
 
 /// Where a configuration's text came from, and how far it is to be checked.
@@ -16,16 +16,16 @@ use super::{
 pub struct Source<'a> {
     /// The file's name as shown in errors.
     pub origin: &'a str,
-    /// What relative paths in the text are relative to.
+    /// The directory that relative paths in the text are relative to.
     pub base_dir: &'a Path,
     /// Whether the files that the text names must exist and be readable.
     pub check_files: bool,
 }
 
-/// Further errors of one file are only counted.
+/// The most errors that are kept for one file. Further ones are only counted.
 const MAX_ERRORS: usize = 100;
 
-/// Where the text came from, and what reading it has found so far.
+/// The source of the text, and what reading it has found so far.
 pub(super) struct Context<'a> {
     pub source: Source<'a>,
     errors: RefCell<Vec<Error>>,
@@ -45,7 +45,7 @@ impl<'a> Context<'a> {
         Self { source, errors: RefCell::default(), dropped: Cell::new(0), listeners: RefCell::default() }
     }
 
-    pub(super) fn report(&self, place: Place, field: &str, message: String) {
+    pub(super) fn report(&self, location: Location, field: &str, message: String) {
         let mut errors = self.errors.borrow_mut();
         if errors.len() >= MAX_ERRORS {
             self.dropped.set(self.dropped.get() + 1);
@@ -53,8 +53,8 @@ impl<'a> Context<'a> {
         }
         errors.push(Error {
             origin: self.source.origin.to_owned(),
-            line: place.line,
-            column: place.column,
+            line: location.line,
+            column: location.column,
             field: field.to_owned(),
             message,
         });
@@ -78,11 +78,11 @@ impl<'a> Context<'a> {
         }
     }
 
-    pub(super) fn claim(&self, listener: Listener, place: Place, field: &str) {
+    pub(super) fn claim(&self, listener: Listener, location: Location, field: &str) {
         let mut listeners = self.listeners.borrow_mut();
         if let Some((_, other)) = listeners.iter().find(|(other, _)| other.clashes(&listener)) {
             let message = format!("the same address as {other}: two listeners can't share one");
-            self.report(place, field, message);
+            self.report(location, field, message);
         }
         listeners.push((listener, field.to_owned()));
     }
@@ -92,7 +92,7 @@ impl Listener {
     pub(super) fn clashes(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Tcp(a), Self::Tcp(b)) => {
-                // `[::]` takes IPv4 connections too. Port 0 is a free port of the system's choice.
+                // `[::]` accepts IPv4 connections, too. For port 0 the system chooses a free port.
                 let covers = |a: IpAddr, b: IpAddr| a.is_unspecified() && (a.is_ipv6() || b.is_ipv4());
                 let (x, y) = (a.ip().to_canonical(), b.ip().to_canonical());
                 a.port() != 0 && a.port() == b.port() && (x == y || covers(x, y) || covers(y, x))

@@ -1,27 +1,27 @@
-//! The mistakes of a configuration, each with its place.
+//! The mistakes in a configuration, each with its location.
 
 use std::fmt;
 
-/// One mistake and where it is. Shown as `FILE:LINE:COLUMN: FIELD: MESSAGE`.
+/// One mistake and its location, shown as `FILE:LINE:COLUMN: FIELD: MESSAGE`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Error {
     /// The file, as the user named it.
     pub origin: String,
-    /// Counted from 1; 0 where the error concerns the whole file.
+    /// Counted from 1; 0 if the error concerns the whole file.
     pub line: usize,
-    /// In characters, counted from 1; 0 where the error concerns the whole file.
+    /// In characters, counted from 1; 0 if the error concerns the whole file.
     pub column: usize,
     /// For instance `http_connect.tls.listen` or `nodes[2].name`; empty at the top.
     pub field: String,
     pub message: String,
 }
 
-/// All that is wrong with a configuration, in the order of the file; at least one. Shown one per line.
+/// All mistakes in a configuration, at least one, in the order of the file. They are shown one per line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Errors(pub(super) Vec<Error>);
 
 impl Errors {
-    /// An error that has no line, for instance an unreadable file.
+    /// An error without a line, for instance because the file can't be read.
     pub fn whole_file(origin: &str, message: impl Into<String>) -> Self {
         let (field, message) = (String::new(), message.into());
         Self(vec![Error { origin: origin.to_owned(), line: 0, column: 0, field, message }])

@@ -1,12 +1,12 @@
-//! Strict YAML configuration: every error at once, each with its place.
+//! Strict YAML configuration: all errors are reported at once, each with its line and column.
 //!
-//! A file is parsed into a tree of nodes that know where they stand, and an agent's reader walks it section by
-//! section ([`Section`]), giving each field's type, default and bounds. A reader never stops at the first
-//! mistake: whatever can't be read is reported and replaced by its default or by nothing, and the caller gets
-//! either the whole configuration or all [`Errors`]. A field that no reader asked for is an error.
+//! A file is parsed into a tree of nodes that know their location, and an agent's reader walks it section by section
+//! ([`Section`]) with each field's type, default and bounds. A reader does not stop at the first mistake: what can't be
+//! read is reported and replaced by its default, and the caller gets either the whole configuration or all [`Errors`]. A
+//! field that no reader asks for is an error.
 //!
-//! Nothing here opens a socket. Files that the configuration names are looked at only by [`load`], so that a
-//! sample can be checked where its files don't exist.
+//! Only [`load`] looks at the files that the configuration names, so that a sample can be checked where its files don't
+//! exist. [`secret_file`] reads and writes files that hold secrets.
 
 use std::{fs, path::Path};
 
@@ -25,29 +25,30 @@ pub use log::{Log, LogFormat};
 pub use section::{At, Section, Value};
 pub use value::{Mode, Ports};
 
-/// Larger files are refused. Room for the inventory of tens of thousands of nodes.
+/// The largest file that is read, in bytes: room for the inventory of tens of thousands of nodes.
 const MAX_FILE: u64 = 64 << 20;
 
-/// Reads a configuration from its text. `read` gets the top-level section; it returns `None` only where it has
-/// reported why.
+/// Reads a configuration from its text. `read` gets the top-level section, and returns `None` only if it has reported
+/// why.
 pub fn parse<T>(
     text: &str,
     source: Source<'_>,
     read: impl FnOnce(&Section<'_>) -> Option<T>,
 ) -> Result<T, Errors> {
     let context = Context::new(source);
-    let tree = tree::parse(text, &|place, message| context.report(place, "", message));
+    let tree = tree::parse(text, &|location, message| context.report(location, "", message));
     let value = tree.and_then(|node| At::root(&context, &node).section(read));
     context.finish(value)
 }
 
-/// Reads a configuration from a file, with relative paths relative to the file's directory, and checks the
-/// files that it names.
+/// Reads a configuration from a file and checks the files that it names. Relative paths are relative to the file's
+/// directory.
 pub fn load<T>(path: &Path, read: impl FnOnce(&Section<'_>) -> Option<T>) -> Result<T, Errors> {
     load_with(path, true, read)
 }
 
-/// As [`load`], without looking at the files that the configuration names: for commands that don't need them.
+/// Reads a configuration as [`load`] does, without looking at the files that it names: for commands that don't need
+/// them.
 pub fn load_alone<T>(path: &Path, read: impl FnOnce(&Section<'_>) -> Option<T>) -> Result<T, Errors> {
     load_with(path, false, read)
 }

@@ -1,4 +1,4 @@
-//! How an agent logs, in the words of both agents' configurations.
+//! The section `log` of both agents' configurations.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,7 +1,7 @@
 //! Files that hold secrets, and files that must never be seen half-written.
 //!
-//! What is checked is the open file and not its name, so nobody can put another file in its place between the check
-//! and the read.
+//! The checks look at the open file and not at its name, so that nobody can replace the file between the check and the
+//! read.
 
 use std::{
     fs::{DirBuilder, File, Metadata, OpenOptions},
@@ -12,19 +12,19 @@ use std::{
 
 use zeroize::Zeroizing;
 
-/// What nobody but a file's owner may do with it.
+/// The permission bits that a file must not have. They close it to all but its owner.
 #[derive(Clone, Copy)]
 enum Closed {
-    /// An agent's own secret: nothing at all.
+    /// A secret that the agent has made: nobody else may do anything with it.
     Secret = 0o077,
-    /// A secret that somebody else gave the agent (kubelet's Secret volumes with an `fsGroup`, Debian's `ssl-cert`):
-    /// its group may read it.
+    /// A secret that somebody else gave the agent (a Secret volume of Kubernetes with an `fsGroup`, Debian's
+    /// `ssl-cert`): its group may read it.
     GivenSecret = 0o027,
-    /// Anybody may know it, and nobody else may change it.
+    /// Not a secret: anybody may read it, and nobody else may change it.
     Public = 0o022,
 }
 
-/// Creates `path` with mode 0600; fails with `AlreadyExists` if it is there, so that of two processes one wins.
+/// Creates `path` with mode 0600. Fails with `AlreadyExists` if the file exists, so that one of two processes wins.
 pub fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let temporary = write_beside(path, bytes)?;
     let linked = std::fs::hard_link(&temporary, path);
@@ -32,7 +32,7 @@ pub fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
     linked
 }
 
-/// Replaces `path` at once by a file with mode 0600.
+/// Replaces `path` atomically by a file with mode 0600.
 pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let temporary = write_beside(path, bytes)?;
     std::fs::rename(&temporary, path).inspect_err(|_| {
@@ -40,8 +40,8 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     })
 }
 
-/// Reads a secret of the agent's own. Like the other functions here, it refuses a file that belongs to another user
-/// than root or the one this process runs as.
+/// Reads a secret that the agent has made. Like the other functions here, it refuses a file that belongs to neither root
+/// nor the user that this process runs as.
 pub fn read(path: &Path) -> io::Result<Zeroizing<String>> {
     read_closed(path, Closed::Secret)
 }
@@ -66,7 +66,7 @@ pub fn check_given(path: &Path) -> io::Result<()> {
     open(path, Closed::GivenSecret).map(drop)
 }
 
-/// Creates a directory that only its owner can enter; checks the one that is there.
+/// Creates a directory that only its owner can enter, or checks it if it exists.
 pub fn create_directory(path: &Path) -> io::Result<()> {
     match check_directory(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
@@ -105,9 +105,9 @@ fn read_closed(path: &Path, closed: Closed) -> io::Result<Zeroizing<String>> {
     Ok(text)
 }
 
-/// Symbolic links are followed, as kubelet's Secret volumes consist of them: it is the file they lead to that counts.
+/// Follows symbolic links, which Secret volumes consist of, and checks the file that they lead to.
 fn open(path: &Path, closed: Closed) -> io::Result<File> {
-    // A FIFO would wait for its writer.
+    // Without O_NONBLOCK, opening a FIFO would wait for its writer.
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
     let file = file.map_err(|e| named(path, e))?;
     let metadata = file.metadata().map_err(|e| named(path, e))?;

@@ -1,4 +1,4 @@
-//! The tree of a configuration as its readers see it: values that know their place, and sections of named fields.
+//! The tree of a configuration as its readers see it: values that know their location, and sections of named fields.
 
 use std::{
     cell::RefCell,
@@ -11,60 +11,60 @@ use std::{
 
 use super::{
     context::{Context, Listener},
-    tree::{Entry, Kind, Node, Place},
+    tree::{Entry, Kind, Location, Node},
 };
 use crate::secret_file;
 
 /// A type with one way of being written in a configuration.
 pub trait Value: Sized {
-    /// `None` where the node can't be read as this type, which has been reported then.
+    /// Reads the value; `None` if the node can't be read as this type, which has then been reported.
     fn read(at: &At<'_>) -> Option<Self>;
 }
 
-/// One node of the tree and where it stands.
+/// One node of the tree, and its location.
 pub struct At<'a> {
     context: &'a Context<'a>,
     pub(super) node: &'a Node,
-    /// Where the field's name stands, for values that have one.
-    name_place: Option<Place>,
+    /// The location of the field's name, for values that have one.
+    name_location: Option<Location>,
     field: String,
 }
 
 impl<'a> At<'a> {
     /// The whole document.
     pub(super) fn root(context: &'a Context<'a>, node: &'a Node) -> Self {
-        Self { context, node, name_place: None, field: String::new() }
+        Self { context, node, name_location: None, field: String::new() }
     }
 
     /// Reports that this value is wrong.
     pub fn error(&self, message: impl Into<String>) {
-        self.context.report(self.node.place, &self.field, message.into());
+        self.context.report(self.node.location, &self.field, message.into());
     }
 
-    /// Reports the text that stands here and what is wrong with it.
+    /// Reports the text of this value and what is wrong with it.
     pub fn complain<T>(&self, text: &str, message: &str) -> Option<T> {
         let shown: String = text.chars().take(80).collect();
         self.error(format!("{shown:?}: {message}"));
         None
     }
 
-    /// The line this value stands on, counted from 1.
+    /// The line of this value, counted from 1.
     pub fn line(&self) -> usize {
-        self.node.place.line
+        self.node.location.line
     }
 
-    /// What relative paths are relative to.
+    /// The directory that relative paths are relative to.
     pub fn base_dir(&self) -> &Path {
         self.context.source.base_dir
     }
 
-    /// The scalar's text, quotes and escapes resolved; `None` (reported) for anything else.
+    /// The scalar's text, with quotes and escapes resolved. Anything else is reported and gives `None`.
     pub fn text(&self) -> Option<&'a str> {
         self.scalar("a text").map(|(text, _)| text)
     }
 
-    /// The scalar's text, and whether it stood without quotes. `None` (reported as not `expected`) for
-    /// anything else.
+    /// The scalar's text, and whether it is written without quotes. Anything else is reported as not `expected` and
+    /// gives `None`.
     pub(super) fn scalar(&self, expected: &str) -> Option<(&'a str, bool)> {
         match &self.node.kind {
             Kind::Scalar { .. } if self.node.is_null() => self.no_value(),
@@ -77,17 +77,17 @@ impl<'a> At<'a> {
     }
 
     fn no_value(&self) {
-        let place = self.name_place.unwrap_or(self.node.place);
-        self.context.report(place, &self.field, "has no value: give it one, or remove it".into());
+        let location = self.name_location.unwrap_or(self.node.location);
+        self.context.report(location, &self.field, "has no value: give it one, or remove it".into());
     }
 
-    /// Reads this value as a section; afterwards its fields that `read` did not ask for are reported.
+    /// Reads this value as a section, and reports the fields that `read` did not ask for.
     pub fn section<T>(&self, read: impl FnOnce(&Section<'a>) -> Option<T>) -> Option<T> {
         match &self.node.kind {
             Kind::Map(entries) => {
-                let place = self.name_place.unwrap_or(self.node.place);
+                let location = self.name_location.unwrap_or(self.node.location);
                 let (context, field) = (self.context, self.field.clone());
-                let section = Section { context, place, field, entries, known: RefCell::default() };
+                let section = Section { context, location, field, entries, known: RefCell::default() };
                 let value = read(&section);
                 section.report_unknown();
                 return value;
@@ -100,13 +100,13 @@ impl<'a> At<'a> {
         None
     }
 
-    /// The elements of this list; empty (reported) for anything else.
+    /// The elements of this list. Anything else is reported and has none.
     pub fn items(&self) -> Vec<At<'a>> {
         match &self.node.kind {
             Kind::List(items) => {
                 let item = |(i, node)| {
                     let field = format!("{}[{i}]", self.field);
-                    At { context: self.context, node, name_place: None, field }
+                    At { context: self.context, node, name_location: None, field }
                 };
                 return items.iter().enumerate().map(item).collect();
             }
@@ -123,7 +123,7 @@ impl<'a> At<'a> {
         matches!(&self.node.kind, Kind::List(items) if items.is_empty())
     }
 
-    /// A path; a relative one is relative to the file's directory.
+    /// A path. A relative one is resolved against the file's directory.
     pub(super) fn path(&self) -> Option<PathBuf> {
         let text = self.text()?;
         if text.is_empty() || text.contains('\0') {
@@ -146,7 +146,7 @@ impl<'a> At<'a> {
     }
 }
 
-/// `metadata` before `open`, since opening a FIFO would wait for its writer.
+/// Asks for the metadata before it opens the file, since opening a FIFO would wait for its writer.
 fn file_is_readable(path: &Path) -> Result<(), String> {
     let unreadable = |error: std::io::Error| format!("can't be read: {error}");
     let metadata = fs::metadata(path).map_err(unreadable)?;
@@ -156,46 +156,46 @@ fn file_is_readable(path: &Path) -> Result<(), String> {
     fs::File::open(path).map(drop).map_err(unreadable)
 }
 
-/// A mapping of field names to values. Each method names a field; those never named are unknown.
+/// A mapping of field names to values. Each method names a field; fields that no method has named are unknown.
 pub struct Section<'a> {
     context: &'a Context<'a>,
-    place: Place,
+    location: Location,
     field: String,
     entries: &'a [Entry],
     known: RefCell<Vec<&'static str>>,
 }
 
 impl<'a> Section<'a> {
-    /// The field, if it is there.
+    /// The field, if it is present.
     pub fn at(&self, name: &'static str) -> Option<At<'a>> {
         self.known.borrow_mut().push(name);
         let entry = self.entries.iter().find(|entry| entry.key == name)?;
         let (context, node) = (self.context, &entry.value);
-        Some(At { context, node, name_place: Some(entry.place), field: self.path_of(name) })
+        Some(At { context, node, name_location: Some(entry.location), field: self.path_of(name) })
     }
 
-    /// Reports a mistake: at the field if it is there, else at the section that should have it.
+    /// Reports a mistake: at the field if it is present, otherwise at the section that should have it.
     pub fn error(&self, name: &str, message: impl Into<String>) {
         let entry = self.entries.iter().find(|entry| entry.key == name);
-        let place = entry.map_or(self.place, |entry| entry.value.place);
-        self.context.report(place, &self.path_of(name), message.into());
+        let location = entry.map_or(self.location, |entry| entry.value.location);
+        self.context.report(location, &self.path_of(name), message.into());
     }
 
-    /// Reports a mistake of the section as a whole.
+    /// Reports a mistake in the section as a whole.
     pub fn section_error(&self, message: impl Into<String>) {
-        self.context.report(self.place, &self.field, message.into());
+        self.context.report(self.location, &self.field, message.into());
     }
 
     fn path_of(&self, name: &str) -> String {
         if self.field.is_empty() { name.to_owned() } else { format!("{}.{name}", self.field) }
     }
 
-    /// A field that must be there.
+    /// A field that must be present.
     pub fn required<T: Value>(&self, name: &'static str) -> Option<T> {
         self.required_at(name).and_then(|at| T::read(&at))
     }
 
-    /// A field that must be there, to be read by other means than [`Value`].
+    /// A field that must be present, for values that are not read through [`Value`].
     pub fn required_at(&self, name: &'static str) -> Option<At<'a>> {
         let at = self.at(name);
         if at.is_none() {
@@ -208,7 +208,7 @@ impl<'a> Section<'a> {
         self.at(name).and_then(|at| T::read(&at))
     }
 
-    /// The field's value, or `default` where it is absent (or wrong and reported).
+    /// The field's value, or `default` if the field is absent, or wrong, which is reported.
     pub fn or<T: Value>(&self, name: &'static str, default: T) -> T {
         self.optional(name).unwrap_or(default)
     }
@@ -238,12 +238,12 @@ impl<'a> Section<'a> {
         duration
     }
 
-    /// A list of values, empty where absent.
+    /// A list of values, which is empty if the field is absent.
     pub fn list<T: Value>(&self, name: &'static str) -> Vec<T> {
         self.items(name).iter().filter_map(T::read).collect()
     }
 
-    /// A list's elements, none where absent.
+    /// The elements of a list; none if the field is absent.
     pub fn items(&self, name: &'static str) -> Vec<At<'a>> {
         self.at(name).map(|at| at.items()).unwrap_or_default()
     }
@@ -253,16 +253,16 @@ impl<'a> Section<'a> {
         self.at(name).and_then(|at| at.section(read))
     }
 
-    /// A section whose fields all have defaults: one that is absent is read as an empty one.
+    /// A section whose fields all have defaults. An absent section is read as an empty one.
     pub fn section_or_default<T>(&self, name: &'static str, read: impl Fn(&Section<'_>) -> T) -> T {
         self.section(name, |section| Some(read(section))).unwrap_or_else(|| {
-            let (context, place, field) = (self.context, self.place, self.path_of(name));
-            read(&Section { context, place, field, entries: &[], known: RefCell::default() })
+            let (context, location, field) = (self.context, self.location, self.path_of(name));
+            read(&Section { context, location, field, entries: &[], known: RefCell::default() })
         })
     }
 
-    /// An address to listen on, different from every other listener of this configuration. Required without a
-    /// default.
+    /// An address to listen on, which must differ from every other listener of this configuration. The field is required
+    /// if there is no default.
     pub fn listen(&self, name: &'static str, default: Option<SocketAddr>) -> Option<SocketAddr> {
         let address = match default {
             Some(default) => Some(self.or(name, default)),
@@ -272,8 +272,8 @@ impl<'a> Section<'a> {
         Some(address)
     }
 
-    /// As [`Section::listen`], for an interface without authentication: only loopback addresses, unless the
-    /// section has `allow_remote: true`.
+    /// An address to listen on without authentication: only a loopback address, unless the section has
+    /// `allow_remote: true`.
     pub fn listen_local(&self, name: &'static str, default: SocketAddr) -> SocketAddr {
         let address = self.listen(name, Some(default)).unwrap_or(default);
         if !self.or("allow_remote", false) && !address.ip().to_canonical().is_loopback() {
@@ -284,8 +284,8 @@ impl<'a> Section<'a> {
         address
     }
 
-    /// The path of a Unix socket to listen on, different from every other one. `sun_path` in unix(7) has room for
-    /// 107 bytes, and the socket is first made under another name beside it.
+    /// The path of a Unix socket to listen on, which must differ from every other one. `sun_path` in unix(7) has room for
+    /// 107 bytes, and the socket is first made under a longer name in the same directory.
     pub fn listen_unix(&self, name: &'static str, default: &str) -> PathBuf {
         let path = self.at(name).and_then(|at| at.path()).unwrap_or_else(|| PathBuf::from(default));
         if path.as_os_str().len() > 98 {
@@ -297,11 +297,11 @@ impl<'a> Section<'a> {
 
     fn claim(&self, name: &str, listener: Listener) {
         let entry = self.entries.iter().find(|entry| entry.key == name);
-        let place = entry.map_or(self.place, |entry| entry.value.place);
-        self.context.claim(listener, place, &self.path_of(name));
+        let location = entry.map_or(self.location, |entry| entry.value.location);
+        self.context.claim(listener, location, &self.path_of(name));
     }
 
-    /// A directory of the agent's own, which need not exist yet.
+    /// A directory that belongs to the agent and need not exist yet.
     pub fn directory(&self, name: &'static str, default: &str) -> PathBuf {
         let path = self.at(name).and_then(|at| at.path()).unwrap_or_else(|| PathBuf::from(default));
         if self.context.source.check_files
@@ -313,7 +313,7 @@ impl<'a> Section<'a> {
         path
     }
 
-    /// A file that must be readable, if the field is there.
+    /// A file that must be readable, if the field is present.
     pub fn file(&self, name: &'static str) -> Option<PathBuf> {
         let at = self.at(name)?;
         let path = at.path()?;
@@ -327,13 +327,13 @@ impl<'a> Section<'a> {
         self.file(name)
     }
 
-    /// A private key's file, as [`Section::private_file`].
+    /// A file that [`Section::private_file`] accepts, in a field that must be present.
     pub fn required_private_file(&self, name: &'static str) -> Option<PathBuf> {
         self.required_at(name)?;
         self.private_file(name)
     }
 
-    /// A file with secrets that [`secret_file::read_given`] takes, if the field is there.
+    /// A file with secrets that [`secret_file::read_given`] accepts, if the field is present.
     pub fn private_file(&self, name: &'static str) -> Option<PathBuf> {
         let at = self.at(name)?;
         let path = at.path()?;
@@ -349,7 +349,7 @@ impl<'a> Section<'a> {
                 Some(name) => format!("unknown field; did you mean {name}?"),
                 None => format!("unknown field; known here: {}", distinct(&known)),
             };
-            self.context.report(entry.place, &self.path_of(&key), message);
+            self.context.report(entry.location, &self.path_of(&key), message);
         }
     }
 }
@@ -365,23 +365,6 @@ fn distinct(names: &[&str]) -> String {
 pub(super) fn nearest<'a>(key: &str, known: &[&'a str]) -> Option<&'a str> {
     let plain = |s: &str| s.to_ascii_lowercase().replace(['-', '_', ' '], "");
     let key = plain(key);
-    let close = |name: &&'a str| (edits(&key, &plain(name)), *name);
+    let close = |name: &&'a str| (strsim::levenshtein(&key, &plain(name)), *name);
     known.iter().map(close).filter(|(edits, name)| *edits <= name.len() / 3).min().map(|(_, name)| name)
-}
-
-/// Levenshtein distance.
-fn edits(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.chars().count()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut left = i + 1;
-        let mut next = vec![left];
-        for (y, above) in b.chars().zip(row.windows(2)) {
-            if let [diagonal, above] = *above {
-                left = (left + 1).min(above + 1).min(diagonal + usize::from(x != y));
-            }
-            next.push(left);
-        }
-        row = next;
-    }
-    row.last().copied().unwrap_or_default()
 }

@@ -1,4 +1,4 @@
-//! How single values of the types that both agents' configurations use are written.
+//! The types of single values in both agents' configurations, and how each is written.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -19,7 +19,7 @@ use proto::{NodeName, Target, call_home::Master};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mode(pub u32);
 
-/// TCP ports from 1 to 65535: `80`, `"80-90"`, or a list of such.
+/// TCP ports from 1 to 65535, written `80`, `"80-90"`, or as a list of those.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ports(pub Vec<RangeInclusive<u16>>);
 

@@ -1,14 +1,17 @@
-//! Small HTTP/1.1 endpoints for people and monitoring: `/livez`, `/readyz`, `/metrics`, and what an agent
-//! adds. Loopback or a Unix socket only; there is no authentication for these, so none of them keeps a connection, and on
-//! loopback metrics are not for web pages whose name was made to lead here.
+//! HTTP/1.1 endpoints for people and monitoring: `/livez`, `/readyz`, `/metrics`, and what an agent adds.
 //!
-//! Everybody is accepted, and whoever has got nothing yet gives way to newcomers, as [`Places`] has it: a stranger who
-//! holds connections open takes places from itself. Answers that may be large or long have shares of their own, so that
-//! `/livez` is answered whatever becomes of those.
+//! They are served on loopback or a Unix socket, and these three without authentication. On TCP, a connection ends with the
+//! first answer that needs no authentication, and on loopback, metrics are refused to web pages that reach this host by
+//! DNS rebinding.
+//!
+//! Every connection is accepted. It begins as unauthenticated, with one of the [`HandshakePermits`], which a newcomer may
+//! take over: whoever holds connections open evicts mostly its own. Scrapes, whose answers may be large, and requests
+//! that the agent has admitted, which may last long, count against limits of their own, so that `/livez` is always
+//! answered.
 
 use std::{
     convert::Infallible,
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     time::Duration,
@@ -27,165 +30,158 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    accept::{Acceptor, Listener, Peer, Tuning},
     exposition::Exposition,
-    handshake::{BEGUN, Place, Places},
-    patient::PatientWriter,
-    socket,
+    handshake::{BEGUN, HandshakePermit, HandshakePermits},
     tasks::Tasks,
+    write_timeout::WriteTimeout,
 };
 
-/// Connections at once that have got nothing of worth yet.
-const STRANGERS: usize = 64;
-/// Scrapes at once, each of which may hold a text of its own.
+/// Connections at once that are neither scrapes nor admitted.
+const UNAUTHENTICATED: usize = 64;
+/// Scrapes at once, each of which may hold a text of its own in memory.
 const SCRAPES: usize = 8;
-/// Connections at once of those whom the agent itself has let in.
+/// Connections at once whose requests the agent has admitted.
 const ADMITTED: usize = 64;
 
-/// How long a request's head may take, and the pause before the next request.
-const HEAD: Duration = Duration::from_secs(10);
-/// Of a request's head. A connection holds no more of what it has not read.
+/// How long a request's head may take, and how long a connection may be idle before the next request.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// The most bytes of a request's head, and of what a connection has received and not read.
 const MAX_HEAD: usize = 32 * 1024;
-/// How long a caller may take nothing of its answer.
-const PATIENCE: Duration = Duration::from_secs(30);
-/// How long an answer may take that ends its connection.
-const LAST: Duration = Duration::from_secs(60);
+/// How long a caller may accept no byte of its answer.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the last answer on a connection may take.
+const LAST_ANSWER: Duration = Duration::from_secs(60);
 
 const TEXT: &str = "text/plain; charset=utf-8";
 const METRICS: &str = "/metrics";
-/// What anybody is answered.
-const SHORT: [&str; 3] = ["/livez", "/readyz", METRICS];
+/// The paths that need no authentication.
+const PUBLIC: [&str; 3] = ["/livez", "/readyz", METRICS];
 
 /// A short answer: status, content type, body.
 pub type Answer = (StatusCode, &'static str, String);
 
-/// Of any answer; it may go on for as long as the agent runs.
+/// The body of an answer, which may last for as long as the agent runs.
 pub type Body = UnsyncBoxBody<Bytes, Infallible>;
 
 pub type AnswerFuture = Pin<Box<dyn Future<Output = Option<Response<Body>>> + Send>>;
 
-/// Where a request came in.
+/// The kind of socket that a request came in on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Door {
+pub enum Transport {
     Tcp,
-    /// Only for whom the socket's file lets in.
+    /// Open only to processes that may use the socket's file.
     Unix,
 }
 
-/// What an agent serves beside metrics.
+/// What an agent serves in addition to metrics.
 pub trait Admin: Send + Sync + 'static {
-    /// `Err` says why the agent is not ready, `Ok` what is amiss all the same.
+    /// Whether the agent is ready: `Ok` with what is degraded nevertheless, or `Err` with the reason why not.
     fn ready(&self) -> Result<Vec<String>, String>;
 
-    /// Answers what is not for health and metrics; `None` is 404.
-    fn answer(self: Arc<Self>, request: Request<Incoming>, door: Door) -> AnswerFuture;
+    /// Answers a request that is not about health or metrics; `None` becomes 404.
+    fn answer(self: Arc<Self>, request: Request<Incoming>, transport: Transport) -> AnswerFuture;
 }
 
-/// The endpoints, and what they show.
+/// The endpoints with what they show.
 #[derive(Clone)]
 pub struct Endpoints {
     pub metrics: Exposition,
     pub admin: Arc<dyn Admin>,
 }
 
-/// Who may be here at once.
+/// The limits on connections at once.
 #[derive(Clone)]
-struct Shares {
-    strangers: Places,
-    scrapes: Places,
+struct Limits {
+    unauthenticated: HandshakePermits,
+    scrapes: HandshakePermits,
     admitted: Arc<Semaphore>,
 }
 
-/// What a connection counts as. It begins as a stranger's, and ends when a place of its is taken away.
+/// What a connection counts as. It begins as unauthenticated, and ends when its permit is revoked.
 struct Standing {
-    shares: Shares,
+    limits: Limits,
     peer: IpAddr,
-    share: Mutex<Share>,
+    counted: Mutex<Counted>,
     evicted: CancellationToken,
 }
 
-enum Share {
-    Stranger(Place),
-    Scrape { _place: Place },
+enum Counted {
+    Unauthenticated(HandshakePermit),
+    Scrape { _permit: HandshakePermit },
     Admitted { _permit: OwnedSemaphorePermit },
 }
 
-impl Shares {
+impl Limits {
     fn new() -> Self {
         Self {
-            strangers: Places::new(STRANGERS),
-            scrapes: Places::new(SCRAPES),
+            unauthenticated: HandshakePermits::new(UNAUTHENTICATED),
+            scrapes: HandshakePermits::new(SCRAPES),
             admitted: Arc::new(Semaphore::new(ADMITTED)),
         }
     }
 
     fn begin(&self, peer: IpAddr) -> Standing {
         let evicted = CancellationToken::new();
-        let share = Mutex::new(Share::Stranger(self.strangers.take_or_cancel(peer, evicted.clone())));
-        Standing { shares: self.clone(), peer, share, evicted }
+        let permit = self.unauthenticated.take_or_cancel(peer, evicted.clone());
+        let counted = Mutex::new(Counted::Unauthenticated(permit));
+        Standing { limits: self.clone(), peer, counted, evicted }
     }
 }
 
 impl Standing {
-    /// A whole head has come, so those who have sent none give way first.
-    fn asked(&self) {
-        if let Share::Stranger(place) = &*self.share() {
-            place.received.store(BEGUN, Ordering::Relaxed);
+    /// A whole head has arrived, so connections without one are evicted before this one.
+    fn has_sent_a_head(&self) {
+        if let Counted::Unauthenticated(permit) = &*self.counted() {
+            permit.received.store(BEGUN, Ordering::Relaxed);
         }
     }
 
-    fn scrapes(&self) {
-        let _place = self.shares.scrapes.take_or_cancel(self.peer, self.evicted.clone());
-        *self.share() = Share::Scrape { _place };
+    fn scrape(&self) {
+        let _permit = self.limits.scrapes.take_or_cancel(self.peer, self.evicted.clone());
+        *self.counted() = Counted::Scrape { _permit };
     }
 
-    /// Whether there is room for one more whom the agent has let in.
+    /// Counts the connection as admitted; `false` if there are too many.
     fn admit(&self) -> bool {
-        let mut share = self.share();
-        if !matches!(*share, Share::Admitted { .. }) {
-            let Ok(_permit) = self.shares.admitted.clone().try_acquire_owned() else { return false };
-            *share = Share::Admitted { _permit };
+        let mut counted = self.counted();
+        if !matches!(*counted, Counted::Admitted { .. }) {
+            let Ok(_permit) = self.limits.admitted.clone().try_acquire_owned() else { return false };
+            *counted = Counted::Admitted { _permit };
         }
         true
     }
 
-    fn share(&self) -> MutexGuard<'_, Share> {
-        self.share.lock().unwrap_or_else(PoisonError::into_inner)
+    fn counted(&self) -> MutexGuard<'_, Counted> {
+        self.counted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Endpoints {
     /// Serves TCP connections until the group is cancelled.
     pub async fn serve_tcp(self, listener: TcpListener, tasks: Tasks) {
-        let shares = Shares::new();
-        let local = listener.local_addr().is_ok_and(|address| address.ip().is_loopback());
-        loop {
-            match listener.accept().await {
-                Ok((socket, peer)) => {
-                    socket::tune(&socket);
-                    let standing = shares.begin(peer.ip());
-                    tasks.spawn(self.clone().connection(socket, Door::Tcp, local, standing));
-                }
-                Err(e) => accept_error(&e).await,
-            }
-        }
+        let loopback = listener.local_addr().is_ok_and(|address| address.ip().is_loopback());
+        self.serve(listener, tasks, Transport::Tcp, loopback).await;
     }
 
     /// Serves connections of a Unix socket until the group is cancelled.
     pub async fn serve_unix(self, listener: UnixListener, tasks: Tasks) {
-        let shares = Shares::new();
-        loop {
-            match listener.accept().await {
-                Ok((socket, _)) => {
-                    let standing = shares.begin(Ipv4Addr::LOCALHOST.into());
-                    tasks.spawn(self.clone().connection(socket, Door::Unix, false, standing));
-                }
-                Err(e) => accept_error(&e).await,
-            }
-        }
+        self.serve(listener, tasks, Transport::Unix, false).await;
     }
 
-    /// `local` is a TCP listener on loopback.
-    async fn connection<S>(self, socket: S, door: Door, local: bool, standing: Standing)
+    async fn serve<L: Listener>(self, listener: L, tasks: Tasks, transport: Transport, loopback: bool) {
+        let limits = Limits::new();
+        Acceptor::new(listener, Tuning::Link)
+            .serve(
+                tasks,
+                |peer| Some(limits.begin(peer.ip())),
+                |socket, _, standing| self.clone().connection(socket, transport, loopback, standing),
+            )
+            .await;
+    }
+
+    /// `loopback` says that the listener is a TCP socket on a loopback address.
+    async fn connection<S>(self, socket: S, transport: Transport, loopback: bool, standing: Standing)
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
@@ -193,24 +189,24 @@ impl Endpoints {
         let service = service_fn(|request: Request<Incoming>| {
             let (endpoints, last, standing) = (&self, &last, &standing);
             async move {
-                standing.asked();
+                standing.has_sent_a_head();
                 let path = request.uri().path();
-                let short = SHORT.contains(&path);
-                let mut response = if path == METRICS && local && !is_for_this_host(&request) {
+                let public = PUBLIC.contains(&path);
+                let mut response = if path == METRICS && loopback && !is_for_this_host(&request) {
                     let text = "only localhost and loopback addresses are served here\n";
                     respond((StatusCode::FORBIDDEN, TEXT, text))
                 } else {
                     if path == METRICS {
-                        standing.scrapes();
+                        standing.scrape();
                     }
-                    endpoints.respond(request, door).await
+                    endpoints.respond(request, transport).await
                 };
-                let let_in = !short && !response.status().is_client_error();
-                if let_in && !standing.admit() {
+                let admitted = !public && !response.status().is_client_error();
+                if admitted && !standing.admit() {
                     let text = "too many connections are open here\n";
                     response = respond((StatusCode::SERVICE_UNAVAILABLE, TEXT, text));
                 }
-                if !let_in && door == Door::Tcp {
+                if !admitted && transport == Transport::Tcp {
                     last.cancel();
                     response
                         .headers_mut()
@@ -221,19 +217,19 @@ impl Endpoints {
         });
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(HEAD)
+            .header_read_timeout(HEAD_TIMEOUT)
             .max_buf_size(MAX_HEAD)
             .max_headers(64)
-            .serve_connection(TokioIo::new(PatientWriter::new(socket, PATIENCE)), service);
+            .serve_connection(TokioIo::new(WriteTimeout::new(socket, WRITE_TIMEOUT)), service);
         let too_long = async {
             last.cancelled().await;
-            tokio::time::sleep(LAST).await;
+            tokio::time::sleep(LAST_ANSWER).await;
         };
         let served = tokio::select! {
             served = connection => served,
             () = too_long => return,
             () = standing.evicted.cancelled() => {
-                tracing::debug!("admin connection gave its place to a newer one");
+                tracing::debug!("admin connection evicted by a newer one");
                 return;
             }
         };
@@ -242,7 +238,7 @@ impl Endpoints {
         }
     }
 
-    async fn respond(&self, request: Request<Incoming>, door: Door) -> Response<Body> {
+    async fn respond(&self, request: Request<Incoming>, transport: Transport) -> Response<Body> {
         let get = request.method() == hyper::Method::GET;
         let answer = match (request.uri().path(), get) {
             ("/livez", true) => (StatusCode::OK, TEXT, "ok\n".to_owned()),
@@ -254,7 +250,7 @@ impl Endpoints {
                 Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, TEXT, format!("not ready: {reason}\n")),
             },
             (METRICS, true) => return self.metrics(&request).await,
-            _ => match self.admin.clone().answer(request, door).await {
+            _ => match self.admin.clone().answer(request, transport).await {
                 Some(response) => return response,
                 None if get => (StatusCode::NOT_FOUND, TEXT, "no such path\n".to_owned()),
                 None => (StatusCode::METHOD_NOT_ALLOWED, TEXT, "only GET is served here\n".to_owned()),
@@ -272,7 +268,7 @@ impl Endpoints {
     }
 }
 
-/// Whether the `Host` of a request, if it has one, is `localhost` or a loopback address, with whatever port.
+/// Whether the `Host` of a request, if it has one, is `localhost` or a loopback address, with any port.
 fn is_for_this_host<B>(request: &Request<B>) -> bool {
     let mut hosts = request.headers().get_all(header::HOST).iter();
     let Some(host) = hosts.next() else { return request.uri().authority().is_none() };
@@ -287,7 +283,7 @@ fn is_for_this_host<B>(request: &Request<B>) -> bool {
     local && asked && hosts.next().is_none()
 }
 
-/// Makes a response of a short answer.
+/// Turns a short answer into a response.
 pub fn respond<B: Into<Bytes>>(
     (status, content_type, body): (StatusCode, &'static str, B),
 ) -> Response<Body> {
@@ -297,7 +293,8 @@ pub fn respond<B: Into<Bytes>>(
     response
 }
 
-/// Out of descriptors, or the peer was quicker to leave: neither is a reason to stop accepting, nor to spin.
+/// Logs an error of accept(2), and waits a little so that one that lasts does not make its loop spin. For loops that do
+/// not use an [`Acceptor`] yet.
 pub async fn accept_error(error: &std::io::Error) {
     tracing::warn!(%error, "accept failed");
     tokio::time::sleep(Duration::from_millis(50)).await;
@@ -318,8 +315,9 @@ mod tests {
     };
 
     use super::*;
+    use crate::socket;
 
-    /// Has a page that goes on for ever for those who may see it.
+    /// Serves an endless page to callers with a cookie.
     struct Agent;
 
     impl Admin for Agent {
@@ -327,7 +325,7 @@ mod tests {
             Ok(Vec::new())
         }
 
-        fn answer(self: Arc<Self>, request: Request<Incoming>, _: Door) -> AnswerFuture {
+        fn answer(self: Arc<Self>, request: Request<Incoming>, _: Transport) -> AnswerFuture {
             Box::pin(async move {
                 match (request.uri().path(), request.headers().contains_key(header::COOKIE)) {
                     ("/page", true) => Some(Response::new(Endless.boxed_unsync())),
@@ -373,17 +371,17 @@ mod tests {
         format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n")
     }
 
-    /// The answer of an honest caller, which comes before any deadline of those who hold connections.
+    /// The answer to an honest caller, which comes before any connection that is held open times out.
     async fn ask(address: SocketAddr, path: &str) -> String {
         let answer = async {
             let mut answer = String::new();
             say(address, &get(path, "")).await.read_to_string(&mut answer).await.unwrap();
             answer
         };
-        tokio::time::timeout(HEAD / 2, answer).await.unwrap_or_else(|_| panic!("no answer to {path}"))
+        tokio::time::timeout(HEAD_TIMEOUT / 2, answer).await.unwrap_or_else(|_| panic!("no answer to {path}"))
     }
 
-    /// Waits until all but `most` of these have been closed by the server.
+    /// Waits until the server has closed all but `most` of these.
     async fn all_close_but(most: usize, sockets: Vec<TcpStream>) {
         let mut closing = tokio::task::JoinSet::new();
         let wanted = sockets.len() - most;
@@ -396,26 +394,26 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn strangers_who_hold_connections_keep_nobody_away() {
+    async fn connections_that_are_held_open_keep_nobody_out() {
         let (address, _tasks) = serve(10);
         for said in ["", "GET /livez HTTP/1.1\r\n", "POST /livez HTTP/1.1\r\nHost: a\r\nContent-Le"] {
             let mut held = Vec::new();
-            for _ in 0..5 * STRANGERS {
+            for _ in 0..5 * UNAUTHENTICATED {
                 held.push(say(address, said).await);
-                if held.len() % STRANGERS == 0 {
+                if held.len() % UNAUTHENTICATED == 0 {
                     assert!(ask(address, "/livez").await.ends_with("\r\n\r\nok\n"));
                     assert!(ask(address, "/metrics").await.contains("# TYPE large info"));
                 }
             }
-            let closed = all_close_but(STRANGERS, held);
-            tokio::time::timeout(HEAD / 2, closed)
+            let closed = all_close_but(UNAUTHENTICATED, held);
+            tokio::time::timeout(HEAD_TIMEOUT / 2, closed)
                 .await
-                .expect("more connections are kept than there are places");
+                .expect("more connections are kept than there are permits");
         }
     }
 
     #[tokio::test]
-    async fn strangers_who_do_not_read_metrics_keep_few_texts_and_nobody_away() {
+    async fn scrapes_that_are_not_read_hold_few_texts_and_keep_nobody_out() {
         let (address, _tasks) = serve(8 << 20);
         let mut held = Vec::new();
         for _ in 0..10 * SCRAPES {
@@ -433,7 +431,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_is_let_in_is_not_sent_away_by_strangers_and_does_not_keep_them_away() {
+    async fn admitted_connections_are_not_evicted_and_keep_nobody_out() {
         let (address, _tasks) = serve(10);
         let mut watching = Vec::new();
         let open = async |lines: &str| {
@@ -448,15 +446,15 @@ mod tests {
             watching.push(socket);
         }
         assert_eq!(open("Cookie: a\r\n").await.1, "HTTP/1.1 503");
-        let mut strangers = Vec::new();
-        for _ in 0..5 * STRANGERS {
-            strangers.push(say(address, "GET").await);
+        let mut held_open = Vec::new();
+        for _ in 0..5 * UNAUTHENTICATED {
+            held_open.push(say(address, "GET").await);
             assert_eq!(open("").await.1, "HTTP/1.1 401");
         }
         assert!(ask(address, "/livez").await.ends_with("\r\n\r\nok\n"));
         let mut buffer = vec![0; 1024];
         for socket in &mut watching {
-            // What is there to be read is the rest of the head, and not the end.
+            // There is the rest of the head to read, and not the end.
             assert!(socket.read(&mut buffer).await.unwrap() > 0);
             let again = tokio::time::timeout(Duration::ZERO, socket.read(&mut buffer));
             assert!(again.await.is_err(), "a page was closed");
@@ -464,7 +462,7 @@ mod tests {
     }
 
     #[test]
-    fn web_pages_elsewhere_do_not_come_in() {
+    fn metrics_are_refused_to_web_pages_of_other_hosts() {
         for (uri, hosts, local) in [
             ("/metrics", &["127.0.0.1:9070"][..], true),
             ("/metrics", &["localhost"], true),

@@ -1,10 +1,10 @@
-//! A stream that is an SSH channel of its own (direct-tcpip, RFC 4254 §7.2): the only way to a plain sshd,
-//! and what stock `ssh -L` and `ssh -W` use towards a node-agent.
+//! Streams that are SSH channels of their own (direct-tcpip, RFC 4254 §7.2): the only way to a plain sshd, and what
+//! `ssh -L` and `ssh -W` use towards a node-agent.
 //!
-//! SSH has flow control per channel, but russh opens a channel's window again when data arrives, not when it
-//! is consumed. So there is no way to make the peer wait for one stream: the buffer is bounded, a full one
-//! makes the whole SSH connection wait, and a stream whose socket does not drain within the connection's
-//! patience, and what lead it had, is reset.
+//! SSH has flow control per channel, but russh opens a channel's window again when data arrives and not when it is
+//! consumed. One stream alone can therefore not make its peer wait. Instead, each stream's buffer is bounded, a full one
+//! makes the whole SSH connection wait, and a stream is reset if its socket does not drain within the connection's
+//! patience and the lead that it has gained by draining faster before.
 
 use std::{
     collections::HashMap,
@@ -26,25 +26,25 @@ use super::{link::Gate, stalls::Stalls, stream::error::StreamError, tasks::Tasks
 
 /// The most bytes buffered for one stream.
 const BUFFER: usize = 2 * 1024 * 1024;
-/// Bytes whose draining is timed against the connection's patience.
+/// A stream has to drain this many bytes within the connection's patience.
 const QUANTUM: usize = 256 * 1024;
-/// How far a stream may get ahead by draining faster than it must: the kernel of a steady reader takes much at once, and
-/// then nothing until the reader has made room for as much again.
+/// The most lead that a stream gains by draining faster than it must. The kernel of a steady reader takes much at once,
+/// and then nothing until the reader has made room for as much again.
 const LEAD: Duration = Duration::from_millis(250);
-/// The most bytes sent in one message; OpenSSH accepts no more in a packet.
+/// The most bytes sent in one message, since OpenSSH accepts no more in a packet.
 const CHUNK: usize = 32 * 1024;
-/// The most bytes buffered for all streams of a connection together, but for a little for each.
+/// The most bytes buffered for all streams of a connection together. Each may hold [`LITTLE`] beyond that.
 const TOTAL: usize = 32 * 1024 * 1024;
 const LITTLE: usize = 64 * 1024;
-/// How long a channel that ended in both directions waits for the peer to close it first, since russh keeps
-/// some 3.5 KB for every channel that its own side closes first. `ssh -W` leaves it to the server, and waits.
+/// How long a channel that has ended in both directions waits for the peer to close it first, since russh keeps some
+/// 3.5 KB for every channel that its own side closes first. `ssh -W` waits for the server to close it.
 const CLIENT_CLOSE_WAIT: Duration = Duration::from_secs(5);
 const SERVER_CLOSE_WAIT: Duration = Duration::from_millis(500);
-/// The same for a channel that is given up before: most peers close when they are told that nothing more comes.
+/// How long a channel that is abandoned earlier waits: most peers close it when they learn that nothing more comes.
 const ABORT_WAIT: Duration = Duration::from_secs(1);
 
-/// The channels of one SSH connection, by id. Shared between the session's handler, which feeds them, and
-/// whoever opens or accepts them.
+/// The channels of one SSH connection by id, shared between the session's handler, which feeds them, and those who open
+/// or accept them.
 #[derive(Clone)]
 pub struct Channels {
     table: Arc<Mutex<HashMap<ChannelId, Arc<Shared>>>>,
@@ -55,20 +55,20 @@ pub struct Channels {
     stalls: Stalls,
 }
 
-/// The sending half of a channel of either side.
-pub enum Half {
+/// The sending half of a channel, of an SSH client or server.
+pub enum WriteHalf {
     Client(ChannelWriteHalf<client::Msg>),
     Server(ChannelWriteHalf<server::Msg>),
 }
 
 impl Channels {
-    /// `patience`: how long the connection may be held up by one stream that takes less than 256 KiB; 250 ms longer by
-    /// one that took more before. `stalls` counts what waits for the peer's windows.
+    /// `patience` is how long one stream may hold up the connection while it takes less than 256 KiB; a stream that took
+    /// more before may do so for up to 250 ms longer. `stalls` counts what waits for the peer's windows.
     pub fn new(gate: Gate, tasks: Tasks, patience: Duration, stalls: Stalls) -> Self {
         Self { table: Arc::default(), buffered: Arc::default(), gate, tasks, patience, stalls }
     }
 
-    /// The same channels, with streams that are counted in `stalls`.
+    /// The same channels, whose streams are counted in `stalls` from now on.
     #[must_use]
     pub fn counted_in(&self, stalls: &Stalls) -> Self {
         Self { stalls: stalls.clone(), ..self.clone() }
@@ -83,7 +83,7 @@ impl Channels {
         self.table().insert(id, Arc::default());
     }
 
-    /// To be called when a channel is not going to be opened after all.
+    /// To be called when a channel is not opened after all.
     pub fn forget(&self, id: ChannelId) {
         self.table().remove(&id);
     }
@@ -93,10 +93,10 @@ impl Channels {
     }
 
     /// The halves of the stream that an open channel is.
-    pub(super) fn halves(&self, half: Half) -> (Reader, Writer) {
+    pub(super) fn halves(&self, half: WriteHalf) -> (Reader, Writer) {
         let id = half.id();
         let shared = self.entry(id).unwrap_or_else(|| {
-            // It was closed, or the session has ended, before it was asked for.
+            // The channel was closed, or the session ended, before the stream was asked for.
             let shared = Arc::<Shared>::default();
             let mut state = shared.lock();
             state.received_close = true;
@@ -117,8 +117,8 @@ impl Channels {
         self.len() == 0
     }
 
-    /// To be called by the session's handler with a channel's data. Waits while the stream's buffer is full;
-    /// `false` means that the stream was too slow and its channel must be closed.
+    /// To be called by the session's handler with a channel's data. Waits while the stream's buffer is full. Returns
+    /// `false` if the stream was too slow and its channel must be closed.
     pub async fn on_data(&self, id: ChannelId, bytes: &[u8]) -> bool {
         let Some(shared) = self.entry(id) else { return true };
         loop {
@@ -195,16 +195,16 @@ impl Shared {
     }
 }
 
-/// Whether a stream drains fast enough to be waited for.
+/// Tells whether a stream drains fast enough to be waited for.
 struct Pace {
-    /// When the next quantum has to be drained.
+    /// When the next [`QUANTUM`] has to be drained.
     due: Instant,
-    /// Bytes of it that are.
+    /// Bytes of it that have been drained.
     drained: usize,
 }
 
 impl Pace {
-    /// Data comes, and there was none: what was drained before still counts.
+    /// Data arrives in an empty buffer. The lead from earlier is kept.
     fn begin(&mut self, now: Instant, patience: Duration) {
         self.due = self.due.max(now + patience);
     }
@@ -227,7 +227,7 @@ struct State {
     received_close: bool,
     sent_eof: bool,
     aborted: bool,
-    /// It was closed by the session, for being too slow.
+    /// The session has closed the channel because the stream was too slow.
     overrun: bool,
     failed: Option<StreamError>,
     reader: Option<Waker>,
@@ -268,7 +268,7 @@ fn wake(waker: &mut Option<Waker>) {
     }
 }
 
-impl Half {
+impl WriteHalf {
     pub fn id(&self) -> ChannelId {
         match self {
             Self::Client(half) => half.id(),
@@ -283,7 +283,7 @@ impl Half {
         }
     }
 
-    /// The same, counting the wait for the peer's window if there is one.
+    /// Sends as [`Self::data`] does, and counts a stall if it waits for the peer's window.
     async fn data_counted(&self, bytes: BytesMut, stalls: &Stalls) -> bool {
         let mut sending = pin!(self.data(bytes));
         let mut stall = None;
@@ -322,10 +322,10 @@ impl Half {
     }
 }
 
-/// Closes the channel when both halves are gone.
+/// Owned by both halves of a stream. Dropping it closes the channel.
 struct Owner {
     id: ChannelId,
-    half: Option<Arc<Half>>,
+    half: Option<Arc<WriteHalf>>,
     channels: Channels,
     shared: Arc<Shared>,
 }
@@ -351,8 +351,8 @@ impl Drop for Owner {
             if !overrun {
                 let wait = match half.as_ref() {
                     _ if !in_order => ABORT_WAIT,
-                    Half::Client(_) => CLIENT_CLOSE_WAIT,
-                    Half::Server(_) => SERVER_CLOSE_WAIT,
+                    WriteHalf::Client(_) => CLIENT_CLOSE_WAIT,
+                    WriteHalf::Server(_) => SERVER_CLOSE_WAIT,
                 };
                 if !sent_eof {
                     half.eof().await;
@@ -362,7 +362,7 @@ impl Drop for Owner {
                     half.close().await;
                 }
             }
-            // russh tells nothing more of a channel that this side has closed.
+            // russh reports nothing more about a channel that this side has closed.
             channels.table().remove(&id);
         });
     }
@@ -479,8 +479,8 @@ impl Writer {
         self.owner.shared.lock().aborted = true;
     }
 
-    /// russh waits for a window for ever, also when the channel is closed meanwhile.
-    async fn unless_failed(&self, send: impl AsyncFnOnce(&Half) -> bool) -> Result<(), StreamError> {
+    /// Sends unless the stream fails first: russh waits for a window for ever, even after the channel has been closed.
+    async fn unless_failed(&self, send: impl AsyncFnOnce(&WriteHalf) -> bool) -> Result<(), StreamError> {
         let shared = &self.owner.shared;
         let failed = poll_fn(|cx| {
             let mut state = shared.lock();
@@ -514,7 +514,7 @@ mod tests {
         let start = Instant::now();
         let mut pace = Pace { due: start, drained: 0 };
         pace.begin(start, PATIENCE);
-        // 2 MB/s, of which the kernel takes 800 KB every 400 ms, and the buffer is empty between any two parts.
+        // At 2 MB/s the kernel takes 800 KB every 400 ms, and the buffer is empty between any two parts.
         for gulp in 1..100 {
             let now = start + after(gulp * 400);
             for part in [200_000, 256_000, 256_000, 88_000] {
@@ -526,7 +526,7 @@ mod tests {
     }
 
     #[test]
-    fn what_stops_is_late_however_fast_it_was() {
+    fn a_stream_that_stops_is_late_however_fast_it_was() {
         let start = Instant::now();
         let mut pace = Pace { due: start, drained: 0 };
         pace.begin(start, PATIENCE);
@@ -534,7 +534,7 @@ mod tests {
         assert_eq!(pace.due, start + PATIENCE + LEAD);
         pace.drain(QUANTUM - 1, start + after(400), PATIENCE);
         assert_eq!(pace.due, start + PATIENCE + LEAD);
-        // A trickle that ends a quantum late gets no more than what another takes.
+        // A trickle that completes a quantum late gains no lead.
         pace.drain(1, start + after(900), PATIENCE);
         assert_eq!(pace.due, start + after(900) + PATIENCE);
     }

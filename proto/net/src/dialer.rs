@@ -1,11 +1,13 @@
-//! The one thing that egress listeners know of the rest: something that dials.
+//! Dialling as egress listeners know it: a target goes in, and a connection or an error comes out.
 
 use std::{fmt, pin::Pin};
 
-use super::stream::Stream;
 use proto::{DialError, NodeName, Target};
+use tokio::sync::OwnedSemaphorePermit;
 
-/// Who asked, for records and limits: for instance `unix uid=0 pid=77` or `tls CN=kube-apiserver`.
+use super::stream::Stream;
+
+/// Who asked, as records name the caller: for instance `unix uid=0 pid=77` or `tls CN=kube-apiserver`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Origin(pub String);
 
@@ -23,8 +25,8 @@ pub struct Connection {
     pub node: Option<NodeName>,
     /// Why that node was chosen.
     pub reason: String,
-    /// Held for as long as the connection lives.
-    pub permit: Option<Box<dyn std::any::Any + Send + Sync>>,
+    /// The permit for one of the node's streams, held for as long as the connection lives; `None` without a tunnel.
+    pub permit: Option<OwnedSemaphorePermit>,
 }
 
 pub type DialFuture<'a> = Pin<Box<dyn Future<Output = Result<Connection, DialError>> + Send + 'a>>;

@@ -1,5 +1,5 @@
-//! Metrics as text, for whoever scrapes: OpenMetrics 1.0 for those who ask for it, else the text format 0.0.4, in
-//! which a counter's name in its `# TYPE` is that of its samples.
+//! Metrics as text: OpenMetrics 1.0 for scrapers that ask for it, and otherwise Prometheus' text format 0.0.4, in which a
+//! counter has the name of its samples in `# TYPE`, too.
 
 use std::{fmt, sync::Arc};
 
@@ -10,20 +10,20 @@ use tokio::{sync::Mutex, time::Instant};
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// What is scraped. Cheap to clone.
+/// The metrics of an agent as scrapers get them. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Exposition {
     registry: Arc<Registry>,
-    /// Scrapes take turns. The work keeps its turn when the scraper leaves.
+    /// Scrapes take turns. Encoding keeps its turn even if the scraper leaves.
     turn: Arc<Mutex<Turn>>,
 }
 
 #[derive(Debug, Default)]
 struct Turn {
-    /// The latest text of each form, and when the work on it began.
+    /// The latest text in each format, and when its encoding began.
     plain: Option<(Instant, Bytes)>,
     open_metrics: Option<(Instant, Bytes)>,
-    /// When work may begin again.
+    /// When the next encoding may begin.
     rested: Option<Instant>,
 }
 
@@ -38,9 +38,9 @@ impl Exposition {
         Self { registry: Arc::new(registry), turn: Arc::default() }
     }
 
-    /// Content type and text, for a scraper with this header `Accept`. The work is done beside the tasks that carry
-    /// streams, rests for as long as it took, and is done once for all who wait for it: however often metrics are asked
-    /// for, that takes at most half of one core. Nobody is given a text older than its own request.
+    /// The content type and the text for a scraper with this header `Accept`. The metrics are encoded on a thread that
+    /// carries no streams, once for all who wait, and then not again for as long as it took: however often they are
+    /// scraped, that takes at most half of one core. Nobody gets a text that is older than the request.
     pub async fn scrape(&self, accept: &str) -> Result<(&'static str, Bytes), fmt::Error> {
         let open_metrics = accept.contains("application/openmetrics-text");
         let content_type = if open_metrics { OPEN_METRICS } else { TEXT };
@@ -66,6 +66,7 @@ impl Exposition {
     }
 }
 
+/// Converts OpenMetrics into the text format 0.0.4.
 fn plain(open_metrics: &str) -> String {
     let mut text = String::with_capacity(open_metrics.len());
     let mut help = None;
@@ -163,7 +164,7 @@ mod tests {
         let mut registry = Registry::default();
         registry.register_collector(Box::new(Encoded(encoded.clone())));
         let exposition = Exposition::new(registry);
-        // Held, so that all of them have asked before the first text is begun.
+        // Keeps the first encoding from beginning before all have asked.
         let turn = exposition.turn.clone().lock_owned().await;
         let mut scrapes: Vec<_> = (0..500).map(|_| Box::pin(exposition.scrape(""))).collect();
         for scrape in &mut scrapes {

@@ -1,9 +1,9 @@
-//! Room for handshakes that have not proved anything yet.
+//! Limits the connections whose peers have not authenticated yet.
 //!
-//! Whoever opens connections and says nothing must not keep a real peer out. When all places are taken, the
-//! newcomer gets one of the network that holds most of them, of a peer that has said little so far if there is
-//! one, and picked at random: whoever floods mostly takes places from itself, and a real peer that lost its own
-//! has a chance each time it comes again.
+//! Peers that open connections and send nothing must not keep honest ones out. When all permits are in use, a newcomer
+//! takes one from the network that holds the most, preferably from a peer that has sent little so far, picked at random.
+//! A flood therefore evicts mostly its own connections, and an honest peer that is evicted has a new chance whenever it
+//! connects again.
 
 use std::{
     collections::HashMap,
@@ -16,89 +16,90 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
-/// Bytes that an SSH peer has sent once its version and its offer of algorithms (RFC 4253 §7.1) have come.
+/// The number of bytes received from which on a handshake counts as begun: an SSH peer has sent its version and its offer
+/// of algorithms (RFC 4253 §7.1) by then.
 pub const BEGUN: usize = 512;
 
-/// A bounded number of places, one of which is taken away when all are in use.
+/// A bounded number of permits, one of which is revoked when a newcomer finds all in use.
 #[derive(Clone, Debug)]
-pub struct Places {
+pub struct HandshakePermits {
     max: usize,
-    taken: Arc<Mutex<Vec<Taken>>>,
+    in_use: Arc<Mutex<Vec<InUse>>>,
     counter: Arc<AtomicU64>,
 }
 
 #[derive(Debug)]
-struct Taken {
+struct InUse {
     id: u64,
     network: IpAddr,
     received: Arc<AtomicUsize>,
     evicted: CancellationToken,
 }
 
-/// One place; dropping it makes it free.
+/// The permit of one connection. Dropping it returns it.
 #[derive(Debug)]
-pub struct Place {
+pub struct HandshakePermit {
     id: u64,
-    places: Places,
+    permits: HandshakePermits,
     /// Bytes that the peer has sent, counted by whoever reads them.
     pub received: Arc<AtomicUsize>,
-    /// Cancelled when the place is taken away.
+    /// Cancelled when the permit is revoked.
     pub evicted: CancellationToken,
 }
 
-impl Places {
+impl HandshakePermits {
     pub fn new(max: usize) -> Self {
-        Self { max: max.max(1), taken: Arc::default(), counter: Arc::default() }
+        Self { max: max.max(1), in_use: Arc::default(), counter: Arc::default() }
     }
 
-    /// A place for a connection from `peer`.
-    pub fn take(&self, peer: IpAddr) -> Place {
+    /// A permit for a connection from `peer`.
+    pub fn take(&self, peer: IpAddr) -> HandshakePermit {
         self.take_or_cancel(peer, CancellationToken::new())
     }
 
-    /// The same, for a connection that ends once `evicted` is cancelled, whichever of its places is taken away.
-    pub fn take_or_cancel(&self, peer: IpAddr, evicted: CancellationToken) -> Place {
+    /// A permit that cancels `evicted` when it is revoked, for a connection that holds several of them.
+    pub fn take_or_cancel(&self, peer: IpAddr, evicted: CancellationToken) -> HandshakePermit {
         let id = self.counter.fetch_add(1, Ordering::Relaxed);
         let received = Arc::<AtomicUsize>::default();
-        let mut taken = self.lock();
-        if taken.len() >= self.max {
-            evict(&mut taken);
+        let mut in_use = self.lock();
+        if in_use.len() >= self.max {
+            evict(&mut in_use);
         }
-        taken.push(Taken {
+        in_use.push(InUse {
             id,
             network: network(peer),
             received: received.clone(),
             evicted: evicted.clone(),
         });
-        Place { id, places: self.clone(), received, evicted }
+        HandshakePermit { id, permits: self.clone(), received, evicted }
     }
 
     pub fn in_use(&self) -> usize {
         self.lock().len()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Taken>> {
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Vec<InUse>> {
+        self.in_use.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn evict(taken: &mut Vec<Taken>) {
+fn evict(in_use: &mut Vec<InUse>) {
     let mut counts: HashMap<IpAddr, usize> = HashMap::new();
-    for place in taken.iter() {
-        *counts.entry(place.network).or_default() += 1;
+    for permit in in_use.iter() {
+        *counts.entry(permit.network).or_default() += 1;
     }
     let most = counts.values().copied().max().unwrap_or_default();
-    let crowd = |place: &Taken| counts.get(&place.network) == Some(&most);
-    let begun = |place: &Taken| place.received.load(Ordering::Relaxed) >= BEGUN;
-    let all_begun = taken.iter().filter(|place| crowd(place)).all(begun);
-    let candidates: Vec<usize> = (0..taken.len())
-        .filter(|i| taken.get(*i).is_some_and(|p| crowd(p) && (all_begun || !begun(p))))
+    let crowd = |permit: &InUse| counts.get(&permit.network) == Some(&most);
+    let begun = |permit: &InUse| permit.received.load(Ordering::Relaxed) >= BEGUN;
+    let all_begun = in_use.iter().filter(|permit| crowd(permit)).all(begun);
+    let candidates: Vec<usize> = (0..in_use.len())
+        .filter(|i| in_use.get(*i).is_some_and(|p| crowd(p) && (all_begun || !begun(p))))
         .collect();
     let Some(at) = candidates.get(rand::random_range(0..candidates.len().max(1))) else { return };
-    taken.swap_remove(*at).evicted.cancel();
+    in_use.swap_remove(*at).evicted.cancel();
 }
 
-/// The /24 or /64 that an address lies in: what one party commonly has at its disposal.
+/// The /24 or /64 network of an address, which is what one party commonly has at its disposal.
 fn network(peer: IpAddr) -> IpAddr {
     match peer.to_canonical() {
         IpAddr::V4(a) => Ipv4Addr::from_bits(a.to_bits() & !0xff).into(),
@@ -106,9 +107,9 @@ fn network(peer: IpAddr) -> IpAddr {
     }
 }
 
-impl Drop for Place {
+impl Drop for HandshakePermit {
     fn drop(&mut self) {
-        self.places.lock().retain(|place| place.id != self.id);
+        self.permits.lock().retain(|permit| permit.id != self.id);
     }
 }
 
@@ -116,50 +117,50 @@ impl Drop for Place {
 mod tests {
     use super::*;
 
-    fn take(places: &Places, peer: &str) -> Place {
-        places.take(peer.parse().unwrap())
+    fn take(permits: &HandshakePermits, peer: &str) -> HandshakePermit {
+        permits.take(peer.parse().unwrap())
     }
 
     #[test]
-    fn there_are_never_more_than_the_maximum() {
-        let places = Places::new(2);
+    fn there_are_never_more_permits_than_the_maximum() {
+        let permits = HandshakePermits::new(2);
         let mut held = Vec::new();
         for i in 0..50 {
-            held.push(take(&places, &format!("::ffff:10.0.0.{i}")));
-            assert!(places.in_use() <= 2);
+            held.push(take(&permits, &format!("::ffff:10.0.0.{i}")));
+            assert!(permits.in_use() <= 2);
             assert!(!held.last().unwrap().evicted.is_cancelled());
         }
-        assert_eq!(held.iter().filter(|place| !place.evicted.is_cancelled()).count(), 2);
+        assert_eq!(held.iter().filter(|permit| !permit.evicted.is_cancelled()).count(), 2);
         drop(held);
-        assert_eq!(places.in_use(), 0);
+        assert_eq!(permits.in_use(), 0);
     }
 
     #[test]
-    fn who_holds_most_places_gives_one() {
-        let places = Places::new(8);
-        let slow = take(&places, "10.9.0.1");
-        let slow6 = take(&places, "fd00:9::1");
-        let mut flood: Vec<Place> = Vec::new();
+    fn a_newcomer_takes_the_permit_of_the_largest_network() {
+        let permits = HandshakePermits::new(8);
+        let slow = take(&permits, "10.9.0.1");
+        let slow6 = take(&permits, "fd00:9::1");
+        let mut flood: Vec<HandshakePermit> = Vec::new();
         for i in 0..100u8 {
-            flood.push(take(&places, &format!("10.0.0.{i}")));
-            flood.push(take(&places, &format!("fd00::{i}")));
-            flood.retain(|place| !place.evicted.is_cancelled());
+            flood.push(take(&permits, &format!("10.0.0.{i}")));
+            flood.push(take(&permits, &format!("fd00::{i}")));
+            flood.retain(|permit| !permit.evicted.is_cancelled());
         }
         assert!(!slow.evicted.is_cancelled() && !slow6.evicted.is_cancelled());
-        assert_eq!((places.in_use(), flood.len()), (8, 6));
+        assert_eq!((permits.in_use(), flood.len()), (8, 6));
     }
 
     #[test]
-    fn who_has_said_something_stays_while_others_have_not() {
-        let places = Places::new(8);
-        let real = take(&places, "10.0.0.1");
+    fn a_peer_that_has_sent_something_stays_while_others_have_not() {
+        let permits = HandshakePermits::new(8);
+        let real = take(&permits, "10.0.0.1");
         real.received.store(BEGUN, Ordering::Relaxed);
-        let flood: Vec<Place> = (0..200).map(|_| take(&places, "10.0.0.2")).collect();
+        let flood: Vec<HandshakePermit> = (0..200).map(|_| take(&permits, "10.0.0.2")).collect();
         assert!(!real.evicted.is_cancelled());
-        for place in &flood {
-            place.received.store(BEGUN, Ordering::Relaxed);
+        for permit in &flood {
+            permit.received.store(BEGUN, Ordering::Relaxed);
         }
-        let _more: Vec<Place> = (0..2).map(|_| take(&places, "10.0.0.3")).collect();
-        assert_eq!(places.in_use(), 8);
+        let _more: Vec<HandshakePermit> = (0..2).map(|_| take(&permits, "10.0.0.3")).collect();
+        assert_eq!(permits.in_use(), 8);
     }
 }

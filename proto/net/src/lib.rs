@@ -1,15 +1,18 @@
-//! The pieces with sockets that both agents use: links, the multiplexer's and the channel's streams, the
-//! half-closing relay, task ownership, TLS, admin endpoints, telemetry.
+//! The I/O that both agents use: accepting connections, links, the streams of a tunnel, the relay, ownership of tasks,
+//! TLS, watched files, the HTTPS client, admin endpoints and logs.
 
+pub mod accept;
 pub mod admin;
 pub mod channel;
 pub mod dialer;
 pub mod expiry;
 pub mod exposition;
+pub mod file_watcher;
 pub mod handshake;
+pub mod https_client;
 pub mod link;
+pub mod log_throttle;
 pub mod mux;
-pub mod patient;
 pub mod relay;
 pub mod socket;
 pub mod ssh;
@@ -20,3 +23,4 @@ pub mod tasks;
 pub mod telemetry;
 pub mod tls;
 pub mod unix;
+pub mod write_timeout;

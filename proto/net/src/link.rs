@@ -1,9 +1,9 @@
-//! A link as russh needs it.
+//! The byte stream below an SSH session, in the form that russh needs.
 //!
-//! russh writes and reads in one loop and does not read while a write waits. With bulk data in both
-//! directions both ends would wait for the other to read: a deadlock. [`Link`] therefore takes every write at
-//! once, keeps what the socket did not take, and hands it over whenever it is polled for either direction.
-//! What bounds that backlog is [`Gate`]: whoever produces data reserves room there first.
+//! russh writes and reads in one loop and does not read while a write waits. With bulk data in both directions, both ends
+//! would wait for the other to read: a deadlock. [`Link`] therefore accepts every write at once, keeps what the socket
+//! does not take, and hands it over whenever it is polled for either direction. [`Gate`] bounds that backlog: whoever
+//! produces data reserves room there first.
 
 use std::{
     io,
@@ -24,18 +24,18 @@ use tokio::{
 };
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-/// Bytes of data that may be on their way between the streams and the socket.
+/// The most bytes of data between the streams and the socket.
 const ROOM: usize = 512 * 1024;
-/// The least that a stream may read at once, however many wait for room.
+/// The least that a stream may send at once, however many wait for room.
 const LEAST_SHARE: usize = 4 * 1024;
-/// How long a link that is to be closed waits for the socket to take more of the backlog.
+/// How long a link that is being closed waits for the socket to take more of the backlog.
 const CLOSING: Duration = Duration::from_secs(1);
-/// A backlog that only a fault can reach; the link fails.
+/// The largest backlog, which is only reached by a fault. The link then fails.
 const LIMIT: usize = 64 * 1024 * 1024;
-/// Small reads (an SSH packet's length) are served from a buffer of this size.
+/// The size of the buffer that serves small reads, such as that of an SSH packet's length.
 const READ_BUFFER: usize = 8 * 1024;
 
-/// Room for data on a link, handed out in the order in which it was asked for.
+/// Admits data to a link: hands out the room in its backlog, in the order in which it was asked for.
 #[derive(Clone, Debug)]
 pub struct Gate(Arc<GateState>);
 
@@ -57,13 +57,12 @@ impl Default for Gate {
 }
 
 impl Gate {
-    /// How many bytes one stream should send at once, so that all that wait hold little together.
+    /// How many bytes one stream should send at once, so that the streams that wait for room hold little together.
     pub fn share(&self) -> usize {
         (ROOM / (1 + self.0.waiting.load(Ordering::Relaxed))).max(LEAST_SHARE)
     }
 
-    /// Waits for room for `bytes` bytes, which are the caller's to send; `None` once the link is gone.
-    /// Cancel-safe.
+    /// Waits until there is room for `bytes` bytes, and reserves it; `None` once the link is gone. Cancel-safe.
     pub async fn reserve(&self, bytes: usize) -> Option<Reservation> {
         let permits = u32::try_from(bytes.min(ROOM)).unwrap_or_default();
         let permit = match self.0.room.try_acquire_many(permits) {
@@ -83,7 +82,7 @@ impl Gate {
         Some(Reservation { gate: self.clone(), bytes })
     }
 
-    /// Bytes have left. They are a little more than was reserved for them, by what SSH adds.
+    /// Gives back the room of bytes that have left. SSH makes them a little more than was reserved.
     pub(super) fn release(&self, bytes: usize) {
         let all = |reserved: usize| Some(reserved.saturating_sub(bytes));
         let reserved = self.0.reserved.fetch_update(Ordering::AcqRel, Ordering::Acquire, all);
@@ -94,8 +93,8 @@ impl Gate {
     }
 }
 
-/// Room for bytes that are about to be sent. It is given back when this is dropped without [`Self::used`]: when the
-/// stream has failed meanwhile, or whoever sends has left.
+/// Room for bytes that are about to be sent. Dropping it without [`Self::used`] gives the room back, as when the stream
+/// has failed in the meantime or its sender has left.
 #[derive(Debug)]
 #[must_use]
 pub struct Reservation {
@@ -104,7 +103,7 @@ pub struct Reservation {
 }
 
 impl Reservation {
-    /// The bytes are on their way, and give the room back as they leave.
+    /// Leaves the room to the bytes, which have been sent and give it back as they leave the link.
     pub fn used(mut self) {
         self.bytes = 0;
     }
@@ -131,14 +130,14 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// A byte stream between the agents whose writes never wait.
+/// A byte stream between the agents on which writing never waits.
 pub struct Link<T: AsyncRead + AsyncWrite + Unpin> {
     inner: T,
     read: BytesMut,
     backlog: BytesMut,
     gate: Gate,
     received: Arc<AtomicUsize>,
-    /// Runs while the link is to be closed and the socket takes nothing.
+    /// The length of the backlog when the socket last took some of it, while the link is being closed, and the time left.
     closing: Option<(usize, Pin<Box<Sleep>>)>,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
 }
@@ -160,7 +159,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
         (link, gate)
     }
 
-    /// Hands over as much of the backlog as the socket takes now.
+    /// Hands over as much of the backlog as the socket takes without waiting.
     fn drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.backlog.is_empty() {
             let n = ready!(Pin::new(&mut self.inner).poll_write(cx, &self.backlog))?;
@@ -196,7 +195,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Drop for Link<T> {
     fn drop(&mut self) {
-        // A farewell may be all that is left.
+        // The backlog may end with SSH_MSG_DISCONNECT, which says why.
         let _ = self.drain(&mut Context::from_waker(Waker::noop()));
         self.gate.0.room.close();
     }
@@ -245,7 +244,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Link<T> {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        // A peer that is dead or does not read must not keep the link alive.
+        // A peer that is dead or does not read must not keep the link open.
         while this.cut.as_mut().poll(cx).is_pending() && this.drain(cx)?.is_pending() {
             let left = this.backlog.len();
             match &mut this.closing {

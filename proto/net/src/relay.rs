@@ -1,4 +1,4 @@
-//! Joins a stream of a tunnel with a local socket, or two sockets: both directions at once, each closing on its own.
+//! Relays between a stream and a local socket, or between two sockets: both directions at once, each closing on its own.
 
 use std::{
     io,
@@ -14,18 +14,18 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use super::stream::{Reader, Stream, StreamError, Writer};
 use proto::mux::frame::MAX_DATA;
 
-/// A read of fewer bytes is small.
+/// A read of fewer bytes counts as small.
 const SMALL: usize = 2 * 1024;
-/// The least that is read at once; whoever has more to send gets more room.
+/// The least size of the buffer for a read. It grows for sockets that fill it.
 const LEAST_READ: usize = 4 * 1024;
-/// Small reads, each at once after the one before and none answered, that make a flood.
+/// The number of small reads in a row that make a flood: each comes [`AT_ONCE`] after the one before, and none is answered.
 const FLOOD: u32 = 32;
 const AT_ONCE: Duration = Duration::from_micros(500);
-/// How long a flood of small writes is gathered before the next read.
+/// How long the bytes of a flood are gathered before the next read.
 const GATHER: Duration = Duration::from_millis(5);
-/// After its stream has failed, a socket that takes nothing of what had arrived for so long is given up.
+/// How long a socket whose stream has failed may take nothing of what arrived before, until it is given up.
 const LAST_BYTES: Duration = Duration::from_secs(2);
-/// Bytes of a buffer between two sockets, each way.
+/// The size of the buffer between two sockets in each direction.
 const BUFFER: usize = 16 * 1024;
 
 /// Bytes carried so far, by direction as seen from the master: `up` to the target, `down` from it.
@@ -38,7 +38,7 @@ pub struct Counters {
 /// How a relay ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
-    /// Both directions ended in order.
+    /// Both directions ended regularly.
     Closed,
     /// The local socket failed, or closed both its directions.
     Socket(io::ErrorKind),
@@ -71,7 +71,7 @@ impl From<StreamError> for Broken {
     }
 }
 
-/// Relays until both directions have ended or either failed; the stream is reset unless it closed in order.
+/// Relays until both directions have ended or one has failed, and resets the stream unless both ended regularly.
 /// `from_socket` and `to_socket` count bytes. After one direction has ended, the other may be silent for
 /// `half_closed_timeout`.
 pub async fn relay<R, W>(
@@ -99,11 +99,11 @@ where
             };
             match first {
                 Err(e) => Err(e),
-                Ok(true) => quiet(inbound, to_socket, half_closed_timeout).await,
-                Ok(false) => quiet(outbound, from_socket, half_closed_timeout).await,
+                Ok(true) => finish_second(inbound, to_socket, half_closed_timeout).await,
+                Ok(false) => finish_second(outbound, from_socket, half_closed_timeout).await,
             }
         };
-        // A socket that is neither read nor written to would not let either direction notice.
+        // While the socket can be neither read nor written, neither direction would notice that the stream has failed.
         let abandoned = async {
             watch.failed().await;
             let mut taken = None;
@@ -132,8 +132,9 @@ where
     outcome
 }
 
-/// Relays between two sockets until both directions have ended or either failed. After one direction has ended, the
-/// other may be silent for `half_closed_timeout`: `false` when it was. `up` is what `a` has sent.
+/// Relays between two sockets until both directions have ended or one has failed. After one direction has ended, the
+/// other may be silent for `half_closed_timeout`; if it is silent for longer, the result is `false`. `up` counts what `a`
+/// has sent.
 pub async fn relay_sockets<A, B>(
     a: A,
     b: B,
@@ -152,13 +153,13 @@ where
         result = &mut back => result.map(|()| false)?,
     };
     if there_first {
-        quiet(back, &counters.down, half_closed_timeout).await
+        finish_second(back, &counters.down, half_closed_timeout).await
     } else {
-        quiet(there, &counters.up, half_closed_timeout).await
+        finish_second(there, &counters.up, half_closed_timeout).await
     }
 }
 
-/// The same, but when `until` completes the rest is given up and `a` is closed: `false`.
+/// Relays as [`relay_sockets`] does, but when `until` completes, gives up the rest, closes `a` and returns `false`.
 pub async fn relay_until<A, B>(
     mut a: A,
     b: B,
@@ -192,8 +193,12 @@ where
     to.shutdown().await
 }
 
-/// Runs the second direction to its end; `false` when it carried nothing for a whole `timeout`.
-async fn quiet<F, E>(mut direction: Pin<&mut F>, carried: &AtomicU64, timeout: Duration) -> Result<bool, E>
+/// Runs the second direction to its end, or until it has carried nothing for a whole `timeout`, which gives `false`.
+async fn finish_second<F, E>(
+    mut direction: Pin<&mut F>,
+    carried: &AtomicU64,
+    timeout: Duration,
+) -> Result<bool, E>
 where
     F: Future<Output = Result<(), E>>,
 {
@@ -233,8 +238,8 @@ async fn outbound<R: AsyncRead + Unpin>(
     }
 }
 
-/// Notices a socket that is fed by endless tiny writes. As a frame costs the same whatever its size, such a
-/// stream would take the time of all others.
+/// Detects a socket that is fed by endless tiny writes. A frame costs the same whatever its size, so such a stream would
+/// take the time of all others.
 #[derive(Debug, Default)]
 struct Flood {
     run: u32,
@@ -243,7 +248,7 @@ struct Flood {
 }
 
 impl Flood {
-    /// Whether to wait after a read of `n` bytes that took `waited`, when `answered` bytes have come back.
+    /// Whether to pause after a read of `n` bytes that took `waited`, when `answered` bytes have come back in all.
     fn after(&mut self, n: usize, waited: Duration, answered: u64) -> bool {
         let alone = self.answered == answered;
         self.answered = answered;
@@ -259,7 +264,7 @@ impl Flood {
     }
 }
 
-/// Reads into a buffer that exists only while there is something to read, so that an idle stream has none.
+/// Reads into a buffer that exists only while there is something to read, so that an idle stream holds no memory.
 fn read_frame<R: AsyncRead + Unpin>(
     socket: &mut R,
     writer: &Writer,
@@ -283,7 +288,7 @@ async fn inbound<W: AsyncWrite + Unpin>(
     loop {
         let bytes = reader.fill().await?;
         if bytes.is_empty() {
-            // A socket that is gone already has nothing left to be told.
+            // If this fails, the socket is closed already.
             let _ = socket.shutdown().await;
             return Ok(());
         }

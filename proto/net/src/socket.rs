@@ -1,22 +1,22 @@
-//! What every TCP socket of the agents is set to.
+//! TCP sockets: how they listen, and the options that they are set to.
 
 use std::{io, net::SocketAddr, time::Duration};
 
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
-/// Bytes that a caller's socket may hold unsent. With more, a slow caller would seem to take nothing for long and
-/// then very much.
+/// The most unsent bytes in a caller's socket. With more, a slow caller would seem to take nothing for a long time and then
+/// very much at once.
 const UNSENT: u32 = 256 * 1024;
 
-/// Connections that may wait to be accepted, as far as the kernel lets them (`net.core.somaxconn`). Of a burst beyond
-/// that it forgets some, who learn of it only when they say something.
+/// The most connections that wait to be accepted, if the kernel allows as many (`net.core.somaxconn`). It drops
+/// connections of a larger burst, and their peers learn of it only when they send something.
 pub(super) const BACKLOG: u32 = 4096;
 
 const PRIVILEGED_PORT: &str = "permission denied: ports below 1024 need the capability CAP_NET_BIND_SERVICE, which \
     the drop-in privileged-port.conf gives the systemd unit (deploy/systemd)";
 
-/// Listens, also where connections of an earlier process linger.
+/// Listens, even if connections of an earlier process linger on the port.
 pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     socket.set_reuseaddr(true)?;
@@ -30,19 +30,19 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// As [`tune`], for the sockets of callers.
+/// Sets what [`tune`] sets, and a limit on unsent bytes: for sockets whose bytes are relayed.
 pub fn tune_caller(socket: &TcpStream) {
     tune(socket);
     let _ = SockRef::from(socket).set_tcp_notsent_lowat(UNSENT);
 }
 
-/// Sends small messages at once, and finds out within two minutes that an idle peer is gone for good.
+/// Makes the socket send small messages at once, and detect within two minutes that an idle peer is gone.
 pub fn tune(socket: &TcpStream) {
     let keepalive = TcpKeepalive::new()
         .with_time(Duration::from_secs(60))
         .with_interval(Duration::from_secs(15))
         .with_retries(4);
-    // A socket that fails here fails at its next use, and says so there.
+    // A socket on which this fails also fails at its next use, which reports the error.
     let _ = socket.set_nodelay(true);
     let _ = SockRef::from(socket).set_tcp_keepalive(&keepalive);
 }

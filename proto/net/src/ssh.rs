@@ -1,5 +1,5 @@
-//! What both agents offer in an SSH handshake: post-quantum key exchange first, AEAD ciphers first, nothing
-//! weaker than OpenSSH's own defaults.
+//! What both agents offer in an SSH handshake. Post-quantum key exchange and AEAD ciphers come first, and nothing is weaker
+//! than OpenSSH's own defaults.
 
 use std::{borrow::Cow, time::Duration};
 
@@ -9,21 +9,21 @@ use russh::{
     mac,
 };
 
-/// SSH's own window for a tunnel's channel. The multiplexer's windows bound what is on the way; this one
-/// only must never be the one that closes. It also bounds what a peer can send during a key exchange, when
-/// nothing is answered.
+/// SSH's window for a tunnel's channel, in bytes. The multiplexer's windows bound what is on the way, so this one must
+/// only be large enough never to close. It also bounds what a peer can send during a key exchange, when nothing is
+/// answered.
 pub const TUNNEL_WINDOW: u32 = 64 << 20;
-/// The window of an ordinary channel, as OpenSSH has it.
+/// The window of an ordinary channel in bytes, which is OpenSSH's.
 pub const CHANNEL_WINDOW: u32 = 2 * 1024 * 1024;
-/// The largest packet, bytes: one full DATA frame fits.
+/// The largest packet in bytes, which has room for a full DATA frame.
 pub const MAX_PACKET: u32 = 65535;
 
 const KEY_EXCHANGES: &[kex::Name] = &[
     kex::MLKEM768X25519_SHA256,
     kex::CURVE25519,
     kex::CURVE25519_PRE_RFC_8731,
-    // For an sshd in FIPS mode. Finite-field groups are left out: one exchange of group 18 takes a core for a
-    // good part of a second, before the peer has proved anything.
+    // For an sshd in FIPS mode. Finite-field groups are left out: one exchange with group 18 takes a good part of a second
+    // of CPU time before the peer has authenticated.
     kex::ECDH_SHA2_NISTP256,
     kex::ECDH_SHA2_NISTP384,
     kex::EXTENSION_SUPPORT_AS_CLIENT,
@@ -62,14 +62,14 @@ pub fn preferred() -> Preferred {
     }
 }
 
-/// When the master exchanges keys anew: after `time`, or as many bytes as OpenSSH allows AES-GCM (2^32 blocks
-/// would be 64 GiB).
+/// When the master exchanges keys again: after `time`, or after 32 GiB. OpenSSH allows AES-GCM 2^32 blocks, which are
+/// 64 GiB.
 pub fn master_limits(time: Duration) -> Limits {
     Limits { rekey_write_limit: 32 << 30, rekey_read_limit: 32 << 30, rekey_time_limit: time }
 }
 
-/// When the node does. Later than the master, so that it is always the master who begins: what is on its way to
-/// the side that begins has to fit into that side's window, and the node's is small.
+/// When the node exchanges keys again: later than the master, so that it is always the master who begins. What is on its
+/// way to the side that begins has to fit into that side's window, and the node's is small.
 pub fn node_limits() -> Limits {
     Limits {
         rekey_write_limit: 48 << 30,

@@ -1,6 +1,6 @@
-//! How often, and for how long, those who send on streams wait for the peer to have room.
+//! Counts stalls: how often and for how long streams wait until the peer's window opens again.
 //!
-//! Nothing is counted, and no clock is read, while there is room.
+//! While there is room, nothing is counted and no clock is read.
 
 use std::{
     fmt,
@@ -17,14 +17,14 @@ use prometheus_client::{
     metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
 };
 
-/// An agent's, by direction as seen from the master: `up` to what a caller wants to reach, `down` from it.
+/// The stalls of an agent by direction, as seen from the master: `up` to what a caller wants to reach, `down` from it.
 #[derive(Clone, Debug, Default)]
 pub struct ByDirection {
     pub up: Stalls,
     pub down: Stalls,
 }
 
-/// Of all streams that are sent on in one direction. Cheap to share.
+/// The stalls of all streams in one direction. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct Stalls(Arc<Counts>);
 
@@ -35,7 +35,7 @@ struct Counts {
     now: AtomicUsize,
 }
 
-/// One wait, which ends when this is dropped.
+/// One stall, which ends when this is dropped.
 #[derive(Debug)]
 pub struct Stall {
     counts: Arc<Counts>,
@@ -50,17 +50,17 @@ impl Stalls {
         Stall { counts: self.0.clone(), began: Instant::now() }
     }
 
-    /// How many there were, those that have not ended included.
+    /// Number of stalls, including those that have not ended.
     pub fn begun(&self) -> u64 {
         self.0.begun.load(Relaxed)
     }
 
-    /// How long those that have ended lasted together.
+    /// How long the stalls that have ended lasted in total.
     pub fn lasted(&self) -> Duration {
         Duration::from_nanos(self.0.nanoseconds.load(Relaxed))
     }
 
-    /// Streams that wait now.
+    /// Number of streams that are stalled now.
     pub fn now(&self) -> usize {
         self.0.now.load(Relaxed)
     }

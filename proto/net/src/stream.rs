@@ -1,4 +1,4 @@
-//! One stream of a tunnel, as the [`relay`](super::relay) sees it, whatever carries it below.
+//! A stream as the [`relay`](super::relay) sees it, whether the multiplexer, an SSH channel or a TCP socket carries it.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use tokio::{
 };
 
 use super::{
-    channel::{self, Channels, Half},
+    channel::{self, Channels, WriteHalf},
     mux::{self, Incoming, Mux},
 };
 use proto::{DialError, Target};
@@ -21,7 +21,7 @@ pub(super) mod error;
 
 pub use error::StreamError;
 
-/// A proxied connection inside a tunnel.
+/// A proxied connection.
 #[derive(Debug)]
 pub struct Stream {
     pub reader: Reader,
@@ -44,7 +44,7 @@ pub enum Writer {
     Tcp(OwnedWriteHalf),
 }
 
-/// Tells when a stream has failed, also while its socket keeps both directions waiting.
+/// Tells when a stream has failed, even while its socket keeps both directions waiting.
 pub enum Watch {
     Mux(mux::Watch),
     Channel(channel::Watch),
@@ -73,23 +73,23 @@ impl Stream {
 }
 
 impl Mux {
-    /// Opens a stream to `target`. `origin` names the caller for the node's records. Dropping the future
-    /// cancels the dial on the node too.
+    /// Opens a stream to `target`. `origin` names the caller in the node's records. Dropping the future also cancels the
+    /// dial on the node.
     pub async fn open(&self, target: &Target, origin: &str, timeout: Duration) -> Result<Stream, DialError> {
         self.open_halves(target, origin, timeout).await.map(Stream::from)
     }
 }
 
 impl Incoming {
-    /// Takes the stream; `None` if the tunnel was lost meanwhile.
+    /// Accepts the stream; `None` if the tunnel was lost in the meantime.
     pub async fn accept(self) -> Option<Stream> {
         self.accept_halves().await.map(Stream::from)
     }
 }
 
 impl Channels {
-    /// Makes a stream of an open channel.
-    pub fn stream(&self, half: Half) -> Stream {
+    /// Turns an open channel into a stream.
+    pub fn stream(&self, half: WriteHalf) -> Stream {
         Stream::from(self.halves(half))
     }
 }
@@ -106,7 +106,7 @@ impl From<(channel::Reader, channel::Writer)> for Stream {
     }
 }
 
-/// A connection without a tunnel: what a dialer on the spot gives.
+/// A connection without a tunnel, as a dialer that connects by itself returns it.
 impl From<TcpStream> for Stream {
     fn from(socket: TcpStream) -> Self {
         let (reader, writer) = socket.into_split();
@@ -115,8 +115,8 @@ impl From<TcpStream> for Stream {
 }
 
 impl Reader {
-    /// Waits for bytes; an empty slice is the end of this direction. The bytes stay with the reader until the
-    /// next call. Cancel-safe.
+    /// Waits for bytes; an empty slice is the end of this direction. The bytes stay with the reader until the next call.
+    /// Cancel-safe.
     pub async fn fill(&mut self) -> Result<&[u8], StreamError> {
         match self {
             Self::Mux(r) => r.fill().await,
@@ -133,8 +133,7 @@ impl Reader {
         }
     }
 
-    /// Says that the bytes of the last [`fill`](Self::fill) have left for where they go, so that the peer may
-    /// send as many again.
+    /// Says that the bytes of the last [`fill`](Self::fill) have been delivered, so that the peer may send as many again.
     pub async fn taken(&mut self) -> Result<(), StreamError> {
         match self {
             Self::Mux(r) => r.taken().await,
@@ -144,7 +143,7 @@ impl Reader {
 }
 
 impl Writer {
-    /// Waits until at least one byte may be sent, and gives the number that may.
+    /// Waits until at least one byte may be sent, and returns the number of bytes that may.
     pub async fn room(&mut self) -> Result<usize, StreamError> {
         match self {
             Self::Mux(w) => w.room().await,
@@ -153,7 +152,7 @@ impl Writer {
         }
     }
 
-    /// An empty buffer for up to `max` bytes, to be filled behind what it holds already, for [`Self::send`].
+    /// A buffer for [`Self::send`]. Up to `max` bytes may be appended to what it already holds.
     pub fn buffer(&self, max: usize) -> BytesMut {
         match self {
             Self::Mux(_) => proto::mux::frame::start_data(max),
@@ -161,7 +160,7 @@ impl Writer {
         }
     }
 
-    /// Sends what was read into a [`Self::buffer`], of which there is no more than [`Self::room`] allowed.
+    /// Sends a [`Self::buffer`] with at most as many bytes as [`Self::room`] allowed.
     pub async fn send(&mut self, buffer: BytesMut) -> Result<(), StreamError> {
         match self {
             Self::Mux(w) => w.send(buffer).await,
@@ -170,7 +169,7 @@ impl Writer {
         }
     }
 
-    /// Ends this direction; the other goes on.
+    /// Ends this direction; the other one goes on.
     pub async fn finish(&mut self) -> Result<(), StreamError> {
         match self {
             Self::Mux(w) => w.finish().await,
@@ -179,7 +178,7 @@ impl Writer {
         }
     }
 
-    /// Ends both directions, telling the peer why where the protocol can.
+    /// Ends both directions, and tells the peer why if the protocol can.
     pub fn reset(&mut self, reason: &str) {
         match self {
             Self::Mux(w) => w.reset(reason),

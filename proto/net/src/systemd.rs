@@ -1,4 +1,4 @@
-//! What an agent tells systemd, as sd_notify(3) describes it. Without systemd nothing is told.
+//! Notifies systemd of the agent's state, as sd_notify(3) describes it. Without systemd this does nothing.
 
 use std::{env, io, os::unix::net::UnixDatagram, time::Duration};
 
@@ -10,24 +10,24 @@ use tokio::{
 
 use super::tasks::Tasks;
 
-/// Every socket is bound and served.
+/// Says that every socket is bound and served.
 pub fn ready() {
     tell(NotifyState::Ready);
 }
 
-/// The agent drains, and ends.
+/// Says that the agent is shutting down.
 pub fn stopping() {
     tell(NotifyState::Stopping);
 }
 
 fn tell(state: NotifyState<'_>) {
     if let Err(error) = sd_notify::notify(&[state]) {
-        tracing::debug!(%error, "systemd was not told");
+        tracing::debug!(%error, "systemd was not notified");
     }
 }
 
-/// Answers systemd's watchdog, if it is on, for as long as the runtimes that carry streams run tasks: the one that
-/// this is spawned on, and `others`. If one of them hangs, so does this, and systemd restarts the agent.
+/// Answers systemd's watchdog, if it is on, for as long as the runtimes that carry streams run tasks: the one that this
+/// is spawned on, and `others`. If one of them hangs, so does this, and systemd restarts the agent.
 pub async fn watchdog(others: Vec<Handle>) {
     if let Some(timeout) = sd_notify::watchdog_enabled() {
         answer_while_alive(timeout / 2, &others, || {
@@ -40,7 +40,7 @@ pub async fn watchdog(others: Vec<Handle>) {
 }
 
 async fn answer_while_alive(pause: Duration, others: &[Handle], mut answer: impl FnMut()) {
-    // Tokio has no interval of zero.
+    // Tokio panics at an interval of zero.
     let mut ticks = interval(pause.max(Duration::from_millis(1)));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let tasks = Tasks::new();
@@ -53,7 +53,7 @@ async fn answer_while_alive(pause: Duration, others: &[Handle], mut answer: impl
     }
 }
 
-/// `sd_notify::notify` waits while systemd has no room, which streams must not.
+/// Answers without blocking: `sd_notify::notify` waits while systemd's queue is full, and this thread carries streams.
 fn answer() -> io::Result<()> {
     let Some(path) = env::var_os("NOTIFY_SOCKET") else { return Ok(()) };
     let socket = UnixDatagram::unbound()?;

@@ -6,9 +6,9 @@ pub use proto_config::LogFormat;
 
 const QUIET: &str = "russh=error,russh::server::encrypted=warn,hyper=warn,rustls=warn,kube_client=error";
 
-/// Starts logging for the process. `level` is a word such as `info`, or a filter such as
-/// `info,master_agent=debug`; the libraries below stay quiet unless named. What russh warns of is what any peer
-/// may send as often as it likes; the one exception says why a certificate was refused.
+/// Starts logging for the process. `level` is a word such as `info`, or a filter such as `info,master_agent=debug`, which
+/// may also name the libraries that are quiet by default. Most warnings of russh are about what any peer may send as often
+/// as it likes, so only those that say why a certificate was refused are logged.
 pub fn init(format: LogFormat, level: &str) {
     let filter = EnvFilter::builder()
         .parse(format!("{QUIET},{level}"))
@@ -16,7 +16,7 @@ pub fn init(format: LogFormat, level: &str) {
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let started = match format {
         LogFormat::Text => builder.with_ansi(false).try_init(),
-        // The module's name would be a second "target".
+        // The module's name would be a second field `target`.
         LogFormat::Json => builder
             .json()
             .with_target(false)

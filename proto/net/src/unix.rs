@@ -1,4 +1,4 @@
-//! Unix sockets to listen on.
+//! Unix sockets: binding them with the right owner and mode.
 
 use std::{
     fs::{DirBuilder, Permissions},
@@ -14,11 +14,12 @@ use super::socket::BACKLOG;
 const FOREIGN_OWNER: &str = "the owner and group can't be set: without root, the owner can only be the process's \
     own user and the group one that it is in; under systemd the drop-in socket-group.conf permits that (deploy/systemd)";
 
-/// Binds a Unix socket that never exists with other rights than it is to have: made under another name, then
-/// renamed. A socket nobody listens on is replaced. Without `owner` and `group` these are the process's.
+/// Binds a Unix socket. It is made under another name and then renamed, so that it never exists under its own with other
+/// permissions than these. A socket that nobody listens on is replaced. Without `owner` and `group`, the socket belongs to
+/// those of the process.
 ///
-/// A directory that does not exist is made: nobody else can list it, and others can go through it only if the
-/// socket is for others.
+/// A directory that does not exist is made. Others cannot list it, and can reach the socket in it only if the socket's
+/// mode lets others connect.
 pub fn bind(path: &Path, mode: u32, owner: Option<u32>, group: Option<u32>) -> io::Result<UnixListener> {
     match std::fs::symlink_metadata(path) {
         Ok(metadata) if !metadata.file_type().is_socket() => {
@@ -58,7 +59,7 @@ pub fn bind(path: &Path, mode: u32, owner: Option<u32>, group: Option<u32>) -> i
     Ok(listener)
 }
 
-/// The mode holds whatever the umask is; a directory that exists keeps its own.
+/// Creates a directory with this mode, whatever the umask is. A directory that exists keeps its own.
 fn create_directory(path: &Path, mode: u32) -> io::Result<()> {
     if path.as_os_str().is_empty() || path.is_dir() {
         return Ok(());
@@ -68,7 +69,7 @@ fn create_directory(path: &Path, mode: u32) -> io::Result<()> {
     }
     match DirBuilder::new().mode(mode).create(path) {
         Ok(()) => std::fs::set_permissions(path, Permissions::from_mode(mode)),
-        // Another socket of this process, or of another one, was first.
+        // Somebody else made the directory in the meantime.
         Err(e) if e.kind() == ErrorKind::AlreadyExists => Ok(()),
         Err(e) => Err(e),
     }
@@ -83,7 +84,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_directory_is_as_open_as_the_socket_for_which_it_is_made() {
+    async fn a_directory_is_as_open_as_the_socket_that_it_is_made_for() {
         let root = std::env::temp_dir().join(format!("unix-bind-{}", std::process::id()));
         for (name, socket, directory) in
             [("own", 0o600, 0o700), ("group", 0o660, 0o711), ("all", 0o666, 0o711)]
@@ -92,7 +93,7 @@ mod tests {
             let _listener = bind(&path, socket, None, None).unwrap();
             assert_eq!((mode(&path), mode(path.parent().unwrap())), (socket, directory), "{name}");
         }
-        // What was there before is its owner's affair.
+        // A directory that exists keeps its mode.
         let directory = root.join("run/own");
         std::fs::set_permissions(&directory, Permissions::from_mode(0o755)).unwrap();
         let _listener = bind(&directory.join("other.sock"), 0o600, None, None).unwrap();

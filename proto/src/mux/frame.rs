@@ -5,24 +5,24 @@
 //! | 1 OPEN | dial deadline in ms (u32), target and origin, each a length (u16) and text |
 //! | 2 OPENED | empty |
 //! | 3 REFUSED | error code (u8) and its one or two texts, each a length (u16) and UTF-8 |
-//! | 4 DATA | bytes; takes from the receiver's window |
+//! | 4 DATA | bytes, which the receiver's window shrinks by |
 //! | 5 CREDIT | bytes (u32) by which the receiver's window grows, to at most [`MAX`](super::window::MAX) |
-//! | 6 EOF | empty; the sender will send no more DATA |
+//! | 6 EOF | empty; the sender sends no more DATA |
 //! | 7 RESET | reason; the stream is gone in both directions |
-//! | 8 PING, 9 PONG | 8 bytes that nobody can guess; each PING is answered once, with the same bytes |
-//! | 10 GOAWAY | reason; no new streams will be accepted |
+//! | 8 PING, 9 PONG | 8 random bytes; each PING is answered once, with the same bytes |
+//! | 10 GOAWAY | reason; no new streams are accepted from now on |
 //! | 11 CERTIFICATE | a renewed host certificate in OpenSSH's text form |
 //!
-//! PING, PONG, GOAWAY and CERTIFICATE have stream id 0; the others a stream's id, which is never 0 and never used
-//! twice ([`super::ids`]).
+//! PING, PONG, GOAWAY and CERTIFICATE have stream id 0. The others have a stream's id, which is never 0 and never used twice
+//! ([`super::ids`]).
 
 use bytes::{BufMut, Bytes, BytesMut};
 
 use crate::DialError;
 
-/// Bytes of a frame's header.
+/// The length of a frame's header in bytes.
 pub const HEADER: usize = 9;
-/// The most payload bytes of a DATA frame: with its header it fits into one SSH packet.
+/// The most payload bytes of a DATA frame. With its header it fits into one SSH packet.
 pub const MAX_DATA: usize = 63 * 1024;
 /// The most payload bytes of any other frame.
 pub const MAX_CONTROL: usize = 16 * 1024;
@@ -39,7 +39,7 @@ const PONG: u8 = 9;
 const GOAWAY: u8 = 10;
 const CERTIFICATE: u8 = 11;
 
-/// One decoded frame. DATA may arrive in several parts, as the bytes came.
+/// One decoded frame. A DATA frame comes in several parts if its bytes do.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Frame<'a> {
     Open { stream: u32, timeout_ms: u32, target: String, origin: String },
@@ -55,7 +55,7 @@ pub enum Frame<'a> {
     Certificate { text: String },
 }
 
-/// The peer broke the protocol; the tunnel can't go on.
+/// The peer broke the protocol, and its tunnel has to be closed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
     #[error("frame type {0} is unknown")]
@@ -68,7 +68,7 @@ pub enum FrameError {
     Stream(u8),
 }
 
-/// Encodes every frame but DATA.
+/// Encodes a frame. DATA on the data path is encoded in place instead, by [`start_data`] and [`finish_data`].
 pub fn encode(frame: &Frame<'_>) -> Bytes {
     let mut out = BytesMut::with_capacity(HEADER + 16);
     out.put_bytes(0, HEADER);
@@ -118,15 +118,15 @@ pub fn encode(frame: &Frame<'_>) -> Bytes {
     out.freeze()
 }
 
-/// Room for a DATA frame of at most `payload` bytes: write the payload behind the [`HEADER`] bytes that are
-/// already there, then call [`finish_data`].
+/// A buffer for a DATA frame with at most `payload` bytes. Append the payload to the [`HEADER`] bytes that it already holds,
+/// and then call [`finish_data`].
 pub fn start_data(payload: usize) -> BytesMut {
     let mut out = BytesMut::with_capacity(HEADER + payload);
     out.put_bytes(0, HEADER);
     out
 }
 
-/// Completes a frame begun with [`start_data`].
+/// Completes a frame that [`start_data`] began.
 pub fn finish_data(mut frame: BytesMut, stream: u32) -> Bytes {
     put_header(&mut frame, DATA, stream);
     frame.freeze()
@@ -206,7 +206,7 @@ impl Reader<'_> {
         self.take().map(u32::from_be_bytes)
     }
 
-    /// Text goes into logs and status lines, so control characters (line breaks above all) become spaces.
+    /// Text gets into logs and status lines, so control characters become spaces, line breaks above all.
     fn text(&mut self) -> Option<String> {
         let len = usize::from(u16::from_be_bytes(self.take()?));
         let (text, rest) = self.0.split_at_checked(len)?;
@@ -216,11 +216,11 @@ impl Reader<'_> {
     }
 }
 
-/// Takes bytes in whatever pieces they come and gives frames.
+/// Turns bytes into frames, in whatever pieces the bytes arrive.
 #[derive(Debug, Default)]
 pub struct Decoder {
     state: State,
-    /// The header or control payload gathered so far.
+    /// What has arrived so far of a header or of the payload of a control frame.
     partial: Vec<u8>,
 }
 
@@ -240,7 +240,7 @@ enum State {
 }
 
 impl Decoder {
-    /// The next frame in `input`, which is advanced past what was used; `None` when more bytes are needed.
+    /// The next frame in `input`, which is advanced past the bytes that were used; `None` if more bytes are needed.
     pub fn decode<'a>(&mut self, input: &mut &'a [u8]) -> Result<Option<Frame<'a>>, FrameError> {
         loop {
             match self.state {

@@ -1,10 +1,10 @@
-//! Ids of streams. The side that opens streams gives each an id of its own: ids grow, modulo 2^32 in the sense of
-//! RFC 1982, and none is used twice.
+//! The ids of streams. The side that opens a stream gives it a new id. Ids grow modulo 2^32 in the sense of RFC 1982, and
+//! none is used twice.
 //!
-//! A peer may send the OPENs of dials that run at the same time a little out of order, so each of the last [`SPAN`]
-//! ids is remembered by itself. Everything older counts as used.
+//! A peer may send the OPENs of concurrent dials a little out of order, so each of the last [`SPAN`] ids is remembered by
+//! itself. All older ones count as used.
 
-/// How far behind the newest an id may be and still be new.
+/// How far an id may be behind the newest one and still be new.
 pub const SPAN: u32 = 4096;
 const WORDS: usize = (SPAN / u64::BITS) as usize;
 
@@ -17,21 +17,21 @@ pub struct Ids {
 }
 
 impl Default for Ids {
-    /// Only 0, which is no stream's, and what is before it.
+    /// Only 0, which no stream has, and the ids before it count as used.
     fn default() -> Self {
         Self { newest: 0, recent: [u64::MAX; WORDS] }
     }
 }
 
 impl Ids {
-    /// Uses the id behind the newest one, and gives it.
+    /// Uses the id after the newest one, and returns it.
     pub fn use_next(&mut self) -> u32 {
         let next = self.newest.wrapping_add(1).max(1);
         self.take(next);
         next
     }
 
-    /// Uses an id; `false` if it was used before.
+    /// Uses an id. Returns `false` if it was used before.
     pub fn take(&mut self, id: u32) -> bool {
         if self.is_used(id) {
             return false;
@@ -49,22 +49,23 @@ impl Ids {
 
     pub fn is_used(&self, id: u32) -> bool {
         let behind = self.newest.wrapping_sub(id);
-        let (word, bit) = place(id);
+        let (word, bit) = position(id);
         let recently = self.recent.get(word).is_some_and(|word| word & bit != 0);
         id == 0 || if behind < SPAN { recently } else { behind <= 1 << 31 }
     }
 
     fn set(&mut self, id: u32, used: bool) {
-        let (word, bit) = place(id);
+        let (word, bit) = position(id);
         if let Some(word) = self.recent.get_mut(word) {
             *word = if used { *word | bit } else { *word & !bit };
         }
     }
 }
 
-fn place(id: u32) -> (usize, u64) {
-    let place = id % SPAN;
-    (usize::try_from(place / u64::BITS).unwrap_or_default(), 1 << (place % u64::BITS))
+/// The word and the bit that stand for an id.
+fn position(id: u32) -> (usize, u64) {
+    let index = id % SPAN;
+    (usize::try_from(index / u64::BITS).unwrap_or_default(), 1 << (index % u64::BITS))
 }
 
 #[cfg(test)]
@@ -76,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn none_is_used_twice() {
+    fn no_id_is_used_twice() {
         let mut ids = Ids::default();
         for id in [1, 2, 3, 10, 9, 8, 5000, 4999, 1_000_000, 1_000_000 - SPAN + 1] {
             assert!(!ids.is_used(id), "{id}");
@@ -91,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn they_go_round_and_leave_out_0() {
+    fn ids_wrap_around_and_leave_out_0() {
         let mut ids = Ids::default();
         for id in [1 << 30, 1 << 31, 3 << 30, u32::MAX - 1] {
             assert!(ids.take(id), "{id}");

@@ -1,24 +1,23 @@
-//! Flow control of one direction of one stream. Time is an argument.
+//! Flow control of one direction of one stream. The time is an argument.
 
 use std::time::{Duration, Instant};
 
-/// Bytes each side may send on a new stream before the first CREDIT. Part of the protocol.
+/// The number of bytes that each side may send on a new stream before the first CREDIT. Part of the protocol.
 pub const INITIAL: u32 = 256 * 1024;
-/// The most a stream's window grows to, bytes. Part of the protocol: who grants more breaks it.
+/// The largest window of a stream in bytes. Part of the protocol: a peer that grants more breaks it.
 pub const MAX: u32 = 32 * 1024 * 1024;
 
-/// Round trips shorter than this count as this long: on a fast network too, grants shall be few.
+/// Shorter round trips count as this long, so that there are few grants on a fast network, too.
 const SHORTEST_ROUND_TRIP: Duration = Duration::from_millis(1);
 
-/// What the receiver of one direction has granted. It grows while the reader takes more than half a window in
-/// a round trip, since then the window, not the reader, limits the stream; it never grows for a reader that
-/// doesn't read.
+/// The window that the receiver of one direction grants. It grows while the reader takes more than half a window in a round
+/// trip, since then the window and not the reader limits the stream. It never grows for a reader that doesn't read.
 #[derive(Debug)]
 pub struct Receive {
     size: u32,
-    /// What the peer may still send.
+    /// The number of bytes that the peer may still send.
     open: u32,
-    /// Taken by the reader since the last grant.
+    /// The number of bytes that the reader has taken since the last grant.
     taken: u32,
     last_grant: Instant,
 }
@@ -33,7 +32,7 @@ impl Receive {
         Self { size: INITIAL, open: INITIAL, taken: 0, last_grant: now }
     }
 
-    /// Bytes by which this window is larger than a new one: what it holds of a shared budget.
+    /// The number of bytes by which this window is larger than a new one, which it holds of a shared budget.
     pub fn extra(&self) -> u32 {
         self.size - INITIAL
     }
@@ -44,8 +43,8 @@ impl Receive {
         Ok(())
     }
 
-    /// The reader took `bytes`. Gives what to grant the peer now, if anything. `may_grow` is asked for the
-    /// number of bytes by which the window wants to grow, and takes them from a shared budget if it agrees.
+    /// The reader has taken `bytes`. Returns how much to grant the peer now, if anything. `may_grow` gets the number of
+    /// bytes by which the window is to grow, and takes them from a shared budget if it agrees.
     pub fn on_taken(
         &mut self,
         bytes: usize,
@@ -79,7 +78,7 @@ mod tests {
     const RTT: Duration = Duration::from_millis(100);
 
     #[test]
-    fn grants_only_what_was_taken() {
+    fn no_more_is_granted_than_was_taken() {
         let t0 = Instant::now();
         let mut w = Receive::new(t0);
         assert_eq!(w.on_data(INITIAL as usize), Ok(()));
@@ -94,8 +93,8 @@ mod tests {
     fn grows_while_it_limits_a_fast_reader_and_stops_there() {
         let mut now = Instant::now();
         let mut w = Receive::new(now);
-        // A reader of 20 MB/s over 100 ms needs 2 MB on the way, so twice that as window. Whole windows come at
-        // once, a round trip apart, as long as the window limits.
+        // A reader of 20 MB/s over 100 ms needs 2 MB on the way, and a window of twice that. Whole windows arrive at
+        // once, a round trip apart, for as long as the window is the limit.
         let rate = 20_000_000.0;
         for _ in 0..400 {
             let bytes = w.open as usize;

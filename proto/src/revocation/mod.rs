@@ -1,13 +1,12 @@
-//! What both agents must agree on to revoke the SSH certificates of masters and people: the list ([`krl`]), who may
-//! make one, and how it travels.
+//! The revocation of SSH certificates of masters and people: the list ([`krl`]), who may make one, and how it travels.
 //!
-//! A list is signed by the user CA whose certificates it revokes (OpenSSH's PROTOCOL.sshsig, namespace [`NAMESPACE`]),
-//! so a master without that key can withhold a list but not forge one. The signature is verified before the list is
-//! parsed. A node keeps the list of the highest version that it has seen of each CA and takes no older one.
+//! A list is signed by the user CA whose certificates it revokes (OpenSSH's PROTOCOL.sshsig, namespace [`NAMESPACE`]), so
+//! that a master without that key can withhold a list but not forge one. The signature is verified before the list is
+//! parsed. Of each CA, a node keeps the list with the highest version that it has seen, and accepts no older one.
 //!
-//! The master sends a list on an SSH channel of its own (subsystem [`SUBSYSTEM`]), which a peer that does not know it
-//! refuses. The node says what it holds (a [`Report`]); the master sends a [`SignedList`] if the node's is older; the
-//! node reports again, and the master closes the channel.
+//! The master sends a list on an SSH channel of its own (subsystem [`SUBSYSTEM`]), which peers that do not know it refuse.
+//! The node says which lists it holds (a [`Report`]), the master sends a [`SignedList`] if the node's is older, the node
+//! reports again, and the master closes the channel.
 
 pub mod krl;
 
@@ -29,7 +28,7 @@ pub const NAMESPACE: &str = "revocations@master-agent";
 /// The most bytes of a list's signature.
 const MAX_SIGNATURE: usize = 4 * 1024;
 
-/// Why a list was not taken.
+/// Why a list was not accepted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ListError {
     #[error(
@@ -68,7 +67,7 @@ impl SignedList {
         Ok(Self { signature, list })
     }
 
-    /// Which of `cas` signed the list.
+    /// Verifies the signature, and returns the one of `cas` that made it.
     pub fn verify<'a>(&self, cas: &'a [PublicKey]) -> Result<&'a PublicKey, ListError> {
         let signature = SshSig::from_pem(&self.signature).map_err(|_| ListError::Signature)?;
         let signed_by = |ca: &&PublicKey| ca.key_data() == signature.public_key();
@@ -86,7 +85,7 @@ impl SignedList {
         out
     }
 
-    /// `None` when more bytes are needed.
+    /// Decodes the one list that `bytes` hold; `None` if more bytes are needed.
     pub fn decode(bytes: &[u8]) -> Result<Option<Self>, ListError> {
         let Some((signature, rest)) = part(bytes, MAX_SIGNATURE)? else { return Ok(None) };
         let Some((list, rest)) = part(rest, MAX_LIST)? else { return Ok(None) };
@@ -98,7 +97,7 @@ impl SignedList {
     }
 }
 
-/// A part and what follows it.
+/// One part, and the bytes after it.
 type Part<'a> = (&'a [u8], &'a [u8]);
 
 fn part(bytes: &[u8], most: usize) -> Result<Option<Part<'_>>, ListError> {
@@ -110,12 +109,12 @@ fn part(bytes: &[u8], most: usize) -> Result<Option<Part<'_>>, ListError> {
     Ok(rest.split_at_checked(len))
 }
 
-/// What a node says of the lists that it holds: a length (u32, big endian) and JSON.
+/// What a node says about the lists that it holds: a length (u32, big endian) and JSON.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
-    /// The version of the list of each trusted user CA that has one, by the CA's SHA-256 fingerprint.
+    /// The version of the list of each trusted user CA, by the CA's SHA-256 fingerprint. CAs without a list are left out.
     pub held: BTreeMap<String, u64>,
-    /// Why the list that was sent was not taken.
+    /// Why the list that was sent was not accepted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<String>,
 }
@@ -125,7 +124,7 @@ impl Report {
         join::encode(self)
     }
 
-    /// The first report in `bytes` and how many bytes it takes; `None` when more are needed.
+    /// The report at the beginning of `bytes` and its length; `None` if more bytes are needed.
     pub fn decode(bytes: &[u8]) -> Result<Option<(Self, usize)>, MessageError> {
         let Some(report) = join::decode::<Self>(bytes)? else { return Ok(None) };
         let len = bytes.first_chunk::<4>().map_or(0, |len| u32::from_be_bytes(*len));
@@ -188,7 +187,6 @@ mod tests {
         assert!(Report::decode(&bytes[..used - 1]).unwrap().is_none());
     }
 
-    /// What `ssh-keygen` makes of a list's signature.
     #[test]
     fn ssh_keygen_verifies_a_signature_and_we_verify_its_own() {
         let dir = krl::tests::TempDir::new();

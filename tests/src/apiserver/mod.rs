@@ -75,14 +75,14 @@ use crate::{
 
 pub(crate) type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 
-/// What is asked of a [`Kind`].
+/// The requests for a [`Kind`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verb {
     List,
     Watch,
 }
 
-/// What a request is answered with in place of what it asks for.
+/// An answer in place of the one that a request asks for.
 #[derive(Clone, Debug)]
 pub enum Fault {
     /// An error, with a Status that says so.
@@ -115,7 +115,7 @@ pub struct ApiServer {
     directory: TempDir,
     address: SocketAddr,
     server: Server,
-    /// Who listens and serves; none while connections are refused.
+    /// The tasks that listen and serve; none while connections are refused.
     serving: Mutex<Option<Tasks>>,
 }
 
@@ -290,12 +290,12 @@ impl ApiServer {
         Ok(())
     }
 
-    /// What was asked, in order, since the last time this was called.
+    /// The requests since this was last called, in order.
     pub fn take_asked(&self) -> Vec<Asked> {
         std::mem::take(&mut self.shared().asked)
     }
 
-    /// What was asked so far.
+    /// All requests so far.
     pub fn asked(&self) -> Vec<Asked> {
         self.shared().asked.clone()
     }
@@ -335,7 +335,7 @@ impl Drop for ApiServer {
     }
 }
 
-/// What a connection needs.
+/// The state that all connections share.
 #[derive(Clone)]
 struct Server {
     acceptor: TlsAcceptor,

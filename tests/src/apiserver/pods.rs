@@ -1,5 +1,5 @@
-//! What kubectl asks of a pod: the subresources that a kubelet answers, on the paths and with the parameters that
-//! kube-apiserver turns them into.
+//! The subresources of pods that kubectl uses. The stub passes them to a kubelet, on the paths and with the parameters
+//! that kube-apiserver turns them into.
 
 use std::borrow::Cow;
 

@@ -1,4 +1,4 @@
-//! What lists and watches of one kind show.
+//! The objects of one kind that a stub kube-apiserver lists, and the events of its watches.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -24,7 +24,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// What routes are made of.
+    /// The kinds that routes are made of.
     pub const ALL: [Self; 4] = [Self::Nodes, Self::Pods, Self::Services, Self::EndpointSlices];
     pub(super) const SERVED: [Self; 5] =
         [Self::Nodes, Self::Pods, Self::Services, Self::EndpointSlices, Self::ServiceAccounts];
@@ -80,7 +80,7 @@ pub(super) struct Resource {
     history: Vec<(String, Bytes)>,
     recorded: VecDeque<Bytes>,
     watches: Vec<Watch>,
-    /// What the watches are to be told later, while they are held back.
+    /// Events that the watches get later, while they are held back.
     held: Option<Vec<Bytes>>,
     /// Versions given to objects that came without one.
     given: u64,

@@ -1,4 +1,5 @@
-//! Tokens of service accounts: issued as `TokenRequest` has it, and reviewed as `pkg/serviceaccount/claims.go` has it.
+//! Tokens of service accounts. They are issued as `TokenRequest` does it and reviewed as `pkg/serviceaccount/claims.go`
+//! does it.
 
 use std::{
     collections::BTreeMap,
@@ -13,16 +14,16 @@ use serde_json::{Value, json};
 use super::{ApiServer, Fault, Kind, Shared};
 
 pub(super) const REVIEWS: &str = "/apis/authentication.k8s.io/v1/tokenreviews";
-/// Of tokens, and their audience unless they are for another.
+/// The issuer of tokens, and their audience unless a test asks for another.
 const ISSUER: &str = "https://kubernetes.default.svc";
 /// Seconds for which an object is good after its `deletionTimestamp`.
 const LEEWAY: i64 = 60;
 
-/// What a token is bound to beside its account.
+/// The object that a token is bound to beside its account.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BoundTo<'a> {
     Nothing,
-    /// Of the account's namespace, on the node if it is on one.
+    /// A pod in the account's namespace, and the node that it is on, if any.
     Pod(&'a str, Option<&'a str>),
     Node(&'a str),
     Secret(&'a str),
@@ -45,7 +46,7 @@ impl Tokens {
 }
 
 impl ApiServer {
-    /// What verifies the tokens of service accounts.
+    /// The public key that verifies tokens of service accounts.
     pub fn service_account_key(&self) -> PathBuf {
         self.directory().join("sa.pub")
     }

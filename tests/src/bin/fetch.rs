@@ -1,4 +1,5 @@
-//! A small client for the HTTP CONNECT egress listeners: one GET through one of them, and one line of JSON about it.
+//! A small client for the HTTP CONNECT egress listeners. It sends one GET through one of them and prints one line of
+//! JSON about it.
 
 use std::{
     path::PathBuf,
@@ -60,7 +61,7 @@ struct Args {
     url: hyper::Uri,
 }
 
-/// What is known so far, whichever way it ends.
+/// The facts so far, however the request ends.
 #[derive(Default)]
 struct Report {
     status: Option<u16>,

@@ -1,4 +1,4 @@
-//! A target as a process of its own: `target ADDRESS:PORT...` speaks the line protocol there for ever.
+//! Serves the target's line protocol from a process of its own, for as long as it runs: `target ADDRESS:PORT...`.
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {

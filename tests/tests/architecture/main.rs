@@ -23,8 +23,9 @@ const LAYERS: &[&[(&str, &[&str])]] = &[
         &[
             "master-agent/src/main.rs",
             "master-agent/src/lib.rs",
-            "master-agent/src/admin.rs",
+            "master-agent/src/admin/",
             "master-agent/src/app.rs",
+            "master-agent/src/app/",
             "master-agent/src/cli.rs",
             "master-agent/src/config.rs",
             "master-agent/src/joined.rs",
@@ -56,19 +57,8 @@ const LAYERS: &[&[(&str, &[&str])]] = &[
         ],
     )],
     &[
-        (
-            "routing",
-            &["master-agent/src/routing/", "master-agent/src/inventory.rs", "master-agent/src/kubernetes/"],
-        ),
-        (
-            "identity",
-            &[
-                "master-agent/src/identity/",
-                "master-agent/src/client_certificates.rs",
-                "master-agent/src/store.rs",
-                "master-agent/src/token.rs",
-            ],
-        ),
+        ("routing", &["master-agent/src/routing/", "master-agent/src/kubernetes/"]),
+        ("identity", &["master-agent/src/identity/"]),
     ],
     &[(
         "observe",
@@ -82,15 +72,15 @@ const LAYERS: &[&[(&str, &[&str])]] = &[
     &[(
         "shared",
         &[
+            "master-agent/src/admin_api.rs",
             "master-agent/src/directory.rs",
             "master-agent/src/fields.rs",
             "master-agent/src/host_trust.rs",
             "master-agent/src/http/",
             "master-agent/src/input.rs",
-            "master-agent/src/rate.rs",
-            "master-agent/src/reloaded.rs",
         ],
     )],
+    &[("access", &["master-agent/access/src/"])],
     &[(
         "app of the node",
         &[
@@ -98,6 +88,7 @@ const LAYERS: &[&[(&str, &[&str])]] = &[
             "node-agent/src/lib.rs",
             "node-agent/src/app.rs",
             "node-agent/src/cli.rs",
+            "node-agent/src/config.rs",
         ],
     )],
     &[("node", &["node-agent/src/"])],
@@ -111,6 +102,7 @@ const CRATES: &[(&str, &str)] = &[
     ("proto", "proto"),
     ("proto-config", "proto/config"),
     ("proto-net", "proto/net"),
+    ("access", "master-agent/access"),
     ("node-agent", "node-agent"),
     ("master-agent", "master-agent"),
 ];
@@ -384,6 +376,7 @@ fn tree_with(file: &str, text: &str) -> TempDir {
         ("proto/src/lib.rs", "pub mod name;"),
         ("proto/config/src/lib.rs", ""),
         ("proto/net/src/lib.rs", "pub mod link;"),
+        ("master-agent/access/src/lib.rs", ""),
         ("proto/net/src/link.rs", "use proto::name::Name;"),
         ("proto/src/name.rs", "pub struct Name;"),
         ("node-agent/src/lib.rs", "mod session;"),

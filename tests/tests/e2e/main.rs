@@ -1,48 +1,11 @@
-//! Whole agents against real peers: one module for each thing that has to hold.
+//! Whole agents against real peers: one folder for each area, and in it one module for each thing that has to hold.
 #![allow(clippy::disallowed_methods, reason = "a test owns its tasks by its runtime")]
 
-mod admin_strangers;
-mod authorization;
-mod bound_tokens;
-mod call_home_443;
-mod chaos;
-mod client_chains;
-mod commands;
-mod compare;
-mod examples;
+mod alone;
+mod egress;
 mod front_end;
-mod front_end_bootstrap;
-mod front_end_credentials;
-mod front_end_h2;
-mod front_end_held;
-mod front_end_hostile;
-mod front_end_identity;
-mod front_end_kubectl;
-mod front_end_proxy_urls;
-mod front_end_smuggling;
-mod front_end_upstream;
-mod hostile;
-mod hostile_node;
-mod impostor;
-mod interop;
-mod isolation;
-mod joining;
-mod konnectivity;
-mod kubectl;
-mod kubernetes;
-mod local_endpoint;
-mod memory;
-mod monitoring;
-mod operate;
-mod page;
-mod policy;
-mod proxy_urls;
-mod refusals;
-mod revocation;
-mod socks5;
-mod socks5_clients;
-mod top;
-mod traces;
-mod traffic;
-mod turned_master;
-mod units;
+mod identity;
+mod operations;
+mod routing;
+mod tunnels;
+mod ui;

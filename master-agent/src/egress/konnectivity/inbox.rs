@@ -1,4 +1,4 @@
-//! What a client has sent for one connection and the target has not taken yet.
+//! The data that a client has sent on one connection and its target has not read yet.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
@@ -11,19 +11,18 @@ use tokio::{
     time::Instant,
 };
 
-/// The most bytes that wait for one of several targets.
+/// The most bytes that wait for a target while the gRPC stream has several connections.
 pub(super) const LIMIT: usize = 1024 * 1024;
-/// The same while the client can be made to wait without holding up another connection.
+/// The most bytes while the connection is alone on its gRPC stream, so that making the client wait delays no other one.
 pub(super) const LIMIT_ALONE: usize = 128 * 1024;
-/// A target with a full queue must take as much...
+/// Bytes that a target with a full queue must read within [`PATIENCE`]; a slower target may not share a gRPC stream.
 const QUANTUM: usize = 256 * 1024;
-/// ...in so long, or it is too slow to share a gRPC stream.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The queue, from the session that fills it to the task that empties it.
 #[derive(Debug)]
 pub(super) struct Inbox {
-    /// The dial that it began with.
+    /// The number of the dial that the connection began with.
     pub random: i64,
     waiting: Mutex<Waiting>,
     phase: watch::Sender<Phase>,
@@ -31,26 +30,26 @@ pub(super) struct Inbox {
     room: Notify,
 }
 
-/// A connection as its client wants it.
+/// The phases of a connection, as far as the client decides about them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
     Open,
-    /// Nothing more comes; what waits still goes to the target.
+    /// The client has closed; what waits still goes to the target.
     Closing,
-    /// All has gone to the target.
+    /// The target has read everything.
     Flushed,
-    /// Ended at once, for this reason.
+    /// The connection ends at once, for this reason.
     Aborted(&'static str),
 }
 
-/// The target was too slow.
+/// The target is too slow.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Overrun;
 
 #[derive(Debug)]
 struct Waiting {
     bytes: BytesMut,
-    /// Since when the target has had something to take, or took the last quantum.
+    /// When data arrived in the empty queue, or the target completed the last quantum.
     quantum_began: Instant,
     quantum_taken: usize,
 }
@@ -67,9 +66,8 @@ impl Inbox {
         }
     }
 
-    /// Queues bytes, and drops them once the connection is no longer open. Waits while the queue is full: for
-    /// as long as it takes when the connection is `alone` on its gRPC stream; otherwise only for a target that
-    /// keeps taking.
+    /// Queues bytes, or drops them once the connection is no longer open. Waits while the queue is full: without limit if
+    /// the connection is `alone` on its gRPC stream, otherwise only for a target that keeps reading.
     pub(super) async fn push(&self, mut data: Bytes, alone: impl Fn() -> bool) -> Result<(), Overrun> {
         while *self.phase.borrow() == Phase::Open {
             let alone = alone();
@@ -98,7 +96,7 @@ impl Inbox {
         Ok(())
     }
 
-    /// Waits for bytes; gives their number, 0 when no more come.
+    /// Waits for bytes and returns their number; 0 when no more will come.
     pub(super) async fn filled(&self) -> usize {
         loop {
             let closing = *self.phase.borrow() != Phase::Open;
@@ -108,7 +106,7 @@ impl Inbox {
                 if len > 0 || closing {
                     return len;
                 }
-                // Idle: hold no memory.
+                // An idle connection holds no memory.
                 waiting.bytes = BytesMut::new();
             }
             self.more.notified().await;
@@ -130,7 +128,7 @@ impl Inbox {
         self.room.notify_one();
     }
 
-    /// Goes on to a later phase; there is no way back.
+    /// Advances to a later phase; an earlier one is ignored.
     pub(super) fn advance(&self, to: Phase) {
         self.phase.send_if_modified(|phase| {
             let later = match (*phase, to) {
@@ -152,7 +150,7 @@ impl Inbox {
 
     /// Waits for a phase.
     pub(super) async fn reached(&self, wanted: impl FnMut(&Phase) -> bool) -> Phase {
-        // The sender is this inbox's own, so there is one.
+        // The sender belongs to this inbox and therefore exists.
         self.phase.subscribe().wait_for(wanted).await.map_or(Phase::Closing, |phase| *phase)
     }
 
@@ -176,7 +174,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn one_that_is_alone_waits_and_loses_nothing() {
+    async fn a_connection_that_is_alone_waits_and_loses_nothing() {
         let inbox = Inbox::new(1);
         let push = async {
             inbox.push(bytes(10 * LIMIT_ALONE), || true).await.unwrap();
@@ -201,20 +199,20 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn one_of_several_is_overrun_when_its_target_is_stuck() {
+    async fn one_of_several_connections_is_overrun_when_its_target_is_stuck() {
         let inbox = Inbox::new(1);
         let began = Instant::now();
         assert_eq!(inbox.push(bytes(LIMIT), || false).await, Ok(()));
         assert_eq!(began.elapsed(), Duration::ZERO);
         assert_eq!(inbox.push(bytes(1), || false).await, Err(Overrun));
         assert_eq!(began.elapsed(), PATIENCE);
-        // One that has been stuck for long holds up nobody any longer.
+        // A target that has been stuck for long delays nobody any further.
         assert_eq!(inbox.push(bytes(1), || false).await, Err(Overrun));
         assert_eq!(began.elapsed(), PATIENCE);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn one_of_several_waits_for_a_target_that_keeps_taking() {
+    async fn one_of_several_connections_waits_for_a_target_that_keeps_reading() {
         for (pause_ms, expected) in [(200, Ok(())), (300, Err(Overrun))] {
             let inbox = Inbox::new(1);
             let push = async {
@@ -233,7 +231,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_end_wakes_whoever_waits() {
+    async fn the_end_wakes_the_waiting_tasks() {
         for phase in [Phase::Closing, Phase::Aborted("test")] {
             let inbox = Inbox::new(1);
             let end = async {

@@ -2,6 +2,7 @@
 //! on a Unix socket, or on TCP with mutual TLS.
 
 mod authority;
+mod hpack;
 mod inbox;
 mod session;
 
@@ -29,53 +30,51 @@ use tonic::{
 };
 use tonic_prost::ProstCodec;
 
-use super::{
-    door::{Common, EgressListener},
-    socket::Socket,
-};
+use super::{listener::EgressListener, outbound::Outbound, socket::CallerSocket};
 use crate::{http::Executor, stream::caller::Caller};
 use authority::WithAuthority;
 use session::{Answers, Session};
 
-/// gRPC streams at once on one HTTP/2 connection.
+/// Concurrent gRPC streams on one HTTP/2 connection.
 const STREAMS: u32 = 1024;
-/// Bytes that a client may send on a gRPC stream before they are taken.
+/// Bytes that a client may send on a gRPC stream before they are read.
 const STREAM_WINDOW: u32 = 256 * 1024;
-/// The same for an HTTP/2 connection, so that streams whose targets are slow leave room for the others.
+/// Bytes that a client may send on an HTTP/2 connection: streams with slow targets leave room for all others.
 const CONNECTION_WINDOW: u32 = STREAMS * STREAM_WINDOW;
-/// Bytes of a request's header fields, uncompressed.
+/// Uncompressed bytes of a request's header fields.
 const HEADER_LIST: u32 = 16 * 1024;
-/// Bytes of a packet: what gRPC's libraries accept unless told otherwise.
+/// Bytes of a packet: the default limit of gRPC libraries.
 const MESSAGE: usize = 4 * 1024 * 1024;
-/// Bytes that wait for the client on one gRPC stream, besides the session's own queue.
+/// Bytes that wait for the client on one gRPC stream, beside the session's own queue.
 const SEND_BUFFER: usize = 64 * 1024;
-/// Streams that a client resets before they are accepted, and that this side resets (CVE-2023-44487, CVE-2025-8671).
+/// Streams that a client may reset before they are accepted, and streams that it may make this side reset
+/// (CVE-2023-44487, CVE-2025-8671).
 const PENDING_RESETS: usize = 20;
 const OWN_RESETS: usize = 1024;
 
 /// The egress listener.
 pub struct Konnectivity {
-    pub common: Common,
+    pub outbound: Outbound,
     /// Once cancelled, HTTP/2 connections accept no new streams and end with their last one.
     pub draining: CancellationToken,
 }
 
 impl EgressListener for Konnectivity {
-    fn common(&self) -> &Common {
-        &self.common
+    fn outbound(&self) -> &Outbound {
+        &self.outbound
     }
 
-    async fn serve<S: Socket>(self: Arc<Self>, socket: S, caller: Caller) {
+    async fn serve<S: CallerSocket>(self: Arc<Self>, socket: S, caller: Caller) {
         let called = Arc::new(AtomicBool::new(false));
         let service = {
-            let (common, caller, called) = (self.common.clone(), caller.clone(), called.clone());
+            let (outbound, caller, called) = (self.outbound.clone(), caller.clone(), called.clone());
             service_fn(move |request| {
-                let call = Call { common: common.clone(), caller: caller.clone() };
+                let call = Call { outbound: outbound.clone(), caller: caller.clone() };
                 let called = called.clone();
                 async move { Ok::<_, Infallible>(call.answer(request, &called).await) }
             })
         };
-        let connection = http2::Builder::new(Executor(self.common.connections.clone()))
+        let connection = http2::Builder::new(Executor(self.outbound.tasks.clone()))
             .max_concurrent_streams(STREAMS)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
@@ -86,7 +85,7 @@ impl EgressListener for Konnectivity {
             .max_local_error_reset_streams(OWN_RESETS)
             .serve_connection(TokioIo::new(WithAuthority::new(socket)), service);
         let mut connection = pin!(connection);
-        let mut late = pin!(tokio::time::sleep(self.common.head_timeout));
+        let mut late = pin!(tokio::time::sleep(self.outbound.limits.head_timeout));
         let (mut waiting, mut accepting) = (true, true);
         let error = loop {
             tokio::select! {
@@ -94,7 +93,7 @@ impl EgressListener for Konnectivity {
                     Err(error) if !called.load(Ordering::Relaxed) => break cause(&error),
                     Err(error) => {
                         let error = cause(&error);
-                        return tracing::debug!(origin = %caller.origin, error, "an HTTP/2 connection failed");
+                        return tracing::debug!(origin = %caller.origin, error, "HTTP/2 connection failed");
                     }
                     Ok(()) => return,
                 },
@@ -110,11 +109,11 @@ impl EgressListener for Konnectivity {
                 }
             }
         };
-        self.common.bad_request(caller.door, &caller.origin, &error);
+        self.outbound.bad_request(caller.listener, &caller.origin, &error);
     }
 }
 
-/// The innermost of an error's causes says most.
+/// The innermost cause of an error, which is the most specific one.
 fn cause(error: &hyper::Error) -> String {
     let mut cause: &dyn Error = error;
     while let Some(inner) = cause.source() {
@@ -125,7 +124,7 @@ fn cause(error: &hyper::Error) -> String {
 
 /// One request.
 struct Call {
-    common: Common,
+    outbound: Outbound,
     caller: Caller,
 }
 
@@ -134,7 +133,7 @@ impl Call {
         let path = request.uri().path();
         if path != PROXY {
             let error = format!("{path:?} is not served, only {PROXY} is");
-            self.common.bad_request(self.caller.door, &self.caller.origin, &error);
+            self.outbound.bad_request(self.caller.listener, &self.caller.origin, &error);
             return Status::unimplemented(error).into_http();
         }
         called.store(true, Ordering::Relaxed);
@@ -143,7 +142,7 @@ impl Call {
     }
 }
 
-/// The method. Its answer begins at once, so that the client learns that it is served.
+/// The method. Its response begins at once, so that the client learns that the method is served.
 struct Proxy(Call);
 
 impl StreamingService<Packet> for Proxy {
@@ -152,15 +151,15 @@ impl StreamingService<Packet> for Proxy {
     type Future = Ready<Result<tonic::Response<Outgoing>, Status>>;
 
     fn call(&mut self, request: tonic::Request<Streaming<Packet>>) -> Self::Future {
-        let Call { common, caller } = &self.0;
+        let Call { outbound, caller } = &self.0;
         let gone = CancellationToken::new();
-        let (session, answers) = Session::new(common.clone(), caller.clone(), gone.clone());
-        common.connections.spawn(session.run(request.into_inner()));
+        let (session, answers) = Session::new(outbound.clone(), caller.clone(), gone.clone());
+        outbound.tasks.spawn(session.run(request.into_inner()));
         ready(Ok(tonic::Response::new(Outgoing { answers, _gone: gone.drop_guard() })))
     }
 }
 
-/// The answers. Dropped with the client, which the session then notices.
+/// The packets for the client. Dropping them, as happens when the client leaves, ends the session.
 struct Outgoing {
     answers: Answers,
     _gone: DropGuard,

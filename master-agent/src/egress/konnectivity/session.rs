@@ -1,11 +1,11 @@
 //! One call of `Proxy`: many dials and connections over one gRPC stream.
 //!
-//! The session reads the client's packets and never waits for a dial or, as long as there are several, for a
-//! target. Each dial is a task that becomes its connection's. They share the queue of answers, which is bounded
-//! and fair: a client that does not read makes all its targets wait, and nobody else's.
+//! The session reads the client's packets and never waits for a dial or, as long as there are several connections, for a
+//! target. Each dial is a task, which then carries its connection. The tasks share the queue of packets for the client,
+//! which is bounded and fair: a client that does not read makes only its own targets wait.
 //!
-//! A client that vanishes takes everything with it at once, but for connections that it has closed in order:
-//! what it sent before still reaches their targets.
+//! When a client disappears, all of its connections end at once, except those that it has closed in order: what it sent on
+//! them still reaches their targets.
 
 use std::{
     collections::HashMap,
@@ -34,27 +34,30 @@ use tonic::Status;
 
 use super::inbox::{Inbox, Overrun, Phase};
 use crate::{
-    egress::door::{Common, Dialled},
-    stream::{caller::Caller, record::Record},
+    egress::outbound::{Dialled, Outbound},
+    stream::{
+        caller::Caller,
+        record::{Opened, Record},
+    },
 };
 
-/// Dials and connections at once on one gRPC stream, those that are still being closed included.
+/// Concurrent dials and connections on one gRPC stream, including those that are being closed.
 const CONNECTIONS: usize = 4096;
-/// Packets that wait for the client to read.
+/// Packets that wait until the client reads them.
 const ANSWERS: usize = 4;
 /// The most bytes in one DATA packet.
 const CHUNK: usize = 32 * 1024;
-/// How long a target may take for what its client sent before it closed; clients wait 10 s for the answer.
+/// How long a target may take to read what its client sent before closing. Clients wait 10 s for the answer.
 const FLUSH: Duration = Duration::from_secs(8);
-/// After a connection's end, how long the other direction may take to end as well before it is reset.
+/// How long the other direction may take to end after a connection has been closed, before it is reset.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// What goes to the client.
+/// The packets for the client.
 pub(super) type Answers = mpsc::Receiver<Result<Packet, Status>>;
 
-/// A session. Its tasks belong to [`Common::connections`].
+/// A session. Its tasks belong to [`Outbound::tasks`].
 pub(super) struct Session {
-    common: Common,
+    outbound: Outbound,
     caller: Caller,
     answers: mpsc::Sender<Result<Packet, Status>>,
     gone: CancellationToken,
@@ -69,34 +72,34 @@ struct Table {
     last_id: i64,
 }
 
-/// A dial under way.
+/// A dial that is under way.
 struct Dial {
     random: i64,
     given_up: CancellationToken,
     _slot: OwnedSemaphorePermit,
 }
 
-/// How a connection came to its end.
+/// How a connection ended.
 #[derive(Debug)]
 enum End {
     ByClient,
     ByTarget,
     Failed(StreamError),
     Aborted(&'static str),
-    /// The target did not take all that came before the client's end.
+    /// The target did not read everything that the client had sent before closing.
     NotFlushed,
     ClientGone,
 }
 
 impl Session {
-    /// `gone` is to be cancelled when the client is no longer there.
-    pub(super) fn new(common: Common, caller: Caller, gone: CancellationToken) -> (Arc<Self>, Answers) {
+    /// Whoever owns `gone` cancels it when the client has left.
+    pub(super) fn new(outbound: Outbound, caller: Caller, gone: CancellationToken) -> (Arc<Self>, Answers) {
         let (answers, queue) = mpsc::channel(ANSWERS);
         let (slots, table) = (Arc::new(Semaphore::new(CONNECTIONS)), Mutex::default());
-        (Arc::new(Self { common, caller, answers, gone, slots, table }), queue)
+        (Arc::new(Self { outbound, caller, answers, gone, slots, table }), queue)
     }
 
-    /// Serves the client's packets to their end. The queue of answers ends when its last connection has.
+    /// Serves the client's packets to their end. The queue of answers ends with the last connection.
     pub(super) async fn run(self: Arc<Self>, packets: impl Stream<Item = Result<Packet, Status>>) {
         let mut packets = pin!(packets);
         let serve = async {
@@ -116,7 +119,7 @@ impl Session {
         match ended {
             Ok(()) => self.close_all(),
             Err(status) => {
-                tracing::debug!(origin = %self.caller.origin, %status, "a gRPC stream failed");
+                tracing::debug!(origin = %self.caller.origin, %status, "gRPC stream failed");
                 self.answer(Err(status)).await;
                 self.gone.cancel();
             }
@@ -137,7 +140,7 @@ impl Session {
             }
             ignored @ (Some(Payload::DialResponse(_) | Payload::CloseResponse(_) | Payload::Drain(_))
             | None) => {
-                tracing::debug!(origin = %self.caller.origin, ?ignored, "a packet that clients don't send");
+                tracing::debug!(origin = %self.caller.origin, ?ignored, "unexpected packet ignored");
             }
         }
     }
@@ -153,17 +156,17 @@ impl Session {
                     }
                     Err(error) => DialError::BadTarget(format!("{address:?}: {error}")),
                 };
-                self.common.bad_request(self.caller.door, &self.caller.origin, &error);
+                self.outbound.bad_request(self.caller.listener, &self.caller.origin, &error);
                 return self.answer(Ok(Packet::dial_failed(random, error.to_string()))).await;
             }
         };
         match self.begin_dial(random) {
             Ok(dial) => {
                 let session = self.clone();
-                self.common.connections.spawn(async move { session.connection(dial, target).await });
+                self.outbound.tasks.spawn(async move { session.connection(dial, target).await });
             }
             Err(error) => {
-                self.common.dial_failed(&target, &self.caller, &error);
+                self.outbound.dial_failed(&target, &self.caller, &error);
                 self.answer(Ok(Packet::dial_failed(random, error.to_string()))).await;
             }
         }
@@ -203,7 +206,7 @@ impl Session {
             inbox.advance(Phase::Aborted(
                 "the target is too slow: it holds up the other connections of its gRPC stream",
             ));
-            // Another one now.
+            // Data that follows is answered as that of an unknown connection.
             self.table().open.remove(&id);
         }
     }
@@ -223,29 +226,29 @@ impl Session {
         self.answer(Ok(Packet::close_response(id, error))).await;
     }
 
-    /// Waits for room in the queue. A client that is gone is noticed elsewhere.
+    /// Waits for room in the queue. That the client has left is noticed elsewhere.
     async fn answer(&self, answer: Result<Packet, Status>) {
         let _ = self.answers.send(answer).await;
     }
 
-    /// A dial and the connection that comes of it, to its end.
+    /// Runs a dial and then its connection to its end.
     async fn connection(&self, dial: Dial, target: Target) {
         let dialled = tokio::select! {
             biased;
             () = self.gone.cancelled() => Err(DialError::Cancelled),
             () = dial.given_up.cancelled() => Err(DialError::Cancelled),
-            dialled = Box::pin(self.common.dial(&target, &self.caller)) => dialled,
+            dialled = Box::pin(self.outbound.dial(&target, &self.caller)) => dialled,
         };
         let opened = self.end_dial(&dial, dialled.is_ok());
         match (dialled, opened) {
             (Ok(dialled), Some((id, inbox))) => {
                 self.answer(Ok(Packet::dialled(dial.random, id))).await;
-                self.carry(id, &inbox, dialled, target).await;
+                self.carry(id, &inbox, dialled).await;
             }
-            // Given up just as it opened; dropping it closes it.
-            (Ok(_), None) => self.common.dial_failed(&target, &self.caller, &DialError::Cancelled),
+            // The dial was cancelled just as it succeeded. Dropping the connection closes it.
+            (Ok(_), None) => self.outbound.dial_failed(&target, &self.caller, &DialError::Cancelled),
             (Err(error), _) => {
-                self.common.dial_failed(&target, &self.caller, &error);
+                self.outbound.dial_failed(&target, &self.caller, &error);
                 if error != DialError::Cancelled {
                     self.answer(Ok(Packet::dial_failed(dial.random, error.to_string()))).await;
                 }
@@ -253,7 +256,7 @@ impl Session {
         }
     }
 
-    /// The connection's number, unless the dial failed or was given up meanwhile.
+    /// Returns the connection's number, unless the dial failed or has been cancelled.
     fn end_dial(&self, dial: &Dial, succeeded: bool) -> Option<(i64, Arc<Inbox>)> {
         let mut table = self.table();
         if dial.given_up.is_cancelled() {
@@ -269,10 +272,11 @@ impl Session {
         Some((id, inbox))
     }
 
-    async fn carry(&self, id: i64, inbox: &Inbox, dialled: Dialled, target: Target) {
-        let Dialled { connection: Connection { stream, node, reason, permit }, span } = dialled;
-        let (metrics, caller) = (self.common.metrics.clone(), self.caller.clone());
-        let mut record = Record::new(metrics, caller, target, node, reason, span);
+    async fn carry(&self, id: i64, inbox: &Inbox, dialled: Dialled) {
+        let Dialled { connection, target, caller, span } = dialled;
+        let Connection { stream, node, reason, permit } = connection;
+        let opened = Opened { caller, target, node, reason, span };
+        let mut record = Record::open(self.outbound.metrics.clone(), opened);
         let Tunnelled { mut reader, mut writer } = stream;
         let (end, in_order) = self.converse(id, inbox, &mut reader, &mut writer, &record).await;
         if !in_order {
@@ -286,8 +290,8 @@ impl Session {
         }
     }
 
-    /// Carries bytes both ways until either side ends the connection, then lets the other end too. Gives
-    /// whether both directions have ended in order. An end in order has been answered.
+    /// Carries bytes both ways until either side ends the connection, then lets the other side end, too. Returns whether
+    /// both directions have ended in order. If so, the client has been told.
     async fn converse(
         &self,
         id: i64,
@@ -305,7 +309,7 @@ impl Session {
             };
             match uploaded {
                 Ok(()) => End::ByClient,
-                // What came from the target before is still to be delivered.
+                // What the target has sent before is still delivered.
                 Err(error) => match down.as_mut().await {
                     Ok(()) => End::Failed(error),
                     Err(error) => End::Failed(error),
@@ -343,7 +347,7 @@ impl Session {
         (end, matches!(rest, Ok(Ok(()))))
     }
 
-    /// From the target to the client, until the target ends; after the client has closed, to nowhere.
+    /// Carries from the target to the client until the target ends. What arrives after the client has closed is dropped.
     async fn download(
         &self,
         id: i64,
@@ -368,14 +372,14 @@ impl Session {
                         Ok(room) => {
                             room.send(Ok(Packet::data(id, Bytes::copy_from_slice(chunk))));
                             carried.fetch_add(chunk.len() as u64, Ordering::Relaxed);
-                            // Whoever else waits for room is woken, but would find it taken.
+                            // The next task in the queue is woken, but would find its room taken without this.
                             tokio::task::yield_now().await;
                         }
                         Err(_) => std::future::pending().await,
                     },
                 }
             }
-            // A target that goes on after its connection's end gets no more credit.
+            // A target that goes on after its client has closed gets no more credit.
             if !closed {
                 reader.taken().await?;
             }
@@ -387,7 +391,7 @@ impl Session {
     }
 }
 
-/// From the client to the target, until the client has closed and the target has got all.
+/// Carries from the client to the target until the client has closed and the target has read everything.
 async fn upload(inbox: &Inbox, writer: &mut Writer, carried: &AtomicU64) -> Result<(), StreamError> {
     loop {
         if inbox.filled().await == 0 {
@@ -405,7 +409,7 @@ async fn upload(inbox: &Inbox, writer: &mut Writer, carried: &AtomicU64) -> Resu
 }
 
 impl End {
-    /// A short, fixed word for logs.
+    /// The outcome in the stream's record.
     fn outcome(&self) -> &'static str {
         match self {
             Self::ByClient | Self::ByTarget => "closed",
@@ -416,7 +420,7 @@ impl End {
         }
     }
 
-    /// What the client is told of an end that is not in order.
+    /// What the client is told if the end was not in order.
     fn error(&self) -> Option<String> {
         match self {
             Self::ByClient | Self::ByTarget | Self::ClientGone => None,
@@ -429,7 +433,7 @@ impl End {
         }
     }
 
-    /// What the node is told.
+    /// What the node is told when the stream is reset.
     fn reset_reason(&self) -> &'static str {
         match self {
             Self::ByClient => "closed by the caller",

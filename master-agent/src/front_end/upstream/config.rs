@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use hyper::Uri;
 use proto_config::{At, Section};
+use proto_net::tls::ClientTls;
 
 use crate::{
     fields::{COUNT, WAIT, secs, verified_or_loopback},
-    front_end::{headers::IdentityHeaders, https_client::ClientTls},
+    front_end::headers::IdentityHeaders,
 };
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -21,12 +21,12 @@ use std::{
 };
 
 use hyper::{Method, Request, Response};
-use proto_net::tasks::Tasks;
-
-use crate::{
-    metrics::Expiry,
-    reloaded::{Follow, Reloaded},
+use proto_net::{
+    file_watcher::{FileWatcher, Watcher},
+    tasks::Tasks,
 };
+
+use crate::metrics::Expiry;
 
 pub use body::{BodyError, Progress, RequestBody};
 pub use config::UpstreamConfig;
@@ -55,12 +55,13 @@ pub enum UpstreamError {
 
 impl Upstream {
     /// `connections` owns the connections.
-    pub fn load(config: &UpstreamConfig, connections: &Tasks) -> anyhow::Result<(Self, Arc<dyn Follow>)> {
+    pub fn load(config: &UpstreamConfig, connections: &Tasks) -> anyhow::Result<(Self, Arc<dyn Watcher>)> {
         let (tls, http2) = (config.tls.clone(), config.http2);
         let files: Vec<PathBuf> = config.tls.files();
-        let tls = Reloaded::load("the API server's CA and the front-proxy certificate", files, move || {
-            ServerTls::read(&tls, http2)
-        })?;
+        let tls =
+            FileWatcher::load("the API server's CA and the front-proxy certificate", files, move || {
+                ServerTls::read(&tls, http2)
+            })?;
         let servers = config
             .servers
             .iter()

@@ -18,7 +18,7 @@ use tokio::{
 use super::{
     body::RequestBody,
     config::UpstreamConfig,
-    sender::{Http1, Made, Place, Sender},
+    sender::{Http1, Made, Sender, StreamPermit},
 };
 use crate::front_end::workers;
 
@@ -144,13 +144,13 @@ impl Pool {
         }
     }
 
-    fn stream(&self, generation: u64) -> Option<(http2::SendRequest<RequestBody>, Place)> {
+    fn stream(&self, generation: u64) -> Option<(http2::SendRequest<RequestBody>, StreamPermit)> {
         let mut shared = self.shared();
         // Requests that are under way keep theirs.
         shared.retain(|one| !one.sender.is_closed() && self.is_current(&one.made, generation));
         let one = shared.iter_mut().find(|one| one.streams.load(Ordering::Relaxed) < MAX_STREAMS)?;
         one.used = Instant::now();
-        Some((one.sender.clone(), Place::take(&one.streams)))
+        Some((one.sender.clone(), StreamPermit::take(&one.streams)))
     }
 
     /// Keeps one that has been used, if it can be used again.
@@ -163,9 +163,9 @@ impl Pool {
     }
 
     /// Keeps one for many requests, of which this is the first.
-    pub(super) fn share(&self, sender: &http2::SendRequest<RequestBody>, made: Made) -> Place {
+    pub(super) fn share(&self, sender: &http2::SendRequest<RequestBody>, made: Made) -> StreamPermit {
         let streams = Arc::default();
-        let place = Place::take(&streams);
+        let place = StreamPermit::take(&streams);
         self.shared().push(Http2 { sender: sender.clone(), streams, made, used: Instant::now() });
         place
     }

@@ -24,7 +24,7 @@ use super::body::RequestBody;
 /// What sends requests over one connection.
 pub(super) enum Sender {
     Http1(Http1),
-    Http2(http2::SendRequest<RequestBody>, Place),
+    Http2(http2::SendRequest<RequestBody>, StreamPermit),
 }
 
 /// When a connection was made, and by which files.
@@ -102,9 +102,9 @@ fn drive(driver: &mut Option<Driver>, cx: &mut Context<'_>) {
 }
 
 /// One stream of a shared connection.
-pub(super) struct Place(Arc<AtomicUsize>);
+pub(super) struct StreamPermit(Arc<AtomicUsize>);
 
-impl Place {
+impl StreamPermit {
     /// Counted in `streams` for as long as it lives.
     pub(super) fn take(streams: &Arc<AtomicUsize>) -> Self {
         streams.fetch_add(1, Ordering::Relaxed);
@@ -112,7 +112,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for StreamPermit {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }

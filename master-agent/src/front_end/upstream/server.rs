@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use access::x509_expiry::X509Expiry;
 use anyhow::{Context as _, bail};
 use hyper::{
     Uri,
@@ -18,7 +19,12 @@ use hyper::{
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use proto::{Host, Target};
-use proto_net::{socket, tasks::Tasks};
+use proto_net::{
+    file_watcher::{FileWatcher, Watcher},
+    socket,
+    tasks::Tasks,
+    tls::ClientTls,
+};
 use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -34,10 +40,8 @@ use super::{
     sender::{Driver, Http1, Made, Sender, causes},
 };
 use crate::{
-    front_end::https_client::ClientTls,
     http::{Executor, is_loopback},
-    metrics::{Expiry, X509Expiry},
-    reloaded::{Follow, Reloaded},
+    metrics::Expiry,
 };
 
 const MAX_HEADERS: usize = 256;
@@ -88,7 +92,7 @@ pub(super) struct Server {
     host_header: Option<HeaderValue>,
     host: String,
     port: u16,
-    tls: Arc<Reloaded<ServerTls>>,
+    tls: Arc<FileWatcher<ServerTls>>,
     /// `None` is plain HTTP.
     tls_name: Option<ServerName<'static>>,
     /// The server is taken to speak HTTP/2.
@@ -133,7 +137,7 @@ impl Server {
     pub(super) fn new(
         uri: &Uri,
         config: &UpstreamConfig,
-        tls: Arc<Reloaded<ServerTls>>,
+        tls: Arc<FileWatcher<ServerTls>>,
         connections: Tasks,
     ) -> anyhow::Result<Self> {
         let authority = uri.authority().cloned().context("an upstream needs a host")?;

@@ -1,7 +1,20 @@
 //! A peer that does what no honest one does, frame by frame, against either side.
 
-use super::*;
-use crate::stream::Stream;
+use bytes::Bytes;
+use proto::{
+    DialError,
+    mux::{
+        frame::{self, Decoder, Frame},
+        window,
+    },
+};
+use tokio::{sync::mpsc, time::Duration};
+
+use super::{
+    Events, Feeder, Mux, ProtocolError, SendFrame,
+    feeder::{ANSWERS, PING_INTERVAL},
+};
+use crate::{link::Gate, stalls::Stalls, stream::Stream, tasks::Tasks};
 
 const LIMIT: usize = 10;
 /// Streams of the table below: one that is open, one that the peer has ended, one that has ended here, one that the
@@ -25,7 +38,7 @@ impl End {
     fn new(initiator: bool) -> Self {
         let tasks = Tasks::new();
         let (tx, sent) = mpsc::unbounded_channel();
-        let out: Out = Box::new(move |frame| {
+        let out: SendFrame = Box::new(move |frame| {
             let sent = tx.send(frame).is_ok();
             Box::pin(async move { sent })
         });
@@ -236,7 +249,7 @@ async fn dials_that_run_at_the_same_time_may_arrive_in_disorder() {
     }
 }
 
-/// Of a peer that gives up streams and asks for more, while the sockets of the first ones are still open.
+/// The peer gives up streams and asks for more while the sockets of the first ones are still open.
 #[tokio::test]
 async fn a_stream_counts_until_its_socket_is_closed() {
     let mut end = End::new(false);
@@ -265,7 +278,7 @@ async fn a_stream_counts_until_its_socket_is_closed() {
     assert_eq!(end.mux.streams_open(), 0);
 }
 
-/// The same of the side that opens streams: what its peer refuses or resets counts while a caller holds it.
+/// On the side that opens streams, what its peer refuses or resets counts while a caller holds it.
 #[tokio::test]
 async fn a_stream_that_the_peer_resets_counts_while_its_caller_is_there() {
     let mut end = End::new(true);
@@ -332,9 +345,9 @@ async fn a_peer_that_owes_an_answer_is_asked_nothing_more_and_comes_no_nearer() 
         tokio::task::yield_now().await;
     }
     assert!(end.sent.try_recv().is_err(), "one PING is on the way at a time");
-    assert!(end.mux.next_ping().is_none());
+    assert!(end.mux.0.round_trip.next_ping().is_none());
     let owed = end.mux.round_trip().expect("at least the time that it owes the answer");
-    assert!(end.mux.next_ping().is_none());
+    assert!(end.mux.0.round_trip.next_ping().is_none());
     assert!(end.mux.round_trip() >= Some(owed));
 
     // A late answer is one, and then it goes on.
@@ -348,7 +361,7 @@ async fn a_peer_that_owes_an_answer_is_asked_nothing_more_and_comes_no_nearer() 
 #[tokio::test]
 async fn a_peer_that_asks_for_more_answers_than_it_takes_is_found_out() {
     let tasks = Tasks::new();
-    let stuck: Out = Box::new(|_| Box::pin(std::future::pending()));
+    let stuck: SendFrame = Box::new(|_| Box::pin(std::future::pending()));
     let (_mux, mut feeder, _events) =
         Mux::new(true, LIMIT, Gate::default(), Stalls::default(), stuck, &tasks);
     let ping = frame::encode(&Frame::Ping([0; 8]));

@@ -1,6 +1,6 @@
-//! Why a stream fails, whatever carries it below.
+//! The error of a stream, whatever carries it.
 
-/// Why a stream ended before both directions had.
+/// Why a stream ended before both of its directions did.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct StreamError(pub String);

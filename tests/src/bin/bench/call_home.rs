@@ -1,5 +1,5 @@
-//! What it costs to call home over the front end's HTTPS port, beside plain TCP: one master, one node of each kind,
-//! the same target, in turns. The column `direct` is plain TCP here, `ours` is HTTPS.
+//! Measures what it costs to call home over the front end's HTTPS port in place of plain TCP. One master has a node of
+//! each kind, and both reach the same target in turns. The column `direct` is plain TCP here, and `ours` is HTTPS.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -43,7 +43,7 @@ impl Homes {
         self.cluster.unix.stream(&format!("{node}:{}", self.port)).await
     }
 
-    /// Of the master and the node, seconds.
+    /// CPU time of the master and the node, in seconds.
     fn cpu(&self, path: Path) -> f64 {
         let node = self.cluster.nodes.get(usize::from(path == Path::Ours)).and_then(|n| n.process.as_ref());
         self.cluster.master.usage().cpu + node.map(|node| node.usage().cpu).unwrap_or_default()

@@ -1,4 +1,4 @@
-//! The front end beside nginx, both as TLS proxies that ask for client certificates.
+//! Measures the front end beside nginx. Both are TLS proxies that ask for client certificates.
 
 use std::{
     cell::Cell,
@@ -51,8 +51,13 @@ struct Site {
     _target: Process,
 }
 
-/// Requests a second on kept connections, what one costs, and the time of one, of all ways in turn.
-pub async fn figures(n: usize, time: Duration) -> anyhow::Result<BTreeMap<&'static str, Figure>> {
+/// Requests a second on kept connections, what one costs, and the time of one on `connections` connections, of all ways
+/// in turn.
+pub async fn figures(
+    n: usize,
+    time: Duration,
+    connections: usize,
+) -> anyhow::Result<BTreeMap<&'static str, Figure>> {
     let site = Site::start().await?;
     let ways = [Way::Plain, Way::Nginx, Way::Ours, Way::Anonymous];
     let mut rates: BTreeMap<Way, Vec<f64>> = BTreeMap::new();
@@ -64,7 +69,7 @@ pub async fn figures(n: usize, time: Duration) -> anyhow::Result<BTreeMap<&'stat
             rates.entry(way).or_default().push(rate);
             costs.entry(way).or_default().push(cost);
             // Where the kernel puts the processes differs from one connection to the next, and is half of the time.
-            for _ in 0..5 {
+            for _ in 0..connections {
                 times.entry(way).or_default().push(site.one_by_one(way, 1000).await?);
             }
         }

@@ -40,7 +40,7 @@ struct Args {
     /// Print one JSON object in place of the table.
     #[arg(long)]
     json: bool,
-    /// Fewer rounds and less data.
+    /// Fewer rounds and less data: shows that every figure can be taken, and roughly what it is.
     #[arg(long)]
     quick: bool,
     /// Only figures whose name contains this.
@@ -228,7 +228,7 @@ impl Bench {
         eprintln!("the stalled streams never came to rest");
     }
 
-    /// What both ends of a tunnel use.
+    /// The usage of both ends of a tunnel together.
     fn usage(&self, path: Path) -> Usage {
         let pair = match path {
             Path::Direct => return Usage::default(),
@@ -246,7 +246,7 @@ impl Bench {
     }
 }
 
-/// What all ways lead to, in a process of its own.
+/// The target of all ways, in a process of its own.
 fn target_process(port: u16, log: &std::path::Path) -> anyhow::Result<Process> {
     let mut serve = Command::new(std::env::current_exe()?);
     serve.args(["--serve", &port.to_string()]);
@@ -372,9 +372,9 @@ async fn measure(args: &Args) -> anyhow::Result<BTreeMap<&'static str, Figure>> 
         }
         if wanted("isolation") {
             eprintln!("isolation");
-            figures.extend(isolation::figures(Way::Connect(&bench), n).await?);
+            figures.extend(isolation::figures(Way::Connect(&bench), n, args.quick).await?);
             let connection = Connection::open(&bench.konnectivity()).await?;
-            figures.extend(isolation::figures(Way::Konnectivity(&bench, connection), n).await?);
+            figures.extend(isolation::figures(Way::Konnectivity(&bench, connection), n, args.quick).await?);
         }
     }
     if ["route_lookup_p99", "route_update_p99", "route_memory"].iter().any(|name| wanted(name)) {
@@ -388,7 +388,7 @@ async fn measure(args: &Args) -> anyhow::Result<BTreeMap<&'static str, Figure>> 
     if wanted("front_end_rate_32_by_nginx") || wanted("front_end_added_p50_by_nginx") {
         eprintln!("the front end beside nginx");
         let time = Duration::from_millis(if args.quick { 500 } else { 1500 });
-        figures.extend(front_end::figures(n, time).await?);
+        figures.extend(front_end::figures(n, time, if args.quick { 2 } else { 5 }).await?);
     }
     if wanted("call_home_https") {
         eprintln!("call home over HTTPS beside TCP");
@@ -398,7 +398,8 @@ async fn measure(args: &Args) -> anyhow::Result<BTreeMap<&'static str, Figure>> 
     if wanted("watching_throughput") || wanted("watching_rate_32") {
         eprintln!("while somebody watches");
         let time = Duration::from_millis(if args.quick { 500 } else { 1500 });
-        figures.extend(watching::figures(n, time).await?);
+        // The difference is small: it takes more rounds than others to see it.
+        figures.extend(watching::figures(if args.quick { n } else { 3 * n }, time).await?);
     }
     if wanted("download_100ms_rtt") {
         eprintln!("100 ms round trip");

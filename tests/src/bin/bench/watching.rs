@@ -1,5 +1,5 @@
-//! What it costs the data path that somebody watches: `top` in a terminal, the page, and a scrape every second, of a
-//! master that knows 1,000 nodes. The column `direct` is without watchers here, `ours` is with them.
+//! Measures what observers cost the data path: `top` in a terminal, the page, and a scrape every second, of a master
+//! that knows 1,000 nodes. The column `direct` is without observers here, and `ours` is with them.
 
 use std::{
     collections::BTreeMap,
@@ -59,14 +59,14 @@ pub async fn figures(n: usize, time: Duration) -> anyhow::Result<BTreeMap<&'stat
         Path::Ours => Ok::<_, anyhow::Error>(Some(Watchers::start(&cluster).await?)),
         Path::Direct | Path::OpenSsh => Ok(None),
     };
-    let throughput = rounds(&BOTH, 3 * n, async |path| {
+    let throughput = rounds(&BOTH, n, async |path| {
         let watchers = watched(path).await?;
         let speed = download(connect().await?, VOLUME).await?;
         end(watchers)?;
         Ok(speed)
     })
     .await;
-    let rate = rounds(&BOTH, 3 * n, async |path| {
+    let rate = rounds(&BOTH, n, async |path| {
         let watchers = watched(path).await?;
         let rate = kept_get_rate(&connect, time).await?;
         end(watchers)?;
@@ -103,7 +103,7 @@ impl Watchers {
             tokio::spawn(follow(page, events.clone())),
         ];
         let watchers = Self { terminal, scrapes, events, tasks };
-        // What they do at first only is no part of it.
+        // Their first requests are not part of the measurement.
         while !watchers.screen()?.contains(&format!("of {NODES} nodes")) {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -152,7 +152,7 @@ async fn scrape(admin: SocketAddr, scrapes: Arc<AtomicUsize>) {
     }
 }
 
-/// What the page follows, as a browser that has logged in asks for it.
+/// Opens the stream of events that the page follows, as a browser that has logged in.
 async fn open_page(cluster: &Cluster) -> anyhow::Result<TcpStream> {
     let admin = cluster.admin;
     let url = cluster.command(&["page"])?;

@@ -1,4 +1,4 @@
-//! Sessions with a dialer on the spot: no HTTP/2, no SSH.
+//! Sessions with a dialer that connects directly: no HTTP/2, no SSH.
 #![allow(clippy::disallowed_methods, reason = "a test owns its tasks by its runtime")]
 
 use std::net::SocketAddr;
@@ -19,8 +19,9 @@ use tokio::{
 
 use super::*;
 use crate::{
-    metrics::{Door, Metrics, Outcome},
+    egress::outbound::CallerLimits,
     registry::Registry,
+    stream::metrics::{DialLabels, ListenerLabels, StreamMetrics},
 };
 
 const DOOR: &str = "konnectivity-test";
@@ -71,28 +72,26 @@ struct Client {
     answers: Answers,
     gone: CancellationToken,
     dialer: Arc<Spot>,
-    common: Common,
+    outbound: Outbound,
     listener: TcpListener,
 }
 
 impl Client {
     async fn new() -> Self {
         let dialer = Arc::new(Spot::default());
-        let common = Common {
+        let outbound = Outbound {
             dialer: dialer.clone(),
-            metrics: Metrics::new(Arc::new(Registry::new(1))),
-            head_timeout: HANGS,
-            half_closed_timeout: HANGS,
-            max_connections: 1,
-            connections: Tasks::new(),
+            metrics: StreamMetrics::new(Arc::new(Registry::new(1))),
+            limits: CallerLimits { head_timeout: HANGS, half_closed_timeout: HANGS, max_connections: 1 },
+            tasks: Tasks::new(),
         };
         let caller = Caller::new(DOOR, Origin("test".to_owned()));
         let gone = CancellationToken::new();
-        let (session, answers) = Session::new(common.clone(), caller, gone.clone());
+        let (session, answers) = Session::new(outbound.clone(), caller, gone.clone());
         let (packets, mut queue) = mpsc::unbounded_channel();
-        common.connections.spawn(session.run(futures_util::stream::poll_fn(move |cx| queue.poll_recv(cx))));
+        outbound.tasks.spawn(session.run(futures_util::stream::poll_fn(move |cx| queue.poll_recv(cx))));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        Self { packets: Some(packets), answers, gone, dialer, common, listener }
+        Self { packets: Some(packets), answers, gone, dialer, outbound, listener }
     }
 
     fn send(&self, packet: Packet) {
@@ -147,14 +146,14 @@ impl Client {
     }
 
     fn dials(&self, result: &'static str, fault: &str) -> u64 {
-        let outcome = Outcome { egress: DOOR, result, fault: fault.to_owned() };
-        self.common.metrics.dials.get_or_create(&outcome).get()
+        let outcome = DialLabels { egress: DOOR, result, fault: fault.to_owned() };
+        self.outbound.metrics.dials.get_or_create(&outcome).get()
     }
 
     /// Nothing is left: no task, no stream, no dial.
     async fn assert_nothing_left(&self) {
-        assert_eq!(self.common.connections.drain(HANGS).await, 0);
-        let streams = self.common.metrics.streams.get_or_create(&Door { egress: DOOR }).get();
+        assert_eq!(self.outbound.tasks.drain(HANGS).await, 0);
+        let streams = self.outbound.metrics.open.get_or_create(&ListenerLabels { egress: DOOR }).get();
         assert_eq!((streams, self.dialer.pending.load(Ordering::SeqCst)), (0, 0));
     }
 }
@@ -214,7 +213,7 @@ async fn failed_dials_are_answered_with_their_cause_and_counted() {
         client.send(Payload::DialRequest(DialRequest { protocol, address, random: 9 }).into());
         client.expect_dial_error(9, "only \"tcp\" is").await;
     }
-    assert_eq!(client.common.metrics.bad_requests.get_or_create(&Door { egress: DOOR }).get(), 8);
+    assert_eq!(client.outbound.metrics.bad_requests.get_or_create(&ListenerLabels { egress: DOOR }).get(), 8);
     client.send(Packet::dial_request(10, "never.test:1"));
     client.send(Packet::dial_request(10, "never.test:1"));
     client.expect_dial_error(10, "is under way already").await;

@@ -1,0 +1,121 @@
+//! The result of authentication: who a caller is, and for how long.
+
+use std::{
+    collections::HashSet,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use futures_util::future::BoxFuture;
+
+use super::{
+    bound::{Binding, Bound},
+    reason::Reason,
+};
+use crate::{
+    secret::Secret,
+    user::{AUTHENTICATED, UNAUTHENTICATED, User},
+};
+
+/// The longest name, UID, groups and extra values of a user together, in bytes.
+const MAX_USER: usize = 64 * 1024;
+
+/// Whose credential an authenticator has found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recognized {
+    pub user: User,
+    /// When the credential expires, if it says so.
+    pub expires: Option<SystemTime>,
+    /// The objects that must still exist whenever the credential is presented.
+    pub bound: Option<Arc<Bound>>,
+}
+
+impl From<User> for Recognized {
+    fn from(user: User) -> Self {
+        Self { user, expires: None, bound: None }
+    }
+}
+
+impl Recognized {
+    /// Checks that the user can be named in headers and logs, and removes repeated groups.
+    pub(super) fn checked(mut self) -> Result<Self, Reason> {
+        let user = &mut self.user;
+        if user.name.is_empty() {
+            return Err(Reason::NoName);
+        }
+        let mut seen = HashSet::new();
+        user.groups.retain(|group| !group.is_empty() && seen.insert(group.clone()));
+        let extra = user.extra.iter().flat_map(|(key, values)| std::iter::once(key).chain(values));
+        let texts = || user.uid.iter().chain(&user.groups).chain(extra.clone()).chain([&user.name]);
+        if texts().any(|text| text.chars().any(char::is_control)) {
+            return Err(Reason::ControlCharacters);
+        }
+        if texts().map(String::len).sum::<usize>() > MAX_USER {
+            return Err(Reason::UserTooLarge);
+        }
+        Ok(self)
+    }
+}
+
+/// Who a caller is, and which authenticator has found that out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Authenticated {
+    pub user: Arc<User>,
+    /// The name of the kind of credential in the configuration.
+    pub authenticator: &'static str,
+    pub validity: Validity,
+}
+
+impl Authenticated {
+    /// What follows from a good credential. `token` is the credential, if it is a bearer token.
+    pub(super) fn by(authenticator: &'static str, recognized: Recognized, token: Option<Secret>) -> Self {
+        let Recognized { mut user, expires, bound } = recognized;
+        let binding = bound.zip(token).map(|(bound, token)| Binding { token, bound });
+        if !user.in_group(AUTHENTICATED) && !user.in_group(UNAUTHENTICATED) {
+            user.groups.push(AUTHENTICATED.to_owned());
+        }
+        Self { user: Arc::new(user), authenticator, validity: Validity { expires, binding } }
+    }
+}
+
+/// How long a credential is good. What was granted for it must not last longer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Validity {
+    /// When the credential expires, if it says so.
+    pub expires: Option<SystemTime>,
+    /// The objects that it is bound to. It is good only while they exist.
+    pub binding: Option<Binding>,
+}
+
+impl Validity {
+    /// The time until it expires.
+    pub fn left(&self) -> Option<Duration> {
+        self.expires.map(|end| end.duration_since(SystemTime::now()).unwrap_or_default())
+    }
+
+    /// Completes when the credential is no longer good. `None` means that this never happens.
+    pub fn end(&self) -> Option<BoxFuture<'static, ()>> {
+        let (left, binding) = (self.left(), self.binding.clone());
+        if left.is_none() && binding.is_none() {
+            return None;
+        }
+        Some(Box::pin(async move {
+            let expired = async {
+                match left {
+                    Some(left) => tokio::time::sleep(left).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let gone = async {
+                match binding {
+                    Some(binding) => binding.ended().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = expired => {}
+                () = gone => {}
+            }
+        }))
+    }
+}

@@ -1,0 +1,289 @@
+//! Whether the objects exist that a service account's token is bound to.
+//!
+//! A token can be valid for up to a year. kube-apiserver rejects it before that if its account, pod, node or Secret was
+//! deleted or made anew, and so does this. If the watches show all objects under the UIDs of the token, the token is good
+//! without a question. Otherwise kube-apiserver is asked by a TokenReview, so that no token which it accepts is rejected
+//! here, not even that of a pod whose event has not arrived yet. It is only asked about tokens that its own key has signed.
+//!
+//! While kube-apiserver can't be asked, a token that was good before stays good, unless a watch has shown that an object
+//! is gone. Any other token can't be checked, which is [`Reason::Unavailable`].
+
+use std::{
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
+use proto_net::log_throttle::LogThrottle;
+use tokio::sync::Semaphore;
+
+use super::{
+    cluster::{ApiError, ApiServer, BoundKind, BoundObject, Cluster, Existence, Objects, Uid},
+    guard::Cost,
+    jwt::Claims,
+    reason::Reason,
+};
+use crate::{
+    cache::Cache,
+    moment::Moment,
+    secret::{Digest, Secret},
+    user::User,
+};
+
+/// How long an answer of kube-apiserver is remembered. With [`RECHECK`], a withdrawn token is rejected within 15 seconds.
+const ACCEPTED: Duration = Duration::from_secs(8);
+const REJECTED: Duration = Duration::from_secs(3);
+/// The most tokens whose answers are remembered.
+const MAX_ANSWERS: usize = 10_000;
+/// How long, and for how many tokens, it is remembered whether they were good when they were last checked.
+const VERIFIED: Duration = Duration::from_secs(24 * 3600);
+const MAX_VERIFIED: usize = 50_000;
+/// The most questions at once, and the longest time for one.
+const MAX_QUESTIONS: usize = 16;
+const TIMEOUT: Duration = Duration::from_secs(3);
+/// The time from a question without an answer to the next one.
+const PAUSE: Duration = Duration::from_secs(2);
+/// How often a token is checked again while something lasts that was granted for it.
+const RECHECK: Duration = Duration::from_secs(5);
+/// The most characters that are kept of what kube-apiserver says.
+const MAX_SAID: usize = 200;
+
+/// Checks the objects that tokens are bound to.
+pub struct BoundObjects {
+    objects: Arc<dyn Objects>,
+    api_server: Arc<dyn ApiServer>,
+    audiences: Vec<String>,
+    questions: Semaphore,
+    accepted: Cache<Digest, ()>,
+    rejected: Cache<Digest, Reason>,
+    /// Whether a token was good when it was last checked.
+    verified: Cache<Digest, bool>,
+    /// When a question last had no answer, and why.
+    failed: Mutex<Option<(Instant, Reason)>>,
+    failures: LogThrottle,
+}
+
+impl BoundObjects {
+    /// `None` if nobody follows which objects exist. `audiences` are those for which tokens are accepted.
+    pub fn new(cluster: &Cluster, audiences: Vec<String>) -> Option<Arc<Self>> {
+        Some(Arc::new(Self {
+            objects: cluster.objects.clone()?,
+            api_server: cluster.api_server.clone(),
+            audiences,
+            questions: Semaphore::new(MAX_QUESTIONS),
+            accepted: Cache::new(MAX_ANSWERS),
+            rejected: Cache::new(MAX_ANSWERS),
+            verified: Cache::new(MAX_VERIFIED),
+            failed: Mutex::default(),
+            failures: LogThrottle::default(),
+        }))
+    }
+
+    /// Whether kube-apiserver accepts a token, by an answer that is remembered or a new one.
+    async fn review(
+        &self,
+        token: &Secret,
+        digest: Digest,
+        user: &str,
+        cost: Option<&Cost<'_>>,
+        now: Moment,
+    ) -> Result<(), Reason> {
+        if let Some(answer) = self.answered(&digest, now) {
+            return answer;
+        }
+        cost.map_or(Ok(()), Cost::incur)?;
+        let permit = tokio::time::timeout(TIMEOUT, self.questions.acquire()).await;
+        let Ok(Ok(_permit)) = permit else { return Err(unavailable("too much is asked of it already")) };
+        // Another request may have asked in the meantime.
+        if let Some(answer) = self.answered(&digest, now) {
+            return answer;
+        }
+        match self.ask(token).await {
+            Ok(status) => {
+                let answer = judge(status, user);
+                match &answer {
+                    Ok(()) => self.accepted.put(digest, (), ACCEPTED, now.monotonic),
+                    Err(reason) => self.rejected.put(digest, reason.clone(), REJECTED, now.monotonic),
+                }
+                answer
+            }
+            Err(reason) => {
+                if let Some(times) = self.failures.count(1) {
+                    tracing::warn!(times, %reason, "tokens of service accounts can't be checked");
+                }
+                *self.failed.lock().unwrap_or_else(PoisonError::into_inner) =
+                    Some((now.monotonic, reason.clone()));
+                Err(reason)
+            }
+        }
+    }
+
+    fn answered(&self, digest: &Digest, now: Moment) -> Option<Result<(), Reason>> {
+        if self.accepted.get(digest, now.monotonic).is_some() {
+            return Some(Ok(()));
+        }
+        let failed = || {
+            let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            failed.filter(|(at, _)| now.monotonic.saturating_duration_since(*at) < PAUSE)
+        };
+        let rejected = self.rejected.get(digest, now.monotonic);
+        rejected.or_else(|| failed().map(|(_, reason)| reason)).map(Err)
+    }
+
+    async fn ask(&self, token: &Secret) -> Result<TokenReviewStatus, Reason> {
+        let spec =
+            TokenReviewSpec { audiences: Some(self.audiences.clone()), token: token.expose().to_owned() };
+        let review = TokenReview { spec, ..TokenReview::default() };
+        match tokio::time::timeout(TIMEOUT, self.api_server.review(&review)).await {
+            Ok(Ok(review)) => review.status.ok_or_else(|| unavailable("its answer has no status")),
+            Ok(Err(ApiError::Forbidden(_))) => Err(unavailable(
+                "it forbids the question: allow the user of kubernetes.kubeconfig to create tokenreviews of \
+                 authentication.k8s.io, as deploy/kubernetes/rbac.yaml does",
+            )),
+            Ok(Err(ApiError::Failed(error))) => Err(unavailable(&error)),
+            Err(_) => Err(unavailable("it did not answer in time")),
+        }
+    }
+}
+
+fn unavailable(error: &str) -> Reason {
+    Reason::Unavailable(format!("the API server, for a TokenReview: {}", shown(error)))
+}
+
+/// Shortens a text to what may go into a line of the log.
+fn shown(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(MAX_SAID).collect()
+}
+
+fn judge(status: TokenReviewStatus, user: &str) -> Result<(), Reason> {
+    if status.authenticated != Some(true) {
+        return Err(Reason::Withdrawn(shown(status.error.as_deref().unwrap_or("no reason given"))));
+    }
+    match status.user.and_then(|info| info.username) {
+        Some(name) if name == user => Ok(()),
+        Some(_) | None => Err(Reason::Contradiction),
+    }
+}
+
+/// The objects that one token is bound to.
+pub struct Bound {
+    user: String,
+    objects: Vec<BoundObject>,
+    /// Whether the token is also bound to something that no watch shows.
+    more: bool,
+    cluster: Arc<BoundObjects>,
+}
+
+impl Bound {
+    /// Reads the objects from the claims of a verified token. `user` is the token's.
+    pub fn of(claims: &Claims, user: &User, cluster: Arc<BoundObjects>) -> Result<Self, Reason> {
+        const CLAIM: &str = "kubernetes.io";
+        let claim = |path: &[&str]| claims.nested(&[&[CLAIM], path].concat());
+        let namespace = claim(&["namespace"])?;
+        let object = |kind, name: &str| -> Result<Option<BoundObject>, Reason> {
+            let (Some(key), Some(uid)) = (claim(&[name, "name"])?, claim(&[name, "uid"])?) else {
+                return Ok(None);
+            };
+            let key = match (kind, namespace) {
+                (BoundKind::Node, _) => key.into(),
+                (BoundKind::Pod | BoundKind::ServiceAccount, Some(namespace)) => {
+                    format!("{namespace}/{key}").into()
+                }
+                (BoundKind::Pod | BoundKind::ServiceAccount, None) => return Ok(None),
+            };
+            Ok(Some(BoundObject { kind, key, uid: Uid::of(uid) }))
+        };
+        let fields = claims.get(CLAIM).and_then(serde_json::Value::as_object);
+        let names: Vec<&str> = fields.into_iter().flatten().map(|(name, _)| name.as_str()).collect();
+        let mut wanted = vec![(BoundKind::ServiceAccount, "serviceaccount")];
+        // In the token of a pod, the node only says where the pod runs.
+        wanted.extend(match (names.contains(&"pod"), names.contains(&"node")) {
+            (true, _) => Some((BoundKind::Pod, "pod")),
+            (false, true) => Some((BoundKind::Node, "node")),
+            (false, false) => None,
+        });
+        let known = ["namespace", "serviceaccount", "pod", "node", "warnafter"];
+        let mut more = names.iter().any(|name| !known.contains(name));
+        let mut objects = Vec::new();
+        for (kind, name) in wanted {
+            match object(kind, name)? {
+                Some(object) => objects.push(object),
+                // kube-apiserver decides about a claim without a name or UID.
+                None => more = true,
+            }
+        }
+        Ok(Self { user: user.name.clone(), objects, more, cluster })
+    }
+
+    /// Whether the token is still good. `cost` is incurred before kube-apiserver is asked.
+    pub async fn check(
+        &self,
+        token: &Secret,
+        digest: Digest,
+        cost: Option<&Cost<'_>>,
+        now: Moment,
+    ) -> Result<(), Reason> {
+        let cluster = &self.cluster;
+        let seconds = i64::try_from(now.unix()).unwrap_or(i64::MAX);
+        let existence = cluster.objects.check(&self.objects, seconds);
+        let checked = match existence {
+            Existence::Exist if !self.more => Ok(()),
+            Existence::Exist | Existence::Unknown | Existence::Missing => {
+                cluster.review(token, digest, &self.user, cost, now).await
+            }
+        };
+        let before = cluster.verified.get(&digest, now.monotonic);
+        match &checked {
+            Err(Reason::Unavailable(_)) if before == Some(true) && existence != Existence::Missing => {
+                return Ok(());
+            }
+            // An object that is gone never comes back under its UID.
+            Err(Reason::Unavailable(_)) if before == Some(false) => {
+                return Err(Reason::Withdrawn("as it said when it was asked last".to_owned()));
+            }
+            Err(Reason::Unavailable(_) | Reason::NotTried(_)) => {}
+            Ok(()) | Err(_) if before == Some(checked.is_ok()) => {}
+            Ok(()) | Err(_) => cluster.verified.put(digest, checked.is_ok(), VERIFIED, now.monotonic),
+        }
+        checked
+    }
+}
+
+impl fmt::Debug for Bound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Bound").field("objects", &self.objects).field("more", &self.more).finish()
+    }
+}
+
+impl PartialEq for Bound {
+    fn eq(&self, other: &Self) -> bool {
+        (&self.user, &self.objects, self.more) == (&other.user, &other.objects, other.more)
+    }
+}
+
+impl Eq for Bound {}
+
+/// A token and the objects that it is bound to. What was granted for the token must end with them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Binding {
+    pub(super) token: Secret,
+    pub(super) bound: Arc<Bound>,
+}
+
+impl Binding {
+    /// Completes when the token is no longer good. It does not complete just because kube-apiserver can't be asked.
+    pub async fn ended(&self) {
+        let digest = Digest::of(&self.token);
+        loop {
+            tokio::time::sleep(RECHECK).await;
+            match self.bound.check(&self.token, digest, None, Moment::now()).await {
+                Ok(()) | Err(Reason::Unavailable(_)) => {}
+                Err(reason) => {
+                    tracing::info!(user = self.bound.user, %reason, "what a token is bound to is gone");
+                    return;
+                }
+            }
+        }
+    }
+}

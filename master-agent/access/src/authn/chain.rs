@@ -1,0 +1,158 @@
+//! The configured authenticators, and what is remembered about bearer tokens.
+
+use std::{sync::Arc, time::Duration};
+
+use proto_net::file_watcher::{FileWatcher, Watcher};
+
+use super::{
+    authenticated::{Authenticated, Recognized},
+    authenticator::Authenticator,
+    config::CacheConfig,
+    credential::Presented,
+    failure::Failure,
+    reason::Reason,
+};
+use crate::{cache::Cache, client_certificates::ClientCa, moment::Moment, secret::Digest};
+
+/// How long, and for how many tokens, it is remembered that they were good.
+const PROVEN: Duration = Duration::from_secs(3600);
+const MAX_PROVEN: usize = 10_000;
+
+/// The configured authenticators, in order.
+pub struct Authenticators {
+    chain: Vec<NamedAuthenticator>,
+    /// The results for bearer tokens.
+    remembered: Cache<Digest, Remembered>,
+    ttl: Duration,
+    /// Tokens that were costly to check and good.
+    proven: Cache<Digest, ()>,
+    /// What the authenticators read. A change of one invalidates what is remembered.
+    files: Vec<Arc<dyn Watcher>>,
+    client_ca: Option<Arc<FileWatcher<ClientCa>>>,
+}
+
+/// One authenticator of the chain.
+pub(super) struct NamedAuthenticator {
+    /// The name of its kind in the configuration.
+    pub(super) name: &'static str,
+    pub(super) authenticator: Box<dyn Authenticator>,
+}
+
+#[derive(Clone)]
+struct Remembered {
+    /// The position of the authenticator that has recognised the token.
+    position: usize,
+    generation: u64,
+    recognized: Recognized,
+}
+
+impl Authenticators {
+    /// `files` are what the authenticators read. `client_ca` issues the certificates of callers.
+    pub(super) fn new(
+        chain: Vec<NamedAuthenticator>,
+        files: Vec<Arc<dyn Watcher>>,
+        client_ca: Option<Arc<FileWatcher<ClientCa>>>,
+        cache: CacheConfig,
+    ) -> Self {
+        let (remembered, proven) = (Cache::new(cache.size), Cache::new(MAX_PROVEN));
+        Self { chain, remembered, ttl: cache.ttl, proven, files, client_ca }
+    }
+
+    /// The authority whose certificates callers are asked for. `None` means that they are asked for none.
+    pub fn client_ca(&self) -> Option<&Arc<FileWatcher<ClientCa>>> {
+        self.client_ca.as_ref()
+    }
+
+    /// A number that changes whenever a file changes on which authentication depends. A result may be remembered until
+    /// then, or until the credential expires.
+    pub fn generation(&self) -> u64 {
+        self.files.iter().fold(0, |sum, file| sum.wrapping_add(file.generation()))
+    }
+
+    /// Finds out who a caller is.
+    pub async fn authenticate(
+        &self,
+        mut presented: Presented<'_>,
+        now: Moment,
+    ) -> Result<Authenticated, Failure> {
+        let generation = self.generation();
+        let digest = presented.bearer.as_ref().map(Digest::of);
+        let remembered = digest.and_then(|digest| self.recall(&digest, generation, now));
+        let proven = digest.filter(|digest| self.proven.get(digest, now.monotonic).is_some());
+        if proven.is_some() {
+            presented.cost.unguard();
+        }
+        let mut failure = Failure::default();
+        for (position, NamedAuthenticator { name, authenticator }) in self.chain.iter().enumerate() {
+            let known = remembered.as_ref().filter(|_| authenticator.remembers());
+            // The authenticators before the one that has recognised the token did not recognise it then, nor do they now.
+            if known.is_some_and(|known| position < known.position) {
+                continue;
+            }
+            let known = known.filter(|known| position == known.position);
+            let found = match known {
+                Some(known) => Ok(Some(known.recognized.clone())),
+                None => {
+                    let found = authenticator.authenticate(&presented, now).await;
+                    found.and_then(|found| found.map(Recognized::checked).transpose())
+                }
+            };
+            let recognized = match found {
+                Ok(Some(recognized)) => recognized,
+                Ok(None) => continue,
+                Err(reason) => {
+                    failure.said.push((name, reason));
+                    continue;
+                }
+            };
+            if let Some(digest) = digest
+                && authenticator.remembers()
+                && known.is_none()
+            {
+                let value = Remembered { position, generation, recognized: recognized.clone() };
+                self.remembered.put(digest, value, self.ttl, now.monotonic);
+            }
+            // Whether the objects exist that the token is bound to is checked each time.
+            if let Err(reason) = still_bound(&recognized, &presented, digest, now).await {
+                if matches!(reason, Reason::Unavailable(_)) {
+                    let who = Authenticated::by(name, recognized, presented.bearer.clone());
+                    failure.unchecked = Some(Box::new(who));
+                }
+                failure.said.push((name, reason));
+                continue;
+            }
+            if let Some(digest) = digest.filter(|_| presented.cost.incurred()) {
+                self.proven.put(digest, (), PROVEN, now.monotonic);
+            }
+            return Ok(Authenticated::by(name, recognized, presented.bearer.take()));
+        }
+        if let Some(digest) = proven.filter(|_| !failure.is_unavailable()) {
+            self.proven.remove(&digest);
+        }
+        if failure.said.is_empty() {
+            failure.said.push(("request", presented.unrecognized()));
+        }
+        Err(failure)
+    }
+
+    /// The result for a token, if it still holds.
+    fn recall(&self, digest: &Digest, generation: u64, now: Moment) -> Option<Remembered> {
+        let remembered = self.remembered.get(digest, now.monotonic)?;
+        let expired = remembered.recognized.expires.is_some_and(|end| now.wall >= end);
+        (remembered.generation == generation && !expired).then_some(remembered)
+    }
+}
+
+async fn still_bound(
+    recognized: &Recognized,
+    presented: &Presented<'_>,
+    digest: Option<Digest>,
+    now: Moment,
+) -> Result<(), Reason> {
+    match (&recognized.bound, &presented.bearer, digest) {
+        (Some(bound), Some(token), Some(digest)) => {
+            bound.check(token, digest, Some(&presented.cost), now).await
+        }
+        (None, _, _) | (_, None, _) | (_, _, None) => Ok(()),
+    }
+}

@@ -1,0 +1,81 @@
+//! What authentication needs of the cluster. The agent implements these traits.
+
+use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+use k8s_openapi::api::{authentication::v1::TokenReview, core::v1::Secret};
+use sha2::{Digest, Sha256};
+
+/// The cluster whose callers are authenticated.
+#[derive(Clone)]
+pub struct Cluster {
+    pub api_server: Arc<dyn ApiServer>,
+    /// `None` if nobody follows which objects exist.
+    pub objects: Option<Arc<dyn Objects>>,
+}
+
+/// Asks kube-apiserver.
+pub trait ApiServer: Send + Sync {
+    /// The Secret of this name in `kube-system`; `None` if there is none.
+    fn system_secret<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Option<Secret>, ApiError>>;
+
+    /// Has a token reviewed.
+    fn review<'a>(&'a self, review: &'a TokenReview) -> BoxFuture<'a, Result<TokenReview, ApiError>>;
+}
+
+/// Why kube-apiserver has not answered a question.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ApiError {
+    /// The agent's user may not ask this.
+    #[error("{0}")]
+    Forbidden(String),
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// Knows which objects exist, as the watches show them.
+pub trait Objects: Send + Sync {
+    /// Whether these objects exist at a time in seconds since 1970.
+    fn check(&self, objects: &[BoundObject], now: i64) -> Existence;
+}
+
+/// What is known of several objects together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Existence {
+    /// All of them exist.
+    Exist,
+    /// None is known to be missing, but the watches do not show the present.
+    Unknown,
+    /// One of them does not exist, or exists no longer.
+    Missing,
+}
+
+/// An object under its UID. An object that was made anew under the same name is another object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BoundObject {
+    pub kind: BoundKind,
+    /// `NAME` of a node, or `NAMESPACE/NAME`.
+    pub key: Arc<str>,
+    pub uid: Uid,
+}
+
+/// The kinds of objects that tokens are bound to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BoundKind {
+    Node,
+    Pod,
+    ServiceAccount,
+}
+
+/// A digest of a UID, since UIDs are opaque text of any length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Uid([u8; 16]);
+
+impl Uid {
+    pub fn of(text: &str) -> Self {
+        let digest: [u8; 32] = Sha256::digest(text).into();
+        let mut uid = [0; 16];
+        uid.iter_mut().zip(digest).for_each(|(to, from)| *to = from);
+        Self(uid)
+    }
+}

@@ -1,0 +1,90 @@
+//! ID tokens of an OpenID Connect provider, as kube-apiserver takes them with its `--oidc-*` flags.
+
+use futures_util::future::BoxFuture;
+use serde_json::Value;
+
+use super::{
+    authenticated::Recognized,
+    authenticator::Authenticator,
+    config::OidcConfig,
+    credential::Presented,
+    jwt::{Claims, Unverified},
+    keys::KeySource,
+    reason::Reason,
+};
+use crate::{moment::Moment, user::User};
+
+pub struct Oidc {
+    config: OidcConfig,
+    keys: Vec<KeySource>,
+}
+
+impl Oidc {
+    pub fn new(config: OidcConfig, keys: KeySource) -> Self {
+        Self { config, keys: vec![keys] }
+    }
+
+    async fn check(&self, presented: &Presented<'_>, now: Moment) -> Result<Option<Recognized>, Reason> {
+        let Some(token) = &presented.bearer else { return Ok(None) };
+        let Some(token) = Unverified::read(token.expose())? else { return Ok(None) };
+        if token.issuer() != Some(&self.config.issuer) {
+            return Ok(None);
+        }
+        let claims = token.verify(&self.keys, &presented.cost, now).await?;
+        claims.check_audience(&self.config.client_ids)?;
+        for (name, value) in &self.config.required_claims {
+            if claims.text(name)? != value {
+                return Err(Reason::Claim(name.clone()));
+            }
+        }
+        Ok(Some(Recognized { user: self.user(&claims)?, expires: claims.expires(), bound: None }))
+    }
+
+    fn user(&self, claims: &Claims) -> Result<User, Reason> {
+        let config = &self.config;
+        let name = claims.text(&config.username_claim)?;
+        if name.is_empty() {
+            return Err(Reason::Claim(config.username_claim.clone()));
+        }
+        let verified = claims.get("email_verified").is_none_or(|value| *value == Value::Bool(true));
+        if config.username_claim == "email" && !verified {
+            return Err(Reason::EmailNotVerified);
+        }
+        let name = format!("{}{name}", config.username_prefix);
+        let groups = match &config.groups_claim {
+            Some(claim) => groups(claims, claim)?,
+            None => Vec::new(),
+        };
+        let groups: Vec<_> = groups.iter().map(|group| format!("{}{group}", config.groups_prefix)).collect();
+        // Kubernetes reserves these names, so a provider can't give them.
+        if groups.iter().chain([&name]).any(|name| name.starts_with("system:")) {
+            return Err(Reason::SystemName);
+        }
+        Ok(User { name, groups, ..User::default() })
+    }
+}
+
+impl Authenticator for Oidc {
+    fn authenticate<'a>(
+        &'a self,
+        presented: &'a Presented<'a>,
+        now: Moment,
+    ) -> BoxFuture<'a, Result<Option<Recognized>, Reason>> {
+        Box::pin(self.check(presented, now))
+    }
+
+    fn remembers(&self) -> bool {
+        true
+    }
+}
+
+/// Reads a claim that is a text or a list of texts.
+fn groups<'a>(claims: &'a Claims, claim: &str) -> Result<Vec<&'a str>, Reason> {
+    let wrong = || Reason::Claim(claim.to_owned());
+    match claims.get(claim) {
+        None | Some(Value::Null) => Ok(Vec::new()),
+        Some(Value::String(one)) => Ok(vec![one]),
+        Some(Value::Array(all)) => all.iter().map(|one| one.as_str().ok_or_else(wrong)).collect(),
+        Some(Value::Bool(_) | Value::Number(_) | Value::Object(_)) => Err(wrong()),
+    }
+}

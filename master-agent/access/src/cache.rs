@@ -1,0 +1,134 @@
+//! A cache of what was found out about tokens and requests. It never holds more than a fixed number of entries.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    hash::Hash,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+/// Forgets an entry after its time, and the oldest one when there are too many.
+pub(crate) struct Cache<K, V> {
+    size: usize,
+    entries: Mutex<Entries<K, V>>,
+}
+
+struct Entries<K, V> {
+    values: HashMap<K, Entry<V>>,
+    /// The keys with the serial numbers of their entries, oldest first. An entry that has been replaced leaves its old
+    /// serial number here.
+    order: VecDeque<(u64, K)>,
+    next: u64,
+}
+
+struct Entry<V> {
+    value: V,
+    until: Instant,
+    serial: u64,
+}
+
+impl<K: Copy + Eq + Hash, V: Clone> Cache<K, V> {
+    /// A cache of this size. A size of zero remembers nothing.
+    pub(crate) fn new(size: usize) -> Self {
+        let entries = Entries { values: HashMap::new(), order: VecDeque::new(), next: 0 };
+        Self { size, entries: Mutex::new(entries) }
+    }
+
+    pub(crate) fn get(&self, key: &K, now: Instant) -> Option<V> {
+        let entries = self.lock();
+        let entry = entries.values.get(key)?;
+        (now < entry.until).then(|| entry.value.clone())
+    }
+
+    pub(crate) fn remove(&self, key: &K) {
+        let mut entries = self.lock();
+        if entries.values.remove(key).is_some() {
+            entries.order.retain(|(_, one)| one != key);
+        }
+    }
+
+    /// Remembers a value for a time. A time of zero remembers nothing.
+    pub(crate) fn put(&self, key: K, value: V, ttl: Duration, now: Instant) {
+        if self.size == 0 || ttl.is_zero() {
+            return;
+        }
+        let entries = &mut *self.lock();
+        let serial = entries.next;
+        entries.next += 1;
+        entries.values.insert(key, Entry { value, until: now + ttl, serial });
+        entries.order.push_back((serial, key));
+        while let Some((serial, oldest)) = entries.order.front().copied() {
+            let current = entries.values.get(&oldest).filter(|entry| entry.serial == serial);
+            let (replaced, expired) = (current.is_none(), current.is_some_and(|entry| entry.until <= now));
+            if !replaced && !expired && entries.order.len() <= self.size {
+                break;
+            }
+            entries.order.pop_front();
+            if !replaced {
+                entries.values.remove(&oldest);
+            }
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        let entries = self.lock();
+        assert!(entries.values.len() <= entries.order.len() && entries.order.len() <= self.size);
+        entries.values.len()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Entries<K, V>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TTL: Duration = Duration::from_secs(10);
+
+    #[test]
+    fn it_forgets_by_time_and_the_oldest_by_number() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let cache = Cache::<u32, u32>::new(2);
+        cache.put(1, 10, TTL, at(0));
+        assert_eq!((cache.get(&1, at(9)), cache.get(&1, at(10))), (Some(10), None));
+        cache.put(2, 20, TTL, at(1));
+        cache.put(3, 30, TTL, at(2));
+        assert_eq!(
+            (cache.get(&1, at(2)), cache.get(&2, at(2)), cache.get(&3, at(2))),
+            (None, Some(20), Some(30))
+        );
+        cache.remove(&3);
+        assert_eq!((cache.get(&2, at(2)), cache.get(&3, at(2))), (Some(20), None));
+        cache.put(3, 30, TTL, at(2));
+        cache.put(2, 21, TTL, at(3));
+        assert_eq!((cache.get(&2, at(12)), cache.get(&3, at(11))), (Some(21), Some(30)));
+        for i in 0..1000 {
+            cache.put(i, i, TTL, at(4));
+            assert!(cache.len() <= 2);
+        }
+    }
+
+    #[test]
+    fn each_entry_has_a_time_of_its_own() {
+        let start = Instant::now();
+        let cache = Cache::<u32, u32>::new(2);
+        cache.put(1, 10, TTL, start);
+        cache.put(2, 20, TTL / 2, start);
+        let later = start + TTL / 2;
+        assert_eq!((cache.get(&1, later), cache.get(&2, later)), (Some(10), None));
+    }
+
+    #[test]
+    fn a_size_or_time_of_zero_remembers_nothing() {
+        let now = Instant::now();
+        for (size, ttl) in [(0, TTL), (10, Duration::ZERO)] {
+            let cache = Cache::<u32, u32>::new(size);
+            cache.put(1, 1, ttl, now);
+            assert_eq!(cache.get(&1, now), None);
+        }
+    }
+}

@@ -1,0 +1,23 @@
+//! Who a caller of the front end is, what they may do, and how much of it.
+//!
+//! - [`authn`] finds out who a caller is from the [certificates and tokens](authn::Presented) of a request.
+//! - [`request_info`] reads what a request asks for, as kube-apiserver does.
+//! - [`authz`] decides whether a [`user`] may do that.
+//! - [`limits`] bounds what one caller can take from the others.
+//!
+//! This crate takes plain values: headers, certificates, the [`peer`] and the [`moment`] of a call. It accepts no
+//! connection and knows nothing of tunnels. What it has to ask others goes through [`proto_net::https_client`] and
+//! through the traits of [`authn::cluster`], which the agent implements.
+
+pub mod authn;
+pub mod authz;
+mod cache;
+pub mod client_certificates;
+pub mod limits;
+pub mod moment;
+pub mod peer;
+pub mod rates;
+pub mod request_info;
+pub mod secret;
+pub mod user;
+pub mod x509_expiry;

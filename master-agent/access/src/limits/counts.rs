@@ -1,0 +1,65 @@
+//! Counts how many of something each caller holds.
+
+use std::{
+    collections::HashMap,
+    hash::Hash,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+/// How many of something each key holds.
+pub(super) struct Counts<K> {
+    max: usize,
+    held: Arc<Mutex<HashMap<K, usize>>>,
+}
+
+/// One of what a key holds. Dropping it takes it off the count.
+pub struct Counted<K: Hash + Eq> {
+    key: K,
+    held: Arc<Mutex<HashMap<K, usize>>>,
+}
+
+impl<K: Hash + Eq + Clone> Counts<K> {
+    pub(super) fn new(max: usize) -> Self {
+        Self { max, held: Arc::default() }
+    }
+
+    /// `None` if the key holds all that one may.
+    pub(super) fn take(&self, key: K) -> Option<Counted<K>> {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = held.entry(key.clone()).or_default();
+        if *count >= self.max {
+            return None;
+        }
+        *count += 1;
+        drop(held);
+        Some(Counted { key, held: self.held.clone() })
+    }
+}
+
+impl<K: Hash + Eq> Drop for Counted<K> {
+    fn drop(&mut self) {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = held.get_mut(&self.key) {
+            *count -= 1;
+            if *count == 0 {
+                held.remove(&self.key);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_holds_so_many_until_one_is_dropped() {
+        let counts = Counts::new(2);
+        let (a, b) = (counts.take("a").unwrap(), counts.take("a").unwrap());
+        assert!(counts.take("a").is_none() && counts.take("b").is_some());
+        drop(a);
+        assert!(counts.take("a").is_some());
+        drop(b);
+        assert!(counts.held.lock().unwrap().is_empty());
+    }
+}

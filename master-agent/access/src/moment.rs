@@ -1,0 +1,22 @@
+//! The moment at which a call happens. It is passed along, so that authentication reads no clock.
+
+use std::time::{Instant, SystemTime};
+
+/// A moment on both clocks. Credentials are dated by the wall clock. Caches go by the monotonic clock, so that their
+/// entries do not last longer when the wall clock is set back.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment {
+    pub wall: SystemTime,
+    pub monotonic: Instant,
+}
+
+impl Moment {
+    pub fn now() -> Self {
+        Self { wall: SystemTime::now(), monotonic: Instant::now() }
+    }
+
+    /// The seconds since 1970, or 0 for a time before that.
+    pub fn unix(&self) -> u64 {
+        self.wall.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    }
+}

@@ -1,0 +1,28 @@
+//! The `admin` section of the configuration.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use proto_config::Section;
+
+use crate::fields::loopback;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdminConfig {
+    /// Health and metrics, for scrapers. A loopback address unless the file says `allow_remote: true`.
+    pub listen: SocketAddr,
+    /// Whether the page is served there, to browsers with a login by `master-agent page`.
+    pub page: bool,
+    /// The socket that the commands use.
+    pub socket: PathBuf,
+}
+
+impl AdminConfig {
+    pub(crate) fn read(s: &Section<'_>) -> Self {
+        let (listen, page) = (s.listen_local("listen", loopback(9070)), s.or("page", false));
+        if page && !listen.ip().to_canonical().is_loopback() {
+            let message = "is for a loopback address, as nothing is encrypted there; front_end.serve_page is for others";
+            s.error("page", message);
+        }
+        Self { listen, page, socket: s.listen_unix("socket", "/run/master-agent/admin.sock") }
+    }
+}

@@ -1,0 +1,230 @@
+//! The JSON of the admin socket: the types that the running agent serialises, and that `top`, `compare`, `node list` and
+//! the page read.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+};
+
+use percent_encoding::{NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
+use proto::{Fault, NodeName};
+use serde::{Deserialize, Serialize};
+
+/// All nodes, as a list of [`NodeStatus`].
+pub const NODES: &str = "/nodes";
+/// How the Kubernetes API is followed.
+pub const WATCHES: &str = "/watches";
+/// An [`Explanation`]; the target is the query.
+pub const EXPLAIN: &str = "/explain";
+/// `POST` returns a token with which a browser logs in to the page, once.
+pub const PAGE_TOKEN: &str = "/page/token";
+/// `PUT` hands over a comparison, which the page shows.
+pub const COMPARISON: &str = "/comparison";
+
+/// The path of one node, which is answered with [`NodeDetail`].
+pub fn node_path(name: &str) -> String {
+    format!("{NODES}/{name}")
+}
+
+/// The name in a [`node_path`].
+pub fn node_of_path(path: &str) -> Option<&str> {
+    path.strip_prefix(NODES)?.strip_prefix('/')
+}
+
+/// The path and query for the explanation of a target.
+pub fn explain_path(target: &str) -> String {
+    format!("{EXPLAIN}?{}", utf8_percent_encode(target, NON_ALPHANUMERIC))
+}
+
+/// The target in the query of an [`explain_path`].
+pub fn target_of_query(query: &str) -> String {
+    percent_decode_str(query).decode_utf8_lossy().into_owned()
+}
+
+/// A node and its tunnels.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct NodeStatus {
+    pub name: NodeName,
+    pub state: String,
+    pub reason: String,
+    pub tunnels: Vec<TunnelStatus>,
+    /// Links that claimed to be the node's and were refused.
+    pub refused: u64,
+    #[serde(default)]
+    pub totals: Totals,
+}
+
+/// A node with its streams and events.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct NodeDetail {
+    #[serde(flatten)]
+    pub status: NodeStatus,
+    #[serde(flatten)]
+    pub detail: Detail,
+}
+
+/// A tunnel.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TunnelStatus {
+    pub role: String,
+    pub direction: String,
+    pub kind: String,
+    pub peer: Option<SocketAddr>,
+    pub since_unix_seconds: u64,
+    pub streams: usize,
+    pub round_trip_microseconds: Option<u64>,
+    pub host_key: String,
+    pub certificate_expires_unix_seconds: Option<u64>,
+}
+
+/// Sums since the node has been known.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Totals {
+    /// Bytes to targets.
+    pub up: u64,
+    /// Bytes from targets.
+    pub down: u64,
+    pub streams: u64,
+    /// Failed dials by who is at fault.
+    pub failed: HashMap<String, u64>,
+    /// Tunnels that have ended.
+    pub lost: u64,
+    /// When the node's state last changed.
+    pub changed_unix_milliseconds: Option<u64>,
+}
+
+/// What [`NodeDetail`] has beyond [`NodeStatus`].
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Detail {
+    /// The oldest streams first, at most 500.
+    pub streams: Vec<StreamStatus>,
+    /// The newest events first.
+    pub events: Vec<Event>,
+    /// The oldest first, one every `sample_seconds`. `None` while there was no tunnel, or none that can be measured.
+    pub round_trips_microseconds: Vec<Option<u32>>,
+    pub sample_seconds: u64,
+}
+
+/// An open stream.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StreamStatus {
+    pub id: u64,
+    #[serde(alias = "front_door")]
+    pub egress: String,
+    pub origin: String,
+    pub target: String,
+    pub reason: String,
+    pub seconds: f64,
+    pub up: u64,
+    pub down: u64,
+}
+
+/// Something that happened to a node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// When it last happened.
+    pub unix_milliseconds: u64,
+    pub kind: EventKind,
+    pub text: String,
+    /// The rule of the node's policy that refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rule: Option<String>,
+    /// How often it happened in a row.
+    pub times: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EventKind {
+    /// A tunnel was established.
+    Connected,
+    /// A tunnel ended.
+    Lost,
+    /// An attempt to establish a tunnel failed.
+    Retrying,
+    /// A peer that claimed to be the node was refused.
+    Impostor,
+    /// The node's policy refused a dial.
+    Policy,
+    DialFailed,
+}
+
+/// How a target is reached, why, and what a dial of it led to.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Explanation {
+    pub target: String,
+    /// Why these are the candidates.
+    pub reason: String,
+    /// In the order in which they are tried.
+    pub candidates: Vec<ExplainedCandidate>,
+    /// The node that reached the target.
+    pub node: Option<NodeName>,
+    pub verdict: String,
+    /// The time to find the route.
+    pub route_microseconds: u64,
+    /// The time from the request for a stream to the target's answer, including the tunnel's round trip.
+    pub dial_microseconds: Option<u64>,
+}
+
+/// A node that a target may be reached through.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ExplainedCandidate {
+    pub node: NodeName,
+    /// The node's own addresses.
+    #[serde(default)]
+    pub addresses: Vec<IpAddr>,
+    /// What the node is asked to dial.
+    pub target: String,
+    pub state: Option<String>,
+    /// The round trip of the node's tunnel.
+    pub round_trip_microseconds: Option<u64>,
+}
+
+impl NodeStatus {
+    /// Open streams on all tunnels.
+    pub fn streams(&self) -> usize {
+        self.tunnels.iter().map(|tunnel| tunnel.streams).sum()
+    }
+
+    /// Failed dials, impostors and lost tunnels.
+    pub fn errors(&self) -> u64 {
+        self.totals.failed.values().sum::<u64>() + self.refused + self.totals.lost
+    }
+
+    /// Dials that the node's policy refused, and impostors.
+    pub fn refusals(&self) -> u64 {
+        self.totals.failed.get(&Fault::Policy.to_string()).copied().unwrap_or_default() + self.refused
+    }
+}
+
+impl EventKind {
+    /// Whether the event leaves the node's state as it is.
+    pub fn is_refusal_or_failure(self) -> bool {
+        matches!(self, Self::Policy | Self::Impostor | Self::DialFailed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_read_as_they_are_written() {
+        assert_eq!(node_of_path(&node_path("n1.example")), Some("n1.example"));
+        for path in ["/nodes", "/nodesn1", "/watches"] {
+            assert_eq!(node_of_path(path), None, "{path}");
+        }
+        for target in ["n1:10250", "[fd00::1]:443", "web.default.svc:http?a=b&c#d e"] {
+            let (path, query) =
+                explain_path(target).split_once('?').map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
+            assert_eq!((path.as_str(), target_of_query(&query).as_str()), (EXPLAIN, target));
+        }
+    }
+
+    #[test]
+    fn streams_of_an_agent_before_the_label_was_renamed_are_read() {
+        let json = r#"{"id": 1, "front_door": "connect-unix", "origin": "", "target": "n1:1", "reason": "", "seconds": 1.0,
+            "up": 0, "down": 0}"#;
+        assert_eq!(serde_json::from_str::<StreamStatus>(json).unwrap().egress, "connect-unix");
+    }
+}

@@ -1,0 +1,234 @@
+//! Composes the egress listeners: their sockets are bound and their files read first, and then all of them serve.
+
+use std::{sync::Arc, time::Duration};
+
+use proto_net::{dialer::Dialer, tasks::Tasks};
+use tokio::net::{TcpListener, UnixListener};
+use tokio_util::sync::CancellationToken;
+
+use super::bind;
+use crate::{
+    config::Config,
+    directory::Directory,
+    egress::{
+        accept,
+        certificates::EgressCertificates,
+        config::{HttpConnectConfig, KonnectivityConfig, ProxyUrlsConfig, Socks5Config},
+        http_connect::HttpConnect,
+        konnectivity::Konnectivity,
+        outbound::{CallerLimits, Outbound},
+        proxy_urls::{call::ProxyUrls, tls::TargetTls},
+        socks5::{Socks5, users::Users},
+        tls::{CallerTls, TlsListener},
+    },
+    fields::TlsConfig,
+    http::claims::Claims,
+    stream::metrics::StreamMetrics,
+};
+
+type TlsSocket = (TcpListener, Arc<CallerTls>);
+
+/// The sockets of all egress listeners.
+pub(super) struct EgressSockets {
+    connect_unix: Option<UnixListener>,
+    connect_tls: Option<TlsSocket>,
+    konnectivity_unix: Option<UnixListener>,
+    konnectivity_tls: Option<TlsSocket>,
+    socks5: Option<Socks5Sockets>,
+    proxy_urls: Option<ProxyUrlSockets>,
+}
+
+struct Socks5Sockets {
+    unix: Option<UnixListener>,
+    tcp: Option<(TcpListener, Option<Users>)>,
+}
+
+struct ProxyUrlSockets {
+    unix: Option<UnixListener>,
+    tcp: Option<TcpListener>,
+    tls: Arc<TargetTls>,
+}
+
+impl EgressSockets {
+    pub(super) fn bind(config: &Config) -> anyhow::Result<Self> {
+        let Config { http_connect, konnectivity, .. } = config;
+        Ok(Self {
+            connect_unix: http_connect.unix.as_ref().map(bind::unix).transpose()?,
+            connect_tls: bind_tls(TlsListener::HttpConnect, http_connect.tls.as_ref())?,
+            konnectivity_unix: konnectivity.unix.as_ref().map(bind::unix).transpose()?,
+            konnectivity_tls: bind_tls(TlsListener::Konnectivity, konnectivity.tls.as_ref())?,
+            socks5: config.socks5.as_ref().map(Socks5Sockets::bind).transpose()?,
+            proxy_urls: config.proxy_urls.as_ref().map(ProxyUrlSockets::bind).transpose()?,
+        })
+    }
+
+    /// The certificates of all listeners, which follow their files once somebody watches them.
+    pub(super) fn certificates(&self) -> EgressCertificates {
+        let callers = [&self.connect_tls, &self.konnectivity_tls].into_iter().flatten();
+        EgressCertificates {
+            callers: callers.map(|(_, tls)| tls.clone()).collect(),
+            targets: self.proxy_urls.as_ref().map(|sockets| sockets.tls.clone()),
+        }
+    }
+}
+
+impl Socks5Sockets {
+    fn bind(config: &Socks5Config) -> anyhow::Result<Self> {
+        Ok(Self {
+            unix: config.unix.as_ref().map(bind::unix).transpose()?,
+            tcp: match &config.tcp {
+                Some(tcp) => {
+                    let users = tcp.users_file.as_deref().map(Users::load).transpose()?;
+                    Some((bind::tcp(tcp.listen)?, users))
+                }
+                None => None,
+            },
+        })
+    }
+}
+
+impl ProxyUrlSockets {
+    fn bind(config: &ProxyUrlsConfig) -> anyhow::Result<Self> {
+        Ok(Self {
+            unix: config.unix.as_ref().map(bind::unix).transpose()?,
+            tcp: config.tcp.map(bind::tcp).transpose()?,
+            tls: Arc::new(TargetTls::load(config)?),
+        })
+    }
+}
+
+fn bind_tls(listener: TlsListener, config: Option<&TlsConfig>) -> anyhow::Result<Option<TlsSocket>> {
+    let Some(config) = config else { return Ok(None) };
+    let tls = Arc::new(CallerTls::load(listener, config)?);
+    Ok(Some((bind::tcp(config.listen)?, tls)))
+}
+
+/// What all egress listeners are made of.
+pub(super) struct Egress<'a> {
+    pub(super) dialer: Arc<dyn Dialer>,
+    pub(super) directory: Arc<dyn Directory>,
+    pub(super) metrics: &'a StreamMetrics,
+    pub(super) draining: &'a CancellationToken,
+    /// Owns callers and their streams.
+    pub(super) callers: &'a Tasks,
+    /// Owns what accepts callers.
+    pub(super) listeners: &'a Tasks,
+}
+
+impl Egress<'_> {
+    /// Serves on all sockets. Returns the listener of proxy URLs, which the front end may serve as well.
+    pub(super) fn serve(&self, sockets: EgressSockets, config: &Config) -> Option<Arc<ProxyUrls>> {
+        let EgressSockets {
+            connect_unix,
+            connect_tls,
+            konnectivity_unix,
+            konnectivity_tls,
+            socks5,
+            proxy_urls,
+        } = sockets;
+        self.serve_http_connect(connect_unix, connect_tls, &config.http_connect);
+        self.serve_konnectivity(konnectivity_unix, konnectivity_tls, &config.konnectivity);
+        if let (Some(sockets), Some(config)) = (socks5, &config.socks5) {
+            self.serve_socks5(sockets, config);
+        }
+        let claims = config.front_end.as_ref().map(|config| config.upstream.identity.claims());
+        let claims = Arc::new(claims.unwrap_or_default());
+        let (sockets, config) = proxy_urls.zip(config.proxy_urls.as_ref())?;
+        Some(self.serve_proxy_urls(sockets, config, claims))
+    }
+
+    fn serve_http_connect(
+        &self,
+        unix: Option<UnixListener>,
+        tls: Option<TlsSocket>,
+        config: &HttpConnectConfig,
+    ) {
+        let listener = Arc::new(HttpConnect(self.outbound(CallerLimits {
+            head_timeout: config.head_timeout,
+            half_closed_timeout: config.half_closed_timeout,
+            max_connections: config.max_connections,
+        })));
+        if let Some(socket) = unix {
+            self.spawn(accept::plain(listener.clone(), "connect-unix", socket));
+        }
+        if let Some((socket, tls)) = tls {
+            self.spawn(accept::tls(listener, "connect-tls", socket, tls));
+        }
+    }
+
+    fn serve_konnectivity(
+        &self,
+        unix: Option<UnixListener>,
+        tls: Option<TlsSocket>,
+        config: &KonnectivityConfig,
+    ) {
+        let outbound = self.outbound(CallerLimits {
+            head_timeout: config.head_timeout,
+            // A Konnectivity connection has no half-closed state.
+            half_closed_timeout: Duration::ZERO,
+            max_connections: config.max_connections,
+        });
+        let listener = Arc::new(Konnectivity { outbound, draining: self.draining.clone() });
+        if let Some(socket) = unix {
+            self.spawn(accept::plain(listener.clone(), "konnectivity-unix", socket));
+        }
+        if let Some((socket, tls)) = tls {
+            self.spawn(accept::tls(listener, "konnectivity-tls", socket, tls));
+        }
+    }
+
+    fn serve_socks5(&self, sockets: Socks5Sockets, config: &Socks5Config) {
+        let outbound = self.outbound(CallerLimits {
+            head_timeout: config.head_timeout,
+            half_closed_timeout: config.half_closed_timeout,
+            max_connections: config.max_connections,
+        });
+        if let Some(socket) = sockets.unix {
+            let listener = Arc::new(Socks5::new(outbound.clone(), None));
+            self.spawn(accept::plain(listener, "socks5-unix", socket));
+        }
+        if let Some((socket, users)) = sockets.tcp {
+            self.spawn(accept::plain(Arc::new(Socks5::new(outbound, users)), "socks5-tcp", socket));
+        }
+    }
+
+    fn serve_proxy_urls(
+        &self,
+        sockets: ProxyUrlSockets,
+        config: &ProxyUrlsConfig,
+        claims: Arc<Claims>,
+    ) -> Arc<ProxyUrls> {
+        let listener = Arc::new(ProxyUrls {
+            outbound: self.outbound(CallerLimits {
+                head_timeout: config.head_timeout,
+                half_closed_timeout: config.half_closed_timeout,
+                max_connections: config.max_connections,
+            }),
+            directory: self.directory.clone(),
+            tls: sockets.tls,
+            claims,
+            idle_timeout: config.idle_timeout,
+            draining: self.draining.clone(),
+        });
+        if let Some(socket) = sockets.unix {
+            self.spawn(accept::plain(listener.clone(), "proxy-url-unix", socket));
+        }
+        if let Some(socket) = sockets.tcp {
+            self.spawn(accept::plain(listener.clone(), "proxy-url-tcp", socket));
+        }
+        listener
+    }
+
+    fn outbound(&self, limits: CallerLimits) -> Outbound {
+        Outbound {
+            dialer: self.dialer.clone(),
+            metrics: self.metrics.clone(),
+            limits,
+            tasks: self.callers.clone(),
+        }
+    }
+
+    fn spawn(&self, accepting: impl Future<Output = ()> + Send + 'static) {
+        self.listeners.spawn(accepting);
+    }
+}

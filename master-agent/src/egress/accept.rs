@@ -1,0 +1,95 @@
+//! How callers are accepted: over plain sockets, and over TCP with mutual TLS.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use proto_net::{
+    accept::{Acceptor, Listener, Peer, Tuning},
+    dialer::Origin,
+    handshake::HandshakePermits,
+};
+use tokio::{
+    net::TcpListener,
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
+
+use super::{listener::EgressListener, socket::CallerSocket, tls::CallerTls};
+use crate::stream::caller::Caller;
+
+/// TLS handshakes at once.
+const HANDSHAKES: usize = 256;
+
+/// Accepts plain connections until the callers' tasks are cancelled. On a Unix socket, the mode and owner of the socket
+/// file decide who may connect; on TCP, everybody who can reach the address.
+pub async fn plain<E, L>(egress: Arc<E>, name: &'static str, listener: L)
+where
+    E: EgressListener,
+    L: Listener,
+    L::Socket: CallerSocket,
+{
+    let permits = Permits::new(&*egress, name);
+    let tasks = egress.outbound().tasks.clone();
+    let serve = |socket: L::Socket, peer: L::Peer, permit: OwnedSemaphorePermit| {
+        let served = egress.clone();
+        async move {
+            served.serve(socket, Caller::new(name, Origin(peer.origin()))).await;
+            drop(permit);
+        }
+    };
+    Acceptor::new(listener, Tuning::Caller).serve(tasks, |_| permits.take(), serve).await;
+}
+
+/// Accepts TLS connections with client certificates until the callers' tasks are cancelled. Until its certificate has been
+/// verified, a caller holds one of a few handshake permits, and nothing of its request is read. Unauthenticated callers
+/// therefore cannot exhaust `max_connections`.
+pub async fn tls<E>(egress: Arc<E>, name: &'static str, listener: TcpListener, tls: Arc<CallerTls>)
+where
+    E: EgressListener,
+{
+    let permits = Arc::new(Permits::new(&*egress, name));
+    let handshakes = HandshakePermits::new(HANDSHAKES);
+    let tasks = egress.outbound().tasks.clone();
+    let admit = |peer: SocketAddr| Some(handshakes.take(peer.ip()));
+    Acceptor::new(listener, Tuning::Caller)
+        .serve(tasks, admit, |socket, peer, handshake_permit| {
+            let (served, tls, permits) = (egress.clone(), tls.clone(), permits.clone());
+            async move {
+                let outbound = served.outbound();
+                let handshake = tokio::time::timeout(outbound.limits.head_timeout, tls.handshake(socket));
+                let (stream, caller) = tokio::select! {
+                    handshake = Box::pin(handshake) => match handshake {
+                        Ok(Ok(accepted)) => accepted,
+                        Ok(Err(error)) => return outbound.bad_request(name, &peer, &error),
+                        Err(_) => return outbound.bad_request(name, &peer, &"no TLS handshake in time"),
+                    },
+                    () = handshake_permit.evicted.cancelled() => {
+                        return outbound.bad_request(name, &peer, &"evicted by a newer handshake");
+                    }
+                };
+                drop(handshake_permit);
+                let Some(_permit) = permits.take() else { return };
+                served.serve(stream, Caller::new(name, Origin(format!("tls {caller} {peer}")))).await;
+            }
+        })
+        .await;
+}
+
+/// Bounds the callers that one listener serves at once.
+struct Permits {
+    egress: &'static str,
+    free: Arc<Semaphore>,
+}
+
+impl Permits {
+    fn new(egress: &impl EgressListener, name: &'static str) -> Self {
+        let free = Arc::new(Semaphore::new(egress.outbound().limits.max_connections));
+        Self { egress: name, free }
+    }
+
+    fn take(&self) -> Option<OwnedSemaphorePermit> {
+        let permit = self.free.clone().try_acquire_owned().ok();
+        if permit.is_none() {
+            tracing::warn!(egress = self.egress, "connection refused: max_connections reached");
+        }
+        permit
+    }
+}

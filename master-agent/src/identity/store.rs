@@ -1,0 +1,185 @@
+//! What must outlive the process: hashed join tokens, the keys by which nodes are known, and the list of revoked
+//! certificates.
+//!
+//! What is asked while a tunnel is made or kept is answered from memory ([`Store::joined_key`],
+//! [`Store::first_use_key`]). All that reads or writes the store itself blocks and belongs on a thread for blocking
+//! work. Commands of other processes change the same store; [`follow`] notices it.
+
+use std::{
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use proto::NodeName;
+use russh::keys::PublicKey;
+use serde::{Serialize, Serializer};
+use tokio::{sync::watch, time::MissedTickBehavior};
+
+/// How often changes by other processes are looked for. They take effect within two seconds.
+const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A token, without its secret.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct TokenRecord {
+    pub id: String,
+    pub node: Option<NodeName>,
+    #[serde(serialize_with = "rfc3339")]
+    pub expires: SystemTime,
+    pub used_by: Option<String>,
+}
+
+/// Why a token is refused. The text says what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum TokenError {
+    #[error("the token is not known here: make a new one with `master-agent token create`")]
+    Unknown,
+    #[error("the token has expired: make a new one with `master-agent token create`")]
+    Expired,
+    #[error(
+        "the token has been used before: each is good for one host; make a new one with `master-agent token create`"
+    )]
+    Used,
+    #[error(
+        "the token is bound to node {bound}: join as that node, or make one with `master-agent token create --node {asked}`"
+    )]
+    WrongNode { bound: NodeName, asked: NodeName },
+    #[error("the token is not bound to a node: say which with `--node`")]
+    NoName,
+    #[error("node {0} is not in the master's inventory: add it there first; the token was not used up")]
+    NotListed(NodeName),
+    #[error(
+        "node {0} has joined before: to join it anew, make a token bound to it with `master-agent token create --node {0}`"
+    )]
+    Joined(NodeName),
+    #[error("the store failed: {0}")]
+    Store(String),
+}
+
+/// The store of a master. A replicated one can take the place of the embedded one.
+pub trait Store: Send + Sync {
+    /// The fingerprint of the key for which a node was last certified. Never blocks.
+    fn joined_key(&self, node: &NodeName) -> Option<String>;
+
+    /// The fingerprint that was trusted on first use. Never blocks.
+    fn first_use_key(&self, node: &NodeName) -> Option<String>;
+
+    /// Wakes whoever waits when this or another process has changed the store. Changes by other processes are noticed
+    /// by [`Store::refresh`].
+    fn changes(&self) -> watch::Receiver<()>;
+
+    /// Takes over what other processes have changed since the last call. Returns whether there was anything.
+    fn refresh(&self) -> anyhow::Result<bool>;
+
+    fn add_token(
+        &self,
+        id: &str,
+        hash: &[u8; 32],
+        node: Option<&NodeName>,
+        expires: SystemTime,
+    ) -> anyhow::Result<()>;
+
+    /// The tokens that have not expired.
+    fn tokens(&self, now: SystemTime) -> anyhow::Result<Vec<TokenRecord>>;
+
+    /// Returns `false` if there was no such token.
+    fn remove_token(&self, id: &str) -> anyhow::Result<bool>;
+
+    /// The node that a token is bound to, if the token could be used now. It stays unused.
+    fn check(&self, id: &str, hash: &[u8; 32], now: SystemTime) -> Result<Option<NodeName>, TokenError>;
+
+    /// Uses a token up and returns the node's name. This is one transaction: when any number of hosts try at the same
+    /// time, one succeeds. `listed` says for which names a token is good that is bound to none.
+    fn redeem(
+        &self,
+        id: &str,
+        hash: &[u8; 32],
+        asked: Option<&NodeName>,
+        now: SystemTime,
+        listed: &dyn Fn(&NodeName) -> bool,
+    ) -> Result<NodeName, TokenError>;
+
+    /// The node that an address was certified for.
+    fn address_owner(&self, address: &IpAddr) -> anyhow::Result<Option<NodeName>>;
+
+    /// Records what was certified, in place of what was known of the node.
+    fn remember_node(
+        &self,
+        node: &NodeName,
+        key: &PublicKey,
+        addresses: &[IpAddr],
+        now: SystemTime,
+        not_after: SystemTime,
+    ) -> anyhow::Result<()>;
+
+    /// Records the key of a first use unless one is recorded already. Returns the fingerprint that is recorded now.
+    fn remember_first_use(&self, node: &NodeName, fingerprint: &str) -> anyhow::Result<String>;
+
+    /// Forgets a node's keys, so that another host may take its place. Returns `false` if nothing was known.
+    fn forget_node(&self, node: &NodeName) -> anyhow::Result<bool>;
+
+    /// The list of revoked certificates, if there ever was one.
+    fn revocations(&self) -> anyhow::Result<Option<Vec<u8>>>;
+
+    /// The version of that list.
+    fn revocations_version(&self) -> anyhow::Result<Option<u64>>;
+
+    /// Replaces the list by what `change` makes of it, if anything, in one transaction.
+    fn change_revocations(&self, change: ChangeRevocations<'_>) -> anyhow::Result<()>;
+}
+
+/// Makes a new list and its version of the present list, or `None` to leave it.
+pub type ChangeRevocations<'a> = &'a mut dyn FnMut(Option<&[u8]>) -> anyhow::Result<Option<(u64, Vec<u8>)>>;
+
+/// Takes over what other processes change, for ever. If the store can't be read, what was read last stays in force.
+pub async fn follow(store: Arc<dyn Store>) {
+    let mut interval = tokio::time::interval(REFRESH_INTERVAL);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut failure = None;
+    loop {
+        interval.tick().await;
+        let refreshing = store.clone();
+        let refreshed = tokio::task::spawn_blocking(move || refreshing.refresh()).await;
+        match refreshed.map_err(anyhow::Error::from).and_then(|refreshed| refreshed) {
+            Ok(_) => failure = None,
+            Err(error) => {
+                let error = format!("{error:#}");
+                if failure.as_ref() != Some(&error) {
+                    tracing::error!(error, "can't read the store; what was read last stays in force");
+                }
+                failure = Some(error);
+            }
+        }
+    }
+}
+
+fn rfc3339<S: Serializer>(time: &SystemTime, s: S) -> Result<S::Ok, S::Error> {
+    s.collect_str(&humantime::format_rfc3339_seconds(*time))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::{
+        sqlite::SqliteStore,
+        tests::{TempDir, new_key},
+    };
+
+    #[tokio::test(start_paused = true)]
+    async fn what_another_process_changes_is_known_within_two_seconds() {
+        let dir = TempDir::new();
+        let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&dir.0).unwrap());
+        let other = SqliteStore::open(&dir.0).unwrap();
+        let node: NodeName = "n1".parse().unwrap();
+        let (now, key) = (SystemTime::UNIX_EPOCH, new_key());
+        let mut changes = store.changes();
+        other.remember_node(&node, key.public_key(), &[], now, now).unwrap();
+        assert_eq!(store.joined_key(&node), None);
+        tokio::select! {
+            () = follow(store.clone()) => panic!("it never ends"),
+            changed = tokio::time::timeout(Duration::from_secs(2), changes.changed()) => changed.unwrap().unwrap(),
+        }
+        assert_eq!(store.joined_key(&node), other.joined_key(&node));
+        assert!(store.joined_key(&node).is_some());
+    }
+}

@@ -1,0 +1,216 @@
+//! Call home (RFC 8071): this node dials a master and serves the same session as on a link that the master dials.
+//!
+//! Each master has a loop of its own, which keeps one session with it and makes another before the master's certificate
+//! ends.
+
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use proto::{
+    backoff::Backoff,
+    call_home::{Master, Purpose},
+};
+use proto_net::tasks::Tasks;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::oneshot,
+    task::{JoinError, JoinHandle},
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    clock::Clock,
+    dialer::Dialer,
+    https::{self, CallHomeHttps, HttpsError, LinkRequest},
+    identity::current::CurrentIdentity,
+    session::{
+        error::SessionError,
+        serve::{Authenticated, SessionServer},
+    },
+    tcp::{self, ConnectError},
+};
+
+const MIN_BACKOFF: Duration = Duration::from_millis(250);
+const MAX_BACKOFF: Duration = Duration::from_secs(2);
+/// A session that lasts so long shows that the master is well. One that ends sooner does not.
+const USEFUL_SESSION: Duration = Duration::from_secs(10);
+/// How long a session has to last until the one that it replaces takes no new streams. A master that has enough links
+/// closes the next one at once.
+const SETTLE: Duration = Duration::from_secs(1);
+
+/// Calls masters home. Cheap to clone.
+#[derive(Clone)]
+pub struct CallHome {
+    pub server: SessionServer,
+    pub identity: CurrentIdentity,
+    /// Knows this node's name.
+    pub dialer: Arc<Dialer>,
+    pub https: CallHomeHttps,
+    /// For connecting to a master.
+    pub connect_timeout: Duration,
+    pub clock: Clock,
+    /// Cancelled when no further links are made.
+    pub draining: CancellationToken,
+    /// The sessions' tasks.
+    pub tasks: Tasks,
+}
+
+/// Why a call, or the session that it led to, ended. The text is for people.
+#[derive(Debug, thiserror::Error)]
+pub enum CallError {
+    #[error(transparent)]
+    Tcp(#[from] ConnectError),
+    #[error(transparent)]
+    Https(#[from] HttpsError),
+    #[error("this host has no name yet: join it (`node-agent join`)")]
+    Unnamed,
+    #[error("the master closed the session before it had authenticated")]
+    ClosedEarly,
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    #[error("the session's task failed: {0}")]
+    Task(JoinError),
+}
+
+impl CallHome {
+    /// Keeps a session with a master until the agent drains.
+    pub async fn run(self, master: Master) {
+        let expired = || {
+            let now = self.clock.now();
+            self.identity.get().not_after().filter(|at| *at <= now)
+        };
+        supervise(&master, &self.draining, expired, || self.call(&master)).await;
+    }
+
+    async fn call(&self, master: &Master) -> Result<EstablishedSession, CallError> {
+        let timeout = self.connect_timeout;
+        match master {
+            Master::Tcp(address) => {
+                let socket = tcp::connect(address, timeout).await?;
+                let peer = socket.peer_addr().ok();
+                self.establish(socket, peer).await
+            }
+            Master::Https(front_end) => {
+                let node = self.dialer.scope().node.clone().ok_or(CallError::Unnamed)?;
+                let (node, purpose) = (Some(&node), Purpose::Link);
+                let request = LinkRequest { front_end, node, purpose, join_token: None };
+                let link = https::connect(&self.https, request, timeout).await?;
+                self.establish(link.stream, link.peer).await
+            }
+        }
+    }
+
+    /// Serves a session on a link, and waits until the master has authenticated.
+    async fn establish<T>(&self, link: T, peer: Option<SocketAddr>) -> Result<EstablishedSession, CallError>
+    where
+        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let (authenticated, proof) = oneshot::channel();
+        let served = self.tasks.spawn(self.server.clone().serve(link, peer, None, authenticated));
+        match proof.await {
+            Ok(authenticated) => Ok(EstablishedSession { served, authenticated }),
+            Err(_) => Err(outcome(served.await).err().unwrap_or(CallError::ClosedEarly)),
+        }
+    }
+}
+
+/// A session in which the master has authenticated.
+struct EstablishedSession {
+    served: JoinHandle<Option<Result<(), SessionError>>>,
+    authenticated: Authenticated,
+}
+
+/// Keeps a session with a master until the agent drains. One that comes to its end with the master's certificate is
+/// replaced before: the next session is established first, and the former one is then left to its streams. `expired`
+/// tells when this node's own certificate expired, if it has.
+async fn supervise<F, C>(
+    master: &Master,
+    draining: &CancellationToken,
+    expired: impl Fn() -> Option<SystemTime>,
+    call: F,
+) where
+    F: Fn() -> C,
+    C: Future<Output = Result<EstablishedSession, CallError>>,
+{
+    let mut backoff = Backoff::new(MIN_BACKOFF, MAX_BACKOFF);
+    let mut former: Option<EstablishedSession> = None;
+    while !draining.is_cancelled() {
+        let started = Instant::now();
+        let ended = match call().await {
+            Ok(mut session) => {
+                tracing::info!(%master, "called home");
+                match await_end_or_relink(draining, &mut session, &mut former).await {
+                    Some(ended) => ended,
+                    None => {
+                        backoff.reset();
+                        former = Some(session);
+                        continue;
+                    }
+                }
+            }
+            Err(error) => Err(error),
+        };
+        match ended {
+            Ok(()) => tracing::info!(%master, "the master closed the tunnel"),
+            Err(error) => match expired() {
+                Some(at) => {
+                    let at = humantime::format_rfc3339_seconds(at);
+                    tracing::error!(%master, %error, expired = %at, "no tunnel to the master, and this node's certificate has expired: join it again with a new token");
+                }
+                None => tracing::warn!(%master, %error, "no tunnel to the master"),
+            },
+        }
+        if started.elapsed() > USEFUL_SESSION {
+            backoff.reset();
+        }
+        tokio::select! {
+            () = tokio::time::sleep(backoff.next_delay(rand::random())) => {}
+            () = draining.cancelled() => {}
+        }
+    }
+}
+
+/// Waits until a session has ended; `None` if another one is to be established before that, or the agent drains. The
+/// former session is retired once this one has lasted for [`SETTLE`].
+async fn await_end_or_relink(
+    draining: &CancellationToken,
+    session: &mut EstablishedSession,
+    former: &mut Option<EstablishedSession>,
+) -> Option<Result<(), CallError>> {
+    let relink = session.authenticated.relink;
+    let settle = tokio::time::sleep(SETTLE);
+    tokio::pin!(settle);
+    let due = async {
+        match relink {
+            Some(after) => tokio::time::sleep(after.max(SETTLE)).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::pin!(due);
+    loop {
+        tokio::select! {
+            served = &mut session.served => return Some(outcome(served)),
+            () = &mut settle, if former.is_some() => {
+                if let Some(former) = former.take() {
+                    former.authenticated.retire.cancel();
+                }
+            }
+            () = &mut due, if former.is_none() => return None,
+            () = draining.cancelled() => return None,
+        }
+    }
+}
+
+fn outcome(served: Result<Option<Result<(), SessionError>>, JoinError>) -> Result<(), CallError> {
+    match served.map_err(CallError::Task)? {
+        Some(result) => Ok(result?),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,38 @@
+//! The configuration section `limits`.
+
+use std::time::Duration;
+
+use proto_config::Section;
+
+use crate::fields::{COUNT, WAIT, secs};
+
+/// What sessions and their streams may use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LimitsConfig {
+    /// Connections at once that have not authenticated yet.
+    pub max_handshakes: usize,
+    /// Sessions of people at once. Masters don't count.
+    pub max_sessions: usize,
+    /// Streams of one session.
+    pub max_streams: usize,
+    pub handshake_timeout: Duration,
+    /// For resolving and connecting to a target, and for connecting to a master.
+    pub dial_timeout: Duration,
+    pub keepalive_interval: Duration,
+    /// Unanswered keep-alives after which a session is dead.
+    pub keepalive_max: usize,
+}
+
+impl LimitsConfig {
+    pub(crate) fn read(s: &Section<'_>) -> Self {
+        Self {
+            max_handshakes: s.number("max_handshakes", 256, COUNT),
+            max_sessions: s.number("max_sessions", 64, COUNT),
+            max_streams: s.number("max_streams", 8192, COUNT),
+            handshake_timeout: s.duration("handshake_timeout", secs(10), WAIT),
+            dial_timeout: s.duration("dial_timeout", secs(10), WAIT),
+            keepalive_interval: s.duration("keepalive_interval", secs(3), WAIT),
+            keepalive_max: s.number("keepalive_max", 2, 1..=100),
+        }
+    }
+}

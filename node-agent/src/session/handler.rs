@@ -1,0 +1,449 @@
+//! What a session answers to each message of its peer.
+
+use std::{net::IpAddr, sync::Arc};
+
+use proto::{
+    Host, Target,
+    mux::{FRONT_END_SUBSYSTEM, SUBSYSTEM},
+    refusal,
+    revocation::{self, SignedList},
+};
+use proto_net::{
+    channel::WriteHalf,
+    link::Gate,
+    mux::{Events, Feeder, Mux, Notice},
+    ssh,
+    tasks::Tasks,
+};
+use russh::{
+    Channel, ChannelId, ChannelOpenFailure,
+    keys::{Certificate, PublicKey},
+    server::{self, Auth, ChannelOpenHandle, Msg},
+};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+
+use super::{
+    error::SessionError,
+    services::SessionServices,
+    state::SessionState,
+    streams::{EXPIRED, RequestedChannel},
+    user::AuthenticatedUser,
+};
+use crate::identity::user::{MASTER, UserRole};
+
+/// Session channels that a master may have open at once: one for each subsystem, and one to spare.
+const MAX_SESSION_CHANNELS: usize = 4;
+
+/// How authentication ended.
+pub(super) type Proof = Result<Arc<AuthenticatedUser>, SessionError>;
+
+pub(super) struct Handler {
+    services: Arc<SessionServices>,
+    state: Arc<SessionState>,
+    gate: Gate,
+    /// The session's tasks.
+    tasks: Tasks,
+    peer: Option<IpAddr>,
+    user: Option<Arc<AuthenticatedUser>>,
+    /// The permit of a person's session.
+    person: Option<OwnedSemaphorePermit>,
+    /// Where the end of authentication is reported, once.
+    proof: Option<oneshot::Sender<Proof>>,
+    /// One permit for each stream that is a channel of its own, until its socket is closed.
+    stream_permits: Arc<Semaphore>,
+    session_channels: Vec<ChannelId>,
+    /// The multiplexer on which the master opens streams.
+    master_mux: Option<MasterMux>,
+    /// The channel of the multiplexer on which this node opens streams to the master's front end.
+    node_mux: Option<(ChannelId, Feeder)>,
+    revocation_list: Option<RevocationList>,
+}
+
+struct MasterMux {
+    channel: ChannelId,
+    feeder: Feeder,
+    notices: mpsc::Receiver<Notice>,
+}
+
+/// The channel on which a list of revoked certificates comes.
+struct RevocationList {
+    channel: ChannelId,
+    /// The part of the list that has come; `None` once it is complete.
+    received: Option<Vec<u8>>,
+}
+
+impl Handler {
+    pub(super) fn new(
+        services: Arc<SessionServices>,
+        state: Arc<SessionState>,
+        gate: Gate,
+        tasks: Tasks,
+        peer: Option<IpAddr>,
+    ) -> (Self, oneshot::Receiver<Proof>) {
+        let (proof, proved) = oneshot::channel();
+        let stream_permits = Arc::new(Semaphore::new(services.limits.max_streams));
+        let handler = Self {
+            services,
+            state,
+            gate,
+            tasks,
+            peer,
+            user: None,
+            person: None,
+            proof: Some(proof),
+            stream_permits,
+            session_channels: Vec::new(),
+            master_mux: None,
+            node_mux: None,
+            revocation_list: None,
+        };
+        (handler, proved)
+    }
+
+    fn report_proof(&mut self, proof: Proof) {
+        if let Some(report) = self.proof.take() {
+            let _ = report.send(proof);
+        }
+    }
+
+    fn master(&self) -> Option<Arc<AuthenticatedUser>> {
+        self.user.clone().filter(|user| user.is_master())
+    }
+
+    /// Lets a user in whose certificate is accepted, unless too many people are connected.
+    fn admit(&mut self, role: UserRole, certificate: &Certificate) -> Auth {
+        let (key_id, serial) = (certificate.key_id(), certificate.serial());
+        if let UserRole::Person { login, .. } = &role {
+            let Ok(permit) = self.services.people.clone().try_acquire_owned() else {
+                tracing::warn!(user = login, peer = ?self.peer, "refused a person: limits.max_sessions reached");
+                return Auth::reject();
+            };
+            self.person = Some(permit);
+        }
+        let user = match &role {
+            UserRole::Master => MASTER,
+            UserRole::Person { login, .. } => login,
+        };
+        tracing::info!(user, key_id, serial, peer = ?self.peer, "authenticated");
+        let clock = self.services.clock.clone();
+        self.user = Some(Arc::new(AuthenticatedUser { role, certificate: certificate.clone(), clock }));
+        Auth::Accept
+    }
+
+    fn new_mux(
+        &self,
+        initiator: bool,
+        channel: ChannelId,
+        session: &server::Session,
+    ) -> (Mux, Feeder, Events) {
+        let handle = session.handle();
+        let out = move |frame| {
+            let handle = handle.clone();
+            Box::pin(async move { handle.data(channel, frame).await.is_ok() }) as _
+        };
+        let stalls = &self.services.metrics.stalls;
+        let stalls = if initiator { &stalls.up } else { &stalls.down };
+        let max_streams = self.services.limits.max_streams;
+        Mux::new(initiator, max_streams, self.gate.clone(), stalls.clone(), Box::new(out), &self.tasks)
+    }
+
+    fn start_master_mux(
+        &mut self,
+        user: Arc<AuthenticatedUser>,
+        channel: ChannelId,
+        session: &server::Session,
+    ) {
+        let (mux, feeder, events) = self.new_mux(false, channel, session);
+        self.state.set_master_mux(mux.clone());
+        self.master_mux = Some(MasterMux { channel, feeder, notices: events.notices });
+        let streams = self.services.streams.clone();
+        let (state, tasks) = (self.state.clone(), self.tasks.clone());
+        self.tasks.spawn(streams.serve_mux(user, state, mux, events.incoming, tasks));
+    }
+
+    fn start_node_mux(
+        &mut self,
+        user: Arc<AuthenticatedUser>,
+        channel: ChannelId,
+        session: &server::Session,
+    ) {
+        let Some(front_ends) = self.services.front_ends.clone() else { return };
+        let (mux, feeder, events) = self.new_mux(true, channel, session);
+        self.state.set_node_mux(mux.clone());
+        self.node_mux = Some((channel, feeder));
+        self.tasks.spawn(async move { front_ends.offer(mux, events, user.expired()).await });
+    }
+
+    /// Gives bytes to the multiplexer whose channel they came on; `None` if they came on another channel.
+    fn feed(&mut self, channel: ChannelId, data: &[u8]) -> Option<Result<(), SessionError>> {
+        if let Some(mux) = self.master_mux.as_mut().filter(|mux| mux.channel == channel) {
+            let fed = mux.feeder.feed(data);
+            self.take_notices();
+            return Some(fed.map_err(SessionError::from));
+        }
+        let (_, feeder) = self.node_mux.as_mut().filter(|(id, _)| *id == channel)?;
+        Some(feeder.feed(data).map_err(SessionError::from))
+    }
+
+    /// Takes what the master has said about the whole tunnel. A task of the session could end with it before it does.
+    fn take_notices(&mut self) {
+        let Some(mux) = &mut self.master_mux else { return };
+        while let Ok(notice) = mux.notices.try_recv() {
+            match notice {
+                Notice::Certificate(_) if self.user.as_ref().is_some_and(|user| user.has_expired()) => {
+                    tracing::warn!("ignored a host certificate from a master whose own has expired");
+                }
+                Notice::Certificate(text) => self.services.renewals.submit(text),
+                Notice::GoAway(reason) => {
+                    self.state.set_replaced();
+                    tracing::info!(reason, "the master takes no new streams");
+                }
+            }
+        }
+    }
+
+    /// Takes bytes of a list of revoked certificates, and answers once it is complete.
+    fn take_revocation_list(
+        &mut self,
+        channel: ChannelId,
+        data: &[u8],
+        session: &server::Session,
+    ) -> Result<(), SessionError> {
+        let list = self.revocation_list.as_mut().ok_or(SessionError::UnaskedRevocationList)?;
+        let received = list.received.as_mut().ok_or(SessionError::UnaskedRevocationList)?;
+        received.extend_from_slice(data);
+        let Some(signed) = SignedList::decode(received)? else { return Ok(()) };
+        list.received = None;
+        let (revocations, handle) = (self.services.revocations.clone(), session.handle());
+        self.tasks.spawn(async move {
+            // The list is installed to the end, also when it ends the session that it came by.
+            let taken = tokio::task::spawn_blocking(move || revocations.take(signed));
+            if let Ok(report) = taken.await {
+                let _ = handle.data(channel, report.encode()).await;
+            }
+        });
+        Ok(())
+    }
+}
+
+impl server::Handler for Handler {
+    type Error = SessionError;
+
+    async fn auth_none(&mut self, user: &str) -> Result<Auth, SessionError> {
+        if let Some(reason) = refusal::from_login(user) {
+            self.report_proof(Err(SessionError::RefusedByMaster(reason)));
+        }
+        Ok(Auth::reject())
+    }
+
+    async fn auth_publickey_offered(
+        &mut self,
+        _user: &str,
+        _offer: server::PublicKeyOffer<'_>,
+    ) -> Result<Auth, SessionError> {
+        Ok(Auth::Accept)
+    }
+
+    async fn auth_publickey(
+        &mut self,
+        user: &str,
+        key: server::VerifiedPublicKey<'_>,
+    ) -> Result<Auth, SessionError> {
+        let fingerprint = PublicKey::fingerprint(key.public_key, Default::default());
+        tracing::info!(user = refusal::printable(user), %fingerprint, peer = ?self.peer, "refused a key without certificate");
+        Ok(Auth::reject())
+    }
+
+    async fn auth_openssh_certificate(
+        &mut self,
+        user: &str,
+        certificate: &Certificate,
+    ) -> Result<Auth, SessionError> {
+        let now = self.services.clock.now();
+        match self.services.trust.verify(user, certificate, self.peer, now) {
+            Ok(role) => Ok(self.admit(role, certificate)),
+            Err(error) => {
+                let [user_name, key_id, why] =
+                    [user, certificate.key_id(), &error.to_string()].map(refusal::printable);
+                tracing::warn!(user = user_name, key_id, peer = ?self.peer, error = %why, "refused a certificate");
+                if user == MASTER {
+                    self.report_proof(Err(SessionError::MasterCertificate(why)));
+                }
+                Ok(Auth::reject())
+            }
+        }
+    }
+
+    async fn auth_succeeded(&mut self, _session: &mut server::Session) -> Result<(), SessionError> {
+        if let Some(user) = self.user.clone() {
+            self.report_proof(Ok(user));
+        }
+        Ok(())
+    }
+
+    async fn channel_open_session(
+        &mut self,
+        channel: Channel<Msg>,
+        reply: ChannelOpenHandle,
+        _session: &mut server::Session,
+    ) -> Result<(), SessionError> {
+        if self.master().is_some() && self.session_channels.len() < MAX_SESSION_CHANNELS {
+            self.session_channels.push(channel.id());
+            reply.accept().await;
+        } else {
+            reply
+                .reject(prohibited("this node serves port forwarding only: no shell, no commands, no sftp"))
+                .await;
+        }
+        Ok(())
+    }
+
+    async fn subsystem_request(
+        &mut self,
+        channel: ChannelId,
+        name: &str,
+        session: &mut server::Session,
+    ) -> Result<(), SessionError> {
+        let Some(master) = self.master() else { return Ok(session.channel_failure(channel)?) };
+        if name == SUBSYSTEM && self.master_mux.is_none() {
+            session.channel_success(channel)?;
+            self.start_master_mux(master, channel, session);
+        } else if name == FRONT_END_SUBSYSTEM && self.services.front_ends.is_some() && self.node_mux.is_none()
+        {
+            session.channel_success(channel)?;
+            self.start_node_mux(master, channel, session);
+        } else if name == revocation::SUBSYSTEM && self.revocation_list.is_none() {
+            session.channel_success(channel)?;
+            self.revocation_list = Some(RevocationList { channel, received: Some(Vec::new()) });
+            session.data(channel, self.services.revocations.report(None).encode())?;
+        } else {
+            session.channel_failure(channel)?;
+        }
+        Ok(())
+    }
+
+    async fn shell_request(
+        &mut self,
+        channel: ChannelId,
+        session: &mut server::Session,
+    ) -> Result<(), SessionError> {
+        Ok(session.channel_failure(channel)?)
+    }
+
+    async fn exec_request(
+        &mut self,
+        channel: ChannelId,
+        _command: &[u8],
+        session: &mut server::Session,
+    ) -> Result<(), SessionError> {
+        Ok(session.channel_failure(channel)?)
+    }
+
+    async fn channel_open_direct_tcpip(
+        &mut self,
+        channel: Channel<Msg>,
+        host: &str,
+        port: u32,
+        _originator_address: &str,
+        _originator_port: u32,
+        reply: ChannelOpenHandle,
+        _session: &mut server::Session,
+    ) -> Result<(), SessionError> {
+        let Some(user) = self.user.clone() else { return Ok(()) };
+        if user.has_expired() {
+            reply.reject(prohibited(EXPIRED)).await;
+            return Ok(());
+        }
+        let Some(target) = parse_target(host, port) else {
+            reply.reject(prohibited("the target is not HOST:PORT")).await;
+            return Ok(());
+        };
+        let Ok(permit) = self.stream_permits.clone().try_acquire_owned() else {
+            reply.reject(ChannelOpenFailure::ResourceShortage).await;
+            return Ok(());
+        };
+        let channels = self.state.channels.clone();
+        channels.on_open(channel.id());
+        let requested = RequestedChannel { half: WriteHalf::Server(channel.split().1), reply, target };
+        let streams = self.services.streams.clone();
+        self.tasks.spawn(async move {
+            streams.serve_channel(requested, user, channels).await;
+            drop(permit);
+        });
+        Ok(())
+    }
+
+    async fn data(
+        &mut self,
+        channel: ChannelId,
+        data: &[u8],
+        session: &mut server::Session,
+    ) -> Result<(), SessionError> {
+        if self.revocation_list.as_ref().is_some_and(|list| list.channel == channel) {
+            return self.take_revocation_list(channel, data, session);
+        }
+        match self.feed(channel, data) {
+            Some(fed) => fed,
+            None if self.state.channels.on_data(channel, data).await => Ok(()),
+            None => Ok(session.close(channel)?),
+        }
+    }
+
+    async fn extended_data(
+        &mut self,
+        _channel: ChannelId,
+        _code: u32,
+        data: &[u8],
+        _session: &mut server::Session,
+    ) -> Result<(), SessionError> {
+        if self.master().is_some() {
+            let _ = self.state.refusal.set(refusal::printable(&String::from_utf8_lossy(data)));
+        }
+        Ok(())
+    }
+
+    fn adjust_window(&mut self, _channel: ChannelId, current: u32) -> u32 {
+        // The multiplexer drains its channel at once and bounds what is on the way itself.
+        if self.master_mux.is_some() { ssh::TUNNEL_WINDOW } else { current }
+    }
+
+    async fn channel_eof(
+        &mut self,
+        channel: ChannelId,
+        _session: &mut server::Session,
+    ) -> Result<(), SessionError> {
+        self.state.channels.on_eof(channel);
+        Ok(())
+    }
+
+    async fn channel_close(
+        &mut self,
+        channel: ChannelId,
+        _session: &mut server::Session,
+    ) -> Result<(), SessionError> {
+        self.revocation_list.take_if(|list| list.channel == channel);
+        self.session_channels.retain(|id| *id != channel);
+        self.state.channels.on_close(channel);
+        self.node_mux.take_if(|(id, _)| *id == channel);
+        // Another multiplexer in this session would count its streams anew, so the session ends with the first.
+        match self.master_mux.take_if(|mux| mux.channel == channel) {
+            Some(_) => Err(SessionError::MultiplexerClosed),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Handler {
+    fn drop(&mut self) {
+        self.state.channels.close("the SSH session ended");
+    }
+}
+
+fn prohibited(reason: &str) -> ChannelOpenFailure {
+    ChannelOpenFailure::Other { code: 1, reason: reason.to_owned() }
+}
+
+fn parse_target(host: &str, port: u32) -> Option<Target> {
+    let port = u16::try_from(port).ok().filter(|port| *port > 0)?;
+    Some(Target::new(Host::parse(host).ok()?, port))
+}

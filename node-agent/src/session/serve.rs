@@ -1,0 +1,266 @@
+//! The life of a session, from the link to the farewell.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use proto::refusal;
+use proto_net::{channel::Channels, handshake::HandshakePermit, link::Link, ssh, tasks::Tasks};
+use russh::{
+    MethodKind, MethodSet, SshId,
+    server::{self, RunningSession},
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::oneshot,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    error::SessionError,
+    handler::{Handler, Proof},
+    services::SessionServices,
+    state::SessionState,
+    streams::EXPIRED,
+    user::AuthenticatedUser,
+};
+use crate::metrics::{self, Metrics};
+
+/// How long one stream of a stock SSH client may hold up that client's other streams.
+const CLIENT_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a session that ends may take to send what is left.
+const FAREWELL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a session whose certificate is revoked may take to be told so. Its streams are cut before.
+const REVOKED_FAREWELL_TIMEOUT: Duration = Duration::from_millis(500);
+/// How long a master that is refused may take to read why.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often a session that accepts no new streams checks whether its last one has ended.
+const IDLE_CHECK_INTERVAL: Duration = Duration::from_millis(500);
+
+const REPLACED: &str = "another link has taken its place, and its streams have ended";
+
+/// Serves sessions on links.
+#[derive(Clone)]
+pub struct SessionServer {
+    services: Arc<SessionServices>,
+    tasks: Tasks,
+}
+
+/// A session whose peer has proved who it is.
+#[derive(Debug)]
+pub struct Authenticated {
+    /// How long until its master should have another link to this node.
+    pub relink: Option<Duration>,
+    /// To be cancelled when there is another link: the session takes no new streams, and ends when it has none.
+    pub retire: CancellationToken,
+}
+
+impl SessionServer {
+    /// The tasks of each session go into a child group of `tasks`.
+    pub fn new(services: Arc<SessionServices>, tasks: Tasks) -> Self {
+        Self { services, tasks }
+    }
+
+    /// Serves one session on an established link, until it ends. `authenticated` is told once the peer has proved who it
+    /// is. Until then the session has a `permit`, which a newer handshake may take away.
+    pub async fn serve<T>(
+        self,
+        link: T,
+        peer: Option<SocketAddr>,
+        permit: Option<HandshakePermit>,
+        authenticated: oneshot::Sender<Authenticated>,
+    ) -> Result<(), SessionError>
+    where
+        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let services = &self.services;
+        let tasks = self.tasks.child();
+        let _cancel_on_exit = CancelOnDrop(tasks.clone());
+        let cut = CancellationToken::new();
+        let _cut_on_exit = cut.clone().drop_guard();
+        let received = permit.as_ref().map(|permit| permit.received.clone()).unwrap_or_default();
+        let (link, gate) = Link::new(link, cut.clone(), received);
+        let stalls = services.metrics.stalls.down.clone();
+        let channels = Channels::new(gate.clone(), tasks.clone(), CLIENT_PATIENCE, stalls);
+        let state = Arc::new(SessionState::new(channels));
+        let peer_ip = peer.map(|peer| peer.ip());
+        let (handler, proof) = Handler::new(services.clone(), state.clone(), gate, tasks.clone(), peer_ip);
+
+        let limit = services.limits.handshake_timeout;
+        let handshake = authenticate(server_config(services), link, handler, proof);
+        let outcome = tokio::select! {
+            outcome = tokio::time::timeout(limit, handshake) => {
+                outcome.unwrap_or(Err(SessionError::HandshakeTimeout(limit)))
+            }
+            () = evicted(permit.as_ref()) => Err(SessionError::Evicted),
+        };
+        drop(permit);
+        let result = if matches!(&outcome, Ok(Some(_))) { "ok" } else { "failed" };
+        services.metrics.handshakes.get_or_create(&metrics::ResultLabel { result }).inc();
+        let Some((session, user)) = outcome? else { return Ok(()) };
+
+        let retire = CancellationToken::new();
+        let _ = authenticated.send(Authenticated { relink: user.relink_after(), retire: retire.clone() });
+        let _counted = CountedSession::new(services.metrics.clone());
+        let session = AuthenticatedSession { services: services.clone(), state, user, tasks, peer, session };
+        session.run(&retire).await
+    }
+}
+
+/// Runs the SSH handshake and waits until the peer has authenticated; `None` if it leaves before that.
+async fn authenticate<T>(
+    config: server::Config,
+    link: Link<T>,
+    handler: Handler,
+    proof: oneshot::Receiver<Proof>,
+) -> Result<Option<(RunningSession<Handler>, Arc<AuthenticatedUser>)>, SessionError>
+where
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let session = server::run_stream(Arc::new(config), link, handler).await?;
+    match proof.await {
+        Ok(Ok(user)) => Ok(Some((session, user))),
+        Ok(Err(error)) => {
+            if let SessionError::MasterCertificate(why) = &error {
+                let _ = tokio::time::timeout(REFUSAL_TIMEOUT, say_goodbye(session, why)).await;
+            }
+            Err(error)
+        }
+        Err(_) => session.await.map(|()| None),
+    }
+}
+
+async fn evicted(permit: Option<&HandshakePermit>) {
+    match permit {
+        Some(permit) => permit.evicted.cancelled().await,
+        None => std::future::pending().await,
+    }
+}
+
+fn server_config(services: &SessionServices) -> server::Config {
+    let limits = &services.limits;
+    let identity = services.identity.get();
+    server::Config {
+        server_id: SshId::Standard(refusal::NODE_AGENT.into()),
+        methods: MethodSet::from(&[MethodKind::PublicKey][..]),
+        // ssh may offer its bare key before the certificate, and there is nothing to guess.
+        auth_rejection_time: Duration::from_millis(20),
+        auth_rejection_time_initial: Some(Duration::ZERO),
+        keys: vec![identity.host_key().clone()],
+        certificates: identity.certificate().cloned().into_iter().collect(),
+        limits: ssh::node_limits(),
+        window_size: ssh::CHANNEL_WINDOW,
+        maximum_packet_size: ssh::MAX_PACKET,
+        channel_buffer_size: 16,
+        event_buffer_size: 32,
+        preferred: ssh::preferred(),
+        max_auth_attempts: 6,
+        // Longer than keep-alives allow: a peer that has said goodbye and does not leave gets no more of them.
+        inactivity_timeout: Some(
+            limits
+                .keepalive_interval
+                .saturating_mul(u32::try_from(3 * (limits.keepalive_max + 1)).unwrap_or(u32::MAX)),
+        ),
+        keepalive_interval: Some(limits.keepalive_interval),
+        keepalive_max: limits.keepalive_max,
+        nodelay: true,
+    }
+}
+
+/// A session from authentication to its end.
+struct AuthenticatedSession {
+    services: Arc<SessionServices>,
+    state: Arc<SessionState>,
+    user: Arc<AuthenticatedUser>,
+    tasks: Tasks,
+    peer: Option<SocketAddr>,
+    session: RunningSession<Handler>,
+}
+
+impl AuthenticatedSession {
+    async fn run(mut self, retire: &CancellationToken) -> Result<(), SessionError> {
+        let Self { services, state, user, tasks, peer, session } = &mut self;
+        let (reason, limit) = tokio::select! {
+            ended = session => {
+                return state.refusal.get().map_or(ended, |reason| {
+                    Err(SessionError::RefusedByMaster(reason.clone()))
+                });
+            }
+            () = services.shutdown.stopping.cancelled() => ("node-agent is stopping", FAREWELL_TIMEOUT),
+            reason = retired(services, user, state, retire) => {
+                tracing::info!(key_id = user.certificate.key_id(), reason, "session ends");
+                (reason, FAREWELL_TIMEOUT)
+            }
+            by = services.revocations.revoked(&user.certificate) => {
+                tasks.cancel();
+                let (key_id, serial) = (user.certificate.key_id(), user.certificate.serial());
+                tracing::warn!(key_id, serial, %by, ?peer, "cut a session whose certificate is revoked");
+                ("the certificate of this session is revoked", REVOKED_FAREWELL_TIMEOUT)
+            }
+        };
+        tokio::time::timeout(limit, say_goodbye(self.session, reason)).await.unwrap_or(Ok(()))
+    }
+}
+
+/// Ends a session. The farewell follows everything that its streams have sent.
+async fn say_goodbye(session: RunningSession<Handler>, reason: &str) -> Result<(), SessionError> {
+    let handle = session.handle();
+    let _ = handle.disconnect(russh::Disconnect::ByApplication, reason.to_owned(), String::new()).await;
+    session.await
+}
+
+/// Waits until a session takes no new streams, and then until it has none or has had the time to end them. Returns the
+/// reason.
+async fn retired(
+    services: &SessionServices,
+    user: &AuthenticatedUser,
+    state: &SessionState,
+    retire: &CancellationToken,
+) -> &'static str {
+    tokio::select! {
+        () = user.expired() => {}
+        () = retire.cancelled() => {
+            state.set_replaced();
+            state.go_away("the node has made another link to this master").await;
+        }
+    }
+    let (reason, limit) = if state.is_replaced() {
+        (REPLACED, None)
+    } else {
+        (EXPIRED, user.is_master().then_some(services.shutdown_grace))
+    };
+    let idle = async {
+        while state.streams_open() > 0 {
+            tokio::time::sleep(IDLE_CHECK_INTERVAL).await;
+        }
+    };
+    match limit {
+        Some(limit) => {
+            let _ = tokio::time::timeout(limit, idle).await;
+        }
+        None => idle.await,
+    }
+    reason
+}
+
+struct CancelOnDrop(Tasks);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        self.0.cancel();
+    }
+}
+
+/// Counts a session for as long as it lasts.
+struct CountedSession(Arc<Metrics>);
+
+impl CountedSession {
+    fn new(metrics: Arc<Metrics>) -> Self {
+        metrics.sessions.inc();
+        Self(metrics)
+    }
+}
+
+impl Drop for CountedSession {
+    fn drop(&mut self) {
+        self.0.sessions.dec();
+    }
+}

@@ -1,0 +1,33 @@
+//! The parts of the agent that every session uses.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::sync::Semaphore;
+
+use super::{config::LimitsConfig, streams::StreamServer};
+use crate::{
+    clock::Clock,
+    identity::{current::CurrentIdentity, renewal::Renewals, trust::Trust},
+    local_endpoint::front_ends::FrontEnds,
+    metrics::Metrics,
+    revocation::Revocations,
+    shutdown::Shutdown,
+};
+
+pub struct SessionServices {
+    pub identity: CurrentIdentity,
+    pub trust: Trust,
+    pub renewals: Renewals,
+    pub revocations: Arc<Revocations>,
+    pub streams: Arc<StreamServer>,
+    /// Where callers of the local endpoint go, if there is one.
+    pub front_ends: Option<Arc<FrontEnds>>,
+    pub limits: LimitsConfig,
+    /// Permits of people's sessions. Masters need none, so that people can't keep them out.
+    pub people: Arc<Semaphore>,
+    /// How long a session may outlive its certificate if its master makes no other link.
+    pub shutdown_grace: Duration,
+    pub metrics: Arc<Metrics>,
+    pub clock: Clock,
+    pub shutdown: Shutdown,
+}

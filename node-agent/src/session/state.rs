@@ -1,0 +1,70 @@
+//! What a session's handler shares with the task that supervises the session.
+
+use std::sync::{
+    Mutex, MutexGuard, OnceLock, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
+
+use proto_net::{channel::Channels, mux::Mux};
+
+/// The state of one session.
+pub(super) struct SessionState {
+    /// The streams that are channels of their own.
+    pub(super) channels: Channels,
+    muxes: Mutex<Muxes>,
+    replaced: AtomicBool,
+    /// Why an authenticated master does not want the link.
+    pub(super) refusal: OnceLock<String>,
+}
+
+#[derive(Default)]
+struct Muxes {
+    /// The multiplexer on which the master opens streams.
+    of_master: Option<Mux>,
+    /// The multiplexer on which this node opens streams to the master's front end.
+    of_node: Option<Mux>,
+}
+
+impl SessionState {
+    pub(super) fn new(channels: Channels) -> Self {
+        Self { channels, muxes: Mutex::default(), replaced: AtomicBool::new(false), refusal: OnceLock::new() }
+    }
+
+    pub(super) fn set_master_mux(&self, mux: Mux) {
+        self.muxes().of_master = Some(mux);
+    }
+
+    pub(super) fn set_node_mux(&self, mux: Mux) {
+        self.muxes().of_node = Some(mux);
+    }
+
+    /// Notes that another link serves new streams: the master opens none here, or this node has made another link.
+    pub(super) fn set_replaced(&self) {
+        self.replaced.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_replaced(&self) -> bool {
+        self.replaced.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn streams_open(&self) -> usize {
+        let muxes = self.muxes();
+        let in_muxes = muxes.of_master.iter().chain(&muxes.of_node).map(Mux::streams_open);
+        self.channels.len() + in_muxes.sum::<usize>()
+    }
+
+    /// Tells the master that no new streams are accepted or opened.
+    pub(super) async fn go_away(&self, reason: &str) {
+        let muxes: Vec<_> = {
+            let muxes = self.muxes();
+            muxes.of_master.iter().chain(&muxes.of_node).cloned().collect()
+        };
+        for mux in muxes {
+            mux.go_away(reason).await;
+        }
+    }
+
+    fn muxes(&self) -> MutexGuard<'_, Muxes> {
+        self.muxes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

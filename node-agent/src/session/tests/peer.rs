@@ -1,0 +1,396 @@
+//! A node whose links are in memory, and the SSH client at the other end of one.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use proto::{
+    mux::{
+        FRONT_END_SUBSYSTEM, SUBSYSTEM,
+        frame::{self, Decoder, Frame},
+    },
+    policy::{Policy, Rule},
+    revocation::SignedList,
+};
+use proto_net::{
+    handshake::HandshakePermit,
+    link::{Gate, Link},
+    mux::{Events, Feeder, Mux},
+    ssh,
+    stalls::Stalls,
+    stream::Stream,
+    tasks::Tasks,
+};
+use russh::{
+    ChannelId, ChannelMsg,
+    client::{self, DisconnectReason, Handle},
+    keys::{Certificate, PrivateKey, PublicKeyOrCertificate},
+};
+use tokio::{
+    io::DuplexStream,
+    net::TcpListener,
+    sync::{Semaphore, mpsc, oneshot, watch},
+    task::JoinHandle,
+};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::{
+    dialer::Dialer,
+    identity::{
+        current::CurrentIdentity,
+        host::NodeIdentity,
+        renewal::{self, Installer},
+        trust::Trust,
+        user::MASTER,
+    },
+    local_endpoint::{config::LocalEndpointConfig, front_ends::FrontEnds},
+    metrics::Metrics,
+    policy::Scope,
+    revocation::Revocations,
+    session::{
+        config::LimitsConfig,
+        error::SessionError,
+        serve::{Authenticated, SessionServer},
+        services::SessionServices,
+        streams::StreamServer,
+    },
+    shutdown::Shutdown,
+    testing::{CertificateSpec, TempDir, accepted, new_key, valid_for, virtual_clock},
+};
+
+/// How long a certificate of [`TestNode::connect`] is valid.
+pub(super) const VALID: Duration = Duration::from_secs(600);
+pub(super) const MAX_STREAMS: usize = 3;
+pub(super) const MAX_PEOPLE: usize = 2;
+pub(super) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const SHUTDOWN_GRACE: Duration = Duration::from_secs(30);
+
+/// A node that allows every port of 127.0.0.1 but port 1.
+pub(super) struct TestNode {
+    _dir: TempDir,
+    pub(super) host_ca: PrivateKey,
+    pub(super) user_ca: PrivateKey,
+    pub(super) identity: CurrentIdentity,
+    pub(super) installer: Option<Installer>,
+    pub(super) front_ends: Arc<FrontEnds>,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) shutdown: Shutdown,
+    pub(super) tasks: Tasks,
+    server: SessionServer,
+}
+
+impl TestNode {
+    pub(super) fn new() -> Self {
+        let (dir, host_ca, user_ca) = (TempDir::new(), new_key(), new_key());
+        let mut identity = NodeIdentity::load_or_create(dir.path()).unwrap();
+        let key = identity.host_key().public_key().clone();
+        let certificate = CertificateSpec::host(&host_ca, &key).text();
+        identity.install(&accepted(&certificate, &host_ca, &user_ca)).unwrap();
+        let cas = identity.user_cas().to_vec();
+        let identity = CurrentIdentity::new(identity);
+        let metrics = Arc::<Metrics>::default();
+        let shutdown = Shutdown::default();
+        let revocations = Arc::new(Revocations::load(dir.path(), &cas).unwrap());
+        let (renewals, installer) = renewal::queue(identity.clone(), metrics.clone(), |_| {});
+        let front_ends =
+            LocalEndpointConfig { tcp: None, unix: None, max_connections: 10, wait: Duration::from_secs(5) };
+        let front_ends = Arc::new(FrontEnds::new(&front_ends));
+        let services = SessionServices {
+            identity: identity.clone(),
+            trust: Trust::new(cas, revocations.clone(), Vec::new()),
+            renewals,
+            revocations,
+            streams: Arc::new(streams(&metrics, &shutdown)),
+            front_ends: Some(front_ends.clone()),
+            limits: limits(),
+            people: Arc::new(Semaphore::new(MAX_PEOPLE)),
+            shutdown_grace: SHUTDOWN_GRACE,
+            metrics: metrics.clone(),
+            clock: virtual_clock(),
+            shutdown: shutdown.clone(),
+        };
+        let tasks = Tasks::new();
+        let server = SessionServer::new(Arc::new(services), tasks.clone());
+        let installer = Some(installer);
+        Self {
+            _dir: dir,
+            host_ca,
+            user_ca,
+            identity,
+            installer,
+            front_ends,
+            metrics,
+            shutdown,
+            server,
+            tasks,
+        }
+    }
+
+    /// Begins a session on a new link.
+    pub(super) fn accept(&self, permit: Option<HandshakePermit>) -> ServedLink {
+        let (near, far) = tokio::io::duplex(256 * 1024);
+        let (authenticated, proof) = oneshot::channel();
+        let served = self.tasks.spawn(self.server.clone().serve(near, None, permit, authenticated));
+        ServedLink { link: far, served, proof }
+    }
+
+    /// Connects with a certificate of the trusted CA that names `login`.
+    pub(super) async fn connect(&self, login: &str) -> Peer {
+        let key = new_key();
+        let certificate = CertificateSpec {
+            key_id: login,
+            principals: &[login],
+            valid: valid_for(VALID),
+            ..CertificateSpec::user(&self.user_ca, key.public_key())
+        }
+        .sign();
+        let mut peer = Peer::on(self.accept(None)).await;
+        peer.authenticate(login, key, certificate).await;
+        peer
+    }
+
+    /// A master with its multiplexer.
+    pub(super) async fn connect_master(&self) -> (Peer, Mux, Events) {
+        let peer = self.connect(MASTER).await;
+        let (mux, events) = peer.start_mux(true).await;
+        (peer, mux, events)
+    }
+
+    pub(super) fn count_handshakes(&self, result: &'static str) -> u64 {
+        self.metrics.handshakes.get_or_create(&crate::metrics::ResultLabel { result }).get()
+    }
+}
+
+fn limits() -> LimitsConfig {
+    LimitsConfig {
+        max_handshakes: 10,
+        max_sessions: MAX_PEOPLE,
+        max_streams: MAX_STREAMS,
+        handshake_timeout: HANDSHAKE_TIMEOUT,
+        dial_timeout: Duration::from_secs(10),
+        keepalive_interval: Duration::from_secs(60),
+        keepalive_max: 2,
+    }
+}
+
+fn streams(metrics: &Arc<Metrics>, shutdown: &Shutdown) -> StreamServer {
+    let rule = Rule { name: "test".into(), net: "127.0.0.1/32".parse().unwrap(), ports: 2..=u16::MAX };
+    let scope = Scope { policy: Policy { rules: vec![rule] }, ..Scope::default() };
+    StreamServer {
+        dialer: Arc::new(Dialer::new(scope, metrics.clone())),
+        metrics: metrics.clone(),
+        dial_timeout: Duration::from_secs(10),
+        half_closed_timeout: Duration::from_secs(600),
+        draining: shutdown.draining.clone(),
+    }
+}
+
+/// The peer's end of a link on which the node serves a session.
+pub(super) struct ServedLink {
+    pub(super) link: DuplexStream,
+    pub(super) served: JoinHandle<Option<Result<(), SessionError>>>,
+    pub(super) proof: oneshot::Receiver<Authenticated>,
+}
+
+/// An SSH client.
+pub(super) struct Peer {
+    pub(super) handle: Arc<Handle<ClientHandler>>,
+    /// Whether the node has accepted the certificate.
+    pub(super) accepted: bool,
+    pub(super) served: JoinHandle<Option<Result<(), SessionError>>>,
+    pub(super) proof: oneshot::Receiver<Authenticated>,
+    feeders: Feeders,
+    raw: mpsc::UnboundedReceiver<Vec<u8>>,
+    decoder: Decoder,
+    farewell: watch::Receiver<Option<String>>,
+    gate: Gate,
+    tasks: Tasks,
+    _cut_on_drop: DropGuard,
+}
+
+/// The multiplexers, by their channels.
+type Feeders = Arc<Mutex<Vec<(ChannelId, Feeder)>>>;
+
+impl Peer {
+    /// Runs the key exchange on a link.
+    pub(super) async fn on(link: ServedLink) -> Self {
+        let ServedLink { link, served, proof } = link;
+        let cut = CancellationToken::new();
+        let (link, gate) = Link::new(link, cut.clone(), Arc::default());
+        let config = client::Config {
+            window_size: ssh::TUNNEL_WINDOW,
+            maximum_packet_size: ssh::MAX_PACKET,
+            preferred: ssh::preferred(),
+            inactivity_timeout: None,
+            ..client::Config::default()
+        };
+        let feeders = Feeders::default();
+        let (unfed, raw) = mpsc::unbounded_channel();
+        let (said, farewell) = watch::channel(None);
+        let handler = ClientHandler { feeders: feeders.clone(), unfed, farewell: said };
+        let handle = client::connect_stream(Arc::new(config), link, handler).await.unwrap();
+        Self {
+            handle: Arc::new(handle),
+            accepted: false,
+            served,
+            proof,
+            feeders,
+            raw,
+            decoder: Decoder::default(),
+            farewell,
+            gate,
+            tasks: Tasks::new(),
+            _cut_on_drop: cut.drop_guard(),
+        }
+    }
+
+    /// Authenticates with a certificate.
+    pub(super) async fn authenticate(&mut self, login: &str, key: PrivateKey, certificate: Certificate) {
+        let handle = Arc::get_mut(&mut self.handle).unwrap();
+        let result = handle.authenticate_openssh_cert(login, Arc::new(key), certificate).await;
+        self.accepted = result.is_ok_and(|result| result.success());
+    }
+
+    /// Starts the multiplexer on which the master opens streams, or the one on which the node does.
+    pub(super) async fn start_mux(&self, initiator: bool) -> (Mux, Events) {
+        let mut channel = self.handle.channel_open_session().await.unwrap();
+        let id = channel.id();
+        let handle = self.handle.clone();
+        let out = move |frame| {
+            let handle = handle.clone();
+            Box::pin(async move { handle.data(id, frame).await.is_ok() }) as _
+        };
+        let stalls = Stalls::default();
+        let (mux, feeder, events) =
+            Mux::new(initiator, 100, self.gate.clone(), stalls, Box::new(out), &self.tasks);
+        self.feeders.lock().unwrap_or_else(PoisonError::into_inner).push((id, feeder));
+        let subsystem = if initiator { SUBSYSTEM } else { FRONT_END_SUBSYSTEM };
+        channel.request_subsystem(true, subsystem).await.unwrap();
+        while !matches!(channel.wait().await.unwrap(), ChannelMsg::Success) {}
+        (mux, events)
+    }
+
+    /// Opens the multiplexer's channel without a multiplexer, for frames that no honest master sends.
+    pub(super) async fn start_raw_mux(&self) -> ChannelId {
+        let channel = self.handle.channel_open_session().await.unwrap();
+        channel.request_subsystem(false, SUBSYSTEM).await.unwrap();
+        channel.id()
+    }
+
+    pub(super) async fn send_raw(&self, channel: ChannelId, frame: &Frame<'_>) {
+        self.handle.data(channel, frame::encode(frame)).await.unwrap();
+    }
+
+    /// The first frame on the raw multiplexer that `pick` takes.
+    pub(super) async fn next_raw<T>(&mut self, pick: impl Fn(Frame<'_>) -> Option<T>) -> T {
+        loop {
+            let bytes = self.raw.recv().await.unwrap();
+            let mut bytes = &bytes[..];
+            while let Some(frame) = self.decoder.decode(&mut bytes).unwrap() {
+                if let Some(picked) = pick(frame) {
+                    return picked;
+                }
+            }
+        }
+    }
+
+    /// Brings a list of revoked certificates, without waiting for the answer.
+    pub(super) async fn bring(&self, list: &SignedList) {
+        let channel = self.handle.channel_open_session().await.unwrap();
+        channel.request_subsystem(false, proto::revocation::SUBSYSTEM).await.unwrap();
+        self.handle.data(channel.id(), list.encode()).await.unwrap();
+    }
+
+    /// Waits until the node has handled everything that was sent before.
+    pub(super) async fn sync(&self) {
+        // The node answers requests in their order.
+        let _ = self.handle.channel_open_session().await;
+    }
+
+    /// Waits until the node says goodbye, and returns its reason.
+    pub(super) async fn farewell(&mut self) -> String {
+        let said = self.farewell.wait_for(Option::is_some).await.unwrap();
+        said.clone().unwrap()
+    }
+
+    /// How the session ended for the node.
+    pub(super) async fn ended(self) -> Result<(), SessionError> {
+        self.served.await.unwrap().unwrap()
+    }
+}
+
+pub(super) struct ClientHandler {
+    feeders: Feeders,
+    unfed: mpsc::UnboundedSender<Vec<u8>>,
+    farewell: watch::Sender<Option<String>>,
+}
+
+impl client::Handler for ClientHandler {
+    type Error = russh::Error;
+
+    async fn check_server_key(&mut self, presented: &PublicKeyOrCertificate) -> Result<bool, russh::Error> {
+        Ok(matches!(presented, PublicKeyOrCertificate::Certificate(_)))
+    }
+
+    async fn data(
+        &mut self,
+        channel: ChannelId,
+        data: &[u8],
+        _session: &mut client::Session,
+    ) -> Result<(), russh::Error> {
+        let mut feeders = self.feeders.lock().unwrap_or_else(PoisonError::into_inner);
+        match feeders.iter_mut().find(|(id, _)| *id == channel) {
+            Some((_, feeder)) => feeder.feed(data).unwrap(),
+            None => drop(self.unfed.send(data.to_vec())),
+        }
+        Ok(())
+    }
+
+    async fn disconnected(&mut self, reason: DisconnectReason<russh::Error>) -> Result<(), russh::Error> {
+        let said = match reason {
+            DisconnectReason::ReceivedDisconnect(info) => info.message,
+            DisconnectReason::Error(error) => error.to_string(),
+        };
+        self.farewell.send_replace(Some(said));
+        Ok(())
+    }
+}
+
+impl Drop for ClientHandler {
+    fn drop(&mut self) {
+        self.feeders.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+}
+
+/// Sends back what comes, on every connection to the port that is returned.
+pub(super) async fn echo_server(tasks: &Tasks) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let each = tasks.clone();
+    tasks.spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            each.spawn(async move {
+                let (mut read, mut write) = socket.into_split();
+                let _ = tokio::io::copy(&mut read, &mut write).await;
+            });
+        }
+    });
+    port
+}
+
+/// Sends a few bytes on a stream to an echo server, and waits for them to come back.
+pub(super) async fn assert_echoes(stream: &mut Stream) {
+    stream.writer.room().await.unwrap();
+    let mut buffer = stream.writer.buffer(5);
+    buffer.extend_from_slice(b"hello");
+    stream.writer.send(buffer).await.unwrap();
+    let mut came = Vec::new();
+    while came.len() < 5 {
+        let bytes = stream.reader.fill().await.unwrap();
+        assert!(!bytes.is_empty(), "the stream ended");
+        came.extend_from_slice(bytes);
+        stream.reader.taken().await.unwrap();
+    }
+    assert_eq!(came, b"hello");
+}

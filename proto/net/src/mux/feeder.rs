@@ -1,0 +1,161 @@
+//! What comes from the peer: frames out of the bytes of the SSH channel, each handed to its stream.
+
+use std::{
+    sync::{Arc, Weak, atomic::Ordering},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use proto::{
+    mux::frame::{self, Decoder, Frame},
+    refusal::printable,
+};
+use tokio::sync::mpsc;
+
+use super::{
+    endpoint::{Inner, Mux, SendFrame},
+    error::ProtocolError,
+    open::{Incoming, on_open},
+    state::{Shared, State},
+};
+use crate::{link::Gate, stalls::Stalls, tasks::Tasks};
+
+/// Answers (PONG, REFUSED, RESET) that may wait to be sent, in addition to one for each stream.
+pub(super) const ANSWERS: usize = 4096;
+/// How often the round trip is measured.
+pub(super) const PING_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Takes the bytes that come out of the SSH channel. The handler of the SSH session owns it; dropping it closes the
+/// multiplexer.
+pub struct Feeder {
+    mux: Mux,
+    decoder: Decoder,
+    incoming: mpsc::Sender<Incoming>,
+    notices: mpsc::Sender<Notice>,
+}
+
+/// What the peer says about the tunnel as a whole.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Notice {
+    GoAway(String),
+    Certificate(String),
+}
+
+/// The receiving ends that go with a new [`Mux`].
+pub struct Events {
+    /// Streams that the peer asks for. Nothing ever comes on the side that opens the streams.
+    pub incoming: mpsc::Receiver<Incoming>,
+    pub notices: mpsc::Receiver<Notice>,
+}
+
+impl Mux {
+    /// `initiator` opens streams; the other side receives them as [`Events::incoming`]. The task that sends answers and
+    /// measures the round trip belongs to `tasks`. `stalls` counts what waits for the peer's windows.
+    pub fn new(
+        initiator: bool,
+        max_streams: usize,
+        gate: Gate,
+        stalls: Stalls,
+        send: SendFrame,
+        tasks: &Tasks,
+    ) -> (Self, Feeder, Events) {
+        let (answers, answer_queue) = mpsc::unbounded_channel();
+        let (incoming_tx, incoming) = mpsc::channel(max_streams.max(1));
+        let (notices_tx, notices) = mpsc::channel(16);
+        let mux = Self(Arc::new(Inner::new(initiator, max_streams, gate, stalls, send, answers)));
+        tasks.spawn(housekeeping(Arc::downgrade(&mux.0), answer_queue));
+        let feeder = Feeder {
+            mux: mux.clone(),
+            decoder: Decoder::default(),
+            incoming: incoming_tx,
+            notices: notices_tx,
+        };
+        (mux, feeder, Events { incoming, notices })
+    }
+}
+
+impl Feeder {
+    /// Takes bytes in the order in which they came out of the SSH channel. Never waits. After an error the tunnel must be
+    /// closed.
+    pub fn feed(&mut self, mut bytes: &[u8]) -> Result<(), ProtocolError> {
+        let Self { mux, decoder, incoming, notices } = self;
+        let on = |stream| move |error| ProtocolError::Stream { stream, error };
+        // Consecutive parts of one stream's data need only one look-up.
+        let mut last: Option<(u32, Arc<Shared>)> = None;
+        while let Some(frame) = decoder.decode(&mut bytes)? {
+            if mux.0.waiting_answers.load(Ordering::Relaxed) > ANSWERS + mux.0.max_streams {
+                return Err(ProtocolError::Flood);
+            }
+            match frame {
+                Frame::Data { stream, bytes } => {
+                    if last.as_ref().is_none_or(|(id, _)| *id != stream) {
+                        last = mux.find(stream, "DATA").map_err(on(stream))?.map(|shared| (stream, shared));
+                    }
+                    if let Some((_, shared)) = &last {
+                        shared.lock().on_data(bytes).map_err(on(stream))?;
+                    }
+                }
+                Frame::Credit { stream, bytes } => {
+                    mux.change(stream, "CREDIT", |state| state.on_credit(bytes)).map_err(on(stream))?;
+                }
+                Frame::Eof { stream } => {
+                    mux.change(stream, "EOF", State::on_eof).map_err(on(stream))?;
+                }
+                Frame::Reset { stream, reason } => {
+                    last = None;
+                    mux.on_reset(stream, reason).map_err(on(stream))?;
+                }
+                Frame::Opened { stream } => mux.on_opened(stream).map_err(on(stream))?,
+                Frame::Refused { stream, error } => mux.on_refused(stream, error).map_err(on(stream))?,
+                Frame::Open { stream, timeout_ms, target, origin } => {
+                    on_open(mux, incoming, stream, timeout_ms, &target, origin).map_err(on(stream))?;
+                }
+                Frame::Ping(id) => mux.answer(&Frame::Pong(id)),
+                Frame::Pong(id) => mux.0.round_trip.on_pong(id)?,
+                Frame::GoAway { reason } => {
+                    let reason = printable(&reason);
+                    mux.streams().going_away = Some(reason.clone());
+                    let _ = notices.try_send(Notice::GoAway(reason));
+                }
+                Frame::Certificate { text } => {
+                    let _ = notices.try_send(Notice::Certificate(text));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub fn mux(&self) -> &Mux {
+        &self.mux
+    }
+}
+
+impl Drop for Feeder {
+    fn drop(&mut self) {
+        self.mux.close("the tunnel was lost");
+    }
+}
+
+/// Sends queued answers, and a PING now and then, until the multiplexer is gone.
+async fn housekeeping(mux: Weak<Inner>, mut answers: mpsc::UnboundedReceiver<Bytes>) {
+    let mut ping = tokio::time::interval(PING_INTERVAL);
+    ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        let frame = tokio::select! {
+            answer = answers.recv() => {
+                let (Some(answer), Some(mux)) = (answer, mux.upgrade()) else { return };
+                mux.waiting_answers.fetch_sub(1, Ordering::Relaxed);
+                answer
+            }
+            _ = ping.tick() => {
+                let Some(mux) = mux.upgrade() else { return };
+                let Some(id) = mux.round_trip.next_ping() else { continue };
+                frame::encode(&Frame::Ping(id))
+            }
+        };
+        let Some(mux) = mux.upgrade() else { return };
+        if !Mux(mux).send(frame).await {
+            return;
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! Tests that measure what other work on the machine would change: memory over very many streams, CPU time, throughput.
+//! `tests/run.sh` runs them one at a time, and all other tests several at once.
+
+mod client_chains;
+mod compare;
+mod front_end_hostile;
+mod isolation;
+mod memory;
+mod traffic;

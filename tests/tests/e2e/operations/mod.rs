@@ -1,0 +1,16 @@
+//! What operators rely on: commands, configuration, health, metrics, traces, signals, systemd units.
+
+mod admin_strangers;
+mod commands;
+mod documents;
+mod draining;
+mod examples;
+mod logs;
+mod monitoring;
+mod operate;
+mod questions;
+mod samples;
+mod service;
+mod traces;
+mod units;
+mod ways_out;

@@ -1,0 +1,3 @@
+//! Which node a target leads to.
+
+mod kubernetes;

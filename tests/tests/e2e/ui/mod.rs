@@ -1,0 +1,4 @@
+//! The terminal view and the page.
+
+mod page;
+mod top;
