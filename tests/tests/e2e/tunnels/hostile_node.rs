@@ -165,17 +165,19 @@ async fn a_node_that_breaks_the_protocol_loses_its_own_tunnel_and_no_other() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_master_that_breaks_the_protocol_loses_its_own_tunnel_and_no_other() {
-    let port = target::start().await;
+    let (port, silent) = (target::start().await, free_port());
+    // Nobody accepts here, so that a stream is open until its session ends: frames for an ended stream are ignored.
+    let _silent = std::net::TcpListener::bind(("127.0.0.1", silent)).unwrap();
     let cluster = Cluster::start(Options {
         nodes: vec![("n1".to_owned(), Kind::Dialled)],
-        ports: vec![port],
+        ports: vec![port, silent],
         ..Options::default()
     })
     .await
     .unwrap();
     let mut steady = Steady::start(&cluster, "n1", port).await.unwrap();
     let master = RogueMaster::new(&cluster);
-    let target = format!("127.0.0.1:{port}");
+    let target = format!("127.0.0.1:{silent}");
     let node = cluster.nodes[0].process.as_ref().unwrap();
     let mut table = violations();
     let stream = 1;
