@@ -19,6 +19,8 @@ use proto_net::{
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
+    sync::watch,
+    time::Interval,
 };
 
 use crate::{
@@ -450,18 +452,22 @@ async fn hold(agent: Arc<Agent>, registration: Registration, events: Option<Even
     let mut certified = tunnel.host.addresses.clone();
     let mut revocations = Box::pin(revocation::serve(agent.clone(), tunnel.clone()));
     let mut revocations_served = true;
+    let mut store_changes = agent.store.changes();
+    let host_ttl = agent.config.certificates.host_ttl;
+    let mut not_before = Instant::now();
     let reason = loop {
         let expires = tunnel.certificate_expires();
-        let renewal = renewal_due(expires, agent.config.certificates.host_ttl, SystemTime::now());
+        let renewal = (Instant::now() + renewal_due(expires, host_ttl, SystemTime::now())).max(not_before);
         tokio::select! {
             // What a node says last is heard before its end, and hides nothing that is due.
             biased;
             () = &mut front_end, if front_end_served => front_end_served = false,
             () = &mut revocations, if revocations_served => revocations_served = false,
-            () = tokio::time::sleep(renewal), if tunnel.is_node_agent() && expires.is_some() => {
+            () = tokio::time::sleep_until(renewal.into()), if tunnel.is_node_agent() && expires.is_some() => {
                 renew(agent, &tunnel, &mut certified).await;
+                not_before = Instant::now() + renewal_retry(host_ttl);
             }
-            _ = recheck.tick() => {
+            () = recheck_due(&mut recheck, &mut store_changes) => {
                 if let Err(why) = trust::still_good(agent, &tunnel.host) {
                     tunnel.close(&refuse_key(agent, &why).to_string()).await;
                 }
@@ -528,10 +534,23 @@ async fn next(notices: &mut Option<tokio::sync::mpsc::Receiver<Notice>>) -> Opti
     }
 }
 
-/// Certificates are renewed when a third of their life is left; one that is late, within the minute.
+/// Completes when the store has changed, and now and then, since what else a key depends on may have changed as well.
+async fn recheck_due(interval: &mut Interval, store_changes: &mut watch::Receiver<()>) {
+    tokio::select! {
+        _ = interval.tick() => {}
+        Ok(()) = store_changes.changed() => {}
+    }
+}
+
+/// Certificates are renewed when a third of their life is left.
 fn renewal_due(expires: Option<SystemTime>, ttl: Duration, now: SystemTime) -> Duration {
     let left = expires.and_then(|t| t.duration_since(now).ok()).unwrap_or_default();
-    left.saturating_sub(ttl / 3).max((ttl / 100).clamp(Duration::from_secs(1), Duration::from_secs(60)))
+    left.saturating_sub(ttl / 3)
+}
+
+/// The time between two attempts to renew a certificate.
+fn renewal_retry(ttl: Duration) -> Duration {
+    (ttl / 100).clamp(Duration::from_secs(1), Duration::from_secs(60))
 }
 
 async fn renew(agent: &Arc<Agent>, tunnel: &Tunnel, certified: &mut Vec<IpAddr>) {

@@ -63,6 +63,7 @@ impl KnownHosts {
         let lines: Vec<Vec<&str>> = self
             .0
             .lines()
+            .filter(|line| !line.trim_start().starts_with('#'))
             .map(|line| line.split_whitespace().collect::<Vec<_>>())
             .filter(|fields| fields.iter().any(|field| shows(field)))
             .collect();

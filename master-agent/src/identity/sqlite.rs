@@ -96,6 +96,9 @@ impl SqliteStore {
             connection
                 .execute_batch(&format!("BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {SCHEMA}; COMMIT"))
                 .with_context(context)?;
+        } else {
+            // Builds before 0.1.0 wrote this version without some of the tables. Nothing is written if they are there.
+            connection.execute_batch(TABLES).with_context(context)?;
         }
         let mut database = Database { connection, version: 0 };
         database.version = database.data_version().with_context(context)?;
@@ -524,6 +527,15 @@ mod tests {
         store.database().connection.execute("UPDATE tokens SET node = 'N_1'", []).unwrap();
         let got = store.redeem("a", &[1; 32], Some(&node("n2")), at(0), &|_| true);
         assert!(matches!(got, Err(TokenError::Store(_))), "{got:?}");
+    }
+
+    /// As a build wrote it that did not know of revocations yet.
+    #[test]
+    fn a_table_that_an_earlier_build_did_not_make_is_made() {
+        let dir = TempDir::new();
+        let drop_table = "DROP TABLE revocations";
+        SqliteStore::open(&dir.0).unwrap().database().connection.execute_batch(drop_table).unwrap();
+        assert_eq!(SqliteStore::open(&dir.0).unwrap().revocations().unwrap(), None);
     }
 
     #[test]

@@ -260,6 +260,12 @@ fn known_hosts_is_read_as_openssh_reads_it() {
         (format!("n2.example {key_text}\n"), "n1.example:22", plain(&key), Err("not_in_known_hosts")),
         (format!("n1.example {other_text}\n"), "n1.example:22", plain(&key), Err("not_in_known_hosts")),
         (format!("#n1.example {key_text}\n"), "n1.example:22", plain(&key), Err("not_in_known_hosts")),
+        (
+            format!(" #n0.example,n1.example {key_text}\n"),
+            "n1.example:22",
+            plain(&key),
+            Err("not_in_known_hosts"),
+        ),
         (hashed.clone(), "n1.example:22", plain(&key), Ok(())),
         (hashed.clone(), "n1.example:2222", plain(&key), Err("not_in_known_hosts")),
         (hashed, "n1.example:22", plain(&other), Err("not_in_known_hosts")),

@@ -98,7 +98,9 @@ impl State {
     /// Takes an object of a list.
     pub(super) fn add<K: Watched>(&self, listing: &mut Listing, object: Lenient<K>) {
         listing.count += 1;
-        listing.existing.extend(objects::key(&object.metadata));
+        if self.existing.is_some() {
+            listing.existing.extend(objects::key(&object.metadata));
+        }
         listing.routed.extend(self.apply(object));
     }
 
