@@ -60,7 +60,8 @@ impl<K: Copy + Eq + Hash, V: Clone> Cache<K, V> {
         while let Some((serial, oldest)) = entries.order.front().copied() {
             let current = entries.values.get(&oldest).filter(|entry| entry.serial == serial);
             let (replaced, expired) = (current.is_none(), current.is_some_and(|entry| entry.until <= now));
-            if !replaced && !expired && entries.order.len() <= self.size {
+            let full = entries.values.len() > self.size || entries.order.len() > 2 * self.size;
+            if !replaced && !expired && !full {
                 break;
             }
             entries.order.pop_front();
@@ -73,7 +74,7 @@ impl<K: Copy + Eq + Hash, V: Clone> Cache<K, V> {
     #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
         let entries = self.lock();
-        assert!(entries.values.len() <= entries.order.len() && entries.order.len() <= self.size);
+        assert!(entries.values.len() <= self.size && entries.order.len() <= 2 * self.size);
         entries.values.len()
     }
 

@@ -1,65 +1,100 @@
 //! Renewal of the host certificate while the agent runs.
 //!
 //! A master sends the renewed certificate on the multiplexer. Its session submits it here and never waits. One task
-//! installs certificates in the order in which they came, also after the session that brought one has ended. Each is
-//! written to its file, on a thread for blocking work, before a handshake shows it.
+//! installs the certificates of a session in the order in which they came, also after that session has ended. Sessions
+//! take turns, so that a master that sends many delays those of the others by one each. Each certificate is written to
+//! its file, on a thread for blocking work, before a handshake shows it.
 
 use std::sync::Arc;
 
+use futures_util::stream::{BoxStream, SelectAll, StreamExt, unfold};
+use proto_net::log_throttle::LogThrottle;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::{current::CurrentIdentity, host::NodeIdentity};
 use crate::metrics::{self, Metrics};
 
-/// Certificates that may wait to be installed.
-const MAX_WAITING: usize = 64;
+/// Certificates of one session that may wait to be installed.
+const MAX_WAITING: usize = 16;
 
-/// Where sessions submit renewed certificates. Cheap to clone.
+/// Where sessions get their queues. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Renewals(mpsc::Sender<String>);
+pub struct Renewals {
+    sessions: mpsc::UnboundedSender<mpsc::Receiver<String>>,
+    metrics: Arc<Metrics>,
+}
+
+/// Where one session submits renewed certificates.
+pub struct SessionRenewals {
+    waiting: mpsc::Sender<String>,
+    metrics: Arc<Metrics>,
+    ignored: LogThrottle,
+}
 
 impl Renewals {
+    pub fn session(&self) -> SessionRenewals {
+        let (waiting, submitted) = mpsc::channel(MAX_WAITING);
+        // Without an installer the queue is closed, which `submit` says.
+        let _ = self.sessions.send(submitted);
+        SessionRenewals { waiting, metrics: self.metrics.clone(), ignored: LogThrottle::default() }
+    }
+}
+
+impl SessionRenewals {
     pub fn submit(&self, certificate: String) {
-        if self.0.try_send(certificate).is_err() {
-            tracing::warn!(
-                waiting = MAX_WAITING,
-                "ignored a host certificate: too many wait to be installed"
-            );
+        let Err(error) = self.waiting.try_send(certificate) else { return };
+        count(&self.metrics, "ignored");
+        if let Some(certificates) = self.ignored.count(1) {
+            let reason = match error {
+                mpsc::error::TrySendError::Full(_) => "too many of this session wait to be installed",
+                mpsc::error::TrySendError::Closed(_) => "the agent is stopping",
+            };
+            tracing::warn!(certificates, reason, "ignored renewed host certificates");
         }
     }
 }
 
+fn count(metrics: &Metrics, result: &'static str) {
+    metrics.renewals.get_or_create(&metrics::ResultLabel { result }).inc();
+}
+
 /// Installs what is submitted to [`Renewals`].
 pub struct Installer {
-    submitted: mpsc::Receiver<String>,
+    sessions: mpsc::UnboundedReceiver<mpsc::Receiver<String>>,
     identity: CurrentIdentity,
     metrics: Arc<Metrics>,
     /// Called with each new identity.
     on_renewal: Box<dyn Fn(&NodeIdentity) + Send + Sync>,
 }
 
-/// Makes the two ends of a queue of renewed certificates for `identity`.
+/// Makes the two ends of the queues of renewed certificates for `identity`.
 pub fn queue(
     identity: CurrentIdentity,
     metrics: Arc<Metrics>,
     on_renewal: impl Fn(&NodeIdentity) + Send + Sync + 'static,
 ) -> (Renewals, Installer) {
-    let (submit, submitted) = mpsc::channel(MAX_WAITING);
-    (Renewals(submit), Installer { submitted, identity, metrics, on_renewal: Box::new(on_renewal) })
+    let (submit, sessions) = mpsc::unbounded_channel();
+    let renewals = Renewals { sessions: submit, metrics: metrics.clone() };
+    (renewals, Installer { sessions, identity, metrics, on_renewal: Box::new(on_renewal) })
 }
 
 impl Installer {
     /// Runs until `stop` is cancelled and everything that was submitted before is installed.
     pub async fn run(mut self, stop: CancellationToken) {
+        let mut submitted: SelectAll<BoxStream<'static, String>> = SelectAll::new();
         loop {
-            let certificate = tokio::select! {
+            tokio::select! {
                 biased;
-                certificate = self.submitted.recv() => certificate,
+                Some(session) = self.sessions.recv() => {
+                    let next = |mut session: mpsc::Receiver<String>| async move {
+                        session.recv().await.map(|certificate| (certificate, session))
+                    };
+                    submitted.push(unfold(session, next).boxed());
+                }
+                Some(certificate) = submitted.next() => self.install(certificate).await,
                 () = stop.cancelled() => return,
-            };
-            let Some(certificate) = certificate else { return };
-            self.install(certificate).await;
+            }
         }
     }
 
@@ -82,7 +117,7 @@ impl Installer {
                 "refused"
             }
         };
-        self.metrics.renewals.get_or_create(&metrics::ResultLabel { result }).inc();
+        count(&self.metrics, result);
     }
 }
 
@@ -116,8 +151,9 @@ mod tests {
         };
         let (renewals, installer) = queue(identity.clone(), metrics.clone(), on_renewal);
         // The third is older than the second, so it is refused if the order is kept.
+        let session = renewals.session();
         for end in [NOW + 4000, NOW + 6000, NOW + 5000, NOW + 7000] {
-            renewals.submit(CertificateSpec { valid: (NOW, end), ..host }.text());
+            session.submit(CertificateSpec { valid: (NOW, end), ..host }.text());
         }
         let stop = CancellationToken::new();
         stop.cancel();
@@ -130,13 +166,26 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_waiting_is_bounded() {
-        let dir = TempDir::new();
-        let identity = CurrentIdentity::new(NodeIdentity::load_or_create(dir.path()).unwrap());
-        let (renewals, installer) = queue(identity, Arc::default(), |_| {});
+    async fn a_master_that_sends_many_keeps_nobody_elses_from_being_installed() {
+        let (dir, host_ca, user_ca) = (TempDir::new(), new_key(), new_key());
+        let mut identity = NodeIdentity::load_or_create(dir.path()).unwrap();
+        let key = identity.host_key().public_key().clone();
+        let host = CertificateSpec::host(&host_ca, &key);
+        identity.install(&accepted(&host.text(), &host_ca, &user_ca)).unwrap();
+        let identity = CurrentIdentity::new(identity);
+        let metrics = Arc::<Metrics>::default();
+        let (renewals, installer) = queue(identity.clone(), metrics.clone(), |_| {});
+        let (turned, honest) = (renewals.session(), renewals.session());
         for _ in 0..10 * MAX_WAITING {
-            renewals.submit(String::new());
+            turned.submit("no certificate".to_owned());
         }
-        assert_eq!(installer.submitted.len(), MAX_WAITING);
+        honest.submit(CertificateSpec { valid: (NOW, NOW + 4000), ..host }.text());
+        let stop = CancellationToken::new();
+        stop.cancel();
+        installer.run(stop).await;
+        assert_eq!(identity.get().not_after(), Some(now() + Duration::from_secs(4000)));
+        let count = |result| metrics.renewals.get_or_create(&metrics::ResultLabel { result }).get();
+        let most = u64::try_from(MAX_WAITING).unwrap();
+        assert_eq!((count("ok"), count("refused"), count("ignored")), (1, most, 9 * most));
     }
 }

@@ -29,7 +29,10 @@ use super::{
     streams::{EXPIRED, RequestedChannel},
     user::AuthenticatedUser,
 };
-use crate::identity::user::{MASTER, UserRole};
+use crate::identity::{
+    renewal::SessionRenewals,
+    user::{MASTER, UserRole},
+};
 
 /// Session channels that a master may have open at once: one for each subsystem, and one to spare.
 const MAX_SESSION_CHANNELS: usize = 4;
@@ -57,6 +60,8 @@ pub(super) struct Handler {
     /// The channel of the multiplexer on which this node opens streams to the master's front end.
     node_mux: Option<(ChannelId, Feeder)>,
     revocation_list: Option<RevocationList>,
+    /// Made with the first certificate that the master sends.
+    renewals: Option<SessionRenewals>,
 }
 
 struct MasterMux {
@@ -96,6 +101,7 @@ impl Handler {
             master_mux: None,
             node_mux: None,
             revocation_list: None,
+            renewals: None,
         };
         (handler, proved)
     }
@@ -193,7 +199,10 @@ impl Handler {
                 Notice::Certificate(_) if self.user.as_ref().is_some_and(|user| user.has_expired()) => {
                     tracing::warn!("ignored a host certificate from a master whose own has expired");
                 }
-                Notice::Certificate(text) => self.services.renewals.submit(text),
+                Notice::Certificate(text) => {
+                    let services = &self.services;
+                    self.renewals.get_or_insert_with(|| services.renewals.session()).submit(text);
+                }
                 Notice::GoAway(reason) => {
                     self.state.set_replaced();
                     tracing::info!(reason, "the master takes no new streams");
