@@ -220,7 +220,7 @@ async fn a_hostile_master_can_not_widen_a_nodes_addresses() {
         (refused == forged.len()).then_some(())
     })
     .await;
-    let answers = attack(site.node, &master(site.cluster.path()), &[], &targets).await;
+    let answers = attack(site.node, &master_again(&site), &[], &targets).await;
     assert_eq!(rules(&answers), closed, "once all are refused: {answers:?}");
     assert_eq!(site.certificate(), before, "the present certificate stays");
     let log = site.log();
