@@ -236,6 +236,11 @@ async fn a_hostile_master_can_not_widen_a_nodes_addresses() {
     let fewer = [site.forge(&format!("n1,{own}"), "-1h:+60d"), site.forge(&principals, "-1h:+90d")];
     let answers = attack(site.node, &master_again(&site), &fewer, &[format!("{own}:{KUBELET}")]).await;
     assert_eq!(answers, [Ok(())]);
+    let refused = forged.len() + 1;
+    eventually("the second is refused", SOON, async || {
+        (site.log().matches("refused a renewed host certificate").count() == refused).then_some(())
+    })
+    .await;
     assert_eq!(site.certificate().valid_principals(), ["n1".to_owned(), own]);
 }
 
