@@ -163,6 +163,20 @@ pub async fn eventually<T>(what: &str, timeout: Duration, mut done: impl AsyncFn
     }
 }
 
+/// Listens at an address where a listener of this process has just been closed. A process that another test starts has
+/// a copy of that listener from its fork to its exec, so the address can be taken for a moment.
+pub async fn listen_again(address: std::net::SocketAddr) -> std::io::Result<tokio::net::TcpListener> {
+    for _ in 0..500 {
+        match tokio::net::TcpListener::bind(address).await {
+            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            bound => return bound,
+        }
+    }
+    tokio::net::TcpListener::bind(address).await
+}
+
 /// A TCP port of loopback that was free a moment ago, and that this process has not been given before.
 pub fn free_port() -> u16 {
     static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());

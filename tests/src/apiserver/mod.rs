@@ -281,7 +281,7 @@ impl ApiServer {
     /// Listens again, at the same address.
     pub async fn accept(&self) -> anyhow::Result<()> {
         self.refuse().await;
-        let listener = TcpListener::bind(self.address)
+        let listener = crate::process::listen_again(self.address)
             .await
             .with_context(|| format!("can't listen on {}", self.address))?;
         let tasks = Tasks::new();
