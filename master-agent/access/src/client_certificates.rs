@@ -1,6 +1,6 @@
 //! Verification of client certificates.
 //!
-//! In the TLS handshake, a caller only proves possession of its certificate's key ([`Possession`]). The chain is verified
+//! In the TLS handshake, a caller only proves possession of its certificate's key ([`proto_net::tls::Possession`]). The chain is verified
 //! afterwards ([`ClientVerifier`]), also when a TLS session is resumed. An expensive chain is verified on another thread
 //! than the one that serves other callers.
 
@@ -17,69 +17,12 @@ use proto_net::{
     tls::{check_chain, roots},
 };
 use rustls::{
-    DigitallySignedStruct, DistinguishedName, SignatureScheme,
-    client::danger::HandshakeSignatureValid,
-    crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature},
     pki_types::{CertificateDer, CertificateRevocationListDer, UnixTime, pem::PemObject},
-    server::{
-        WebPkiClientVerifier,
-        danger::{ClientCertVerified, ClientCertVerifier},
-    },
+    server::{WebPkiClientVerifier, danger::ClientCertVerifier},
 };
 use tokio::sync::Semaphore;
 
 use crate::x509_expiry::X509Expiry;
-
-/// Accepts any certificate of whose key the caller has proved possession, unless its chain is too large to be verified
-/// later. It sends no names of CAs, which would tell unauthenticated callers about the cluster.
-#[derive(Debug)]
-pub struct Possession {
-    pub provider: Arc<CryptoProvider>,
-    /// Whether callers without a certificate are rejected.
-    pub mandatory: bool,
-}
-
-impl ClientCertVerifier for Possession {
-    fn client_auth_mandatory(&self) -> bool {
-        self.mandatory
-    }
-
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &[]
-    }
-
-    fn verify_client_cert(
-        &self,
-        leaf: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        _: UnixTime,
-    ) -> Result<ClientCertVerified, rustls::Error> {
-        check_chain(leaf, intermediates)?;
-        Ok(ClientCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
-    }
-}
 
 /// The CAs whose client certificates are accepted.
 #[derive(Debug)]

@@ -5,7 +5,7 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use access::{client_certificates::Possession, x509_expiry::X509Expiry};
+use access::x509_expiry::X509Expiry;
 use anyhow::{Context, bail};
 use proto_config::Section;
 use proto_net::{
@@ -57,7 +57,7 @@ fn server_config(certificates: &[ServingCertificate], ask: bool) -> anyhow::Resu
     let builder = ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?;
     let builder = if ask {
-        builder.with_client_cert_verifier(Arc::new(Possession { provider, mandatory: false }))
+        builder.with_client_cert_verifier(Arc::new(proto_net::tls::Possession { provider, mandatory: false }))
     } else {
         builder.with_no_client_auth()
     };
