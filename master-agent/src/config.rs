@@ -12,7 +12,6 @@ use proto_config::{Errors, Log, Section, Source};
 
 use crate::{
     admin::config::AdminConfig,
-    agent::AgentConfig,
     egress::config::{HttpConnectConfig, KonnectivityConfig, ProxyUrlsConfig, Socks5Config},
     fields::{DAY, NO_LISTENER, secs},
     front_end::config::FrontEndConfig,
@@ -94,18 +93,6 @@ impl Config {
     pub fn checks_bound_objects(&self) -> bool {
         let checks = |one: &ServiceAccountConfig| one.check_bound_objects.unwrap_or(true);
         self.kubernetes.is_some() && self.has_service_account(checks)
-    }
-
-    /// The part of the configuration that the agent holds.
-    pub fn for_agent(&self) -> AgentConfig {
-        AgentConfig {
-            tunnels: self.tunnels.clone(),
-            certificates: self.certificates.clone(),
-            call_home: self.call_home.clone(),
-            kubernetes: self.kubernetes.clone(),
-            check_bound_objects: self.checks_bound_objects(),
-            metrics: self.metrics,
-        }
     }
 
     /// Notes for the operator about a valid configuration.

@@ -1,8 +1,8 @@
-//! What the host key of a node is verified against.
+//! The ways to verify a node's host key.
 
 use std::path::PathBuf;
 
-/// What a node's host key is verified against. There is no way to accept any key.
+/// The reference against which a node's host key is verified. There is no way to accept any key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HostTrust {
     /// A certificate for this node by the master's host CA.

@@ -1,25 +1,56 @@
-//! Joins the egress listener of proxy URLs to the front end, which knows it by a trait only.
+//! Connects parts of layers that do not know each other: one implements the trait that another declares.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{sync::Arc, time::SystemTime};
 
 use futures_util::future::BoxFuture;
-use hyper::{Request, body::Incoming};
+use proto::{NodeName, join::JoinToken};
+use tokio::task::spawn_blocking;
 
 use crate::{
     egress::proxy_urls::call::ProxyUrls,
-    front_end::proxy_urls::{self, Answered},
-    http::watched::Activity,
-    stream::caller::Caller,
+    front_end::{
+        call_home::{CheckJoinTokens, IncomingCall, TakeLinks},
+        proxy_urls::{self, Proxied, ProxyUrlRequest},
+    },
+    identity::store::{Store, TokenError},
+    tunnels::call_home::CallHome,
 };
 
 impl proxy_urls::ProxyUrls for ProxyUrls {
-    fn answer(
-        self: Arc<Self>,
-        caller: Caller,
-        peer: IpAddr,
-        activity: Activity,
-        request: Request<Incoming>,
-    ) -> BoxFuture<'static, Answered> {
-        Box::pin(async move { self.answer_authorized(caller, peer, &activity, request).await })
+    fn answer(self: Arc<Self>, request: ProxyUrlRequest) -> BoxFuture<'static, Proxied> {
+        Box::pin(async move {
+            let ProxyUrlRequest { caller, peer, activity, request } = request;
+            let (answer, node) = self.answer_authorized(caller, peer, &activity, request).await;
+            Proxied { node, answer }
+        })
+    }
+}
+
+impl TakeLinks for CallHome {
+    fn serve(self: Arc<Self>, call: IncomingCall) -> BoxFuture<'static, ()> {
+        Box::pin(async move {
+            let IncomingCall { peer, purpose, socket } = call;
+            self.answer_upgrade(socket, peer, purpose).await;
+        })
+    }
+
+    fn count_other_node(&self, claimed: Option<&NodeName>, reason: &str) {
+        self.refusals.count("other_node");
+        if let Some(node) = claimed {
+            self.refusals.count_claim(node, &reason);
+        }
+    }
+}
+
+/// The join tokens of the store.
+pub(crate) struct StoredTokens(pub(crate) Arc<dyn Store>);
+
+impl CheckJoinTokens for StoredTokens {
+    fn check(&self, token: JoinToken) -> BoxFuture<'static, Result<Option<NodeName>, TokenError>> {
+        let store = self.0.clone();
+        Box::pin(async move {
+            let checked = spawn_blocking(move || store.check(&token.id, &token.hash(), SystemTime::now()));
+            checked.await.unwrap_or_else(|error| Err(TokenError::Store(error.to_string())))
+        })
     }
 }

@@ -4,8 +4,8 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use proto_net::{
-    admin::Endpoints, exposition::Exposition, handshake::HandshakePermits, socket, systemd, tasks::Tasks,
-    unix,
+    admin::Endpoints, clock::Clock, exposition::Exposition, handshake::HandshakePermits, socket, systemd,
+    tasks::Tasks, unix,
 };
 use tokio::{
     net::{TcpListener, UnixListener},
@@ -17,7 +17,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     call_home::CallHome,
-    clock::Clock,
     config::Config,
     dialer::Dialer,
     identity::{
@@ -173,7 +172,7 @@ impl Agent {
             people: Arc::new(Semaphore::new(config.limits.max_sessions)),
             shutdown_grace: config.shutdown_grace,
             metrics: metrics.clone(),
-            clock: Clock::system(),
+            clock: Clock::System,
             shutdown: shutdown.clone(),
         };
         let services = Arc::new(services);
@@ -211,7 +210,7 @@ impl Agent {
             dialer: self.dialer.clone(),
             https: self.config.call_home_https.clone(),
             connect_timeout: limits.dial_timeout,
-            clock: self.services.clock.clone(),
+            clock: self.services.clock,
             draining: self.shutdown.draining.clone(),
             tasks: sessions.clone(),
         };

@@ -13,7 +13,7 @@ use proto::{
     backoff::Backoff,
     call_home::{Master, Purpose},
 };
-use proto_net::tasks::Tasks;
+use proto_net::{clock::Clock, tasks::Tasks};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::oneshot,
@@ -23,7 +23,6 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    clock::Clock,
     dialer::Dialer,
     https::{self, CallHomeHttps, HttpsError, LinkRequest},
     identity::current::CurrentIdentity,

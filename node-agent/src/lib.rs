@@ -7,7 +7,6 @@
 pub mod app;
 pub mod call_home;
 pub mod cli;
-pub mod clock;
 pub mod config;
 pub mod dialer;
 mod fields;

@@ -1,4 +1,4 @@
-//! Keys, certificates, directories and a clock for unit tests.
+//! Keys, certificates and directories for unit tests.
 
 use std::{
     path::{Path, PathBuf},
@@ -12,20 +12,11 @@ use russh::keys::{
     ssh_key::certificate::{Builder, CertType},
 };
 
-use crate::clock::Clock;
-
 /// The time for tests that pass it in, in seconds since the epoch.
 pub(crate) const NOW: u64 = 1_800_000_000;
 
 pub(crate) fn now() -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(NOW)
-}
-
-/// A clock that shows the present and from then on goes as Tokio's does, which can be paused. It begins with the
-/// system's clock, by which russh judges certificates.
-pub(crate) fn virtual_clock() -> Clock {
-    let (present, began) = (SystemTime::now(), tokio::time::Instant::now());
-    Clock::from_fn(move || present + began.elapsed())
 }
 
 /// The validity of a certificate that russh accepts at present, in seconds since the epoch.

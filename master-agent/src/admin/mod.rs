@@ -4,41 +4,47 @@ pub mod config;
 
 use std::sync::Arc;
 
-use hyper::{Method, Request, body::Incoming};
+use hyper::{Method, Request, StatusCode, body::Incoming};
 use proto_net::{admin, dialer::Origin};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     admin_api,
-    agent::Agent,
     front_end::server::FrontEnd,
+    kubernetes::Watches,
     page::{self, Page},
-    tunnels::explain::explain,
+    tunnels::{explain::Explainer, registry::Registry},
 };
 
 /// Answers scrapers, viewers of the page, and the commands of this host.
 pub struct Admin {
-    pub agent: Arc<Agent>,
+    pub registry: Arc<Registry>,
+    pub explainer: Arc<Explainer>,
+    /// `None` where no cluster is followed.
+    pub watches: Option<Arc<Watches>>,
+    /// Whether faults have the name of kube-apiserver's own check.
+    pub legacy_names: bool,
     pub page: Arc<Page>,
     /// `None` if there is no front end.
     pub front_end: Option<Arc<FrontEnd>>,
+    /// Cancelled when the agent stops.
+    pub draining: CancellationToken,
 }
 
 impl admin::Admin for Admin {
     fn ready(&self) -> Result<Vec<String>, String> {
-        let agent = &self.agent;
-        if agent.draining.is_cancelled() {
+        if self.draining.is_cancelled() {
             return Err("stopping".to_owned());
         }
-        let legacy = agent.config.kubernetes.as_ref().is_some_and(|config| config.legacy_names);
-        let name = |error| if legacy { format!("SSH Tunnel Check: {error}") } else { error };
-        let mut amiss =
-            agent.watches.as_ref().map_or(Ok(Vec::new()), |watches| watches.ready()).map_err(name)?;
+        let name = |error| if self.legacy_names { format!("SSH Tunnel Check: {error}") } else { error };
+        let mut warnings =
+            self.watches.as_ref().map_or(Ok(Vec::new()), |watches| watches.ready()).map_err(name)?;
         if let Some((0, servers)) = self.front_end.as_ref().map(|front_end| front_end.upstreams()) {
-            amiss.push(format!("front end: none of {servers} API servers works"));
+            warnings.push(format!("front end: none of {servers} API servers works"));
         }
-        match agent.registry.count() {
+        match self.registry.count() {
             (0, known) if known > 0 => Err(format!("none of {known} nodes is connected")),
-            _ => Ok(amiss),
+            _ => Ok(warnings),
         }
     }
 
@@ -71,24 +77,24 @@ impl Admin {
 
     async fn query(&self, path: &str, query: &str) -> Option<admin::Answer> {
         let json = |value: Result<String, serde_json::Error>| match value {
-            Ok(text) => (hyper::StatusCode::OK, "application/json", text),
-            Err(e) => (hyper::StatusCode::INTERNAL_SERVER_ERROR, "text/plain", e.to_string()),
+            Ok(text) => (StatusCode::OK, "application/json", text),
+            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, "text/plain", error.to_string()),
         };
         match path {
             admin_api::WATCHES => Some(json(serde_json::to_string(
-                &self.agent.watches.as_ref().map(|watches| watches.status()).unwrap_or_default(),
+                &self.watches.as_ref().map(|watches| watches.status()).unwrap_or_default(),
             ))),
-            admin_api::NODES => Some(json(serde_json::to_string(&self.agent.registry.status()))),
+            admin_api::NODES => Some(json(serde_json::to_string(&self.registry.status()))),
             admin_api::EXPLAIN => {
                 let target = admin_api::target_of_query(query);
-                Some(match explain(&self.agent, &target, Origin("explain".to_owned())).await {
+                Some(match self.explainer.explain(&target, Origin("explain".to_owned())).await {
                     Ok(explanation) => json(serde_json::to_string(&explanation)),
-                    Err(error) => (hyper::StatusCode::BAD_REQUEST, "text/plain", error),
+                    Err(error) => (StatusCode::BAD_REQUEST, "text/plain", error),
                 })
             }
             path => {
                 let name = admin_api::node_of_path(path)?.parse().ok()?;
-                Some(json(serde_json::to_string(&self.agent.registry.detail(&name)?)))
+                Some(json(serde_json::to_string(&self.registry.detail(&name)?)))
             }
         }
     }

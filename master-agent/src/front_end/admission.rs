@@ -1,4 +1,4 @@
-//! The admission of a caller's connection, among all that are served.
+//! The admission of a caller's connection among all that are served.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -11,32 +11,35 @@ use super::{
     workers,
 };
 
-/// A caller's place among those that are served, for as long as its connection lasts, whatever it changes to.
+/// Counts a connection among those that are served for as long as it lasts, whatever protocol it changes to.
 pub struct Admission {
-    /// Until somebody has authenticated: who has not gives way to newcomers.
-    stranger: Mutex<Option<HandshakePermit>>,
+    /// Held until somebody has authenticated. It may be given to a newcomer before.
+    unauthenticated: Mutex<Option<HandshakePermit>>,
+    /// Cancelled when the connection has to give way to a newcomer.
     pub(super) evicted: CancellationToken,
     _permit: OwnedSemaphorePermit,
     _counted: Counted<Source>,
-    /// On the thread that serves it, if it is one of the front end's own.
+    /// The connection's weight on the front end's thread that serves it, if it is one of these.
     pub(super) load: Option<workers::Load>,
 }
 
 impl Admission {
     pub(super) fn new(
-        stranger: HandshakePermit,
+        unauthenticated: HandshakePermit,
         permit: OwnedSemaphorePermit,
         counted: Counted<Source>,
     ) -> Self {
-        let evicted = stranger.evicted.clone();
-        Self { stranger: Mutex::new(Some(stranger)), evicted, _permit: permit, _counted: counted, load: None }
+        let evicted = unauthenticated.evicted.clone();
+        let unauthenticated = Mutex::new(Some(unauthenticated));
+        Self { unauthenticated, evicted, _permit: permit, _counted: counted, load: None }
     }
 
-    pub(super) fn is_strangers(&self) -> bool {
-        self.stranger.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    /// Whether nobody has authenticated on the connection.
+    pub(super) fn is_unauthenticated(&self) -> bool {
+        self.unauthenticated.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
     pub(super) fn authenticated(&self) {
-        drop(self.stranger.lock().unwrap_or_else(PoisonError::into_inner).take());
+        drop(self.unauthenticated.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 }

@@ -1,4 +1,4 @@
-//! The body of a response on its way to its caller, and what lasts until its last byte has left.
+//! The body of a response on its way to the caller, and what is held until its last byte has left.
 
 use std::{
     pin::Pin,
@@ -20,19 +20,19 @@ use tokio::sync::Notify;
 use super::{limits::RequestPermit, recorder::Recorder, upstream::ResponseBody};
 use crate::http::{exchange, watched::Busy};
 
-/// How far a response has got with its caller. Of a body whose caller opens no window nothing is asked, so the body
-/// can't tell.
+/// How far a response has got on its way to the caller. The body itself can't tell: hyper does not poll it while the
+/// caller opens no window.
 #[derive(Debug, Default)]
 pub(super) struct Progress {
-    /// Pieces that have been handed out and not been sent.
+    /// Pieces that hyper has taken and not sent yet.
     owed: AtomicUsize,
-    /// Changes with everything that happens to one.
+    /// Changes whenever something happens to a piece.
     moves: AtomicUsize,
     sent: Notify,
 }
 
 impl Progress {
-    /// Completes once the caller has taken nothing of what it is owed for `patience`, or up to twice as long.
+    /// Completes once the caller has taken nothing of the pieces for `patience`, or for up to twice as long.
     pub(super) async fn stalled(&self, patience: Duration) {
         loop {
             let before = self.moves.load(Ordering::Relaxed);
@@ -43,7 +43,7 @@ impl Progress {
         }
     }
 
-    /// Completes once nothing is owed.
+    /// Completes once all pieces have been sent.
     pub(super) async fn sent(&self) {
         while self.is_owed() {
             self.sent.notified().await;
@@ -59,15 +59,15 @@ impl Progress {
     }
 }
 
-/// What lasts for as long as a response is passed on.
+/// What is held for as long as a response is passed on.
 pub(super) struct Held {
     pub record: Arc<Recorder>,
     pub _busy: Busy,
-    pub _place: Option<RequestPermit>,
+    pub _seat: Option<RequestPermit>,
     pub progress: Arc<Progress>,
 }
 
-/// Some bytes of a response, until they are sent.
+/// Some bytes of a response, until they have been sent.
 pub(super) struct Piece {
     bytes: Bytes,
     held: Arc<Held>,
@@ -110,16 +110,19 @@ impl Buf for Piece {
 pub(super) struct Answer {
     content: Content,
     held: Arc<Held>,
-    /// When it ends, whatever is still to come.
+    /// Completes when the credential that the response was granted for ends, which cuts the response off.
     end: Option<BoxFuture<'static, ()>>,
 }
 
+/// Where the bytes of a response come from.
 pub(super) enum Content {
+    /// The front end itself.
     Own(Full<Bytes>),
+    /// kube-apiserver.
     Relayed(ResponseBody),
-    /// Of what was reached through a tunnel.
+    /// A target behind a proxy URL, through a tunnel.
     Target(exchange::Body),
-    /// Of the agent's page.
+    /// The agent's page.
     Page(admin::Body),
 }
 

@@ -1,14 +1,13 @@
-//! What keeps web pages from using the plain port through the browser of somebody who works on its host.
+//! Keeps web pages from using the plain port through the browser of somebody who works on the master's host.
 
 use access::peer::Peer;
-use hyper::{StatusCode, http::request::Parts};
+use hyper::http::request::Parts;
 
-use crate::http::{browser, status::Failure};
+use crate::http::browser;
 
-/// Refuses what a browser sends for a page.
-pub(super) fn refuse_pages(peer: &Peer, head: &Parts) -> Result<(), Failure> {
+/// Rejects what a browser sends on behalf of a web page, with the reason.
+pub(super) fn reject_web_pages(peer: &Peer, head: &Parts) -> Result<(), String> {
     let Peer::Local(Some(_)) = peer else { return Ok(()) };
     browser::refuse_other_hosts(&head.uri, &head.headers)
         .and_then(|()| browser::refuse_other_origins("http", &head.uri, &head.headers))
-        .map_err(|message| Failure::new(StatusCode::FORBIDDEN, message))
 }

@@ -11,22 +11,22 @@ use crate::fields::{NO_LISTENER, UnixConfig, any, listen_loopback};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FrontEndConfig {
     pub listen: SocketAddr,
-    /// The first is also for names that none is for.
+    /// The first one also serves names that none is for.
     pub certificates: Vec<ServingCertificate>,
     pub authn: AuthnConfig,
     pub authz: AuthzConfig,
-    /// Also authorize what goes to kube-apiserver, which authorizes it again.
+    /// Authorizes also what goes to kube-apiserver, which authorizes it again.
     pub authorize_everything: bool,
-    /// Answer proxy URLs of nodes, pods and services here, through tunnels, rather than hand them on.
+    /// Answers proxy URLs of nodes, pods and services here, through tunnels, rather than let kube-apiserver answer them.
     pub serve_proxy_urls: bool,
-    /// Answer the page here.
+    /// Answers the page here.
     pub serve_page: bool,
-    /// Serve callers that come through their node's tunnel.
+    /// Serves callers that come through their node's tunnel.
     pub through_tunnels: bool,
-    /// Let nodes call home, and hosts join, over this port; `None` does where they may over a port of its own.
+    /// Lets nodes call home and hosts join over this port. `None` does so if they may over a port of their own.
     pub call_home: Option<bool>,
     pub upstream: UpstreamConfig,
-    /// `None` serves no plain port.
+    /// The plain port, if there is to be one.
     pub local: Option<LocalConfig>,
     pub limits: LimitsConfig,
     pub audit: AuditConfig,
@@ -69,7 +69,7 @@ pub struct LocalConfig {
     pub unix: Option<UnixConfig>,
     /// A loopback address.
     pub tcp: Option<SocketAddr>,
-    /// Who its callers are.
+    /// The user that all callers are.
     pub user: String,
     pub groups: Vec<String>,
 }

@@ -1,7 +1,10 @@
-//! One connection of a caller, and what is known of who is at its other end.
+//! One connection of a caller, and what is known about who is at its other end.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError, atomic::AtomicU32},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -11,44 +14,54 @@ use access::{
     peer::Peer,
     user::UNAUTHENTICATED,
 };
+use hyper::StatusCode;
 use tokio_util::sync::CancellationToken;
 
 use super::{admission::Admission, server::FrontEnd};
 use crate::http::watched::Activity;
 
-/// How long who a certificate is may be remembered on its connection.
+/// How long the connection remembers whom its certificate names.
 const REMEMBERED: Duration = Duration::from_secs(10);
+/// Answers of 429 before a caller who has not authenticated has to make another connection.
+const MAX_LIMITED: u32 = 16;
 
 /// One accepted connection.
 pub(super) struct Connection {
     pub front_end: Arc<FrontEnd>,
     pub peer: Peer,
     pub certificates: Certificates,
-    /// Who the certificate was, by the files of which generation, and when.
-    pub remembered: Mutex<Option<(u64, Instant, Authenticated)>>,
-    /// Who the caller is whatever it presents, on the plain port.
+    remembered: Mutex<Option<Remembered>>,
+    /// On the plain port: who every caller is, whatever it presents.
     pub known: Option<Authenticated>,
     pub activity: Activity,
     pub admission: Admission,
-    /// Cancelled once no more requests are taken.
+    /// Cancelled once the connection takes no more requests.
     pub ending: CancellationToken,
-    /// How often its requests were too many.
-    pub limited: AtomicU32,
+    /// Requests that were answered with 429.
+    limited: AtomicU32,
+}
+
+/// Whom the connection's certificate names, by one generation of the authenticators' files.
+struct Remembered {
+    generation: u64,
+    at: Instant,
+    caller: Authenticated,
 }
 
 impl Connection {
-    pub(super) fn new(
+    /// A connection whose caller may have shown certificates in the TLS handshake.
+    pub(super) fn over_tls(
         front_end: Arc<FrontEnd>,
         peer: Peer,
-        known: Option<Authenticated>,
+        certificates: Certificates,
         admission: Admission,
     ) -> Self {
         Self {
             front_end,
             peer,
-            certificates: Certificates::default(),
+            certificates,
             remembered: Mutex::default(),
-            known,
+            known: None,
             activity: Activity::default(),
             admission,
             ending: CancellationToken::new(),
@@ -56,30 +69,47 @@ impl Connection {
         }
     }
 
-    /// Whether nobody has authenticated here.
-    pub(super) fn is_strangers(&self) -> bool {
-        self.admission.is_strangers()
+    /// A connection to the plain port, whose caller is `known` whatever it presents.
+    pub(super) fn plain(
+        front_end: Arc<FrontEnd>,
+        peer: Peer,
+        known: Authenticated,
+        admission: Admission,
+    ) -> Self {
+        let connection = Self::over_tls(front_end, peer, Certificates::default(), admission);
+        Self { known: Some(known), ..connection }
     }
 
-    /// Somebody has authenticated.
-    pub(super) fn authenticated(&self, who: &Authenticated) {
-        if !who.user.in_group(UNAUTHENTICATED) {
+    /// Keeps the connection from giving way to newcomers, unless the caller is anonymous.
+    pub(super) fn authenticated(&self, caller: &Authenticated) {
+        if !caller.user.in_group(UNAUTHENTICATED) {
             self.admission.authenticated();
         }
     }
 
-    /// Who the connection's certificate was a moment ago.
-    pub(super) fn remembered(&self, now: &Moment) -> Option<Authenticated> {
-        let remembered = self.remembered.lock().unwrap_or_else(PoisonError::into_inner);
-        let (generation, at, who) = remembered.as_ref()?;
-        let good = *generation == self.front_end.authn.generation()
-            && now.monotonic.saturating_duration_since(*at) < REMEMBERED
-            && who.validity.expires.is_none_or(|end| now.wall < end);
-        good.then(|| who.clone())
+    /// Whether the connection ends after an answer with this status, because nobody has authenticated on it and its
+    /// requests fail. A caller who has to wait may ask again a few times: it would only come back with another
+    /// handshake, which costs more than the answer.
+    pub(super) fn is_to_end_after(&self, status: StatusCode) -> bool {
+        let may_ask_again = || {
+            status == StatusCode::TOO_MANY_REQUESTS
+                && self.limited.fetch_add(1, Ordering::Relaxed) < MAX_LIMITED
+        };
+        status.is_client_error() && self.admission.is_unauthenticated() && !may_ask_again()
     }
 
-    pub(super) fn remember(&self, generation: u64, now: &Moment, who: &Authenticated) {
+    /// Whom the connection's certificate named a moment ago.
+    pub(super) fn remembered(&self, now: &Moment) -> Option<Authenticated> {
+        let remembered = self.remembered.lock().unwrap_or_else(PoisonError::into_inner);
+        let Remembered { generation, at, caller } = remembered.as_ref()?;
+        let good = *generation == self.front_end.authn.generation()
+            && now.monotonic.saturating_duration_since(*at) < REMEMBERED
+            && caller.validity.expires.is_none_or(|end| now.wall < end);
+        good.then(|| caller.clone())
+    }
+
+    pub(super) fn remember(&self, generation: u64, now: &Moment, caller: &Authenticated) {
         let mut remembered = self.remembered.lock().unwrap_or_else(PoisonError::into_inner);
-        *remembered = Some((generation, now.monotonic, who.clone()));
+        *remembered = Some(Remembered { generation, at: now.monotonic, caller: caller.clone() });
     }
 }

@@ -1,10 +1,11 @@
-//! Heads on their way through: what a caller may not say, and what the API server is told about it.
+//! Heads on their way between callers and API servers: which ones are ambiguous, and how an API server learns who the
+//! caller is.
 
 use std::net::IpAddr;
 
 use access::{authn, user::User};
 use hyper::{
-    HeaderMap, StatusCode, Version,
+    HeaderMap, Version,
     header::{self, HeaderName, HeaderValue},
     http::request::Parts,
 };
@@ -14,13 +15,12 @@ use proto_config::{At, Section};
 use crate::http::{
     claims::{Claims, fold},
     hop::{Hop, refuse_other_encodings, remove_hop_by_hop},
-    status::Failure,
 };
 
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 
-/// The headers that tell kube-apiserver who a caller is, named as it is told to read them. Of each kind the first is
-/// sent, and none is taken from a caller.
+/// The headers that tell kube-apiserver who a caller is, under the names that kube-apiserver is configured to read. The
+/// front end sends the first of each kind, and removes all of them from what callers send.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IdentityHeaders {
     /// `--requestheader-username-headers`
@@ -73,13 +73,13 @@ impl IdentityHeaders {
         this
     }
 
-    /// What callers may not send.
+    /// The headers that callers may not send.
     pub fn claims(&self) -> Claims {
         let names = [&self.username, &self.uid, &self.group].into_iter().flatten();
         Claims::with(names.map(HeaderName::as_str), self.extra_prefix.iter().map(HeaderName::as_str))
     }
 
-    /// Why kube-apiserver could not tell these from each other or from other headers, if so.
+    /// Why kube-apiserver could take one of these headers for another, if it could.
     pub fn confusion(&self) -> Option<String> {
         let kinds = [&self.username, &self.uid, &self.group];
         let folded = kinds.map(|names| names.iter().map(|name| fold(name.as_str())).collect::<Vec<_>>());
@@ -118,7 +118,7 @@ fn header_name(at: &At<'_>) -> Option<HeaderName> {
     None
 }
 
-/// What HTTP and kube-apiserver read for something else.
+/// Headers that have another meaning for HTTP or kube-apiserver.
 const NOT_FOR_IDENTITY: [&str; 26] = [
     "accept",
     "accept-encoding",
@@ -148,7 +148,7 @@ const NOT_FOR_IDENTITY: [&str; 26] = [
     "x-stream-protocol-version",
 ];
 
-/// What an extra's key may not be written with in a header's name (RFC 9110 §5.6.2), and `%` itself.
+/// Characters that a header's name can't have (RFC 9110 §5.6.2), and `%` itself, which escapes them.
 const NOT_IN_KEYS: &AsciiSet = &CONTROLS
     .add(b' ')
     .add(b'"')
@@ -170,7 +170,7 @@ const NOT_IN_KEYS: &AsciiSet = &CONTROLS
     .add(b'}')
     .add(b'%');
 
-/// The protocols that kube-apiserver changes to. No other is asked of it.
+/// The upgrade that a request asks for, if kube-apiserver knows it. No other is passed on.
 pub(super) fn known_upgrade(hop: &Hop) -> Option<&HeaderValue> {
     let known = |value: &&HeaderValue| {
         let value = value.as_bytes();
@@ -179,43 +179,67 @@ pub(super) fn known_upgrade(hop: &Hop) -> Option<&HeaderValue> {
     hop.upgrade.as_ref().filter(known)
 }
 
-/// Refuses heads that two servers could read in two ways.
-pub(super) fn refuse_ambiguous(parts: &Parts) -> Result<(), Failure> {
-    let bad = |message: &str| Err(Failure::new(StatusCode::BAD_REQUEST, message));
-    match parts.headers.get_all(header::HOST).iter().count() {
-        0 if parts.version == Version::HTTP_11 => return bad("there is no Host"),
+/// Why servers could understand a head differently.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum AmbiguousHead {
+    #[error("there is no Host")]
+    NoHost,
+    #[error("more than one Host")]
+    ManyHosts,
+    #[error("HTTP/1.0 is not served here")]
+    Http10,
+    #[error("no Transfer-Encoding but chunked is served here")]
+    TransferEncoding,
+    #[error("Content-Length and Transfer-Encoding exclude each other")]
+    TwoFramings,
+    #[error("more than one Content-Length")]
+    ManyLengths,
+    #[error("Host is another than that of the request's target")]
+    OtherHost,
+    #[error("the request's target is no path")]
+    NoPath,
+}
+
+/// Rejects heads that servers could understand differently.
+pub(super) fn reject_ambiguous(head: &Parts) -> Result<(), AmbiguousHead> {
+    let Parts { uri, version, headers, .. } = head;
+    match headers.get_all(header::HOST).iter().count() {
+        0 if *version == Version::HTTP_11 => return Err(AmbiguousHead::NoHost),
         0 | 1 => {}
-        _ => return bad("more than one Host"),
+        _ => return Err(AmbiguousHead::ManyHosts),
     }
-    if parts.version < Version::HTTP_11 {
-        return bad("HTTP/1.0 is not served here");
+    if *version < Version::HTTP_11 {
+        return Err(AmbiguousHead::Http10);
     }
-    if refuse_other_encodings(&parts.headers).is_err() {
-        return bad("no Transfer-Encoding but chunked is served here");
+    if refuse_other_encodings(headers).is_err() {
+        return Err(AmbiguousHead::TransferEncoding);
     }
-    if parts.headers.contains_key(header::TRANSFER_ENCODING)
-        && parts.headers.contains_key(header::CONTENT_LENGTH)
-    {
-        return bad("Content-Length and Transfer-Encoding exclude each other");
+    if headers.contains_key(header::TRANSFER_ENCODING) && headers.contains_key(header::CONTENT_LENGTH) {
+        return Err(AmbiguousHead::TwoFramings);
     }
-    if parts.headers.get_all(header::CONTENT_LENGTH).iter().count() > 1 {
-        return bad("more than one Content-Length");
+    if headers.get_all(header::CONTENT_LENGTH).iter().count() > 1 {
+        return Err(AmbiguousHead::ManyLengths);
     }
-    if let (Some(authority), Some(host)) = (parts.uri.authority(), parts.headers.get(header::HOST))
+    if let (Some(authority), Some(host)) = (uri.authority(), headers.get(header::HOST))
         && !authority.as_str().as_bytes().eq_ignore_ascii_case(host.as_bytes())
     {
-        return bad("Host is another than that of the request's target");
+        return Err(AmbiguousHead::OtherHost);
     }
-    if !parts.uri.path().starts_with('/') {
-        return bad("the request's target is no path");
+    if !uri.path().starts_with('/') {
+        return Err(AmbiguousHead::NoPath);
     }
     Ok(())
 }
 
-/// How callers are made known to API servers.
+/// A caller's user has a name, a group or an extra that a header can't carry unchanged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("your user name, a group or an extra of yours can't be passed on in a header")]
+pub(super) struct UnsendableIdentity;
+
+/// Tells API servers who a caller is.
 pub(super) struct Introduction {
     headers: IdentityHeaders,
-    /// What a caller may not say itself.
+    /// The headers that are removed from what callers send.
     pub claims: Claims,
 }
 
@@ -224,14 +248,14 @@ impl Introduction {
         Self { claims: headers.claims(), headers }
     }
 
-    /// Makes the head of a caller's request that of the request to an API server, on behalf of `user`.
+    /// Turns the head of a caller's request into that of the request to an API server, made on behalf of `user`.
     pub(super) fn request(
         &self,
         headers: &mut HeaderMap,
         hop: &Hop,
         user: &User,
         peer: IpAddr,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), UnsendableIdentity> {
         remove_hop_by_hop(headers);
         authn::strip(headers);
         self.claims.remove(headers);
@@ -247,7 +271,7 @@ impl Introduction {
         let prefix = extra_prefix.first().map_or("", HeaderName::as_str);
         for (key, values) in &user.extra {
             let name = format!("{prefix}{}", utf8_percent_encode(key, NOT_IN_KEYS));
-            let name = HeaderName::try_from(name).map_err(|_| unsayable())?;
+            let name = HeaderName::try_from(name).map_err(|_| UnsendableIdentity)?;
             append(headers, &[name], values)?;
         }
         if let Some(upgrade) = &hop.upgrade {
@@ -263,14 +287,14 @@ fn append<'a>(
     headers: &mut HeaderMap,
     names: &[HeaderName],
     values: impl IntoIterator<Item = &'a String>,
-) -> Result<(), Failure> {
+) -> Result<(), UnsendableIdentity> {
     for value in values {
-        headers.append(names.first().ok_or_else(unsayable)?, text(value)?);
+        headers.append(names.first().ok_or(UnsendableIdentity)?, text(value)?);
     }
     Ok(())
 }
 
-/// Makes the head of an API server's response that of the response to the caller.
+/// Turns the head of an API server's response into that of the response to the caller.
 pub(super) fn response(headers: &mut HeaderMap, upgraded: bool) {
     let upgrade = headers.get(header::UPGRADE).filter(|_| upgraded).cloned();
     remove_hop_by_hop(headers);
@@ -281,7 +305,7 @@ pub(super) fn response(headers: &mut HeaderMap, upgraded: bool) {
     }
 }
 
-/// HTTP/2 may send cookies one by one (RFC 9113 §8.2.3).
+/// Joins cookies, which HTTP/2 may send one by one (RFC 9113 §8.2.3).
 fn join_cookies(headers: &mut HeaderMap) {
     let cookies: Vec<&[u8]> = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
     if cookies.len() > 1
@@ -291,19 +315,12 @@ fn join_cookies(headers: &mut HeaderMap) {
     }
 }
 
-/// A name as a header's value. Servers cut spaces off values: `admin ` must not become `admin`.
-fn text(text: &str) -> Result<HeaderValue, Failure> {
+/// A name as a header's value. Servers trim values, and `admin ` must not become `admin`.
+fn text(text: &str) -> Result<HeaderValue, UnsendableIdentity> {
     if text.is_empty() || text.trim() != text {
-        return Err(unsayable());
+        return Err(UnsendableIdentity);
     }
-    HeaderValue::from_bytes(text.as_bytes()).map_err(|_| unsayable())
-}
-
-fn unsayable() -> Failure {
-    Failure::new(
-        StatusCode::FORBIDDEN,
-        "your user name, a group or an extra of yours can't be passed on in a header",
-    )
+    HeaderValue::from_bytes(text.as_bytes()).map_err(|_| UnsendableIdentity)
 }
 
 #[cfg(test)]
@@ -449,7 +466,7 @@ mod tests {
         for name in ["", " ", "admin ", "\tadmin", "a\nb", "a\0", "\u{a0}admin"] {
             let user = User { name: name.to_owned(), ..User::default() };
             let refused = introduction().request(&mut HeaderMap::new(), &Hop::default(), &user, PEER);
-            assert_eq!(refused.unwrap_err().code, StatusCode::FORBIDDEN, "{name:?}");
+            assert_eq!(refused, Err(UnsendableIdentity), "{name:?}");
             let user = User { name: "jane".to_owned(), groups: vec![name.to_owned()], ..User::default() };
             assert!(
                 introduction().request(&mut HeaderMap::new(), &Hop::default(), &user, PEER).is_err(),
@@ -461,14 +478,14 @@ mod tests {
     }
 
     #[test]
-    fn ambiguous_heads() {
+    fn ambiguous_heads_are_rejected() {
         let check = |uri: &str, lines: &[(&str, &str)]| {
             let mut parts = Request::builder().uri(uri).body(()).unwrap().into_parts().0;
             parts.headers = map(lines);
             if !lines.iter().any(|(name, _)| *name == "Host") {
                 parts.headers.insert(header::HOST, HeaderValue::from_static("a"));
             }
-            refuse_ambiguous(&parts).is_ok()
+            reject_ambiguous(&parts).is_ok()
         };
         assert!(check("/api", &[("Host", "a")]));
         assert!(check("https://a/api", &[("Host", "A")]));
@@ -488,7 +505,7 @@ mod tests {
     }
 
     #[test]
-    fn responses() {
+    fn a_response_keeps_no_hop_by_hop_headers() {
         let mut headers = map(&[
             ("Connection", "close, X-Hop"),
             ("X-Hop", "1"),

@@ -1,4 +1,4 @@
-//! The listener, and HTTP on the connections of callers.
+//! The listener of the HTTPS port, and HTTP on the connections of callers.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -8,7 +8,10 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use proto_net::{admin::accept_error, socket, write_timeout::WriteTimeout};
+use proto_net::{
+    accept::{Acceptor, Tuning},
+    write_timeout::WriteTimeout,
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,
@@ -17,36 +20,32 @@ use tokio_rustls::TlsAcceptor;
 
 use super::{
     admission::Admission, connection::Connection, counters::Handshake, server::FrontEnd, streams::Streams,
+    workers::Assigned,
 };
 use crate::http::watched::Watched;
 
-/// Of a request's head.
-const MAX_HEAD: usize = 64 * 1024;
+/// Bytes of a request's head.
+const MAX_HEAD: u32 = 64 * 1024;
 const MAX_HEADERS: usize = 128;
-/// Streams that a caller resets before they are served (CVE-2023-44487).
+/// HTTP/2 streams that a caller may reset before they are served (CVE-2023-44487).
 const MAX_RESETS: usize = 20;
 const STREAM_WINDOW: u32 = 256 * 1024;
 const CONNECTION_WINDOW: u32 = 1024 * 1024;
-/// How long requests that are under way may take once their connection is to end.
+/// How long requests that are under way may take once their connection has to end.
 const LAST_REQUESTS: Duration = Duration::from_secs(10);
-const EVICTED: &str = "gave its place to a newcomer before anybody authenticated";
+const EVICTED: &str = "gave way to a newcomer before anybody authenticated";
 
 impl FrontEnd {
-    /// Accepts callers for ever.
+    /// Accepts callers until the task is cancelled.
     pub async fn accept(self: Arc<Self>, listener: TcpListener) {
+        let mut acceptor = Acceptor::new(listener, Tuning::Caller);
         loop {
-            let (socket, peer) = match listener.accept().await {
-                Ok((socket, peer)) => (socket, Peer::Address(peer)),
-                Err(e) => {
-                    accept_error(&e).await;
-                    continue;
-                }
-            };
-            // Whoever is refused here hears nothing: an answer would cost a handshake.
+            let (socket, address) = acceptor.next().await;
+            let peer = Peer::Address(address);
+            // The caller gets no answer, which would cost a handshake.
             let Ok(mut admission) = self.admit(&peer) else { continue };
-            socket::tune_caller(&socket);
-            let (socket, runtime, load) = match self.workers.take(socket) {
-                Ok(taken) => taken,
+            let Assigned { socket, runtime, load } = match self.workers.assign(socket) {
+                Ok(assigned) => assigned,
                 Err(error) => {
                     self.refused(&peer, &error);
                     continue;
@@ -57,7 +56,7 @@ impl FrontEnd {
         }
     }
 
-    /// Serves one caller to its end, whatever its connection came over.
+    /// Serves one connection to its end, whether it came to the port or through a tunnel.
     pub async fn serve_caller<S>(self: Arc<Self>, socket: S, peer: Peer, admission: Admission)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -80,14 +79,13 @@ impl FrontEnd {
         let certificates = session.peer_certificates().unwrap_or_default();
         let certificates = certificates.iter().map(|certificate| certificate.clone().into_owned());
         let certificates = Certificates::new(certificates.collect());
-        let connection =
-            Arc::new(Connection { certificates, ..Connection::new(self, peer, None, admission) });
+        let connection = Arc::new(Connection::over_tls(self, peer, certificates, admission));
         let socket = WriteTimeout::new(tls, connection.front_end.config.idle_timeout);
         if http2 {
             let served = Box::pin(connection.clone().http2(socket));
             connection.unless_evicted(served).await;
         } else {
-            connection.served_http1(socket).await;
+            connection.serve_http1(socket).await;
         }
     }
 
@@ -98,8 +96,8 @@ impl FrontEnd {
 }
 
 impl Connection {
-    /// Serves HTTP/1.1 to the connection's end.
-    pub(super) async fn served_http1<S>(self: Arc<Self>, socket: S)
+    /// Serves HTTP/1.1 to the end of the connection.
+    pub(super) async fn serve_http1<S>(self: Arc<Self>, socket: S)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
@@ -128,7 +126,7 @@ impl Connection {
             .timer(TokioTimer::new())
             .header_read_timeout(config.idle_timeout)
             .max_headers(MAX_HEADERS)
-            .max_buf_size(MAX_HEAD)
+            .max_buf_size(MAX_HEAD as usize)
             .serve_connection(TokioIo::new(socket), service_fn(|request| self.clone().answer(request)))
             .with_upgrades();
         tokio::pin!(connection);
@@ -154,7 +152,7 @@ impl Connection {
         let connection = http2::Builder::new(streams)
             .timer(TokioTimer::new())
             .max_concurrent_streams(config.max_streams)
-            .max_header_list_size(MAX_HEAD as u32)
+            .max_header_list_size(MAX_HEAD)
             .max_pending_accept_reset_streams(MAX_RESETS)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)

@@ -1,8 +1,8 @@
 //! The plain port: HTTP without TLS and credentials, for control-plane components on the master's own host.
 //!
-//! It is off unless it is configured, on a Unix socket or a loopback address and nowhere else. All of its callers are
-//! the one user that the configuration names. Web pages must not use it through the browser of somebody who works on
-//! this host: requests for a host that is not this one, and those of pages, are refused.
+//! It is off unless it is configured, and it is on a Unix socket or a loopback address only. All of its callers are the
+//! one user that the configuration names. Web pages must not use it through the browser of somebody who works on this
+//! host: requests for another host, and requests that a page makes, are rejected (`browser.rs`).
 
 use std::sync::Arc;
 
@@ -11,49 +11,43 @@ use access::{
     peer::Peer,
     user::{AUTHENTICATED, User},
 };
-use proto_net::{admin::accept_error, socket, write_timeout::WriteTimeout};
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, UnixListener},
+use proto_net::{
+    accept::{Acceptor, Listener, Tuning},
+    write_timeout::WriteTimeout,
 };
+use tokio::net::{TcpListener, UnixListener};
 
-use super::{config::LocalConfig, connection::Connection, server::FrontEnd};
+use super::{admission::Admission, config::LocalConfig, connection::Connection, server::FrontEnd};
 
-/// Accepts from a Unix socket for ever; who may connect is the socket file's mode and owner.
+/// Accepts callers on a Unix socket until the task is cancelled. The mode and owner of the socket file decide who may
+/// connect.
 pub async fn accept_unix(front_end: Arc<FrontEnd>, config: LocalConfig, listener: UnixListener) {
-    loop {
-        match listener.accept().await {
-            Ok((socket, _)) => serve(&front_end, &config, socket, Peer::Local(None)),
-            Err(e) => accept_error(&e).await,
-        }
-    }
+    accept(&front_end, &config, listener, |_| Peer::Local(None)).await;
 }
 
-/// Accepts from a loopback address for ever.
+/// Accepts callers on a loopback address until the task is cancelled.
 pub async fn accept_tcp(front_end: Arc<FrontEnd>, config: LocalConfig, listener: TcpListener) {
-    loop {
-        match listener.accept().await {
-            Ok((socket, peer)) => {
-                socket::tune_caller(&socket);
-                serve(&front_end, &config, socket, Peer::Local(Some(peer)));
-            }
-            Err(e) => accept_error(&e).await,
-        }
-    }
+    accept(&front_end, &config, listener, |address| Peer::Local(Some(address))).await;
 }
 
-fn serve<S>(front_end: &Arc<FrontEnd>, config: &LocalConfig, socket: S, peer: Peer)
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
-    let Ok(admission) = front_end.admit(&peer) else { return };
-    let known = Some(caller(config));
-    let connection = Arc::new(Connection::new(front_end.clone(), peer, known, admission));
-    let socket = WriteTimeout::new(socket, front_end.config.idle_timeout);
-    front_end.connections.spawn(connection.served_http1(socket));
+async fn accept<L: Listener>(
+    front_end: &Arc<FrontEnd>,
+    config: &LocalConfig,
+    listener: L,
+    peer: impl Fn(L::Peer) -> Peer + Send + Sync,
+) {
+    let known = caller(config);
+    let admit = |from: L::Peer| front_end.admit(&peer(from)).ok();
+    let serve = |socket: L::Socket, from: L::Peer, admission: Admission| {
+        let connection = Connection::plain(front_end.clone(), peer(from), known.clone(), admission);
+        let socket = WriteTimeout::new(socket, front_end.config.idle_timeout);
+        Arc::new(connection).serve_http1(socket)
+    };
+    let acceptor = Acceptor::new(listener, Tuning::Caller);
+    acceptor.serve(front_end.connections.clone(), admit, serve).await;
 }
 
-/// Who its callers are.
+/// The user that all callers are.
 fn caller(config: &LocalConfig) -> Authenticated {
     let mut groups = config.groups.clone();
     if !groups.iter().any(|group| group == AUTHENTICATED) {

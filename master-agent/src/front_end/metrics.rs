@@ -1,4 +1,4 @@
-//! The metrics of the front end: what it counts, and how it stands, read off it when asked.
+//! The metrics of the front end: its counters, and its present state, which is read when it is asked for.
 
 use std::{fmt, sync::Arc};
 
@@ -14,19 +14,19 @@ use crate::metrics::signed;
 
 pub fn register(front_end: &Arc<FrontEnd>, r: &mut Registry) {
     front_end.metrics.register(r);
-    r.register_collector(Box::new(Standing(front_end.clone())));
+    r.register_collector(Box::new(State(front_end.clone())));
 }
 
-/// How the front end stands.
-struct Standing(Arc<FrontEnd>);
+/// Reads the present state of the front end.
+struct State(Arc<FrontEnd>);
 
-impl fmt::Debug for Standing {
+impl fmt::Debug for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Standing")
+        f.write_str("State")
     }
 }
 
-impl Collector for Standing {
+impl Collector for State {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let load = self.0.load_now();
         for (name, help, value) in [

@@ -1,26 +1,28 @@
 //! The front end: the HTTPS port for calls from the cluster to the master.
 //!
-//! Every request passes, in this order: TLS, authentication ([`access::authn`]), authorization
-//! ([`access::authz`]), and is then handed to kube-apiserver as an authenticating proxy does.
+//! It accepts connections (`listener.rs`) and takes every request through its phases, authentication ([`access::authn`])
+//! and authorization ([`access::authz`]) among them, to the handler that answers it, mostly kube-apiserver behind an
+//! authenticating proxy. `request/pipeline.rs` holds the whole life of a request.
 
 mod admission;
 mod answer;
 pub mod audit;
 mod authorization;
 mod browser;
+pub mod call_home;
 pub mod config;
 mod connection;
 pub mod counters;
 mod headers;
 pub mod limits;
-mod link;
+mod link_socket;
 mod listener;
 pub mod local;
 pub mod metrics;
 pub mod page;
-mod proxy;
 pub mod proxy_urls;
 mod recorder;
+mod request;
 pub mod server;
 mod streams;
 pub mod tls;

@@ -8,15 +8,15 @@ use proto_net::{admin, dialer::Origin};
 
 use super::upstream::RequestBody;
 
-/// Serves a page to callers who are known and authorized.
+/// Serves a page to callers who are authenticated and authorized.
 pub trait Page: Send + Sync {
-    /// Whether a path is one of the page.
+    /// Whether a path belongs to the page.
     fn serves(&self, path: &str) -> bool;
 
-    /// Whether the answer goes on for as long as somebody watches.
+    /// Whether the answer at a path goes on for as long as somebody watches.
     fn is_long_running(&self, path: &str) -> bool;
 
-    /// Answers a caller who is `origin`.
+    /// Answers a request. `origin` names the caller to the records of what it dials.
     fn answer(
         self: Arc<Self>,
         path: String,

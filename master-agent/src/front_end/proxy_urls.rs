@@ -15,17 +15,25 @@ use crate::{
     stream::caller::Caller,
 };
 
-/// A response, with an upgrade that is to be carried once it is on its way; and through whose tunnel it came.
-pub type Answered = (Result<(Response<Body>, Option<Upgrade>), Failure>, Option<NodeName>);
-
 /// Answers requests for proxy URLs.
 pub trait ProxyUrls: Send + Sync {
-    /// Answers one request of a `caller` at the address `peer`, on a connection with this `activity`.
-    fn answer(
-        self: Arc<Self>,
-        caller: Caller,
-        peer: IpAddr,
-        activity: Activity,
-        request: Request<Incoming>,
-    ) -> BoxFuture<'static, Answered>;
+    fn answer(self: Arc<Self>, request: ProxyUrlRequest) -> BoxFuture<'static, Proxied>;
+}
+
+/// One request, with what is known of its caller.
+pub struct ProxyUrlRequest {
+    pub caller: Caller,
+    /// The caller's address.
+    pub peer: IpAddr,
+    /// That of the connection that the request came over.
+    pub activity: Activity,
+    pub request: Request<Incoming>,
+}
+
+/// What became of a request.
+pub struct Proxied {
+    /// The node whose tunnel the request went through, if it got so far.
+    pub node: Option<NodeName>,
+    /// The target's response, with an upgrade that is to be carried once the response has been sent.
+    pub answer: Result<(Response<Body>, Option<Upgrade>), Failure>,
 }

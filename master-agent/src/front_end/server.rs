@@ -1,4 +1,4 @@
-//! The front end: its files read, and what all of its callers share.
+//! The front end as all of its callers share it: its files, its limits, and the ways to those who answer requests.
 
 use std::{fmt, sync::Arc};
 
@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     admission::Admission,
     audit::{Audit, Writer},
+    call_home::CallHomeServices,
     config::FrontEndConfig,
     counters::FrontEndMetrics,
     headers::Introduction,
@@ -26,22 +27,23 @@ use super::{
     page::Page,
     proxy_urls::ProxyUrls,
     tls,
-    upstream::{Upstream, UpstreamStatus},
+    upstream::{BodyLimits, Upstream, UpstreamStatus},
     workers::Workers,
 };
-use crate::{agent::Agent, metrics::Expiry, stream::metrics::StreamMetrics};
+use crate::{metrics::Expiry, stream::metrics::StreamMetrics};
 
-/// Connections at once on which nobody has authenticated.
-const HANDSHAKES: usize = 1024;
-pub const DOOR: &str = "front-end";
+/// Connections at a time on which nobody has authenticated.
+const MAX_UNAUTHENTICATED: usize = 1024;
+/// The name of the front end in records and metrics of streams.
+pub(super) const LISTENER: &str = "front-end";
 
-/// The front end, its files read.
+/// The front end, with its files read.
 pub struct FrontEnd {
     pub(super) tls: Arc<FileWatcher<tls::Serving>>,
     pub(super) authn: Authenticators,
     pub(super) authz: Authorizers,
     pub(super) authorize_everything: bool,
-    /// `None` hands proxy URLs on.
+    /// Answers proxy URLs here; with `None` kube-apiserver answers them.
     pub(super) proxy_urls: Option<Arc<dyn ProxyUrls>>,
     pub(super) upstream: Arc<Upstream>,
     pub(super) introduction: Introduction,
@@ -50,35 +52,44 @@ pub struct FrontEnd {
     pub(super) audit: Audit,
     pub(super) metrics: Arc<FrontEndMetrics>,
     pub(super) streams: StreamMetrics,
-    /// Callers and upgraded connections; drained at the end.
+    /// Owns the connections of callers, also when they have been upgraded. It is drained at the end.
     pub(super) connections: Tasks,
     pub(super) draining: CancellationToken,
-    /// Whose nodes may call home here, and whose hosts may join; `None` where neither is served.
-    home: Option<Arc<Agent>>,
-    /// `None` hands its paths on.
+    /// Takes nodes that call home and hosts that join; with `None` neither is served here.
+    call_home: Option<CallHomeServices>,
+    /// Answers the page's paths here; with `None` kube-apiserver answers them.
     page: Option<Arc<dyn Page>>,
     permits: Arc<Semaphore>,
-    handshakes: HandshakePermits,
+    unauthenticated: HandshakePermits,
     pub(super) workers: Workers,
     files: Vec<Arc<dyn Watcher>>,
 }
 
 /// What the front end needs of the rest of the agent.
 pub struct Parts<'a> {
-    /// The cluster whose API is asked; `None` where none is configured.
+    /// The cluster whose API is asked, if one is configured.
     pub cluster: Option<&'a Cluster>,
     /// Serves proxy URLs, if the configuration wants them here.
     pub proxy_urls: Option<Arc<dyn ProxyUrls>>,
     /// The page, if the configuration wants it here.
     pub page: Arc<dyn Page>,
-    /// Whose nodes may call home here.
-    pub home: Option<Arc<Agent>>,
+    /// Takes calls home, if the configuration wants them here.
+    pub call_home: Option<CallHomeServices>,
     pub streams: StreamMetrics,
-    /// Set when connections are to end after the request that they are at.
+    /// Cancelled when connections are to end after the request that they are at.
     pub draining: CancellationToken,
 }
 
-/// How many there are at a moment.
+/// Why a connection is not admitted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotAdmitted {
+    #[error("too many connections of this caller's address or node")]
+    TooManyOfSource,
+    #[error("max_connections reached")]
+    TooMany,
+}
+
+/// The present load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Load {
     pub connections: usize,
@@ -88,14 +99,14 @@ pub struct Load {
 }
 
 impl FrontEnd {
-    /// Reads all files. `callers` owns the callers' connections, `background` those to API servers.
+    /// Reads all files. `callers` owns the connections of callers, `background` those to API servers.
     pub fn load(
         config: &FrontEndConfig,
         parts: Parts<'_>,
         callers: &Tasks,
         background: &Tasks,
     ) -> anyhow::Result<(Arc<Self>, Writer)> {
-        let Parts { cluster, proxy_urls, page, home, streams, draining } = parts;
+        let Parts { cluster, proxy_urls, page, call_home, streams, draining } = parts;
         let metrics = Arc::<FrontEndMetrics>::default();
         let (authn, mut files) = Authenticators::load(&config.authn, cluster)?;
         let (authz, more) = Authorizers::load(&config.authz)?;
@@ -120,35 +131,40 @@ impl FrontEnd {
             streams,
             connections: callers.clone(),
             draining,
-            home,
+            call_home,
             page: config.serve_page.then_some(page),
             permits: Arc::new(Semaphore::new(config.limits.max_connections)),
-            handshakes: HandshakePermits::new(HANDSHAKES),
+            unauthenticated: HandshakePermits::new(MAX_UNAUTHENTICATED),
             workers: Workers::start().context("no threads for the front end")?,
             files,
         });
         Ok((front_end, writer))
     }
 
-    /// Follows the files and looks at the API servers, for ever.
+    /// Follows the files and checks the API servers for as long as `background` runs.
     pub fn watch(self: &Arc<Self>, background: &Tasks) {
         background.spawn(watch(self.files.clone()));
         background.spawn(self.upstream.clone().watch_health());
     }
 
-    /// Those of the threads that serve callers.
+    /// The runtimes of the threads that serve callers.
     pub fn runtimes(&self) -> Vec<tokio::runtime::Handle> {
         self.workers.runtimes()
     }
 
-    /// The agent whose nodes may call home here.
-    pub(super) fn home(&self) -> Option<Arc<Agent>> {
-        self.home.clone()
+    /// What takes calls home, if they are served here.
+    pub(super) fn call_home(&self) -> Option<&CallHomeServices> {
+        self.call_home.as_ref()
     }
 
-    /// The page, where it serves a path.
+    /// The page, if it is served here and has this path.
     pub(super) fn page(&self, path: &str) -> Option<&Arc<dyn Page>> {
         self.page.as_ref().filter(|page| page.serves(path))
+    }
+
+    /// What bodies of requests must keep to.
+    pub(super) fn body_limits(&self) -> BodyLimits {
+        BodyLimits { max_bytes: self.config.max_body, stall_timeout: self.config.body_timeout }
     }
 
     /// When the certificates in use expire.
@@ -173,30 +189,27 @@ impl FrontEnd {
         self.upstream.status()
     }
 
-    /// How many API servers work, and how many there are.
+    /// The number of API servers that work, and of all.
     pub fn upstreams(&self) -> (usize, usize) {
         self.upstream.healthy()
     }
 
-    /// A caller's place, or why there is none.
-    pub fn admit(&self, peer: &Peer) -> Result<Admission, &'static str> {
-        let Some(counted) = self.limits.connection(peer) else {
-            return Err(self.turned_away(peer, "too many connections of this caller's address or node"));
-        };
-        let Ok(permit) = self.permits.clone().try_acquire_owned() else {
-            self.limits.count("connections");
-            return Err(self.turned_away(peer, "max_connections reached"));
-        };
-        Ok(Admission::new(self.handshakes.take(peer.ip()), permit, counted))
+    /// Admits a caller's connection, or gives the reason why not.
+    pub fn admit(&self, peer: &Peer) -> Result<Admission, NotAdmitted> {
+        let counted = self.limits.connection(peer).ok_or(NotAdmitted::TooManyOfSource);
+        let admitted = counted.and_then(|counted| {
+            let permit = self.permits.clone().try_acquire_owned().map_err(|_| {
+                self.limits.count("connections");
+                NotAdmitted::TooMany
+            })?;
+            Ok(Admission::new(self.unauthenticated.take(peer.ip()), permit, counted))
+        });
+        admitted.inspect_err(|reason| self.refused(peer, reason))
     }
 
-    fn turned_away(&self, peer: &Peer, reason: &'static str) -> &'static str {
-        self.refused(peer, &reason);
-        reason
-    }
-
+    /// Counts a caller that got no answer.
     pub(super) fn refused(&self, peer: &Peer, error: &dyn fmt::Display) {
-        self.streams.bad_request(DOOR);
-        tracing::debug!(egress = DOOR, %peer, %error, "refused a caller");
+        self.streams.bad_request(LISTENER);
+        tracing::debug!(egress = LISTENER, %peer, %error, "caller refused");
     }
 }

@@ -1,4 +1,4 @@
-//! The tasks of HTTP/2 streams, which end where their caller takes nothing.
+//! The tasks of HTTP/2 streams, which end when their caller stops taking the response.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,7 +11,7 @@ tokio::task_local! {
     static PROGRESS: Arc<Progress>;
 }
 
-/// That of the response which the current task makes.
+/// The progress of the response that the current task makes.
 pub(super) fn progress() -> Arc<Progress> {
     PROGRESS.try_with(Arc::clone).unwrap_or_default()
 }
@@ -20,9 +20,9 @@ pub(super) fn progress() -> Arc<Progress> {
 #[derive(Clone)]
 pub(super) struct Streams {
     pub tasks: Tasks,
-    /// How long a caller may take nothing of a response that is there.
+    /// How long a caller may take nothing of a response.
     pub patience: Duration,
-    /// Cancelled when the connection has to end, as what is left of a response can't be taken back.
+    /// Cancelled when the connection has to end, because hyper holds parts of a response that nobody takes.
     pub ending: CancellationToken,
 }
 
@@ -35,7 +35,7 @@ where
         tasks.spawn(async move {
             let progress = Arc::<Progress>::default();
             let served = PROGRESS.scope(progress.clone(), stream);
-            // Dropping the stream resets it, and ends what its request has begun.
+            // Dropping the stream resets it, and ends whatever its request has begun.
             tokio::select! {
                 () = served => {}
                 () = progress.stalled(patience) => {}

@@ -1,7 +1,7 @@
-//! TLS of the port: certificates by name, and the caller's own certificate.
+//! TLS of the HTTPS port: serving certificates by name, and the certificates of callers.
 //!
-//! A caller's certificate is asked for, and in the handshake only its possession is proved; [`access::authn`] finds out
-//! what it is worth, and finds it out again on open connections when a CA or a list of revoked certificates changes.
+//! In the handshake a caller only proves that it has the key of its certificate. [`access::authn`] verifies the
+//! certificate, and verifies it again on open connections when a CA or a revocation list has changed.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -35,14 +35,13 @@ impl ServingCertificate {
     }
 }
 
-/// What new connections are served with.
+/// What new connections are served with, as of the last change of the files.
 pub struct Serving {
     pub config: Arc<ServerConfig>,
     pub expiries: Vec<X509Expiry>,
 }
 
-/// The configuration for new connections, which follows the files. `ask` is whether callers are asked for a
-/// certificate.
+/// Loads the serving certificates, which follow their files. `ask` says whether callers are asked for certificates.
 pub fn load(certificates: Vec<ServingCertificate>, ask: bool) -> anyhow::Result<Arc<FileWatcher<Serving>>> {
     let files = certificates.iter().flat_map(|c| [c.cert.clone(), c.key.clone()]).collect();
     FileWatcher::load("the front end's certificates", files, move || {
@@ -67,7 +66,7 @@ fn server_config(certificates: &[ServingCertificate], ask: bool) -> anyhow::Resu
     Ok(config)
 }
 
-/// The first certificate that is for the name that the caller asks for; for any other name, the first.
+/// Serves the first certificate for the name that the caller asks for, and the first of all for any other name.
 #[derive(Debug)]
 struct ByName(Vec<(Vec<String>, Arc<CertifiedKey>)>);
 
@@ -124,7 +123,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names() {
+    fn a_wildcard_stands_for_one_label() {
         for (pattern, name, same) in [
             ("a.example", "a.example", true),
             ("*.example", "a.example", true),

@@ -1,9 +1,9 @@
-//! Callers that come through their node's tunnel: for nodes and pods without a route to the front end's port.
+//! Callers that come through their node's tunnel, because their node or pod has no route to the front end's port.
 //!
-//! A node-agent opens streams on a multiplexer of their own, a plain sshd forwarded-tcpip channels for the address
-//! that it was asked to listen on. Either way a stream ends at the front end and nowhere else, whatever the node
-//! asks for, and TLS begins at the caller. To the front end such a caller is the node's: its limits are shared by
-//! all that come from that node, and nothing of what the node says of a caller is believed.
+//! A node-agent opens streams on a multiplexer that is for them alone; a plain sshd opens forwarded-tcpip channels for
+//! the address that it was asked to listen on. Either way a stream ends at the front end and nowhere else, whatever the
+//! node asks for, and TLS begins at the caller. The front end counts such a caller as the node's: all callers of a node
+//! share its limits, and nothing that the node says about a caller is believed.
 
 use std::{net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
@@ -24,17 +24,17 @@ use crate::{
         target_socket,
     },
     traces::Span,
-    tunnel::Tunnel,
-    tunnels::callers::ServeCallers,
+    tunnels::{callers::ServeCallers, tunnel::Tunnel},
 };
 
-/// In records and metrics.
-const DOOR: &str = "front-end-tunnel";
-/// Bytes that wait each way between a stream and the front end.
-const PIPE: usize = 16 * 1024;
-/// Characters kept of what a node says of a caller.
-const ORIGIN: usize = 100;
-/// How long until an sshd that refused to listen is asked again. The session before may still hold the address.
+/// The name of such callers in records and metrics of streams.
+const LISTENER: &str = "front-end-tunnel";
+/// Bytes that are buffered in each direction between a stream and the front end.
+const BUFFER: usize = 16 * 1024;
+/// Characters that are kept of what a node says about a caller.
+const MAX_ORIGIN: usize = 100;
+/// How long to wait before an sshd that refused to listen is asked again: the previous session may still hold the
+/// address.
 const RETRY: Duration = Duration::from_secs(5);
 
 impl ServeCallers for FrontEnd {
@@ -56,14 +56,14 @@ async fn serve(front_end: Arc<FrontEnd>, tunnel: Arc<Tunnel>, listen: Option<Soc
     }
     match tunnel.open_front_end(front_end.config.max_connections_per_node).await {
         Ok(Some(events)) => serve_mux(&front_end, &tunnel, events).await,
-        Ok(None) => tracing::debug!(node = %tunnel.node, "the node has no local endpoint"),
+        Ok(None) => tracing::debug!(node = %tunnel.node, "node has no local endpoint"),
         Err(error) => tracing::warn!(node = %tunnel.node, %error, "no streams to the front end"),
     }
 }
 
 async fn serve_mux(front_end: &Arc<FrontEnd>, tunnel: &Arc<Tunnel>, mut events: Events) {
-    tracing::info!(node = %tunnel.node, "the front end is served through the tunnel");
-    let mut told = false;
+    tracing::info!(node = %tunnel.node, "front end served through the tunnel");
+    let mut logged = false;
     while let Some(incoming) = events.incoming.recv().await {
         match admit(front_end, tunnel, &incoming) {
             Ok(admission) => {
@@ -76,10 +76,11 @@ async fn serve_mux(front_end: &Arc<FrontEnd>, tunnel: &Arc<Tunnel>, mut events: 
                 });
             }
             Err(error) => {
-                // A node may ask as often as it likes.
-                if matches!(error, DialError::Policy { .. }) && !told {
-                    told = true;
-                    tracing::warn!(node = %tunnel.node, target = %incoming.target, %error, "a node asks for what it may not have");
+                // A node may ask as often as it likes, and fills the log only once.
+                if matches!(error, DialError::Policy { .. }) && !logged {
+                    logged = true;
+                    let target = &incoming.target;
+                    tracing::warn!(node = %tunnel.node, %target, %error, "node asked for more than the front end");
                 }
                 incoming.reject(error);
             }
@@ -103,11 +104,11 @@ fn admit(front_end: &FrontEnd, tunnel: &Tunnel, incoming: &Incoming) -> Result<A
 
 async fn serve_forwarded(front_end: &Arc<FrontEnd>, tunnel: &Arc<Tunnel>, address: SocketAddr) {
     let most = front_end.config.max_connections_per_node;
-    let mut told = false;
+    let mut logged = false;
     while !tunnel.has_ended() {
         match tunnel.forward(address, most).await {
             Ok(mut callers) => {
-                tracing::info!(node = %tunnel.node, %address, "the front end is served at the node's sshd");
+                tracing::info!(node = %tunnel.node, %address, "front end served at the node's sshd");
                 while let Some(caller) = callers.recv().await {
                     let Ok(admission) = front_end.admit(&peer(tunnel)) else { continue };
                     if front_end.draining.is_cancelled() {
@@ -120,9 +121,9 @@ async fn serve_forwarded(front_end: &Arc<FrontEnd>, tunnel: &Arc<Tunnel>, addres
                     });
                 }
             }
-            Err(error) if !told => {
-                told = true;
-                tracing::warn!(node = %tunnel.node, %address, %error, "the node's sshd does not listen for the front end; asking it again and again");
+            Err(error) if !logged => {
+                logged = true;
+                tracing::warn!(node = %tunnel.node, %address, %error, "the node's sshd does not listen for the front end");
             }
             Err(error) => {
                 tracing::debug!(node = %tunnel.node, %address, %error, "the node's sshd still does not listen")
@@ -132,7 +133,7 @@ async fn serve_forwarded(front_end: &Arc<FrontEnd>, tunnel: &Arc<Tunnel>, addres
     }
 }
 
-/// Carries one caller's bytes to the front end and back, and leaves a record.
+/// Carries the bytes of one caller to the front end and back, and leaves the record of the stream.
 async fn carry(
     front_end: &Arc<FrontEnd>,
     tunnel: &Tunnel,
@@ -141,14 +142,14 @@ async fn carry(
     admission: Admission,
 ) {
     let Ok(target) = FRONT_END.parse::<Target>() else { return };
-    let origin: String = origin.chars().take(ORIGIN).collect();
+    let origin: String = origin.chars().take(MAX_ORIGIN).collect();
     let origin = Origin(format!("node {}, which says {origin:?}", tunnel.node));
-    let caller = Caller::new(DOOR, origin);
+    let caller = Caller::new(LISTENER, origin);
     let node = Some(tunnel.node.clone());
-    // Its requests have spans of their own.
+    // The requests have spans of their own.
     let opened = Opened { caller, target, node, reason: "tunnel".to_owned(), span: Span::default() };
     let mut record = Record::open(front_end.streams.clone(), opened);
-    let (near, far) = target_socket::pair_of(PIPE);
+    let (near, far) = target_socket::pair_of(BUFFER);
     let half_closed = front_end.config.half_closed_timeout;
     let served = front_end.clone().serve_caller(near, peer(tunnel), admission);
     let carried = far.carry(|mut io| async {

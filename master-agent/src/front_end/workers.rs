@@ -1,5 +1,6 @@
-//! The threads that serve the port. A caller's connection stays on one of them, and so does the connection to the API
-//! server that its requests go over: a request changes no threads. Handshakes of strangers hold up no tunnels.
+//! The threads that serve the HTTPS port. A caller's connection stays on one of them, and so does the connection to the
+//! API server that its requests use, so that a request never changes threads. TLS handshakes of unauthenticated callers
+//! run on these threads and can't hold up tunnels.
 
 use std::{cell::Cell, io, sync::Arc, thread};
 
@@ -10,20 +11,20 @@ use tokio::{
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 thread_local! {
-    static PLACE: Cell<usize> = const { Cell::new(0) };
+    static NUMBER: Cell<usize> = const { Cell::new(0) };
 }
 
-/// How many there are: as many as cores.
+/// The number of threads, which is that of the cores.
 pub fn count() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// The number of this thread, from 1; 0 for all that are none of them.
+/// The number of this thread, from 1; 0 for all threads that do not serve the port.
 pub fn current() -> usize {
-    PLACE.get()
+    NUMBER.get()
 }
 
-/// All of them. They end once this is dropped.
+/// All threads. They end once this is dropped.
 pub struct Workers {
     all: Vec<Worker>,
     _stop: DropGuard,
@@ -31,22 +32,29 @@ pub struct Workers {
 
 struct Worker {
     runtime: Handle,
-    /// A clone for each connection.
+    /// Has one clone for each connection.
     load: Load,
 }
 
-/// Counts as a connection for as long as it lives.
+/// Counts as a connection of its thread until it is dropped.
 pub type Load = Arc<()>;
+
+/// A socket, and the thread that it belongs to.
+pub struct Assigned {
+    pub socket: TcpStream,
+    pub runtime: Handle,
+    pub load: Load,
+}
 
 impl Workers {
     pub fn start() -> io::Result<Self> {
         let stop = CancellationToken::new();
-        let start = |place| {
+        let start = |number| {
             let runtime = Builder::new_current_thread().enable_all().build()?;
             let worker = Worker { runtime: runtime.handle().clone(), load: Load::default() };
             let stopped = stop.clone();
-            thread::Builder::new().name(format!("front-end-{place}")).spawn(move || {
-                PLACE.set(place);
+            thread::Builder::new().name(format!("front-end-{number}")).spawn(move || {
+                NUMBER.set(number);
                 runtime.block_on(stopped.cancelled());
                 runtime.shutdown_background();
             })?;
@@ -56,21 +64,21 @@ impl Workers {
         Ok(Self { all, _stop: stop.drop_guard() })
     }
 
-    /// The runtime of each.
+    /// The runtimes of all threads.
     pub fn runtimes(&self) -> Vec<Handle> {
         self.all.iter().map(|worker| worker.runtime.clone()).collect()
     }
 
-    /// Hands a socket over to the one that has the fewest: gives the socket there, and its runtime.
-    pub fn take(&self, socket: TcpStream) -> io::Result<(TcpStream, Handle, Load)> {
+    /// Hands a socket over to the thread that has the fewest connections.
+    pub fn assign(&self, socket: TcpStream) -> io::Result<Assigned> {
         let fewest = self.all.iter().min_by_key(|worker| Arc::strong_count(&worker.load));
         let Worker { runtime, load } = fewest.ok_or_else(|| io::Error::other("no thread serves"))?;
         let socket = socket.into_std()?;
         let socket = {
-            let _there = runtime.enter();
+            let _entered = runtime.enter();
             TcpStream::from_std(socket)?
         };
-        Ok((socket, runtime.clone(), load.clone()))
+        Ok(Assigned { socket, runtime: runtime.clone(), load: load.clone() })
     }
 }
 
@@ -94,7 +102,7 @@ mod tests {
         for _ in 0..2 * count() {
             callers.push(TcpStream::connect(address).await.unwrap());
             let (socket, _) = listener.accept().await.unwrap();
-            let (mut socket, runtime, load) = workers.take(socket).unwrap();
+            let Assigned { mut socket, runtime, load } = workers.assign(socket).unwrap();
             let serve = async move {
                 while socket.read_u8().await.is_ok() {
                     socket.write_u64(current() as u64).await.unwrap();
@@ -103,17 +111,17 @@ mod tests {
             };
             tasks.spawn_on(serve, &runtime);
         }
-        let mut places = Vec::new();
+        let mut numbers = Vec::new();
         for caller in &mut callers {
             caller.write_u8(0).await.unwrap();
-            let place = caller.read_u64().await.unwrap();
+            let number = caller.read_u64().await.unwrap();
             caller.write_u8(0).await.unwrap();
-            assert_eq!(caller.read_u64().await.unwrap(), place);
-            places.push(place);
+            assert_eq!(caller.read_u64().await.unwrap(), number);
+            numbers.push(number);
         }
-        places.sort_unstable();
-        let expected: Vec<u64> = (1..=count() as u64).flat_map(|place| [place, place]).collect();
-        assert_eq!(places, expected);
+        numbers.sort_unstable();
+        let expected: Vec<u64> = (1..=count() as u64).flat_map(|number| [number, number]).collect();
+        assert_eq!(numbers, expected);
         assert_eq!(current(), 0);
         drop(callers);
         assert_eq!(tasks.drain(std::time::Duration::from_secs(10)).await, 0);

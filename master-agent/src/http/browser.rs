@@ -1,5 +1,5 @@
-//! What keeps web pages of elsewhere from using a server through the browser of somebody who can reach it: requests that a
-//! page of another origin makes are refused, and on loopback those for other hosts, too (DNS rebinding).
+//! Keeps web pages of other origins from using a server through the browser of somebody who can reach it. Requests that
+//! such a page makes are refused, and on loopback also requests for another host (DNS rebinding).
 
 use std::net::IpAddr;
 
@@ -8,7 +8,7 @@ use hyper::{
     header::{self, HeaderValue},
 };
 
-/// Refuses hosts that are not this one, which a browser was made to take for this one (DNS rebinding).
+/// Refuses requests for another host, whose name a browser was made to resolve to this one (DNS rebinding).
 pub fn refuse_other_hosts(uri: &Uri, headers: &HeaderMap) -> Result<(), String> {
     let mut hosts = headers.get_all(header::HOST).iter().map(|h| h.to_str().unwrap_or("?"));
     let host = hosts.next().unwrap_or_default();
@@ -25,7 +25,8 @@ pub fn refuse_other_hosts(uri: &Uri, headers: &HeaderMap) -> Result<(), String> 
     Ok(())
 }
 
-/// Refuses what a browser sends for a page of another origin than this server's, which is at `proto` (`http` or `https`).
+/// Refuses what a browser sends on behalf of a page of another origin than this server's. `proto` is the scheme of this
+/// server, `http` or `https`.
 pub fn refuse_other_origins(proto: &str, uri: &Uri, headers: &HeaderMap) -> Result<(), String> {
     let host = asked_host(uri, headers);
     for origin in headers.get_all(header::ORIGIN) {
@@ -41,13 +42,13 @@ pub fn refuse_other_origins(proto: &str, uri: &Uri, headers: &HeaderMap) -> Resu
     }
 }
 
-/// The host that the caller asks for; empty where it names none.
+/// The host that the caller asks for; empty if it names none.
 pub fn asked_host<'a>(uri: &'a Uri, headers: &'a HeaderMap) -> &'a str {
     let header = || headers.get(header::HOST).and_then(|host| host.to_str().ok());
     uri.authority().map(|authority| authority.as_str()).or_else(header).unwrap_or_default()
 }
 
-/// Whether a `Host` is this host, seen from this host.
+/// Whether a `Host` header names this host, as seen from this host.
 fn is_loopback(host: &str) -> bool {
     let (name, port) = match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
         Some((name, port)) => (name, port),
@@ -79,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn browsers_come_from_here_only() {
+    fn only_pages_of_this_host_are_served() {
         let check = |lines: &[(&str, &str)], uri: &str| {
             let (uri, headers) = (uri.parse().unwrap(), map(lines));
             refuse_other_hosts(&uri, &headers)

@@ -1,17 +1,17 @@
-//! Headers by which servers take an authenticating proxy's word for who a caller is and where it comes from. None of
-//! them is the caller's to send.
+//! Headers in which an authenticating proxy tells servers who a caller is and where it comes from. Callers must not send
+//! any of them.
 
 use hyper::{HeaderMap, header::HeaderName};
 
 use super::hop::remove_all;
 
-/// Kubernetes' own, those of proxies such as oauth2-proxy and Traefik's forward authentication, and what says where a
-/// request came from.
+/// The headers of Kubernetes, those of proxies such as oauth2-proxy and Traefik's forward authentication, and those that
+/// say where a request came from.
 const PREFIXES: [&str; 4] = ["x-remote-", "impersonate-", "x-auth-request-", "x-forwarded-"];
 const NAMES: [&str; 2] = ["forwarded", "x-real-ip"];
 
-/// Names of headers in every spelling that some server takes for the same: CGI and its like make one character of all
-/// that are no letters or digits.
+/// Names of headers, in every spelling that some server takes for the same name: CGI and similar interfaces replace all
+/// characters but letters and digits by the same one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Claims {
     names: Vec<String>,
@@ -25,7 +25,7 @@ impl Default for Claims {
 }
 
 impl Claims {
-    /// The usual ones, and more.
+    /// The headers that are always claims, and some more.
     pub fn with<'a>(names: impl Iterator<Item = &'a str>, prefixes: impl Iterator<Item = &'a str>) -> Self {
         let mut this = Self::default();
         this.names.extend(names.map(fold));
@@ -47,7 +47,7 @@ impl Claims {
     }
 }
 
-/// The one spelling of a header's name that stands for all.
+/// The spelling of a header's name that stands for all its spellings.
 pub fn fold(name: &str) -> String {
     name.bytes().map(|byte| char::from(folded(byte))).collect()
 }
@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_spelling_is_the_same_claim() {
+    fn every_spelling_of_a_name_is_the_same_claim() {
         let claims = Claims::with(["X-Kube-User", "x_kube_group"].into_iter(), ["X-Kube-Extra-"].into_iter());
         for name in [
             "X-Remote-User",

@@ -1,5 +1,5 @@
-//! What is left of a request once its response has begun: the response's body, or an upgraded connection, either with the
-//! hold that it has on the connection to the target.
+//! The rest of an exchange once its response has begun: the body of the response, or an upgraded connection. Either keeps
+//! the connection to the target open.
 
 use std::{
     pin::Pin,
@@ -19,8 +19,8 @@ use tokio::sync::oneshot;
 
 use super::watched::Busy;
 
-/// How long the rest of an exchange may take once its response has been passed on: an upload that was answered
-/// before its end, or the target's closing.
+/// How long the rest of an exchange may take once its response has been passed on, be it an upload that was answered
+/// before its end or the target's closing.
 const LINGER: Duration = Duration::from_secs(5);
 
 /// The body of a response.
@@ -39,12 +39,12 @@ impl Body {
         Self::from(Full::default())
     }
 
-    /// As it comes from the target.
+    /// A body that is passed on as it comes from the target.
     pub fn relayed(incoming: Incoming, exchange: Exchange) -> Self {
         Self { content: Content::Relayed { incoming, exchange }, _busy: None }
     }
 
-    /// Until it has been passed on, or given up.
+    /// Keeps the caller's connection busy until the body has been passed on or given up.
     pub fn while_busy(self, busy: Busy) -> Self {
         Self { _busy: Some(busy), ..self }
     }
@@ -91,7 +91,7 @@ impl HttpBody for Body {
     }
 }
 
-/// A connection that has changed to another protocol, on both sides.
+/// A connection that has changed to another protocol at both ends.
 pub struct Upgrade {
     pub caller: OnUpgrade,
     pub target: OnUpgrade,
@@ -101,7 +101,7 @@ pub struct Upgrade {
 }
 
 impl Upgrade {
-    /// Passes on raw bytes until both directions have ended, or one has and the other is silent, or `until` completes.
+    /// Relays raw bytes until both directions have ended, one has ended and the other is silent, or `until` completes.
     pub async fn carry(self, carried: &Counters, until: impl Future<Output = ()>) {
         let Self { caller, target, mut exchange, busy, half_closed_timeout } = self;
         let (Ok(caller), Ok(target)) = (caller.await, target.await) else { return };
@@ -117,12 +117,12 @@ impl Upgrade {
     }
 }
 
-/// Keeps the connection to the target for as long as its exchange goes on. Dropped before the end, the connection is
-/// cut at once.
+/// Keeps the connection to the target open while its exchange goes on. If it is dropped before the end, the connection
+/// is cut at once.
 pub struct Exchange(Option<oneshot::Sender<()>>);
 
 impl Exchange {
-    /// Beside it: what completes when the connection is not wanted any more.
+    /// The second value completes when the connection is no longer wanted.
     pub fn new() -> (Self, impl Future<Output = ()> + Send) {
         let (sender, receiver) = oneshot::channel();
         let unwanted = async {
@@ -133,7 +133,7 @@ impl Exchange {
         (Self(Some(sender)), unwanted)
     }
 
-    /// The response has been passed on to its end.
+    /// The response has been passed on completely.
     fn complete(&mut self) {
         if let Some(sender) = self.0.take() {
             let _ = sender.send(());

@@ -1,11 +1,11 @@
-//! Headers that concern one connection only, and what a message asks of it.
+//! Headers that concern a single connection, and what a message asks of its connection.
 
 use hyper::{
     HeaderMap,
     header::{self, HeaderName, HeaderValue},
 };
 
-/// RFC 9110 §7.6.1, besides what `Connection` itself names.
+/// RFC 9110 §7.6.1. The headers that `Connection` names come on top.
 static HOP_BY_HOP: [HeaderName; 8] = [
     header::CONNECTION,
     HeaderName::from_static("keep-alive"),
@@ -16,13 +16,13 @@ static HOP_BY_HOP: [HeaderName; 8] = [
     header::TRANSFER_ENCODING,
     header::UPGRADE,
 ];
-/// How a WebSocket carries a bearer token for kube-apiserver.
+/// The prefix of the WebSocket subprotocol in which kube-apiserver takes a bearer token.
 const BEARER_PROTOCOL: &str = "base64url.bearer.authorization.k8s.io.";
 
-/// What a request asks of its connection, beside its own meaning.
+/// What a request asks of its connection.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hop {
-    /// The protocols that it wants to change to.
+    /// The protocols that the request wants to change to.
     pub upgrade: Option<HeaderValue>,
     pub chunked: bool,
     pub trailers: bool,
@@ -49,15 +49,15 @@ pub fn refuse_other_encodings(headers: &HeaderMap) -> Result<(), String> {
     }
 }
 
-/// Removes what concerns the connection alone.
+/// Removes the headers that concern the connection alone.
 pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
     let named: Vec<HeaderName> =
         tokens(headers, &header::CONNECTION).filter_map(|t| HeaderName::try_from(t).ok()).collect();
     remove_all(headers, |name| HOP_BY_HOP.contains(name) || named.contains(name));
 }
 
-/// Removes all headers whose names are such. Of those that most messages have none of, looking for each would take
-/// longer.
+/// Removes all headers whose names fulfil a condition. Looking up each of many names would take longer, as most messages
+/// have none of them.
 pub fn remove_all(headers: &mut HeaderMap, such: impl Fn(&HeaderName) -> bool) {
     let gone: Vec<HeaderName> = headers.keys().filter(|name| such(name)).cloned().collect();
     for name in &gone {
@@ -65,7 +65,7 @@ pub fn remove_all(headers: &mut HeaderMap, such: impl Fn(&HeaderName) -> bool) {
     }
 }
 
-/// Removes a bearer token from the WebSocket protocols that a caller offers.
+/// Removes a bearer token from the WebSocket subprotocols that a caller offers.
 pub fn remove_bearer_protocol(headers: &mut HeaderMap) {
     let name = header::SEC_WEBSOCKET_PROTOCOL;
     if !tokens(headers, &name).any(|t| t.starts_with(BEARER_PROTOCOL)) {
@@ -79,7 +79,7 @@ pub fn remove_bearer_protocol(headers: &mut HeaderMap) {
     };
 }
 
-/// The elements of a header that is a list.
+/// The elements of a header whose value is a list.
 pub fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> + use<'a> {
     let values = headers.get_all(name).iter().filter_map(|v| v.to_str().ok());
     values.flat_map(|v| v.split(',')).map(str::trim).filter(|t| !t.is_empty())
@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn codings() {
+    fn only_one_chunked_coding_is_accepted() {
         let check = |lines: &[(&str, &str)]| {
             let mut headers = HeaderMap::new();
             for (name, value) in lines {

@@ -1,4 +1,4 @@
-//! What the egress listener of proxy URLs and the front end have in common as HTTP servers and proxies.
+//! What the front end and the egress listener of proxy URLs share as HTTP servers and proxies.
 
 pub mod browser;
 pub mod claims;
@@ -11,7 +11,7 @@ use std::net::IpAddr;
 
 use proto_net::tasks::Tasks;
 
-/// Runs the tasks of an HTTP/2 connection where they are drained with the others.
+/// Runs the tasks of an HTTP/2 connection in a group that is drained with the others.
 #[derive(Clone)]
 pub struct Executor(pub Tasks);
 
@@ -25,7 +25,7 @@ where
     }
 }
 
-/// Whether a host, as a URL has it, is this one.
+/// Whether the host of a URL is a loopback address.
 pub fn is_loopback(host: &str) -> bool {
     let host = host.trim_start_matches('[').trim_end_matches(']');
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())

@@ -6,7 +6,7 @@ use hyper::{Response, StatusCode, header};
 use proto::DialError;
 use serde_json::json;
 
-/// Why a request is answered here and not by its target.
+/// Why the agent itself answers a request, and not the target.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct Failure {
@@ -26,12 +26,12 @@ impl Failure {
         Self { retry_after: Some(seconds), ..self }
     }
 
-    /// The target, or what stands for it, did not do as it should.
+    /// The target, or a proxy in front of it, does not follow the protocol.
     pub fn bad_gateway(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_GATEWAY, message)
     }
 
-    /// From the directory rather than from a dial: what has no route there is not known at all.
+    /// A failure to look a target up, rather than to dial it: a target without a route is not known at all.
     pub fn unknown(error: &DialError) -> Self {
         let failure = Self::from(error);
         let unknown = matches!(error, DialError::NoRoute(_));
@@ -78,7 +78,7 @@ impl From<&DialError> for Failure {
     }
 }
 
-/// The word of the Kubernetes API for a code, where it has one.
+/// The Kubernetes API's reason for a code, if it has one.
 fn reason(code: StatusCode) -> &'static str {
     match code {
         StatusCode::BAD_REQUEST => "BadRequest",
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn codes() {
+    fn every_dial_error_has_a_code() {
         let text = || "x".to_owned();
         for (error, code) in [
             (DialError::BadTarget(text()), 400),

@@ -1,4 +1,4 @@
-//! A caller's socket that knows whether a request's head is being sent, and for how long.
+//! A caller's socket that knows whether the head of a request is being sent, and for how long.
 
 use std::{
     io,
@@ -16,11 +16,11 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
-/// Requests of one connection: those that have not been answered to the end, and all of them.
+/// Counts the requests of one connection: those whose answers are not complete, and all of them.
 #[derive(Clone, Debug, Default)]
 pub struct Activity(Arc<(AtomicUsize, AtomicUsize)>);
 
-/// One such request.
+/// A request whose answer is not complete. Dropping it completes the answer.
 #[derive(Debug)]
 pub struct Busy(Activity);
 
@@ -35,8 +35,8 @@ impl Activity {
         self.0.0.load(Ordering::Relaxed) == 0
     }
 
-    /// Completes when no request has begun within `first`, or when there has been none for `idle`, or up to twice
-    /// as long.
+    /// Completes when no request has begun within `first`, or when there has been none for `idle`, or for up to twice as
+    /// long.
     pub async fn unused(&self, first: Duration, idle: Duration) {
         tokio::time::sleep(first).await;
         let mut begun = 0;
@@ -57,15 +57,15 @@ impl Drop for Busy {
     }
 }
 
-/// Reading fails once a head has taken longer than it may, from its first byte or, for the first one, from the
-/// beginning of the connection.
+/// Fails to read once a head has taken longer than the timeout. The time runs from the head's first byte, and for the
+/// first head from the beginning of the connection.
 pub struct Watched<S> {
     socket: S,
     deadline: Pin<Box<Sleep>>,
     activity: Activity,
     timeout: Duration,
-    /// A head is due by the deadline.
-    head: bool,
+    /// A head has to be complete by the deadline.
+    awaits_head: bool,
     /// Requests whose heads have been read.
     begun: usize,
 }
@@ -77,7 +77,7 @@ impl<S> Watched<S> {
             deadline: Box::pin(tokio::time::sleep(timeout)),
             activity,
             timeout,
-            head: true,
+            awaits_head: true,
             begun: 0,
         }
     }
@@ -92,17 +92,17 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
         let this = &mut *self;
         if this.begun != this.activity.begun() {
             this.begun = this.activity.begun();
-            this.head = false;
+            this.awaits_head = false;
         }
         let read = Pin::new(&mut this.socket).poll_read(cx, buf);
         if !this.activity.is_idle() {
             return read;
         }
-        if read.is_ready() && !this.head {
-            this.head = true;
+        if read.is_ready() && !this.awaits_head {
+            this.awaits_head = true;
             this.deadline.as_mut().reset(Instant::now() + this.timeout);
         }
-        if this.head && this.deadline.as_mut().poll(cx).is_ready() {
+        if this.awaits_head && this.deadline.as_mut().poll(cx).is_ready() {
             let message = "the request's head did not arrive in time";
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, message)));
         }

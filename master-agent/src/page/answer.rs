@@ -1,4 +1,4 @@
-//! What is answered below the prefix, in both places.
+//! The answers of the page, at both sites.
 
 use std::time::Duration;
 
@@ -13,32 +13,31 @@ use proto_net::{admin, dialer::Origin};
 use tokio::time::Instant;
 
 use super::{
-    paths::{EVENTS, WITHOUT_SLASH},
+    paths::{EVENTS, Site, WITHOUT_SLASH},
     response::{HTML, POLICY, REPORT_POLICY, asset, guarded, json, redirect, refusal},
     state::Page,
 };
 use crate::{
-    agent::Agent,
     compare::{html, report::Overview},
-    tunnels::explain,
+    tunnels::explain::Explainer,
 };
 
-/// Of what is to be explained.
+/// Bytes of a target that is to be explained.
 const MAX_TARGET: usize = 1024;
-/// For that to arrive.
+/// How long the target may take to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Who looks at the page.
+/// Whoever looks at the page.
 pub(super) struct Viewer {
-    /// Of what it has dialled.
+    /// Names the viewer in the records of what it has dialled.
     pub origin: Origin,
-    /// When it must ask again to be told what is live.
+    /// When live events end, so that the viewer has to be authorized again.
     pub end: Instant,
-    pub on_front_end: bool,
+    pub site: Site,
 }
 
-/// Answers what is asked for below the prefix. `own` says whether the page itself asks; only it may have
-/// something done.
+/// Answers a request for a path below the prefix. `own` says whether the page itself makes the request, which alone may
+/// cause anything to happen.
 pub(super) async fn answer<B>(
     page: &Page,
     path: &str,
@@ -65,7 +64,7 @@ where
         "page.css" => asset("text/css; charset=utf-8", include_str!("assets/page.css")),
         "page.js" => asset("text/javascript; charset=utf-8", include_str!("assets/page.js")),
         "icon.svg" => asset("image/svg+xml", include_str!("assets/icon.svg")),
-        EVENTS => match page.live.watch(page.agent.draining.clone(), viewer.end, viewer.on_front_end) {
+        EVENTS => match page.live.watch(page.draining.clone(), viewer.end, viewer.site) {
             Some(body) => {
                 let mut response = Response::new(body);
                 let stream = HeaderValue::from_static("text/event-stream");
@@ -75,7 +74,7 @@ where
             None => refusal(StatusCode::SERVICE_UNAVAILABLE, "too many pages are open; close one"),
         },
         "explain" => match own {
-            Ok(()) => explain_target(&page.agent, request.into_body(), viewer.origin).await,
+            Ok(()) => explain_target(&page.explainer, request.into_body(), viewer.origin).await,
             Err(reason) => refusal(StatusCode::FORBIDDEN, reason),
         },
         "comparison.json" => match page.comparison() {
@@ -96,7 +95,7 @@ where
         },
         path => {
             let name = path.strip_prefix("nodes/").and_then(|name| name.parse().ok());
-            match name.and_then(|name| page.agent.registry.detail(&name)) {
+            match name.and_then(|name| page.registry.detail(&name)) {
                 Some(detail) => json(&detail),
                 None => refusal(StatusCode::NOT_FOUND, "no such page, or no such node"),
             }
@@ -116,7 +115,7 @@ struct Summary<'a> {
     overview: Overview,
 }
 
-async fn explain_target<B>(agent: &Agent, body: B, origin: Origin) -> Response<admin::Body>
+async fn explain_target<B>(explainer: &Explainer, body: B, origin: Origin) -> Response<admin::Body>
 where
     B: Body<Data = Bytes>,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -126,7 +125,7 @@ where
         Ok(Ok(body)) => body.to_bytes(),
         Ok(Err(_)) | Err(_) => return refusal(StatusCode::BAD_REQUEST, "expected a target: HOST:PORT"),
     };
-    match explain::explain(agent, String::from_utf8_lossy(&target).trim(), origin).await {
+    match explainer.explain(String::from_utf8_lossy(&target).trim(), origin).await {
         Ok(explanation) => json(&explanation),
         Err(error) => refusal(StatusCode::BAD_REQUEST, &error),
     }

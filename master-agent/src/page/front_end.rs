@@ -10,14 +10,14 @@ use tokio::time::Instant;
 use super::{
     answer::{Viewer, answer},
     guard,
-    paths::{EVENTS, FRONT_END, below},
+    paths::{EVENTS, FRONT_END, Site, below},
     response::refusal,
     state::Page,
 };
 use crate::front_end::{page, upstream::RequestBody};
 
-/// After so long on the front end, whoever watches is authorized again.
-const AGAIN: Duration = Duration::from_secs(60);
+/// After this time on the front end, whoever watches has to be authorized again.
+const AUTHORIZED: Duration = Duration::from_secs(60);
 
 impl page::Page for Page {
     fn serves(&self, path: &str) -> bool {
@@ -39,7 +39,7 @@ impl page::Page for Page {
                 return refusal(StatusCode::NOT_FOUND, "no such page");
             };
             let own = guard::own_page_through_proxies(&request);
-            let viewer = Viewer { origin, end: Instant::now() + AGAIN, on_front_end: true };
+            let viewer = Viewer { origin, end: Instant::now() + AUTHORIZED, site: Site::FrontEnd };
             answer(&self, path, request, own, viewer).await
         })
     }

@@ -1,11 +1,11 @@
-//! Whether a request may be what it seems to be: browsers send requests for pages of anybody.
+//! Whether a request comes from the page itself: browsers also send requests on behalf of other pages.
 
 use std::net::{IpAddr, SocketAddr};
 
 use hyper::{HeaderMap, Request, header};
 
-/// The `Host` of a request, which is a loopback address or `localhost` with this listener's port: anything else is a
-/// name that a browser was made to take for this host (DNS rebinding).
+/// The `Host` of a request, if it is a loopback address or `localhost` with this listener's port. Anything else is a name
+/// that a browser was made to resolve to this host (DNS rebinding).
 pub(super) fn local_host<B>(request: &Request<B>, listen: SocketAddr) -> Option<&str> {
     let mut hosts = request.headers().get_all(header::HOST).iter();
     let host = hosts.next()?.to_str().ok().filter(|_| hosts.next().is_none())?;
@@ -14,7 +14,7 @@ pub(super) fn local_host<B>(request: &Request<B>, listen: SocketAddr) -> Option<
 }
 
 fn is_local(host: &str, port: u16) -> bool {
-    // A browser leaves out the port that its scheme has anyway.
+    // A browser leaves out the default port of the scheme.
     let (name, asked) = match host.rsplit_once(':') {
         Some((name, asked)) if !asked.ends_with(']') => (name, asked.parse().ok()),
         _ => (host, Some(80)),
@@ -30,9 +30,9 @@ fn is_local(host: &str, port: u16) -> bool {
     loopback && asked == Some(port)
 }
 
-/// Whether the page itself sends a request to `host`: by what the browser says of the page's origin, and of its site.
+/// Whether the page itself sends a request to `host`, by the origin and the site that the browser states.
 pub(super) fn own_page<B>(request: &Request<B>, host: &str) -> Result<(), &'static str> {
-    match said(request.headers()) {
+    match stated(request.headers()) {
         (Some(origin), _) if !is_origin(origin, "http", host) => Err(OTHER),
         (_, Some(site)) if site != SAME => Err(OTHER),
         (None, None) => Err(UNSAID),
@@ -40,12 +40,12 @@ pub(super) fn own_page<B>(request: &Request<B>, host: &str) -> Result<(), &'stat
     }
 }
 
-/// The same where a proxy may stand before this host: by the site alone where the browser says it, as the page's
-/// origin is then the proxy's.
+/// The same where a proxy may stand in front of this host, whose origin is then the page's. The site alone decides, if
+/// the browser states it.
 pub(super) fn own_page_through_proxies<B>(request: &Request<B>) -> Result<(), &'static str> {
     let authority = request.uri().authority().map(|authority| authority.as_str());
     let host = authority.or_else(|| request.headers().get(header::HOST)?.to_str().ok()).unwrap_or_default();
-    match said(request.headers()) {
+    match stated(request.headers()) {
         (_, Some(site)) if site == SAME => Ok(()),
         (_, Some(_)) => Err(OTHER),
         (Some(origin), None) if is_origin(origin, "https", host) => Ok(()),
@@ -62,8 +62,8 @@ fn is_origin(origin: &[u8], scheme: &str, host: &str) -> bool {
     origin.eq_ignore_ascii_case(format!("{scheme}://{host}").as_bytes())
 }
 
-/// `Origin` and `Sec-Fetch-Site`; what is there twice is nobody's.
-fn said(headers: &HeaderMap) -> (Option<&[u8]>, Option<&[u8]>) {
+/// `Origin` and `Sec-Fetch-Site`. A header that is there twice counts as that of another page.
+fn stated(headers: &HeaderMap) -> (Option<&[u8]>, Option<&[u8]>) {
     let one = |name: &str| {
         let mut values = headers.get_all(name).iter();
         let first = values.next()?.as_bytes();
@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn hosts() {
+    fn only_this_host_and_port_are_local() {
         for (host, port, local) in [
             ("127.0.0.1:9070", 9070, true),
             ("127.0.0.2:9070", 9070, true),
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn origins() {
+    fn only_the_page_itself_is_of_its_own_origin() {
         let host = ("host", "localhost:9070");
         for (headers, own, proxied) in [
             (&[][..], false, false),

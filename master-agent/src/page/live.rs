@@ -1,9 +1,8 @@
-//! What the page is told while it is open, as server-sent events.
+//! The events that the page gets while it is open, as server-sent events.
 //!
-//! There is no task: whoever watches takes the snapshot of the present second, which the first of them makes for all,
-//! beside the threads that carry streams.
-//! Each is sent what differs from the snapshot that it had before, once it has taken that. So one that is slow
-//! misses snapshots, nothing is kept for it, and nothing happens while nobody watches.
+//! There is no task. The first watcher in each second makes a snapshot for all watchers, on a thread that carries no
+//! streams. Each watcher is sent the difference between this snapshot and the last one that it has taken. A slow watcher
+//! therefore misses snapshots, nothing is kept for it, and nothing happens while nobody watches.
 
 use std::{
     cmp::Ordering,
@@ -30,40 +29,41 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use super::paths::Site;
 use crate::{
     activity::unix_milliseconds,
     admin_api::{Event, NodeStatus},
-    registry::Registry,
+    tunnels::registry::Registry,
 };
 
-/// Pages that are open at once on the admin address, and as many on the front end.
+/// Pages that may be open at a time on the admin address, and as many on the front end.
 const WATCHERS: usize = 16;
 /// Between snapshots.
 const EVERY: Duration = Duration::from_secs(1);
-/// Something is sent at least so often, also that the page can tell a silent agent from one that is gone.
-const WORD: Duration = Duration::from_secs(5);
-/// Rates are those of the time since the last snapshot, unless that is longer ago.
+/// Something is sent at least this often, so that the page can tell a silent agent from one that is gone.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+/// The age up to which the last snapshot serves to compute rates.
 const RECENT: Duration = Duration::from_secs(5);
-/// How long a page waits before it comes again, in milliseconds.
+/// How long a page waits before it connects again, in milliseconds.
 const RETRY: &[u8] = b"retry: 200\n\n";
-/// Of all nodes together.
+/// Refusals of all nodes together that are shown.
 const REFUSALS: usize = 100;
 
-/// One node, as the page's table shows it.
+/// One node in the page's table.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 struct Row {
     name: NodeName,
     state: String,
     #[serde(skip_serializing_if = "String::is_empty")]
     reason: String,
-    /// Of the active tunnel.
+    /// The direction of the active tunnel.
     direction: Option<String>,
     kind: Option<String>,
     tunnels: usize,
-    /// To two digits: no more is shown, and what is not is no change.
+    /// Rounded to two digits. The page shows no more, and smaller differences are no change.
     round_trip_microseconds: Option<u64>,
     streams: usize,
-    /// Bytes a second; 0 where there is nothing to compare with.
+    /// Bytes a second; 0 if there is nothing to compare with.
     up: u64,
     down: u64,
     errors: u64,
@@ -81,27 +81,27 @@ struct Refusal {
     event: Event,
 }
 
-/// All nodes at one time.
+/// All nodes at one moment.
 #[derive(Debug)]
 struct Snapshot {
     at: Instant,
     unix_milliseconds: u64,
-    /// There was one before it to compare bytes with.
+    /// There was an earlier snapshot to compute rates with.
     rates: bool,
-    /// By name. Those that did not change are the same as in the one before.
+    /// Sorted by name. Rows that did not change are shared with the snapshot before.
     rows: Vec<Arc<Row>>,
     refusals: Arc<Vec<Refusal>>,
-    /// When the latest comparison came.
+    /// When the latest comparison arrived.
     compared: u64,
 }
 
-/// What is sent.
+/// One event.
 #[derive(Debug, Serialize)]
 struct Change<'a> {
     unix_milliseconds: u64,
-    /// Nothing of what was sent before holds.
+    /// The event replaces everything that was sent before.
     whole: bool,
-    /// Whether bytes a second are known.
+    /// Whether rates are known.
     #[serde(skip_serializing_if = "Option::is_none")]
     rates: Option<bool>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -118,16 +118,24 @@ pub(super) struct Live {
     registry: Arc<Registry>,
     last: Arc<Mutex<Option<Arc<Snapshot>>>>,
     compared: AtomicU64,
-    places: [Arc<Semaphore>; 2],
+    /// Permits of the watchers at each site.
+    admin: Arc<Semaphore>,
+    front_end: Arc<Semaphore>,
 }
 
 impl Live {
     pub(super) fn new(registry: Arc<Registry>) -> Arc<Self> {
-        let places = [(); 2].map(|()| Arc::new(Semaphore::new(WATCHERS)));
-        Arc::new(Self { registry, last: Arc::default(), compared: AtomicU64::new(0), places })
+        let permits = || Arc::new(Semaphore::new(WATCHERS));
+        Arc::new(Self {
+            registry,
+            last: Arc::default(),
+            compared: AtomicU64::new(0),
+            admin: permits(),
+            front_end: permits(),
+        })
     }
 
-    /// A comparison has come.
+    /// Tells the watchers of a comparison.
     pub(super) fn compared(&self, unix_milliseconds: u64) {
         self.compared.store(unix_milliseconds, Relaxed);
     }
@@ -137,12 +145,14 @@ impl Live {
         self: &Arc<Self>,
         draining: CancellationToken,
         end: Instant,
-        on_front_end: bool,
+        site: Site,
     ) -> Option<Body> {
-        let [admin, front_end] = &self.places;
-        let places = if on_front_end { front_end } else { admin };
-        let place = places.clone().try_acquire_owned().ok()?;
-        let watcher = Watcher { live: self.clone(), seen: None, sent: Instant::now(), place: Some(place) };
+        let permits = match site {
+            Site::Admin => &self.admin,
+            Site::FrontEnd => &self.front_end,
+        };
+        let permit = permits.clone().try_acquire_owned().ok()?;
+        let watcher = Watcher { live: self.clone(), seen: None, sent: Instant::now(), permit: Some(permit) };
         let events = stream::unfold(watcher, move |mut watcher| {
             let draining = draining.clone();
             async move {
@@ -159,8 +169,7 @@ impl Live {
         Some(StreamBody::new(begin.chain(events)).boxed_unsync())
     }
 
-    /// The present second's snapshot, once it is not the one of `seen`.
-    /// `None` if it can't be made.
+    /// The snapshot of the present second, or the next one if that is `seen`. `None` if it can't be made.
     async fn next(self: &Arc<Self>, seen: Option<&Arc<Snapshot>>) -> Option<Arc<Snapshot>> {
         loop {
             let mut last = self.last.clone().lock_owned().await;
@@ -204,14 +213,15 @@ struct Watcher {
     live: Arc<Live>,
     seen: Option<Arc<Snapshot>>,
     sent: Instant,
-    place: Option<OwnedSemaphorePermit>,
+    permit: Option<OwnedSemaphorePermit>,
 }
 
 impl Watcher {
     async fn next(&mut self) -> Option<Bytes> {
         loop {
             let next = self.live.next(self.seen.as_ref()).await?;
-            let (seen, now, silent) = (self.seen.replace(next.clone()), next, self.sent.elapsed() >= WORD);
+            let (seen, now, silent) =
+                (self.seen.replace(next.clone()), next, self.sent.elapsed() >= HEARTBEAT);
             let event = spawn_blocking(move || {
                 let change = Change::between(seen.as_deref(), &now);
                 (!change.is_empty() || silent).then(|| change.event())
@@ -226,8 +236,9 @@ impl Watcher {
 
 impl Drop for Watcher {
     fn drop(&mut self) {
-        drop(self.place.take());
-        let nobody = self.live.places.iter().all(|places| places.available_permits() == WATCHERS);
+        drop(self.permit.take());
+        let Live { admin, front_end, .. } = &*self.live;
+        let nobody = [admin, front_end].iter().all(|permits| permits.available_permits() == WATCHERS);
         if nobody && let Ok(mut last) = self.live.last.try_lock() {
             *last = None;
         }
@@ -259,13 +270,13 @@ impl<'a> Change<'a> {
     }
 
     fn event(&self) -> Bytes {
-        // JSON has no line breaks, and nothing of this can fail to become JSON.
+        // JSON has no line breaks, and serializing these types can't fail.
         let json = serde_json::to_string(self).unwrap_or_default();
         Bytes::from(format!("data: {json}\n\n"))
     }
 }
 
-/// The rows that are new or not the same, and the names of those that are gone. Both are sorted by name.
+/// The rows that are new or different, and the names of those that are gone. Both slices are sorted by name.
 fn difference<'a>(before: &'a [Arc<Row>], now: &'a [Arc<Row>]) -> (Vec<&'a Row>, Vec<&'a NodeName>) {
     let (mut before, mut now) = (before.iter().peekable(), now.iter().peekable());
     let (mut rows, mut gone) = (Vec::new(), Vec::new());
@@ -288,7 +299,7 @@ fn difference<'a>(before: &'a [Arc<Row>], now: &'a [Arc<Row>]) -> (Vec<&'a Row>,
     }
 }
 
-/// How long ago the last snapshot was, unless that was long ago.
+/// The age of the last snapshot, unless it is too old to compute rates.
 fn since(last: Option<&Snapshot>, now: Instant) -> Option<Duration> {
     last.map(|last| now.duration_since(last.at)).filter(|since| *since <= RECENT)
 }
@@ -339,7 +350,7 @@ fn two_digits(value: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{admin_api::EventKind, registry::Absent, top::model::tests::node as status};
+    use crate::{admin_api::EventKind, top::model::tests::node as status, tunnels::absent::Absent};
 
     fn snapshot(status: Vec<NodeStatus>, last: Option<&Snapshot>, at: Instant) -> Snapshot {
         let rows = rows(status, last, at);
@@ -370,16 +381,16 @@ mod tests {
         more.push(status("c", "connecting", 0));
         let fourth = snapshot(more.clone(), Some(&third), later(4));
         assert_eq!(changed(&third, &fourth), (vec!["c connecting 0".to_owned()], vec!["a".to_owned()]));
-        // Who missed some is told of them together.
+        // A watcher that missed some gets their changes together.
         assert_eq!(changed(&first, &fourth).0, ["b lost 0", "c connecting 0"]);
         let fifth = snapshot(more.clone(), Some(&fourth), later(5));
         assert!(Change::between(Some(&fourth), &fifth).is_empty());
-        // What was long ago is no rate.
+        // An old snapshot gives no rate.
         more[0].totals.up += 1000;
         let sixth = snapshot(more.clone(), Some(&fifth), later(60));
         assert_eq!(changed(&fifth, &sixth).0, ["b lost 0"]);
         assert_eq!(Change::between(Some(&fifth), &sixth).rates, Some(false));
-        // Elsewhere in the sum, so that the row is the same as it was.
+        // The rate falls back to zero with the snapshot after the bytes.
         more[0].totals.up += 10;
         let seventh = snapshot(more.clone(), Some(&sixth), later(61));
         let eighth = snapshot(more, Some(&seventh), later(62));
@@ -413,8 +424,8 @@ mod tests {
         let live = Live::new(registry.clone());
         let (draining, end) = (CancellationToken::new(), Instant::now() + Duration::from_secs(100));
         let long = end + Duration::from_secs(1000);
-        let mut one = live.watch(draining.clone(), end, false).unwrap();
-        let mut other = live.watch(draining.clone(), long, false).unwrap();
+        let mut one = live.watch(draining.clone(), end, Site::Admin).unwrap();
+        let mut other = live.watch(draining.clone(), long, Site::Admin).unwrap();
         for body in [&mut one, &mut other] {
             let frame = body.frame().await.unwrap().unwrap().into_data().unwrap();
             assert_eq!(frame, RETRY);
@@ -439,27 +450,30 @@ mod tests {
             assert_eq!((refusals.len(), &refusals[0]["node"]), (2, &"n1".into()));
         }
         assert!(began.elapsed() <= EVERY + Duration::from_millis(1), "{:?}", began.elapsed());
-        // What is missed is not kept.
+        // Snapshots that a watcher misses are not kept.
         for step in 0..50 {
             registry.set_absent(&n1, if step % 2 == 0 { Absent::Connecting } else { Absent::New });
             next(&mut one).await.unwrap();
         }
         assert_eq!(next(&mut other).await.unwrap()["rows"].as_array().unwrap().len(), 1);
-        // Without a change there is a word all the same.
+        // Something is sent even without a change.
         let began = Instant::now();
         next(&mut other).await.unwrap();
         let word = next(&mut other).await.unwrap();
-        assert!(word.get("rows").is_none() && began.elapsed() <= 2 * WORD + EVERY, "{word}");
+        assert!(word.get("rows").is_none() && began.elapsed() <= 2 * HEARTBEAT + EVERY, "{word}");
         let more: Vec<Body> =
-            (2..WATCHERS).map(|_| live.watch(draining.clone(), long, false).unwrap()).collect();
-        assert!(live.watch(draining.clone(), long, false).is_none());
-        assert!(live.watch(draining.clone(), long, true).is_some(), "the others have places of their own");
+            (2..WATCHERS).map(|_| live.watch(draining.clone(), long, Site::Admin).unwrap()).collect();
+        assert!(live.watch(draining.clone(), long, Site::Admin).is_none());
+        assert!(
+            live.watch(draining.clone(), long, Site::FrontEnd).is_some(),
+            "the front end has permits of its own"
+        );
         drop(more);
         tokio::time::sleep_until(end).await;
         assert!(next(&mut one).await.is_none(), "its session has ended");
         draining.cancel();
         assert!(next(&mut other).await.is_none());
         drop((one, other));
-        assert!(live.last.try_lock().unwrap().is_none() && live.watch(draining, long, false).is_some());
+        assert!(live.last.try_lock().unwrap().is_none() && live.watch(draining, long, Site::Admin).is_some());
     }
 }

@@ -1,4 +1,4 @@
-//! The page on the admin address, for whoever has a session.
+//! The page on the admin address, for whoever has logged in.
 
 use std::net::SocketAddr;
 
@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use super::{
     answer::{Viewer, answer},
     guard,
-    paths::{ADMIN, below},
+    paths::{ADMIN, Site, below},
     response::{HTML, TEXT, guarded, redirect, refusal},
     sessions::SESSION,
     state::Page,
@@ -28,7 +28,7 @@ const NO_SESSION: &str = "<!DOCTYPE html>\n<html lang=\"en\">\n<head><meta chars
      <title>master-agent: not logged in</title></head>\n<body><main><h1>Not logged in</h1>\n<p>Run <code>master-agent page</code> \
      as root on the master's host, and open the address that it prints within a minute. It is good once.</p></main></body>\n</html>\n";
 
-/// What `POST /page/token` of the admin socket answers.
+/// The answer to `POST /page/token` on the admin socket.
 pub fn token(page: &Page) -> Answer {
     match page.admin {
         Some(_) => (StatusCode::OK, TEXT, page.sessions.invite(Instant::now())),
@@ -40,7 +40,7 @@ pub fn token(page: &Page) -> Answer {
     }
 }
 
-/// Answers what is asked for on the admin address; `None` where there is nothing.
+/// Answers a request on the admin address; `None` if the page has no such path there.
 pub async fn serve(page: &Page, request: Request<Incoming>) -> Option<Response<admin::Body>> {
     let listen = page.admin?;
     let path = request.uri().path().to_owned();
@@ -55,7 +55,7 @@ pub async fn serve(page: &Page, request: Request<Incoming>) -> Option<Response<a
         let token = request.uri().query().and_then(|query| query.strip_prefix("token="));
         let session = token.and_then(|token| sessions.login(token, now));
         let Some(session) = session else { return Some(unauthorized()) };
-        tracing::info!("somebody logged in to the page");
+        tracing::info!("login to the page");
         let cookie = format!(
             "{}={session}; Path={ADMIN}; Max-Age={}; HttpOnly; SameSite=Strict",
             cookie_name(listen),
@@ -78,11 +78,11 @@ pub async fn serve(page: &Page, request: Request<Incoming>) -> Option<Response<a
         return Some(unauthorized());
     };
     let own = guard::own_page(&request, host);
-    let viewer = Viewer { origin: Origin("page".to_owned()), end, on_front_end: false };
+    let viewer = Viewer { origin: Origin("page".to_owned()), end, site: Site::Admin };
     Some(answer(page, path, request, own, viewer).await)
 }
 
-/// Of two agents on one host, each has its own: browsers send cookies to all ports.
+/// The name of the cookie, which differs between two agents on one host: browsers send cookies to all ports.
 fn cookie_name(listen: SocketAddr) -> String {
     format!("master-agent-{}", listen.port())
 }

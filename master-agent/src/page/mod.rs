@@ -1,8 +1,9 @@
-//! The page: what `top`, `explain` and `compare` show, in a browser.
+//! The page, which shows in a browser what `top`, `explain` and `compare` show in a terminal.
 //!
-//! One handler, in two places: below [`ADMIN`] of the admin address, for whoever had the agent's admin socket print a
-//! login ([`login`]); below [`FRONT_END`] of the front end, behind its authentication and authorization. What is served
-//! needs no other origin and runs no script but its own. What peers have a part in is sent as JSON, and becomes text.
+//! It is served at two sites: below [`ADMIN`] on the admin address, for whoever has a login that the agent's admin socket
+//! has printed ([`login`]), and below [`FRONT_END`] on the front end, behind its authentication and authorization. The
+//! page loads nothing from other origins and runs only its own scripts. Data in which peers have a part is sent as JSON,
+//! and the page inserts it as text.
 
 mod answer;
 mod front_end;

@@ -1,15 +1,22 @@
-//! The paths of the page, in both places.
+//! The sites at which the page is served, and its paths.
 
-/// Where the page is on the admin address.
+/// The prefix of the page on the admin address.
 pub const ADMIN: &str = "/page/";
-/// Where it is on the front end.
+/// The prefix of the page on the front end.
 pub const FRONT_END: &str = "/agent/page/";
-/// What is told live, below either.
+/// Where the page is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Site {
+    Admin,
+    FrontEnd,
+}
+
+/// The path of the live events, below either prefix.
 pub(super) const EVENTS: &str = "events";
-/// The prefix itself without its last slash; no path below it is so.
+/// Stands for the prefix without its last slash, which no path below the prefix equals.
 pub(super) const WITHOUT_SLASH: &str = "/";
 
-/// What is behind the prefix, or the prefix itself without its last slash.
+/// The rest of a path behind the prefix; [`WITHOUT_SLASH`] for the prefix without its last slash.
 pub(super) fn below<'a>(path: &'a str, prefix: &str) -> Option<&'a str> {
     path.strip_prefix(prefix).or_else(|| (prefix.strip_suffix('/') == Some(path)).then_some(WITHOUT_SLASH))
 }

@@ -1,4 +1,4 @@
-//! The responses of the page, with what a browser is to keep to.
+//! The responses of the page, with the headers that restrict what a browser does with them.
 
 use hyper::{
     Response, StatusCode,
@@ -11,7 +11,7 @@ const JSON: &str = "application/json";
 pub(super) const TEXT: &str = "text/plain; charset=utf-8";
 pub(super) const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; \
      frame-ancestors 'none'; base-uri 'none'; form-action 'none'";
-/// Of the report, which is one file and has no scripts.
+/// The policy of the report, which is one file without scripts.
 pub(super) const REPORT_POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; \
      form-action 'none'";
 
@@ -36,7 +36,7 @@ pub(super) fn redirect(to: &'static str, status: StatusCode) -> Response<admin::
     response
 }
 
-/// What a browser is to keep to, whatever the answer.
+/// Adds the headers that every response has.
 pub(super) fn guarded(mut response: Response<admin::Body>, policy: &'static str) -> Response<admin::Body> {
     for (name, value) in [
         (header::CONTENT_SECURITY_POLICY, policy),

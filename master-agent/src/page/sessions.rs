@@ -1,5 +1,5 @@
-//! Who may see the page on the admin address: a login token, printed for whoever may use the admin socket, is changed
-//! for a session once and soon. Of both only hashes are kept, in memory.
+//! The sessions of those who may see the page on the admin address. Whoever may use the admin socket gets a login token,
+//! which can be exchanged for a session once and within a minute. Only hashes of tokens and sessions are kept, in memory.
 
 use std::{
     collections::VecDeque,
@@ -12,51 +12,56 @@ use sha2::{Digest, Sha256};
 use subtle::{Choice, ConstantTimeEq};
 use tokio::time::Instant;
 
-/// For a login token to be used.
+/// How long a login token can be used.
 const LOGIN: Duration = Duration::from_secs(60);
-/// Of a session.
+/// How long a session lasts.
 pub(super) const SESSION: Duration = Duration::from_secs(12 * 60 * 60);
-/// At once, of each; the oldest gives way.
-const MOST: usize = 32;
+/// Tokens and sessions at a time; the oldest of either gives way to a new one.
+const MAX_SECRETS: usize = 32;
 
 #[derive(Default)]
-pub(super) struct Sessions(Mutex<[Secrets; 2]>);
+pub(super) struct Sessions(Mutex<Kept>);
+
+#[derive(Default)]
+struct Kept {
+    logins: Secrets,
+    sessions: Secrets,
+}
 
 impl Sessions {
-    fn kept(&self) -> MutexGuard<'_, [Secrets; 2]> {
+    fn kept(&self) -> MutexGuard<'_, Kept> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A new login token.
     pub(super) fn invite(&self, now: Instant) -> String {
-        let [logins, _] = &mut *self.kept();
-        logins.create(now + LOGIN, now)
+        self.kept().logins.create(now + LOGIN, now)
     }
 
-    /// Changes a login token for a new session.
+    /// Exchanges a login token for a new session.
     pub(super) fn login(&self, token: &str, now: Instant) -> Option<String> {
-        let [logins, sessions] = &mut *self.kept();
+        let Kept { logins, sessions } = &mut *self.kept();
         let at = logins.find(token, now)?;
         logins.0.remove(at);
         Some(sessions.create(now + SESSION, now))
     }
 
-    /// Until when a session lasts.
+    /// When a session ends, if there is such a session.
     pub(super) fn until(&self, session: &str, now: Instant) -> Option<Instant> {
-        let [_, sessions] = &mut *self.kept();
+        let Kept { sessions, .. } = &mut *self.kept();
         let at = sessions.find(session, now)?;
         sessions.0.get(at).map(|(_, end)| *end)
     }
 }
 
-/// Hashes of secrets, and when these end; the oldest first.
+/// Hashes of secrets with the time at which they end, the oldest first.
 #[derive(Default)]
 struct Secrets(VecDeque<([u8; 32], Instant)>);
 
 impl Secrets {
     fn create(&mut self, end: Instant, now: Instant) -> String {
         self.0.retain(|(_, end)| now < *end);
-        if self.0.len() >= MOST {
+        if self.0.len() >= MAX_SECRETS {
             self.0.pop_front();
         }
         let secret = URL_SAFE_NO_PAD.encode(rand::random::<[u8; 32]>());
@@ -64,7 +69,7 @@ impl Secrets {
         secret
     }
 
-    /// Compares with all of them, in the same time whichever it is.
+    /// Compares with all secrets, so that the time taken does not depend on which one matches.
     fn find(&mut self, secret: &str, now: Instant) -> Option<usize> {
         self.0.retain(|(_, end)| now < *end);
         let hash = hash(secret);
@@ -101,16 +106,16 @@ mod tests {
     }
 
     #[test]
-    fn sessions_end_and_are_few() {
+    fn sessions_end_and_are_bounded() {
         let (sessions, now) = (Sessions::default(), Instant::now());
         let new = |now| sessions.login(&sessions.invite(now), now).unwrap();
         let first = new(now);
         assert_eq!(sessions.until(&first, now + SESSION / 2), Some(now + SESSION));
         assert_eq!(sessions.until(&first, now + SESSION), None);
-        let all: Vec<String> = (0..=MOST).map(|_| new(now)).collect();
+        let all: Vec<String> = (0..=MAX_SECRETS).map(|_| new(now)).collect();
         assert_eq!(sessions.until(&all[0], now), None, "the oldest gave way");
         assert!(all[1..].iter().all(|session| sessions.until(session, now).is_some()));
-        let tokens: Vec<String> = (0..=MOST).map(|_| sessions.invite(now)).collect();
+        let tokens: Vec<String> = (0..=MAX_SECRETS).map(|_| sessions.invite(now)).collect();
         assert!(sessions.login(&tokens[0], now).is_none() && sessions.login(&tokens[1], now).is_some());
     }
 }

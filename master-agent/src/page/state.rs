@@ -1,4 +1,4 @@
-//! What the agent keeps for the page alone: its sessions, what is told live, and the last comparison.
+//! What the agent keeps for the page alone: its sessions, its live events and the last comparison.
 
 use std::{
     net::SocketAddr,
@@ -10,16 +10,24 @@ use bytes::Bytes;
 use http_body_util::{BodyExt, Limited};
 use hyper::{StatusCode, body::Body};
 use proto_net::admin::Answer;
+use tokio_util::sync::CancellationToken;
 
 use super::{live::Live, response::TEXT, sessions::Sessions};
-use crate::{activity::unix_milliseconds, agent::Agent, compare::report::Report};
+use crate::{
+    activity::unix_milliseconds,
+    compare::report::Report,
+    tunnels::{explain::Explainer, registry::Registry},
+};
 
-/// Of a comparison that is handed over.
+/// Bytes of a comparison.
 const MAX_COMPARISON: usize = 4 << 20;
 
 /// The page of a running agent.
 pub struct Page {
-    pub(super) agent: Arc<Agent>,
+    pub(super) registry: Arc<Registry>,
+    pub(super) explainer: Arc<Explainer>,
+    /// Cancelled when the agent stops.
+    pub(super) draining: CancellationToken,
     /// The admin address, if the page is served there.
     pub(super) admin: Option<SocketAddr>,
     pub(super) sessions: Sessions,
@@ -27,7 +35,7 @@ pub struct Page {
     comparison: Mutex<Option<Arc<Comparison>>>,
 }
 
-/// A report that `compare` handed over.
+/// A report that `compare` has handed over.
 pub(super) struct Comparison {
     pub unix_milliseconds: u64,
     pub report: Report,
@@ -35,16 +43,28 @@ pub(super) struct Comparison {
 
 impl Page {
     /// `admin` is the admin address, if the page is served there.
-    pub fn new(agent: Arc<Agent>, admin: Option<SocketAddr>) -> Self {
-        let live = Live::new(agent.registry.clone());
-        Self { agent, admin, sessions: Sessions::default(), live, comparison: Mutex::default() }
+    pub fn new(
+        registry: Arc<Registry>,
+        explainer: Arc<Explainer>,
+        draining: CancellationToken,
+        admin: Option<SocketAddr>,
+    ) -> Self {
+        Self {
+            live: Live::new(registry.clone()),
+            registry,
+            explainer,
+            draining,
+            admin,
+            sessions: Sessions::default(),
+            comparison: Mutex::default(),
+        }
     }
 
     pub(super) fn comparison(&self) -> Option<Arc<Comparison>> {
         self.comparison.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Takes what `PUT /comparison` of the admin socket brings.
+    /// Takes the comparison that `PUT /comparison` on the admin socket brings.
     pub async fn take_comparison<B>(&self, body: B) -> Answer
     where
         B: Body<Data = Bytes>,

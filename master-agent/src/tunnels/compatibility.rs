@@ -1,5 +1,5 @@
-//! Names that dashboards for others know: those of kube-apiserver's own SSH tunneler, and of a Konnectivity server as
-//! far as there is something that is the same here. They go without a prefix of this agent's.
+//! Metrics under names that existing dashboards know: those of kube-apiserver's own SSH tunneler, and those of a
+//! Konnectivity server as far as they mean the same here. They have no prefix of this agent.
 
 use std::{fmt, sync::Arc};
 
@@ -16,27 +16,30 @@ use prometheus_client::{
 use proto_net::stalls::ByDirection;
 
 use crate::{
-    agent::Agent,
     kubernetes::Watches,
     metrics::signed,
-    registry::Registry,
     stream::metrics::{LISTENERS, ListenerLabels, StreamMetrics},
-    tunnels::counters::TunnelMetrics,
+    tunnels::{counters::TunnelMetrics, registry::Registry},
 };
 
-/// Those that are configured.
-pub fn register(agent: &Agent, streams: &StreamMetrics, root: &mut prometheus_client::registry::Registry) {
-    let legacy = agent.config.kubernetes.as_ref().is_some_and(|config| config.legacy_names);
-    if let Some(watches) = agent.watches.as_ref().filter(|_| legacy) {
-        root.register_collector(Box::new(LegacyNames::new(&agent.metrics, watches)));
-    }
-    if agent.config.metrics.konnectivity_names {
-        root.register_collector(Box::new(KonnectivityNames {
-            streams: streams.clone(),
-            stalls: agent.metrics.stalls.clone(),
-            nodes: agent.registry.clone(),
-        }));
-    }
+/// Registers the names of the SSH tunneler.
+pub fn register_legacy(
+    tunnels: &TunnelMetrics,
+    watches: &Arc<Watches>,
+    root: &mut prometheus_client::registry::Registry,
+) {
+    root.register_collector(Box::new(LegacyNames::new(tunnels, watches)));
+}
+
+/// Registers the names of a Konnectivity server.
+pub fn register_konnectivity(
+    streams: &StreamMetrics,
+    tunnels: &TunnelMetrics,
+    nodes: &Arc<Registry>,
+    root: &mut prometheus_client::registry::Registry,
+) {
+    let (streams, stalls, nodes) = (streams.clone(), tunnels.stalls.clone(), nodes.clone());
+    root.register_collector(Box::new(KonnectivityNames { streams, stalls, nodes }));
 }
 
 /// The names that kube-apiserver's own SSH tunneler had.
@@ -72,7 +75,7 @@ impl Collector for LegacyNames {
                 stale,
             ),
         ] {
-            // As gauges, since a counter's name would get another ending.
+            // These are gauges, since the library appends `_total` to the name of a counter.
             let gauge = ConstGauge::new(signed(value));
             gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
         }
@@ -117,7 +120,7 @@ impl Collector for KonnectivityNames {
         ] {
             histogram.encode(encoder.encode_descriptor(name, help, None, MetricType::Histogram)?)?;
         }
-        // A counter's name would get another ending.
+        // This is no counter, since the library appends `_total` to the name of one.
         let (name, help) = (name!("dial_failure_count"), "Dials that failed, by reason.");
         let mut family = encoder.encode_descriptor(name, help, None, MetricType::Unknown)?;
         for (reason, times) in counts.failures() {

@@ -1,6 +1,7 @@
-//! The metrics of nodes and their tunnels that are read off the registry when asked: a node that is gone leaves no series.
+//! The metrics of nodes and their tunnels that are read from the registry when they are asked for. A node that is gone
+//! leaves no series.
 
-use std::{fmt, sync::Arc, time::SystemTime};
+use std::{fmt, sync::Arc};
 
 use prometheus_client::{
     collector::Collector,
@@ -9,40 +10,40 @@ use prometheus_client::{
 };
 use proto::Fault;
 
-use crate::{
-    agent::Agent,
-    metrics::{Expiry, Reason, signed},
-    registry::{NodeFigures, Registry},
-    tunnel::Loss,
+use super::{
+    counters::TunnelMetrics,
+    login::MasterLogin,
+    registry::Registry,
+    session::state::Loss,
+    status::{NodeFigures, unix_seconds},
 };
+use crate::metrics::{Expiry, Reason, signed};
 
-pub fn register(agent: &Agent, r: &mut prometheus_client::registry::Registry) {
+/// `per_node` also serves some series of each node.
+pub fn register(
+    registry: &Arc<Registry>,
+    metrics: &TunnelMetrics,
+    per_node: bool,
+    r: &mut prometheus_client::registry::Registry,
+) {
     for loss in Loss::ALL {
-        let _ = agent.metrics.tunnels_lost.get_or_create(&Reason { reason: loss.kind() });
+        let _ = metrics.tunnels_lost.get_or_create(&Reason { reason: loss.kind() });
     }
-    r.register_collector(Box::new(Nodes::new(agent)));
+    r.register_collector(Box::new(Nodes { registry: registry.clone(), per_node }));
 }
 
 /// When the SSH certificates in use expire: the master's own, and the first of those of its nodes.
-pub fn expiries(agent: &Agent) -> [Expiry; 2] {
-    let seconds =
-        |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+pub fn expiries(login: &MasterLogin, registry: &Registry) -> [Expiry; 2] {
     [
-        Expiry::Ssh("ssh_user", agent.user().expires().map(seconds)),
-        Expiry::Ssh("node_hosts", agent.registry.first_certificate_to_expire()),
+        Expiry::Ssh("ssh_user", login.current().expires().map(unix_seconds)),
+        Expiry::Ssh("node_hosts", registry.first_certificate_to_expire()),
     ]
 }
 
-/// How many there are and, if wanted, some series of each.
+/// The numbers of nodes and, if wanted, some series of each.
 struct Nodes {
     registry: Arc<Registry>,
-    each: bool,
-}
-
-impl Nodes {
-    fn new(agent: &Agent) -> Self {
-        Self { registry: agent.registry.clone(), each: agent.config.metrics.per_node }
-    }
+    per_node: bool,
 }
 
 impl fmt::Debug for Nodes {
@@ -61,11 +62,11 @@ impl Collector for Nodes {
             let gauge = ConstGauge::new(signed(value));
             gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
         }
-        if self.each { Each(&self.registry.figures()).encode(encoder) } else { Ok(()) }
+        if self.per_node { Each(&self.registry.figures()).encode(encoder) } else { Ok(()) }
     }
 }
 
-/// Series of each node.
+/// The series of each node.
 struct Each<'a>(&'a [NodeFigures]);
 
 impl Each<'_> {
@@ -83,7 +84,7 @@ impl Each<'_> {
         let help = "Dials through a node that failed, by who is at fault.";
         let mut family = encoder.encode_descriptor("node_dials_failed", help, None, MetricType::Counter)?;
         for node in self.0 {
-            // What has no route has no node.
+            // A target without a route has no node.
             for (fault, times) in node.activity.failed.iter().filter(|(fault, _)| *fault != Fault::Route) {
                 let fault = fault.to_string();
                 let labels = [("node", node.name.as_str()), ("fault", &fault)];
@@ -148,15 +149,15 @@ mod tests {
     use proto::{DialError, NodeName};
 
     use super::*;
-    use crate::registry::Absent;
+    use crate::tunnels::absent::Absent;
 
     fn nodes(count: usize) -> BTreeMap<NodeName, (usize, Absent)> {
         (0..count).map(|i| (format!("node-{i}.example").parse().unwrap(), (1, Absent::New))).collect()
     }
 
-    fn served(registry: &Arc<Registry>, each: bool) -> String {
+    fn served(registry: &Arc<Registry>, per_node: bool) -> String {
         let mut metrics = Metrics::with_prefix("master_agent");
-        metrics.register_collector(Box::new(Nodes { registry: registry.clone(), each }));
+        metrics.register_collector(Box::new(Nodes { registry: registry.clone(), per_node }));
         let mut text = String::new();
         encode(&mut text, &metrics).unwrap();
         text

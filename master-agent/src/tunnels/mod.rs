@@ -1,9 +1,33 @@
-//! Tunnels to nodes.
+//! Tunnels to nodes: the SSH sessions below them, their supervision, and the choice of one for each stream.
+//!
+//! Links come from two sides: [`dial_links`] dials nodes, and [`call_home`] takes those that call. Either way, [`session`]
+//! authenticates both sides with the help of [`trust`], [`supervision`] registers the tunnel and looks after it until it
+//! ends, and [`dialer`] finds it in the [`registry`].
 
+pub mod absent;
+pub mod call_home;
 pub mod callers;
 pub mod compatibility;
 pub mod config;
 pub mod counters;
+pub mod dial_links;
+pub mod dialer;
+pub mod expected_nodes;
 pub mod explain;
+mod front_end_streams;
+pub mod join;
+pub mod login;
 pub mod metrics;
-pub mod revocation;
+pub mod refusals;
+pub mod registry;
+pub mod renewal;
+mod revocation_exchange;
+pub mod revocations;
+mod sampled_set;
+pub mod session;
+pub mod status;
+pub mod supervision;
+#[cfg(test)]
+mod testing;
+pub mod trust;
+pub mod tunnel;

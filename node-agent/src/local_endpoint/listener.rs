@@ -6,14 +6,13 @@ use std::{
 };
 
 use proto_net::{
-    admin::accept_error,
+    accept::{Acceptor, Listener, Peer, Tuning},
     relay::{Counters, relay},
-    socket,
     tasks::Tasks,
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, UnixListener},
+    net::{TcpListener, TcpStream, UnixListener, UnixStream},
     sync::OwnedSemaphorePermit,
 };
 
@@ -33,52 +32,41 @@ pub struct LocalEndpoint {
 }
 
 impl LocalEndpoint {
-    /// Accepts TCP callers for ever.
+    /// Accepts TCP callers until the callers' tasks are cancelled.
     pub async fn accept_tcp(self: Arc<Self>, listener: TcpListener) {
-        loop {
-            match listener.accept().await {
-                Ok((socket, peer)) => {
-                    socket::tune_caller(&socket);
-                    let (read, write) = socket.into_split();
-                    self.take(read, write, format!("tcp {peer}"));
-                }
-                Err(e) => accept_error(&e).await,
-            }
-        }
+        self.accept(listener, TcpStream::into_split).await;
     }
 
-    /// Accepts callers of the Unix socket for ever. The socket file's mode and owner decide who may connect.
+    /// Accepts callers of the Unix socket until the callers' tasks are cancelled. The socket file's mode and owner decide
+    /// who may connect.
     pub async fn accept_unix(self: Arc<Self>, listener: UnixListener) {
-        loop {
-            match listener.accept().await {
-                Ok((socket, _)) => {
-                    let caller = match socket.peer_cred() {
-                        Ok(cred) => format!("unix uid={} pid={}", cred.uid(), cred.pid().unwrap_or_default()),
-                        Err(_) => "unix".to_owned(),
-                    };
-                    let (read, write) = socket.into_split();
-                    self.take(read, write, caller);
-                }
-                Err(e) => accept_error(&e).await,
-            }
-        }
+        self.accept(listener, UnixStream::into_split).await;
     }
 
-    /// Serves a caller, unless there are too many.
-    fn take<R, W>(self: &Arc<Self>, read: R, write: W, caller: String)
+    /// `split` gives the halves of a socket, which share no lock.
+    async fn accept<L, R, W>(self: Arc<Self>, listener: L, split: fn(L::Socket) -> (R, W))
     where
+        L: Listener,
         R: AsyncRead + Unpin + Send + 'static,
         W: AsyncWrite + Unpin + Send + 'static,
     {
-        match self.front_ends.caller_permit() {
-            Some(permit) => {
-                self.tasks.spawn(self.clone().serve(read, write, caller, permit));
-            }
-            None => {
-                self.count("too_many_streams");
-                tracing::warn!(caller, "closed a caller of the front end: front_end.max_connections reached");
-            }
+        let serve = |socket: L::Socket, peer: L::Peer, permit: OwnedSemaphorePermit| {
+            let (read, write) = split(socket);
+            self.clone().serve(read, write, peer.origin(), permit)
+        };
+        let acceptor = Acceptor::new(listener, Tuning::Caller);
+        acceptor.serve(self.tasks.clone(), |peer| self.admit(peer), serve).await;
+    }
+
+    /// The permit of a caller, unless there are too many.
+    fn admit(&self, peer: impl Peer) -> Option<OwnedSemaphorePermit> {
+        let permit = self.front_ends.caller_permit();
+        if permit.is_none() {
+            self.count("too_many_streams");
+            let caller = peer.origin();
+            tracing::warn!(caller, "closed a caller of the front end: front_end.max_connections reached");
         }
+        permit
     }
 
     async fn serve<R, W>(self: Arc<Self>, read: R, write: W, caller: String, permit: OwnedSemaphorePermit)

@@ -131,7 +131,7 @@ impl Handler {
             UserRole::Person { login, .. } => login,
         };
         tracing::info!(user, key_id, serial, peer = ?self.peer, "authenticated");
-        let clock = self.services.clock.clone();
+        let clock = self.services.clock;
         self.user = Some(Arc::new(AuthenticatedUser { role, certificate: certificate.clone(), clock }));
         Auth::Accept
     }

@@ -2,11 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
+use proto_net::clock::Clock;
 use tokio::sync::Semaphore;
 
 use super::{config::LimitsConfig, streams::StreamServer};
 use crate::{
-    clock::Clock,
     identity::{current::CurrentIdentity, renewal::Renewals, trust::Trust},
     local_endpoint::front_ends::FrontEnds,
     metrics::Metrics,

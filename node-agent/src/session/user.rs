@@ -3,9 +3,10 @@
 use std::time::{Duration, SystemTime};
 
 use proto::relink::{self, GRACE};
+use proto_net::clock::Clock;
 use russh::keys::Certificate;
 
-use crate::{clock::Clock, identity::user::UserRole};
+use crate::identity::user::UserRole;
 
 /// A peer that has proved who it is.
 pub(super) struct AuthenticatedUser {

@@ -293,13 +293,6 @@ pub fn respond<B: Into<Bytes>>(
     response
 }
 
-/// Logs an error of accept(2), and waits a little so that one that lasts does not make its loop spin. For loops that do
-/// not use an [`Acceptor`] yet.
-pub async fn accept_error(error: &std::io::Error) {
-    tracing::warn!(%error, "accept failed");
-    tokio::time::sleep(Duration::from_millis(50)).await;
-}
-
 #[cfg(test)]
 mod tests {
     use std::{

@@ -4,8 +4,8 @@
 pub mod accept;
 pub mod admin;
 pub mod channel;
+pub mod clock;
 pub mod dialer;
-pub mod expiry;
 pub mod exposition;
 pub mod file_watcher;
 pub mod handshake;

@@ -24,7 +24,6 @@ const LAYERS: &[&[(&str, &[&str])]] = &[
             "master-agent/src/main.rs",
             "master-agent/src/lib.rs",
             "master-agent/src/admin/",
-            "master-agent/src/app.rs",
             "master-agent/src/app/",
             "master-agent/src/cli.rs",
             "master-agent/src/config.rs",
@@ -43,19 +42,7 @@ const LAYERS: &[&[(&str, &[&str])]] = &[
         ],
     )],
     &[("egress", &["master-agent/src/egress/"]), ("front_end", &["master-agent/src/front_end/"])],
-    &[(
-        "tunnels",
-        &[
-            "master-agent/src/agent.rs",
-            "master-agent/src/dialer.rs",
-            "master-agent/src/join.rs",
-            "master-agent/src/links.rs",
-            "master-agent/src/registry.rs",
-            "master-agent/src/trust.rs",
-            "master-agent/src/tunnel.rs",
-            "master-agent/src/tunnels/",
-        ],
-    )],
+    &[("tunnels", &["master-agent/src/tunnels/"])],
     &[
         ("routing", &["master-agent/src/routing/", "master-agent/src/kubernetes/"]),
         ("identity", &["master-agent/src/identity/"]),

@@ -1,4 +1,4 @@
-//! Where lines end up: standard output, or a file with mode 0600 that is rotated by size.
+//! The output of the audit log: standard output, or a file with mode 0600 that is rotated by size.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -9,7 +9,7 @@ use std::{
 
 pub(super) struct Output {
     sink: Sink,
-    /// The last line was written in part.
+    /// The last line was written only in part.
     torn: bool,
 }
 
@@ -22,7 +22,7 @@ struct LogFile {
     path: PathBuf,
     max_bytes: u64,
     keep: usize,
-    /// `None` after an error.
+    /// `None` after an error; the next write opens the file again.
     open: Option<OpenFile>,
 }
 
@@ -39,13 +39,13 @@ impl Output {
         Self { sink: Sink::Stream(Box::new(stream)), torn: false }
     }
 
-    /// Opens it, so that a path that can't be used is known at once.
+    /// Opens the file, so that a path that can't be used is noticed at once.
     pub(super) fn file(path: PathBuf, max_bytes: u64, keep: usize) -> io::Result<Self> {
         let open = Some(OpenFile::open(&path)?);
         Ok(Self { sink: Sink::File(LogFile { path, max_bytes, keep, open }), torn: false })
     }
 
-    /// Writes whole lines, and tells how many were lost and why.
+    /// Writes whole lines, and tells `lost` how many could not be written and why.
     pub(super) fn write(&mut self, lines: impl Iterator<Item = String>, lost: &mut dyn FnMut(u64, &str)) {
         let mut chunk = Vec::new();
         for line in lines {
@@ -87,7 +87,7 @@ impl Output {
 }
 
 impl LogFile {
-    /// Whether `line` behind `waiting` bytes would make it too large.
+    /// Whether a line of `line` bytes after `waiting` bytes would make the file too large.
     fn is_full(&self, waiting: u64, line: u64) -> bool {
         let regular = self.open.as_ref().filter(|open| open.is_regular);
         regular.is_some_and(|open| {
@@ -104,18 +104,17 @@ impl LogFile {
         };
         let result = write_all(&mut open.file, chunk, written);
         open.size += *written as u64;
-        // After an error it is opened anew.
         self.open = result.is_ok().then_some(open);
         result
     }
 
-    /// Someone else may have moved the file away.
+    /// Closes the file if somebody else has moved it away.
     fn forget_if_replaced(&mut self) {
         let there = fs::metadata(&self.path).ok().map(|metadata| (metadata.dev(), metadata.ino()));
         self.open = self.open.take().filter(|open| there == Some(open.id));
     }
 
-    /// If that fails, the file goes on, and it is tried again when as much has been written again.
+    /// If the rotation fails, the file stays in use, and is rotated when it has grown by as much again.
     fn rotate(&mut self) {
         self.forget_if_replaced();
         if self.open.is_none() {
@@ -146,7 +145,7 @@ impl LogFile {
 
 impl OpenFile {
     fn open(path: &Path) -> io::Result<Self> {
-        // Opening one would wait for its reader.
+        // Opening a FIFO would wait for its reader.
         if fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_fifo()) {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "is a FIFO"));
         }
@@ -160,7 +159,7 @@ impl OpenFile {
     }
 }
 
-/// As `Write::write_all`, and tells how far it came.
+/// Like `Write::write_all`, but tells in `written` how far it came.
 fn write_all(out: &mut impl Write, bytes: &[u8], written: &mut usize) -> io::Result<()> {
     while let Some(rest) = bytes.get(*written..).filter(|rest| !rest.is_empty()) {
         match out.write(rest) {

@@ -1,14 +1,13 @@
 use std::{
     fs,
     os::unix::fs::{PermissionsExt, symlink},
-    path::Path,
+    path::{Path, PathBuf},
     sync::Mutex,
 };
 
-use proto_config::{Source, parse};
 use serde_json::Value;
 
-use super::*;
+use super::{record::tests::record, *};
 
 struct Dir(PathBuf);
 
@@ -36,34 +35,9 @@ fn config(file: PathBuf) -> AuditConfig {
         max_bytes: 1 << 20,
         keep: 3,
         queue: 16,
-        strangers_queue: 16,
+        unauthenticated_queue: 16,
         wait: Duration::from_millis(1),
         on_full: OnFull::Refuse,
-    }
-}
-
-fn record<'a>() -> Record<'a> {
-    Record {
-        received: SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123),
-        id: RequestId(0xab),
-        source: "192.0.2.1:5000",
-        user: None,
-        authenticator: None,
-        impersonated: None,
-        method: "GET",
-        path: "/healthz",
-        query: None,
-        request: None,
-        outcome: Outcome::Unauthenticated,
-        authorizer: None,
-        rule: "",
-        code: 401,
-        bytes_in: 1,
-        bytes_out: 2,
-        duration: Duration::from_micros(3999),
-        node: None,
-        stream: None,
-        trace_id: None,
     }
 }
 
@@ -76,117 +50,6 @@ fn names(dir: &Dir) -> Vec<String> {
         fs::read_dir(&dir.0).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
-}
-
-#[test]
-fn a_line() {
-    let plain = record().line();
-    assert_eq!(
-        plain,
-        "{\"ts\":\"2023-11-14T22:13:20.123Z\",\"id\":\"00000000000000ab\",\"user\":null,\"source\":\"192.0.2.1:5000\",\
-         \"method\":\"GET\",\"path\":\"/healthz\",\"decision\":\"unauthenticated\",\"code\":401,\"bytes_in\":1,\
-         \"bytes_out\":2,\"duration_ms\":3}\n"
-    );
-    let bob = User { name: "bob".into(), ..User::default() };
-    let alice = User {
-        name: "alice".into(),
-        uid: Some("7".into()),
-        groups: vec!["dev".into()],
-        extra: [("token".to_owned(), vec!["hidden".to_owned()])].into(),
-    };
-    let path = "/apis/apps/v1/namespaces/a/deployments/d/scale";
-    let info = RequestInfo::resolve("PUT", path, None, false).unwrap();
-    let full = Record {
-        user: Some(&alice),
-        authenticator: Some("oidc"),
-        impersonated: Some(&bob),
-        method: "PUT",
-        path,
-        request: Some(&info),
-        outcome: Outcome::Allow,
-        authorizer: Some("rbac"),
-        rule: "r",
-        node: Some("n"),
-        stream: Some(9),
-        trace_id: Some("0af7651916cd43dd8448eb211c80319c"),
-        code: 200,
-        ..record()
-    };
-    let expected = serde_json::json!({
-        "ts": "2023-11-14T22:13:20.123Z", "id": "00000000000000ab", "user": "alice", "uid": "7", "groups": ["dev"],
-        "authenticator": "oidc", "impersonated": "bob", "source": "192.0.2.1:5000", "verb": "update", "method": "PUT",
-        "path": path, "group": "apps", "resource": "deployments", "subresource": "scale", "namespace": "a", "name": "d",
-        "decision": "allow", "authorizer": "rbac", "rule": "r", "code": 200, "bytes_in": 1, "bytes_out": 2,
-        "duration_ms": 3, "node": "n", "stream": 9, "trace_id": "0af7651916cd43dd8448eb211c80319c",
-    });
-    assert_eq!(serde_json::from_str::<Value>(&full.line()).unwrap(), expected);
-}
-
-#[test]
-fn nothing_forges_a_line_or_hides_in_one() {
-    let forged = "x\"}\r\n{\"user\":\"root\"}\n\0\u{1b}[2J\u{7f}\u{85}\u{9b}\u{2028}\u{2029}\u{202e}\u{2066}\u{200b}\u{feff}";
-    let user = User {
-        name: forged.into(),
-        uid: Some(forged.into()),
-        groups: vec![forged.to_owned(); 100],
-        ..User::default()
-    };
-    let info = RequestInfo {
-        verb: forged.repeat(100),
-        group: forged.into(),
-        resource: forged.into(),
-        subresource: forged.into(),
-        namespace: forged.into(),
-        name: "é".repeat(10_000),
-        ..RequestInfo::default()
-    };
-    let path = format!("/{}", "p".repeat(100_000));
-    let query = "a=b&".repeat(100_000);
-    let line = Record {
-        user: Some(&user),
-        impersonated: Some(&user),
-        method: forged,
-        source: forged,
-        path: &path,
-        query: Some(&query),
-        request: Some(&info),
-        rule: forged,
-        node: Some(forged),
-        ..record()
-    }
-    .line();
-    assert_eq!(line.matches('\n').count(), 1);
-    assert!(line.ends_with("}\n"));
-    assert!(!line.trim_end_matches('\n').chars().any(is_hidden), "{line:?}");
-    assert!(line.len() < 40_000, "{}", line.len());
-    let value: Value = serde_json::from_str(&line).unwrap();
-    assert_eq!(value["user"], forged, "and none of it is lost");
-    assert_eq!(value["groups"].as_array().unwrap().len(), MAX_GROUPS + 1);
-    assert_eq!(value["path"].as_str().unwrap().chars().count(), MAX_PATH + 1);
-    assert_eq!(value["name"].as_str().unwrap().chars().count(), MAX_TEXT + 1);
-}
-
-#[test]
-fn queries_keep_what_is_no_secret() {
-    let long = "k".repeat(41);
-    let rows = [
-        ("watch=true&follow=1&container=c", "?watch=true&follow=1&container=c"),
-        ("token=abc&watch=1", "?token=***&watch=1"),
-        ("access_token=abc", "?access_token=***"),
-        ("command=cat&command=/etc/shadow", "?command=***&command=***"),
-        ("Watch=1", "?Watch=***"),
-        ("eyJhbGciOi", "?***"),
-        ("watch", "?watch"),
-        ("", "?***"),
-        ("%77atch=1", "?%77atch=***"),
-        (&format!("{long}=1"), "?***"),
-        (&format!("container={}", "s".repeat(200)), "?container=***"),
-        ("fieldSelector=metadata.name%3Dx", "?fieldSelector=***"),
-    ];
-    for (query, expected) in rows {
-        assert_eq!(recorded_path("", Some(query)), expected, "{query}");
-    }
-    assert_eq!(recorded_path("/x", None), "/x");
 }
 
 #[tokio::test]
@@ -203,11 +66,11 @@ async fn a_file_is_rotated_and_only_its_owner_reads_it() {
     for code in 100..117 {
         // Not so fast that the queue is full.
         let room = loop {
-            if let Ok(room) = audit.room(Queue::Known).await {
+            if let Ok(room) = audit.room(Queue::Authenticated).await {
                 break room;
             }
         };
-        audit.record(&Record { code, ..record() }, Queue::Known, room);
+        audit.record(&Record { code, ..record() }, Queue::Authenticated, room);
     }
     assert!(writer.close(Duration::from_secs(60)).await);
     assert_eq!(lost.get(), 0);
@@ -222,8 +85,8 @@ async fn a_file_is_rotated_and_only_its_owner_reads_it() {
     for name in names(&dir) {
         assert_eq!(fs::metadata(dir.file(&name)).unwrap().permissions().mode() & 0o777, 0o600, "{name}");
     }
-    audit.record(&record(), Queue::Known, None);
-    audit.record(&record(), Queue::Strangers, None);
+    audit.record(&record(), Queue::Authenticated, None);
+    audit.record(&record(), Queue::Unauthenticated, None);
     assert_eq!(lost.get(), 2, "it is closed");
 }
 
@@ -323,40 +186,40 @@ fn a_line_written_in_part_does_not_spoil_the_next() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_served_is_recorded_however_many_come_and_strangers_take_no_room_of_others() {
-    let settings = AuditConfig { queue: 3, strangers_queue: 2, ..config(PathBuf::new()) };
+async fn what_is_served_is_recorded_and_unauthenticated_callers_take_no_room_of_others() {
+    let settings = AuditConfig { queue: 3, unauthenticated_queue: 2, ..config(PathBuf::new()) };
     let lost = Counter::default();
     // Nobody takes lines out of this queue yet.
     let (audit, mut lines) = Audit::new(&settings, lost.clone());
-    let stranger = |code| {
-        audit.record(&Record { code, ..record() }, Queue::Strangers, None);
+    let unauthenticated = |code| {
+        audit.record(&Record { code, ..record() }, Queue::Unauthenticated, None);
     };
-    (0..1000).for_each(stranger);
+    (0..1000).for_each(unauthenticated);
     assert_eq!(lost.get(), 998);
     for _ in 0..2 {
-        assert_eq!(audit.room(Queue::Strangers).await.err(), Some(Full));
+        assert_eq!(audit.room(Queue::Unauthenticated).await.err(), Some(Full));
     }
     let mut lasting = Vec::new();
     for _ in 0..100 {
         lasting.push(audit.room(Queue::Lasting).await.unwrap().unwrap());
     }
     let mut served = Vec::new();
-    while let Ok(room) = audit.room(Queue::Known).await {
+    while let Ok(room) = audit.room(Queue::Authenticated).await {
         served.push(room.unwrap());
     }
     assert_eq!(served.len(), 3, "of those under way, each has its room");
     // One that is refused has none, and takes none of theirs.
-    audit.record(&record(), Queue::Known, None);
+    audit.record(&record(), Queue::Authenticated, None);
     assert_eq!(lost.get(), 999);
     for room in served {
-        audit.record(&Record { code: 200, ..record() }, Queue::Known, Some(room));
+        audit.record(&Record { code: 200, ..record() }, Queue::Authenticated, Some(room));
     }
     assert_eq!(lost.get(), 999);
-    assert_eq!(audit.room(Queue::Known).await.err(), Some(Full), "until they are written");
+    assert_eq!(audit.room(Queue::Authenticated).await.err(), Some(Full), "until they are written");
     for room in lasting {
         audit.record(&Record { code: 201, ..record() }, Queue::Lasting, Some(room));
     }
-    let waiting = audit.room(Queue::Known);
+    let waiting = audit.room(Queue::Authenticated);
     let writing = async {
         let mut written = Vec::new();
         while written.len() < 105 {
@@ -378,10 +241,10 @@ async fn requests_go_on_unrecorded_where_that_is_configured() {
     let settings = AuditConfig { queue: 1, on_full: OnFull::Drop, ..config(PathBuf::new()) };
     let lost = Counter::default();
     let (audit, _lines) = Audit::new(&settings, lost.clone());
-    let room = audit.room(Queue::Known).await.unwrap();
+    let room = audit.room(Queue::Authenticated).await.unwrap();
     assert!(room.is_some());
-    assert!(audit.room(Queue::Known).await.unwrap().is_none());
-    audit.record(&record(), Queue::Known, None);
+    assert!(audit.room(Queue::Authenticated).await.unwrap().is_none());
+    audit.record(&record(), Queue::Authenticated, None);
     assert_eq!(lost.get(), 1);
 }
 
@@ -389,66 +252,33 @@ async fn requests_go_on_unrecorded_where_that_is_configured() {
 async fn the_audit_log_says_what_was_lost_once_it_can() {
     let dir = Dir::new();
     let path = dir.file("audit.log");
-    let settings = AuditConfig { strangers_queue: 1, ..config(path.clone()) };
+    let settings = AuditConfig { unauthenticated_queue: 1, ..config(path.clone()) };
     let lost = Counter::default();
     let (audit, writer) = Audit::start(&settings, lost.clone()).unwrap();
-    let room = audit.room(Queue::Strangers).await.unwrap();
+    let room = audit.room(Queue::Unauthenticated).await.unwrap();
     for _ in 0..7 {
-        audit.record(&record(), Queue::Strangers, None);
+        audit.record(&record(), Queue::Unauthenticated, None);
     }
-    audit.record(&record(), Queue::Strangers, room);
+    audit.record(&record(), Queue::Unauthenticated, room);
     assert!(writer.close(Duration::from_secs(60)).await);
     assert_eq!(lost.get(), 7);
     let said = lines(&path).iter().filter_map(|line| line["lost"].as_u64()).sum::<u64>();
     assert_eq!((lines(&path).len(), said), (2, 7), "{:?}", lines(&path));
-    assert_eq!(audit.room(Queue::Strangers).await.map(|room| room.is_some()), Ok(true));
+    assert_eq!(audit.room(Queue::Unauthenticated).await.map(|room| room.is_some()), Ok(true));
 
     // On a full disk it is not forgotten.
     let disk = Disk::default();
     let mut output = Output::stream(disk.clone());
     let (audit, _lines) = Audit::new(&settings, Counter::default());
     audit.lost.add(3, "test");
-    audit.lost.confess(&mut output);
+    audit.lost.report(&mut output);
     audit.lost.add(2, "test");
     disk.0.lock().unwrap().1 = 1 << 20;
-    audit.lost.confess(&mut output);
-    audit.lost.confess(&mut output);
+    audit.lost.report(&mut output);
+    audit.lost.report(&mut output);
     let text = String::from_utf8(disk.0.lock().unwrap().0.clone()).unwrap();
     assert_eq!(text.matches("\"lost\":5}\n").count(), 1, "{text}");
     assert_eq!(text.lines().count(), 1, "{text}");
-}
-
-#[test]
-fn the_configuration() {
-    let read = |text: &str| {
-        let source = Source { origin: "test", base_dir: Path::new("/var"), check_files: false };
-        parse(text, source, |section| section.section("audit", |s| Some(AuditConfig::read(s))))
-    };
-    let defaults = read("audit: {}").unwrap();
-    assert_eq!((defaults.file, defaults.max_bytes, defaults.keep), (None, 100 << 20, 10));
-    assert_eq!((defaults.queue, defaults.strangers_queue, defaults.on_full), (4096, 1024, OnFull::Refuse));
-    let all = "audit: {file: audit.log, max_megabytes: 1, keep: 2, queue: 3, strangers_queue: 4, wait: 0s, on_full: drop}";
-    let expected = AuditConfig {
-        file: Some("/var/audit.log".into()),
-        max_bytes: 1 << 20,
-        keep: 2,
-        queue: 3,
-        strangers_queue: 4,
-        wait: Duration::ZERO,
-        on_full: OnFull::Drop,
-    };
-    assert_eq!(read(all).unwrap(), expected);
-    for wrong in [
-        "{on_full: wait}",
-        "{strangers_queue: 0}",
-        "{keep: 0}",
-        "{queue: 0}",
-        "{wait: 1m}",
-        "{files: x}",
-        "{max_megabytes: 0}",
-    ] {
-        read(&format!("audit: {wrong}")).unwrap_err();
-    }
 }
 
 #[test]

@@ -14,21 +14,29 @@ use bytes::{Buf, Bytes};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::time::Sleep;
 
-/// Bytes of a body so far.
+/// The bytes of a body that have come so far.
 pub type Progress = Arc<AtomicU64>;
 
-/// Passed on as it comes, without trailers, within its limits.
+/// A body that is passed on as it comes, within limits and without trailers.
 pub struct RequestBody(Option<Limited>);
 
 struct Limited {
     incoming: Incoming,
     /// Bytes that may still come.
     left: u64,
-    stall: Duration,
-    /// While the server waits.
+    stall_timeout: Duration,
+    /// When the body has stalled, set while the server waits for more.
     deadline: Option<Pin<Box<Sleep>>>,
     progress: Progress,
     ended: bool,
+}
+
+/// What the bodies of requests must keep to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BodyLimits {
+    pub max_bytes: u64,
+    /// Some bytes have to come within each of these.
+    pub stall_timeout: Duration,
 }
 
 /// Why a body was not passed on to its end. The caller is at fault.
@@ -47,12 +55,12 @@ impl RequestBody {
         Self(None)
     }
 
-    /// At most `max` bytes, of which some come within every `stall`.
-    pub fn new(incoming: Incoming, max: u64, stall: Duration, progress: Progress) -> Self {
+    pub fn new(incoming: Incoming, limits: BodyLimits, progress: Progress) -> Self {
+        let BodyLimits { max_bytes: left, stall_timeout } = limits;
         if incoming.is_end_stream() {
             return Self(None);
         }
-        Self(Some(Limited { incoming, left: max, stall, deadline: None, progress, ended: false }))
+        Self(Some(Limited { incoming, left, stall_timeout, deadline: None, progress, ended: false }))
     }
 
     pub fn is_empty(&self) -> bool {
@@ -72,8 +80,8 @@ impl Body for RequestBody {
         let frame = match Pin::new(&mut body.incoming).poll_frame(cx) {
             Poll::Ready(frame) => frame,
             Poll::Pending => {
-                let stall = body.stall;
-                let deadline = body.deadline.get_or_insert_with(|| Box::pin(tokio::time::sleep(stall)));
+                let timeout = body.stall_timeout;
+                let deadline = body.deadline.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
                 if deadline.as_mut().poll(cx).is_pending() {
                     return Poll::Pending;
                 }
@@ -92,7 +100,7 @@ impl Body for RequestBody {
                 return Poll::Ready(None);
             }
         };
-        // Trailers could say what the head may not.
+        // Trailers are dropped: they could hold what is removed from the head.
         let Ok(data) = data else {
             body.ended = true;
             return Poll::Ready(None);
@@ -121,7 +129,7 @@ impl Body for RequestBody {
     }
 }
 
-/// What the body did wrong, if that is why an exchange failed.
+/// What was wrong with the request's body, if that is why an exchange failed.
 pub(super) fn cause(error: &hyper::Error) -> Option<BodyError> {
     let mut source = std::error::Error::source(error);
     while let Some(error) = source {

@@ -17,17 +17,17 @@ pub struct UpstreamConfig {
     pub servers: Vec<Uri>,
     pub tls: ClientTls,
     pub identity: IdentityHeaders,
-    /// Many requests on one connection, with servers that speak HTTP/2.
+    /// Uses one connection for many requests, with servers that speak HTTP/2.
     pub http2: bool,
-    /// What is asked for to see whether a server works.
+    /// The path that health checks ask for.
     pub health_path: String,
     pub health_interval: Duration,
     pub connect_timeout: Duration,
-    /// Connections that are kept for the next request, of each server.
+    /// Idle connections to each server that are kept for the next request.
     pub max_idle: usize,
-    /// Connections at once, to each server.
+    /// Connections to each server at a time.
     pub max_connections: usize,
-    /// A connection that is older takes no more requests.
+    /// The age from which a connection takes no more requests.
     pub max_age: Duration,
 }
 

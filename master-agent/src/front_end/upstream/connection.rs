@@ -20,30 +20,31 @@ use super::{
     server::{ConnectError, Protocol, Server},
 };
 
-/// A connection that takes a request.
-pub(super) struct Connection {
-    /// It has served a request before.
+/// A connection to an API server that is ready to take a request.
+pub(super) struct ServerConnection {
+    /// The connection has served a request before.
     pub kept: bool,
     server: Arc<Server>,
     sender: Sender,
 }
 
-/// Keeps a connection while its response is read.
+/// Keeps a connection while its response is being read.
 pub struct Lease {
     server: Arc<Server>,
     sender: Option<Sender>,
 }
 
 impl Lease {
-    /// Moves the connection on. To be done whenever its response has nothing more to read yet.
+    /// Drives the connection. This is needed whenever the response has nothing more to read yet, because the connection
+    /// has no task of its own.
     pub fn drive(&mut self, cx: &mut Context<'_>) {
         if let Some(Sender::Http1(connection)) = &mut self.sender {
             connection.drive(cx);
         }
     }
 
-    /// The response has been read to its end: the connection can serve another request, unless the rest of this
-    /// one is still being sent.
+    /// Keeps the connection for another request, now that its response has been read to its end. The pool closes it if
+    /// the rest of this request is still being sent.
     fn finish(&mut self) {
         if let Some(Sender::Http1(connection)) = self.sender.take() {
             self.server.keep(connection);
@@ -51,7 +52,7 @@ impl Lease {
     }
 }
 
-/// The body of a response, which moves its connection on, and gives it back at its end.
+/// The body of a response, which drives its connection and returns it to the pool at its end.
 pub struct ResponseBody {
     incoming: Incoming,
     lease: Lease,
@@ -61,14 +62,14 @@ impl ResponseBody {
     fn of(response: Response<Incoming>, lease: Lease) -> Response<Self> {
         let upgraded = response.status() == StatusCode::SWITCHING_PROTOCOLS;
         let mut response = response.map(|incoming| Self { incoming, lease });
-        // What has no body is not asked for one.
+        // hyper does not poll a body that is known to be empty.
         if !upgraded && response.body().incoming.is_end_stream() {
             response.body_mut().lease.finish();
         }
         response
     }
 
-    /// The connection, where it changes protocols.
+    /// The connection of a response that changes the protocol.
     pub fn into_lease(self) -> Lease {
         self.lease
     }
@@ -103,14 +104,14 @@ impl Body for ResponseBody {
     }
 }
 
-impl Connection {
-    /// A kept connection to a server, or a new one.
+impl ServerConnection {
+    /// Takes a kept connection to a server, or makes a new one.
     pub(super) async fn to(server: &Arc<Server>, protocol: Protocol) -> Result<Self, ConnectError> {
         let (sender, kept) = server.sender(protocol).await?;
         Ok(Self { kept, server: server.clone(), sender })
     }
 
-    /// Sends a request. A failure gives the request back where nothing of it has been sent.
+    /// Sends a request. A failure returns the request if nothing of it has been sent.
     pub(super) async fn send(
         self,
         mut request: Request<RequestBody>,
@@ -134,7 +135,7 @@ impl Connection {
                     }
                 }
             }
-            Sender::Http2(mut sender, place) => {
+            Sender::Http2(mut sender, permit) => {
                 request.headers_mut().remove(header::HOST);
                 let mut parts = hyper::http::uri::Parts::default();
                 parts.scheme = Some(Scheme::HTTPS);
@@ -146,7 +147,7 @@ impl Connection {
                 *request.version_mut() = hyper::Version::HTTP_2;
                 match sender.try_send_request(request).await {
                     Ok(response) => {
-                        let lease = Lease { server, sender: Some(Sender::Http2(sender, place)) };
+                        let lease = Lease { server, sender: Some(Sender::Http2(sender, permit)) };
                         Ok(ResponseBody::of(response, lease))
                     }
                     Err(mut error) => {

@@ -1,4 +1,4 @@
-//! The look at an API server, again and again, whether it works.
+//! The health check of API servers.
 
 use std::{io, sync::Arc};
 
@@ -7,34 +7,34 @@ use hyper::{Request, Uri};
 
 use super::{
     body::RequestBody,
-    connection::Connection,
+    connection::ServerConnection,
     sender::causes,
     server::{ConnectError, Protocol, Server},
 };
 
-/// Bytes of an answer to a check that are read, to keep its connection.
+/// Bytes of an answer that are read so that its connection can be kept.
 const MAX_HEALTH: usize = 64 * 1024;
 
-/// Asks a server whether it works. An answer that is no `5xx` says so, whoever may see the path.
+/// Checks whether a server works. Every answer but `5xx` says so, also one that denies access to the path.
 pub(super) async fn check(server: &Arc<Server>) {
     server.sweep();
     match tokio::time::timeout(server.timeout, ask(server)).await {
-        Ok(Ok(())) => server.works(),
-        Ok(Err(error)) => server.unconnected(&error),
-        Err(_) => server.failed(&"no answer in time"),
+        Ok(Ok(())) => server.mark_working(),
+        Ok(Err(error)) => server.not_connected(&error),
+        Err(_) => server.count_failure(&"no answer in time"),
     }
 }
 
 async fn ask(server: &Arc<Server>) -> Result<(), ConnectError> {
     let failed = |error| ConnectError::Server(server.name.clone(), io::Error::other(error));
     loop {
-        let connection = Connection::to(server, Protocol::Any).await?;
+        let connection = ServerConnection::to(server, Protocol::Any).await?;
         let kept = connection.kept;
         let mut request = Request::new(RequestBody::empty());
         *request.uri_mut() = Uri::from(server.health.clone());
         let response = match connection.send(request).await {
             Ok(response) => response,
-            // The server may have ended it meanwhile.
+            // The server may have closed a kept connection in the meantime.
             Err(_) if kept => continue,
             Err((error, _)) => return Err(failed(causes(&error))),
         };

@@ -1,7 +1,7 @@
-//! The kube-apiservers behind the front end: which one a request goes to, and on which connection.
+//! The kube-apiservers behind the front end: which of them a request goes to, and on which connection.
 //!
-//! A request has a connection of its own for as long as it lasts, unless HTTP/2 is asked for: whoever does not read
-//! a response then holds up nobody else. Connections are kept for the next request.
+//! Unless HTTP/2 is configured, a request has a connection of its own for as long as it lasts, so that a caller who does
+//! not read a response holds up nobody else. Connections are kept for later requests.
 
 mod body;
 mod config;
@@ -28,14 +28,14 @@ use proto_net::{
 
 use crate::metrics::Expiry;
 
-pub use body::{BodyError, Progress, RequestBody};
+pub use body::{BodyError, BodyLimits, Progress, RequestBody};
 pub use config::UpstreamConfig;
-use connection::Connection;
+use connection::ServerConnection;
 pub use connection::{Lease, ResponseBody};
 pub use server::UpstreamStatus;
 use server::{Protocol, Server, ServerTls};
 
-/// All servers.
+/// All API servers.
 pub struct Upstream {
     servers: Vec<Arc<Server>>,
     next: AtomicUsize,
@@ -54,7 +54,7 @@ pub enum UpstreamError {
 }
 
 impl Upstream {
-    /// `connections` owns the connections.
+    /// Reads the files, which are to be followed. `connections` owns the connections to the servers.
     pub fn load(config: &UpstreamConfig, connections: &Tasks) -> anyhow::Result<(Self, Arc<dyn Watcher>)> {
         let (tls, http2) = (config.tls.clone(), config.http2);
         let files: Vec<PathBuf> = config.tls.files();
@@ -70,12 +70,12 @@ impl Upstream {
         Ok((Self { servers, next: AtomicUsize::new(0), interval: config.health_interval }, tls))
     }
 
-    /// Sends a request that does not change protocols.
+    /// Sends a request that does not change the protocol.
     pub async fn send(&self, request: Request<RequestBody>) -> Result<Response<ResponseBody>, UpstreamError> {
         self.exchange(request, Protocol::Any).await
     }
 
-    /// Sends a request that may change protocols, on a connection of its own.
+    /// Sends a request that may change the protocol, on a connection of its own.
     pub async fn upgrade(
         &self,
         request: Request<RequestBody>,
@@ -91,22 +91,22 @@ impl Upstream {
         let mut last = String::new();
         for server in self.in_order() {
             loop {
-                let connection = match Connection::to(&server, protocol).await {
+                let connection = match ServerConnection::to(&server, protocol).await {
                     Ok(connection) => connection,
                     Err(error) => {
-                        server.unconnected(&error);
+                        server.not_connected(&error);
                         last = error.to_string();
                         break;
                     }
                 };
                 let kept = connection.kept;
-                // A kept connection may end while the request is on its way.
+                // A kept connection may close while the request is on its way.
                 let again = kept.then(|| repeatable(&request)).flatten();
                 match connection.send(request).await {
                     Ok(response) => return Ok(response),
                     Err((_, Some(unsent))) if kept => request = unsent,
                     Err((error, Some(unsent))) => {
-                        server.failed(&error);
+                        server.count_failure(&error);
                         last = error.to_string();
                         request = unsent;
                         break;
@@ -122,7 +122,7 @@ impl Upstream {
         Err(UpstreamError::Unreachable(last))
     }
 
-    /// Those that work first, each time another one of them.
+    /// All servers, in turn, with those that work first.
     fn in_order(&self) -> Vec<Arc<Server>> {
         let count = self.servers.len();
         let first = self.next.fetch_add(1, Ordering::Relaxed);
@@ -132,7 +132,7 @@ impl Upstream {
         order
     }
 
-    /// How many servers work, and how many there are.
+    /// The number of servers that work, and of all.
     pub fn healthy(&self) -> (usize, usize) {
         (self.servers.iter().filter(|server| server.is_healthy()).count(), self.servers.len())
     }
@@ -147,7 +147,7 @@ impl Upstream {
         server.expiries()
     }
 
-    /// Looks at each server again and again, for ever.
+    /// Checks all servers at the configured interval until the task is cancelled.
     pub async fn watch_health(self: Arc<Self>) {
         let mut interval = tokio::time::interval(self.interval);
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -158,7 +158,7 @@ impl Upstream {
     }
 }
 
-/// The same request once more, where doing it twice does no harm.
+/// A copy of the request, if making it twice does no harm.
 fn repeatable(request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
     let harmless = [Method::GET, Method::HEAD, Method::OPTIONS].contains(request.method());
     if !harmless || !request.body().is_empty() {

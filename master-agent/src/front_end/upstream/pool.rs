@@ -1,4 +1,4 @@
-//! The connections to one API server that are kept for the next request, and how many there may be.
+//! The connections to one API server: those that are kept for later requests, and how many there may be.
 
 use std::{
     collections::VecDeque,
@@ -22,7 +22,7 @@ use super::{
 };
 use crate::front_end::workers;
 
-/// Requests on one HTTP/2 connection.
+/// Requests on one HTTP/2 connection at a time.
 pub(super) const MAX_STREAMS: usize = 100;
 /// How long a connection is kept without a request.
 const MAX_UNUSED: Duration = Duration::from_secs(90);
@@ -34,8 +34,8 @@ pub(super) struct Pool {
     max_age: Duration,
 }
 
-/// Those of each of the front end's threads, as what comes over a connection comes to the thread that made it. The one
-/// that was used last is at the end, and is used next, so that those that are not needed grow old.
+/// Idle connections, apart for each of the front end's threads, since a connection is driven by the thread that made it.
+/// The one that was used last is at the end and is used next, so that connections that are not needed grow old.
 struct Idle {
     of_threads: Vec<Mutex<VecDeque<Http1>>>,
     count: AtomicUsize,
@@ -48,18 +48,18 @@ impl Idle {
         Self { of_threads, count: AtomicUsize::new(0), max }
     }
 
-    /// The one of this thread that was used last.
+    /// Takes the connection of this thread that was used last.
     fn newest(&self) -> Option<Http1> {
         self.remove(self.of_threads.get(workers::current())?, VecDeque::pop_back)
     }
 
-    /// One that has not been used for long, of the thread that keeps the most.
+    /// Takes the connection that has been idle for longest of the thread that keeps the most.
     fn oldest(&self) -> Option<Http1> {
         let most = self.of_threads.iter().max_by_key(|one| lock(one).len())?;
         self.remove(most, VecDeque::pop_front)
     }
 
-    /// Keeps one of this thread, at the cost of the oldest if need be.
+    /// Keeps a connection of this thread, and closes the oldest if there are too many.
     fn add(&self, connection: Http1) {
         let Some(one) = self.of_threads.get(workers::current()) else { return };
         self.add_to(one, connection);
@@ -69,7 +69,7 @@ impl Idle {
     }
 
     fn add_to(&self, one: &Mutex<VecDeque<Http1>>, connection: Http1) {
-        // Before it can be removed.
+        // Counted before it can be removed.
         self.count.fetch_add(1, Ordering::Relaxed);
         lock(one).push_back(connection);
     }
@@ -84,7 +84,7 @@ impl Idle {
         Some(connection)
     }
 
-    /// Ends those that are not good, each looked at while it is nobody's.
+    /// Closes connections that are no longer good. Each is taken out while it is checked.
     fn retain(&self, good: impl Fn(&mut Http1) -> bool) {
         for one in &self.of_threads {
             let kept = lock(one).len();
@@ -102,12 +102,12 @@ fn lock<T>(one: &Mutex<T>) -> MutexGuard<'_, T> {
     one.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A connection for many requests, moved on by a task of its own.
+/// A connection for many requests, which a task of its own drives.
 struct Http2 {
     sender: http2::SendRequest<RequestBody>,
     streams: Arc<AtomicUsize>,
     made: Made,
-    /// When it was last seen to have streams.
+    /// When the connection was last seen to have streams.
     used: Instant,
 }
 
@@ -121,7 +121,7 @@ impl Pool {
         }
     }
 
-    /// For a new connection, at the cost of one that is kept if need be.
+    /// A permit for a new connection. If there is none left, a kept connection is closed for it.
     pub(super) fn permit(&self) -> Option<OwnedSemaphorePermit> {
         let permit = || self.permits.clone().try_acquire_owned().ok();
         permit().or_else(|| {
@@ -130,13 +130,13 @@ impl Pool {
         })
     }
 
-    /// One that was made by the files as they are.
+    /// Takes a connection that was made with the present files.
     pub(super) fn take(&self, generation: u64) -> Option<Sender> {
-        if let Some((sender, place)) = self.stream(generation) {
-            return Some(Sender::Http2(sender, place));
+        if let Some((sender, permit)) = self.stream(generation) {
+            return Some(Sender::Http2(sender, permit));
         }
         loop {
-            // Moving it on may take a while.
+            // Taken out of the pool first, because driving it may take a while.
             let mut connection = self.idle.newest()?;
             if self.is_current(&connection.made, generation) && connection.is_ready() {
                 return Some(Sender::Http1(connection));
@@ -146,14 +146,14 @@ impl Pool {
 
     fn stream(&self, generation: u64) -> Option<(http2::SendRequest<RequestBody>, StreamPermit)> {
         let mut shared = self.shared();
-        // Requests that are under way keep theirs.
+        // Requests that are under way keep their connection.
         shared.retain(|one| !one.sender.is_closed() && self.is_current(&one.made, generation));
         let one = shared.iter_mut().find(|one| one.streams.load(Ordering::Relaxed) < MAX_STREAMS)?;
         one.used = Instant::now();
         Some((one.sender.clone(), StreamPermit::take(&one.streams)))
     }
 
-    /// Keeps one that has been used, if it can be used again.
+    /// Keeps a connection that has been used, if it can be used again.
     pub(super) fn put(&self, mut connection: Http1, generation: u64) {
         if !self.is_current(&connection.made, generation) || !connection.is_ready() {
             return;
@@ -162,15 +162,16 @@ impl Pool {
         self.idle.add(connection);
     }
 
-    /// Keeps one for many requests, of which this is the first.
+    /// Keeps a new connection for many requests, and takes its first stream.
     pub(super) fn share(&self, sender: &http2::SendRequest<RequestBody>, made: Made) -> StreamPermit {
         let streams = Arc::default();
-        let place = StreamPermit::take(&streams);
+        let permit = StreamPermit::take(&streams);
         self.shared().push(Http2 { sender: sender.clone(), streams, made, used: Instant::now() });
-        place
+        permit
     }
 
-    /// Ends those that the server has ended, that nobody has needed, that are old, or of files that have changed.
+    /// Closes connections that the server has closed, that nobody has needed for long, that are old, or that were made
+    /// with files that have changed.
     pub(super) fn sweep(&self, generation: u64) {
         self.idle.retain(|connection| {
             connection.used.elapsed() < MAX_UNUSED
@@ -240,7 +241,7 @@ mod tests {
         (connection, far)
     }
 
-    /// Uses up what a task may do before others have their turn.
+    /// Uses up the task's budget in tokio's cooperative scheduling.
     async fn work_hard() {
         let (sender, mut receiver) = tokio::sync::mpsc::unbounded_channel();
         for _ in 0..1000 {
@@ -256,7 +257,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_busy_task_finds_and_keeps_good_connections_and_no_ended_ones() {
+    async fn a_busy_task_tells_good_connections_from_closed_ones() {
         let pool = pool(10, 10);
         let (good, _far) = http1(&pool, 0).await;
         let (ended, gone) = http1(&pool, 0).await;
@@ -269,7 +270,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn kept_ones_are_bounded_and_give_way_to_new_ones() {
+    async fn kept_connections_are_bounded_and_give_way_to_new_ones() {
         let pool = pool(2, 3);
         let mut all = Vec::new();
         let mut ends = Vec::new();
@@ -288,7 +289,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_thread_uses_its_own_and_one_that_keeps_many_gives_way_to_another() {
+    async fn a_thread_uses_its_own_connections_and_the_one_with_most_gives_way() {
         let pool = pool(2, 10);
         let mut ends = Vec::new();
         for _ in 0..2 {
@@ -305,7 +306,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn those_of_other_files_and_old_ones_are_not_used() {
+    async fn connections_of_old_files_and_old_connections_are_not_used() {
         let pool = pool(10, 10);
         let (old, _far) = http1(&pool, 0).await;
         pool.put(old, 0);
@@ -327,7 +328,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn shared_ones_fill_up_one_after_the_other_and_go_when_nobody_needs_them() {
+    async fn shared_connections_fill_up_in_turn_and_close_when_nobody_needs_them() {
         let pool = pool(10, 10);
         let (near, _far) = tokio::io::duplex(1024);
         let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(near)).await.unwrap();
@@ -346,8 +347,8 @@ mod tests {
         tokio::time::advance(MAX_UNUSED).await;
         pool.sweep(0);
         assert_eq!(pool.shared().len(), 0);
-        let place = pool.share(&sender, made(0));
-        assert!(pool.take(1).is_none() && pool.shared().is_empty(), "of other files");
-        drop(place);
+        let permit = pool.share(&sender, made(0));
+        assert!(pool.take(1).is_none() && pool.shared().is_empty(), "made with other files");
+        drop(permit);
     }
 }

@@ -21,24 +21,24 @@ use tokio::{sync::OwnedSemaphorePermit, task::coop::unconstrained, time::Instant
 
 use super::body::RequestBody;
 
-/// What sends requests over one connection.
+/// Sends requests over one connection.
 pub(super) enum Sender {
     Http1(Http1),
     Http2(http2::SendRequest<RequestBody>, StreamPermit),
 }
 
-/// When a connection was made, and by which files.
+/// When a connection was made, and with which generation of the TLS files.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Made {
     pub generation: u64,
     pub at: Instant,
 }
 
-/// A connection without a task of its own: whoever waits for something from it moves it on, so that a request
-/// changes no tasks, and one that is given up ends its connection at once.
+/// A connection without a task of its own: whoever waits for something from it drives it. So a request never changes
+/// tasks, and a request that is given up closes its connection at once.
 pub(super) struct Http1 {
     sender: http1::SendRequest<RequestBody>,
-    /// `None` once it has ended.
+    /// `None` once the connection has ended.
     driver: Option<Driver>,
     pub made: Made,
     pub used: Instant,
@@ -57,7 +57,7 @@ impl Http1 {
         Self { sender, driver: Some(driver), made, used: made.at, _permit: permit }
     }
 
-    /// Sends a request, and moves the connection on until the response's head is there.
+    /// Sends a request, and drives the connection until the head of the response has come.
     pub(super) async fn send(
         &mut self,
         request: Request<RequestBody>,
@@ -74,12 +74,12 @@ impl Http1 {
         sent.await
     }
 
-    /// Moves the connection on.
     pub(super) fn drive(&mut self, cx: &mut Context<'_>) {
         drive(&mut self.driver, cx);
     }
 
-    /// Whether it can take a request now. A task that has done much must not hear "not yet" for that alone.
+    /// Whether the connection can take a request now. The check is outside tokio's cooperative scheduling, by which a
+    /// busy task would be told that it can't.
     pub(super) fn is_ready(&mut self) -> bool {
         let ready = poll_fn(|cx| {
             self.drive(cx);
@@ -96,16 +96,16 @@ fn drive(driver: &mut Option<Driver>, cx: &mut Context<'_>) {
     if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
         *driver = None;
         if let Err(error) = ended {
-            tracing::debug!(error = causes(&error), "a connection to an API server failed");
+            tracing::debug!(error = causes(&error), "connection to an API server failed");
         }
     }
 }
 
-/// One stream of a shared connection.
+/// Permits one stream of a shared connection.
 pub(super) struct StreamPermit(Arc<AtomicUsize>);
 
 impl StreamPermit {
-    /// Counted in `streams` for as long as it lives.
+    /// Counts in `streams` until it is dropped.
     pub(super) fn take(streams: &Arc<AtomicUsize>) -> Self {
         streams.fetch_add(1, Ordering::Relaxed);
         Self(streams.clone())
@@ -118,7 +118,7 @@ impl Drop for StreamPermit {
     }
 }
 
-/// hyper's errors show their cause only when they are asked for it.
+/// An error of hyper with its causes, which its own text leaves out.
 pub(super) fn causes(error: &hyper::Error) -> String {
     let mut text = error.to_string();
     let mut cause = std::error::Error::source(error);

@@ -47,19 +47,19 @@ use crate::{
 const MAX_HEADERS: usize = 256;
 const MAX_HEAD: usize = 1024 * 1024;
 const STREAM_WINDOW: u32 = 1024 * 1024;
-/// As much as all streams may take, so that one that is not read does not hold up the others.
+/// The windows of all streams together, so that a stream that nobody reads does not hold up the others.
 const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MAX_STREAMS as u32;
-/// Checks that fail in a row before a server is not asked any more.
+/// Failures in a row after which a server is considered down.
 const FAILURES: usize = 2;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Protocol {
     Http1,
-    /// HTTP/2 where that is asked for and the server speaks it.
+    /// HTTP/2 if it is configured and the server speaks it, else HTTP/1.1.
     Any,
 }
 
-/// TLS by what a connection may speak.
+/// The TLS configurations for the protocols that a connection may speak.
 pub(super) struct ServerTls {
     any: Arc<ClientConfig>,
     http1: Arc<ClientConfig>,
@@ -86,38 +86,39 @@ impl ServerTls {
 }
 
 pub(super) struct Server {
-    /// For people.
+    /// The URL, for logs and errors.
     pub name: String,
     authority: Authority,
     host_header: Option<HeaderValue>,
     host: String,
     port: u16,
     tls: Arc<FileWatcher<ServerTls>>,
-    /// `None` is plain HTTP.
+    /// The name in the server's certificate; with `None` the server speaks plain HTTP.
     tls_name: Option<ServerName<'static>>,
-    /// The server is taken to speak HTTP/2.
+    /// The server is believed to speak HTTP/2.
     multiplexes: AtomicBool,
-    /// Of those who make a connection for many.
-    turn: tokio::sync::Mutex<()>,
+    /// Held while a connection is made that many requests will share.
+    connecting: tokio::sync::Mutex<()>,
     pool: Pool,
-    /// What is asked for to see whether it works.
+    /// The path that health checks ask for.
     pub health: PathAndQuery,
-    /// For making a connection, and for a check.
+    /// For making a connection, and for a health check.
     pub timeout: Duration,
+    /// Failures in a row.
     failures: AtomicUsize,
-    /// Since the start.
-    failures_counted: AtomicU64,
+    /// All failures since the start.
+    failures_total: AtomicU64,
     down: AtomicBool,
     connections: Tasks,
 }
 
-/// A server, as metrics show it.
+/// The state of a server, as metrics show it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UpstreamStatus {
     /// Host and port.
     pub server: String,
     pub healthy: bool,
-    /// What failed since the start.
+    /// Connections, requests and checks that have failed since the start.
     pub failures: u64,
 }
 
@@ -126,7 +127,7 @@ pub struct UpstreamStatus {
 pub(super) enum ConnectError {
     #[error("{0}: max_connections are in use")]
     Full(String),
-    /// Which says nothing of the server.
+    /// The fault is on this machine and says nothing about the server.
     #[error("{0}: no connection can be made from here: {1}")]
     Here(String, io::Error),
     #[error("{0}: {1}")]
@@ -156,12 +157,12 @@ impl Server {
             multiplexes: AtomicBool::new(config.http2 && tls_name.is_some()),
             tls,
             tls_name,
-            turn: tokio::sync::Mutex::default(),
+            connecting: tokio::sync::Mutex::default(),
             pool: Pool::new(config),
             health: config.health_path.parse()?,
             timeout: config.connect_timeout,
             failures: AtomicUsize::new(0),
-            failures_counted: AtomicU64::new(0),
+            failures_total: AtomicU64::new(0),
             down: AtomicBool::new(false),
             connections,
         })
@@ -179,7 +180,7 @@ impl Server {
             )
             .to_string(),
             healthy: self.is_healthy(),
-            failures: self.failures_counted.load(Ordering::Relaxed),
+            failures: self.failures_total.load(Ordering::Relaxed),
         }
     }
 
@@ -196,37 +197,36 @@ impl Server {
         self.host_header.clone()
     }
 
-    /// There is no connection, for this reason.
-    pub(super) fn unconnected(&self, error: &ConnectError) {
+    /// Counts a failure if the server is why there is no connection.
+    pub(super) fn not_connected(&self, error: &ConnectError) {
         match error {
-            ConnectError::Server(_, error) => self.failed(error),
+            ConnectError::Server(_, error) => self.count_failure(error),
             ConnectError::Full(_) | ConnectError::Here(..) => {}
         }
     }
 
-    /// It does not work.
-    pub(super) fn failed(&self, error: &dyn std::fmt::Display) {
-        self.failures_counted.fetch_add(1, Ordering::Relaxed);
+    /// Counts a failure, and considers the server down after several in a row.
+    pub(super) fn count_failure(&self, error: &dyn std::fmt::Display) {
+        self.failures_total.fetch_add(1, Ordering::Relaxed);
         let failures = self.failures.fetch_add(1, Ordering::Relaxed) + 1;
         if failures >= FAILURES && !self.down.swap(true, Ordering::Relaxed) {
-            tracing::warn!(server = self.name, %error, "an API server does not work");
+            tracing::warn!(server = self.name, %error, "API server is down");
         }
     }
 
-    /// It works.
-    pub(super) fn works(&self) {
+    pub(super) fn mark_working(&self) {
         self.failures.store(0, Ordering::Relaxed);
         if self.down.swap(false, Ordering::Relaxed) {
-            tracing::info!(server = self.name, "an API server works again");
+            tracing::info!(server = self.name, "API server is up again");
         }
     }
 
-    /// Ends the kept connections that are of no more use.
+    /// Closes the kept connections that are of no more use.
     pub(super) fn sweep(&self) {
         self.pool.sweep(self.tls.generation());
     }
 
-    /// What sends over a kept connection or a new one, and whether it is a kept one.
+    /// Takes a kept connection or makes a new one, and says whether it is a kept one.
     pub(super) async fn sender(&self, protocol: Protocol) -> Result<(Sender, bool), ConnectError> {
         let kept = || match protocol {
             Protocol::Any => self.pool.take(self.tls.generation()),
@@ -236,15 +236,15 @@ impl Server {
             return Ok((sender, true));
         }
         let connecting = async {
-            // Who comes while a connection for many is made waits for it.
+            // Requests that come while a shared connection is being made wait for it.
             let shares = protocol == Protocol::Any && self.multiplexes.load(Ordering::Relaxed);
-            let _turn = if shares { Some(self.turn.lock().await) } else { None };
+            let _connecting = if shares { Some(self.connecting.lock().await) } else { None };
             if let Some(sender) = kept().filter(|_| shares) {
                 return Ok((sender, true));
             }
             let permit = self.pool.permit().ok_or_else(|| ConnectError::Full(self.name.clone()))?;
             let sender = self.connect(protocol, permit).await.map_err(|error| {
-                let reason = if is_ours(&error) { ConnectError::Here } else { ConnectError::Server };
+                let reason = if is_local(&error) { ConnectError::Here } else { ConnectError::Server };
                 reason(self.name.clone(), error)
             })?;
             Ok((sender, false))
@@ -263,7 +263,7 @@ impl Server {
     async fn connect(&self, protocol: Protocol, permit: OwnedSemaphorePermit) -> io::Result<Sender> {
         let socket = TcpStream::connect((self.host.as_str(), self.port)).await?;
         socket::tune(&socket);
-        // In this order: files that change in between make it one of the old ones.
+        // The generation is read before the files: if they change in between, the connection counts as an old one.
         let made = Made { generation: self.tls.generation(), at: Instant::now() };
         let Some(name) = &self.tls_name else { return http1(socket, made, permit).await };
         let tls = self.tls.get();
@@ -295,12 +295,12 @@ impl Server {
         self.connections.spawn(async move {
             let _permit = permit;
             if let Err(error) = connection.await {
-                tracing::debug!(error = causes(&error), "a connection to an API server failed");
+                tracing::debug!(error = causes(&error), "connection to an API server failed");
             }
         });
         sender.ready().await.map_err(io::Error::other)?;
-        let place = self.pool.share(&sender, made);
-        Ok(Sender::Http2(sender, place))
+        let permit = self.pool.share(&sender, made);
+        Ok(Sender::Http2(sender, permit))
     }
 }
 
@@ -322,9 +322,9 @@ where
     Ok(Sender::Http1(connection))
 }
 
-/// Whether an error of connecting is for want of descriptors, memory, ports or a network on this machine.
-fn is_ours(error: &io::Error) -> bool {
-    let ours = [
+/// Whether connecting failed for want of descriptors, memory, ports or a network on this machine.
+fn is_local(error: &io::Error) -> bool {
+    let local = [
         libc::EMFILE,
         libc::ENFILE,
         libc::ENOMEM,
@@ -333,7 +333,7 @@ fn is_ours(error: &io::Error) -> bool {
         libc::ENETUNREACH,
         libc::ENETDOWN,
     ];
-    error.raw_os_error().is_some_and(|code| ours.contains(&code))
+    error.raw_os_error().is_some_and(|code| local.contains(&code))
 }
 
 #[cfg(test)]
@@ -341,7 +341,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_wanting_here_says_nothing_of_the_server() {
+    fn a_shortage_on_this_machine_says_nothing_about_the_server() {
         let codes = [
             (libc::EMFILE, true),
             (libc::ENETUNREACH, true),
@@ -351,8 +351,8 @@ mod tests {
             (libc::EHOSTUNREACH, false),
             (libc::ETIMEDOUT, false),
         ];
-        for (code, ours) in codes {
-            assert_eq!(is_ours(&io::Error::from_raw_os_error(code)), ours, "{code}");
+        for (code, local) in codes {
+            assert_eq!(is_local(&io::Error::from_raw_os_error(code)), local, "{code}");
         }
     }
 }

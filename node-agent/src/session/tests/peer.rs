@@ -14,6 +14,7 @@ use proto::{
     revocation::SignedList,
 };
 use proto_net::{
+    clock::Clock,
     handshake::HandshakePermit,
     link::{Gate, Link},
     mux::{Events, Feeder, Mux},
@@ -56,7 +57,7 @@ use crate::{
         streams::StreamServer,
     },
     shutdown::Shutdown,
-    testing::{CertificateSpec, TempDir, accepted, new_key, valid_for, virtual_clock},
+    testing::{CertificateSpec, TempDir, accepted, new_key, valid_for},
 };
 
 /// How long a certificate of [`TestNode::connect`] is valid.
@@ -107,7 +108,7 @@ impl TestNode {
             people: Arc::new(Semaphore::new(MAX_PEOPLE)),
             shutdown_grace: SHUTDOWN_GRACE,
             metrics: metrics.clone(),
-            clock: virtual_clock(),
+            clock: Clock::new_virtual(),
             shutdown: shutdown.clone(),
         };
         let tasks = Tasks::new();

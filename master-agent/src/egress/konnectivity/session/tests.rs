@@ -20,8 +20,8 @@ use tokio::{
 use super::*;
 use crate::{
     egress::outbound::CallerLimits,
-    registry::Registry,
     stream::metrics::{DialLabels, ListenerLabels, StreamMetrics},
+    tunnels::registry::Registry,
 };
 
 const DOOR: &str = "konnectivity-test";

@@ -1,4 +1,4 @@
-//! Route, registry, tunnel: the dialer behind every egress listener.
+//! The dialer behind every egress listener: it asks for a route, and opens a stream on a tunnel of one of its nodes.
 
 use std::{
     net::IpAddr,
@@ -15,16 +15,16 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use crate::{
     directory::{Directory, PodLocation},
-    registry::Registry,
     routing::{Hop, Route, Via, preference, shared::SharedRoutes},
+    tunnels::registry::Registry,
 };
 
-/// Ways that are tried for one dial, besides the last one.
+/// Candidates that are tried for one dial, besides the one of last resort.
 const ATTEMPTS: usize = 3;
-/// Where kubelets listen unless their Node says otherwise.
+/// The port of kubelets whose Node names no other.
 const KUBELET_PORT: u16 = 10250;
 
-/// Dials through tunnels only; there is no direct path to fall back to.
+/// Dials through tunnels only, and never directly.
 pub struct TunnelDialer {
     registry: Arc<Registry>,
     routes: Arc<SharedRoutes>,
@@ -43,7 +43,7 @@ impl TunnelDialer {
         Self { registry, routes, timeout }
     }
 
-    /// What to try for a route now, in this order; at least one.
+    /// The candidates for a route as the tunnels are now, in the order in which to try them; at least one.
     pub fn candidates(&self, route: &Route) -> Result<Vec<Candidate>, DialError> {
         let mut found: Vec<Candidate> = route.hops.iter().flat_map(|hop| self.expand(hop)).collect();
         if found.len() > 1 {
@@ -64,13 +64,11 @@ impl TunnelDialer {
         let candidate = |node| Candidate { node, target: hop.target.clone() };
         match &hop.via {
             Via::Node(node) => vec![candidate(node.clone())],
-            Via::AnyNode => {
-                self.registry.least_busy_agents().into_iter().take(ATTEMPTS).map(candidate).collect()
-            }
+            Via::AnyNode => self.registry.least_busy_agents(ATTEMPTS).into_iter().map(candidate).collect(),
         }
     }
 
-    /// Connected nodes first, near ones preferred within bounds.
+    /// Puts connected nodes first, and among them prefers near ones within bounds.
     fn order(&self, candidates: Vec<Candidate>) -> Vec<Candidate> {
         let reach = self.registry.round_trips(candidates.iter().map(|c| &c.node));
         let order = preference::order(&reach, &mut rand::rng());
@@ -83,15 +81,15 @@ impl TunnelDialer {
         let several = route.hops.len() > 1;
         let mut failed = None;
         let candidates = self.candidates(&route)?;
-        let mut ways = candidates.len();
-        for Candidate { node, target: asked, .. } in candidates {
-            // One endpoint that is silent must leave time for another.
+        let mut untried = candidates.len();
+        for Candidate { node, target: asked } in candidates {
+            // An endpoint that is silent must leave time for another.
             let left = match failed {
                 None => self.timeout,
                 Some(_) => self.timeout.saturating_sub(began.elapsed()),
             };
-            let left = if several { left / u32::try_from(ways).unwrap_or(1).max(1) } else { left };
-            ways -= 1;
+            let left = if several { left / u32::try_from(untried).unwrap_or(1).max(1) } else { left };
+            untried -= 1;
             let error = match self.dial_node(&node, &asked, origin, left).await {
                 Ok((stream, permit)) => {
                     let reason = if asked == *target {
@@ -103,9 +101,9 @@ impl TunnelDialer {
                 }
                 Err(error) => error,
             };
-            // Another node's policy may allow what this one's does not; another endpoint may be there.
+            // Another node's policy may allow what this one's refuses, and another endpoint may answer.
             let elsewhere = match error.fault() {
-                Fault::Policy => ways > 1 || route.last.is_none(),
+                Fault::Policy => untried > 1 || route.last.is_none(),
                 Fault::Target => several,
                 Fault::Caller | Fault::Route | Fault::Tunnel => error.retry_elsewhere(),
             };
@@ -127,7 +125,7 @@ impl TunnelDialer {
         let began = Instant::now();
         let (tunnel, permit) = self.registry.pick(node)?;
         let asked = match &target.host {
-            // An sshd may not know the name that its node has here.
+            // An sshd may not know the name under which its node is known here.
             Host::Name(name) if !tunnel.is_node_agent() && name == node.as_str() => {
                 let address = self.routes.read(|routes| routes.node_address(node));
                 Target::new(address.map_or_else(|| target.host.clone(), Host::Addr), target.port)
@@ -135,7 +133,7 @@ impl TunnelDialer {
             Host::Name(_) | Host::Addr(_) => target.clone(),
         };
         let mut opened = tunnel.open(&asked, &origin.0, timeout).await;
-        // It may have been retired since it was picked, and another has its place.
+        // The tunnel may have been retired since it was picked, and another may have taken its place.
         if let Err(DialError::TunnelLost { .. }) = &opened
             && let Ok((other, _)) = self.registry.pick(node)
             && other.id != tunnel.id

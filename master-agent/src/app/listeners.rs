@@ -1,0 +1,159 @@
+//! Serves every socket.
+
+use std::sync::Arc;
+
+use access::authn::cluster::Cluster;
+use prometheus_client::registry::Registry;
+use proto_net::{admin::Endpoints, exposition::Exposition, file_watcher::watch};
+
+use super::{
+    egress::Egress,
+    groups::Groups,
+    parts::Parts,
+    sockets::{FrontEndSockets, Sockets},
+};
+use crate::{
+    admin::Admin,
+    config::Config,
+    egress::certificates::EgressCertificates,
+    front_end::{
+        self, audit::Writer, call_home::CallHomeServices, config::FrontEndConfig, local, server::FrontEnd,
+    },
+    joined::StoredTokens,
+    kubernetes,
+    metrics::Certificates,
+    page::Page,
+    tunnels::{self, compatibility},
+};
+
+/// Serves on every socket. Gives the front end and the writer of its audit log, where there is a front end.
+pub(super) fn serve(
+    config: &Config,
+    parts: &Parts,
+    page: &Arc<Page>,
+    sockets: Sockets,
+    cluster: Option<&Cluster>,
+    groups: &Groups,
+) -> anyhow::Result<Option<(Arc<FrontEnd>, Writer)>> {
+    let Groups { callers, listeners, background, .. } = groups;
+    let Sockets { egress: egress_sockets, call_home, front_end, admin, admin_unix } = sockets;
+    let certificates = egress_sockets.certificates();
+    background.spawn(watch(certificates.watchers()));
+    let egress = Egress {
+        dialer: parts.dialer.clone(),
+        directory: parts.dialer.clone(),
+        metrics: &parts.streams,
+        draining: &parts.draining,
+        callers,
+        listeners,
+    };
+    let proxy_urls = egress.serve(egress_sockets, config);
+    let front_end = match front_end.zip(config.front_end.as_ref()) {
+        Some((sockets, section)) => {
+            let needs = front_end::server::Parts {
+                cluster,
+                proxy_urls: proxy_urls.map(|urls| urls as _),
+                page: page.clone(),
+                call_home: config.calls_over_https().then(|| call_home_services(parts)),
+                streams: parts.streams.clone(),
+                draining: parts.draining.clone(),
+            };
+            Some(serve_front_end(sockets, section, needs, groups)?)
+        }
+        None => None,
+    };
+    if let Some(listener) = call_home {
+        listeners.spawn(parts.call_home.clone().accept(listener));
+    }
+    let served = front_end.as_ref().map(|(front_end, _)| front_end);
+    let metrics = Exposition::new(registry(config, parts, served, certificates));
+    let answers = Admin {
+        registry: parts.registry.clone(),
+        explainer: parts.explainer.clone(),
+        watches: parts.watches.clone(),
+        legacy_names: legacy_names(config),
+        page: page.clone(),
+        front_end: served.cloned(),
+        draining: parts.draining.clone(),
+    };
+    let endpoints = Endpoints { metrics, admin: Arc::new(answers) };
+    background.spawn(endpoints.clone().serve_tcp(admin, background.clone()));
+    background.spawn(endpoints.serve_unix(admin_unix, background.clone()));
+    Ok(front_end)
+}
+
+/// The front end's access to the tunnels, for nodes that call home over its port.
+fn call_home_services(parts: &Parts) -> CallHomeServices {
+    CallHomeServices {
+        links: parts.call_home.clone(),
+        join_tokens: Arc::new(StoredTokens(parts.store.clone())),
+        tasks: parts.sessions.clone(),
+    }
+}
+
+fn serve_front_end(
+    sockets: FrontEndSockets,
+    config: &FrontEndConfig,
+    needs: front_end::server::Parts<'_>,
+    groups: &Groups,
+) -> anyhow::Result<(Arc<FrontEnd>, Writer)> {
+    let Groups { callers, listeners, background, .. } = groups;
+    let (front_end, writer) = FrontEnd::load(config, needs, callers, background)?;
+    front_end.watch(background);
+    if let (Some(listener), Some(config)) = (sockets.local_unix, &config.local) {
+        listeners.spawn(local::accept_unix(front_end.clone(), config.clone(), listener));
+    }
+    if let (Some(listener), Some(config)) = (sockets.local_tcp, &config.local) {
+        listeners.spawn(local::accept_tcp(front_end.clone(), config.clone(), listener));
+    }
+    listeners.spawn(front_end.clone().accept(sockets.https));
+    Ok((front_end, writer))
+}
+
+/// All metrics: what is counted, and what is collected when somebody asks.
+fn registry(
+    config: &Config,
+    parts: &Parts,
+    front_end: Option<&Arc<FrontEnd>>,
+    egress_certificates: EgressCertificates,
+) -> Registry {
+    let Parts { streams, tunnels, registry: nodes, watches, .. } = parts;
+    let mut root = Registry::default();
+    let r = root.sub_registry_with_prefix("master_agent");
+    streams.register(r);
+    tunnels.register(r);
+    tunnels::metrics::register(nodes, tunnels, config.metrics.per_node, r);
+    r.register_collector(Box::new(certificates_in_use(parts, front_end, egress_certificates)));
+    if let Some(front_end) = front_end {
+        front_end::metrics::register(front_end, r);
+    }
+    if let Some(watches) = watches {
+        kubernetes::metrics::register(watches, r);
+    }
+    if let Some(watches) = watches.as_ref().filter(|_| legacy_names(config)) {
+        compatibility::register_legacy(tunnels, watches, &mut root);
+    }
+    if config.metrics.konnectivity_names {
+        compatibility::register_konnectivity(streams, tunnels, nodes, &mut root);
+    }
+    root
+}
+
+fn legacy_names(config: &Config) -> bool {
+    config.kubernetes.as_ref().is_some_and(|cluster| cluster.legacy_names)
+}
+
+fn certificates_in_use(
+    parts: &Parts,
+    front_end: Option<&Arc<FrontEnd>>,
+    egress: EgressCertificates,
+) -> Certificates {
+    let (login, nodes) = (parts.login.clone(), parts.registry.clone());
+    let front_end = front_end.cloned();
+    Certificates::new(move || {
+        let mut all = tunnels::metrics::expiries(&login, &nodes).to_vec();
+        all.extend(egress.expiries());
+        all.extend(front_end.as_ref().map(|front_end| front_end.expiries()).unwrap_or_default());
+        all
+    })
+}

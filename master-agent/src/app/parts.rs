@@ -1,0 +1,211 @@
+//! Builds the parts of the agent, each with what it needs of the others. Nothing runs before it is started.
+
+use std::sync::Arc;
+
+use proto_net::{clock::Clock, handshake::HandshakePermits, tasks::Tasks};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    config::Config,
+    identity::{Authorities, store::Store},
+    kubernetes::Watches,
+    routing::{inventory::Inventory, shared::SharedRoutes},
+    stream::metrics::StreamMetrics,
+    tunnels::{
+        call_home::CallHome,
+        callers::{CallerTunnels, TakenOver, hand_over},
+        counters::TunnelMetrics,
+        dial_links::{DialLinks, Dialling, Tcp},
+        dialer::TunnelDialer,
+        expected_nodes::ExpectedNodes,
+        explain::Explainer,
+        join::Joining,
+        login::MasterLogin,
+        refusals::Refusals,
+        registry::Registry,
+        renewal::Renewal,
+        revocations::RevocationList,
+        session::handshake::SshClient,
+        supervision::Supervisor,
+        trust::Trust,
+    },
+};
+
+/// Connections at once that have not authenticated, where no port for calls home says how many.
+const MAX_HANDSHAKES: usize = 256;
+
+/// Everything that the agent reads before it builds its parts.
+pub(super) struct Loaded {
+    pub(super) inventory: Inventory,
+    pub(super) authorities: Arc<Authorities>,
+    pub(super) store: Arc<dyn Store>,
+}
+
+/// The parts that listeners, the admin endpoints and the drain use.
+pub(super) struct Parts {
+    /// The metrics of streams, and those of tunnels.
+    pub(super) streams: StreamMetrics,
+    pub(super) tunnels: TunnelMetrics,
+    pub(super) registry: Arc<Registry>,
+    pub(super) dialer: Arc<TunnelDialer>,
+    pub(super) expected: Arc<ExpectedNodes>,
+    /// `None` where no cluster is followed.
+    pub(super) watches: Option<Arc<Watches>>,
+    pub(super) store: Arc<dyn Store>,
+    pub(super) login: Arc<MasterLogin>,
+    pub(super) revocations: Arc<RevocationList>,
+    pub(super) explainer: Arc<Explainer>,
+    pub(super) call_home: Arc<CallHome>,
+    /// Owns every SSH session, and the tasks that make and supervise them.
+    pub(super) sessions: Tasks,
+    /// Cancelled when no new tunnels and no new requests are to begin.
+    pub(super) draining: CancellationToken,
+}
+
+/// The parts that run in tasks of their own.
+pub(super) struct Startable {
+    pub(super) dial_links: DialLinks<Tcp>,
+    /// `None` where no callers come through tunnels.
+    pub(super) caller_tunnels: Option<TakenOver>,
+}
+
+/// The handles that several parts of the tunnels take.
+struct Shared<'a> {
+    config: &'a Config,
+    nodes: watch::Receiver<Arc<Inventory>>,
+    registry: Arc<Registry>,
+    metrics: TunnelMetrics,
+    store: Arc<dyn Store>,
+    authorities: Arc<Authorities>,
+    login: Arc<MasterLogin>,
+    trust: Arc<Trust>,
+    refusals: Refusals,
+    client: Arc<SshClient>,
+    sessions: Tasks,
+    draining: CancellationToken,
+}
+
+/// `sessions` owns every SSH session.
+pub(super) fn build(config: &Config, loaded: Loaded, sessions: Tasks) -> anyhow::Result<(Parts, Startable)> {
+    let Loaded { inventory, authorities, store } = loaded;
+    let draining = CancellationToken::new();
+    let registry = Arc::new(Registry::new(config.tunnels.max_streams_per_node));
+    let metrics = TunnelMetrics::default();
+    let cluster = config.kubernetes.as_ref();
+    let domain = cluster.map(|cluster| cluster.cluster_domain.clone()).unwrap_or_default();
+    let routes = Arc::new(SharedRoutes::new(domain));
+    let watched = cluster.and_then(|cluster| cluster.nodes.clone());
+    let expected = ExpectedNodes::new(inventory, watched, routes.clone(), registry.clone(), sessions.clone());
+    let nodes = expected.subscribe();
+    let dial_timeout = config.tunnels.dial_timeout;
+    let dialer = Arc::new(TunnelDialer::new(registry.clone(), routes.clone(), dial_timeout));
+    let login = Arc::new(MasterLogin::new(authorities.clone(), config.certificates.user_ttl)?);
+    let shared = Shared {
+        config,
+        registry: registry.clone(),
+        store: store.clone(),
+        login: login.clone(),
+        trust: Arc::new(Trust::new(nodes.clone(), store.clone(), authorities.clone())),
+        refusals: Refusals::new(registry.clone(), metrics.refused.clone()),
+        client: Arc::new(SshClient::new(config.tunnels.clone(), metrics.stalls.clone())),
+        nodes: nodes.clone(),
+        metrics: metrics.clone(),
+        authorities: authorities.clone(),
+        sessions: sessions.clone(),
+        draining: draining.clone(),
+    };
+    let through_tunnels = config.front_end.as_ref().is_some_and(|front_end| front_end.through_tunnels);
+    let (callers, caller_tunnels) = through_tunnels.then(hand_over).unzip();
+    let revocations = Arc::new(RevocationList::new(store.clone(), authorities, login.clone()));
+    let supervisor = Arc::new(shared.supervisor(revocations.clone(), callers));
+    let dial_links = shared.dial_links(supervisor.clone());
+    let parts = Parts {
+        call_home: Arc::new(shared.call_home(supervisor)),
+        explainer: Arc::new(Explainer {
+            routes: routes.clone(),
+            dialer: dialer.clone(),
+            registry: registry.clone(),
+            nodes,
+        }),
+        watches: cluster
+            .map(|cluster| Watches::new(routes, cluster.stale_after, config.checks_bound_objects())),
+        expected: Arc::new(expected),
+        streams: StreamMetrics::new(registry.clone()),
+        tunnels: metrics,
+        registry,
+        dialer,
+        store,
+        login,
+        revocations,
+        sessions,
+        draining,
+    };
+    Ok((parts, Startable { dial_links, caller_tunnels }))
+}
+
+impl Shared<'_> {
+    fn supervisor(&self, revocations: Arc<RevocationList>, callers: Option<CallerTunnels>) -> Supervisor {
+        Supervisor {
+            config: self.config.tunnels.clone(),
+            nodes: self.nodes.clone(),
+            registry: self.registry.clone(),
+            trust: self.trust.clone(),
+            refusals: self.refusals.clone(),
+            renewal: Renewal {
+                nodes: self.nodes.clone(),
+                trust: self.trust.clone(),
+                authorities: self.authorities.clone(),
+                host_ttl: self.config.certificates.host_ttl,
+                renewed: self.metrics.certificates_renewed.clone(),
+                clock: Clock::System,
+            },
+            revocations,
+            callers,
+            metrics: self.metrics.clone(),
+            tasks: self.sessions.clone(),
+        }
+    }
+
+    fn dial_links(&self, supervisor: Arc<Supervisor>) -> DialLinks<Tcp> {
+        let dialling = Dialling {
+            connect: Tcp,
+            config: self.config.tunnels.clone(),
+            client: self.client.clone(),
+            trust: self.trust.clone(),
+            login: self.login.clone(),
+            registry: self.registry.clone(),
+            refusals: self.refusals.clone(),
+            supervisor,
+            metrics: self.metrics.clone(),
+            draining: self.draining.clone(),
+        };
+        DialLinks::new(self.nodes.clone(), dialling, self.sessions.clone())
+    }
+
+    fn call_home(&self, supervisor: Arc<Supervisor>) -> CallHome {
+        let max_handshakes = self.config.call_home.as_ref().map(|call_home| call_home.max_handshakes);
+        CallHome {
+            config: self.config.tunnels.clone(),
+            client: self.client.clone(),
+            trust: self.trust.clone(),
+            login: self.login.clone(),
+            joining: Arc::new(Joining {
+                nodes: self.nodes.clone(),
+                store: self.store.clone(),
+                authorities: self.authorities.clone(),
+                host_ttl: self.config.certificates.host_ttl,
+                registry: self.registry.clone(),
+                refusals: self.refusals.clone(),
+                attempts: self.metrics.joins.clone(),
+                tasks: self.sessions.clone(),
+            }),
+            registry: self.registry.clone(),
+            refusals: self.refusals.clone(),
+            supervisor,
+            permits: HandshakePermits::new(max_handshakes.unwrap_or(MAX_HANDSHAKES)),
+            tasks: self.sessions.clone(),
+            draining: self.draining.clone(),
+        }
+    }
+}

@@ -1,0 +1,44 @@
+//! What takes calls home for the front end, which has authenticated and authorized whoever calls.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use futures_util::future::BoxFuture;
+use proto::{NodeName, join::JoinToken};
+use proto_net::tasks::Tasks;
+
+use super::link_socket::LinkSocket;
+use crate::{identity::store::TokenError, tunnels::call_home::Purpose};
+
+/// Takes the links of nodes that call home and of hosts that join.
+pub trait TakeLinks: Send + Sync {
+    /// Serves a link to its end.
+    fn serve(self: Arc<Self>, call: IncomingCall) -> BoxFuture<'static, ()>;
+
+    /// Counts a call that was refused because its credential belongs to another node. `claimed` is the node that the
+    /// call was for, if it named one.
+    fn count_other_node(&self, claimed: Option<&NodeName>, reason: &str);
+}
+
+/// Checks the join tokens of hosts that are no nodes yet.
+pub trait CheckJoinTokens: Send + Sync {
+    /// Gives the node that the token is bound to, if any. The token is not used up.
+    fn check(&self, token: JoinToken) -> BoxFuture<'static, Result<Option<NodeName>, TokenError>>;
+}
+
+/// A call home that the front end has admitted.
+pub struct IncomingCall {
+    pub peer: SocketAddr,
+    /// What the call was admitted for.
+    pub purpose: Purpose,
+    /// Completes once the connection has changed its protocol; `None` if it has ended instead.
+    pub socket: BoxFuture<'static, Option<LinkSocket>>,
+}
+
+/// The parts of the agent that calls home need.
+#[derive(Clone)]
+pub struct CallHomeServices {
+    pub links: Arc<dyn TakeLinks>,
+    pub join_tokens: Arc<dyn CheckJoinTokens>,
+    /// Owns the tasks that serve links.
+    pub tasks: Tasks,
+}

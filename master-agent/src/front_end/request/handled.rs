@@ -1,0 +1,95 @@
+//! What a handler makes of a request: the response, and what lasts longer than its head.
+
+use std::{future::poll_fn, pin::Pin, time::Duration};
+
+use access::authn::Validity;
+use http_body_util::Full;
+use hyper::{Response, upgrade::OnUpgrade};
+use hyper_util::rt::TokioIo;
+use proto_net::relay::relay_until;
+
+use super::{link::PendingLink, rejection::Rejection};
+use crate::{
+    front_end::{answer::Content, limits::RequestPermit, recorder::Recorder, upstream::Lease},
+    http::{exchange, status::Failure},
+};
+
+/// A response, and what becomes of its connection.
+pub(super) struct Handled {
+    pub response: Response<Content>,
+    /// The request's seat, kept until the last byte of the response has left.
+    pub seat: Option<RequestPermit>,
+    /// How long the response, or what the connection is upgraded to, may go on.
+    pub validity: Validity,
+    pub upgrade: Option<Upgrade>,
+}
+
+impl Handled {
+    /// A response that is complete as it is.
+    pub(super) fn response(response: Response<Content>, seat: RequestPermit, validity: Validity) -> Self {
+        Self { response, seat: Some(seat), validity, upgrade: None }
+    }
+
+    /// A response with which the connection changes its protocol. The upgraded connection keeps the seat.
+    pub(super) fn upgrade(response: Response<Content>, upgrade: Upgrade, validity: Validity) -> Self {
+        Self { response, seat: None, validity, upgrade: Some(upgrade) }
+    }
+}
+
+impl From<Rejection> for Handled {
+    fn from(rejection: Rejection) -> Self {
+        let response = Failure::from(rejection).response().map(Content::Own);
+        Self { response, seat: None, validity: Validity::default(), upgrade: None }
+    }
+}
+
+/// What a connection is upgraded to.
+pub(super) enum Upgrade {
+    /// Raw bytes to and from kube-apiserver, or a target behind a proxy URL.
+    Relay(Relay),
+    /// A node's or a joining host's link.
+    Link(PendingLink),
+}
+
+/// Raw bytes between the caller and the other end.
+pub(super) enum Relay {
+    Upstream {
+        caller: OnUpgrade,
+        server: OnUpgrade,
+        lease: Lease,
+        seat: RequestPermit,
+        half_closed_timeout: Duration,
+    },
+    Target {
+        upgrade: exchange::Upgrade,
+        seat: RequestPermit,
+    },
+}
+
+impl Relay {
+    /// Relays until both directions have ended, or `expired` completes.
+    pub(super) async fn run(self, record: &Recorder, expired: impl Future<Output = ()>) {
+        match self {
+            Self::Upstream { caller, mut server, mut lease, half_closed_timeout, seat: _seat } => {
+                // The connection to kube-apiserver has no task of its own to hand it over.
+                let server = poll_fn(|cx| {
+                    lease.drive(cx);
+                    Pin::new(&mut server).poll(cx)
+                });
+                let (Ok(server), Ok(caller)) = (server.await, caller.await) else { return };
+                let (caller, server) = (TokioIo::new(caller), TokioIo::new(server));
+                let counters = &record.carried;
+                let relayed = relay_until(caller, server, counters, half_closed_timeout, expired).await;
+                if let Err(error) = relayed {
+                    tracing::debug!(%error, "upgraded connection failed");
+                }
+            }
+            Self::Target { upgrade, seat: _seat } => upgrade.carry(&record.carried, expired).await,
+        }
+    }
+}
+
+/// The body of a response that has none of its own.
+pub(super) fn empty() -> Content {
+    Content::Own(Full::default())
+}

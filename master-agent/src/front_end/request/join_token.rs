@@ -1,0 +1,109 @@
+//! How callers that call home are identified where no authenticator can: hosts that join by their join token, and nodes
+//! whose credential can't be checked at the moment.
+
+use std::sync::Arc;
+
+use access::{
+    authn::{self, Authenticated, Guard, Presented, Validity},
+    user::User,
+};
+use hyper::http::request::Parts;
+use proto::join::JoinToken;
+
+use super::rejection::Rejection;
+use crate::{
+    front_end::{connection::Connection, limits::too_many},
+    identity::store::TokenError,
+};
+
+/// The authenticator's name in records.
+pub(super) const JOIN_TOKEN: &str = "join-token";
+/// The extra attribute of a user that names the node that its token is bound to, or whose pod it is bound to.
+pub(super) const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
+
+/// Identifies a host that presents its join token to join; `None` for every other request. The token is not used up.
+pub(super) async fn identify(
+    connection: &Connection,
+    head: &Parts,
+) -> Result<Option<Authenticated>, Rejection> {
+    let Some(services) = connection.front_end.call_home().filter(|_| is_path_of("join", head.uri.path()))
+    else {
+        return Ok(None);
+    };
+    // The authenticators report what is wrong with a credential that can't be read.
+    let Ok(presented) = Presented::of(head, &connection.certificates) else { return Ok(None) };
+    let token = presented.bearer.as_ref().map(|token| JoinToken::parse(token.expose()));
+    let Some(Ok(token)) = token else { return Ok(None) };
+    let attempt = connection.front_end.limits.attempt(&connection.peer);
+    attempt.pass().map_err(|after| Rejection::TooMany(too_many(after)))?;
+    let id = token.id.clone();
+    match services.join_tokens.check(token).await {
+        Ok(bound) => {
+            attempt.forgive();
+            let mut user = User { name: format!("master-agent:join-token:{id}"), ..User::default() };
+            user.extra.extend(bound.map(|node| (NODE_NAME.to_owned(), vec![node.to_string()])));
+            Ok(Some(Authenticated {
+                user: Arc::new(user),
+                authenticator: JOIN_TOKEN,
+                validity: Validity::default(),
+            }))
+        }
+        Err(TokenError::Store(error)) => {
+            attempt.forgive();
+            tracing::error!(error, "join tokens can't be checked");
+            Err(Rejection::CredentialUnchecked("join token"))
+        }
+        Err(error) => {
+            attempt.fail().map_err(|exceeded| Rejection::TooMany(exceeded.into()))?;
+            tracing::info!(peer = %connection.peer, %error, "joining host not recognized");
+            Err(Rejection::Unauthenticated)
+        }
+    }
+}
+
+/// Identifies a node that links while nobody can say whether its credential was withdrawn: the API server may be
+/// reachable only through the very tunnel that is to come. The SSH identity inside the link still decides. A host that
+/// joins has no such identity yet, so its credential must be checked; its join token needs no API server.
+pub(super) fn link_unchecked(
+    connection: &Connection,
+    head: &Parts,
+    why: &authn::Failure,
+) -> Option<Authenticated> {
+    let caller = why.unchecked()?;
+    if connection.front_end.call_home().is_none() || !is_path_of("link", head.uri.path()) {
+        return None;
+    }
+    let user = &caller.user.name;
+    tracing::info!(peer = %connection.peer, user, reason = %why, "a node may link by its SSH identity alone");
+    Some(caller.clone())
+}
+
+/// Whether a path, as it was sent, is a node's subresource: `link`, or `join`.
+fn is_path_of(subresource: &str, path: &str) -> bool {
+    let rest = path.strip_prefix("/apis/master-agent/v1/nodes/");
+    let Some((node, last)) = rest.and_then(|rest| rest.split_once('/')) else { return false };
+    last == subresource && !node.is_empty() && !node.contains('%')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_names_one_node_and_its_subresource() {
+        for (path, joins) in [
+            ("/apis/master-agent/v1/nodes/n1/join", true),
+            ("/apis/master-agent/v1/nodes/-/join", true),
+            ("/apis/master-agent/v1/nodes/n1/link", false),
+            ("/apis/master-agent/v1/nodes//join", false),
+            ("/apis/master-agent/v1/nodes/a/b/join", false),
+            ("/apis/master-agent/v1/nodes/a%2Fb/join", false),
+            ("/apis/master-agent/v1/nodes/n1/join/", false),
+            ("/api/v1/nodes/n1/join", false),
+        ] {
+            assert_eq!(is_path_of("join", path), joins, "{path}");
+        }
+        assert!(is_path_of("link", "/apis/master-agent/v1/nodes/n1/link"));
+        assert!(!is_path_of("link", "/apis/master-agent/v1/nodes/a/b/link"));
+    }
+}

@@ -1,0 +1,131 @@
+//! The life of a request.
+//!
+//! Five phases come before the handler. Each lets the request through to the next one or rejects it:
+//!
+//! 1. `admit`: its address is within its rate, and its head has one meaning.
+//! 2. `identify`: the caller is known.
+//! 3. `resolve`: it is known what the request asks for and who is to answer it.
+//! 4. `reserve`: the audit log has room for its record, and its user has a seat for it.
+//! 5. `authorize`: the caller may do what it asks for.
+//!
+//! Whatever comes of a request, its record is written when the last byte of the response has left, or when the caller
+//! has; the seat is kept for as long.
+
+use std::{convert::Infallible, sync::Arc};
+
+use access::authn::Validity;
+use hyper::{
+    Request, Response, StatusCode, Version,
+    body::Incoming,
+    header::{self, HeaderValue},
+};
+
+use super::{
+    admit::admit,
+    authorize::authorize,
+    call_home,
+    handled::{Handled, Relay, Upgrade},
+    identify::identify,
+    page, proxy_url,
+    rejection::Rejection,
+    reserve::reserve,
+    resolve::resolve,
+    stages::Handler,
+    upstream,
+};
+use crate::{
+    front_end::{
+        answer::{Answer, Held},
+        connection::Connection,
+        recorder::Recorder,
+        streams,
+    },
+    http::watched::Busy,
+};
+
+/// Takes a request through its phases to its handler.
+async fn handle(
+    connection: &Arc<Connection>,
+    request: Request<Incoming>,
+    record: &mut Recorder,
+) -> Result<Handled, Rejection> {
+    let admitted = admit(connection, request)?;
+    let identified = identify(connection, admitted, record).await?;
+    let resolved = resolve(connection, identified, record)?;
+    let reserved = reserve(connection, resolved, record).await?;
+    let (handler, authorized) = authorize(connection, reserved, record).await?;
+    match handler {
+        Handler::CallHome(call_home) => call_home::answer(connection, call_home, authorized),
+        Handler::ProxyUrl(proxy_urls) => proxy_url::answer(connection, proxy_urls, authorized, record).await,
+        Handler::Page(page) => Ok(page::answer(connection, page, authorized, record).await),
+        Handler::Upstream => upstream::answer(connection, authorized, record).await,
+    }
+}
+
+impl Connection {
+    /// Answers one request of this connection.
+    pub(in crate::front_end) async fn answer(
+        self: Arc<Self>,
+        request: Request<Incoming>,
+    ) -> Result<Response<Answer>, Infallible> {
+        let busy = self.activity.busy();
+        let mut record =
+            Recorder::new(self.front_end.audit.clone(), self.front_end.metrics.clone(), &self.peer, &request);
+        let http1 = request.version() < Version::HTTP_2;
+        // hyper drops a Content-Length beside it unseen, and a proxy in front of this server may have gone by that.
+        let mut last = http1 && request.headers().contains_key(header::TRANSFER_ENCODING);
+        let handled = match handle(&self, request, &mut record).await {
+            Ok(handled) => handled,
+            Err(rejection) => {
+                record.rejected(rejection.outcome()).await;
+                let handled = Handled::from(rejection);
+                // What follows a head that is not understood need not be a request.
+                last |= http1 && handled.response.status() == StatusCode::BAD_REQUEST;
+                handled
+            }
+        };
+        let Handled { mut response, seat, validity, upgrade } = handled;
+        if self.is_to_end_after(response.status()) {
+            last = http1;
+            self.ending.cancel();
+        }
+        if last && upgrade.is_none() {
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        record.answered(response.status());
+        let record = Arc::new(record);
+        if let Some(upgrade) = upgrade {
+            self.begin(upgrade, &record, &validity);
+        }
+        let held = Held { record, _busy: busy, _seat: seat, progress: streams::progress() };
+        Ok(response.map(|content| Answer::new(content, held, validity.end())))
+    }
+
+    /// Runs what the connection is upgraded to in a task of its own, once the response has been sent.
+    fn begin(self: &Arc<Self>, upgrade: Upgrade, record: &Arc<Recorder>, validity: &Validity) {
+        let open = Open { _connection: self.clone(), _busy: self.activity.busy() };
+        match upgrade {
+            Upgrade::Link(link) => link.begin(record, open),
+            Upgrade::Relay(relay) => {
+                self.front_end.connections.spawn(run(relay, record.clone(), validity.clone(), open));
+            }
+        }
+    }
+}
+
+/// Keeps a connection open beyond the response with which its protocol changed.
+struct Open {
+    _connection: Arc<Connection>,
+    _busy: Busy,
+}
+
+async fn run(relay: Relay, record: Arc<Recorder>, validity: Validity, open: Open) {
+    let expired = async {
+        match validity.end() {
+            Some(end) => end.await,
+            None => std::future::pending().await,
+        }
+    };
+    relay.run(&record, expired).await;
+    drop(open);
+}

@@ -1,0 +1,182 @@
+//! The reasons for which a phase or a handler rejects a request, and the HTTP answer that each of them becomes.
+
+use access::request_info::Unreadable;
+use hyper::StatusCode;
+use proto::name::InvalidNodeName;
+
+use crate::{
+    front_end::{
+        audit::Outcome,
+        headers::{AmbiguousHead, UnsendableIdentity},
+        upstream::{BodyError, UpstreamError},
+    },
+    http::status::Failure,
+};
+
+/// Why a request is not answered by its handler. The text is what the caller reads.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Rejection {
+    #[error("{0}")]
+    AmbiguousHead(#[from] AmbiguousHead),
+    /// The caller's address, user or failed attempts to authenticate have reached a limit.
+    #[error("{0}")]
+    TooMany(Failure),
+    /// A browser sent the request on behalf of a web page, to the plain port.
+    #[error("{0}")]
+    FromWebPage(String),
+    /// Why the caller is not recognized is for the log only.
+    #[error("Unauthorized")]
+    Unauthenticated,
+    #[error("the {0} can't be checked at the moment, please try again later")]
+    CredentialUnchecked(&'static str),
+    #[error("{0}")]
+    Unreadable(#[from] Unreadable),
+    #[error("{0}")]
+    InvalidNodeName(#[from] InvalidNodeName),
+    #[error("the request can't be recorded at the moment")]
+    NotRecorded,
+    /// An authorizer denies the request, or its impersonation headers are malformed.
+    #[error("{0}")]
+    NotAuthorized(Failure),
+    #[error("forbidden: {0}")]
+    Forbidden(String),
+    #[error("nodes call home on the HTTPS port only")]
+    CallHomeElsewhere,
+    #[error("to call home is to POST by HTTP/1.1 with Upgrade: master-agent-link")]
+    NoLinkRequested,
+    #[error("a call home has no body")]
+    CallHomeWithBody,
+    #[error("the master-agent is stopping")]
+    Stopping,
+    #[error("no upgrade but to websocket or SPDY/3.1 is served here")]
+    UnknownUpgrade,
+    /// A proxy URL has no answer of its target.
+    #[error("{0}")]
+    ProxyUrl(Failure),
+    #[error("{0}")]
+    UnsendableIdentity(#[from] UnsendableIdentity),
+    #[error("{0}")]
+    Body(BodyError),
+    #[error("no API server can be reached")]
+    UpstreamUnreachable,
+    #[error("the connection to the API server broke off")]
+    UpstreamBroken,
+    #[error("the API server did not answer in time")]
+    UpstreamTimedOut,
+    #[error("the API server changed to another protocol without being asked")]
+    UnrequestedUpgrade,
+}
+
+impl Rejection {
+    /// What the audit record says became of the request; `None` leaves what the phases have recorded so far.
+    pub(super) fn outcome(&self) -> Option<Outcome> {
+        match self {
+            Self::TooMany(_) | Self::NotRecorded => Some(Outcome::Limited),
+            Self::Unauthenticated => Some(Outcome::Unauthenticated),
+            Self::AmbiguousHead(_)
+            | Self::FromWebPage(_)
+            | Self::CredentialUnchecked(_)
+            | Self::Unreadable(_)
+            | Self::InvalidNodeName(_)
+            | Self::NotAuthorized(_)
+            | Self::Forbidden(_)
+            | Self::CallHomeElsewhere
+            | Self::NoLinkRequested
+            | Self::CallHomeWithBody
+            | Self::Stopping
+            | Self::UnknownUpgrade
+            | Self::ProxyUrl(_)
+            | Self::UnsendableIdentity(_)
+            | Self::Body(_)
+            | Self::UpstreamUnreachable
+            | Self::UpstreamBroken
+            | Self::UpstreamTimedOut
+            | Self::UnrequestedUpgrade => None,
+        }
+    }
+}
+
+/// Seconds after which trying again may help.
+const RETRY_AFTER: u32 = 1;
+
+impl From<Rejection> for Failure {
+    fn from(rejection: Rejection) -> Self {
+        let message = rejection.to_string();
+        match rejection {
+            Rejection::TooMany(failure)
+            | Rejection::NotAuthorized(failure)
+            | Rejection::ProxyUrl(failure) => failure,
+            Rejection::AmbiguousHead(_)
+            | Rejection::Unreadable(_)
+            | Rejection::InvalidNodeName(_)
+            | Rejection::NoLinkRequested
+            | Rejection::CallHomeWithBody
+            | Rejection::UnknownUpgrade
+            | Rejection::Body(BodyError::Broken(_)) => Self::new(StatusCode::BAD_REQUEST, message),
+            Rejection::Unauthenticated => Self::new(StatusCode::UNAUTHORIZED, message),
+            Rejection::FromWebPage(_)
+            | Rejection::Forbidden(_)
+            | Rejection::CallHomeElsewhere
+            | Rejection::UnsendableIdentity(_) => Self::new(StatusCode::FORBIDDEN, message),
+            Rejection::Body(BodyError::Stalled) => Self::new(StatusCode::REQUEST_TIMEOUT, message),
+            Rejection::Body(BodyError::TooLarge) => Self::new(StatusCode::PAYLOAD_TOO_LARGE, message),
+            Rejection::UpstreamBroken | Rejection::UnrequestedUpgrade => {
+                Self::new(StatusCode::BAD_GATEWAY, message)
+            }
+            Rejection::CredentialUnchecked(_)
+            | Rejection::NotRecorded
+            | Rejection::Stopping
+            | Rejection::UpstreamUnreachable => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, message).retry_after(RETRY_AFTER)
+            }
+            Rejection::UpstreamTimedOut => Self::new(StatusCode::GATEWAY_TIMEOUT, message),
+        }
+    }
+}
+
+impl From<UpstreamError> for Rejection {
+    fn from(error: UpstreamError) -> Self {
+        match error {
+            UpstreamError::Unreachable(_) => Self::UpstreamUnreachable,
+            UpstreamError::Body(error) => Self::Body(error),
+            UpstreamError::Broken(_) => Self::UpstreamBroken,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn upstream(error: UpstreamError) -> Rejection {
+        error.into()
+    }
+
+    #[test]
+    fn every_rejection_has_its_answer() {
+        let limited = Failure::new(StatusCode::TOO_MANY_REQUESTS, "too many").retry_after(7);
+        for (rejection, code, retry_after, outcome) in [
+            (Rejection::from(AmbiguousHead::ManyHosts), 400, None, None),
+            (Rejection::TooMany(limited), 429, Some(7), Some(Outcome::Limited)),
+            (Rejection::Unauthenticated, 401, None, Some(Outcome::Unauthenticated)),
+            (Rejection::CredentialUnchecked("credential"), 503, Some(1), None),
+            (Rejection::NotRecorded, 503, Some(1), Some(Outcome::Limited)),
+            (Rejection::Forbidden("no".to_owned()), 403, None, None),
+            (Rejection::from(UnsendableIdentity), 403, None, None),
+            (Rejection::Stopping, 503, Some(1), None),
+            (upstream(UpstreamError::Unreachable("refused".to_owned())), 503, Some(1), None),
+            (upstream(UpstreamError::Broken("reset".to_owned())), 502, None, None),
+            (upstream(UpstreamError::Body(BodyError::TooLarge)), 413, None, None),
+            (upstream(UpstreamError::Body(BodyError::Stalled)), 408, None, None),
+            (upstream(UpstreamError::Body(BodyError::Broken("cut".to_owned()))), 400, None, None),
+            (Rejection::UpstreamTimedOut, 504, None, None),
+        ] {
+            assert_eq!(rejection.outcome(), outcome, "{rejection:?}");
+            let shown = format!("{rejection:?}");
+            let answer = Failure::from(rejection);
+            assert_eq!((answer.code.as_u16(), answer.retry_after), (code, retry_after), "{shown}");
+        }
+        let answer = Failure::from(upstream(UpstreamError::Unreachable("10.0.0.1 refused".to_owned())));
+        assert!(!answer.message.contains("10.0.0.1"), "callers learn no addresses: {}", answer.message);
+    }
+}

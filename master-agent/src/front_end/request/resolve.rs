@@ -1,0 +1,137 @@
+//! Phase 3: reads what the request asks for as kube-apiserver does, and chooses who answers it.
+
+use std::sync::Arc;
+
+use access::{
+    peer::Peer,
+    request_info::{OWN_GROUP, RequestInfo},
+};
+use hyper::Version;
+use proto::{NodeName, call_home::UNNAMED};
+
+use super::{
+    rejection::Rejection,
+    stages::{CallHomeRequest, Handler, Identified, Resolved},
+};
+use crate::{
+    front_end::{connection::Connection, headers, recorder::Recorder},
+    http::hop::Hop,
+    tunnels::call_home::Purpose,
+};
+
+pub(super) fn resolve(
+    connection: &Connection,
+    request: Identified,
+    record: &mut Recorder,
+) -> Result<Resolved, Rejection> {
+    let Identified { head, body, caller } = request;
+    let mut hop = if head.version < Version::HTTP_2 { Hop::of(&head.headers) } else { Hop::default() };
+    hop.upgrade = headers::known_upgrade(&hop).cloned();
+    let (path, query) = (head.uri.path(), head.uri.query());
+    let info = RequestInfo::resolve(head.method.as_str(), path, query, hop.upgrade.is_some())?;
+    let info = Arc::new(info);
+    record.resolved(&info);
+    // A stolen credential must not get as far as taking a seat of the node that it was stolen from.
+    connection.refuse_other_node(&caller, record).map_err(Rejection::NotAuthorized)?;
+    let handler = handler(connection, &info)?;
+    let long_running = is_long_running(&info, query)
+        || match &handler {
+            Handler::CallHome(_) => true,
+            Handler::Page(page) => page.is_long_running(&info.path),
+            Handler::ProxyUrl(_) | Handler::Upstream => false,
+        };
+    Ok(Resolved { head, body, caller, info, hop, handler, long_running })
+}
+
+fn handler(connection: &Connection, info: &RequestInfo) -> Result<Handler, Rejection> {
+    if let Some(call_home) = call_home(connection, info)? {
+        return Ok(Handler::CallHome(call_home));
+    }
+    let front_end = &connection.front_end;
+    if let Some(proxy_urls) = front_end.proxy_urls.as_ref().filter(|_| is_proxy_url(info)) {
+        return Ok(Handler::ProxyUrl(proxy_urls.clone()));
+    }
+    if let Some(page) = front_end.page(&info.path).filter(|_| !info.is_resource) {
+        return Ok(Handler::Page(page.clone()));
+    }
+    Ok(Handler::Upstream)
+}
+
+/// The call home that a request is, if the front end takes such calls.
+fn call_home(connection: &Connection, info: &RequestInfo) -> Result<Option<CallHomeRequest>, Rejection> {
+    let Some(services) = connection.front_end.call_home() else { return Ok(None) };
+    let kind = (info.group.as_str(), info.version.as_str(), info.resource.as_str());
+    if kind != (OWN_GROUP, "v1", "nodes") || !info.tail.is_empty() {
+        return Ok(None);
+    }
+    let purpose = match info.subresource.as_str() {
+        "link" => Purpose::Link(info.name.parse::<NodeName>()?),
+        "join" if info.name == UNNAMED => Purpose::Join(None),
+        "join" => Purpose::Join(Some(info.name.parse::<NodeName>()?)),
+        _ => return Ok(None),
+    };
+    match connection.peer {
+        Peer::Address(peer) => Ok(Some(CallHomeRequest { services: services.clone(), peer, purpose })),
+        Peer::Node { .. } | Peer::Local(_) => Err(Rejection::CallHomeElsewhere),
+    }
+}
+
+/// Whether a request is for what lies behind a node, pod or service.
+fn is_proxy_url(info: &RequestInfo) -> bool {
+    info.group.is_empty()
+        && info.version == "v1"
+        && info.subresource == "proxy"
+        && ["nodes", "pods", "services"].contains(&info.resource.as_str())
+}
+
+/// Whether a request may take as long as it likes, by kube-apiserver's own rules.
+fn is_long_running(info: &RequestInfo, query: Option<&str>) -> bool {
+    let follows = || {
+        let pairs = query.unwrap_or_default().split('&');
+        let mut values = pairs.filter_map(|pair| pair.strip_prefix("follow="));
+        values.any(|value| value != "false" && value != "0")
+    };
+    info.verb == "watch"
+        || info.subresource == "proxy"
+        || info.verb == "proxy"
+        || ["exec", "attach", "portforward"].contains(&info.subresource.as_str())
+        || info.subresource == "log" && follows()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn info(path: &str, query: Option<&str>) -> RequestInfo {
+        RequestInfo::resolve("GET", path, query, false).unwrap()
+    }
+
+    #[test]
+    fn watches_followed_logs_and_connections_are_long_running() {
+        for (path, query, long_running) in [
+            ("/api/v1/pods", None, false),
+            ("/api/v1/pods", Some("watch=1"), true),
+            ("/api/v1/namespaces/a/pods/p/log", None, false),
+            ("/api/v1/namespaces/a/pods/p/log", Some("follow=true"), true),
+            ("/api/v1/namespaces/a/pods/p/log", Some("follow=false"), false),
+            ("/api/v1/namespaces/a/pods/p/exec", Some("command=ls"), true),
+            ("/api/v1/nodes/n1/proxy/metrics", None, true),
+            ("/healthz", None, false),
+        ] {
+            assert_eq!(is_long_running(&info(path, query), query), long_running, "{path} {query:?}");
+        }
+    }
+
+    #[test]
+    fn proxy_urls_are_those_of_nodes_pods_and_services() {
+        for (path, is) in [
+            ("/api/v1/nodes/n1/proxy/metrics", true),
+            ("/api/v1/namespaces/a/pods/p/proxy/", true),
+            ("/api/v1/namespaces/a/services/s/proxy", true),
+            ("/api/v1/nodes/n1/status", false),
+            ("/apis/example.org/v1/nodes/n1/proxy/metrics", false),
+        ] {
+            assert_eq!(is_proxy_url(&info(path, None)), is, "{path}");
+        }
+    }
+}

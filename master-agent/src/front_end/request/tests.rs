@@ -1,0 +1,391 @@
+//! The whole pipeline: callers on streams in memory, before a stub of kube-apiserver on loopback.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use access::{authn::Certificates, peer::Peer};
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use http_body_util::Full;
+use hyper::{HeaderMap, Request, Response, body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::TokioIo;
+use proto::{NodeName, join::JoinToken};
+use proto_config::{Source, parse};
+use proto_net::{
+    admin::{self, respond},
+    dialer::Origin,
+    tasks::Tasks,
+};
+use serde_json::Value;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
+    net::TcpListener,
+    sync::mpsc,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    activity::{NodeActivities, NodeActivity},
+    front_end::{
+        audit::{Queue, Writer},
+        call_home::{CallHomeServices, CheckJoinTokens, IncomingCall, TakeLinks},
+        config::FrontEndConfig,
+        connection::Connection,
+        page::Page,
+        server::{FrontEnd, Parts},
+        upstream::RequestBody,
+    },
+    identity::store::TokenError,
+    stream::metrics::StreamMetrics,
+    tunnels::call_home::Purpose,
+};
+
+/// The length of the body that the stub serves at `/large`, which exceeds what all buffers on the way hold.
+const LARGE: usize = 4 << 20;
+const TOKENS: &str = "token-of-jane,jane,7,dev\ntoken-of-n1,system:node:n1,8,system:nodes\n";
+const JANE: &str = "Authorization: Bearer token-of-jane\r\n";
+const N1: &str = "Authorization: Bearer token-of-n1\r\n";
+const LINK: &str = "Connection: Upgrade\r\nUpgrade: master-agent-link\r\n";
+
+struct World {
+    dir: PathBuf,
+    tasks: Tasks,
+    front_end: Arc<FrontEnd>,
+    writer: Option<Writer>,
+    /// The paths and headers of the requests that the stub of kube-apiserver has got.
+    upstream: Arc<Mutex<Vec<(String, HeaderMap)>>>,
+    home: Arc<Home>,
+    calls: mpsc::UnboundedReceiver<(Purpose, u8)>,
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.tasks.cancel();
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+impl World {
+    /// A front end with these lines below `front_end` of its configuration.
+    async fn new(lines: &str) -> Self {
+        let (dir, tasks) =
+            (std::env::temp_dir().join(format!("pipeline-{:016x}", rand::random::<u64>())), Tasks::new());
+        std::fs::create_dir(&dir).unwrap();
+        let certificate = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        for (name, content) in [
+            ("tls.crt", certificate.cert.pem()),
+            ("tls.key", certificate.signing_key.serialize_pem()),
+            ("tokens.csv", TOKENS.to_owned()),
+        ] {
+            proto_config::secret_file::replace(&dir.join(name), content.as_bytes()).unwrap();
+        }
+        let upstream = Arc::<Mutex<Vec<_>>>::default();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let server = listener.local_addr().unwrap();
+        tasks.spawn(kube_apiserver(listener, upstream.clone(), tasks.clone()));
+        let text = format!(
+            "certificates: [{{cert: tls.crt, key: tls.key}}]\nauthentication: [{{token_file: tokens.csv}}]\n\
+             authorization: [{{paths: {{rules: [{{name: all, groups: ['system:authenticated'], paths: ['/*'], effect: allow}}]}}}}]\n\
+             upstream: {{servers: ['http://{server}']}}\nserve_page: true\n{lines}\n"
+        );
+        let source = Source { origin: "test", base_dir: &dir, check_files: false };
+        let config = parse(&text, source, FrontEndConfig::read).unwrap();
+        let (sender, calls) = mpsc::unbounded_channel();
+        let home = Arc::new(Home { calls: sender, other_node: Mutex::default() });
+        let parts = Parts {
+            cluster: None,
+            proxy_urls: None,
+            page: Arc::new(Greeting),
+            call_home: Some(CallHomeServices {
+                links: home.clone(),
+                join_tokens: home.clone(),
+                tasks: tasks.clone(),
+            }),
+            streams: StreamMetrics::new(Arc::new(NoNodes)),
+            draining: CancellationToken::new(),
+        };
+        let (front_end, writer) = FrontEnd::load(&config, parts, &tasks, &tasks).unwrap();
+        Self { dir, tasks, front_end, writer: Some(writer), upstream, home, calls }
+    }
+
+    /// A new connection, whose caller has shown no certificate.
+    fn connect(&self) -> DuplexStream {
+        let peer = Peer::Address("192.0.2.1:5000".parse().unwrap());
+        let admission = self.front_end.admit(&peer).unwrap();
+        let certificates = Certificates::default();
+        let connection = Connection::over_tls(self.front_end.clone(), peer, certificates, admission);
+        let (near, far) = duplex(1024);
+        self.tasks.spawn(Arc::new(connection).serve_http1(far));
+        near
+    }
+
+    /// Makes one request on a connection of its own, and reads the whole answer.
+    async fn ask(&self, line: &str, headers: &str) -> String {
+        let mut socket = self.connect();
+        let request = format!("{line} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{headers}\r\n");
+        exchange(&mut socket, &request).await
+    }
+
+    fn upstream_requests(&self) -> Vec<String> {
+        self.upstream.lock().unwrap().iter().map(|(path, _)| path.clone()).collect()
+    }
+
+    /// All lines of the audit log, which is closed.
+    async fn audited(&mut self) -> Vec<Value> {
+        assert!(self.writer.take().unwrap().close(Duration::from_secs(60)).await);
+        let text = std::fs::read_to_string(self.dir.join("audit.log")).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+}
+
+async fn exchange(socket: &mut DuplexStream, request: &str) -> String {
+    socket.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    socket.read_to_end(&mut answer).await.unwrap();
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+fn status(answer: &str) -> &str {
+    answer.get(9..12).unwrap_or_default()
+}
+
+/// Answers `ok`, or many bytes at `/large`.
+async fn kube_apiserver(
+    listener: TcpListener,
+    seen: Arc<Mutex<Vec<(String, HeaderMap)>>>,
+    connections: Tasks,
+) {
+    loop {
+        let (socket, _) = listener.accept().await.unwrap();
+        let seen = seen.clone();
+        let answer = service_fn(move |request: Request<Incoming>| {
+            let path = request.uri().path().to_owned();
+            let body = if path == "/large" { Bytes::from(vec![b'x'; LARGE]) } else { Bytes::from("ok") };
+            seen.lock().unwrap().push((path, request.headers().clone()));
+            std::future::ready(Ok::<_, hyper::Error>(Response::new(Full::new(body))))
+        });
+        connections.spawn(http1::Builder::new().serve_connection(TokioIo::new(socket), answer));
+    }
+}
+
+/// Takes calls home, and reads one byte of each link.
+struct Home {
+    calls: mpsc::UnboundedSender<(Purpose, u8)>,
+    /// The nodes that refused calls were for.
+    other_node: Mutex<Vec<Option<NodeName>>>,
+}
+
+impl CheckJoinTokens for Home {
+    fn check(&self, token: JoinToken) -> BoxFuture<'static, Result<Option<NodeName>, TokenError>> {
+        let bound: Result<Option<NodeName>, _> = match token.id == JOIN_TOKEN_ID {
+            true => Ok(Some("n1".parse().unwrap())),
+            false => Err(TokenError::Unknown),
+        };
+        Box::pin(std::future::ready(bound))
+    }
+}
+
+impl TakeLinks for Home {
+    fn serve(self: Arc<Self>, call: IncomingCall) -> BoxFuture<'static, ()> {
+        Box::pin(async move {
+            let mut socket = call.socket.await.unwrap();
+            let byte = socket.read_u8().await.unwrap();
+            self.calls.send((call.purpose, byte)).unwrap();
+        })
+    }
+
+    fn count_other_node(&self, claimed: Option<&NodeName>, _: &str) {
+        self.other_node.lock().unwrap().push(claimed.cloned());
+    }
+}
+
+const JOIN_TOKEN_ID: &str = "abcdefghijkl";
+
+fn join_token(id: &str) -> String {
+    format!("Authorization: Bearer mat1.{id}.{}\r\n", "s".repeat(43))
+}
+
+struct Greeting;
+
+impl Page for Greeting {
+    fn serves(&self, path: &str) -> bool {
+        path == "/agent/page/"
+    }
+
+    fn is_long_running(&self, _: &str) -> bool {
+        false
+    }
+
+    fn answer(
+        self: Arc<Self>,
+        _: String,
+        _: Request<RequestBody>,
+        origin: Origin,
+    ) -> BoxFuture<'static, Response<admin::Body>> {
+        let answer = respond((hyper::StatusCode::OK, "text/plain", format!("hello, {}", origin.0)));
+        Box::pin(std::future::ready(answer))
+    }
+}
+
+struct NoNodes;
+
+impl NodeActivities for NoNodes {
+    fn activity(&self, _: &NodeName) -> Option<Arc<NodeActivity>> {
+        None
+    }
+}
+
+#[tokio::test]
+async fn kube_apiserver_answers_and_learns_who_the_caller_is() {
+    let mut world = World::new("audit: {file: audit.log}").await;
+    let answer = world.ask("GET /api/v1/pods", &format!("{JANE}X-Remote-User: admin\r\n")).await;
+    assert_eq!(status(&answer), "200", "{answer}");
+    {
+        let seen = world.upstream.lock().unwrap();
+        let [(path, headers)] = &seen[..] else { panic!("{seen:?}") };
+        assert_eq!((path.as_str(), headers["x-remote-user"].as_bytes()), ("/api/v1/pods", &b"jane"[..]));
+        assert!(
+            headers.get_all("x-remote-user").iter().count() == 1 && !headers.contains_key("authorization")
+        );
+    }
+    let line = &world.audited().await[0];
+    assert_eq!(
+        (&line["user"], &line["decision"], &line["code"]),
+        (&"jane".into(), &"allow".into(), &200.into())
+    );
+    assert_eq!((&line["verb"], &line["resource"]), (&"list".into(), &"pods".into()));
+}
+
+#[tokio::test]
+async fn whoever_is_not_authenticated_gets_401_and_reaches_nothing() {
+    let mut world = World::new("audit: {file: audit.log}").await;
+    for headers in ["", "Authorization: Bearer wrong\r\n", &format!("{JANE}{JANE}")] {
+        let answer = world.ask("GET /api/v1/pods", headers).await;
+        assert_eq!(status(&answer), "401", "{headers:?}: {answer}");
+        let message = "\"message\":\"Unauthorized\"";
+        assert!(answer.contains(message), "the answer says nothing about the reason: {answer}");
+    }
+    assert!(world.upstream_requests().is_empty());
+    let lines = world.audited().await;
+    assert_eq!(lines.len(), 3);
+    for line in lines {
+        assert_eq!((&line["user"], &line["decision"]), (&Value::Null, &"unauthenticated".into()), "{line}");
+    }
+}
+
+#[tokio::test]
+async fn an_ambiguous_head_is_rejected_and_ends_its_connection() {
+    let world = World::new("audit: {file: audit.log}").await;
+    for headers in ["Host: other\r\n", "Transfer-Encoding: gzip, chunked\r\n"] {
+        let mut socket = world.connect();
+        let second = format!("GET /second HTTP/1.1\r\nHost: localhost\r\n{JANE}\r\n");
+        let requests = format!("GET /first HTTP/1.1\r\nHost: localhost\r\n{JANE}{headers}\r\n{second}");
+        let answer = exchange(&mut socket, &requests).await;
+        assert_eq!(status(&answer), "400", "{headers:?}: {answer}");
+        assert_eq!(answer.matches("HTTP/1.1").count(), 1, "{headers:?}: {answer}");
+    }
+    let encoded = world.ask("GET /api/v1//pods", JANE).await;
+    assert_eq!(status(&encoded), "400", "{encoded}");
+    assert!(world.upstream_requests().is_empty());
+}
+
+#[tokio::test]
+async fn a_request_is_served_only_once_its_record_has_room() {
+    let mut world = World::new("audit: {file: audit.log, queue: 1, wait: 0s}").await;
+    let room = world.front_end.audit.room(Queue::Authenticated).await.unwrap();
+    let answer = world.ask("GET /api/v1/pods", JANE).await;
+    assert_eq!(status(&answer), "503", "{answer}");
+    assert!(answer.contains("can't be recorded") && world.upstream_requests().is_empty(), "{answer}");
+    drop(room);
+    let answer = world.ask("GET /api/v1/pods", JANE).await;
+    assert_eq!(status(&answer), "200", "{answer}");
+    let lines = world.audited().await;
+    let served = lines.iter().filter(|line| line["code"] == 200).count();
+    assert_eq!(served, world.upstream_requests().len(), "{lines:?}");
+}
+
+#[tokio::test]
+async fn a_seat_is_kept_until_the_last_byte_has_left() {
+    let limits = "limits: {max_in_flight_per_user: 1, queue_timeout: 50ms}";
+    let world = World::new(&format!("audit: {{file: audit.log}}\n{limits}")).await;
+    let mut slow = world.connect();
+    let request = format!("GET /large HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{JANE}\r\n");
+    slow.write_all(request.as_bytes()).await.unwrap();
+    let mut begin = [0; 12];
+    slow.read_exact(&mut begin).await.unwrap();
+    assert_eq!(&begin, b"HTTP/1.1 200");
+    let answer = world.ask("GET /api/v1/pods", JANE).await;
+    assert_eq!(status(&answer), "429", "jane still reads: {answer}");
+    let answer = world.ask("GET /api/v1/pods", N1).await;
+    assert_eq!(status(&answer), "200", "others have seats of their own: {answer}");
+    let mut rest = Vec::new();
+    slow.read_to_end(&mut rest).await.unwrap();
+    assert!(rest.len() > LARGE);
+    let answer = world.ask("GET /api/v1/pods", JANE).await;
+    assert_eq!(status(&answer), "200", "{answer}");
+}
+
+#[tokio::test]
+async fn the_page_is_answered_here_for_whoever_is_authenticated() {
+    let world = World::new("audit: {file: audit.log}").await;
+    let answer = world.ask("GET /agent/page/", JANE).await;
+    assert!(status(&answer) == "200" && answer.contains("of \"jane\" from 192.0.2.1:5000"), "{answer}");
+    assert_eq!(status(&world.ask("GET /agent/page/", "").await), "401");
+    assert!(world.upstream_requests().is_empty());
+}
+
+#[tokio::test]
+async fn a_call_home_becomes_a_link_of_the_credentials_own_node() {
+    let mut world = World::new("audit: {file: audit.log}").await;
+    let node: NodeName = "n1".parse().unwrap();
+    let joining = join_token(JOIN_TOKEN_ID);
+    for (subresource, credential, purpose) in [
+        ("link", N1, Purpose::Link(node.clone())),
+        ("join", N1, Purpose::Join(Some(node.clone()))),
+        ("join", joining.as_str(), Purpose::Join(Some(node))),
+    ] {
+        let mut socket = world.connect();
+        let path = format!("/apis/master-agent/v1/nodes/n1/{subresource}");
+        let request = format!("POST {path} HTTP/1.1\r\nHost: localhost\r\n{LINK}{credential}\r\n");
+        socket.write_all(request.as_bytes()).await.unwrap();
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(socket.read_u8().await.unwrap());
+        }
+        let head = String::from_utf8(head).unwrap();
+        assert_eq!(status(&head), "101", "{head}");
+        socket.write_u8(7).await.unwrap();
+        assert_eq!(world.calls.recv().await, Some((purpose, 7)));
+    }
+    assert!(world.upstream_requests().is_empty());
+}
+
+#[tokio::test]
+async fn a_call_home_that_is_not_as_it_should_be_is_rejected() {
+    let mut world = World::new("audit: {file: audit.log}").await;
+    let path = |rest: &str| format!("POST /apis/master-agent/v1/nodes/{rest}");
+    let (known, unknown) = (join_token(JOIN_TOKEN_ID), join_token("zyxwvutsrqpo"));
+    for (line, headers, code) in [
+        (path("n1/link"), N1.to_owned(), "400"),
+        (path("N1/link"), format!("{LINK}{N1}"), "400"),
+        (path("n2/link"), format!("{LINK}{N1}"), "403"),
+        (path("n2/join"), format!("{LINK}{known}"), "403"),
+        (path("n1/link"), format!("{LINK}{known}"), "401"),
+        (path("n1/join"), format!("{LINK}{unknown}"), "401"),
+        (path("n1/link"), LINK.to_owned(), "401"),
+    ] {
+        let mut socket = world.connect();
+        let request = format!("{line} HTTP/1.1\r\nHost: localhost\r\n{headers}Content-Length: 0\r\n\r\n");
+        socket.write_all(request.as_bytes()).await.unwrap();
+        let mut begin = [0; 12];
+        socket.read_exact(&mut begin).await.unwrap();
+        assert_eq!(&begin[9..], code.as_bytes(), "{line} {headers}");
+    }
+    let other: NodeName = "n2".parse().unwrap();
+    let counted = std::mem::take(&mut *world.home.other_node.lock().unwrap());
+    assert_eq!(counted, [Some(other.clone()), Some(other)]);
+    assert!(world.calls.try_recv().is_err() && world.upstream_requests().is_empty());
+}

@@ -1,0 +1,102 @@
+//! Handler: kube-apiserver answers, told in headers on whose behalf the request is made.
+
+use std::time::Duration;
+
+use access::authn::Validity;
+use hyper::{Request, Response, StatusCode, Version, body::Body, upgrade::OnUpgrade};
+
+use super::{
+    handled::{Handled, Relay, Upgrade, empty},
+    rejection::Rejection,
+    stages::Authorized,
+};
+use crate::front_end::{
+    answer::Content,
+    connection::Connection,
+    headers,
+    limits::RequestPermit,
+    recorder::Recorder,
+    upstream::{BodyError, RequestBody, ResponseBody, UpstreamError},
+};
+
+pub(super) async fn answer(
+    connection: &Connection,
+    request: Authorized,
+    record: &Recorder,
+) -> Result<Handled, Rejection> {
+    let front_end = &connection.front_end;
+    let Authorized { mut head, body, hop, long_running, mut seat, caller, user, validity, .. } = request;
+    front_end.introduction.request(&mut head.headers, &hop, &user, connection.peer.ip())?;
+    record.inject(&mut head.headers);
+    head.version = Version::HTTP_11;
+    let limits = front_end.body_limits();
+    if body.size_hint().lower() > limits.max_bytes {
+        return Err(Rejection::Body(BodyError::TooLarge));
+    }
+    let upgrade = head.extensions.remove::<OnUpgrade>().filter(|_| hop.upgrade.is_some());
+    head.extensions.clear();
+    let body = RequestBody::new(body, limits, record.received_bytes.clone());
+    let request = Request::from_parts(head, body);
+    let timeout = if long_running { validity.left() } else { Some(front_end.config.request_timeout) };
+    let mut response = send(connection, request, hop.upgrade.is_some(), timeout).await?;
+    seat.answered();
+
+    let upgraded = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+    headers::response(response.headers_mut(), upgraded);
+    *response.version_mut() = Version::HTTP_11;
+    if !upgraded {
+        // An upgrade that was refused has become a short request.
+        let validity = if long_running { validity } else { Validity::default() };
+        return Ok(Handled::response(response.map(Content::Relayed), seat, validity));
+    }
+    let upgrade = upgrade.ok_or(Rejection::UnrequestedUpgrade)?;
+    let seat = front_end.limits.upgraded(seat, &caller.name).map_err(Rejection::TooMany)?;
+    Ok(switch(connection, upgrade, response, seat, validity))
+}
+
+/// Sends the request, and waits for the head of the response for as long as `timeout`.
+async fn send(
+    connection: &Connection,
+    request: Request<RequestBody>,
+    upgrade: bool,
+    timeout: Option<Duration>,
+) -> Result<Response<ResponseBody>, Rejection> {
+    let upstream = &connection.front_end.upstream;
+    let exchange = async {
+        match upgrade {
+            true => upstream.upgrade(request).await,
+            false => upstream.send(request).await,
+        }
+    };
+    let exchanged = match timeout {
+        None => exchange.await,
+        Some(timeout) => {
+            tokio::time::timeout(timeout, exchange).await.map_err(|_| Rejection::UpstreamTimedOut)?
+        }
+    };
+    exchanged.map_err(|error| {
+        match &error {
+            // The caller is at fault.
+            UpstreamError::Body(_) => {}
+            UpstreamError::Unreachable(_) | UpstreamError::Broken(_) => {
+                tracing::warn!(%error, "kube-apiserver gave no answer");
+            }
+        }
+        Rejection::from(error)
+    })
+}
+
+/// Makes the connection one of raw bytes, as kube-apiserver has agreed to.
+fn switch(
+    connection: &Connection,
+    caller: OnUpgrade,
+    mut response: Response<ResponseBody>,
+    seat: RequestPermit,
+    validity: Validity,
+) -> Handled {
+    let server = hyper::upgrade::on(&mut response);
+    let half_closed_timeout = connection.front_end.config.half_closed_timeout;
+    let (head, body) = response.into_parts();
+    let relay = Relay::Upstream { caller, server, lease: body.into_lease(), seat, half_closed_timeout };
+    Handled::upgrade(Response::from_parts(head, empty()), Upgrade::Relay(relay), validity)
+}

@@ -1,0 +1,237 @@
+//! Takes nodes that call home (RFC 8071), and hosts that call to join. Above the link, the tunnel of a node that calls is
+//! the same as one that the master has dialled.
+
+use std::{net::SocketAddr, sync::Arc, time::SystemTime};
+
+use proto::NodeName;
+use proto_net::{
+    accept::{Acceptor, Tuning},
+    handshake::{HandshakePermit, HandshakePermits},
+    tasks::Tasks,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpListener,
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    absent::Absent,
+    config::TunnelsConfig,
+    join::{Host, Joining},
+    login::MasterLogin,
+    refusals::Refusals,
+    registry::Registry,
+    session::{
+        error::TunnelError,
+        handshake::{Credentials, SshClient},
+        identity::{HostIdentity, Verify},
+    },
+    supervision::{Linked, Supervisor},
+    trust::Trust,
+    tunnel::{Direction, Tunnel},
+};
+use crate::identity::{HostKeyError, LOGIN};
+
+/// The purpose of a call home.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Known only from the handshake, since the call came to the port for such calls.
+    Any,
+    /// Admitted over the front end's port as this node's link.
+    Link(NodeName),
+    /// Admitted over the front end's port to join, under this name if one was given.
+    Join(Option<NodeName>),
+}
+
+impl Purpose {
+    /// The node that the call names, if it names one.
+    pub fn node(&self) -> Option<&NodeName> {
+        match self {
+            Self::Link(node) | Self::Join(Some(node)) => Some(node),
+            Self::Join(None) | Self::Any => None,
+        }
+    }
+}
+
+/// Takes calls, with what that needs of the other parts.
+pub struct CallHome {
+    pub config: TunnelsConfig,
+    pub client: Arc<SshClient>,
+    pub trust: Arc<Trust>,
+    pub login: Arc<MasterLogin>,
+    pub joining: Arc<Joining>,
+    pub registry: Arc<Registry>,
+    pub refusals: Refusals,
+    pub supervisor: Arc<Supervisor>,
+    /// Calls that have not authenticated yet.
+    pub permits: HandshakePermits,
+    /// Owns the calls and their sessions.
+    pub tasks: Tasks,
+    /// Cancelled when no new tunnels are to be made.
+    pub draining: CancellationToken,
+}
+
+impl CallHome {
+    /// Accepts calls on the port for them. Once the agent stops, they are closed at once.
+    pub async fn accept(self: Arc<Self>, listener: TcpListener) {
+        Acceptor::new(listener, Tuning::Link)
+            .serve(
+                self.tasks.clone(),
+                |peer| (!self.draining.is_cancelled()).then(|| self.permits.take(peer.ip())),
+                |socket, peer, permit| {
+                    let home = self.clone();
+                    async move { home.answer(socket, peer, Purpose::Any, permit).await }
+                },
+            )
+            .await;
+    }
+
+    /// Answers a call over the front end's port once its HTTP connection has become a link, and supervises its tunnel
+    /// to its end. `upgrade` gives no link if that fails.
+    pub async fn answer_upgrade<T>(
+        &self,
+        upgrade: impl Future<Output = Option<T>>,
+        peer: SocketAddr,
+        purpose: Purpose,
+    ) where
+        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let permit = self.permits.take(peer.ip());
+        let link = tokio::select! {
+            link = timeout(self.config.handshake_timeout, upgrade) => link,
+            () = permit.evicted.cancelled() => return,
+        };
+        if let Ok(Some(link)) = link {
+            self.answer(link, peer, purpose, permit).await;
+        }
+    }
+
+    async fn answer<T>(&self, link: T, peer: SocketAddr, purpose: Purpose, permit: HandshakePermit)
+    where
+        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let linked = self.link(link, peer, purpose, &permit).await;
+        drop(permit);
+        match linked {
+            Ok(Some(linked)) => {
+                let node = linked.0.tunnel().node.clone();
+                let reason = self.supervisor.clone().supervise(linked).await;
+                if !self.registry.is_connected(&node) {
+                    self.registry.set_absent(&node, Absent::Lost { reason, since: SystemTime::now() });
+                }
+            }
+            Ok(None) => {}
+            // There may be any number of these; they are counted.
+            Err(error @ TunnelError::Evicted) => tracing::debug!(%peer, %error, "refused a call home"),
+            Err(error) => tracing::warn!(%peer, %error, "refused a call home"),
+        }
+    }
+
+    /// Makes the tunnel of a node that calls, and registers it. `None` is for a host that has joined, and calls again.
+    async fn link<T>(
+        &self,
+        link: T,
+        peer: SocketAddr,
+        purpose: Purpose,
+        permit: &HandshakePermit,
+    ) -> Result<Option<Linked>, TunnelError>
+    where
+        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let user = self.login.current();
+        let verify = only_for(purpose.clone(), self.trust.call_home());
+        let credentials = Credentials { verify, login: LOGIN, user: &user, permit: Some(permit) };
+        let session = self.client.authenticate(link, credentials, &self.tasks).await;
+        let session = session.inspect_err(|error| self.refusals.handshake(error))?;
+        let (direction, name) = match purpose {
+            Purpose::Any => (Direction::CallHome, None),
+            Purpose::Link(_) => (Direction::CallHomeHttps, None),
+            Purpose::Join(name) => (Direction::CallHomeHttps, name),
+        };
+        match session.identity.clone() {
+            HostIdentity::Verified(host) => {
+                let established = Tunnel::establish(session, host, direction, Some(peer), &self.config);
+                let (tunnel, events) = established.await?;
+                Ok(Some((self.supervisor.register(tunnel).await?, events)))
+            }
+            HostIdentity::Unknown(key, why) => {
+                let host = Host { key: &key, why: &why, name: name.as_ref(), peer };
+                let join = self.joining.serve(&session, host);
+                let joined = tokio::select! {
+                    joined = timeout(self.config.handshake_timeout, join) => joined,
+                    () = permit.evicted.cancelled() => return Err(TunnelError::Evicted),
+                };
+                match joined {
+                    Ok(true) => Ok(None),
+                    Ok(false) | Err(_) => Err(self.refusals.host_key(&why)),
+                }
+            }
+        }
+    }
+}
+
+/// Accepts no more than what the call was admitted for: one node, or a host that is no node yet.
+fn only_for(purpose: Purpose, verify: Verify) -> Verify {
+    Box::new(move |presented| {
+        let (verified, purpose) = (verify(presented), purpose.clone());
+        Box::pin(async move {
+            match (verified.await?, &purpose) {
+                (HostIdentity::Verified(host), Purpose::Link(node)) if host.node != *node => {
+                    Err(HostKeyError::OtherNode { admitted: node.clone(), node: host.node })
+                }
+                (HostIdentity::Verified(host), Purpose::Join(_)) => {
+                    Err(HostKeyError::NotJoining { node: host.node })
+                }
+                (HostIdentity::Unknown(_, why), Purpose::Link(_)) => Err(why.as_ref().clone()),
+                (identity, Purpose::Any | Purpose::Link(_) | Purpose::Join(_)) => Ok(identity),
+            }
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use russh::keys::{PrivateKey, PublicKeyOrCertificate};
+
+    use super::*;
+    use crate::identity::{VerifiedHost, tests::new_key};
+
+    fn verified(key: &PrivateKey, node: &str) -> HostIdentity {
+        HostIdentity::Verified(VerifiedHost {
+            node: node.parse().unwrap(),
+            key: key.public_key().clone(),
+            not_after: None,
+            addresses: Vec::<IpAddr>::new(),
+        })
+    }
+
+    fn unknown(key: &PrivateKey) -> HostIdentity {
+        let why = HostKeyError::Store("unknown".to_owned());
+        HostIdentity::Unknown(Box::new(key.public_key().clone()), Arc::new(why))
+    }
+
+    #[tokio::test]
+    async fn a_call_is_good_for_what_it_was_admitted_for_and_nothing_else() {
+        let key = new_key();
+        let node = |name: &str| name.parse::<NodeName>().unwrap();
+        for (purpose, of_n1, of_nobody) in [
+            (Purpose::Any, Ok(()), Ok(())),
+            (Purpose::Link(node("n1")), Ok(()), Err("store")),
+            (Purpose::Link(node("n2")), Err("other_node"), Err("store")),
+            (Purpose::Join(None), Err("not_joining"), Ok(())),
+            (Purpose::Join(Some(node("n1"))), Err("not_joining"), Ok(())),
+        ] {
+            for (identity, want) in [(verified(&key, "n1"), of_n1), (unknown(&key), of_nobody)] {
+                let verified: Verify = Box::new(move |_| Box::pin(std::future::ready(Ok(identity.clone()))));
+                let verify = only_for(purpose.clone(), verified);
+                let presented = PublicKeyOrCertificate::from(key.public_key().clone());
+                let outcome = verify(&presented).await.map(|_| ()).map_err(|error| error.kind());
+                assert_eq!(outcome, want, "{purpose:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,379 @@
+//! Dials nodes: keeps the links to every node of the inventory that has an address to dial.
+
+use std::{
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use proto::{NodeName, Target, backoff::Backoff, relink};
+use proto_net::{socket, tasks::Tasks};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    sync::watch,
+    time::{Instant, sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    absent::Absent,
+    config::TunnelsConfig,
+    counters::TunnelMetrics,
+    login::MasterLogin,
+    refusals::Refusals,
+    registry::Registry,
+    session::{
+        error::TunnelError,
+        handshake::{Credentials, SshClient},
+        identity::HostIdentity,
+    },
+    supervision::{Linked, Supervisor},
+    trust::Trust,
+    tunnel::{Direction, Tunnel},
+};
+use crate::{
+    admin_api::EventKind,
+    identity::UserIdentity,
+    routing::inventory::{Inventory, InventoryNode},
+};
+
+/// How long a TCP connection may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(2500);
+/// How long a tunnel may take to be told that it is retired.
+const RETIRE_TIMEOUT: Duration = Duration::from_millis(1500);
+/// A tunnel that lasted this long ends the back-off.
+const STEADY: Duration = Duration::from_secs(10);
+
+/// Opens the byte streams below links.
+pub trait Connect: Send + Sync + 'static {
+    type Io: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    /// Gives the stream, and the address of its peer.
+    fn connect(
+        &self,
+        address: &Target,
+    ) -> impl Future<Output = io::Result<(Self::Io, Option<SocketAddr>)>> + Send;
+}
+
+/// Opens TCP connections.
+pub struct Tcp;
+
+impl Connect for Tcp {
+    type Io = TcpStream;
+
+    async fn connect(&self, address: &Target) -> io::Result<(TcpStream, Option<SocketAddr>)> {
+        let stream = TcpStream::connect((address.host.to_string(), address.port)).await?;
+        socket::tune(&stream);
+        let peer = stream.peer_addr().ok();
+        Ok((stream, peer))
+    }
+}
+
+/// Dials nodes, with the parts that this takes.
+pub struct Dialling<C> {
+    pub connect: C,
+    pub config: TunnelsConfig,
+    pub client: Arc<SshClient>,
+    pub trust: Arc<Trust>,
+    pub login: Arc<MasterLogin>,
+    pub registry: Arc<Registry>,
+    pub refusals: Refusals,
+    pub supervisor: Arc<Supervisor>,
+    pub metrics: TunnelMetrics,
+    /// Cancelled when no new tunnels are to be made.
+    pub draining: CancellationToken,
+}
+
+/// Keeps dial loops for every node that is to be dialled.
+pub struct DialLinks<C> {
+    nodes: watch::Receiver<Arc<Inventory>>,
+    dialling: Arc<Dialling<C>>,
+    tasks: Tasks,
+    loops: HashMap<NodeName, (InventoryNode, Tasks)>,
+}
+
+impl<C: Connect> DialLinks<C> {
+    /// The loops belong to groups below `tasks`.
+    pub fn new(nodes: watch::Receiver<Arc<Inventory>>, dialling: Dialling<C>, tasks: Tasks) -> Self {
+        Self { nodes, dialling: Arc::new(dialling), tasks, loops: HashMap::new() }
+    }
+
+    /// Follows the nodes for as long as somebody may change them.
+    pub async fn run(mut self) {
+        loop {
+            self.follow();
+            if self.nodes.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Starts loops for new nodes, ends those of nodes that are gone, and restarts those that changed.
+    fn follow(&mut self) {
+        let nodes = self.nodes.borrow_and_update().clone();
+        self.loops.retain(|name, (was, tasks)| {
+            let stays = nodes.node(name).is_some_and(|node| is_same_link(node, was));
+            if !stays {
+                tasks.cancel();
+            }
+            stays
+        });
+        for node in nodes.nodes() {
+            let Some(address) = &node.dial else { continue };
+            if self.loops.contains_key(&node.name) {
+                continue;
+            }
+            let tasks = self.tasks.child();
+            for _ in 0..node.connections {
+                let dialled = DialledNode {
+                    dialling: self.dialling.clone(),
+                    node: node.clone(),
+                    address: address.clone(),
+                    tasks: tasks.clone(),
+                };
+                tasks.spawn(dialled.keep_linked());
+            }
+            self.loops.insert(node.name.clone(), (node.clone(), tasks));
+        }
+    }
+}
+
+/// Whether a link that was made for one entry of the inventory is as good for the other.
+fn is_same_link(a: &InventoryNode, b: &InventoryNode) -> bool {
+    let link = |n: &InventoryNode| {
+        (
+            n.dial.clone(),
+            n.user.clone(),
+            n.trust.clone(),
+            n.key_file.clone(),
+            n.connections,
+            n.front_end_listen,
+        )
+    };
+    link(a) == link(b)
+}
+
+/// One of the links that a node is to have.
+struct DialledNode<C> {
+    dialling: Arc<Dialling<C>>,
+    node: InventoryNode,
+    address: Target,
+    /// The group of this node.
+    tasks: Tasks,
+}
+
+impl<C: Connect> DialledNode<C> {
+    /// Dials, supervises the tunnel to its end, and dials again, with pauses that grow while that fails.
+    async fn keep_linked(self) {
+        let Dialling { config, registry, draining, .. } = &*self.dialling;
+        let name = &self.node.name;
+        let mut backoff = Backoff::new(config.backoff_min, config.backoff_max);
+        while !draining.is_cancelled() {
+            if !registry.is_connected(name) {
+                registry.set_absent(name, Absent::Connecting);
+            }
+            let error = match self.dial().await {
+                Ok(first) => {
+                    let (began, reason) = self.supervise_in_turn(first).await;
+                    if began.elapsed() > STEADY {
+                        backoff.reset();
+                    }
+                    reason
+                }
+                Err(error) => error.to_string(),
+            };
+            registry.set_absent(name, Absent::Retrying { error, at: SystemTime::now() });
+            sleep(backoff.next_delay(rand::random())).await;
+        }
+    }
+
+    /// Supervises a tunnel, and makes the next one before the master's certificate, with which this one was
+    /// authenticated, expires. The former one keeps its streams. Gives when the last one began, and why it ended.
+    async fn supervise_in_turn(&self, mut linked: Linked) -> (Instant, String) {
+        loop {
+            let tunnel = linked.0.tunnel().clone();
+            let mut supervised = Box::pin(self.dialling.supervisor.clone().supervise(linked));
+            linked = tokio::select! {
+                reason = &mut supervised => return (tunnel.established, reason),
+                next = self.dial_successor(&tunnel) => next,
+            };
+            let told = tunnel.retire("the master has made another link to this node");
+            let _ = timeout(RETIRE_TIMEOUT, told).await;
+            self.tasks.spawn(supervised);
+        }
+    }
+
+    /// Dials again in time, and never if the tunnel needs no successor.
+    async fn dial_successor(&self, tunnel: &Tunnel) -> Linked {
+        let Dialling { config, draining, .. } = &*self.dialling;
+        // A plain sshd looks at certificates in handshakes only.
+        let Some(expires) = tunnel.user_expires().filter(|_| tunnel.is_node_agent()) else {
+            return std::future::pending().await;
+        };
+        let left = expires.duration_since(SystemTime::now()).unwrap_or_default();
+        sleep(relink::due(left, rand::random())).await;
+        let mut backoff = Backoff::new(config.backoff_min, config.backoff_max);
+        loop {
+            if draining.is_cancelled() {
+                return std::future::pending().await;
+            }
+            if let Ok(next) = self.dial().await {
+                return next;
+            }
+            sleep(backoff.next_delay(rand::random())).await;
+        }
+    }
+
+    /// Makes a tunnel and registers it. A failure is counted and logged.
+    async fn dial(&self) -> Result<Linked, TunnelError> {
+        let Dialling { metrics, registry, .. } = &*self.dialling;
+        metrics.tunnel_dials.inc();
+        self.link().await.inspect_err(|error| {
+            metrics.tunnel_dials_failed.inc();
+            tracing::warn!(node = %self.node.name, address = %self.address, %error, "no tunnel");
+            registry.event(&self.node.name, EventKind::Retrying, &error.to_string());
+        })
+    }
+
+    async fn link(&self) -> Result<Linked, TunnelError> {
+        let Dialling { config, client, trust, refusals, supervisor, .. } = &*self.dialling;
+        let (link, peer) = self.connect().await.inspect_err(|_| refusals.count("connect"))?;
+        let user = self.user().await?;
+        let credentials = Credentials {
+            verify: trust.dialled(&self.node, &self.address),
+            login: &self.node.user,
+            user: &user,
+            permit: None,
+        };
+        let session = client.authenticate(link, credentials, &self.tasks).await;
+        let session = session.inspect_err(|error| refusals.handshake(error))?;
+        let HostIdentity::Verified(host) = session.identity.clone() else {
+            return Err(TunnelError::Ssh(russh::Error::UnknownKey));
+        };
+        let (tunnel, events) = Tunnel::establish(session, host, Direction::Dialled, peer, config).await?;
+        Ok((supervisor.register(tunnel).await?, events))
+    }
+
+    async fn connect(&self) -> Result<(C::Io, Option<SocketAddr>), TunnelError> {
+        let address = &self.address;
+        let failed =
+            |why: &dyn std::fmt::Display| TunnelError::Connect(format!("can't connect to {address}: {why}"));
+        match timeout(CONNECT_TIMEOUT, self.dialling.connect.connect(address)).await {
+            Ok(Ok(connected)) => Ok(connected),
+            Ok(Err(error)) => Err(failed(&error)),
+            Err(_) => Err(failed(&"no answer")),
+        }
+    }
+
+    /// The key to log in with: the node's own if the inventory names one.
+    async fn user(&self) -> Result<Arc<UserIdentity>, TunnelError> {
+        let Some(path) = self.node.key_file.clone() else { return Ok(self.dialling.login.current()) };
+        let user = UserIdentity::load(path).await;
+        user.map(Arc::new).map_err(|error| TunnelError::Connect(error.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proto_net::mux::Notice;
+
+    use super::*;
+    use crate::tunnels::testing::{Master, MemoryNode, NodeSide, n1};
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn links(master: &Master) -> DialLinks<MemoryNode> {
+        master.registry.expect(&[(n1(), (1, Absent::New))].into_iter().collect());
+        let dialling = Dialling {
+            connect: master.node.clone(),
+            config: master.config.clone(),
+            client: master.client.clone(),
+            trust: master.trust.clone(),
+            login: master.login.clone(),
+            registry: master.registry.clone(),
+            refusals: master.refusals.clone(),
+            supervisor: master.supervisor.clone(),
+            metrics: master.metrics.clone(),
+            draining: CancellationToken::new(),
+        };
+        DialLinks::new(master.nodes.subscribe(), dialling, master.tasks.clone())
+    }
+
+    async fn registered(master: &Master, count: usize) {
+        while master.registry.tunnels_of(&n1()).len() != count {
+            sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn pauses_grow_while_dials_fail_and_shrink_after_a_steady_tunnel() {
+        let mut master = Master::new(HOUR, 8);
+        *master.node.failures.lock().unwrap() = 6;
+        master.tasks.spawn(links(&master).run());
+        let first = master.tunnels.recv().await.unwrap();
+        registered(&master, 1).await;
+        let pauses = |from: usize| -> Vec<Duration> {
+            let dials = master.node.dials.lock().unwrap();
+            dials[from..].windows(2).map(|pair| pair[1] - pair[0]).collect()
+        };
+        let (min, max) = (master.config.backoff_min, master.config.backoff_max);
+        for (i, pause) in pauses(0).iter().enumerate() {
+            let ceiling = (min * 2u32.pow(i as u32)).min(max);
+            // The runtime's timer has a resolution of a millisecond.
+            let slack = Duration::from_millis(2);
+            assert!((ceiling / 2..=ceiling + slack).contains(pause), "{i}: {pause:?} of {ceiling:?}");
+        }
+        assert_eq!(pauses(0).len(), 6);
+        assert_eq!(master.metrics.tunnel_dials_failed.get(), 6);
+        sleep(2 * STEADY).await;
+        let ended = Instant::now();
+        master.registry.tunnels_of(&n1())[0].close("the test ends it").await;
+        drop(first);
+        let second = master.tunnels.recv().await.unwrap();
+        assert!(second.connected - ended < 2 * min, "{:?}", second.connected - ended);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_successor_is_linked_before_the_former_link_retires() {
+        let life = Duration::from_secs(600);
+        let mut master = Master::new(life, 8);
+        master.tasks.spawn(links(&master).run());
+        let mut former = master.tunnels.recv().await.unwrap();
+        registered(&master, 1).await;
+        let (tunnel, _) = master.registry.pick(&n1()).unwrap();
+        let stream = tunnel.open(&"10.0.0.1:80".parse().unwrap(), "test", HOUR).await.unwrap();
+        let successor: NodeSide = master.tunnels.recv().await.unwrap();
+        let after = successor.connected - former.connected;
+        assert!(life * 2 / 5 - Duration::from_secs(1) <= after && after < life * 2 / 3, "{after:?}");
+        let Some(Notice::GoAway(_)) = former.notices.recv().await else { panic!("no GOAWAY") };
+        // The new one is there, and the old one keeps its stream.
+        registered(&master, 2).await;
+        assert_ne!(master.registry.pick(&n1()).unwrap().0.id, tunnel.id);
+        sleep(Duration::from_secs(30)).await;
+        assert!(tunnel.is_retired() && !tunnel.has_ended());
+        drop(stream);
+        let reason = tunnel.ended().await;
+        assert_eq!(reason, "another link has taken its place, and its streams have ended");
+        registered(&master, 1).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_loops_of_a_node_end_with_its_entry_and_begin_with_it() {
+        let mut master = Master::new(HOUR, 8);
+        let entry = master.entry();
+        master.tasks.spawn(links(&master).run());
+        let first = master.tunnels.recv().await.unwrap();
+        registered(&master, 1).await;
+        master.nodes.send_replace(Arc::default());
+        registered(&master, 0).await;
+        sleep(HOUR).await;
+        assert_eq!(master.node.dials.lock().unwrap().len(), 1);
+        drop(first);
+        master.nodes.send_replace(Arc::new(Inventory::new(vec![entry], Vec::new())));
+        master.tunnels.recv().await.unwrap();
+        registered(&master, 1).await;
+    }
+}

@@ -1,0 +1,53 @@
+//! The streams that a node opens to the master's front end. A node opens none unless the master asks it to.
+
+use std::net::SocketAddr;
+
+use proto_net::mux::Events;
+use tokio::{sync::mpsc, time::timeout};
+
+use super::{
+    session::{
+        error::TunnelError,
+        forward::{Forward, Forwarded},
+        multiplexer::Opener,
+    },
+    tunnel::Tunnel,
+};
+
+impl Tunnel {
+    /// Lets a node-agent open streams to the front end, at most `max_streams` at once; `None` if it has no use for
+    /// that.
+    pub async fn open_front_end(&self, max_streams: usize) -> Result<Option<Events>, TunnelError> {
+        let limit = self.answer_timeout;
+        let started = timeout(limit, self.session.start_multiplexer(Opener::Node, max_streams)).await;
+        let Some((mux, events)) = started.map_err(|_| TunnelError::Timeout(limit))?? else {
+            return Ok(None);
+        };
+        let _ = self.front_end.set(mux);
+        Ok(Some(events))
+    }
+
+    /// Asks a plain sshd to listen on an address, and gives the connections that come there, at most
+    /// `max_connections` at once.
+    pub async fn forward(
+        &self,
+        address: SocketAddr,
+        max_connections: usize,
+    ) -> Result<mpsc::Receiver<Forwarded>, TunnelError> {
+        let (host, port) = (address.ip().to_string(), u32::from(address.port()));
+        let (forward, connections) = Forward::new(host.clone(), port, max_connections);
+        let state = &self.session.state;
+        // Connections may come before the answer does.
+        *state.forward() = Some(forward);
+        let limit = self.answer_timeout;
+        let answer = timeout(limit, self.session.handle.tcpip_forward(host, port)).await;
+        if !matches!(answer, Ok(Ok(_))) {
+            *state.forward() = None;
+        }
+        match answer.map_err(|_| TunnelError::Timeout(limit))? {
+            Ok(_) => Ok(connections),
+            Err(russh::Error::RequestDenied) => Err(TunnelError::NotListening(address)),
+            Err(error) => Err(error.into()),
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! The join exchange.
+//!
+//! A host that calls home with a key of no node is offered this exchange and nothing else. It has verified this master by
+//! the pin of the user CA before it sends its token. The host key that is signed is the one that the session has proved.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use prometheus_client::metrics::{counter::Counter, family::Family};
+use proto::{
+    NodeName,
+    join::{JoinRequest, JoinResponse, SUBSYSTEM},
+};
+use proto_net::tasks::Tasks;
+use russh::{Channel, ChannelMsg, client::Msg, keys::PublicKey};
+use tokio::sync::watch;
+
+use super::{refusals::Refusals, registry::Registry, session::handshake::Session};
+use crate::{
+    identity::{
+        Authorities, HostKeyError,
+        store::Store,
+        token::{Admission, Applicant, Listed},
+    },
+    metrics::Reason,
+    routing::inventory::Inventory,
+};
+
+/// The type of extended data that is for people to read (RFC 4254, section 5.2).
+const STDERR: u32 = 1;
+
+/// Lets hosts join, with the parts that this takes.
+pub struct Joining {
+    pub nodes: watch::Receiver<Arc<Inventory>>,
+    pub store: Arc<dyn Store>,
+    pub authorities: Arc<Authorities>,
+    /// For how long host certificates are valid.
+    pub host_ttl: Duration,
+    pub registry: Arc<Registry>,
+    pub refusals: Refusals,
+    /// Counts attempts by their result.
+    pub attempts: Family<Reason, Counter>,
+    /// Closes the tunnels of keys that have been replaced.
+    pub tasks: Tasks,
+}
+
+/// A host that is no node.
+#[derive(Clone, Copy)]
+pub(super) struct Host<'a> {
+    pub(super) key: &'a PublicKey,
+    /// Why its key is no node's.
+    pub(super) why: &'a HostKeyError,
+    /// The only name under which it may join, if its call was admitted under one.
+    pub(super) name: Option<&'a NodeName>,
+    pub(super) peer: SocketAddr,
+}
+
+impl Joining {
+    /// Offers the exchange and ends the session. `false` means that the host does not want to join; it is told why it is
+    /// no node.
+    pub(super) async fn serve(self: &Arc<Self>, session: &Session, host: Host<'_>) -> bool {
+        let joined = self.exchange(session, host).await.unwrap_or(false);
+        let reason = if joined { "the join exchange has ended".to_owned() } else { host.why.for_peer() };
+        session.close(&reason).await;
+        joined
+    }
+
+    async fn exchange(self: &Arc<Self>, session: &Session, host: Host<'_>) -> Result<bool, russh::Error> {
+        let mut channel = session.handle.channel_open_session().await?;
+        channel.request_subsystem(true, SUBSYSTEM).await?;
+        let request = match receive(&mut channel, host.peer).await {
+            Received::Request(request) => request,
+            Received::Nothing => return Ok(false),
+            Received::Refused => {
+                // The host does not get to see the reason with which the session is closed.
+                if session.is_with_node_agent() {
+                    channel.extended_data_bytes(STDERR, host.why.for_peer()).await?;
+                }
+                return Ok(false);
+            }
+        };
+        let response = self.respond(request, host).await;
+        channel.data_bytes(response.encode()).await?;
+        channel.eof().await?;
+        // The host leaves when it has read the answer.
+        while channel.wait().await.is_some() {}
+        Ok(true)
+    }
+
+    async fn respond(self: &Arc<Self>, mut request: JoinRequest, host: Host<'_>) -> JoinResponse {
+        match (host.name, &request.node) {
+            (Some(name), Some(asked)) if name != asked => {
+                return self.refuse_name(name, asked, host.peer);
+            }
+            (Some(name), _) => request.node = Some(name.clone()),
+            (None, _) => {}
+        }
+        let (joining, key, peer) = (self.clone(), host.key.clone(), host.peer);
+        let decided = tokio::task::spawn_blocking(move || joining.decide(&request, &key, peer));
+        decided.await.unwrap_or_else(|_| JoinResponse::Refused {
+            reason: "the master failed".to_owned(),
+            hint: "Its log says why.".to_owned(),
+        })
+    }
+
+    fn refuse_name(&self, admitted: &NodeName, asked: &NodeName, peer: SocketAddr) -> JoinResponse {
+        let reason =
+            format!("what admitted this call is for node {admitted}, and it asks to join as {asked}");
+        tracing::warn!(%peer, reason, "refused to let a host join");
+        self.refusals.count("other_node");
+        self.count("refused");
+        JoinResponse::Refused { reason, hint: "Nothing was used up.".to_owned() }
+    }
+
+    /// Asks the store, and signs.
+    fn decide(&self, request: &JoinRequest, key: &PublicKey, peer: SocketAddr) -> JoinResponse {
+        let nodes = self.nodes.borrow().clone();
+        let admission = Admission {
+            authorities: &self.authorities,
+            store: self.store.as_ref(),
+            listed: nodes.as_ref(),
+            host_ttl: self.host_ttl,
+        };
+        let applicant = Applicant { host_key: key, peer: peer.ip() };
+        let response = admission.decide(request, applicant, SystemTime::now());
+        match &response {
+            JoinResponse::Accepted { node, .. } => {
+                tracing::info!(%node, %peer, "joined");
+                self.close_tunnels_of_other_keys(node, key);
+                self.count("ok");
+            }
+            JoinResponse::Refused { reason, .. } => {
+                tracing::warn!(%peer, reason, "refused to let a host join");
+                self.count("refused");
+            }
+        }
+        response
+    }
+
+    fn close_tunnels_of_other_keys(&self, node: &NodeName, key: &PublicKey) {
+        for tunnel in self.registry.tunnels_of(node) {
+            if tunnel.host.key.key_data() != key.key_data() {
+                self.tasks.spawn(async move { tunnel.close("the node has joined with another key").await });
+            }
+        }
+    }
+
+    fn count(&self, reason: &'static str) {
+        self.attempts.get_or_create(&Reason { reason }).inc();
+    }
+}
+
+impl Listed for Inventory {
+    fn addresses(&self, node: &NodeName) -> Option<Vec<IpAddr>> {
+        self.node(node).map(|node| node.addresses.clone())
+    }
+
+    fn owner(&self, address: &IpAddr) -> Option<NodeName> {
+        self.node_with_address(address).map(|node| node.name.clone())
+    }
+}
+
+enum Received {
+    Request(JoinRequest),
+    /// The host does not offer the exchange.
+    Refused,
+    Nothing,
+}
+
+async fn receive(channel: &mut Channel<Msg>, peer: SocketAddr) -> Received {
+    let mut bytes = Vec::new();
+    loop {
+        match channel.wait().await {
+            Some(ChannelMsg::Data { data }) => {
+                bytes.extend_from_slice(&data);
+                match JoinRequest::decode(&bytes) {
+                    Ok(Some(request)) => return Received::Request(request),
+                    Ok(None) => {}
+                    Err(error) => {
+                        tracing::warn!(%peer, %error, "refused a join request that can't be read");
+                        return Received::Nothing;
+                    }
+                }
+            }
+            Some(ChannelMsg::Failure) => return Received::Refused,
+            Some(ChannelMsg::Eof | ChannelMsg::Close) | None => return Received::Nothing,
+            Some(_) => {}
+        }
+    }
+}

@@ -1,0 +1,527 @@
+//! Which nodes have which tunnels.
+//!
+//! A node has up to `connections` active tunnels, over which its streams are spread. Further ones that prove the same
+//! identity stand by and take over when an active one ends. A registration is undone by the tunnel's own id, so an old
+//! one that ends late can't remove its successor.
+//!
+//! Each node has a lock of its own. The set of all nodes changes only with the inventory, and is replaced as a whole, so
+//! that whoever looks at all nodes holds up nobody who dials.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Display,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+    time::Duration,
+};
+
+use proto::{DialError, NodeName};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{Instant, MissedTickBehavior},
+};
+
+use super::{
+    absent::Absent,
+    sampled_set::SampledSet,
+    session::error::NotRegistered,
+    status::{NodeFigures, tunnel_status, unix_seconds},
+    tunnel::{Direction, Tunnel},
+};
+use crate::{
+    activity::{self, NodeActivities, NodeActivity},
+    admin_api::{Event, EventKind, NodeDetail, NodeStatus},
+};
+
+/// Tunnels that may stand by for one node.
+const STANDBY: usize = 2;
+/// Nodes among which the least busy is looked for.
+const SAMPLE: usize = 16;
+
+type Nodes = BTreeMap<NodeName, Arc<Node>>;
+
+/// All nodes.
+pub struct Registry {
+    nodes: RwLock<Arc<Nodes>>,
+    /// The nodes that have a tunnel to a node-agent.
+    agents: Mutex<SampledSet<NodeName, Arc<Node>>>,
+    max_streams_per_node: usize,
+}
+
+/// One node, from the time when it is expected until it no longer is.
+struct Node {
+    name: NodeName,
+    streams: Arc<Semaphore>,
+    activity: Arc<NodeActivity>,
+    state: Mutex<NodeState>,
+}
+
+#[derive(Clone)]
+struct NodeState {
+    /// In the order in which they came.
+    tunnels: Vec<Arc<Tunnel>>,
+    absent: Absent,
+    /// Tunnels that are active at once.
+    connections: usize,
+    /// When its last tunnel ended; `None` while it has one, and before the first.
+    away_since: Option<Instant>,
+    /// Links that claimed to be this node's and were refused.
+    refused: u64,
+    /// Whether the node is no longer expected.
+    gone: bool,
+}
+
+/// A tunnel's entry in the registry. Dropping it removes that tunnel and no other.
+pub struct Registration {
+    registry: Arc<Registry>,
+    node: Arc<Node>,
+    tunnel: Arc<Tunnel>,
+    /// How long the node had been without a tunnel, if this one brings it back.
+    pub absence: Option<Duration>,
+}
+
+impl Registry {
+    pub fn new(max_streams_per_node: usize) -> Self {
+        Self { nodes: RwLock::default(), agents: Mutex::default(), max_streams_per_node }
+    }
+
+    /// Makes nodes known, with the tunnels that each may have active and its state before the first, and forgets all
+    /// others. Gives the tunnels of those.
+    pub fn expect(&self, expected: &BTreeMap<NodeName, (usize, Absent)>) -> Vec<Arc<Tunnel>> {
+        let before = self.nodes();
+        let mut nodes = Nodes::new();
+        for (name, (connections, absent)) in expected {
+            let node = before.get(name).cloned().unwrap_or_else(|| self.new_node(name, absent));
+            node.state().connections = *connections;
+            nodes.insert(name.clone(), node);
+        }
+        let gone = before.values().filter(|node| !nodes.contains_key(&node.name));
+        let gone: Vec<Arc<Node>> = gone.cloned().collect();
+        *self.nodes.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(nodes);
+        let mut tunnels = Vec::new();
+        for node in gone {
+            let mut state = node.state();
+            state.gone = true;
+            tunnels.append(&mut state.tunnels);
+            self.forget_agent(&node);
+        }
+        tunnels
+    }
+
+    fn new_node(&self, name: &NodeName, absent: &Absent) -> Arc<Node> {
+        let state = NodeState {
+            tunnels: Vec::new(),
+            absent: absent.clone(),
+            connections: 1,
+            away_since: None,
+            refused: 0,
+            gone: false,
+        };
+        Arc::new(Node {
+            name: name.clone(),
+            streams: Arc::new(Semaphore::new(self.max_streams_per_node)),
+            activity: Arc::default(),
+            state: Mutex::new(state),
+        })
+    }
+
+    /// Adds a tunnel. Also gives the node's other tunnels, which may be dead without anybody knowing yet.
+    pub fn register(
+        self: &Arc<Self>,
+        tunnel: Arc<Tunnel>,
+    ) -> Result<(Registration, Vec<Arc<Tunnel>>), NotRegistered> {
+        let unknown = || NotRegistered::Unknown(tunnel.node.clone());
+        let node = self.node(&tunnel.node).ok_or_else(unknown)?;
+        let mut state = node.state();
+        if state.gone {
+            return Err(unknown());
+        }
+        state.remove(|other| other.has_ended());
+        // Tunnels that take no new streams are no use to the node any more.
+        if state.tunnels.iter().filter(|t| t.is_usable()).count() >= state.connections + STANDBY {
+            return Err(NotRegistered::Full(tunnel.node.clone()));
+        }
+        let others = state.tunnels.clone();
+        state.tunnels.push(tunnel.clone());
+        let absence = state.away_since.take().map(|since| since.elapsed());
+        if tunnel.is_node_agent() {
+            self.agents().insert(node.name.clone(), node.clone());
+        }
+        drop(state);
+        node.activity.connected(&arrival(&tunnel), absence.is_some());
+        Ok((Registration { registry: self.clone(), node, tunnel, absence }, others))
+    }
+
+    pub fn set_absent(&self, name: &NodeName, absent: Absent) {
+        if let Some(node) = self.node(name) {
+            node.state().absent = absent;
+        }
+    }
+
+    /// Counts a link that claimed to be the node's and was refused.
+    pub fn count_refused(&self, name: &NodeName, why: &dyn Display) {
+        if let Some(node) = self.node(name) {
+            node.state().refused += 1;
+            node.activity.event(EventKind::Impostor, &why.to_string());
+        }
+    }
+
+    /// The activity of a node; `None` if it is not known.
+    pub fn activity(&self, name: &NodeName) -> Option<Arc<NodeActivity>> {
+        self.node(name).map(|node| node.activity.clone())
+    }
+
+    /// Keeps something that happened to a node, for people.
+    pub fn event(&self, name: &NodeName, kind: EventKind, text: &str) {
+        if let Some(node) = self.node(name) {
+            node.activity.event(kind, text);
+        }
+    }
+
+    /// Keeps every node's round trip at regular intervals, without an end.
+    pub async fn sample(self: Arc<Self>) {
+        let mut interval = tokio::time::interval(activity::SAMPLE);
+        interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            interval.tick().await;
+            // There may be many nodes, and the threads that serve streams are not for visiting all of them.
+            let registry = self.clone();
+            let sampled = tokio::task::spawn_blocking(move || registry.sample_round_trips()).await;
+            if let Err(error) = sampled {
+                tracing::error!(%error, "can't sample round trips");
+            }
+        }
+    }
+
+    fn sample_round_trips(&self) {
+        for node in self.nodes().values() {
+            let usable = node.state().tunnels.iter().find(|t| t.is_usable()).cloned();
+            node.activity.sample(usable.and_then(|tunnel| tunnel.round_trip()));
+        }
+    }
+
+    pub fn is_connected(&self, name: &NodeName) -> bool {
+        self.node(name).is_some_and(|node| node.state().tunnels.iter().any(|t| t.is_usable()))
+    }
+
+    /// Whether a tunnel that came later has taken the place of this one.
+    pub fn has_newer(&self, tunnel: &Tunnel) -> bool {
+        let Some(node) = self.node(&tunnel.node) else { return false };
+        node.state().tunnels.iter().any(|other| other.id > tunnel.id && other.is_usable())
+    }
+
+    /// Up to `count` nodes that run a node-agent and can be asked for streams, the least busy first. In a large cluster,
+    /// they are the least busy of a random sample.
+    pub fn least_busy_agents(&self, count: usize) -> Vec<NodeName> {
+        let random = rand::random();
+        let usable = |most: usize| -> Vec<Arc<Node>> {
+            let looked_at: Vec<_> = self.agents().walk(random).take(most).cloned().collect();
+            looked_at.into_iter().filter(|node| node.state().has_usable_agent()).take(SAMPLE).collect()
+        };
+        // Nodes that take no new streams are few, but for a moment they may be all of those.
+        let mut sample = usable(4 * SAMPLE);
+        if sample.is_empty() {
+            sample = usable(usize::MAX);
+        }
+        let mut found: Vec<_> = sample.iter().map(|node| (node.open_streams(), &node.name)).collect();
+        found.sort();
+        found.into_iter().take(count).map(|(_, name)| name.clone()).collect()
+    }
+
+    /// The round trip of a node; `None` if it is not connected, or not measured.
+    pub fn round_trip(&self, name: &NodeName) -> Option<Duration> {
+        self.round_trips(std::iter::once(name)).pop()??
+    }
+
+    /// For each node: `None` if it is not connected, else its measured round trip if there is one.
+    pub fn round_trips<'a>(
+        &self,
+        names: impl Iterator<Item = &'a NodeName>,
+    ) -> Vec<Option<Option<Duration>>> {
+        let round_trip = |name: &NodeName| {
+            let node = self.node(name)?;
+            let usable = node.state().tunnels.iter().find(|t| t.is_usable()).cloned()?;
+            Some(usable.round_trip())
+        };
+        names.map(round_trip).collect()
+    }
+
+    /// The least busy of the node's active tunnels, and the right to one stream to that node. A tunnel that did not
+    /// answer the last ping is the last choice.
+    pub fn pick(&self, name: &NodeName) -> Result<(Arc<Tunnel>, OwnedSemaphorePermit), DialError> {
+        let none = |state: String| DialError::NoTunnel { node: name.to_string(), state };
+        let node = self.node(name).ok_or_else(|| none("the node is not known".to_owned()))?;
+        let tunnel = node.state().pick().map_err(|absent| none(absent.to_string()))?;
+        let permit = node.streams.clone().try_acquire_owned().map_err(|_| {
+            DialError::TooManyStreams(format!(
+                "node {name} carries {} streams already (max_streams_per_node)",
+                self.max_streams_per_node
+            ))
+        })?;
+        Ok((tunnel, permit))
+    }
+
+    pub fn tunnels_of(&self, name: &NodeName) -> Vec<Arc<Tunnel>> {
+        self.node(name).map(|node| node.state().tunnels.clone()).unwrap_or_default()
+    }
+
+    pub fn tunnels(&self) -> Vec<Arc<Tunnel>> {
+        self.nodes().values().flat_map(|node| node.state().tunnels.clone()).collect()
+    }
+
+    /// Nodes with a tunnel, and all nodes.
+    pub fn count(&self) -> (usize, usize) {
+        let nodes = self.nodes();
+        let connected = |node: &&Arc<Node>| node.state().tunnels.iter().any(|t| !t.has_ended());
+        (nodes.values().filter(connected).count(), nodes.len())
+    }
+
+    /// When the first of the host certificates in use expires, in seconds since 1970.
+    pub fn first_certificate_to_expire(&self) -> Option<u64> {
+        let tunnels = self.tunnels();
+        let alive = tunnels.iter().filter(|tunnel| !tunnel.has_ended());
+        alive.filter_map(|tunnel| tunnel.certificate_expires()).min().map(unix_seconds)
+    }
+
+    /// Every node, as metrics show it.
+    pub fn figures(&self) -> Vec<NodeFigures> {
+        self.nodes().values().map(|node| node.figures()).collect()
+    }
+
+    /// Every node, as people see it.
+    pub fn status(&self) -> Vec<NodeStatus> {
+        self.nodes().values().map(|node| node.status()).collect()
+    }
+
+    /// The last refusals of all nodes, at most `most`, the newest first.
+    pub fn refusals(&self, most: usize) -> Vec<(NodeName, Event)> {
+        let nodes = self.nodes();
+        let of_node = |node: &Arc<Node>| {
+            let name = node.name.clone();
+            node.activity.refusals().into_iter().map(move |event| (name.clone(), event))
+        };
+        let mut refusals: Vec<_> = nodes.values().flat_map(of_node).collect();
+        refusals.sort_by_key(|(_, event)| std::cmp::Reverse(event.unix_milliseconds));
+        refusals.truncate(most);
+        refusals
+    }
+
+    /// The state of one node in a word; `None` if it is not known.
+    pub fn state(&self, name: &NodeName) -> Option<&'static str> {
+        self.node(name).map(|node| node.state().in_a_word())
+    }
+
+    /// One node with its streams and what happened to it; `None` if it is not known.
+    pub fn detail(&self, name: &NodeName) -> Option<NodeDetail> {
+        let node = self.node(name)?;
+        Some(NodeDetail { status: node.status(), detail: node.activity.detail() })
+    }
+
+    fn nodes(&self) -> Arc<Nodes> {
+        self.nodes.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn node(&self, name: &NodeName) -> Option<Arc<Node>> {
+        self.nodes.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+    }
+
+    /// Takes a node out of those that have a tunnel to a node-agent. The caller has locked the node.
+    fn forget_agent(&self, node: &Arc<Node>) {
+        let mut agents = self.agents();
+        if agents.get(&node.name).is_some_and(|present| Arc::ptr_eq(present, node)) {
+            agents.remove(&node.name);
+        }
+    }
+
+    /// May be locked while a node is, so no node may be locked while this is.
+    fn agents(&self) -> MutexGuard<'_, SampledSet<NodeName, Arc<Node>>> {
+        self.agents.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl NodeActivities for Registry {
+    fn activity(&self, name: &NodeName) -> Option<Arc<NodeActivity>> {
+        Self::activity(self, name)
+    }
+}
+
+impl Registration {
+    pub fn tunnel(&self) -> &Arc<Tunnel> {
+        &self.tunnel
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        let mut state = self.node.state();
+        state.remove(|tunnel| tunnel.id == self.tunnel.id);
+        if !state.tunnels.iter().any(|tunnel| tunnel.is_node_agent()) {
+            self.registry.forget_agent(&self.node);
+        }
+    }
+}
+
+impl Node {
+    fn state(&self) -> MutexGuard<'_, NodeState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn open_streams(&self) -> usize {
+        self.state().tunnels.iter().map(|tunnel| tunnel.streams()).sum()
+    }
+
+    fn figures(&self) -> NodeFigures {
+        let state = self.state().clone();
+        let mut alive = state.tunnels.iter().filter(|tunnel| !tunnel.has_ended()).peekable();
+        NodeFigures {
+            name: self.name.clone(),
+            connected: alive.peek().is_some(),
+            round_trip: state.tunnels.iter().find(|t| t.is_usable()).and_then(|t| t.round_trip()),
+            streams: state.tunnels.iter().map(|tunnel| tunnel.streams()).sum(),
+            certificate_expires: alive.filter_map(|t| t.certificate_expires()).min().map(unix_seconds),
+            refused: state.refused,
+            activity: self.activity.figures(),
+        }
+    }
+
+    fn status(&self) -> NodeStatus {
+        let state = self.state().clone();
+        let alive: Vec<_> = state.tunnels.iter().filter(|tunnel| !tunnel.has_ended()).collect();
+        let reason = if alive.is_empty() { state.absent.to_string() } else { String::new() };
+        let tunnels = alive.iter().enumerate();
+        NodeStatus {
+            name: self.name.clone(),
+            state: state.in_a_word().to_owned(),
+            reason,
+            tunnels: tunnels.map(|(i, tunnel)| tunnel_status(tunnel, i < state.connections)).collect(),
+            refused: state.refused,
+            totals: self.activity.totals(),
+        }
+    }
+}
+
+impl NodeState {
+    /// Removes tunnels. The node's absence begins when its last one goes.
+    fn remove(&mut self, which: impl Fn(&Tunnel) -> bool) {
+        let had = !self.tunnels.is_empty();
+        self.tunnels.retain(|tunnel| !which(tunnel));
+        if had && self.tunnels.is_empty() {
+            self.away_since = Some(Instant::now());
+        }
+    }
+
+    /// The tunnel for the next stream, or why there is none.
+    fn pick(&self) -> Result<Arc<Tunnel>, &Absent> {
+        let usable =
+            |suspect| self.tunnels.iter().filter(move |t| t.is_usable() && t.is_suspect() == suspect);
+        let active = usable(false).take(self.connections).min_by_key(|tunnel| tunnel.streams());
+        active.or_else(|| usable(true).next()).cloned().ok_or(&self.absent)
+    }
+
+    fn has_usable_agent(&self) -> bool {
+        self.tunnels.iter().any(|tunnel| tunnel.is_usable() && tunnel.is_node_agent())
+    }
+
+    fn in_a_word(&self) -> &'static str {
+        if self.tunnels.iter().any(|tunnel| !tunnel.has_ended()) { "connected" } else { self.absent.word() }
+    }
+}
+
+/// How a tunnel came to be, for people.
+fn arrival(tunnel: &Tunnel) -> String {
+    let peer = tunnel.peer.map_or_else(|| "a peer without an address".to_owned(), |peer| peer.to_string());
+    match tunnel.direction {
+        Direction::Dialled => format!("dialled {peer}"),
+        Direction::CallHome => format!("called home from {peer}"),
+        Direction::CallHomeHttps => format!("called home over HTTPS from {peer}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::Target;
+
+    use super::*;
+    use crate::tunnels::testing::{Master, n1};
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn expect(registry: &Registry, names: &[&str], connections: usize) -> Vec<Arc<Tunnel>> {
+        let expected = names.iter().map(|name| (name.parse().unwrap(), (connections, Absent::New)));
+        registry.expect(&expected.collect())
+    }
+
+    fn target() -> Target {
+        "10.0.0.1:80".parse().unwrap()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_late_disconnect_does_not_remove_the_successor() {
+        let mut master = Master::new(HOUR, 8);
+        let registry = master.registry.clone();
+        expect(&registry, &["n1"], 1);
+        let [former, successor] = [master.tunnel().await, master.tunnel().await].map(|t| Arc::new(t.0));
+        let (former, others) = registry.register(former).unwrap();
+        assert_eq!((others.len(), former.absence), (0, None));
+        let (successor, others) = registry.register(successor).unwrap();
+        assert_eq!(others.iter().map(|t| t.id).collect::<Vec<_>>(), [former.tunnel().id]);
+        drop(former);
+        assert_eq!(registry.pick(&n1()).unwrap().0.id, successor.tunnel().id);
+        assert_eq!((registry.count(), registry.least_busy_agents(3)), ((1, 1), vec![n1()]));
+        drop(successor);
+        assert!(matches!(registry.pick(&n1()), Err(DialError::NoTunnel { .. })));
+        assert_eq!((registry.count(), registry.least_busy_agents(3)), ((0, 1), vec![]));
+        tokio::time::advance(Duration::from_secs(7)).await;
+        let (back, _) = registry.register(Arc::new(master.tunnel().await.0)).unwrap();
+        assert!(back.absence.is_some_and(|absence| absence >= Duration::from_secs(7)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_least_busy_active_tunnel_is_picked_and_a_suspect_one_last() {
+        let mut master = Master::new(HOUR, 8);
+        let registry = master.registry.clone();
+        expect(&registry, &["n1"], 2);
+        let mut registered = Vec::new();
+        for _ in 0..3 {
+            registered.push(registry.register(Arc::new(master.tunnel().await.0)).unwrap().0);
+        }
+        let picked = || registry.pick(&n1()).unwrap().0.id;
+        let [first, second, standby] = [0, 1, 2].map(|i| registered[i].tunnel().clone());
+        let _stream = first.open(&target(), "test", HOUR).await.unwrap();
+        assert_eq!(picked(), second.id);
+        second.set_suspect(true);
+        assert_eq!(picked(), standby.id, "it takes the place of the suspect one");
+        standby.set_suspect(true);
+        assert_eq!(picked(), first.id);
+        first.set_suspect(true);
+        assert_eq!(picked(), first.id, "a suspect one is better than none");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_has_limits_of_tunnels_and_of_streams() {
+        let mut master = Master::new(HOUR, 2);
+        let registry = master.registry.clone();
+        let unknown = registry.register(Arc::new(master.tunnel().await.0));
+        assert!(matches!(unknown, Err(NotRegistered::Unknown(node)) if node == n1()));
+        expect(&registry, &["n1"], 1);
+        let mut registered = Vec::new();
+        for _ in 0..=STANDBY {
+            registered.push(registry.register(Arc::new(master.tunnel().await.0)).unwrap().0);
+        }
+        let more = Arc::new(master.tunnel().await.0);
+        assert!(matches!(registry.register(more.clone()), Err(NotRegistered::Full(node)) if node == n1()));
+        registered[0].tunnel().retire("a successor is there").await;
+        registered.push(registry.register(more).unwrap().0);
+        let permits = [registry.pick(&n1()).unwrap().1, registry.pick(&n1()).unwrap().1];
+        assert!(matches!(registry.pick(&n1()), Err(DialError::TooManyStreams(_))));
+        drop(permits);
+        assert!(registry.pick(&n1()).is_ok());
+        // Whoever registers while its node goes is not kept.
+        assert_eq!(expect(&registry, &["n2"], 1).len(), 4);
+        assert_eq!((registry.count(), registry.least_busy_agents(1)), ((0, 1), vec![]));
+        expect(&registry, &["n1"], 1);
+        let (present, _) = registry.register(Arc::new(master.tunnel().await.0)).unwrap();
+        drop(registered);
+        assert_eq!(registry.pick(&n1()).unwrap().0.id, present.tunnel().id);
+        assert_eq!(registry.least_busy_agents(1), [n1()]);
+    }
+}

@@ -1,0 +1,61 @@
+//! Why there is no tunnel.
+
+use std::{net::SocketAddr, time::Duration};
+
+use proto::NodeName;
+
+use crate::identity::HostKeyError;
+
+/// Why the registry does not take a tunnel.
+#[derive(Debug, thiserror::Error)]
+pub enum NotRegistered {
+    #[error("node {0} has enough tunnels, active and standing by")]
+    Full(NodeName),
+    #[error("node {0} is no longer in the inventory")]
+    Unknown(NodeName),
+}
+
+/// Why a link did not become a tunnel, or a tunnel does not do what it was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum TunnelError {
+    #[error("{0}")]
+    HostKey(#[from] HostKeyError),
+    #[error(
+        "the node refused the master's certificate as SSH user {user:?}{said}: check that it trusts this master's user CA (TrustedUserCAKeys, or `node-agent join`), and the clocks"
+    )]
+    Unauthorized { user: String, said: String },
+    #[error("no SSH handshake within {}", humantime::format_duration(*.0))]
+    Timeout(Duration),
+    #[error("the connection was closed before the master was authenticated")]
+    Closed,
+    #[error("gave its place to a newer handshake")]
+    Evicted,
+    #[error("{0}")]
+    Connect(String),
+    #[error("{0}")]
+    NotRegistered(#[from] NotRegistered),
+    #[error("{0}")]
+    NotSsh(String),
+    #[error(
+        "the node's sshd does not listen on {0}: check that the address is the node's and free, and that sshd permits it (PermitListen, AllowTcpForwarding yes, see `master-agent sshd-config`)"
+    )]
+    NotListening(SocketAddr),
+    #[error("SSH: {0}")]
+    Ssh(#[from] russh::Error),
+}
+
+impl TunnelError {
+    /// The label under which a failed handshake is counted. `None` is for errors that do not come from a handshake;
+    /// whoever makes them counts them.
+    pub(crate) fn handshake_failure(&self) -> Option<&'static str> {
+        match self {
+            Self::HostKey(why) => Some(why.kind()),
+            Self::Unauthorized { .. } => Some("unauthorized"),
+            Self::Timeout(_) => Some("timeout"),
+            Self::Evicted => Some("evicted"),
+            Self::Closed => Some("closed"),
+            Self::NotSsh(_) | Self::Ssh(_) => Some("ssh"),
+            Self::Connect(_) | Self::NotRegistered(_) | Self::NotListening(_) => None,
+        }
+    }
+}

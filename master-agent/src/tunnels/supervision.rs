@@ -1,0 +1,267 @@
+//! Admits tunnels to the registry and supervises each to its end.
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use proto_net::{
+    mux::{Events, Notice},
+    tasks::Tasks,
+};
+use tokio::{
+    sync::{mpsc, watch},
+    time::sleep,
+};
+
+use super::{
+    callers::CallerTunnels,
+    config::TunnelsConfig,
+    counters::TunnelMetrics,
+    refusals::Refusals,
+    registry::{Registration, Registry},
+    renewal::Renewal,
+    revocations::RevocationList,
+    session::error::TunnelError,
+    trust::Trust,
+    tunnel::{Direction, Tunnel},
+};
+use crate::{admin_api::EventKind, metrics::Reason, routing::inventory::Inventory};
+
+/// How long an older tunnel has to prove that it lives when a second one for its node comes.
+const PROBE_TIMEOUT: Duration = Duration::from_millis(1500);
+/// How often a tunnel's host key is verified again besides when the store changes, since the inventory may have changed.
+const RECHECK_INTERVAL: Duration = Duration::from_secs(10);
+/// Retired tunnels that one node may keep.
+const MAX_RETIRED: usize = 16;
+/// How often a retired tunnel is looked at for streams that it still has.
+const IDLE_POLL_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A registered tunnel, and the events of its multiplexer if it has one.
+pub(super) type Linked = (Registration, Option<Events>);
+
+/// Supervises tunnels, with the parts that this takes.
+pub struct Supervisor {
+    pub config: TunnelsConfig,
+    pub nodes: watch::Receiver<Arc<Inventory>>,
+    pub registry: Arc<Registry>,
+    pub trust: Arc<Trust>,
+    pub refusals: Refusals,
+    pub renewal: Renewal,
+    pub revocations: Arc<RevocationList>,
+    /// Serves the callers who come through tunnels; `None` serves none.
+    pub callers: Option<CallerTunnels>,
+    pub metrics: TunnelMetrics,
+    /// Closes tunnels that others take the place of.
+    pub tasks: Tasks,
+}
+
+impl Supervisor {
+    /// Takes a tunnel among those of its node, or closes it with the reason why not.
+    pub(super) async fn register(&self, tunnel: Tunnel) -> Result<Registration, TunnelError> {
+        let tunnel = Arc::new(tunnel);
+        // The node may have joined with another key since this one was verified.
+        let registered = match self.trust.still_good(&tunnel.host) {
+            Ok(()) => self.registry.register(tunnel.clone()).map_err(TunnelError::from),
+            Err(why) => Err(self.refusals.host_key(&why)),
+        };
+        let (registration, others) = match registered {
+            Ok(registered) => registered,
+            Err(error) => {
+                tunnel.close(&error.to_string()).await;
+                return Err(error);
+            }
+        };
+        if let Some(absence) = registration.absence {
+            self.metrics.node_absence_seconds.observe(absence.as_secs_f64());
+        }
+        self.metrics.tunnels_established.inc();
+        tracing::info!(
+            node = %tunnel.node, peer = ?tunnel.peer, direction = tunnel.direction.name(), kind = tunnel.kind(),
+            standby = others.len(), "tunnel established"
+        );
+        self.settle_others(others);
+        Ok(registration)
+    }
+
+    /// Looks after the tunnels that a node has beside a new one, oldest first.
+    fn settle_others(&self, others: Vec<Arc<Tunnel>>) {
+        // Streams that last longer than the certificates of many links must not keep all of those links.
+        let retired: Vec<_> = others.iter().filter(|other| !other.is_usable()).cloned().collect();
+        for oldest in retired.into_iter().rev().skip(MAX_RETIRED) {
+            let reason = "too many links of the node take no new streams";
+            self.tasks.spawn(async move { oldest.close(reason).await });
+        }
+        // A node that comes again may have lost the old tunnel in a way that the master has not noticed.
+        let unanswered = u32::try_from(self.config.keepalive_max + 1).unwrap_or(u32::MAX);
+        let dead_after = self.config.keepalive_interval.saturating_mul(unanswered);
+        for other in others {
+            self.tasks.spawn(probe(other, dead_after));
+        }
+    }
+
+    /// Supervises a tunnel until it ends, and gives the reason of the end.
+    pub(super) async fn supervise(self: Arc<Self>, (registration, events): Linked) -> String {
+        let tunnel = registration.tunnel();
+        let mut notices = events.map(|events| events.notices);
+        let duties = async {
+            tokio::join!(
+                self.recheck(tunnel),
+                self.hand_to_callers(tunnel),
+                self.revocations.bring(tunnel),
+                self.renewal.run(tunnel),
+                log_notices(tunnel, notices.as_mut()),
+                close_when_idle(tunnel),
+            )
+        };
+        let reason = tokio::select! {
+            // The node's last notices are logged before the end.
+            biased;
+            (never, ..) = duties => match never {},
+            reason = tunnel.ended() => reason,
+        };
+        while let Some(notice) = notices.as_mut().and_then(|notices| notices.try_recv().ok()) {
+            log_notice(tunnel, &notice);
+        }
+        let seconds = tunnel.established.elapsed().as_secs();
+        // A node that has called again says that it takes no new streams here, and closes this link once its streams
+        // have ended.
+        if tunnel.is_retired() || tunnel.is_going_away() && self.registry.has_newer(tunnel) {
+            tracing::info!(node = %tunnel.node, reason, seconds, "retired tunnel ended");
+            return reason;
+        }
+        self.metrics.tunnels_lost.get_or_create(&Reason { reason: tunnel.loss().kind() }).inc();
+        self.registry.event(&tunnel.node, EventKind::Lost, &reason);
+        tracing::warn!(node = %tunnel.node, reason, seconds, "tunnel ended");
+        reason
+    }
+
+    /// Closes the tunnel when its host is no longer the node.
+    async fn recheck(&self, tunnel: &Tunnel) -> Infallible {
+        let mut interval = tokio::time::interval(RECHECK_INTERVAL);
+        let mut key_changes = self.trust.key_changes();
+        loop {
+            tokio::select! {
+                _ = interval.tick() => {}
+                Ok(()) = key_changes.changed() => {}
+            }
+            if let Err(why) = self.trust.still_good(&tunnel.host) {
+                tunnel.close(&self.refusals.host_key(&why).to_string()).await;
+            }
+        }
+    }
+
+    async fn hand_to_callers(&self, tunnel: &Arc<Tunnel>) {
+        let Some(callers) = &self.callers else { return };
+        let listen = match tunnel.is_node_agent() {
+            true => None,
+            false => self.nodes.borrow().node(&tunnel.node).and_then(|node| node.front_end_listen),
+        };
+        callers.add(tunnel.clone(), listen).await;
+    }
+}
+
+/// Puts a tunnel behind the others while it does not answer, and ends it when it never does.
+async fn probe(tunnel: Arc<Tunnel>, dead_after: Duration) {
+    if tunnel.answers(PROBE_TIMEOUT).await {
+        return;
+    }
+    tunnel.set_suspect(true);
+    if tunnel.answers(dead_after).await {
+        tunnel.set_suspect(false);
+    } else {
+        tunnel.close("the node came again, and this tunnel no longer answers").await;
+    }
+}
+
+async fn log_notices(tunnel: &Tunnel, notices: Option<&mut mpsc::Receiver<Notice>>) {
+    let Some(notices) = notices else { return };
+    while let Some(notice) = notices.recv().await {
+        log_notice(tunnel, &notice);
+    }
+}
+
+fn log_notice(tunnel: &Tunnel, notice: &Notice) {
+    match notice {
+        Notice::GoAway(reason) => {
+            tracing::info!(node = %tunnel.node, reason, "the node takes no new streams");
+        }
+        Notice::Certificate(_) => {
+            tracing::warn!(node = %tunnel.node, "the node sent a certificate; ignored");
+        }
+    }
+}
+
+/// Closes a tunnel that the master has dialled once it is retired and its streams have ended.
+async fn close_when_idle(tunnel: &Tunnel) {
+    if tunnel.direction != Direction::Dialled {
+        return;
+    }
+    tunnel.retired().await;
+    while !tunnel.is_idle() {
+        sleep(IDLE_POLL_INTERVAL).await;
+    }
+    tunnel.close("another link has taken its place, and its streams have ended").await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tunnels::{
+        absent::Absent,
+        session::state::Loss,
+        testing::{Master, n1},
+    };
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn expect_n1(registry: &Registry) {
+        registry.expect(&[(n1(), (1, Absent::New))].into_iter().collect());
+    }
+
+    fn lost(master: &Master, loss: Loss) -> u64 {
+        master.metrics.tunnels_lost.get_or_create(&Reason { reason: loss.kind() }).get()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_tunnel_ends_when_its_host_is_no_longer_the_node() {
+        let mut master = Master::new(HOUR, 8);
+        expect_n1(&master.registry);
+        let (tunnel, events, _node) = master.tunnel().await;
+        let registration = master.supervisor.register(tunnel).await.unwrap();
+        let supervised = master.supervisor.clone().supervise((registration, Some(events)));
+        let forgotten = async {
+            sleep(3 * RECHECK_INTERVAL).await;
+            assert!(master.registry.is_connected(&n1()));
+            master.nodes.send_replace(Arc::default());
+        };
+        let (reason, ()) = tokio::join!(supervised, forgotten);
+        assert!(reason.contains("n1"), "{reason}");
+        assert_eq!((lost(&master, Loss::ByMaster), master.registry.count()), (1, (0, 1)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_tunnel_that_a_newer_one_replaces_is_not_lost() {
+        let mut master = Master::new(HOUR, 8);
+        expect_n1(&master.registry);
+        let mut supervised = Vec::new();
+        let mut nodes = Vec::new();
+        for _ in 0..2 {
+            let (tunnel, events, node) = master.tunnel().await;
+            let registration = master.supervisor.register(tunnel).await.unwrap();
+            supervised.push(Box::pin(master.supervisor.clone().supervise((registration, Some(events)))));
+            nodes.push(node);
+        }
+        let [former, newer] = [supervised.remove(0), supervised.remove(0)];
+        nodes[0].mux.go_away("the node has made another link").await;
+        let tunnels = master.registry.tunnels_of(&n1());
+        let end = async {
+            // The node's side ends the session once its streams have ended.
+            while !tunnels[0].is_going_away() {
+                sleep(Duration::from_millis(1)).await;
+            }
+            tunnels[0].close("the test ends it").await;
+        };
+        let (reason, ()) = tokio::join!(former, end);
+        assert_eq!((reason.as_str(), lost(&master, Loss::ByMaster)), ("the test ends it", 0));
+        tokio::join!(newer, tunnels[1].close("the agent stops"));
+        assert_eq!(lost(&master, Loss::ByMaster), 1);
+    }
+}

@@ -1,0 +1,289 @@
+//! Nodes in memory, for unit tests: the node's side of SSH sessions over streams that never leave the process.
+
+use std::{
+    io,
+    net::SocketAddr,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use proto::{NodeName, Target, mux::SUBSYSTEM};
+use proto_net::{
+    clock::Clock,
+    link::{Gate, Link},
+    mux::{Events, Feeder, Mux, Notice},
+    ssh,
+    stalls::Stalls,
+    tasks::Tasks,
+};
+use russh::{
+    Channel, ChannelId, MethodKind, MethodSet,
+    keys::{Certificate, PrivateKey},
+    server::{self, Auth, ChannelOpenHandle, Msg, PublicKeyOffer, VerifiedPublicKey},
+};
+use tokio::{
+    io::{DuplexStream, duplex},
+    sync::{mpsc, watch},
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    config::TunnelsConfig,
+    counters::TunnelMetrics,
+    dial_links::Connect,
+    login::MasterLogin,
+    refusals::Refusals,
+    registry::Registry,
+    renewal::Renewal,
+    revocations::RevocationList,
+    session::{
+        handshake::{Credentials, SshClient},
+        identity::HostIdentity,
+    },
+    supervision::Supervisor,
+    trust::Trust,
+    tunnel::{Direction, Tunnel},
+};
+use crate::{
+    config::Config,
+    identity::{
+        Authorities, LOGIN, fingerprint,
+        sqlite::SqliteStore,
+        tests::{TempDir, new_key},
+    },
+    routing::inventory::{Inventory, InventoryNode},
+};
+
+/// Bytes that wait in each direction of a link.
+const PIPE: usize = 256 * 1024;
+
+/// A node's side of one tunnel.
+pub(super) struct NodeSide {
+    pub(super) mux: Mux,
+    pub(super) notices: mpsc::Receiver<Notice>,
+    pub(super) connected: Instant,
+}
+
+/// A node-agent that accepts whoever logs in, and every stream.
+#[derive(Clone)]
+pub(super) struct MemoryNode {
+    key: PrivateKey,
+    tasks: Tasks,
+    sides: mpsc::UnboundedSender<NodeSide>,
+    /// When it was dialled.
+    pub(super) dials: Arc<Mutex<Vec<Instant>>>,
+    /// Dials that still fail.
+    pub(super) failures: Arc<Mutex<usize>>,
+}
+
+impl MemoryNode {
+    fn new(key: PrivateKey, tasks: Tasks) -> (Self, mpsc::UnboundedReceiver<NodeSide>) {
+        let (sides, tunnels) = mpsc::unbounded_channel();
+        (Self { key, tasks, sides, dials: Arc::default(), failures: Arc::default() }, tunnels)
+    }
+
+    /// The master's end of a new link.
+    fn link(&self) -> DuplexStream {
+        let (near, far) = duplex(PIPE);
+        let config = server::Config {
+            methods: MethodSet::from(&[MethodKind::PublicKey][..]),
+            auth_rejection_time: Duration::ZERO,
+            keys: vec![self.key.clone()],
+            window_size: ssh::TUNNEL_WINDOW,
+            maximum_packet_size: ssh::MAX_PACKET,
+            preferred: ssh::preferred(),
+            ..server::Config::default()
+        };
+        let node = self.clone();
+        self.tasks.spawn(async move {
+            let cut = CancellationToken::new();
+            let _cut_on_exit = cut.clone().drop_guard();
+            let (link, gate) = Link::new(far, cut, Arc::default());
+            let handler = NodeHandler { node, gate, feeder: None };
+            let session = server::run_stream(Arc::new(config), link, handler).await?;
+            session.await
+        });
+        near
+    }
+}
+
+impl Connect for MemoryNode {
+    type Io = DuplexStream;
+
+    async fn connect(&self, _address: &Target) -> io::Result<(DuplexStream, Option<SocketAddr>)> {
+        self.dials.lock().unwrap().push(Instant::now());
+        let mut failures = self.failures.lock().unwrap();
+        if *failures > 0 {
+            *failures -= 1;
+            return Err(io::ErrorKind::ConnectionRefused.into());
+        }
+        Ok((self.link(), None))
+    }
+}
+
+struct NodeHandler {
+    node: MemoryNode,
+    gate: Gate,
+    feeder: Option<Feeder>,
+}
+
+impl server::Handler for NodeHandler {
+    type Error = russh::Error;
+
+    async fn auth_publickey_offered(&mut self, _: &str, _: PublicKeyOffer<'_>) -> Result<Auth, russh::Error> {
+        Ok(Auth::Accept)
+    }
+
+    async fn auth_publickey(&mut self, _: &str, _: VerifiedPublicKey<'_>) -> Result<Auth, russh::Error> {
+        Ok(Auth::Accept)
+    }
+
+    async fn auth_openssh_certificate(&mut self, _: &str, _: &Certificate) -> Result<Auth, russh::Error> {
+        Ok(Auth::Accept)
+    }
+
+    async fn channel_open_session(
+        &mut self,
+        _: Channel<Msg>,
+        reply: ChannelOpenHandle,
+        _: &mut server::Session,
+    ) -> Result<(), russh::Error> {
+        reply.accept().await;
+        Ok(())
+    }
+
+    async fn subsystem_request(
+        &mut self,
+        channel: ChannelId,
+        name: &str,
+        session: &mut server::Session,
+    ) -> Result<(), russh::Error> {
+        if name != SUBSYSTEM {
+            return session.channel_failure(channel);
+        }
+        let handle = session.handle();
+        let out = move |frame| {
+            let handle = handle.clone();
+            Box::pin(async move { handle.data(channel, frame).await.is_ok() }) as _
+        };
+        let (gate, tasks) = (self.gate.clone(), &self.node.tasks);
+        let (mux, feeder, events) = Mux::new(false, 64, gate, Stalls::default(), Box::new(out), tasks);
+        let Events { mut incoming, notices } = events;
+        tasks.spawn(async move {
+            let mut open = Vec::new();
+            while let Some(stream) = incoming.recv().await {
+                open.extend(stream.accept().await);
+            }
+        });
+        self.feeder = Some(feeder);
+        session.channel_success(channel)?;
+        let _ = self.node.sides.send(NodeSide { mux, notices, connected: Instant::now() });
+        Ok(())
+    }
+
+    async fn data(&mut self, _: ChannelId, data: &[u8], _: &mut server::Session) -> Result<(), russh::Error> {
+        let feeder = self.feeder.as_mut().unwrap();
+        feeder.feed(data).map_err(|_| russh::Error::Inconsistent)
+    }
+}
+
+/// A master that knows one node, `n1`, by its pinned key.
+pub(super) struct Master {
+    pub(super) config: TunnelsConfig,
+    pub(super) node: MemoryNode,
+    /// The node's side of each tunnel.
+    pub(super) tunnels: mpsc::UnboundedReceiver<NodeSide>,
+    pub(super) nodes: watch::Sender<Arc<Inventory>>,
+    pub(super) registry: Arc<Registry>,
+    pub(super) metrics: TunnelMetrics,
+    pub(super) refusals: Refusals,
+    pub(super) trust: Arc<Trust>,
+    pub(super) login: Arc<MasterLogin>,
+    pub(super) client: Arc<SshClient>,
+    pub(super) supervisor: Arc<Supervisor>,
+    pub(super) tasks: Tasks,
+    _dir: TempDir,
+}
+
+impl Master {
+    /// `user_ttl` is the life of the master's own certificate, `max_streams` that of each node.
+    pub(super) fn new(user_ttl: Duration, max_streams: usize) -> Self {
+        let (dir, key, tasks) = (TempDir::new(), new_key(), Tasks::new());
+        let pin = fingerprint(key.public_key());
+        let text = format!("nodes: [{{name: n1, dial: \"n1:22\", host_keys: {{pins: [\"{pin}\"]}}}}]");
+        let inventory = Inventory::parse(&text, "inventory", Path::new("/")).unwrap();
+        let nodes = watch::Sender::new(Arc::new(inventory));
+        let config = Config::parse("", "config", Path::new("/")).unwrap().tunnels;
+        let authorities = Arc::new(Authorities::load_or_create(&dir.0).unwrap());
+        let store = Arc::new(SqliteStore::open(&dir.0).unwrap());
+        let registry = Arc::new(Registry::new(max_streams));
+        let metrics = TunnelMetrics::default();
+        let refusals = Refusals::new(registry.clone(), metrics.refused.clone());
+        let trust = Arc::new(Trust::new(nodes.subscribe(), store.clone(), authorities.clone()));
+        let login = Arc::new(MasterLogin::new(authorities.clone(), user_ttl).unwrap());
+        let supervisor = Arc::new(Supervisor {
+            config: config.clone(),
+            nodes: nodes.subscribe(),
+            registry: registry.clone(),
+            trust: trust.clone(),
+            refusals: refusals.clone(),
+            renewal: Renewal {
+                nodes: nodes.subscribe(),
+                trust: trust.clone(),
+                authorities: authorities.clone(),
+                host_ttl: Duration::from_secs(3600),
+                renewed: metrics.certificates_renewed.clone(),
+                clock: Clock::System,
+            },
+            revocations: Arc::new(RevocationList::new(store, authorities, login.clone())),
+            callers: None,
+            metrics: metrics.clone(),
+            tasks: tasks.clone(),
+        });
+        let (node, tunnels) = MemoryNode::new(key, tasks.clone());
+        let client = Arc::new(SshClient::new(config.clone(), metrics.stalls.clone()));
+        Self {
+            config,
+            node,
+            tunnels,
+            nodes,
+            registry,
+            metrics,
+            refusals,
+            trust,
+            login,
+            client,
+            supervisor,
+            tasks,
+            _dir: dir,
+        }
+    }
+
+    /// The inventory's entry of the node.
+    pub(super) fn entry(&self) -> InventoryNode {
+        self.nodes.borrow().node(&n1()).unwrap().clone()
+    }
+
+    /// A tunnel to the node, and the node's side of it.
+    pub(super) async fn tunnel(&mut self) -> (Tunnel, Events, NodeSide) {
+        let (entry, user) = (self.entry(), self.login.current());
+        let address = entry.dial.clone().unwrap();
+        let credentials = Credentials {
+            verify: self.trust.dialled(&entry, &address),
+            login: LOGIN,
+            user: &user,
+            permit: None,
+        };
+        let session = self.client.authenticate(self.node.link(), credentials, &self.tasks).await.unwrap();
+        let HostIdentity::Verified(host) = session.identity.clone() else { panic!("the key is pinned") };
+        let established = Tunnel::establish(session, host, Direction::Dialled, None, &self.config).await;
+        let (tunnel, events) = established.unwrap();
+        (tunnel, events.unwrap(), self.tunnels.recv().await.unwrap())
+    }
+}
+
+pub(super) fn n1() -> NodeName {
+    "n1".parse().unwrap()
+}
