@@ -46,7 +46,11 @@ pub enum Command {
     /// Run the agent until SIGTERM. SIGHUP reloads the inventory.
     Run,
     /// Check the configuration and the files that it names, print every error, and exit with 78 if there is one.
-    CheckConfig,
+    CheckConfig {
+        /// Print a commented configuration with every field and its default, without reading the file.
+        #[arg(long)]
+        print_defaults: bool,
+    },
     /// Manage the tokens with which new hosts join.
     #[command(subcommand)]
     Token(TokenCommand),

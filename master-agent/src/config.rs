@@ -8,7 +8,7 @@ use std::{
 };
 
 use access::authn::ServiceAccountConfig;
-use proto_config::{Errors, Log, Section, Source};
+use proto_config::{Errors, Field, Log, Meanings, Section, Source};
 
 use crate::{
     admin::config::AdminConfig,
@@ -52,6 +52,50 @@ pub struct Config {
     pub kubernetes: Option<KubernetesConfig>,
     pub metrics: MetricsConfig,
 }
+
+const FIELDS: Meanings = &[
+    (
+        "state_dir",
+        "The directory of the certificate authorities' keys and the database. Back it up and keep it \
+         private.",
+    ),
+    ("log", "What is logged, and how."),
+    (
+        "admin",
+        "Health, metrics and the page over HTTP, and the socket of commands that ask the running agent.",
+    ),
+    (
+        "http_connect",
+        "The egress listener for kube-apiserver and people, which serves HTTP CONNECT. Certificates, keys \
+         and CAs follow their files: changes take effect for new connections within two seconds.",
+    ),
+    ("konnectivity", "The egress listener for an egress selector in GRPC mode: Konnectivity's ProxyService."),
+    (
+        "socks5",
+        "The egress listener for clients of SOCKS5 proxies. Only CONNECT is served, and nodes resolve names. \
+         It needs unix, tcp or both.",
+    ),
+    (
+        "proxy_urls",
+        "The egress listener for the proxy URLs of kube-apiserver. There is no authentication: every caller \
+         can do what kubelets allow this master's certificate.",
+    ),
+    ("call_home", "The listener for nodes that call home and hosts that join."),
+    (
+        "front_end",
+        "The front end: the HTTPS port for calls from kubelets, pods and people to kube-apiserver.",
+    ),
+    ("tunnels", "The SSH tunnels to nodes."),
+    ("certificates", "The SSH certificates that this master issues."),
+    ("traces", "Spans of requests and streams, for an OpenTelemetry collector."),
+    ("shutdown_grace", "How long streams may go on after SIGTERM."),
+    ("inventory", "The file of the static inventory, which is read again when it changes and on SIGHUP."),
+    (
+        "kubernetes",
+        "The cluster whose nodes, pods, services and endpoints are followed. It may be an empty section: {}.",
+    ),
+    ("metrics", "What /metrics contains in addition."),
+];
 
 impl Config {
     /// Reads the file and checks the files that it names. The errors are those of the configuration and of the
@@ -106,7 +150,13 @@ impl Config {
         Vec::new()
     }
 
+    /// Every field of the file.
+    pub fn describe() -> Vec<Field> {
+        proto_config::describe(Self::read)
+    }
+
     fn read(s: &Section<'_>) -> Option<Self> {
+        s.document(FIELDS);
         let config = Self {
             state_dir: s.directory("state_dir", "/var/lib/master-agent"),
             log: s.section_or_default("log", Log::read),

@@ -9,7 +9,7 @@ use std::{
 };
 
 use hyper::Uri;
-use proto_config::{At, Mode, Section};
+use proto_config::{At, Meanings, Mode, Section};
 
 use crate::http::is_loopback;
 
@@ -35,8 +35,9 @@ pub(crate) fn any(port: u16) -> SocketAddr {
 }
 
 pub(crate) fn listen_loopback(s: &Section<'_>, default_port: u16) -> SocketAddr {
+    s.document(&[("listen", "The address, which is a loopback address.")]);
     let default = loopback(default_port);
-    let address = s.listen("listen", Some(default)).unwrap_or(default);
+    let address = s.listen("listen", default);
     if !address.ip().to_canonical().is_loopback() {
         s.error("listen", format!("{address} has no authentication, so it must be a loopback address"));
     }
@@ -66,8 +67,24 @@ pub struct UnixConfig {
     pub group: Option<u32>,
 }
 
+const UNIX_FIELDS: Meanings = &[
+    ("path", "The socket's path."),
+    ("mode", "The socket's mode. Whoever may write to the socket may call."),
+    (
+        "owner",
+        "The socket's owner, as a name or a number. By default, the user of the process. Another owner \
+         requires root.",
+    ),
+    (
+        "group",
+        "The socket's group, as a name or a number. By default, the group of the process. Another group \
+         requires that the agent is a member, as deploy/systemd/socket-group.conf makes it.",
+    ),
+];
+
 impl UnixConfig {
     pub(crate) fn read(s: &Section<'_>, default_path: &str) -> Self {
+        s.document(UNIX_FIELDS);
         Self {
             path: s.listen_unix("path", default_path),
             mode: s.or("mode", Mode(0o660)).0,
@@ -88,14 +105,27 @@ pub struct TlsConfig {
     pub allowed_names: Vec<String>,
 }
 
+const TLS_FIELDS: Meanings = &[
+    ("listen", "The address to listen on."),
+    ("cert", "The serving certificate, in PEM."),
+    ("key", "The key of cert, with mode 0600 or 0640."),
+    ("client_ca", "The CA whose certificates callers must present."),
+    (
+        "allowed_names",
+        "The common names or subject alternative names of callers. If the list is empty, all certificates of \
+         client_ca may call.",
+    ),
+];
+
 impl TlsConfig {
     pub(crate) fn read(s: &Section<'_>, default_port: u16) -> Option<Self> {
-        let listen = s.listen("listen", Some(any(default_port)));
+        s.document(TLS_FIELDS);
+        let listen = s.listen("listen", any(default_port));
         let cert = s.required_file("cert");
         let key = s.required_private_file("key");
         let client_ca = s.required_file("client_ca");
         let allowed_names = s.list("allowed_names");
-        Some(Self { listen: listen?, cert: cert?, key: key?, client_ca: client_ca?, allowed_names })
+        Some(Self { listen, cert: cert?, key: key?, client_ca: client_ca?, allowed_names })
     }
 }
 

@@ -1,4 +1,4 @@
-//! Connects parts of layers that do not know each other: one implements the trait that another declares.
+//! Connects parts of layers that must not use each other, by implementing for one part the trait that another declares.
 
 use std::{sync::Arc, time::SystemTime};
 
@@ -42,7 +42,7 @@ impl TakeLinks for CallHome {
     }
 }
 
-/// The join tokens of the store.
+/// Checks join tokens against the store.
 pub(crate) struct StoredTokens(pub(crate) Arc<dyn Store>);
 
 impl CheckJoinTokens for StoredTokens {

@@ -36,9 +36,13 @@ fn main() -> ExitCode {
     if let Command::HashPassword { name } = &cli.command {
         return done(cli::hash_password(name));
     }
+    if let Command::CheckConfig { print_defaults: true } = cli.command {
+        print!("{}", proto_config::defaults(&Config::describe()));
+        return ExitCode::SUCCESS;
+    }
     // A mistake in the inventory must not prevent queries to the running agent.
     let load = match cli.command {
-        Command::Run | Command::CheckConfig => Config::load,
+        Command::Run | Command::CheckConfig { .. } => Config::load,
         Command::Token(_)
         | Command::Node(_)
         | Command::SshdConfig(_)
@@ -59,7 +63,12 @@ fn main() -> ExitCode {
         }
     };
     let result = match runtime() {
-        Ok(runtime) => runtime.block_on(command(cli, config)),
+        Ok(runtime) => {
+            let result = runtime.block_on(command(cli, config));
+            // A lookup or the read of a file that is still under way must not delay the exit.
+            runtime.shutdown_background();
+            result
+        }
         Err(e) => Err(e.into()),
     };
     done(result)
@@ -91,7 +100,7 @@ async fn command(cli: Cli, config: Config) -> anyhow::Result<()> {
             telemetry::init(config.log.format, &config.log.level);
             app::run(config).await
         }
-        Command::CheckConfig => {
+        Command::CheckConfig { .. } => {
             println!("{}: ok", cli.config.display());
             for note in config.notes() {
                 eprintln!("{}: note: {note}", cli.config.display());

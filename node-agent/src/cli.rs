@@ -29,7 +29,11 @@ pub enum Command {
     /// Get an identity for this host from a master, with a token that `master-agent token create` printed there.
     Join(JoinArgs),
     /// Read the configuration, print every error in it, and exit with status 78 if there is one.
-    CheckConfig,
+    CheckConfig {
+        /// Print a commented configuration with every field and its default, without reading the file.
+        #[arg(long)]
+        print_defaults: bool,
+    },
     /// Print a completion script for a shell.
     Completions {
         /// The shell to print it for.

@@ -8,7 +8,7 @@ use std::{
 };
 
 use proto::{NodeName, call_home::Master, policy};
-use proto_config::{At, Errors, Log, Section, Source, Value};
+use proto_config::{At, Errors, Field, Log, Meanings, Section, Shape, Source, Value};
 
 use crate::{
     fields::{DAY, WAIT, secs, unique},
@@ -53,6 +53,47 @@ pub struct AdminConfig {
     pub listen: SocketAddr,
 }
 
+const FIELDS: Meanings = &[
+    ("node", "The node's name, as in the Kubernetes Node. By default, the name in the host certificate."),
+    (
+        "state_dir",
+        "The directory of the host key, its certificate and the trusted CAs, which `node-agent join` fills.",
+    ),
+    ("log", "What is logged, and how."),
+    ("admin", "Health and metrics, over HTTP."),
+    (
+        "listen",
+        "The address that masters, and people with a certificate, dial. A port below 1024 needs \
+         deploy/systemd/privileged-port.conf. This or call_home is required.",
+    ),
+    ("call_home", "The masters that this node dials: HOST:PORT, or https://HOST[:PORT] for a front end."),
+    (
+        "call_home_https",
+        "How the front ends in call_home are reached, whose addresses begin with https://. The files are \
+         read again for every link.",
+    ),
+    (
+        "addresses",
+        "The node's own addresses. By default, those in the host certificate that an interface of this host \
+         has. They are listed if the host is behind NAT, or if the kubelet listens on loopback only. \
+         Addresses in other closed ranges never count.",
+    ),
+    ("policy", "What may be reached through this node. Everything else is refused."),
+    (
+        "users",
+        "Login names that may use `ssh -L` and `ssh -W`, besides the master. If the list is empty, all names \
+         that a valid certificate lists.",
+    ),
+    (
+        "front_end",
+        "The local endpoint, at which callers on this node (the kubelet, pods) reach a master's front end \
+         through the tunnel. TLS goes through from end to end.",
+    ),
+    ("limits", "What sessions and their streams may use."),
+    ("half_closed_timeout", "How long a stream may be silent after one direction has ended."),
+    ("shutdown_grace", "How long streams may go on after SIGTERM."),
+];
+
 impl Config {
     /// Reads the file and checks the files that it names.
     pub fn load(path: &Path) -> Result<Self, Errors> {
@@ -65,13 +106,19 @@ impl Config {
         proto_config::parse(text, Source { origin, base_dir, check_files: false }, Self::read)
     }
 
+    /// Every field of the file.
+    pub fn describe() -> Vec<Field> {
+        proto_config::describe(Self::read)
+    }
+
     fn read(s: &Section<'_>) -> Option<Self> {
+        s.document(FIELDS);
         let config = Self {
             node: s.optional("node"),
             state_dir: s.directory("state_dir", "/var/lib/node-agent"),
             log: s.section_or_default("log", Log::read),
             admin: s.section_or_default("admin", AdminConfig::read),
-            listen: if s.at("listen").is_some() { s.listen("listen", None) } else { None },
+            listen: s.optional_listen("listen"),
             call_home: unique(s, "call_home"),
             call_home_https: s.section("call_home_https", CallHomeHttps::read).unwrap_or_default(),
             addresses: unique(s, "addresses").into_iter().map(|OwnAddress(address)| address).collect(),
@@ -95,8 +142,14 @@ impl Config {
     }
 }
 
+const ADMIN_FIELDS: Meanings = &[
+    ("listen", "The address of /livez, /readyz and /metrics."),
+    ("allow_remote", "Permits a listen address that is not loopback. Callers are not authenticated."),
+];
+
 impl AdminConfig {
     fn read(s: &Section<'_>) -> Self {
+        s.document(ADMIN_FIELDS);
         let loopback = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9071);
         Self { listen: s.listen_local("listen", loopback) }
     }
@@ -107,6 +160,8 @@ impl AdminConfig {
 struct OwnAddress(IpAddr);
 
 impl Value for OwnAddress {
+    const SHAPE: Shape = IpAddr::SHAPE;
+
     fn read(at: &At<'_>) -> Option<Self> {
         let address = IpAddr::read(at)?;
         if let Some(range) = policy::closed_range(address).filter(|range| range.name != "loopback") {

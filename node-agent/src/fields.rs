@@ -17,7 +17,7 @@ pub(crate) const fn secs(seconds: u64) -> Duration {
 pub(crate) fn unique<T: Value + PartialEq>(s: &Section<'_>, name: &'static str) -> Vec<T> {
     let mut values = Vec::new();
     for at in s.items(name) {
-        match T::read(&at) {
+        match at.read::<T>() {
             Some(value) if values.contains(&value) => at.error("is listed already"),
             Some(value) => values.push(value),
             None => {}

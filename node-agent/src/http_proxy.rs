@@ -7,7 +7,7 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use ipnet::IpNet;
 use percent_encoding::percent_decode_str;
 use proto::{Host, Target};
-use proto_config::{At, Value, secret_file};
+use proto_config::{At, Shape, Value, secret_file};
 use zeroize::Zeroizing;
 
 /// An HTTP proxy. Neither `Display` nor `Debug` shows its credentials.
@@ -146,7 +146,19 @@ impl ProxyChoice {
     }
 }
 
+impl fmt::Display for ProxyChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Environment => f.write_str("environment"),
+            Self::None => f.write_str("none"),
+            Self::Use(proxy) => fmt::Display::fmt(proxy, f),
+        }
+    }
+}
+
 impl Value for ProxyChoice {
+    const SHAPE: Shape = Shape::text("proxy");
+
     fn read(at: &At<'_>) -> Option<Self> {
         match at.text()? {
             "environment" => Some(Self::Environment),

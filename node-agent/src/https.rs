@@ -24,13 +24,10 @@ use proto::{
     NodeName, Target,
     call_home::{Purpose, UPGRADE, path},
 };
-use proto_config::{Section, secret_file};
+use proto_config::{Meanings, Section, secret_file};
 use proto_net::tls::{ClientTls, FileError};
 use rustls::pki_types::{InvalidDnsNameError, ServerName};
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    net::TcpStream,
-};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsConnector;
 use zeroize::Zeroizing;
 
@@ -120,8 +117,31 @@ pub struct CallHomeHttps {
     pub proxy: ProxyChoice,
 }
 
+const FIELDS: Meanings = &[
+    ("ca", "The CA of the front ends' certificates. By default, the CAs of the system."),
+    (
+        "cert",
+        "A client certificate, for the user system:node:NAME in the group system:nodes. This or token_file \
+         is required for https://.",
+    ),
+    ("key", "The key of cert, with mode 0600 or 0640."),
+    ("token_file", "A file with a bearer token: a bootstrap token, or a service account's."),
+    ("server_name", "The name in the front end's certificate. By default, the name that is dialled."),
+    (
+        "proxy",
+        "The HTTP proxy: environment (HTTPS_PROXY and NO_PROXY), none, or \
+         http://[USER[:PASSWORD]@]HOST:PORT.",
+    ),
+    (
+        "proxy_password_file",
+        "A file with one line, the password of the user whom proxy names without one. Its mode is 0600 or \
+         0640.",
+    ),
+];
+
 impl CallHomeHttps {
     pub fn read(s: &Section<'_>) -> Option<Self> {
+        s.document(FIELDS);
         let (cert, key) = (s.file("cert"), s.private_file("key"));
         if cert.is_some() != key.is_some() {
             s.section_error("cert and key go together: give both or none");
@@ -234,12 +254,15 @@ async fn connect_within(
 }
 
 /// Has a proxy connect to the front end (RFC 9110 §9.3.6).
-async fn tunnel(
+pub async fn tunnel<S>(
     proxy: &Proxy,
     authorization: Option<Zeroizing<String>>,
     front_end: &Target,
-    socket: TcpStream,
-) -> Result<TcpStream, HttpsError> {
+    socket: S,
+) -> Result<S, HttpsError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let failed = |fault| HttpsError::Proxy { proxy: proxy.address.clone(), fault };
     let authority = front_end.to_string();
     let mut request =
@@ -250,7 +273,7 @@ async fn tunnel(
     let request = request.body(Empty::new()).map_err(|e| failed(e.into()))?;
     match exchange(socket, request).await.map_err(failed)? {
         (head, Outcome::Upgraded(upgraded)) if head.status.is_success() => {
-            let parts = upgraded.downcast::<TokioIo<TcpStream>>().map_err(|_| failed(AnswerFault::Lost))?;
+            let parts = upgraded.downcast::<TokioIo<S>>().map_err(|_| failed(AnswerFault::Lost))?;
             // This side speaks first in TLS.
             if !parts.read_buf.is_empty() {
                 return Err(failed(AnswerFault::BytesAfterAnswer));
@@ -265,7 +288,7 @@ async fn tunnel(
 }
 
 /// Upgrades a connection to a link (RFC 9110 §7.8).
-async fn upgrade<S>(
+pub async fn upgrade<S>(
     socket: S,
     request: LinkRequest<'_>,
     token: Option<String>,

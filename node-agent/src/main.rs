@@ -33,7 +33,11 @@ fn main() -> ExitCode {
             Ok(()) => ExitCode::SUCCESS,
             Err(e) => fail(&e),
         },
-        Command::CheckConfig => match Config::load(&cli.config) {
+        Command::CheckConfig { print_defaults: true } => {
+            print!("{}", proto_config::defaults(&Config::describe()));
+            ExitCode::SUCCESS
+        }
+        Command::CheckConfig { print_defaults: false } => match Config::load(&cli.config) {
             Ok(_) => {
                 println!("{}: ok", cli.config.display());
                 ExitCode::SUCCESS

@@ -10,7 +10,7 @@ use proto::{
     NodeName,
     policy::{self, DEFAULT_DENY, Policy, Rule, Verdict},
 };
-use proto_config::{At, Ports, Section, Value};
+use proto_config::{At, Meanings, Ports, Section};
 
 use crate::{fields::unique, identity::host::NodeIdentity};
 
@@ -39,8 +39,23 @@ pub struct AllowConfig {
     pub ports: Ports,
 }
 
+const FIELDS: Meanings = &[
+    (
+        "kubelet_port",
+        "The kubelet's port, which is allowed on the node's own addresses. 0 allows no kubelet.",
+    ),
+    ("pod_cidrs", "Networks of pods, which are allowed with every port."),
+    ("service_cidrs", "Networks of services, which are allowed with every port."),
+    (
+        "allow",
+        "Further targets. Loopback and link-local addresses stay closed unless an entry's network lies \
+         wholly inside that range, and metadata services of clouds unless an entry is for that one address.",
+    ),
+];
+
 impl PolicyConfig {
     pub(crate) fn read(s: &Section<'_>) -> Self {
+        s.document(FIELDS);
         let allow: Vec<_> = s.items("allow");
         let mut names = Vec::new();
         Self {
@@ -81,8 +96,15 @@ impl PolicyConfig {
     }
 }
 
+const ALLOW_FIELDS: Meanings = &[
+    ("name", "The rule's name, which logs and refusals show."),
+    ("to", "A network, or one address."),
+    ("ports", "A port, a range such as 8000-8090, or a list of both."),
+];
+
 impl AllowConfig {
     fn read(s: &Section<'_>, names: &mut Vec<String>) -> Option<Self> {
+        s.document(ALLOW_FIELDS);
         let name = s.required_at("name").and_then(|at| rule_name(&at, names));
         let to = s.required_at("to").and_then(|at| network_or_address(&at));
         let ports = s.required("ports");
@@ -110,7 +132,7 @@ fn rule_name(at: &At<'_>, names: &mut Vec<String>) -> Option<String> {
 fn network_or_address(at: &At<'_>) -> Option<IpNet> {
     match at.text()?.parse::<IpAddr>() {
         Ok(address) => Some(IpNet::from(address.to_canonical())),
-        Err(_) => IpNet::read(at),
+        Err(_) => at.read(),
     }
 }
 

@@ -9,6 +9,8 @@ use tokio::{
     net::{TcpStream, UnixStream},
 };
 
+use crate::load::completes;
+
 /// A stream of either kind.
 pub trait Io: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Io for T {}
@@ -67,6 +69,23 @@ impl Door {
             Err(refused) => bail!("CONNECT {target}: {} {}", refused.status, refused.reason),
         }
     }
+}
+
+/// Opens a stream to an echo server and proves that it works.
+pub async fn echo(door: &Door, target: &str) -> Stream {
+    let mut stream = door.stream(target).await.expect("a stream");
+    stream.write_all(b"echo\n").await.expect("an open stream");
+    still_echoes(&mut stream).await;
+    stream
+}
+
+/// Proves that a stream of [`echo`] still works.
+pub async fn still_echoes(stream: &mut Stream) {
+    let sent: [u8; 16] = rand::random();
+    stream.write_all(&sent).await.expect("an open stream");
+    let mut got = [0; 16];
+    completes("an echo", stream.read_exact(&mut got)).await.expect("an open stream");
+    assert_eq!(got, sent);
 }
 
 /// The body of an answer to a plain GET; any status but 200 is an error.

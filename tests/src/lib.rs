@@ -26,6 +26,7 @@ pub mod person;
 pub mod pki;
 mod port_forward;
 pub mod process;
+pub mod reference;
 pub mod relay;
 pub mod rogue;
 pub mod rogue_frames;

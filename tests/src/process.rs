@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs::File,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{Mutex, PoisonError},
@@ -10,6 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
+use socket2::{Domain, Socket, Type};
 
 /// A process that ends with its owner. Its output goes to a file.
 #[derive(Debug)]
@@ -185,10 +187,17 @@ pub fn free_port() -> u16 {
         let port = rand::random_range(10_000..32_000);
         // A port that has been given is not even tried: it is somebody's, who may be about to listen on it again.
         if GIVEN.lock().unwrap_or_else(PoisonError::into_inner).insert(port)
-            && std::net::TcpListener::bind(("127.0.0.1", port)).is_ok()
-            && std::net::TcpListener::bind(("::1", port)).is_ok()
+            && is_free(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
+            && is_free(SocketAddr::from((Ipv6Addr::LOCALHOST, port)))
         {
             return port;
         }
     }
+}
+
+/// Whether nobody listens on an address. The socket that finds out does not listen itself: a process that another test
+/// is starting may hold a copy of it for a moment, and a listening copy would keep the address from its next owner.
+fn is_free(address: SocketAddr) -> bool {
+    let Ok(socket) = Socket::new(Domain::for_address(address), Type::STREAM, None) else { return false };
+    socket.set_reuse_address(true).is_ok() && socket.bind(&address.into()).is_ok()
 }

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, path::Path};
 
-#[path = "../fuzz/decoders.rs"]
+#[path = "../fuzz/decoders/mod.rs"]
 mod decoders;
 
 fn fuzz() -> std::path::PathBuf {

@@ -1,4 +1,4 @@
-//! A cache of what was found out about tokens and requests. It never holds more than a fixed number of entries.
+//! A cache of results for tokens and requests, which holds at most a fixed number of entries.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Forgets an entry after its time, and the oldest one when there are too many.
+/// A cache whose entries expire. When it is full, a new entry evicts the oldest one.
 pub(crate) struct Cache<K, V> {
     size: usize,
     entries: Mutex<Entries<K, V>>,
@@ -28,7 +28,7 @@ struct Entry<V> {
 }
 
 impl<K: Copy + Eq + Hash, V: Clone> Cache<K, V> {
-    /// A cache of this size. A size of zero remembers nothing.
+    /// Creates a cache for this number of entries. With a size of zero, it stores nothing.
     pub(crate) fn new(size: usize) -> Self {
         let entries = Entries { values: HashMap::new(), order: VecDeque::new(), next: 0 };
         Self { size, entries: Mutex::new(entries) }
@@ -47,7 +47,7 @@ impl<K: Copy + Eq + Hash, V: Clone> Cache<K, V> {
         }
     }
 
-    /// Remembers a value for a time. A time of zero remembers nothing.
+    /// Stores a value for this time. A time of zero stores nothing.
     pub(crate) fn put(&self, key: K, value: V, ttl: Duration, now: Instant) {
         if self.size == 0 || ttl.is_zero() {
             return;

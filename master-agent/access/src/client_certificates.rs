@@ -1,8 +1,8 @@
-//! Verification of client certificates.
+//! The verification of client certificates.
 //!
-//! In the TLS handshake, a caller only proves possession of its certificate's key ([`proto_net::tls::Possession`]). The chain is verified
-//! afterwards ([`ClientVerifier`]), also when a TLS session is resumed. An expensive chain is verified on another thread
-//! than the one that serves other callers.
+//! In the TLS handshake, a caller only proves possession of its certificate's key ([`proto_net::tls::Possession`]). The
+//! chain is verified afterwards ([`ClientVerifier`]), also when a TLS session is resumed. An expensive chain is not
+//! verified on the threads that serve callers.
 
 use std::{
     path::PathBuf,
@@ -33,8 +33,8 @@ pub struct ClientCa {
 }
 
 impl ClientCa {
-    /// Reads the files. With CRLs, each certificate of a chain must be covered by one of them. A CRL remains in force after
-    /// the time of its next update.
+    /// Reads the files. With CRLs, each certificate of a chain must be covered by one of them. A CRL remains in force
+    /// after the time of its next update.
     pub fn read(ca: &std::path::Path, crls: &[PathBuf]) -> anyhow::Result<Self> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let mut builder = WebPkiClientVerifier::builder_with_provider(roots(ca)?.into(), provider);
@@ -60,8 +60,8 @@ impl ClientCa {
     }
 }
 
-/// Verifies chains against a CA that follows its files. A chain that takes more than a signature or two is verified on a
-/// thread for blocking work, and few of them at a time.
+/// Verifies chains against a CA that follows its files. A chain that takes more than a signature or two is verified on
+/// a thread for blocking work, and few of them at a time.
 pub struct ClientVerifier {
     pub ca: Arc<FileWatcher<ClientCa>>,
     permits: Arc<Semaphore>,
@@ -73,7 +73,7 @@ impl ClientVerifier {
         Self { ca, permits: Arc::new(Semaphore::new((cores / 2).max(1))) }
     }
 
-    /// Whether a chain is so cheap that it is verified on the caller's thread.
+    /// Whether a chain is cheap enough to be verified on the calling thread.
     pub fn is_cheap(&self, chain: &[CertificateDer<'_>]) -> bool {
         chain.len() <= 1 && !self.ca.get().has_crls
     }

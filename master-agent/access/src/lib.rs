@@ -1,13 +1,13 @@
-//! Who a caller of the front end is, what they may do, and how much of it.
+//! Authentication, authorization and limits of the front end's callers.
 //!
 //! - [`authn`] finds out who a caller is from the [certificates and tokens](authn::Presented) of a request.
 //! - [`request_info`] reads what a request asks for, as kube-apiserver does.
 //! - [`authz`] decides whether a [`user`] may do that.
-//! - [`limits`] bounds what one caller can take from the others.
+//! - [`limits`] bounds the resources that one caller can take from the others.
 //!
 //! This crate takes plain values: headers, certificates, the [`peer`] and the [`moment`] of a call. It accepts no
-//! connection and knows nothing of tunnels. What it has to ask others goes through [`proto_net::https_client`] and
-//! through the traits of [`authn::cluster`], which the agent implements.
+//! connections and knows nothing about tunnels. It asks other servers through [`proto_net::https_client`], and the
+//! cluster through the traits in [`authn::cluster`], which the agent implements.
 
 pub mod authn;
 pub mod authz;

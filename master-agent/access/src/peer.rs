@@ -1,4 +1,4 @@
-//! Where a caller of the front end comes from.
+//! The origin of a front-end caller's connection.
 
 use std::{
     fmt,
@@ -7,22 +7,20 @@ use std::{
 
 use proto::NodeName;
 
-/// Where a caller comes from.
+/// The origin of a caller's connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Peer {
+    /// The caller connected to the HTTPS port from this address.
     Address(SocketAddr),
-    /// Through the tunnel of a node. `address` is the other end of the tunnel's link. The node's own account of the
-    /// caller's address is not trusted.
-    Node {
-        name: NodeName,
-        address: Option<SocketAddr>,
-    },
-    /// On the plain port: from this address by TCP, or by a Unix socket.
+    /// The caller came through the tunnel of a node. `address` is the other end of the tunnel's link. The address that
+    /// the node reports for the caller is not trusted.
+    Node { name: NodeName, address: Option<SocketAddr> },
+    /// The caller connected to the plain port, from this address over TCP or to its Unix socket.
     Local(Option<SocketAddr>),
 }
 
 impl Peer {
-    /// The known address that is nearest to the caller.
+    /// Returns the nearest known address to the caller.
     pub fn ip(&self) -> IpAddr {
         match self {
             Self::Address(address) | Self::Node { address: Some(address), .. } => address.ip(),

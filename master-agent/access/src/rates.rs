@@ -1,4 +1,4 @@
-//! Rates of events for each key, by token buckets. Time is an argument.
+//! Rate limits for each key, by token buckets. Time is an argument.
 
 use std::{
     collections::HashMap,
@@ -8,15 +8,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The most keys with a bucket of their own. All others share one bucket.
+/// The maximum number of keys with a bucket of their own. All other keys share one bucket.
 const MAX_KEYS: usize = 65_536;
 
 /// One token bucket for each key.
 #[derive(Debug)]
 pub struct Rates<K> {
-    /// Events in a second, in the long run.
+    /// The long-term number of events in a second.
     per_second: f64,
-    /// Events at once.
+    /// The maximum number of events at once.
     burst: f64,
     state: Mutex<State<K>>,
 }
@@ -42,7 +42,7 @@ impl<K: Hash + Eq> Rates<K> {
         Self { per_second: f64::from(per_second.max(1)), burst, state }
     }
 
-    /// Counts an event. An error is the time until there is room for one.
+    /// Counts an event. The error is the time until another event is allowed.
     pub fn take(&self, key: K, now: Instant) -> Result<(), Duration> {
         self.with(key, now, |bucket| {
             if bucket.tokens >= 1.0 {
@@ -80,12 +80,13 @@ impl<K: Hash + Eq> Rates<K> {
 
     fn fill(&self, bucket: &mut Bucket, now: Instant) {
         bucket.tokens = self.tokens(bucket, now);
-        // A caller may pass an earlier time than another one did. What has been filled in since is not filled in again.
+        // A caller may pass an earlier time than another one before. The tokens since then must not be added twice.
         bucket.at = bucket.at.max(now);
     }
 }
 
-/// What counts as one caller's address. For IPv6 this is the /64, since a single host can use all of its addresses.
+/// Returns the network that counts as one caller's address. For IPv6, this is the /64, since a single host can use all
+/// of its addresses.
 pub fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V4(v4) => IpAddr::V4(v4),

@@ -16,7 +16,7 @@ impl Secret {
         Self(Zeroizing::new(text.into()))
     }
 
-    /// The text, for use and not for showing.
+    /// Returns the text, which must not be shown or logged.
     pub fn expose(&self) -> &str {
         &self.0
     }
@@ -42,8 +42,8 @@ impl fmt::Display for Secret {
     }
 }
 
-/// The SHA-256 digest of a secret, by which it is looked up: the time that a look-up takes reveals nothing about other
-/// secrets.
+/// The SHA-256 digest of a secret. Secrets are looked up by their digests, so that the time of a look-up reveals
+/// nothing about other secrets.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Digest([u8; 32]);
 

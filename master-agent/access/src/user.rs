@@ -1,10 +1,10 @@
-//! Users, and how Kubernetes names them.
+//! Users, and the names that Kubernetes gives users and groups.
 
 use std::{collections::BTreeMap, fmt};
 
 /// The group of everyone who has authenticated.
 pub const AUTHENTICATED: &str = "system:authenticated";
-/// The group of everyone who has not.
+/// The group of everyone who has not authenticated.
 pub const UNAUTHENTICATED: &str = "system:unauthenticated";
 pub const ANONYMOUS: &str = "system:anonymous";
 
@@ -18,14 +18,14 @@ const SERVICE_ACCOUNTS: &str = "system:serviceaccounts";
 pub struct User {
     pub name: String,
     pub uid: Option<String>,
-    /// Each group once, in the order in which they were given.
+    /// The groups without repetitions, in their original order.
     pub groups: Vec<String>,
     /// The keys are in lower case.
     pub extra: BTreeMap<String, Vec<String>>,
 }
 
 impl User {
-    /// The node that this user is, if the name is `system:node:NAME` and the groups contain `system:nodes`.
+    /// Returns the node that this user is, if the name is `system:node:NAME` and the groups contain `system:nodes`.
     pub fn node(&self) -> Option<&str> {
         let name = self.name.strip_prefix(NODE_PREFIX)?;
         self.in_group(NODES).then_some(name).filter(|name| !name.is_empty())
@@ -54,7 +54,7 @@ impl<'a> ServiceAccountName<'a> {
         valid.then_some(Self { namespace, name })
     }
 
-    /// The groups that every service account is in.
+    /// Returns the groups of which every service account is a member.
     pub fn groups(&self) -> Vec<String> {
         vec![SERVICE_ACCOUNTS.to_owned(), format!("{SERVICE_ACCOUNTS}:{}", self.namespace)]
     }

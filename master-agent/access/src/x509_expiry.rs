@@ -1,4 +1,4 @@
-//! When X.509 certificates expire.
+//! The expiry times of X.509 certificates in files.
 
 use std::{
     path::Path,
@@ -9,11 +9,11 @@ use proto_net::tls::{FileError, chain};
 use rustls::pki_types::CertificateDer;
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
-/// When the certificates of a file end.
+/// The expiry times of a file's certificates.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct X509Expiry {
     pub file: String,
-    /// In seconds since 1970.
+    /// The expiry times in seconds since 1970.
     ends: Vec<u64>,
 }
 
@@ -23,25 +23,25 @@ impl X509Expiry {
         Ok(Self { file: file.display().to_string(), ends })
     }
 
-    /// The end of a chain, which is the first end of its certificates, in seconds since 1970.
+    /// Returns when a chain expires, which is when the first of its certificates expires, in seconds since 1970.
     pub fn of_chain(&self) -> Option<u64> {
         self.ends.iter().min().copied()
     }
 
-    /// The next end of a bundle of authorities, in seconds since 1970. Authorities that have ended may stay in their file
-    /// for ever beside those that replace them, so they only count if there are no others.
+    /// Returns when the next authority of a bundle expires, in seconds since 1970. Expired authorities may stay in
+    /// their file for ever beside those that replace them, so they count only if there are no others.
     pub fn of_authorities(&self, now: u64) -> Option<u64> {
         let next = self.ends.iter().filter(|end| **end > now).min();
         next.or(self.ends.iter().max()).copied()
     }
 }
 
-/// When a certificate ends.
+/// Returns when a certificate expires.
 pub(crate) fn not_after(certificate: &CertificateDer<'_>) -> Option<SystemTime> {
     SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(end(certificate)?))
 }
 
-/// An end before 1970 counts as 1970.
+/// Returns when a certificate expires, in seconds since 1970. An earlier time counts as 1970.
 fn end(certificate: &CertificateDer<'_>) -> Option<u64> {
     let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
     Some(u64::try_from(certificate.validity().not_after.timestamp()).unwrap_or(0))

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     admin_api,
     front_end::server::FrontEnd,
+    identity::refresh::StoreHealth,
     kubernetes::Watches,
     page::{self, Page},
     tunnels::{explain::Explainer, registry::Registry},
@@ -22,6 +23,7 @@ pub struct Admin {
     pub explainer: Arc<Explainer>,
     /// `None` where no cluster is followed.
     pub watches: Option<Arc<Watches>>,
+    pub store: Arc<StoreHealth>,
     /// Whether faults have the name of kube-apiserver's own check.
     pub legacy_names: bool,
     pub page: Arc<Page>,
@@ -39,6 +41,7 @@ impl admin::Admin for Admin {
         let name = |error| if self.legacy_names { format!("SSH Tunnel Check: {error}") } else { error };
         let mut warnings =
             self.watches.as_ref().map_or(Ok(Vec::new()), |watches| watches.ready()).map_err(name)?;
+        warnings.extend(self.store.remark());
         if let Some((0, servers)) = self.front_end.as_ref().map(|front_end| front_end.upstreams()) {
             warnings.push(format!("front end: none of {servers} API servers works"));
         }

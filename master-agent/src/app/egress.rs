@@ -1,4 +1,4 @@
-//! Composes the egress listeners: their sockets are bound and their files read first, and then all of them serve.
+//! Composes the egress listeners. Their sockets are bound and their files are read before any of them serves.
 
 use std::{sync::Arc, time::Duration};
 
@@ -62,7 +62,7 @@ impl EgressSockets {
         })
     }
 
-    /// The certificates of all listeners, which follow their files once somebody watches them.
+    /// Returns the certificates of all listeners, which follow their files once their watchers are polled.
     pub(super) fn certificates(&self) -> EgressCertificates {
         let callers = [&self.connect_tls, &self.konnectivity_tls].into_iter().flatten();
         EgressCertificates {
@@ -103,20 +103,20 @@ fn bind_tls(listener: TlsListener, config: Option<&TlsConfig>) -> anyhow::Result
     Ok(Some((bind::tcp(config.listen)?, tls)))
 }
 
-/// What all egress listeners are made of.
+/// The parts from which all egress listeners are built.
 pub(super) struct Egress<'a> {
     pub(super) dialer: Arc<dyn Dialer>,
     pub(super) directory: Arc<dyn Directory>,
     pub(super) metrics: &'a StreamMetrics,
     pub(super) draining: &'a CancellationToken,
-    /// Owns callers and their streams.
+    /// The group that owns callers and their streams.
     pub(super) callers: &'a Tasks,
-    /// Owns what accepts callers.
+    /// The group that owns the accept loops.
     pub(super) listeners: &'a Tasks,
 }
 
 impl Egress<'_> {
-    /// Serves on all sockets. Returns the listener of proxy URLs, which the front end may serve as well.
+    /// Serves on all sockets. Returns the listener of proxy URLs, which the front end may use as well.
     pub(super) fn serve(&self, sockets: EgressSockets, config: &Config) -> Option<Arc<ProxyUrls>> {
         let EgressSockets {
             connect_unix,

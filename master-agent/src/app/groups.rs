@@ -1,18 +1,18 @@
-//! The groups of tasks, which end one after the other.
+//! The groups of the agent's tasks, which end one after another.
 
 use proto_net::tasks::Tasks;
 
-/// The groups, in the order in which they end.
+/// The groups in the order in which they end, below the group of all tasks.
 pub(super) struct Groups {
-    /// The group above all others.
+    /// The parent of all other groups.
     pub(super) all: Tasks,
     /// The accept loops.
     pub(super) listeners: Tasks,
-    /// Callers and their streams, which may finish.
+    /// Callers and their streams, which have time to finish.
     pub(super) callers: Tasks,
     /// SSH sessions, and the tasks that make and supervise them.
     pub(super) sessions: Tasks,
-    /// The tasks that go on until everybody has left.
+    /// The tasks that run until all callers and sessions have ended.
     pub(super) background: Tasks,
 }
 

@@ -1,4 +1,4 @@
-//! Serves every socket.
+//! Serves on every socket, and registers all metrics.
 
 use std::sync::Arc;
 
@@ -26,7 +26,7 @@ use crate::{
     tunnels::{self, compatibility},
 };
 
-/// Serves on every socket. Gives the front end and the writer of its audit log, where there is a front end.
+/// Serves on every socket. Returns the front end and the writer of its audit log, if a front end is configured.
 pub(super) fn serve(
     config: &Config,
     parts: &Parts,
@@ -50,7 +50,7 @@ pub(super) fn serve(
     let proxy_urls = egress.serve(egress_sockets, config);
     let front_end = match front_end.zip(config.front_end.as_ref()) {
         Some((sockets, section)) => {
-            let needs = front_end::server::Parts {
+            let dependencies = front_end::server::Dependencies {
                 cluster,
                 proxy_urls: proxy_urls.map(|urls| urls as _),
                 page: page.clone(),
@@ -58,7 +58,7 @@ pub(super) fn serve(
                 streams: parts.streams.clone(),
                 draining: parts.draining.clone(),
             };
-            Some(serve_front_end(sockets, section, needs, groups)?)
+            Some(serve_front_end(sockets, section, dependencies, groups)?)
         }
         None => None,
     };
@@ -71,6 +71,7 @@ pub(super) fn serve(
         registry: parts.registry.clone(),
         explainer: parts.explainer.clone(),
         watches: parts.watches.clone(),
+        store: parts.store_health.clone(),
         legacy_names: legacy_names(config),
         page: page.clone(),
         front_end: served.cloned(),
@@ -82,7 +83,7 @@ pub(super) fn serve(
     Ok(front_end)
 }
 
-/// The front end's access to the tunnels, for nodes that call home over its port.
+/// Returns the services of nodes that call home over the front end's port.
 fn call_home_services(parts: &Parts) -> CallHomeServices {
     CallHomeServices {
         links: parts.call_home.clone(),
@@ -94,11 +95,11 @@ fn call_home_services(parts: &Parts) -> CallHomeServices {
 fn serve_front_end(
     sockets: FrontEndSockets,
     config: &FrontEndConfig,
-    needs: front_end::server::Parts<'_>,
+    dependencies: front_end::server::Dependencies<'_>,
     groups: &Groups,
 ) -> anyhow::Result<(Arc<FrontEnd>, Writer)> {
     let Groups { callers, listeners, background, .. } = groups;
-    let (front_end, writer) = FrontEnd::load(config, needs, callers, background)?;
+    let (front_end, writer) = FrontEnd::load(config, dependencies, callers, background)?;
     front_end.watch(background);
     if let (Some(listener), Some(config)) = (sockets.local_unix, &config.local) {
         listeners.spawn(local::accept_unix(front_end.clone(), config.clone(), listener));
@@ -110,7 +111,7 @@ fn serve_front_end(
     Ok((front_end, writer))
 }
 
-/// All metrics: what is counted, and what is collected when somebody asks.
+/// Returns the registry of all metrics.
 fn registry(
     config: &Config,
     parts: &Parts,

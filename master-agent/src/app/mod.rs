@@ -1,4 +1,4 @@
-//! The composition root: everything is read, built and bound first, and then everything serves.
+//! The composition root, which reads, builds and binds everything before it serves.
 
 mod bind;
 mod egress;
@@ -8,7 +8,7 @@ mod listeners;
 mod parts;
 mod sockets;
 
-use std::{sync::Arc, time::Duration};
+use std::{future::pending, sync::Arc, time::Duration};
 
 use access::authn::cluster::{Cluster, Objects};
 use anyhow::Context;
@@ -16,13 +16,13 @@ use kube::Client;
 use proto_net::systemd;
 use tokio::{
     signal::unix::{SignalKind, signal},
-    time::interval,
+    time::{MissedTickBehavior, interval},
 };
 
 use crate::{
     config::Config,
     front_end::audit::Writer,
-    identity::{Authorities, sqlite::SqliteStore, store},
+    identity::{Authorities, refresh::Refresher, sqlite::SqliteStore},
     kubernetes::{self, api_server::KubeApiServer},
     page::Page,
     traces::Traces,
@@ -33,18 +33,18 @@ use inventory_file::{InventoryFile, InventoryFollower};
 use parts::{Loaded, Parts, Startable};
 use sockets::Sockets;
 
-/// How often the inventory file is looked at for changes.
-const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// How long all tunnels together may take to be told something.
-const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long each last step may take: to end tasks, and to write what has been recorded.
+/// How often the cluster's nodes are checked for changes, which often come in groups.
+const CLUSTER_INTERVAL: Duration = Duration::from_secs(1);
+/// The longest time to notify all nodes.
+const NOTIFY_TIMEOUT: Duration = Duration::from_secs(1);
+/// The longest time for each of the last steps, which end tasks and write records.
 const END_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Runs the agent until SIGTERM or SIGINT, then drains it.
+/// Runs the agent until SIGTERM or SIGINT, and then drains it.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let groups = Groups::new();
 
-    // Read.
+    // Read the files.
     let inventory = InventoryFile::load(config.inventory.clone())?;
     let loaded = Loaded {
         inventory: inventory.inventory(),
@@ -56,7 +56,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         None => None,
     };
 
-    // Build and bind.
+    // Build the parts and bind the sockets.
     let (parts, startable) = parts::build(&config, loaded, groups.sessions.clone())?;
     let objects = parts.watches.as_ref().and_then(|watches| watches.existing());
     let cluster = client.as_ref().map(|client| Cluster {
@@ -72,11 +72,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let sockets = Sockets::bind(&config)?;
     let traces = config.traces.as_ref().map(Traces::start).transpose().context("traces")?;
 
-    // Serve.
+    // Serve and start.
     let front_end = listeners::serve(&config, &parts, &page, sockets, cluster.as_ref(), &groups)?;
     let (front_end, audit) = front_end.unzip();
     let callers = front_end.clone().map(|front_end| front_end as Arc<dyn ServeCallers>);
     start(&parts, startable, callers, client.as_ref(), &groups);
+    let _refresher = Refresher::start(parts.store.clone(), parts.store_health.clone())?;
     let runtimes = front_end.map(|front_end| front_end.runtimes());
     groups.background.spawn(systemd::watchdog(runtimes.unwrap_or_default()));
     until_terminated(inventory, &parts).await?;
@@ -85,7 +86,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Starts the parts that run by themselves.
+/// Starts the parts that run in tasks of their own.
 fn start(
     parts: &Parts,
     startable: Startable,
@@ -103,54 +104,54 @@ fn start(
     }
     sessions.spawn(dial_links.run());
     background.spawn(parts.login.clone().keep_renewed());
-    background.spawn(store::follow(parts.store.clone()));
     background.spawn(parts.revocations.clone().follow());
     background.spawn(parts.registry.clone().sample());
 }
 
-/// Follows the inventory file and the nodes of the cluster until a signal says to stop.
+/// Follows the inventory file and the nodes of the cluster until a signal ends the agent. A read that hangs
+/// delays neither the other source nor the end.
 async fn until_terminated(inventory: InventoryFile, parts: &Parts) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut hangup = signal(SignalKind::hangup())?;
-    let mut nodes_changed = parts.watches.as_ref().map(|watches| watches.nodes_changed());
+    let hangup = signal(SignalKind::hangup())?;
     let reloads = parts.tunnels.inventory_reloads.clone();
-    let inventory = Arc::new(InventoryFollower::new(inventory, parts.expected.clone(), reloads));
-    let mut poll = interval(POLL_INTERVAL);
+    let inventory = InventoryFollower::new(inventory, parts.expected.clone(), reloads);
     systemd::ready();
     tracing::info!(
         nodes = parts.registry.count().1,
         version = env!("CARGO_PKG_VERSION"),
         "master-agent runs"
     );
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+        () = inventory.follow(hangup) => {}
+        () = follow_cluster(parts) => {}
+    }
+    Ok(())
+}
+
+/// Takes over the nodes of the cluster whenever they change, without an end.
+async fn follow_cluster(parts: &Parts) {
+    let Some(watches) = &parts.watches else { return pending().await };
+    let mut nodes_changed = watches.nodes_changed();
+    let mut poll = interval(CLUSTER_INTERVAL);
+    poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        let asked = tokio::select! {
-            _ = terminate.recv() => return Ok(()),
-            _ = interrupt.recv() => return Ok(()),
-            _ = hangup.recv() => true,
-            _ = poll.tick() => false,
-        };
-        // Changes of a cluster seldom come alone, so they are taken together.
-        let changed = nodes_changed.as_mut().is_some_and(|changed| {
-            let has_changed = changed.has_changed().unwrap_or_default();
-            changed.mark_unchanged();
-            has_changed
-        });
-        let (expected, inventory) = (parts.expected.clone(), inventory.clone());
-        // A large inventory takes a while to read, and must not hold up streams.
-        let polled = tokio::task::spawn_blocking(move || {
-            if changed {
-                expected.cluster_changed();
-            }
-            inventory.poll(asked);
-        });
-        if let Err(error) = polled.await {
-            tracing::error!(%error, "can't read the inventory again");
+        poll.tick().await;
+        if !nodes_changed.has_changed().unwrap_or_default() {
+            continue;
+        }
+        nodes_changed.mark_unchanged();
+        let expected = parts.expected.clone();
+        // Many nodes take a while to compare and must not block streams.
+        if let Err(error) = tokio::task::spawn_blocking(move || expected.cluster_changed()).await {
+            tracing::error!(%error, "can't take the nodes of the cluster");
         }
     }
 }
 
-/// Ends the agent in an order in which nobody loses what could still be finished.
+/// Ends the agent in an order that lets requests and streams in progress finish.
 async fn drain(
     config: &Config,
     parts: &Parts,
@@ -162,17 +163,17 @@ async fn drain(
     let Groups { all, listeners, callers, sessions, background } = groups;
     systemd::stopping();
     tracing::info!(streams = callers.len(), "stopping");
-    // Accept nothing new.
+    // Stop accepting.
     parts.draining.cancel();
     listeners.cancel();
     listeners.drain(END_TIMEOUT).await;
-    // Tell the nodes, let streams finish, and end the tunnels.
+    // Notify the nodes, let streams finish, and end the tunnels.
     for_all_tunnels(parts, |tunnel| async move { tunnel.go_away(REASON).await }).await;
     let cut = callers.drain(config.shutdown_grace).await;
     for_all_tunnels(parts, |tunnel| async move { tunnel.close(REASON).await }).await;
     sessions.cancel();
     sessions.drain(END_TIMEOUT).await;
-    // End what served all of these, and write what they have recorded.
+    // End the background tasks, and write the remaining records.
     background.cancel();
     background.drain(END_TIMEOUT).await;
     all.cancel();
@@ -188,14 +189,14 @@ async fn drain(
     tracing::info!(cut, "stopped");
 }
 
-/// Does one thing for all tunnels at once, so that a node that does not take it holds up no other.
-async fn for_all_tunnels<F>(parts: &Parts, what: impl Fn(Arc<Tunnel>) -> F)
+/// Runs an action for all tunnels at once, so that a node that does not respond delays no other.
+async fn for_all_tunnels<F>(parts: &Parts, action: impl Fn(Arc<Tunnel>) -> F)
 where
     F: Future<Output = ()> + Send + 'static,
 {
-    let told = parts.sessions.child();
+    let actions = parts.sessions.child();
     for tunnel in parts.registry.tunnels() {
-        told.spawn(what(tunnel));
+        actions.spawn(action(tunnel));
     }
-    told.drain(FAREWELL_TIMEOUT).await;
+    actions.drain(NOTIFY_TIMEOUT).await;
 }

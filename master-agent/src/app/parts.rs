@@ -1,4 +1,4 @@
-//! Builds the parts of the agent, each with what it needs of the others. Nothing runs before it is started.
+//! Builds the parts of the agent and connects them to each other. Nothing runs before it is started.
 
 use std::sync::Arc;
 
@@ -8,13 +8,13 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::Config,
-    identity::{Authorities, store::Store},
+    identity::{Authorities, refresh::StoreHealth, store::Store},
     kubernetes::Watches,
     routing::{inventory::Inventory, shared::SharedRoutes},
     stream::metrics::StreamMetrics,
     tunnels::{
         call_home::CallHome,
-        callers::{CallerTunnels, TakenOver, hand_over},
+        callers::{CallerTunnelReceiver, CallerTunnelSender, caller_tunnels},
         counters::TunnelMetrics,
         dial_links::{DialLinks, Dialling, Tcp},
         dialer::TunnelDialer,
@@ -32,45 +32,46 @@ use crate::{
     },
 };
 
-/// Connections at once that have not authenticated, where no port for calls home says how many.
+/// The maximum number of concurrent unauthenticated calls home if there is no call-home port, whose section configures
+/// it.
 const MAX_HANDSHAKES: usize = 256;
 
 /// Everything that the agent reads before it builds its parts.
 pub(super) struct Loaded {
-    pub(super) inventory: Inventory,
+    pub(super) inventory: Arc<Inventory>,
     pub(super) authorities: Arc<Authorities>,
     pub(super) store: Arc<dyn Store>,
 }
 
 /// The parts that listeners, the admin endpoints and the drain use.
 pub(super) struct Parts {
-    /// The metrics of streams, and those of tunnels.
     pub(super) streams: StreamMetrics,
     pub(super) tunnels: TunnelMetrics,
     pub(super) registry: Arc<Registry>,
     pub(super) dialer: Arc<TunnelDialer>,
     pub(super) expected: Arc<ExpectedNodes>,
-    /// `None` where no cluster is followed.
+    /// The watches of the cluster. It is `None` if no cluster is configured.
     pub(super) watches: Option<Arc<Watches>>,
     pub(super) store: Arc<dyn Store>,
+    pub(super) store_health: Arc<StoreHealth>,
     pub(super) login: Arc<MasterLogin>,
     pub(super) revocations: Arc<RevocationList>,
     pub(super) explainer: Arc<Explainer>,
     pub(super) call_home: Arc<CallHome>,
-    /// Owns every SSH session, and the tasks that make and supervise them.
+    /// The group that owns every SSH session and the tasks that make and supervise them.
     pub(super) sessions: Tasks,
-    /// Cancelled when no new tunnels and no new requests are to begin.
+    /// Cancelled when the agent stops and must not begin new tunnels and requests.
     pub(super) draining: CancellationToken,
 }
 
 /// The parts that run in tasks of their own.
 pub(super) struct Startable {
     pub(super) dial_links: DialLinks<Tcp>,
-    /// `None` where no callers come through tunnels.
-    pub(super) caller_tunnels: Option<TakenOver>,
+    /// The receiver of tunnels with callers. It is `None` if no callers come through tunnels.
+    pub(super) caller_tunnels: Option<CallerTunnelReceiver>,
 }
 
-/// The handles that several parts of the tunnels take.
+/// The handles that several parts of the tunnels share.
 struct Shared<'a> {
     config: &'a Config,
     nodes: watch::Receiver<Arc<Inventory>>,
@@ -86,7 +87,7 @@ struct Shared<'a> {
     draining: CancellationToken,
 }
 
-/// `sessions` owns every SSH session.
+/// Builds all parts. The group `sessions` owns every SSH session.
 pub(super) fn build(config: &Config, loaded: Loaded, sessions: Tasks) -> anyhow::Result<(Parts, Startable)> {
     let Loaded { inventory, authorities, store } = loaded;
     let draining = CancellationToken::new();
@@ -116,7 +117,7 @@ pub(super) fn build(config: &Config, loaded: Loaded, sessions: Tasks) -> anyhow:
         draining: draining.clone(),
     };
     let through_tunnels = config.front_end.as_ref().is_some_and(|front_end| front_end.through_tunnels);
-    let (callers, caller_tunnels) = through_tunnels.then(hand_over).unzip();
+    let (callers, caller_tunnels) = through_tunnels.then(caller_tunnels).unzip();
     let revocations = Arc::new(RevocationList::new(store.clone(), authorities, login.clone()));
     let supervisor = Arc::new(shared.supervisor(revocations.clone(), callers));
     let dial_links = shared.dial_links(supervisor.clone());
@@ -136,6 +137,7 @@ pub(super) fn build(config: &Config, loaded: Loaded, sessions: Tasks) -> anyhow:
         registry,
         dialer,
         store,
+        store_health: Arc::default(),
         login,
         revocations,
         sessions,
@@ -145,7 +147,11 @@ pub(super) fn build(config: &Config, loaded: Loaded, sessions: Tasks) -> anyhow:
 }
 
 impl Shared<'_> {
-    fn supervisor(&self, revocations: Arc<RevocationList>, callers: Option<CallerTunnels>) -> Supervisor {
+    fn supervisor(
+        &self,
+        revocations: Arc<RevocationList>,
+        callers: Option<CallerTunnelSender>,
+    ) -> Supervisor {
         Supervisor {
             config: self.config.tunnels.clone(),
             nodes: self.nodes.clone(),

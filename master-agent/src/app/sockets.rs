@@ -1,11 +1,11 @@
-//! The sockets that the agent listens on. All are bound before any is served.
+//! The sockets on which the agent listens. All of them are bound before it serves on any.
 
 use tokio::net::{TcpListener, UnixListener};
 
 use super::{bind, egress::EgressSockets};
 use crate::{config::Config, fields::UnixConfig, front_end::config::FrontEndConfig};
 
-/// Every socket.
+/// The sockets of all listeners.
 pub(super) struct Sockets {
     pub(super) egress: EgressSockets,
     pub(super) call_home: Option<TcpListener>,
@@ -14,6 +14,7 @@ pub(super) struct Sockets {
     pub(super) admin_unix: UnixListener,
 }
 
+/// The sockets of the front end.
 pub(super) struct FrontEndSockets {
     pub(super) https: TcpListener,
     pub(super) local_unix: Option<UnixListener>,

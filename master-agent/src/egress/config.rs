@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use proto_config::{At, Section, Value};
+use proto_config::{At, Meanings, Section, Shape, Value};
 
 use crate::fields::{COUNT, NO_LISTENER, TlsConfig, UnixConfig, WAIT, listen_loopback, loopback, secs};
 
@@ -18,8 +18,17 @@ pub struct HttpConnectConfig {
     pub max_connections: usize,
 }
 
+const HTTP_CONNECT_FIELDS: Meanings = &[
+    ("unix", "The Unix socket to listen on."),
+    ("tls", "The TCP address to listen on, with TLS that requires a certificate of every caller."),
+    ("head_timeout", "Time for a caller to send its request, and for its TLS handshake."),
+    ("half_closed_timeout", "How long a stream may be silent after one direction has ended."),
+    ("max_connections", "Callers at once on each of the two listeners."),
+];
+
 impl HttpConnectConfig {
     pub(crate) fn read(s: &Section<'_>) -> Self {
+        s.document(HTTP_CONNECT_FIELDS);
         Self {
             unix: s.section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent-egress/connect.sock"))),
             tls: s.section("tls", |s| TlsConfig::read(s, 8131)),
@@ -40,8 +49,16 @@ pub struct KonnectivityConfig {
     pub max_connections: usize,
 }
 
+const KONNECTIVITY_FIELDS: Meanings = &[
+    ("unix", "The Unix socket to listen on."),
+    ("tls", "The TCP address to listen on, with TLS that requires a certificate of every caller."),
+    ("head_timeout", "Time for a caller to make its first gRPC call."),
+    ("max_connections", "HTTP/2 connections at once on each of the two listeners."),
+];
+
 impl KonnectivityConfig {
     pub(crate) fn read(s: &Section<'_>) -> Self {
+        s.document(KONNECTIVITY_FIELDS);
         Self {
             unix: s
                 .section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent-egress/konnectivity.sock"))),
@@ -63,8 +80,17 @@ pub struct Socks5Config {
     pub max_connections: usize,
 }
 
+const SOCKS5_FIELDS: Meanings = &[
+    ("unix", "The Unix socket to listen on."),
+    ("tcp", "The TCP address to listen on."),
+    ("head_timeout", "Time for a caller's handshake."),
+    ("half_closed_timeout", "How long a stream may be silent after one direction has ended."),
+    ("max_connections", "Callers at once on each of the two listeners."),
+];
+
 impl Socks5Config {
     pub(crate) fn read(s: &Section<'_>) -> Option<Self> {
+        s.document(SOCKS5_FIELDS);
         let config = Self {
             unix: s.section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent-people/socks5.sock"))),
             tcp: s.section("tcp", |s| Some(Socks5TcpConfig::read(s))),
@@ -87,10 +113,20 @@ pub struct Socks5TcpConfig {
     pub users_file: Option<PathBuf>,
 }
 
+const SOCKS5_TCP_FIELDS: Meanings = &[
+    ("listen", "The address to listen on. An address that is not loopback needs users_file."),
+    (
+        "users_file",
+        "Lines that `master-agent hash-password NAME` prints, with mode 0600 or 0640. With this file, every \
+         caller must log in. SOCKS5 sends passwords in the clear: use it beyond loopback only on networks \
+         that you trust.",
+    ),
+];
+
 impl Socks5TcpConfig {
     pub(crate) fn read(s: &Section<'_>) -> Self {
-        let default = loopback(1080);
-        let listen = s.listen("listen", Some(default)).unwrap_or(default);
+        s.document(SOCKS5_TCP_FIELDS);
+        let listen = s.listen("listen", loopback(1080));
         let authenticated = s.at("users_file").is_some();
         if !authenticated && !listen.ip().to_canonical().is_loopback() {
             s.error(
@@ -124,8 +160,34 @@ pub struct ProxyUrlsConfig {
     pub max_connections: usize,
 }
 
+const PROXY_URLS_FIELDS: Meanings = &[
+    ("unix", "The Unix socket to listen on."),
+    ("tcp", "The TCP address to listen on, which is a loopback address."),
+    (
+        "kubelet_ca",
+        "The CA whose certificate kubelets must present, for the node's name or one of its addresses.",
+    ),
+    ("kubelet_client_cert", "The certificate that is presented to kubelets."),
+    ("kubelet_client_key", "The key of kubelet_client_cert, with mode 0600 or 0640."),
+    (
+        "target_ca",
+        "The CA of the certificates of pods (NAME.NAMESPACE.pod, or address) and services \
+         (NAME.NAMESPACE.svc).",
+    ),
+    ("insecure_skip_verify", "Whose certificates are not verified."),
+    ("head_timeout", "Time for a caller to send the head of a request."),
+    (
+        "idle_timeout",
+        "Time for a connection to wait for its next request, and for the next bytes of a body before the \
+         response.",
+    ),
+    ("half_closed_timeout", "How long an upgraded connection may be silent after one direction has ended."),
+    ("max_connections", "Callers at once on each of the two listeners."),
+];
+
 impl ProxyUrlsConfig {
     pub(crate) fn read(s: &Section<'_>) -> Option<Self> {
+        s.document(PROXY_URLS_FIELDS);
         let client_cert = s.file("kubelet_client_cert");
         let client_key = s.private_file("kubelet_client_key");
         if client_cert.is_some() != client_key.is_some() {
@@ -156,6 +218,8 @@ pub enum Unverified {
 }
 
 impl Value for Unverified {
+    const SHAPE: Shape = Shape::Words(&["kubelet", "targets"]);
+
     fn read(at: &At<'_>) -> Option<Self> {
         match at.text()? {
             "kubelet" => Some(Self::Kubelet),

@@ -1,4 +1,4 @@
-//! The admission of a caller's connection among all that are served.
+//! The admission of a caller's connection, which counts against the limits of connections.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -11,16 +11,16 @@ use super::{
     workers,
 };
 
-/// Counts a connection among those that are served for as long as it lasts, whatever protocol it changes to.
+/// Counts a connection against the limits until the connection ends, even if its protocol changes.
 pub struct Admission {
-    /// Held until somebody has authenticated. It may be given to a newcomer before.
+    /// The permit of a connection on which nobody has authenticated. A newer connection may evict it.
     unauthenticated: Mutex<Option<HandshakePermit>>,
-    /// Cancelled when the connection has to give way to a newcomer.
+    /// Cancelled when a newer connection evicts this one.
     pub(super) evicted: CancellationToken,
     _permit: OwnedSemaphorePermit,
     _counted: Counted<Source>,
-    /// The connection's weight on the front end's thread that serves it, if it is one of these.
-    pub(super) load: Option<workers::Load>,
+    /// Counts the connection on the worker thread that serves it, if there is one.
+    pub(super) load: Option<workers::LoadGuard>,
 }
 
 impl Admission {

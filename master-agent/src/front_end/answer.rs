@@ -1,4 +1,4 @@
-//! The body of a response on its way to the caller, and what is held until its last byte has left.
+//! The body of a response on its way to the caller, and the resources that it holds until its last byte has been sent.
 
 use std::{
     pin::Pin,
@@ -20,24 +20,24 @@ use tokio::sync::Notify;
 use super::{limits::RequestPermit, recorder::Recorder, upstream::ResponseBody};
 use crate::http::{exchange, watched::Busy};
 
-/// How far a response has got on its way to the caller. The body itself can't tell: hyper does not poll it while the
-/// caller opens no window.
+/// The progress of a response on its way to the caller. The body can't observe it, because hyper does not poll the body
+/// while the caller's flow-control window is closed.
 #[derive(Debug, Default)]
 pub(super) struct Progress {
-    /// Pieces that hyper has taken and not sent yet.
-    owed: AtomicUsize,
-    /// Changes whenever something happens to a piece.
+    /// The number of pieces that hyper has taken and not sent yet.
+    pending: AtomicUsize,
+    /// Changes whenever a piece makes progress.
     moves: AtomicUsize,
     sent: Notify,
 }
 
 impl Progress {
-    /// Completes once the caller has taken nothing of the pieces for `patience`, or for up to twice as long.
-    pub(super) async fn stalled(&self, patience: Duration) {
+    /// Completes once pieces have been pending without progress for `timeout`, or for up to twice as long.
+    pub(super) async fn stalled(&self, timeout: Duration) {
         loop {
             let before = self.moves.load(Ordering::Relaxed);
-            tokio::time::sleep(patience).await;
-            if self.is_owed() && self.moves.load(Ordering::Relaxed) == before {
+            tokio::time::sleep(timeout).await;
+            if self.is_pending() && self.moves.load(Ordering::Relaxed) == before {
                 return;
             }
         }
@@ -45,13 +45,13 @@ impl Progress {
 
     /// Completes once all pieces have been sent.
     pub(super) async fn sent(&self) {
-        while self.is_owed() {
+        while self.is_pending() {
             self.sent.notified().await;
         }
     }
 
-    fn is_owed(&self) -> bool {
-        self.owed.load(Ordering::Acquire) > 0
+    fn is_pending(&self) -> bool {
+        self.pending.load(Ordering::Acquire) > 0
     }
 
     fn moved(&self) {
@@ -59,33 +59,33 @@ impl Progress {
     }
 }
 
-/// What is held for as long as a response is passed on.
-pub(super) struct Held {
+/// The resources that a response holds until its last byte has been sent.
+pub(super) struct Resources {
     pub record: Arc<Recorder>,
     pub _busy: Busy,
     pub _seat: Option<RequestPermit>,
     pub progress: Arc<Progress>,
 }
 
-/// Some bytes of a response, until they have been sent.
+/// A piece of a response's body. hyper drops it once it has been sent.
 pub(super) struct Piece {
     bytes: Bytes,
-    held: Arc<Held>,
+    resources: Arc<Resources>,
 }
 
 impl Piece {
-    fn new(bytes: Bytes, held: &Arc<Held>) -> Self {
-        held.progress.owed.fetch_add(1, Ordering::Relaxed);
-        held.progress.moved();
-        Self { bytes, held: held.clone() }
+    fn new(bytes: Bytes, resources: &Arc<Resources>) -> Self {
+        resources.progress.pending.fetch_add(1, Ordering::Relaxed);
+        resources.progress.moved();
+        Self { bytes, resources: resources.clone() }
     }
 }
 
 impl Drop for Piece {
     fn drop(&mut self) {
-        let progress = &self.held.progress;
+        let progress = &self.resources.progress;
         progress.moved();
-        if progress.owed.fetch_sub(1, Ordering::AcqRel) == 1 {
+        if progress.pending.fetch_sub(1, Ordering::AcqRel) == 1 {
             progress.sent.notify_one();
         }
     }
@@ -101,7 +101,7 @@ impl Buf for Piece {
     }
 
     fn advance(&mut self, count: usize) {
-        self.held.progress.moved();
+        self.resources.progress.moved();
         self.bytes.advance(count);
     }
 }
@@ -109,12 +109,12 @@ impl Buf for Piece {
 /// The body of a response.
 pub(super) struct Answer {
     content: Content,
-    held: Arc<Held>,
-    /// Completes when the credential that the response was granted for ends, which cuts the response off.
+    resources: Arc<Resources>,
+    /// Completes when the credential that the response was granted for is no longer valid, which ends the response.
     end: Option<BoxFuture<'static, ()>>,
 }
 
-/// Where the bytes of a response come from.
+/// The source of a response's bytes.
 pub(super) enum Content {
     /// The front end itself.
     Own(Full<Bytes>),
@@ -127,8 +127,8 @@ pub(super) enum Content {
 }
 
 impl Answer {
-    pub(super) fn new(content: Content, held: Held, end: Option<BoxFuture<'static, ()>>) -> Self {
-        Self { content, held: Arc::new(held), end }
+    pub(super) fn new(content: Content, resources: Resources, end: Option<BoxFuture<'static, ()>>) -> Self {
+        Self { content, resources: Arc::new(resources), end }
     }
 }
 
@@ -150,11 +150,11 @@ impl Body for Answer {
             Content::Target(body) => Pin::new(body).poll_frame(cx),
             Content::Relayed(body) => Pin::new(body).poll_frame(cx),
         };
-        let held = &this.held;
+        let resources = &this.resources;
         frame.map_ok(|frame| {
             frame.map_data(|bytes| {
-                held.record.sent(bytes.len() as u64);
-                Piece::new(bytes, held)
+                resources.record.sent(bytes.len() as u64);
+                Piece::new(bytes, resources)
             })
         })
     }

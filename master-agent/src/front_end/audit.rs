@@ -1,12 +1,13 @@
 //! The audit log: one JSON line for every request, to standard output or to a file that is rotated by size.
 //!
-//! A line says who asked for what, what was decided and by which rule, and what came of it (`audit/record.rs`).
+//! A line names the caller, the request, the decision with its rule, and the result (`audit/record.rs`).
 //!
-//! A thread writes the lines, behind a bounded queue. A request reserves its [`Room`] in the queue before it is served,
-//! so that whatever is served is also recorded. While the queue is full a request waits for a short time; then, as
-//! configured, it is either rejected, or served without a record. Callers who have not authenticated and requests that
-//! last have queues of their own, so that they can't take the room of others. A line that is lost, on a full disk for
-//! instance, is counted and logged, and the audit log itself says how many are missing once it can be written again.
+//! A thread writes the lines of a bounded queue. A request reserves its [`Room`] in the queue before it is served, so
+//! that every served request is also recorded. While the queue is full, a request waits for a short time. Then it is
+//! either rejected or served without a record, depending on the configuration. Unauthenticated callers and long-running
+//! requests have queues of their own, so that they can't take room from others. A lost line, for instance on a full
+//! disk, is counted and logged, and the audit log itself reports the number of missing lines once it can be written
+//! again.
 
 mod config;
 mod file;
@@ -33,14 +34,14 @@ use self::file::Output;
 pub use config::{AuditConfig, OnFull};
 pub use record::{Outcome, Record, RequestId};
 
-/// How long lines are gathered before they are written together.
-const GATHER: Duration = Duration::from_millis(5);
-/// Between two lines about lost records.
+/// How long lines are collected before they are written together.
+const BATCH_INTERVAL: Duration = Duration::from_millis(5);
+/// The shortest time between two lines about lost records.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
-/// Requests that last, under way or still to be written.
-const MAX_LASTING: usize = 65_536;
+/// The maximum number of long-running requests whose lines have not been written yet.
+const MAX_LONG_RUNNING: usize = 65_536;
 
-/// Takes records. Cloning gives another handle to the same log.
+/// A handle to the audit log, which takes records.
 #[derive(Clone)]
 pub struct Audit {
     lines: mpsc::UnboundedSender<Message>,
@@ -50,21 +51,21 @@ pub struct Audit {
     lost: Arc<Lost>,
 }
 
-/// Records that share one bound on how many may wait.
+/// A class of records with its own limit of waiting lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Queue {
-    /// Ordinary requests of callers who have authenticated.
+    /// The short requests of authenticated callers.
     Authenticated,
-    /// Requests that last, such as watches.
-    Lasting,
-    /// Requests of callers who have not authenticated.
+    /// The long-running requests, such as watches.
+    LongRunning,
+    /// The requests of unauthenticated callers.
     Unauthenticated,
 }
 
-/// The room that each queue has left.
+/// The free room of each queue.
 struct Rooms {
     authenticated: Arc<Semaphore>,
-    lasting: Arc<Semaphore>,
+    long_running: Arc<Semaphore>,
     unauthenticated: Arc<Semaphore>,
 }
 
@@ -72,7 +73,7 @@ impl Rooms {
     fn of(&self, queue: Queue) -> &Arc<Semaphore> {
         match queue {
             Queue::Authenticated => &self.authenticated,
-            Queue::Lasting => &self.lasting,
+            Queue::LongRunning => &self.long_running,
             Queue::Unauthenticated => &self.unauthenticated,
         }
     }
@@ -81,9 +82,9 @@ impl Rooms {
 /// Room for one line until it has been written.
 pub struct Room(#[expect(dead_code, reason = "held")] OwnedSemaphorePermit);
 
-/// A request's line has no room, and the request is not to be served without.
+/// The error of a request whose line has no room, and that must not be served without a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Full;
+pub struct QueueFull;
 
 /// The thread that writes the log.
 pub struct Writer {
@@ -97,10 +98,10 @@ enum Message {
 }
 
 impl Audit {
-    /// Opens the output. `lost` counts the records that could not be written.
+    /// Opens the output and starts the writer. `lost` counts the records that could not be written.
     pub fn start(config: &AuditConfig, lost: Counter) -> anyhow::Result<(Self, Writer)> {
         let output = match &config.file {
-            // Unbuffered, so that a line that can't be written is noticed at once.
+            // The stream is unbuffered, so that a failed write is noticed at once.
             None => Output::stream(File::from(std::io::stdout().as_fd().try_clone_to_owned()?)),
             Some(path) => Output::file(path.clone(), config.max_bytes, config.keep)
                 .with_context(|| format!("can't write the audit log {}", path.display()))?,
@@ -117,19 +118,19 @@ impl Audit {
         let room = |lines: usize| Arc::new(Semaphore::new(lines));
         let rooms = Rooms {
             authenticated: room(config.queue),
-            lasting: room(MAX_LASTING),
+            long_running: room(MAX_LONG_RUNNING),
             unauthenticated: room(config.unauthenticated_queue),
         };
-        // The channel is bounded by the rooms, of which each line holds one.
+        // Each line in the channel holds some room, which bounds the channel.
         let (lines, written) = mpsc::unbounded_channel();
         let lost = Lost { counter: lost, log: LogThrottle::default(), unreported: AtomicU64::new(0) };
         let (rooms, lost) = (Arc::new(rooms), Arc::new(lost));
         (Self { lines, rooms, wait: config.wait, on_full: config.on_full, lost }, written)
     }
 
-    /// Reserves room for the line of a request, waiting for a short time if there is none. `None` means that the request
-    /// is served without a line.
-    pub async fn room(&self, queue: Queue) -> Result<Option<Room>, Full> {
+    /// Reserves room for the line of a request, and waits for a short time if the queue is full. Returns `None` if the
+    /// request is to be served without a line.
+    pub async fn room(&self, queue: Queue) -> Result<Option<Room>, QueueFull> {
         let rooms = self.rooms.of(queue);
         if let Ok(room) = rooms.clone().try_acquire_owned() {
             return Ok(Some(Room(room)));
@@ -137,12 +138,12 @@ impl Audit {
         match (tokio::time::timeout(self.wait, rooms.clone().acquire_owned()).await, self.on_full) {
             (Ok(Ok(room)), _) => Ok(Some(Room(room))),
             (Ok(Err(_)) | Err(_), OnFull::Drop) => Ok(None),
-            (Ok(Err(_)) | Err(_), OnFull::Refuse) => Err(Full),
+            (Ok(Err(_)) | Err(_), OnFull::Refuse) => Err(QueueFull),
         }
     }
 
-    /// Records a request. Requests end where nothing can wait, so that a record whose room was not reserved is lost
-    /// unless there is some at once.
+    /// Records a request. Since requests end in places that can't wait, a record without reserved room is lost if the
+    /// queue is full.
     pub fn record(&self, record: &Record<'_>, queue: Queue, room: Option<Room>) {
         let room = room.or_else(|| self.rooms.of(queue).clone().try_acquire_owned().ok().map(Room));
         let Some(room) = room else { return self.lost.add(1, "the queue is full") };
@@ -153,7 +154,7 @@ impl Audit {
 }
 
 impl Writer {
-    /// Writes everything that has been recorded, and ends. Returns whether that took less than `grace`.
+    /// Writes all records and ends the thread. Returns whether that took less than `grace`.
     pub async fn close(self, grace: Duration) -> bool {
         let Self { lines, thread } = self;
         let closed = async {
@@ -169,7 +170,7 @@ impl Writer {
 struct Lost {
     counter: Counter,
     log: LogThrottle,
-    /// Lost records that the audit log does not mention yet.
+    /// The number of lost records that the audit log has not reported yet.
     unreported: AtomicU64,
 }
 
@@ -182,7 +183,7 @@ impl Lost {
         }
     }
 
-    /// Writes to the audit log how many records have been lost since it last did so.
+    /// Writes to the audit log how many records have been lost since the last report.
     fn report(&self, output: &mut Output) {
         let records = self.unreported.swap(0, Ordering::Relaxed);
         if records == 0 {
@@ -196,7 +197,7 @@ impl Lost {
     }
 }
 
-/// Writes lines until the writer closes, or nobody is left to record.
+/// Writes lines until the writer is closed or all handles to the log are gone.
 fn write(mut lines: mpsc::UnboundedReceiver<Message>, mut output: Output, lost: &Lost) {
     let mut messages = Vec::new();
     let mut reported = None::<Instant>;
@@ -222,8 +223,8 @@ fn write(mut lines: mpsc::UnboundedReceiver<Message>, mut output: Output, lost: 
         if closing {
             return;
         }
-        // Waking this thread for each line would cost as much as the rest of the request.
-        thread::sleep(GATHER);
+        // Waking this thread for each line would cost as much as the rest of a request.
+        thread::sleep(BATCH_INTERVAL);
     }
 }
 

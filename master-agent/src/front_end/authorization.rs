@@ -1,4 +1,4 @@
-//! Authorization of a request on its connection.
+//! The authorization of requests, which depends on the connection that they arrive on.
 
 use std::sync::Arc;
 
@@ -15,9 +15,9 @@ use super::{connection::Connection, recorder::Recorder};
 use crate::http::status::Failure;
 
 impl Connection {
-    /// Rejects the credential of a node that is presented through the tunnel of another node. Nodes do not share
-    /// credentials, and each node has a tunnel of its own, so the credential has been stolen.
-    pub(super) fn refuse_other_node(
+    /// Rejects the credential of a node that is presented through the tunnel of another node. Each node has its own
+    /// credential and its own tunnel, so such a credential has been stolen.
+    pub(super) fn reject_credential_of_other_node(
         &self,
         caller: &Authenticated,
         record: &mut Recorder,
@@ -38,7 +38,7 @@ impl Connection {
         Err(Failure::new(StatusCode::FORBIDDEN, format!("forbidden: {reason}")))
     }
 
-    /// The user on whose behalf the request is passed on.
+    /// Authorizes a request, and returns the user on whose behalf it is passed on.
     pub(super) async fn authorize(
         &self,
         head: &Parts,

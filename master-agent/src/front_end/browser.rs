@@ -1,11 +1,11 @@
-//! Keeps web pages from using the plain port through the browser of somebody who works on the master's host.
+//! The protection of the plain port against web pages in the browser of somebody who works on the master's host.
 
 use access::peer::Peer;
 use hyper::http::request::Parts;
 
 use crate::http::browser;
 
-/// Rejects what a browser sends on behalf of a web page, with the reason.
+/// Rejects requests that a browser sends on behalf of a web page. The error is the reason.
 pub(super) fn reject_web_pages(peer: &Peer, head: &Parts) -> Result<(), String> {
     let Peer::Local(Some(_)) = peer else { return Ok(()) };
     browser::refuse_other_hosts(&head.uri, &head.headers)

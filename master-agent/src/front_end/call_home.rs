@@ -1,4 +1,4 @@
-//! What takes calls home for the front end, which has authenticated and authorized whoever calls.
+//! The services that take calls home from the front end, which has authenticated and authorized their callers before.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -9,28 +9,29 @@ use proto_net::tasks::Tasks;
 use super::link_socket::LinkSocket;
 use crate::{identity::store::TokenError, tunnels::call_home::Purpose};
 
-/// Takes the links of nodes that call home and of hosts that join.
+/// Serves the links of nodes that call home and of hosts that join.
 pub trait TakeLinks: Send + Sync {
-    /// Serves a link to its end.
+    /// Serves a link until it ends.
     fn serve(self: Arc<Self>, call: IncomingCall) -> BoxFuture<'static, ()>;
 
-    /// Counts a call that was refused because its credential belongs to another node. `claimed` is the node that the
-    /// call was for, if it named one.
+    /// Counts a call that was rejected because its credential belongs to another node. `claimed` is the node that the
+    /// call named, if it named one.
     fn count_other_node(&self, claimed: Option<&NodeName>, reason: &str);
 }
 
-/// Checks the join tokens of hosts that are no nodes yet.
+/// Checks the join tokens of hosts that have not joined yet.
 pub trait CheckJoinTokens: Send + Sync {
-    /// Gives the node that the token is bound to, if any. The token is not used up.
+    /// Returns the node that the token is bound to, if there is one. The token is not used up.
     fn check(&self, token: JoinToken) -> BoxFuture<'static, Result<Option<NodeName>, TokenError>>;
 }
 
 /// A call home that the front end has admitted.
 pub struct IncomingCall {
     pub peer: SocketAddr,
-    /// What the call was admitted for.
+    /// The purpose for which the call was admitted.
     pub purpose: Purpose,
-    /// Completes once the connection has changed its protocol; `None` if it has ended instead.
+    /// Completes once the connection has changed its protocol. The result is `None` if the connection has ended
+    /// instead.
     pub socket: BoxFuture<'static, Option<LinkSocket>>,
 }
 
@@ -39,6 +40,6 @@ pub struct IncomingCall {
 pub struct CallHomeServices {
     pub links: Arc<dyn TakeLinks>,
     pub join_tokens: Arc<dyn CheckJoinTokens>,
-    /// Owns the tasks that serve links.
+    /// The group that owns the tasks which serve links.
     pub tasks: Tasks,
 }

@@ -3,49 +3,87 @@
 use std::net::SocketAddr;
 
 use access::{authn::AuthnConfig, authz::config::AuthzConfig};
-use proto_config::Section;
+use proto_config::{Meanings, Section};
 
 use super::{audit::AuditConfig, limits::LimitsConfig, tls::ServingCertificate, upstream::UpstreamConfig};
 use crate::fields::{NO_LISTENER, UnixConfig, any, listen_loopback};
 
+/// The `front_end` section.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FrontEndConfig {
     pub listen: SocketAddr,
-    /// The first one also serves names that none is for.
+    /// The serving certificates. The first one also serves names that no certificate contains.
     pub certificates: Vec<ServingCertificate>,
     pub authn: AuthnConfig,
     pub authz: AuthzConfig,
-    /// Authorizes also what goes to kube-apiserver, which authorizes it again.
+    /// Whether to authorize also the requests that go to kube-apiserver, which authorizes them again.
     pub authorize_everything: bool,
-    /// Answers proxy URLs of nodes, pods and services here, through tunnels, rather than let kube-apiserver answer them.
+    /// Whether to answer proxy URLs of nodes, pods and services through tunnels instead of passing them to
+    /// kube-apiserver.
     pub serve_proxy_urls: bool,
-    /// Answers the page here.
+    /// Whether to serve the agent's page.
     pub serve_page: bool,
-    /// Serves callers that come through their node's tunnel.
+    /// Whether to serve callers that come through their node's tunnel.
     pub through_tunnels: bool,
-    /// Lets nodes call home and hosts join over this port. `None` does so if they may over a port of their own.
+    /// Whether nodes call home and hosts join over this port. `None` means that they do if there is a call-home port.
     pub call_home: Option<bool>,
     pub upstream: UpstreamConfig,
-    /// The plain port, if there is to be one.
+    /// The plain port, if it is configured.
     pub local: Option<LocalConfig>,
     pub limits: LimitsConfig,
     pub audit: AuditConfig,
 }
 
+const FIELDS: Meanings = &[
+    ("listen", "The address to listen on."),
+    (
+        "certificates",
+        "The serving certificates, chosen by the name that a caller asks for. The first is also for all \
+         other names.",
+    ),
+    (
+        "authorization",
+        "What callers may do: the authorizers, in the order in which they are asked. Without any, nothing is \
+         allowed.",
+    ),
+    ("authorize_everything", "Also authorizes what goes to kube-apiserver, which authorizes it again."),
+    (
+        "call_home",
+        "Nodes call home, and hosts join, over this port. By default, if there is a section call_home.",
+    ),
+    ("serve_page", "Serves the page at /agent/page/, to callers whom the authorizers let in."),
+    (
+        "serve_proxy_urls",
+        "Answers proxy URLs of nodes, pods and services through tunnels, as proxy_urls says, rather than \
+         handing them on.",
+    ),
+    ("through_tunnels", "Serves callers of nodes' local endpoints, who come through their node's tunnel."),
+    ("upstream", "Where kube-apiserver is, and how it is reached."),
+    (
+        "local",
+        "A plain port for components on this host, without TLS and credentials. It needs unix, tcp or both.",
+    ),
+    ("limits", "What callers may use."),
+    ("audit", "The audit log, with one JSON line for each request."),
+];
+
 impl FrontEndConfig {
     pub fn read(s: &Section<'_>) -> Option<Self> {
-        let listen = s.listen("listen", Some(any(6443)));
+        s.document(FIELDS);
+        let listen = s.listen("listen", any(6443));
         let certificates: Vec<_> =
             s.items("certificates").iter().filter_map(|at| at.section(ServingCertificate::read)).collect();
+        s.states_required("certificates");
         if certificates.is_empty() {
             s.error("certificates", "needs at least one {cert: FILE, key: FILE}");
         }
         let upstream = s.section("upstream", UpstreamConfig::read);
+        s.states_required("upstream");
         if s.at("upstream").is_none() {
             s.error("upstream", "is required: where kube-apiserver is");
         }
         let config = Self {
-            listen: listen?,
+            listen,
             certificates,
             authn: AuthnConfig::read(s),
             authz: AuthzConfig::read(s, "authorization"),
@@ -63,19 +101,27 @@ impl FrontEndConfig {
     }
 }
 
-/// The plain port.
+/// The `local` section, which configures the plain port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LocalConfig {
     pub unix: Option<UnixConfig>,
     /// A loopback address.
     pub tcp: Option<SocketAddr>,
-    /// The user that all callers are.
+    /// The user name of all callers.
     pub user: String,
     pub groups: Vec<String>,
 }
 
+const LOCAL_FIELDS: Meanings = &[
+    ("unix", "The Unix socket to listen on."),
+    ("tcp", "The TCP address to listen on, which is a loopback address."),
+    ("user", "The user that all of its callers are at kube-apiserver."),
+    ("groups", "The groups of that user."),
+];
+
 impl LocalConfig {
     fn read(s: &Section<'_>) -> Option<Self> {
+        s.document(LOCAL_FIELDS);
         let unix = s.section("unix", |s| Some(UnixConfig::read(s, "/run/master-agent-local/apiserver.sock")));
         let tcp = s.section("tcp", |s| Some(listen_loopback(s, 8080)));
         if s.at("unix").is_none() && s.at("tcp").is_none() {
@@ -85,6 +131,7 @@ impl LocalConfig {
         if user.as_deref().is_some_and(str::is_empty) {
             s.error("user", "is empty: who are the callers of the plain port to kube-apiserver?");
         }
-        Some(Self { unix, tcp, user: user?, groups: s.list("groups") })
+        let groups = s.list("groups");
+        Some(Self { unix, tcp, user: user?, groups })
     }
 }

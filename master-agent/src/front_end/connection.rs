@@ -1,4 +1,4 @@
-//! One connection of a caller, and what is known about who is at its other end.
+//! One connection of a caller, and the identity that is known for it.
 
 use std::{
     sync::{
@@ -20,9 +20,9 @@ use tokio_util::sync::CancellationToken;
 use super::{admission::Admission, server::FrontEnd};
 use crate::http::watched::Activity;
 
-/// How long the connection remembers whom its certificate names.
-const REMEMBERED: Duration = Duration::from_secs(10);
-/// Answers of 429 before a caller who has not authenticated has to make another connection.
+/// How long a connection remembers the user of its certificate.
+const MAX_REMEMBERED_AGE: Duration = Duration::from_secs(10);
+/// The number of 429 answers on a connection without an authenticated caller before the connection ends.
 const MAX_LIMITED: u32 = 16;
 
 /// One accepted connection.
@@ -31,17 +31,17 @@ pub(super) struct Connection {
     pub peer: Peer,
     pub certificates: Certificates,
     remembered: Mutex<Option<Remembered>>,
-    /// On the plain port: who every caller is, whatever it presents.
+    /// The user of every caller on the plain port, whatever credential the caller presents.
     pub known: Option<Authenticated>,
     pub activity: Activity,
     pub admission: Admission,
-    /// Cancelled once the connection takes no more requests.
+    /// Cancelled when the connection must take no more requests.
     pub ending: CancellationToken,
-    /// Requests that were answered with 429.
+    /// The number of requests that were answered with 429.
     limited: AtomicU32,
 }
 
-/// Whom the connection's certificate names, by one generation of the authenticators' files.
+/// The user of the connection's certificate, according to one generation of the authenticators' files.
 struct Remembered {
     generation: u64,
     at: Instant,
@@ -49,7 +49,7 @@ struct Remembered {
 }
 
 impl Connection {
-    /// A connection whose caller may have shown certificates in the TLS handshake.
+    /// Creates a connection whose caller may have presented certificates in the TLS handshake.
     pub(super) fn over_tls(
         front_end: Arc<FrontEnd>,
         peer: Peer,
@@ -69,7 +69,7 @@ impl Connection {
         }
     }
 
-    /// A connection to the plain port, whose caller is `known` whatever it presents.
+    /// Creates a connection to the plain port, whose caller is `known` whatever credential it presents.
     pub(super) fn plain(
         front_end: Arc<FrontEnd>,
         peer: Peer,
@@ -80,7 +80,7 @@ impl Connection {
         Self { known: Some(known), ..connection }
     }
 
-    /// Keeps the connection from giving way to newcomers, unless the caller is anonymous.
+    /// Protects the connection from eviction, unless the caller is anonymous.
     pub(super) fn authenticated(&self, caller: &Authenticated) {
         if !caller.user.in_group(UNAUTHENTICATED) {
             self.admission.authenticated();
@@ -88,8 +88,8 @@ impl Connection {
     }
 
     /// Whether the connection ends after an answer with this status, because nobody has authenticated on it and its
-    /// requests fail. A caller who has to wait may ask again a few times: it would only come back with another
-    /// handshake, which costs more than the answer.
+    /// requests fail. After a 429, a caller may try again a few times, because another connection would cost a
+    /// handshake, which is more expensive than the answer.
     pub(super) fn is_to_end_after(&self, status: StatusCode) -> bool {
         let may_ask_again = || {
             status == StatusCode::TOO_MANY_REQUESTS
@@ -98,12 +98,12 @@ impl Connection {
         status.is_client_error() && self.admission.is_unauthenticated() && !may_ask_again()
     }
 
-    /// Whom the connection's certificate named a moment ago.
+    /// Returns the remembered user of the connection's certificate, if that is still valid.
     pub(super) fn remembered(&self, now: &Moment) -> Option<Authenticated> {
         let remembered = self.remembered.lock().unwrap_or_else(PoisonError::into_inner);
         let Remembered { generation, at, caller } = remembered.as_ref()?;
         let good = *generation == self.front_end.authn.generation()
-            && now.monotonic.saturating_duration_since(*at) < REMEMBERED
+            && now.monotonic.saturating_duration_since(*at) < MAX_REMEMBERED_AGE
             && caller.validity.expires.is_none_or(|end| now.wall < end);
         good.then(|| caller.clone())
     }

@@ -1,4 +1,4 @@
-//! What is counted as it happens at the front end.
+//! The counters of the front end, which count events as they happen.
 
 use std::time::Duration;
 
@@ -13,14 +13,14 @@ use rustls::ProtocolVersion;
 /// The outcome of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RequestOutcome {
-    /// An API server, or the target of a proxy URL, has answered.
+    /// The request's handler has answered.
     Served,
     Unauthenticated,
     Forbidden,
     Limited,
-    /// Nobody could answer.
+    /// No server could answer the request.
     Unanswered,
-    /// The request cannot be served as it is.
+    /// The request is invalid.
     Bad,
     /// The caller left before the answer.
     Cancelled,
@@ -46,6 +46,7 @@ struct RequestLabels {
     outcome: &'static str,
 }
 
+/// The result of a TLS handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Handshake {
     Ok(Option<ProtocolVersion>),
@@ -60,13 +61,14 @@ struct HandshakeLabels {
     version: &'static str,
 }
 
+/// The result of one authenticator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Authentication {
     Ok,
     Failed,
-    /// The service that verifies the credential cannot be asked.
+    /// The service that verifies the credential is unavailable.
     Unavailable,
-    /// Not verified, after too many failures.
+    /// The credential was not verified, because there were too many failures before.
     Limited,
 }
 
@@ -82,20 +84,20 @@ struct DecisionLabels {
     decision: &'static str,
 }
 
-/// The limit that refused a caller.
+/// The label with the name of the exceeded limit.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct Limited {
+pub struct LimitLabel {
     pub limit: &'static str,
 }
 
-/// The handles of the front end's parts.
+/// The handles of all counters.
 pub struct FrontEndMetrics {
     requests: Family<RequestLabels, Counter>,
     request_seconds: Histogram,
     handshakes: Family<HandshakeLabels, Counter>,
     authentications: Family<AuthenticationLabels, Counter>,
     decisions: Family<DecisionLabels, Counter>,
-    pub limited: Family<Limited, Counter>,
+    pub limited: Family<LimitLabel, Counter>,
     /// Audit records that could not be written.
     pub audit_lost: Counter,
 }
@@ -129,7 +131,7 @@ impl FrontEndMetrics {
         self.requests.get_or_create(&RequestLabels { code, outcome: outcome.label() }).inc();
     }
 
-    /// Counts the end of a request that is not long-running.
+    /// Records the duration of a request that is not long-running.
     pub fn short_request(&self, took: Duration) {
         self.request_seconds.observe(took.as_secs_f64());
     }

@@ -1,5 +1,5 @@
-//! Heads on their way between callers and API servers: which ones are ambiguous, and how an API server learns who the
-//! caller is.
+//! The heads that pass between callers and API servers: the rejection of ambiguous heads, and the headers that tell an
+//! API server who the caller is.
 
 use std::net::IpAddr;
 
@@ -45,7 +45,7 @@ impl Default for IdentityHeaders {
 }
 
 impl IdentityHeaders {
-    /// The fields of the `upstream` section that name them.
+    /// Reads the names from the fields of the `upstream` section.
     pub fn read(s: &Section<'_>) -> Self {
         let names = |field: &'static str, default: Vec<HeaderName>| {
             if s.at(field).is_none() {
@@ -61,6 +61,14 @@ impl IdentityHeaders {
             names
         };
         let default = Self::default();
+        for (field, name) in [
+            ("requestheader_username_headers", "[X-Remote-User]"),
+            ("requestheader_uid_headers", "[X-Remote-Uid]"),
+            ("requestheader_group_headers", "[X-Remote-Group]"),
+            ("requestheader_extra_headers_prefix", "[X-Remote-Extra-]"),
+        ] {
+            s.states_default(field, name);
+        }
         let this = Self {
             username: names("requestheader_username_headers", default.username),
             uid: names("requestheader_uid_headers", default.uid),
@@ -73,13 +81,13 @@ impl IdentityHeaders {
         this
     }
 
-    /// The headers that callers may not send.
+    /// Returns the headers that callers must not send.
     pub fn claims(&self) -> Claims {
         let names = [&self.username, &self.uid, &self.group].into_iter().flatten();
         Claims::with(names.map(HeaderName::as_str), self.extra_prefix.iter().map(HeaderName::as_str))
     }
 
-    /// Why kube-apiserver could take one of these headers for another, if it could.
+    /// Returns why kube-apiserver could confuse one of these headers with another one, if it could.
     pub fn confusion(&self) -> Option<String> {
         let kinds = [&self.username, &self.uid, &self.group];
         let folded = kinds.map(|names| names.iter().map(|name| fold(name.as_str())).collect::<Vec<_>>());
@@ -97,7 +105,7 @@ impl IdentityHeaders {
         })
     }
 
-    /// Whether a header has a meaning of its own in a request to kube-apiserver.
+    /// Whether a header has another meaning in a request to kube-apiserver.
     pub fn is_taken(name: &HeaderName) -> bool {
         let name = fold(name.as_str());
         name.starts_with("impersonate-")
@@ -118,7 +126,7 @@ fn header_name(at: &At<'_>) -> Option<HeaderName> {
     None
 }
 
-/// Headers that have another meaning for HTTP or kube-apiserver.
+/// The headers that have another meaning for HTTP or kube-apiserver.
 const NOT_FOR_IDENTITY: [&str; 26] = [
     "accept",
     "accept-encoding",
@@ -148,7 +156,7 @@ const NOT_FOR_IDENTITY: [&str; 26] = [
     "x-stream-protocol-version",
 ];
 
-/// Characters that a header's name can't have (RFC 9110 §5.6.2), and `%` itself, which escapes them.
+/// The characters that a header's name can't contain (RFC 9110, section 5.6.2), and `%`, which escapes them.
 const NOT_IN_KEYS: &AsciiSet = &CONTROLS
     .add(b' ')
     .add(b'"')
@@ -170,7 +178,7 @@ const NOT_IN_KEYS: &AsciiSet = &CONTROLS
     .add(b'}')
     .add(b'%');
 
-/// The upgrade that a request asks for, if kube-apiserver knows it. No other is passed on.
+/// Returns the upgrade that a request asks for, if kube-apiserver supports it. Others are not passed on.
 pub(super) fn known_upgrade(hop: &Hop) -> Option<&HeaderValue> {
     let known = |value: &&HeaderValue| {
         let value = value.as_bytes();
@@ -179,7 +187,7 @@ pub(super) fn known_upgrade(hop: &Hop) -> Option<&HeaderValue> {
     hop.upgrade.as_ref().filter(known)
 }
 
-/// Why servers could understand a head differently.
+/// Why servers could interpret a head differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum AmbiguousHead {
     #[error("there is no Host")]
@@ -200,7 +208,7 @@ pub(super) enum AmbiguousHead {
     NoPath,
 }
 
-/// Rejects heads that servers could understand differently.
+/// Rejects heads that servers could interpret differently.
 pub(super) fn reject_ambiguous(head: &Parts) -> Result<(), AmbiguousHead> {
     let Parts { uri, version, headers, .. } = head;
     match headers.get_all(header::HOST).iter().count() {
@@ -231,25 +239,25 @@ pub(super) fn reject_ambiguous(head: &Parts) -> Result<(), AmbiguousHead> {
     Ok(())
 }
 
-/// A caller's user has a name, a group or an extra that a header can't carry unchanged.
+/// The error of a user whose name, group or extra value can't be passed on in a header unchanged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("your user name, a group or an extra of yours can't be passed on in a header")]
-pub(super) struct UnsendableIdentity;
+pub struct UnsendableIdentity;
 
-/// Tells API servers who a caller is.
-pub(super) struct Introduction {
+/// Passes the identity of callers to API servers.
+pub struct IdentityForwarder {
     headers: IdentityHeaders,
-    /// The headers that are removed from what callers send.
+    /// The headers that are removed from callers' requests.
     pub claims: Claims,
 }
 
-impl Introduction {
-    pub(super) fn new(headers: IdentityHeaders) -> Self {
+impl IdentityForwarder {
+    pub fn new(headers: IdentityHeaders) -> Self {
         Self { claims: headers.claims(), headers }
     }
 
-    /// Turns the head of a caller's request into that of the request to an API server, made on behalf of `user`.
-    pub(super) fn request(
+    /// Rewrites the headers of a caller's request into those of a request to an API server on behalf of `user`.
+    pub fn rewrite(
         &self,
         headers: &mut HeaderMap,
         hop: &Hop,
@@ -294,7 +302,7 @@ fn append<'a>(
     Ok(())
 }
 
-/// Turns the head of an API server's response into that of the response to the caller.
+/// Rewrites the headers of an API server's response into those of the response to the caller.
 pub(super) fn response(headers: &mut HeaderMap, upgraded: bool) {
     let upgrade = headers.get(header::UPGRADE).filter(|_| upgraded).cloned();
     remove_hop_by_hop(headers);
@@ -305,7 +313,7 @@ pub(super) fn response(headers: &mut HeaderMap, upgraded: bool) {
     }
 }
 
-/// Joins cookies, which HTTP/2 may send one by one (RFC 9113 §8.2.3).
+/// Joins cookies, which HTTP/2 may send one by one (RFC 9113, section 8.2.3).
 fn join_cookies(headers: &mut HeaderMap) {
     let cookies: Vec<&[u8]> = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
     if cookies.len() > 1
@@ -315,7 +323,8 @@ fn join_cookies(headers: &mut HeaderMap) {
     }
 }
 
-/// A name as a header's value. Servers trim values, and `admin ` must not become `admin`.
+/// Returns a name as a header's value. Servers trim values, so a name with spaces around it is an error: `admin ` must
+/// not become `admin`.
 fn text(text: &str) -> Result<HeaderValue, UnsendableIdentity> {
     if text.is_empty() || text.trim() != text {
         return Err(UnsendableIdentity);
@@ -353,8 +362,8 @@ mod tests {
         }
     }
 
-    fn introduction() -> Introduction {
-        Introduction::new(IdentityHeaders::default())
+    fn forwarder() -> IdentityForwarder {
+        IdentityForwarder::new(IdentityHeaders::default())
     }
 
     const PEER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));
@@ -387,7 +396,7 @@ mod tests {
             ("Accept", "application/json"),
         ]);
         let hop = Hop::of(&headers);
-        introduction().request(&mut headers, &hop, &user(), PEER).unwrap();
+        forwarder().rewrite(&mut headers, &hop, &user(), PEER).unwrap();
         assert_eq!(
             shown(&headers),
             [
@@ -407,7 +416,7 @@ mod tests {
     #[test]
     fn the_headers_have_the_names_that_the_server_reads() {
         let names = |names: &[&str]| names.iter().map(|name| HeaderName::try_from(*name).unwrap()).collect();
-        let introduction = Introduction::new(IdentityHeaders {
+        let forwarder = IdentityForwarder::new(IdentityHeaders {
             username: names(&["X-Kube-User", "X-Old-User"]),
             uid: names(&["X-Kube-Uid"]),
             group: names(&["X-Kube-Group"]),
@@ -433,7 +442,7 @@ mod tests {
             ("X-Kube-Users", "1"),
         ]);
         let hop = Hop::of(&headers);
-        introduction.request(&mut headers, &hop, &user(), PEER).unwrap();
+        forwarder.rewrite(&mut headers, &hop, &user(), PEER).unwrap();
         assert_eq!(
             shown(&headers),
             [
@@ -455,7 +464,7 @@ mod tests {
             map(&[("Connection", "Upgrade"), ("Upgrade", "SPDY/3.1"), ("X-Remote-User", "admin")]);
         let hop = Hop::of(&headers);
         let nobody = User { name: "jane".to_owned(), ..User::default() };
-        introduction().request(&mut headers, &hop, &nobody, PEER).unwrap();
+        forwarder().rewrite(&mut headers, &hop, &nobody, PEER).unwrap();
         let expected =
             ["connection: Upgrade", "upgrade: SPDY/3.1", "x-forwarded-for: 192.0.2.1", "x-remote-user: jane"];
         assert_eq!(shown(&headers), expected);
@@ -465,16 +474,16 @@ mod tests {
     fn names_that_servers_would_read_differently_are_not_passed_on() {
         for name in ["", " ", "admin ", "\tadmin", "a\nb", "a\0", "\u{a0}admin"] {
             let user = User { name: name.to_owned(), ..User::default() };
-            let refused = introduction().request(&mut HeaderMap::new(), &Hop::default(), &user, PEER);
+            let refused = forwarder().rewrite(&mut HeaderMap::new(), &Hop::default(), &user, PEER);
             assert_eq!(refused, Err(UnsendableIdentity), "{name:?}");
             let user = User { name: "jane".to_owned(), groups: vec![name.to_owned()], ..User::default() };
             assert!(
-                introduction().request(&mut HeaderMap::new(), &Hop::default(), &user, PEER).is_err(),
+                forwarder().rewrite(&mut HeaderMap::new(), &Hop::default(), &user, PEER).is_err(),
                 "{name:?}"
             );
         }
         let user = User { name: "j\u{e4}ne".to_owned(), ..User::default() };
-        assert!(introduction().request(&mut HeaderMap::new(), &Hop::default(), &user, PEER).is_ok());
+        assert!(forwarder().rewrite(&mut HeaderMap::new(), &Hop::default(), &user, PEER).is_ok());
     }
 
     #[test]

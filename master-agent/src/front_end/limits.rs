@@ -1,4 +1,4 @@
-//! The limits of [`access::limits`], with what they turn away counted in metrics and answered.
+//! The limits of [`access::limits`]. A caller that exceeds one gets an answer, and metrics count it.
 
 use std::time::{Duration, Instant};
 
@@ -9,61 +9,61 @@ use access::{
 use hyper::StatusCode;
 use prometheus_client::metrics::{counter::Counter, family::Family};
 
-use super::counters::Limited;
+use super::counters::LimitLabel;
 use crate::http::status::Failure;
 
 pub use access::limits::{Attempt, Counted, LimitsConfig, RequestPermit, Source};
 
-/// Counts what callers take, and what is turned away.
+/// Enforces limits, and counts how often each of them is exceeded.
 pub struct Limits {
     limits: limits::Limits,
-    limited: Family<Limited, Counter>,
+    limited: Family<LimitLabel, Counter>,
 }
 
 impl Limits {
-    pub fn new(config: &LimitsConfig, limited: Family<Limited, Counter>) -> Self {
+    pub fn new(config: &LimitsConfig, limited: Family<LimitLabel, Counter>) -> Self {
         Self { limits: limits::Limits::new(config, Instant::now()), limited }
     }
 
-    /// One more connection of a peer. `None` if it has all that it may.
+    /// Counts a connection of a peer until the result is dropped. Returns `None` if the peer has too many.
     pub fn connection(&self, peer: &Peer) -> Option<Counted<Source>> {
         self.limits.connection(peer).inspect_err(|exceeded| self.count(exceeded.limit.name())).ok()
     }
 
-    /// Counts what a limit turns away.
+    /// Counts that a limit was exceeded.
     pub fn count(&self, limit: &'static str) {
-        self.limited.get_or_create(&Limited { limit }).inc();
+        self.limited.get_or_create(&LimitLabel { limit }).inc();
     }
 
-    /// Requests that are served, that wait for a seat, and that are long-running.
+    /// Returns the numbers of requests that are served, that wait for a seat, and that are long-running.
     pub fn requests(&self) -> (usize, usize, usize) {
         let limits::Requests { in_flight, queued, long_running } = self.limits.requests();
         (in_flight, queued, long_running)
     }
 
-    /// A request from a peer, before anything is known of it.
-    pub fn address(&self, peer: &Peer) -> Result<(), Failure> {
-        self.limits.request(peer, Instant::now()).map_err(|exceeded| self.turned_away(exceeded))
+    /// Takes a request from the rate of its address, before the caller is authenticated.
+    pub fn request(&self, peer: &Peer) -> Result<(), Failure> {
+        self.limits.request(peer, Instant::now()).map_err(|exceeded| self.exceeded(exceeded))
     }
 
-    /// A peer's request begins to authenticate.
+    /// Begins an attempt of a peer to authenticate.
     pub fn attempt(&self, peer: &Peer) -> Attempt<'_> {
         self.limits.attempt(peer, Instant::now())
     }
 
-    /// Waits for a user's turn.
-    pub async fn place(&self, user: &str, long_running: bool) -> Result<RequestPermit, Failure> {
+    /// Takes a request from the rate of its user, and waits for a seat.
+    pub async fn admit(&self, user: &str, long_running: bool) -> Result<RequestPermit, Failure> {
         let kind = if long_running { RequestKind::LongRunning } else { RequestKind::Short };
         let admitted = self.limits.admit(user, kind, Instant::now()).await;
-        admitted.map_err(|exceeded| self.turned_away(exceeded))
+        admitted.map_err(|exceeded| self.exceeded(exceeded))
     }
 
-    /// The permit of a request whose connection has been upgraded.
+    /// Exchanges the permit of a request whose connection has been upgraded for that of a long-running request.
     pub fn upgraded(&self, permit: RequestPermit, user: &str) -> Result<RequestPermit, Failure> {
-        self.limits.upgrade(permit, user).map_err(|exceeded| self.turned_away(exceeded))
+        self.limits.upgrade(permit, user).map_err(|exceeded| self.exceeded(exceeded))
     }
 
-    fn turned_away(&self, exceeded: Exceeded) -> Failure {
+    fn exceeded(&self, exceeded: Exceeded) -> Failure {
         self.count(exceeded.limit.name());
         exceeded.into()
     }
@@ -75,7 +75,7 @@ impl From<Exceeded> for Failure {
     }
 }
 
-/// The answer 429, with the time after which trying again may help.
+/// Returns the answer 429 with the time after which another attempt may succeed.
 pub(super) fn too_many(after: Duration) -> Failure {
     let seconds = after.as_secs_f64().ceil().max(1.0);
     let failure = Failure::new(StatusCode::TOO_MANY_REQUESTS, "too many requests, please try again later");

@@ -1,4 +1,4 @@
-//! The socket of a link that came over the front end's port: an HTTP connection that has changed its protocol.
+//! The socket of a link over the front end's port, which is an HTTP connection that has changed its protocol.
 
 use std::{
     io,
@@ -13,7 +13,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::recorder::Recorder;
 
-/// Counts its bytes. Dropping it writes the last record of the request that it came from.
+/// A socket that counts its bytes. Dropping it writes the last audit record of the call home.
 pub struct LinkSocket {
     socket: TokioIo<Upgraded>,
     record: Recorder,

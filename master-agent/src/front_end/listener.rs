@@ -1,4 +1,4 @@
-//! The listener of the HTTPS port, and HTTP on the connections of callers.
+//! The listener of the HTTPS port, and the HTTP servers on callers' connections.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -24,16 +24,16 @@ use super::{
 };
 use crate::http::watched::Watched;
 
-/// Bytes of a request's head.
+/// The maximum size of a request's head, in bytes.
 const MAX_HEAD: u32 = 64 * 1024;
 const MAX_HEADERS: usize = 128;
-/// HTTP/2 streams that a caller may reset before they are served (CVE-2023-44487).
+/// The number of HTTP/2 streams that a caller may reset before they are served (CVE-2023-44487).
 const MAX_RESETS: usize = 20;
 const STREAM_WINDOW: u32 = 256 * 1024;
 const CONNECTION_WINDOW: u32 = 1024 * 1024;
-/// How long requests that are under way may take once their connection has to end.
-const LAST_REQUESTS: Duration = Duration::from_secs(10);
-const EVICTED: &str = "gave way to a newcomer before anybody authenticated";
+/// How long requests in progress may take once their connection has to end.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+const EVICTED: &str = "evicted by a newer connection before anybody authenticated";
 
 impl FrontEnd {
     /// Accepts callers until the task is cancelled.
@@ -42,7 +42,7 @@ impl FrontEnd {
         loop {
             let (socket, address) = acceptor.next().await;
             let peer = Peer::Address(address);
-            // The caller gets no answer, which would cost a handshake.
+            // A caller that is not admitted gets no answer, because an answer would cost a handshake.
             let Ok(mut admission) = self.admit(&peer) else { continue };
             let Assigned { socket, runtime, load } = match self.workers.assign(socket) {
                 Ok(assigned) => assigned,
@@ -56,7 +56,7 @@ impl FrontEnd {
         }
     }
 
-    /// Serves one connection to its end, whether it came to the port or through a tunnel.
+    /// Serves one connection until it ends. It comes from the HTTPS port or through a tunnel.
     pub async fn serve_caller<S>(self: Arc<Self>, socket: S, peer: Peer, admission: Admission)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -66,11 +66,11 @@ impl FrontEnd {
         let tls = tokio::select! {
             handshake = handshake => match handshake {
                 Ok(Ok(tls)) => tls,
-                Ok(Err(error)) => return self.no_handshake(Handshake::Failed, &peer, &error),
-                Err(_) => return self.no_handshake(Handshake::TimedOut, &peer, &"no TLS handshake in time"),
+                Ok(Err(error)) => return self.handshake_failed(Handshake::Failed, &peer, &error),
+                Err(_) => return self.handshake_failed(Handshake::TimedOut, &peer, &"no TLS handshake in time"),
             },
             () = admission.evicted.cancelled() => {
-                return self.no_handshake(Handshake::Evicted, &peer, &EVICTED);
+                return self.handshake_failed(Handshake::Evicted, &peer, &EVICTED);
             }
         };
         let session = &tls.get_ref().1;
@@ -89,14 +89,14 @@ impl FrontEnd {
         }
     }
 
-    fn no_handshake(&self, why: Handshake, peer: &Peer, error: &dyn fmt::Display) {
+    fn handshake_failed(&self, why: Handshake, peer: &Peer, error: &dyn fmt::Display) {
         self.metrics.handshake(why);
         self.refused(peer, error);
     }
 }
 
 impl Connection {
-    /// Serves HTTP/1.1 to the end of the connection.
+    /// Serves HTTP/1.1 until the connection ends.
     pub(super) async fn serve_http1<S>(self: Arc<Self>, socket: S)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -146,7 +146,7 @@ impl Connection {
         let FrontEnd { config, draining, connections, .. } = self.front_end.as_ref();
         let streams = Streams {
             tasks: connections.clone(),
-            patience: config.idle_timeout,
+            stall_timeout: config.idle_timeout,
             ending: self.ending.clone(),
         };
         let connection = http2::Builder::new(streams)
@@ -170,6 +170,6 @@ impl Connection {
             () = self.activity.unused(config.head_timeout, config.idle_timeout) => {}
         }
         connection.as_mut().graceful_shutdown();
-        tokio::time::timeout(LAST_REQUESTS, connection).await.unwrap_or(Ok(()))
+        tokio::time::timeout(DRAIN_TIMEOUT, connection).await.unwrap_or(Ok(()))
     }
 }

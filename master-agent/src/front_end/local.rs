@@ -1,8 +1,8 @@
 //! The plain port: HTTP without TLS and credentials, for control-plane components on the master's own host.
 //!
-//! It is off unless it is configured, and it is on a Unix socket or a loopback address only. All of its callers are the
-//! one user that the configuration names. Web pages must not use it through the browser of somebody who works on this
-//! host: requests for another host, and requests that a page makes, are rejected (`browser.rs`).
+//! The port is off by default, and it listens on a Unix socket or a loopback address only. All of its callers are the
+//! one user that the configuration names. A web page must not reach the port through the browser of somebody who works
+//! on this host, so requests for another host and requests that a page makes are rejected (`browser.rs`).
 
 use std::sync::Arc;
 
@@ -47,7 +47,7 @@ async fn accept<L: Listener>(
     acceptor.serve(front_end.connections.clone(), admit, serve).await;
 }
 
-/// The user that all callers are.
+/// Returns the identity of all callers.
 fn caller(config: &LocalConfig) -> Authenticated {
     let mut groups = config.groups.clone();
     if !groups.iter().any(|group| group == AUTHENTICATED) {

@@ -1,4 +1,4 @@
-//! The metrics of the front end: its counters, and its present state, which is read when it is asked for.
+//! The metrics of the front end: its counters, and its present state, which is read whenever metrics are collected.
 
 use std::{fmt, sync::Arc};
 
@@ -14,19 +14,19 @@ use crate::metrics::signed;
 
 pub fn register(front_end: &Arc<FrontEnd>, r: &mut Registry) {
     front_end.metrics.register(r);
-    r.register_collector(Box::new(State(front_end.clone())));
+    r.register_collector(Box::new(StateCollector(front_end.clone())));
 }
 
-/// Reads the present state of the front end.
-struct State(Arc<FrontEnd>);
+/// Collects the present state of the front end.
+struct StateCollector(Arc<FrontEnd>);
 
-impl fmt::Debug for State {
+impl fmt::Debug for StateCollector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("State")
+        f.write_str("StateCollector")
     }
 }
 
-impl Collector for State {
+impl Collector for StateCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let load = self.0.load_now();
         for (name, help, value) in [

@@ -1,8 +1,9 @@
-//! The front end: the HTTPS port for calls from the cluster to the master.
+//! The front end, which is the HTTPS port for calls from the cluster to the master.
 //!
-//! It accepts connections (`listener.rs`) and takes every request through its phases, authentication ([`access::authn`])
-//! and authorization ([`access::authz`]) among them, to the handler that answers it, mostly kube-apiserver behind an
-//! authenticating proxy. `request/pipeline.rs` holds the whole life of a request.
+//! It accepts connections (`listener.rs`) and takes every request through its phases, which include authentication
+//! ([`access::authn`]) and authorization ([`access::authz`]), to the handler that answers it. Most requests go to
+//! kube-apiserver, for which the front end is an authenticating proxy. `request/pipeline.rs` shows the whole life of a
+//! request.
 
 mod admission;
 mod answer;
@@ -13,7 +14,7 @@ pub mod call_home;
 pub mod config;
 mod connection;
 pub mod counters;
-mod headers;
+pub mod headers;
 pub mod limits;
 mod link_socket;
 mod listener;

@@ -1,4 +1,4 @@
-//! The page that the front end may serve, behind its authentication and authorization.
+//! The interface of the page, which the front end serves to authenticated and authorized callers.
 
 use std::sync::Arc;
 
@@ -8,15 +8,15 @@ use proto_net::{admin, dialer::Origin};
 
 use super::upstream::RequestBody;
 
-/// Serves a page to callers who are authenticated and authorized.
+/// Serves the page to authenticated and authorized callers.
 pub trait Page: Send + Sync {
     /// Whether a path belongs to the page.
     fn serves(&self, path: &str) -> bool;
 
-    /// Whether the answer at a path goes on for as long as somebody watches.
+    /// Whether the answer at a path continues for as long as the caller stays.
     fn is_long_running(&self, path: &str) -> bool;
 
-    /// Answers a request. `origin` names the caller to the records of what it dials.
+    /// Answers a request. `origin` names the caller in the records of streams that the page opens.
     fn answer(
         self: Arc<Self>,
         path: String,

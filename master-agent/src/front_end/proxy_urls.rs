@@ -1,4 +1,4 @@
-//! What answers proxy URLs for the front end, which has authenticated and authorized the callers.
+//! The service that answers proxy URLs for the front end, which has authenticated and authorized their callers before.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -20,20 +20,20 @@ pub trait ProxyUrls: Send + Sync {
     fn answer(self: Arc<Self>, request: ProxyUrlRequest) -> BoxFuture<'static, Proxied>;
 }
 
-/// One request, with what is known of its caller.
+/// A request for a proxy URL and its caller.
 pub struct ProxyUrlRequest {
     pub caller: Caller,
     /// The caller's address.
     pub peer: IpAddr,
-    /// That of the connection that the request came over.
+    /// The activity of the connection over which the request came.
     pub activity: Activity,
     pub request: Request<Incoming>,
 }
 
-/// What became of a request.
+/// The result of a request for a proxy URL.
 pub struct Proxied {
-    /// The node whose tunnel the request went through, if it got so far.
+    /// The node through whose tunnel the request went, if it went through one.
     pub node: Option<NodeName>,
-    /// The target's response, with an upgrade that is to be carried once the response has been sent.
+    /// The target's response, with the upgrade that begins once the response has been sent.
     pub answer: Result<(Response<Body>, Option<Upgrade>), Failure>,
 }

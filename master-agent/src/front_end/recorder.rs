@@ -1,4 +1,4 @@
-//! What the front end learns about a request while it serves it. The audit record is written at the request's end.
+//! The recorder of a request, which collects what the front end learns about it and writes the audit record at its end.
 
 use std::{
     sync::{
@@ -9,7 +9,7 @@ use std::{
 };
 
 use access::{
-    authn::{Authenticated, Failure, Reason},
+    authn::{Authenticated, AuthenticationFailure, FailureReason},
     authz::Verdict,
     peer::Peer,
     request_info::RequestInfo,
@@ -21,31 +21,31 @@ use proto::NodeName;
 use proto_net::{dialer::Origin, relay::Counters};
 
 use super::{
-    audit::{Audit, Full, Outcome, Queue, Record, RequestId, Room},
+    audit::{Audit, Outcome, Queue, QueueFull, Record, RequestId, Room},
     counters::{Authentication, FrontEndMetrics, RequestOutcome},
 };
 use crate::traces::{self, Span, SpanContext};
 
-/// Characters of a path or query that a record keeps for as long as its response.
-const KEPT: usize = 8 * 1024;
+/// The longest path or query that a recorder keeps in memory, in characters.
+const MAX_KEPT: usize = 8 * 1024;
 
-/// Dropping it writes the record, when the response has been passed on or the caller has left.
+/// Records one request. Dropping it, once the response has been sent or the caller has left, writes the audit record.
 pub(super) struct Recorder {
     audit: Audit,
     metrics: Arc<FrontEndMetrics>,
     facts: Facts,
-    /// The request may last, so that its duration says nothing about how fast it was served.
-    lasting: bool,
+    /// Whether the request is long-running, so that its duration says nothing about how fast it was served.
+    long_running: bool,
     room: Option<Room>,
-    /// Bytes of the request's body so far.
+    /// The number of bytes of the request's body so far.
     pub received_bytes: Arc<AtomicU64>,
     sent_bytes: AtomicU64,
-    /// Bytes of the upgraded connection so far.
+    /// The numbers of bytes of the upgraded connection so far.
     pub carried: Counters,
     span: Span,
 }
 
-/// What is known about the request so far.
+/// The facts that are known about the request so far.
 #[derive(Clone)]
 struct Facts {
     id: RequestId,
@@ -56,18 +56,18 @@ struct Facts {
     node: Option<NodeName>,
     method: Method,
     uri: Uri,
-    /// The span that the request is part of, as its caller says.
+    /// The span of which the request is part, according to its caller.
     parent: Option<SpanContext>,
     user: Option<Arc<User>>,
     authenticator: Option<&'static str>,
     impersonated: Option<Arc<User>>,
     request: Option<Arc<RequestInfo>>,
     outcome: Outcome,
-    /// The front end itself has rejected the request.
+    /// Whether the front end itself has rejected the request.
     rejected: bool,
     authorizer: Option<&'static str>,
     rule: String,
-    /// The status of the answer; 0 before there is one.
+    /// The status of the answer, or 0 before there is one.
     code: u16,
 }
 
@@ -83,7 +83,7 @@ impl Facts {
                 Peer::Node { name, .. } => Some(name.clone()),
             },
             method: request.method().clone(),
-            uri: beginning(request.uri()),
+            uri: truncated(request.uri()),
             parent: traces::parent(request.headers()),
             user: None,
             authenticator: None,
@@ -108,11 +108,11 @@ impl Recorder {
         Self::of(audit, metrics, Facts::of(request, peer))
     }
 
-    /// One more record of the same request, for the link that it led to.
-    pub(super) fn again(&self) -> Self {
-        let mut again = Self::of(self.audit.clone(), self.metrics.clone(), self.facts.clone());
-        again.lasting = true;
-        again
+    /// Returns the recorder of the link to which this request has led. It writes a record of its own.
+    pub(super) fn for_link(&self) -> Self {
+        let mut recorder = Self::of(self.audit.clone(), self.metrics.clone(), self.facts.clone());
+        recorder.long_running = true;
+        recorder
     }
 
     fn of(audit: Audit, metrics: Arc<FrontEndMetrics>, facts: Facts) -> Self {
@@ -120,7 +120,7 @@ impl Recorder {
             audit,
             metrics,
             facts,
-            lasting: false,
+            long_running: false,
             room: None,
             received_bytes: Arc::default(),
             sent_bytes: AtomicU64::new(0),
@@ -142,30 +142,30 @@ impl Recorder {
         }
     }
 
-    /// The span that the consequences of the request are part of.
+    /// Returns the span of which streams and requests that follow from this request are part.
     pub(super) fn span(&self) -> Option<SpanContext> {
         self.facts.user.as_ref()?;
         self.span.context().or(self.facts.parent.as_ref()).cloned()
     }
 
-    /// Tells whoever answers the request which span it is part of.
+    /// Adds the trace context to the headers of the request that is passed on.
     pub(super) fn inject(&self, headers: &mut HeaderMap) {
         if let Some(span) = self.span.context() {
             traces::inject(span, headers);
         }
     }
 
-    /// Who makes a request to a target, as the records of streams name it.
+    /// Returns the name of the caller in the records of streams that the request opens.
     pub(super) fn origin(&self, user: &User) -> Origin {
         Origin(format!("front-end request {} of {:?} from {}", self.facts.id, user.name, self.facts.source))
     }
 
-    /// Counts what each authenticator said of a caller whom none of them recognizes.
-    pub(super) fn unrecognized(&self, why: &Failure) {
+    /// Counts the result of each authenticator for a caller whom none of them recognises.
+    pub(super) fn unrecognized(&self, why: &AuthenticationFailure) {
         for (authenticator, reason) in why.by_authenticator() {
-            let result = if matches!(reason, Reason::NotTried(_)) {
+            let result = if matches!(reason, FailureReason::NotTried(_)) {
                 Authentication::Limited
-            } else if matches!(reason, Reason::Unavailable(_)) {
+            } else if matches!(reason, FailureReason::Unavailable(_)) {
                 Authentication::Unavailable
             } else {
                 Authentication::Failed
@@ -175,15 +175,15 @@ impl Recorder {
     }
 
     /// Reserves room for the record of a request that is to be served.
-    pub(super) async fn reserve(&mut self, lasting: bool) -> Result<(), Full> {
-        self.lasting = lasting;
-        let queue = if lasting { Queue::Lasting } else { self.queue() };
+    pub(super) async fn reserve(&mut self, long_running: bool) -> Result<(), QueueFull> {
+        self.long_running = long_running;
+        let queue = if long_running { Queue::LongRunning } else { self.queue() };
         self.room = self.audit.room(queue).await?;
         Ok(())
     }
 
-    /// The request is rejected, with this outcome unless that is clear already. Its line is lost if there is no room,
-    /// but waiting for room slows down whoever makes many such requests.
+    /// Records that the request is rejected. `None` keeps the outcome that an earlier phase has recorded. The line is
+    /// lost if the queue stays full, but the wait slows down callers that make many such requests.
     pub(super) async fn rejected(&mut self, outcome: Option<Outcome>) {
         self.facts.rejected = true;
         self.facts.outcome = outcome.unwrap_or(self.facts.outcome);
@@ -199,11 +199,11 @@ impl Recorder {
         }
     }
 
-    /// What the request asks for is known.
+    /// Records what the request asks for.
     pub(super) fn resolved(&mut self, request: &Arc<RequestInfo>) {
-        // The audit line has none of these, and a record is kept for as long as its response.
+        // The audit line contains none of these fields, and the recorder stays in memory until the response ends.
         let RequestInfo { path, tail, field_selector, .. } = request.as_ref();
-        self.facts.request = Some(match path.len() + tail.len() <= KEPT && field_selector.is_empty() {
+        self.facts.request = Some(match path.len() + tail.len() <= MAX_KEPT && field_selector.is_empty() {
             true => request.clone(),
             false => {
                 let (path, tail, field_selector) = Default::default();
@@ -225,12 +225,12 @@ impl Recorder {
         }
     }
 
-    /// The request went through this node's tunnel.
+    /// Records the node through whose tunnel the request went.
     pub(super) fn through(&mut self, node: NodeName) {
         self.facts.node = Some(node);
     }
 
-    /// The request goes on to its handler.
+    /// Records that the request goes on to its handler.
     pub(super) fn allowed(&mut self) {
         self.facts.outcome = Outcome::Allow;
     }
@@ -287,14 +287,14 @@ impl Recorder {
     }
 }
 
-/// As much of a request's target as a record keeps.
-fn beginning(uri: &Uri) -> Uri {
+/// Returns a request's target, truncated to what a recorder keeps.
+fn truncated(uri: &Uri) -> Uri {
     let (path, query) = (uri.path(), uri.query());
     let authority = uri.authority().map_or(0, |authority| authority.as_str().len());
-    if authority + path.len() + query.map_or(0, str::len) <= KEPT {
+    if authority + path.len() + query.map_or(0, str::len) <= MAX_KEPT {
         return uri.clone();
     }
-    let first = |text: &str| text.chars().take(KEPT).collect::<String>();
+    let first = |text: &str| text.chars().take(MAX_KEPT).collect::<String>();
     let kept = match query {
         Some(query) => Uri::try_from(format!("{}?{}", first(path), first(query))),
         None => Uri::try_from(first(path)),
@@ -306,7 +306,7 @@ impl Drop for Recorder {
     fn drop(&mut self) {
         match self.facts.code {
             0 => self.metrics.request(RequestOutcome::Cancelled, None),
-            _ if !self.lasting => self.metrics.short_request(self.facts.began.elapsed()),
+            _ if !self.long_running => self.metrics.short_request(self.facts.began.elapsed()),
             _ => {}
         }
         let (up, down) = (self.carried.up.load(Ordering::Relaxed), self.carried.down.load(Ordering::Relaxed));

@@ -1,4 +1,4 @@
-//! The front end as all of its callers share it: its files, its limits, and the ways to those who answer requests.
+//! The state of the front end that all connections share: its files, its limits and the services that answer requests.
 
 use std::{fmt, sync::Arc};
 
@@ -22,7 +22,7 @@ use super::{
     call_home::CallHomeServices,
     config::FrontEndConfig,
     counters::FrontEndMetrics,
-    headers::Introduction,
+    headers::IdentityForwarder,
     limits::{Limits, LimitsConfig},
     page::Page,
     proxy_urls::ProxyUrls,
@@ -32,7 +32,7 @@ use super::{
 };
 use crate::{metrics::Expiry, stream::metrics::StreamMetrics};
 
-/// Connections at a time on which nobody has authenticated.
+/// The maximum number of concurrent connections on which nobody has authenticated.
 const MAX_UNAUTHENTICATED: usize = 1024;
 /// The name of the front end in records and metrics of streams.
 pub(super) const LISTENER: &str = "front-end";
@@ -43,21 +43,21 @@ pub struct FrontEnd {
     pub(super) authn: Authenticators,
     pub(super) authz: Authorizers,
     pub(super) authorize_everything: bool,
-    /// Answers proxy URLs here; with `None` kube-apiserver answers them.
+    /// The service that answers proxy URLs. With `None`, kube-apiserver answers them.
     pub(super) proxy_urls: Option<Arc<dyn ProxyUrls>>,
     pub(super) upstream: Arc<Upstream>,
-    pub(super) introduction: Introduction,
+    pub(super) identity: IdentityForwarder,
     pub(super) limits: Limits,
     pub(super) config: LimitsConfig,
     pub(super) audit: Audit,
     pub(super) metrics: Arc<FrontEndMetrics>,
     pub(super) streams: StreamMetrics,
-    /// Owns the connections of callers, also when they have been upgraded. It is drained at the end.
+    /// The group that owns callers' connections, including upgraded ones.
     pub(super) connections: Tasks,
     pub(super) draining: CancellationToken,
-    /// Takes nodes that call home and hosts that join; with `None` neither is served here.
+    /// The services of nodes that call home and hosts that join. With `None`, the front end serves neither.
     call_home: Option<CallHomeServices>,
-    /// Answers the page's paths here; with `None` kube-apiserver answers them.
+    /// The agent's page. With `None`, its paths go to kube-apiserver.
     page: Option<Arc<dyn Page>>,
     permits: Arc<Semaphore>,
     unauthenticated: HandshakePermits,
@@ -65,18 +65,18 @@ pub struct FrontEnd {
     files: Vec<Arc<dyn Watcher>>,
 }
 
-/// What the front end needs of the rest of the agent.
-pub struct Parts<'a> {
+/// The services of other parts of the agent that the front end uses.
+pub struct Dependencies<'a> {
     /// The cluster whose API is asked, if one is configured.
     pub cluster: Option<&'a Cluster>,
-    /// Serves proxy URLs, if the configuration wants them here.
+    /// The service of proxy URLs, which is used if the configuration enables it.
     pub proxy_urls: Option<Arc<dyn ProxyUrls>>,
-    /// The page, if the configuration wants it here.
+    /// The agent's page, which is used if the configuration enables it.
     pub page: Arc<dyn Page>,
-    /// Takes calls home, if the configuration wants them here.
+    /// The services of calls home, if the configuration enables them.
     pub call_home: Option<CallHomeServices>,
     pub streams: StreamMetrics,
-    /// Cancelled when connections are to end after the request that they are at.
+    /// Cancelled when connections must end after their present requests.
     pub draining: CancellationToken,
 }
 
@@ -89,7 +89,7 @@ pub enum NotAdmitted {
     TooMany,
 }
 
-/// The present load.
+/// The present load of the front end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Load {
     pub connections: usize,
@@ -99,14 +99,14 @@ pub struct Load {
 }
 
 impl FrontEnd {
-    /// Reads all files. `callers` owns the connections of callers, `background` those to API servers.
+    /// Reads all files. The group `callers` owns the connections of callers, and `background` those to API servers.
     pub fn load(
         config: &FrontEndConfig,
-        parts: Parts<'_>,
+        dependencies: Dependencies<'_>,
         callers: &Tasks,
         background: &Tasks,
     ) -> anyhow::Result<(Arc<Self>, Writer)> {
-        let Parts { cluster, proxy_urls, page, call_home, streams, draining } = parts;
+        let Dependencies { cluster, proxy_urls, page, call_home, streams, draining } = dependencies;
         let metrics = Arc::<FrontEndMetrics>::default();
         let (authn, mut files) = Authenticators::load(&config.authn, cluster)?;
         let (authz, more) = Authorizers::load(&config.authz)?;
@@ -123,7 +123,7 @@ impl FrontEnd {
             authorize_everything: config.authorize_everything,
             proxy_urls: proxy_urls.filter(|_| config.serve_proxy_urls),
             upstream: Arc::new(upstream),
-            introduction: Introduction::new(config.upstream.identity.clone()),
+            identity: IdentityForwarder::new(config.upstream.identity.clone()),
             limits: Limits::new(&config.limits, metrics.limited.clone()),
             config: config.limits.clone(),
             audit,
@@ -147,27 +147,27 @@ impl FrontEnd {
         background.spawn(self.upstream.clone().watch_health());
     }
 
-    /// The runtimes of the threads that serve callers.
+    /// Returns the runtimes of the worker threads.
     pub fn runtimes(&self) -> Vec<tokio::runtime::Handle> {
         self.workers.runtimes()
     }
 
-    /// What takes calls home, if they are served here.
+    /// Returns the services of calls home, if the front end serves them.
     pub(super) fn call_home(&self) -> Option<&CallHomeServices> {
         self.call_home.as_ref()
     }
 
-    /// The page, if it is served here and has this path.
+    /// Returns the page, if it is enabled and serves this path.
     pub(super) fn page(&self, path: &str) -> Option<&Arc<dyn Page>> {
         self.page.as_ref().filter(|page| page.serves(path))
     }
 
-    /// What bodies of requests must keep to.
+    /// Returns the limits on the bodies of requests.
     pub(super) fn body_limits(&self) -> BodyLimits {
         BodyLimits { max_bytes: self.config.max_body, stall_timeout: self.config.body_timeout }
     }
 
-    /// When the certificates in use expire.
+    /// Returns when the certificates in use expire.
     pub fn expiries(&self) -> Vec<Expiry> {
         let serving = self.tls.get();
         let mut all: Vec<_> =
@@ -189,12 +189,12 @@ impl FrontEnd {
         self.upstream.status()
     }
 
-    /// The number of API servers that work, and of all.
+    /// Returns the number of healthy API servers, and the number of all.
     pub fn upstreams(&self) -> (usize, usize) {
         self.upstream.healthy()
     }
 
-    /// Admits a caller's connection, or gives the reason why not.
+    /// Admits a caller's connection. A connection that is not admitted is counted.
     pub fn admit(&self, peer: &Peer) -> Result<Admission, NotAdmitted> {
         let counted = self.limits.connection(peer).ok_or(NotAdmitted::TooManyOfSource);
         let admitted = counted.and_then(|counted| {
@@ -207,7 +207,7 @@ impl FrontEnd {
         admitted.inspect_err(|reason| self.refused(peer, reason))
     }
 
-    /// Counts a caller that got no answer.
+    /// Counts and logs a connection that failed or was not admitted.
     pub(super) fn refused(&self, peer: &Peer, error: &dyn fmt::Display) {
         self.streams.bad_request(LISTENER);
         tracing::debug!(egress = LISTENER, %peer, %error, "caller refused");

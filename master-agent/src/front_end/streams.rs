@@ -1,4 +1,4 @@
-//! The tasks of HTTP/2 streams, which end when their caller stops taking the response.
+//! The tasks of HTTP/2 streams, which end when their caller stops reading the response.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,7 +11,7 @@ tokio::task_local! {
     static PROGRESS: Arc<Progress>;
 }
 
-/// The progress of the response that the current task makes.
+/// Returns the progress of the current task's response.
 pub(super) fn progress() -> Arc<Progress> {
     PROGRESS.try_with(Arc::clone).unwrap_or_default()
 }
@@ -20,9 +20,9 @@ pub(super) fn progress() -> Arc<Progress> {
 #[derive(Clone)]
 pub(super) struct Streams {
     pub tasks: Tasks,
-    /// How long a caller may take nothing of a response.
-    pub patience: Duration,
-    /// Cancelled when the connection has to end, because hyper holds parts of a response that nobody takes.
+    /// How long a caller may read nothing of a response.
+    pub stall_timeout: Duration,
+    /// Cancelled when the connection has to end, because hyper holds pieces of a response that nobody reads.
     pub ending: CancellationToken,
 }
 
@@ -31,19 +31,19 @@ where
     F: Future<Output = ()> + Send + 'static,
 {
     fn execute(&self, stream: F) {
-        let Self { tasks, patience, ending } = self.clone();
+        let Self { tasks, stall_timeout, ending } = self.clone();
         tasks.spawn(async move {
             let progress = Arc::<Progress>::default();
             let served = PROGRESS.scope(progress.clone(), stream);
-            // Dropping the stream resets it, and ends whatever its request has begun.
+            // Dropping the stream resets it and ends everything that its request has begun.
             tokio::select! {
                 () = served => {}
-                () = progress.stalled(patience) => {}
+                () = progress.stalled(stall_timeout) => {}
             }
             tokio::select! {
                 biased;
                 () = progress.sent() => {}
-                () = progress.stalled(patience) => ending.cancel(),
+                () = progress.stalled(stall_timeout) => ending.cancel(),
             }
         });
     }

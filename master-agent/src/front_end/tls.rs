@@ -1,13 +1,13 @@
-//! TLS of the HTTPS port: serving certificates by name, and the certificates of callers.
+//! The TLS configuration of the HTTPS port, with serving certificates by name and optional client certificates.
 //!
-//! In the handshake a caller only proves that it has the key of its certificate. [`access::authn`] verifies the
+//! In the handshake, a caller only proves possession of its certificate's key. [`access::authn`] verifies the
 //! certificate, and verifies it again on open connections when a CA or a revocation list has changed.
 
 use std::{path::PathBuf, sync::Arc};
 
 use access::x509_expiry::X509Expiry;
 use anyhow::{Context, bail};
-use proto_config::Section;
+use proto_config::{Meanings, Section};
 use proto_net::{
     file_watcher::FileWatcher,
     tls::{chain, private_key},
@@ -28,34 +28,47 @@ pub struct ServingCertificate {
     pub key: PathBuf,
 }
 
+const FIELDS: Meanings = &[
+    ("cert", "The certificate and its chain, in PEM."),
+    ("key", "The key of cert, with mode 0600 or 0640."),
+];
+
 impl ServingCertificate {
     pub fn read(s: &Section<'_>) -> Option<Self> {
+        s.document(FIELDS);
         let (cert, key) = (s.required_file("cert"), s.required_private_file("key"));
         Some(Self { cert: cert?, key: key? })
     }
 }
 
-/// What new connections are served with, as of the last change of the files.
+/// The TLS configuration of new connections, as of the last change of the files.
 pub struct Serving {
     pub config: Arc<ServerConfig>,
     pub expiries: Vec<X509Expiry>,
 }
 
-/// Loads the serving certificates, which follow their files. `ask` says whether callers are asked for certificates.
-pub fn load(certificates: Vec<ServingCertificate>, ask: bool) -> anyhow::Result<Arc<FileWatcher<Serving>>> {
+/// Loads the serving certificates, which follow their files. `request_client_certificates` says whether callers are
+/// asked for certificates.
+pub fn load(
+    certificates: Vec<ServingCertificate>,
+    request_client_certificates: bool,
+) -> anyhow::Result<Arc<FileWatcher<Serving>>> {
     let files = certificates.iter().flat_map(|c| [c.cert.clone(), c.key.clone()]).collect();
     FileWatcher::load("the front end's certificates", files, move || {
         let expiries = certificates.iter().map(|c| X509Expiry::read(&c.cert)).collect::<Result<_, _>>()?;
-        Ok(Serving { config: Arc::new(server_config(&certificates, ask)?), expiries })
+        Ok(Serving { config: Arc::new(server_config(&certificates, request_client_certificates)?), expiries })
     })
 }
 
-fn server_config(certificates: &[ServingCertificate], ask: bool) -> anyhow::Result<ServerConfig> {
+fn server_config(
+    certificates: &[ServingCertificate],
+    request_client_certificates: bool,
+) -> anyhow::Result<ServerConfig> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     let by_name = ByName::load(certificates, &provider)?;
     let builder = ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?;
-    let builder = if ask {
+    let builder = if request_client_certificates {
         builder.with_client_cert_verifier(Arc::new(proto_net::tls::Possession { provider, mandatory: false }))
     } else {
         builder.with_no_client_auth()
@@ -66,7 +79,7 @@ fn server_config(certificates: &[ServingCertificate], ask: bool) -> anyhow::Resu
     Ok(config)
 }
 
-/// Serves the first certificate for the name that the caller asks for, and the first of all for any other name.
+/// Resolves a name to the first certificate that contains it, and every other name to the first certificate of all.
 #[derive(Debug)]
 struct ByName(Vec<(Vec<String>, Arc<CertifiedKey>)>);
 
@@ -96,7 +109,7 @@ impl ResolvesServerCert for ByName {
     }
 }
 
-/// RFC 6125 §6.4: `*` stands for one whole label.
+/// Whether a name matches a pattern, in which `*` stands for one whole label (RFC 6125, section 6.4).
 fn matches(pattern: &str, name: &str) -> bool {
     match pattern.strip_prefix("*.") {
         Some(domain) => name.split_once('.').is_some_and(|(label, rest)| !label.is_empty() && rest == domain),

@@ -1,9 +1,9 @@
-//! Callers that come through their node's tunnel, because their node or pod has no route to the front end's port.
+//! Serves callers that come through their node's tunnel, because they have no route to the front end's port.
 //!
-//! A node-agent opens streams on a multiplexer that is for them alone; a plain sshd opens forwarded-tcpip channels for
-//! the address that it was asked to listen on. Either way a stream ends at the front end and nowhere else, whatever the
-//! node asks for, and TLS begins at the caller. The front end counts such a caller as the node's: all callers of a node
-//! share its limits, and nothing that the node says about a caller is believed.
+//! A node-agent opens streams on a multiplexer of their own. A plain sshd opens forwarded-tcpip channels for the
+//! address on which it was asked to listen. In both cases, a stream always ends at the front end, whatever the node
+//! asks for, and TLS begins at the caller. All callers of a node share the node's limits, and nothing that the node
+//! says about a caller is trusted.
 
 use std::{net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
@@ -27,14 +27,13 @@ use crate::{
     tunnels::{callers::ServeCallers, tunnel::Tunnel},
 };
 
-/// The name of such callers in records and metrics of streams.
+/// The name of this way to the front end in records and metrics of streams.
 const LISTENER: &str = "front-end-tunnel";
-/// Bytes that are buffered in each direction between a stream and the front end.
+/// The number of bytes that are buffered in each direction between a stream and the front end.
 const BUFFER: usize = 16 * 1024;
-/// Characters that are kept of what a node says about a caller.
+/// The number of characters that are kept of what a node says about a caller.
 const MAX_ORIGIN: usize = 100;
-/// How long to wait before an sshd that refused to listen is asked again: the previous session may still hold the
-/// address.
+/// The pause before an sshd that refused to listen is asked again. The previous session may still hold the address.
 const RETRY: Duration = Duration::from_secs(5);
 
 impl ServeCallers for FrontEnd {
@@ -76,7 +75,7 @@ async fn serve_mux(front_end: &Arc<FrontEnd>, tunnel: &Arc<Tunnel>, mut events: 
                 });
             }
             Err(error) => {
-                // A node may ask as often as it likes, and fills the log only once.
+                // This is logged once for each tunnel, so that a node can't flood the log.
                 if matches!(error, DialError::Policy { .. }) && !logged {
                     logged = true;
                     let target = &incoming.target;
@@ -133,7 +132,7 @@ async fn serve_forwarded(front_end: &Arc<FrontEnd>, tunnel: &Arc<Tunnel>, addres
     }
 }
 
-/// Carries the bytes of one caller to the front end and back, and leaves the record of the stream.
+/// Carries the bytes of one caller to the front end and back, and writes the record of the stream.
 async fn carry(
     front_end: &Arc<FrontEnd>,
     tunnel: &Tunnel,

@@ -1,6 +1,6 @@
-//! The threads that serve the HTTPS port. A caller's connection stays on one of them, and so does the connection to the
-//! API server that its requests use, so that a request never changes threads. TLS handshakes of unauthenticated callers
-//! run on these threads and can't hold up tunnels.
+//! The worker threads, which serve the HTTPS port. A caller's connection and the connections to API servers that its
+//! requests use stay on one of them, so that a request never changes threads. TLS handshakes of unauthenticated callers
+//! run on these threads and can't delay tunnels.
 
 use std::{cell::Cell, io, sync::Arc, thread};
 
@@ -14,17 +14,17 @@ thread_local! {
     static NUMBER: Cell<usize> = const { Cell::new(0) };
 }
 
-/// The number of threads, which is that of the cores.
+/// Returns the number of worker threads, which is the number of cores.
 pub fn count() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// The number of this thread, from 1; 0 for all threads that do not serve the port.
+/// Returns the number of this worker thread, beginning with 1. Returns 0 for all other threads.
 pub fn current() -> usize {
     NUMBER.get()
 }
 
-/// All threads. They end once this is dropped.
+/// The worker threads. They end when this is dropped.
 pub struct Workers {
     all: Vec<Worker>,
     _stop: DropGuard,
@@ -33,17 +33,17 @@ pub struct Workers {
 struct Worker {
     runtime: Handle,
     /// Has one clone for each connection.
-    load: Load,
+    load: LoadGuard,
 }
 
 /// Counts as a connection of its thread until it is dropped.
-pub type Load = Arc<()>;
+pub type LoadGuard = Arc<()>;
 
-/// A socket, and the thread that it belongs to.
+/// A socket and the thread to which it is assigned.
 pub struct Assigned {
     pub socket: TcpStream,
     pub runtime: Handle,
-    pub load: Load,
+    pub load: LoadGuard,
 }
 
 impl Workers {
@@ -51,7 +51,7 @@ impl Workers {
         let stop = CancellationToken::new();
         let start = |number| {
             let runtime = Builder::new_current_thread().enable_all().build()?;
-            let worker = Worker { runtime: runtime.handle().clone(), load: Load::default() };
+            let worker = Worker { runtime: runtime.handle().clone(), load: LoadGuard::default() };
             let stopped = stop.clone();
             thread::Builder::new().name(format!("front-end-{number}")).spawn(move || {
                 NUMBER.set(number);
@@ -64,12 +64,12 @@ impl Workers {
         Ok(Self { all, _stop: stop.drop_guard() })
     }
 
-    /// The runtimes of all threads.
+    /// Returns the runtimes of all threads.
     pub fn runtimes(&self) -> Vec<Handle> {
         self.all.iter().map(|worker| worker.runtime.clone()).collect()
     }
 
-    /// Hands a socket over to the thread that has the fewest connections.
+    /// Assigns a socket to the thread that has the fewest connections.
     pub fn assign(&self, socket: TcpStream) -> io::Result<Assigned> {
         let fewest = self.all.iter().min_by_key(|worker| Arc::strong_count(&worker.load));
         let Worker { runtime, load } = fewest.ok_or_else(|| io::Error::other("no thread serves"))?;

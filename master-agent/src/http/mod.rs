@@ -1,6 +1,7 @@
 //! What the front end and the egress listener of proxy URLs share as HTTP servers and proxies.
 
 pub mod browser;
+pub mod causes;
 pub mod claims;
 pub mod exchange;
 pub mod hop;

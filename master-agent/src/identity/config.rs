@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use proto_config::Section;
+use proto_config::{Meanings, Section};
 
 use crate::fields::{DAY, secs};
 
@@ -14,8 +14,14 @@ pub struct CertificatesConfig {
     pub host_ttl: Duration,
 }
 
+const FIELDS: Meanings = &[
+    ("user_ttl", "The lifetime of the master's own SSH user certificate."),
+    ("host_ttl", "The lifetime of nodes' host certificates, which are renewed over the tunnel."),
+];
+
 impl CertificatesConfig {
     pub(crate) fn read(s: &Section<'_>) -> Self {
+        s.document(FIELDS);
         Self {
             user_ttl: s.duration("user_ttl", DAY, secs(1)..=30 * DAY),
             host_ttl: s.duration("host_ttl", 30 * DAY, secs(1)..=3660 * DAY),

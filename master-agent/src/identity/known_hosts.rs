@@ -23,9 +23,15 @@ use super::host_certificate;
 #[derive(Clone, Debug, Default)]
 pub struct KnownHosts(String);
 
+impl From<String> for KnownHosts {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
 /// What a file says about a host key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub enum Verdict {
     Known,
     Unknown,
     Revoked,
@@ -45,12 +51,7 @@ impl KnownHosts {
     /// Judges a key by the lines for the host that was dialled: a plain line has the key, or a CA's line the key that
     /// signed the certificate. A key that any line revokes is never good, whatever host that line is for and however
     /// the rest of it reads.
-    pub(super) fn judge(
-        &self,
-        dialled: &Target,
-        presented: &PublicKeyOrCertificate,
-        now: SystemTime,
-    ) -> Verdict {
+    pub fn judge(&self, dialled: &Target, presented: &PublicKeyOrCertificate, now: SystemTime) -> Verdict {
         let (key, certificate) = match presented {
             PublicKeyOrCertificate::PublicKey { key, .. } => (key.key_data(), None),
             PublicKeyOrCertificate::Certificate(certificate) => (certificate.public_key(), Some(certificate)),

@@ -7,6 +7,7 @@ mod host_certificate;
 mod host_key;
 mod host_key_error;
 pub mod known_hosts;
+pub mod refresh;
 pub mod revocation;
 pub mod sqlite;
 pub mod store;

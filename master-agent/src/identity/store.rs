@@ -3,21 +3,14 @@
 //!
 //! What is asked while a tunnel is made or kept is answered from memory ([`Store::joined_key`],
 //! [`Store::first_use_key`]). All that reads or writes the store itself blocks and belongs on a thread for blocking
-//! work. Commands of other processes change the same store; [`follow`] notices it.
+//! work. Commands of other processes change the same store; [`Store::refresh`] notices it.
 
-use std::{
-    net::IpAddr,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{net::IpAddr, time::SystemTime};
 
 use proto::NodeName;
 use russh::keys::PublicKey;
 use serde::{Serialize, Serializer};
-use tokio::{sync::watch, time::MissedTickBehavior};
-
-/// How often changes by other processes are looked for. They take effect within two seconds.
-const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
+use tokio::sync::watch;
 
 /// A token, without its secret.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -131,55 +124,6 @@ pub trait Store: Send + Sync {
 /// Makes a new list and its version of the present list, or `None` to leave it.
 pub type ChangeRevocations<'a> = &'a mut dyn FnMut(Option<&[u8]>) -> anyhow::Result<Option<(u64, Vec<u8>)>>;
 
-/// Takes over what other processes change, for ever. If the store can't be read, what was read last stays in force.
-pub async fn follow(store: Arc<dyn Store>) {
-    let mut interval = tokio::time::interval(REFRESH_INTERVAL);
-    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut failure = None;
-    loop {
-        interval.tick().await;
-        let refreshing = store.clone();
-        let refreshed = tokio::task::spawn_blocking(move || refreshing.refresh()).await;
-        match refreshed.map_err(anyhow::Error::from).and_then(|refreshed| refreshed) {
-            Ok(_) => failure = None,
-            Err(error) => {
-                let error = format!("{error:#}");
-                if failure.as_ref() != Some(&error) {
-                    tracing::error!(error, "can't read the store; what was read last stays in force");
-                }
-                failure = Some(error);
-            }
-        }
-    }
-}
-
 fn rfc3339<S: Serializer>(time: &SystemTime, s: S) -> Result<S::Ok, S::Error> {
     s.collect_str(&humantime::format_rfc3339_seconds(*time))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::identity::{
-        sqlite::SqliteStore,
-        tests::{TempDir, new_key},
-    };
-
-    #[tokio::test(start_paused = true)]
-    async fn what_another_process_changes_is_known_within_two_seconds() {
-        let dir = TempDir::new();
-        let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&dir.0).unwrap());
-        let other = SqliteStore::open(&dir.0).unwrap();
-        let node: NodeName = "n1".parse().unwrap();
-        let (now, key) = (SystemTime::UNIX_EPOCH, new_key());
-        let mut changes = store.changes();
-        other.remember_node(&node, key.public_key(), &[], now, now).unwrap();
-        assert_eq!(store.joined_key(&node), None);
-        tokio::select! {
-            () = follow(store.clone()) => panic!("it never ends"),
-            changed = tokio::time::timeout(Duration::from_secs(2), changes.changed()) => changed.unwrap().unwrap(),
-        }
-        assert_eq!(store.joined_key(&node), other.joined_key(&node));
-        assert!(store.joined_key(&node).is_some());
-    }
 }

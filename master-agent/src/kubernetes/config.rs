@@ -3,14 +3,14 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use proto::{Host, Target};
-use proto_config::Section;
+use proto_config::{Meanings, Section};
 
 use crate::{
     fields::{WAIT, secs},
     host_trust::HostTrust,
     routing::{
         cluster::Node,
-        inventory::{DEFAULT_USER, InventoryNode, front_end_listen, login_name},
+        inventory::{InventoryNode, front_end_listen, login_user},
     },
 };
 
@@ -28,8 +28,21 @@ pub struct KubernetesConfig {
     pub nodes: Option<WatchedNodes>,
 }
 
+const FIELDS: Meanings = &[
+    ("kubeconfig", "The kubeconfig file. By default, the service account of the pod that the agent runs in."),
+    (
+        "cluster_domain",
+        "What cluster DNS appends to the names of services. Services are known as NAME.NAMESPACE.svc, and \
+         with this domain appended.",
+    ),
+    ("stale_after", "/readyz fails when the API server has not been heard for so long. The routes stay."),
+    ("legacy_names", "Also serves the metrics and the health check of kube-apiserver's own SSH tunneler."),
+    ("nodes", "How Nodes of the cluster are reached that the inventory does not have."),
+];
+
 impl KubernetesConfig {
     pub(crate) fn read(s: &Section<'_>) -> Self {
+        s.document(FIELDS);
         Self {
             kubeconfig: s.file("kubeconfig"),
             cluster_domain: s.or("cluster_domain", "cluster.local".to_owned()),
@@ -54,11 +67,32 @@ pub struct WatchedNodes {
     pub front_end_listen: Option<SocketAddr>,
 }
 
+const NODES_FIELDS: Meanings = &[
+    ("dial_port", "The port of their SSH server, at their InternalIP. 0 means that they call home."),
+    ("user", "The SSH user to log in as."),
+    (
+        "key_file",
+        "A private key to log in with (Ed25519 or ECDSA, with mode 0600 or 0640). By default, the master's \
+         certificate.",
+    ),
+    ("connections", "Tunnels to keep at once."),
+    (
+        "host_keys",
+        "How their host keys are verified, as in the inventory but without pins. By default, by a \
+         certificate of the master's host CA.",
+    ),
+    (
+        "front_end_listen",
+        "For nodes with a plain sshd, ADDRESS:PORT where it listens for callers of the front end.",
+    ),
+];
+
 impl WatchedNodes {
     pub(crate) fn read(s: &Section<'_>) -> Self {
+        s.document(NODES_FIELDS);
         let dial_port = s.number("dial_port", 22, 0..=65535);
         let dial_port = u16::try_from(dial_port).ok().filter(|port| *port > 0);
-        let user = s.at("user").and_then(|at| login_name(&at)).unwrap_or_else(|| DEFAULT_USER.to_owned());
+        let user = login_user(s);
         let trust = s.section("host_keys", |s| HostTrust::read_for_all(s, dial_port.is_some()));
         if s.at("key_file").is_some() && dial_port.is_none() {
             s.error("key_file", "needs dial_port: to nodes that call home the master shows its certificate");
@@ -66,7 +100,7 @@ impl WatchedNodes {
         Self {
             dial_port,
             user,
-            key_file: s.at("key_file").and_then(|_| s.required_private_file("key_file")),
+            key_file: s.private_file("key_file"),
             connections: s.number("connections", 1, 1..=16),
             trust: trust.unwrap_or(HostTrust::HostCa),
             front_end_listen: front_end_listen(s),

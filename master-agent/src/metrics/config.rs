@@ -1,6 +1,6 @@
 //! The `metrics` section of the configuration.
 
-use proto_config::Section;
+use proto_config::{Meanings, Section};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MetricsConfig {
@@ -10,8 +10,14 @@ pub struct MetricsConfig {
     pub konnectivity_names: bool,
 }
 
+const FIELDS: Meanings = &[
+    ("per_node", "Serves series of each node, which are at most 13."),
+    ("konnectivity_names", "Also serves the metrics of a Konnectivity server that have an equivalent here."),
+];
+
 impl MetricsConfig {
     pub(crate) fn read(s: &Section<'_>) -> Self {
+        s.document(FIELDS);
         Self { per_node: s.or("per_node", true), konnectivity_names: s.or("konnectivity_names", false) }
     }
 }

@@ -1,6 +1,6 @@
 //! What the metrics of several parts have in common. Each part registers its own metrics and keeps their handles:
-//! `stream/metrics/`, `tunnels/`, `front_end/` and `kubernetes/`. All names begin with `master_agent_`, except those that
-//! dashboards made for other programs know.
+//! `stream/metrics/`, `tunnels/`, `front_end/` and `kubernetes/`. All names begin with `master_agent_`, except those
+//! that dashboards made for other programs know.
 
 mod certificates;
 mod config;
@@ -10,4 +10,4 @@ mod reason;
 pub use certificates::{Certificates, Expiry};
 pub use config::MetricsConfig;
 pub use gauge::signed;
-pub use reason::Reason;
+pub use reason::ReasonLabel;

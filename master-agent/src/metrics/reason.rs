@@ -1,8 +1,9 @@
-//! The label that says why, or with which result.
+//! The label `reason`, whose value is a reason or a result.
 
 use prometheus_client::encoding::EncodeLabelSet;
 
+/// A set of labels with `reason` alone.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct Reason {
+pub struct ReasonLabel {
     pub reason: &'static str,
 }

@@ -10,7 +10,7 @@ use std::{
 
 use ipnet::IpNet;
 use proto::{NodeName, Target};
-use proto_config::{At, Errors, Section, Source, Value};
+use proto_config::{At, Errors, Field, Meanings, Section, Source};
 use proto_net::file_watcher::FileWatcher;
 
 use crate::host_trust::HostTrust;
@@ -57,6 +57,42 @@ struct Claims {
     pins: HashMap<String, String>,
     default_route: Option<String>,
 }
+
+const FIELDS: Meanings = &[
+    ("nodes", "The nodes that the master knows, and what is reached through each."),
+    ("service_cidrs", "Networks that are reached through any node with a tunnel."),
+];
+
+const NODE_FIELDS: Meanings = &[
+    ("name", "The name of the Kubernetes Node."),
+    ("dial", "HOST:PORT of its SSH server. Without it, the node calls home."),
+    ("user", "The SSH user to log in as."),
+    ("addresses", "Its own addresses."),
+    ("cidrs", "The networks of pods and whatever else lies behind it. The longest prefix wins."),
+    ("default_route", "Takes what no other node or network claims. This holds for one node at most."),
+    ("connections", "Tunnels to keep at once."),
+    (
+        "key_file",
+        "A private key to log in with (Ed25519 or ECDSA, with mode 0600 or 0640). By default, the master's \
+         certificate.",
+    ),
+    (
+        "host_keys",
+        "How its host key is verified: one of pins, known_hosts and first_use. By default, by a certificate \
+         of the master's host CA.",
+    ),
+    (
+        "front_end_listen",
+        "For a plain sshd, ADDRESS:PORT, with a port from 1024, where it listens for callers of the front \
+         end.",
+    ),
+];
+
+const HOST_KEYS_FIELDS: Meanings = &[
+    ("pins", "Fingerprints of host keys that are accepted, as `ssh-keygen -l` prints them."),
+    ("known_hosts", "A file as ssh(1) keeps it."),
+    ("first_use", "Remembers the first key that is seen, and refuses every other one. This needs dial."),
+];
 
 impl Inventory {
     /// If several nodes have the same name, address or pin, the first one has it.
@@ -121,7 +157,13 @@ impl Inventory {
         proto_config::parse(text, Source { origin, base_dir, check_files: false }, Self::read)
     }
 
+    /// Every field of the file.
+    pub fn describe() -> Vec<Field> {
+        proto_config::describe(Self::read)
+    }
+
     fn read(s: &Section<'_>) -> Option<Self> {
+        s.document(FIELDS);
         let mut claims = Claims::default();
         let nodes = s.items("nodes");
         let nodes =
@@ -133,13 +175,14 @@ impl Inventory {
 
 impl InventoryNode {
     fn read(s: &Section<'_>, claims: &mut Claims) -> Option<Self> {
+        s.document(NODE_FIELDS);
         let name = s.required_at("name").and_then(|at| claims.name(&at));
         let owner = match &name {
             Some(name) => format!("node {name}"),
             None => "a node".to_owned(),
         };
         let dial = s.optional("dial");
-        let user = s.at("user").and_then(|at| login_name(&at)).unwrap_or_else(|| DEFAULT_USER.to_owned());
+        let user = login_user(s);
         let addresses = s.items("addresses");
         let addresses = addresses.iter().filter_map(|at| claims.address(at, &owner)).collect();
         let cidrs = claims.networks(s, "cidrs", &owner);
@@ -153,7 +196,7 @@ impl InventoryNode {
         let connections = s.number("connections", 1, 1..=16);
         let trust = s.section("host_keys", |s| HostTrust::read(s, dial.is_some(), &owner, claims));
         let trust = trust.unwrap_or(HostTrust::HostCa);
-        let key_file = s.at("key_file").and_then(|_| s.required_private_file("key_file"));
+        let key_file = s.private_file("key_file");
         if key_file.is_some() && dial.is_none() {
             s.error("key_file", "needs dial: to a node that calls home the master shows its certificate");
         }
@@ -176,6 +219,7 @@ impl InventoryNode {
 
 impl HostTrust {
     fn read(s: &Section<'_>, dialled: bool, owner: &str, claims: &mut Claims) -> Option<Self> {
+        s.document(HOST_KEYS_FIELDS);
         let pins = s.at("pins").map(|at| {
             let items = at.items();
             if items.is_empty() {
@@ -215,7 +259,7 @@ impl HostTrust {
 
 impl Claims {
     fn name(&mut self, at: &At<'_>) -> Option<NodeName> {
-        let name = NodeName::read(at)?;
+        let name: NodeName = at.read()?;
         match self.names.entry(name.clone()) {
             Entry::Occupied(first) => {
                 at.error(format!("there is a node {name} already, on line {}", first.get()));
@@ -229,7 +273,7 @@ impl Claims {
     }
 
     fn address(&mut self, at: &At<'_>, owner: &str) -> Option<IpAddr> {
-        let address = IpAddr::read(at)?;
+        let address: IpAddr = at.read()?;
         if address.is_unspecified() || address.is_multicast() {
             at.error(format!("{address} is no address of a host"));
         }
@@ -239,7 +283,7 @@ impl Claims {
 
     fn networks(&mut self, s: &Section<'_>, name: &'static str, owner: &str) -> Vec<IpNet> {
         let read = |at: &At<'_>| {
-            let net = IpNet::read(at)?;
+            let net: IpNet = at.read()?;
             self.network(at, net, owner, &net.to_string());
             Some(net)
         };
@@ -292,7 +336,14 @@ pub fn front_end_listen(s: &Section<'_>) -> Option<SocketAddr> {
     Some(address)
 }
 
-pub fn login_name(at: &At<'_>) -> Option<String> {
+/// The SSH user of a node or of all nodes of a cluster.
+pub fn login_user(s: &Section<'_>) -> String {
+    let user = s.at("user").and_then(|at| login_name(&at));
+    s.states_default("user", DEFAULT_USER);
+    user.unwrap_or_else(|| DEFAULT_USER.to_owned())
+}
+
+fn login_name(at: &At<'_>) -> Option<String> {
     let text = at.text()?;
     let allowed = |c: char| c.is_ascii_graphic() && !matches!(c, ':' | '/' | '"' | '\'' | '\\');
     if text.is_empty() || text.len() > 64 || text.starts_with('-') || !text.chars().all(allowed) {

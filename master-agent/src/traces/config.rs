@@ -12,7 +12,7 @@ use hyper::{
     Uri,
     header::{HeaderName, HeaderValue},
 };
-use proto_config::{Section, secret_file};
+use proto_config::{Meanings, Section, secret_file};
 use proto_net::tls::ClientTls;
 
 use crate::fields::{WAIT, secs, verified_or_loopback};
@@ -38,8 +38,28 @@ pub struct TracesConfig {
 
 impl Eq for TracesConfig {}
 
+const FIELDS: Meanings = &[
+    (
+        "endpoint",
+        "Where spans are posted (OTLP over HTTP): https://HOST:4318/v1/traces, or http:// on loopback only.",
+    ),
+    ("ca", "The CA of the collector's certificate. By default, the CAs of the system."),
+    ("cert", "A client certificate for the collector. It needs key."),
+    ("key", "The key of cert, with mode 0600 or 0640."),
+    (
+        "headers_file",
+        "A file with lines NAME: VALUE, which are headers of every request, for example an authorization. \
+         Its mode is 0600 or 0640.",
+    ),
+    ("sample_ratio", "The share of traces that is sent, from 0 to 1."),
+    ("service_name", "The name of this agent in traces."),
+    ("timeout", "Time for one request to the collector."),
+    ("queue", "Spans that wait to be sent. Further ones are lost."),
+];
+
 impl TracesConfig {
     pub fn read(s: &Section<'_>) -> Option<Self> {
+        s.document(FIELDS);
         let (cert, key) = (s.file("cert"), s.private_file("key"));
         if cert.is_some() != key.is_some() {
             s.section_error("cert and key go together: give both or none");

@@ -2,18 +2,19 @@
 
 use std::{fmt, time::SystemTime};
 
+/// Why a node has no tunnel at the moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Absent {
     /// The master has not tried yet.
     New,
     Connecting,
-    /// The last attempt failed; another follows.
+    /// The last attempt failed, and another one follows.
     Retrying {
         error: String,
         at: SystemTime,
     },
     WaitingForCallHome,
-    /// The last tunnel ended and the node has to call again.
+    /// The last tunnel ended, and the node has to call home again.
     Lost {
         reason: String,
         since: SystemTime,
@@ -21,8 +22,8 @@ pub enum Absent {
 }
 
 impl Absent {
-    /// The state in one word.
-    pub(super) fn word(&self) -> &'static str {
+    /// Returns the name of the state, as the status shows it.
+    pub(super) fn name(&self) -> &'static str {
         match self {
             Self::New | Self::Connecting => "connecting",
             Self::Retrying { .. } => "retrying",

@@ -1,5 +1,5 @@
-//! Takes nodes that call home (RFC 8071), and hosts that call to join. Above the link, the tunnel of a node that calls is
-//! the same as one that the master has dialled.
+//! Answers nodes that call home (RFC 8071), and hosts that call in order to join. Above the link, the tunnel of a node
+//! that has called home is the same as one that the master has dialled.
 
 use std::{net::SocketAddr, sync::Arc, time::SystemTime};
 
@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     absent::Absent,
     config::TunnelsConfig,
-    join::{Host, Joining},
+    join::{Joining, UnknownHost},
     login::MasterLogin,
     refusals::Refusals,
     registry::Registry,
@@ -37,16 +37,16 @@ use crate::identity::{HostKeyError, LOGIN};
 /// The purpose of a call home.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Purpose {
-    /// Known only from the handshake, since the call came to the port for such calls.
+    /// The call came to the call-home port, so only the SSH handshake tells its purpose.
     Any,
-    /// Admitted over the front end's port as this node's link.
+    /// The front end has admitted the call as the link of this node.
     Link(NodeName),
-    /// Admitted over the front end's port to join, under this name if one was given.
+    /// The front end has admitted the call in order to join, under this name if there is one.
     Join(Option<NodeName>),
 }
 
 impl Purpose {
-    /// The node that the call names, if it names one.
+    /// Returns the node that the call names, if it names one.
     pub fn node(&self) -> Option<&NodeName> {
         match self {
             Self::Link(node) | Self::Join(Some(node)) => Some(node),
@@ -55,7 +55,7 @@ impl Purpose {
     }
 }
 
-/// Takes calls, with what that needs of the other parts.
+/// Answers calls home.
 pub struct CallHome {
     pub config: TunnelsConfig,
     pub client: Arc<SshClient>,
@@ -65,16 +65,16 @@ pub struct CallHome {
     pub registry: Arc<Registry>,
     pub refusals: Refusals,
     pub supervisor: Arc<Supervisor>,
-    /// Calls that have not authenticated yet.
+    /// Bounds the calls that have not authenticated yet.
     pub permits: HandshakePermits,
-    /// Owns the calls and their sessions.
+    /// The group that owns the calls and their sessions.
     pub tasks: Tasks,
-    /// Cancelled when no new tunnels are to be made.
+    /// Cancelled when the agent stops and must not establish new tunnels.
     pub draining: CancellationToken,
 }
 
 impl CallHome {
-    /// Accepts calls on the port for them. Once the agent stops, they are closed at once.
+    /// Accepts calls on the call-home port. Once the agent is stopping, calls are closed at once.
     pub async fn accept(self: Arc<Self>, listener: TcpListener) {
         Acceptor::new(listener, Tuning::Link)
             .serve(
@@ -88,8 +88,8 @@ impl CallHome {
             .await;
     }
 
-    /// Answers a call over the front end's port once its HTTP connection has become a link, and supervises its tunnel
-    /// to its end. `upgrade` gives no link if that fails.
+    /// Answers a call over the front end's port once its HTTP connection has become a link, and supervises the tunnel
+    /// until it ends. `upgrade` returns `None` if the connection does not become a link.
     pub async fn answer_upgrade<T>(
         &self,
         upgrade: impl Future<Output = Option<T>>,
@@ -123,13 +123,14 @@ impl CallHome {
                 }
             }
             Ok(None) => {}
-            // There may be any number of these; they are counted.
+            // An attacker can cause any number of these, so they are only counted.
             Err(error @ TunnelError::Evicted) => tracing::debug!(%peer, %error, "refused a call home"),
             Err(error) => tracing::warn!(%peer, %error, "refused a call home"),
         }
     }
 
-    /// Makes the tunnel of a node that calls, and registers it. `None` is for a host that has joined, and calls again.
+    /// Establishes and registers the tunnel of a node that calls. Returns `None` for a host that has joined, which then
+    /// calls again as a node.
     async fn link<T>(
         &self,
         link: T,
@@ -157,7 +158,7 @@ impl CallHome {
                 Ok(Some((self.supervisor.register(tunnel).await?, events)))
             }
             HostIdentity::Unknown(key, why) => {
-                let host = Host { key: &key, why: &why, name: name.as_ref(), peer };
+                let host = UnknownHost { key: &key, why: &why, name: name.as_ref(), peer };
                 let join = self.joining.serve(&session, host);
                 let joined = tokio::select! {
                     joined = timeout(self.config.handshake_timeout, join) => joined,
@@ -172,7 +173,7 @@ impl CallHome {
     }
 }
 
-/// Accepts no more than what the call was admitted for: one node, or a host that is no node yet.
+/// Restricts `verify` to what the call was admitted for, which is one node or a host that is no node yet.
 fn only_for(purpose: Purpose, verify: Verify) -> Verify {
     Box::new(move |presented| {
         let (verified, purpose) = (verify(presented), purpose.clone());

@@ -1,4 +1,4 @@
-//! Hands the tunnels over to whoever serves the callers that come through them: the front end.
+//! The channel that passes new tunnels to the front end, which serves the callers that come through them.
 
 use std::{net::SocketAddr, pin::Pin, sync::Arc};
 
@@ -7,12 +7,13 @@ use tokio::sync::mpsc;
 
 use super::tunnel::Tunnel;
 
-/// Tunnels that wait to be taken over.
-const WAITING: usize = 64;
+/// The number of tunnels that the channel can hold.
+const CAPACITY: usize = 64;
 
 /// Serves the callers who come through tunnels.
 pub trait ServeCallers: Send + Sync {
-    /// Serves those of one tunnel until it ends. `listen` is where a plain sshd is to listen for them, if anywhere.
+    /// Serves the callers of one tunnel until it ends. `listen` is the address on which a plain sshd is asked to listen
+    /// for them.
     fn serve(
         self: Arc<Self>,
         tunnel: Arc<Tunnel>,
@@ -20,30 +21,30 @@ pub trait ServeCallers: Send + Sync {
     ) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 }
 
-/// A tunnel through which callers may come, and where a plain sshd is to listen for them.
-type Opened = (Arc<Tunnel>, Option<SocketAddr>);
+/// A tunnel through which callers may come, and the address on which a plain sshd is asked to listen for them.
+type CallerTunnel = (Arc<Tunnel>, Option<SocketAddr>);
 
-/// The end at which tunnels are handed over.
+/// The sending half of the channel.
 #[derive(Clone)]
-pub struct CallerTunnels(mpsc::Sender<Opened>);
+pub struct CallerTunnelSender(mpsc::Sender<CallerTunnel>);
 
-/// The end at which they are taken over.
-pub struct TakenOver(mpsc::Receiver<Opened>);
+/// The receiving half of the channel.
+pub struct CallerTunnelReceiver(mpsc::Receiver<CallerTunnel>);
 
-pub fn hand_over() -> (CallerTunnels, TakenOver) {
-    let (sender, receiver) = mpsc::channel(WAITING);
-    (CallerTunnels(sender), TakenOver(receiver))
+pub fn caller_tunnels() -> (CallerTunnelSender, CallerTunnelReceiver) {
+    let (sender, receiver) = mpsc::channel(CAPACITY);
+    (CallerTunnelSender(sender), CallerTunnelReceiver(receiver))
 }
 
-impl CallerTunnels {
-    pub(super) async fn add(&self, tunnel: Arc<Tunnel>, listen: Option<SocketAddr>) {
-        // Nobody takes tunnels over any more once the agent stops.
+impl CallerTunnelSender {
+    pub(super) async fn send(&self, tunnel: Arc<Tunnel>, listen: Option<SocketAddr>) {
+        // The receiver is gone once the agent stops.
         let _ = self.0.send((tunnel, listen)).await;
     }
 }
 
-impl TakenOver {
-    /// Has `callers` serve every tunnel until it ends, each in a task of `tasks`.
+impl CallerTunnelReceiver {
+    /// Serves every tunnel with `callers` until the tunnel ends, each in a task of `tasks`.
     pub async fn serve(mut self, callers: Arc<dyn ServeCallers>, tasks: Tasks) {
         while let Some((tunnel, listen)) = self.0.recv().await {
             let served = callers.clone().serve(tunnel.clone(), listen);

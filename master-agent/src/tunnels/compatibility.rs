@@ -1,5 +1,6 @@
-//! Metrics under names that existing dashboards know: those of kube-apiserver's own SSH tunneler, and those of a
-//! Konnectivity server as far as they mean the same here. They have no prefix of this agent.
+//! Metrics under the names of other software, which existing dashboards use: those of kube-apiserver's own SSH
+//! tunneler, and those of a Konnectivity server as far as they have the same meaning here. They lack the prefix of this
+//! agent.
 
 use std::{fmt, sync::Arc};
 
@@ -22,7 +23,7 @@ use crate::{
     tunnels::{counters::TunnelMetrics, registry::Registry},
 };
 
-/// Registers the names of the SSH tunneler.
+/// Registers the metrics of the SSH tunneler.
 pub fn register_legacy(
     tunnels: &TunnelMetrics,
     watches: &Arc<Watches>,
@@ -31,7 +32,7 @@ pub fn register_legacy(
     root.register_collector(Box::new(LegacyNames::new(tunnels, watches)));
 }
 
-/// Registers the names of a Konnectivity server.
+/// Registers the metrics of a Konnectivity server.
 pub fn register_konnectivity(
     streams: &StreamMetrics,
     tunnels: &TunnelMetrics,
@@ -42,7 +43,7 @@ pub fn register_konnectivity(
     root.register_collector(Box::new(KonnectivityNames { streams, stalls, nodes }));
 }
 
-/// The names that kube-apiserver's own SSH tunneler had.
+/// The metrics that kube-apiserver's own SSH tunneler had.
 struct LegacyNames {
     dials: Counter,
     failed: Counter,
@@ -75,7 +76,7 @@ impl Collector for LegacyNames {
                 stale,
             ),
         ] {
-            // These are gauges, since the library appends `_total` to the name of a counter.
+            // They are gauges because the library appends `_total` to the names of counters.
             let gauge = ConstGauge::new(signed(value));
             gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
         }
@@ -83,7 +84,7 @@ impl Collector for LegacyNames {
     }
 }
 
-/// The names of a Konnectivity server.
+/// The metrics of a Konnectivity server.
 struct KonnectivityNames {
     streams: StreamMetrics,
     stalls: ByDirection,
@@ -97,9 +98,9 @@ impl fmt::Debug for KonnectivityNames {
 }
 
 impl KonnectivityNames {
-    /// Open streams of the listeners that `of` names.
-    fn open(&self, of: impl Fn(&str) -> bool) -> i64 {
-        let listeners = LISTENERS.into_iter().filter(|listener| of(listener));
+    /// Returns the number of open streams of the listeners that `matches` accepts.
+    fn open(&self, matches: impl Fn(&str) -> bool) -> i64 {
+        let listeners = LISTENERS.into_iter().filter(|listener| matches(listener));
         let open = |egress| self.streams.open.get(&ListenerLabels { egress }).map_or(0, |open| open.get());
         listeners.map(open).sum()
     }
@@ -120,7 +121,7 @@ impl Collector for KonnectivityNames {
         ] {
             histogram.encode(encoder.encode_descriptor(name, help, None, MetricType::Histogram)?)?;
         }
-        // This is no counter, since the library appends `_total` to the name of one.
+        // It is not a counter because the library appends `_total` to the names of counters.
         let (name, help) = (name!("dial_failure_count"), "Dials that failed, by reason.");
         let mut family = encoder.encode_descriptor(name, help, None, MetricType::Unknown)?;
         for (reason, times) in counts.failures() {

@@ -1,20 +1,21 @@
-//! The configuration of tunnels, and of the listener at which nodes call home.
+//! The `tunnels` and `call_home` sections of the configuration.
 
 use std::{net::SocketAddr, time::Duration};
 
-use proto_config::Section;
+use proto_config::{Meanings, Section};
 
 use crate::fields::{COUNT, DAY, WAIT, any, secs};
 
+/// The `tunnels` section.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TunnelsConfig {
     pub keepalive_interval: Duration,
-    /// Unanswered keep-alives after which a tunnel is dead.
+    /// The number of keep-alives that may stay unanswered. One more ends the tunnel.
     pub keepalive_max: usize,
     pub handshake_timeout: Duration,
-    /// Between key exchanges of a tunnel.
+    /// The time between two key exchanges of a tunnel.
     pub rekey_interval: Duration,
-    /// For opening one stream, from the caller's request to the target's answer.
+    /// The longest time to open a stream, from the caller's request to the target's answer.
     pub dial_timeout: Duration,
     pub max_streams_per_tunnel: usize,
     pub max_streams_per_node: usize,
@@ -22,8 +23,25 @@ pub struct TunnelsConfig {
     pub backoff_max: Duration,
 }
 
+const FIELDS: Meanings = &[
+    ("keepalive_interval", "Time between keep-alives of a tunnel."),
+    (
+        "keepalive_max",
+        "A tunnel is dead when one more than this number of keep-alives is unanswered: with the defaults, \
+         after 9 s.",
+    ),
+    ("handshake_timeout", "Time for an SSH handshake."),
+    ("rekey_interval", "Time between key exchanges of a tunnel."),
+    ("dial_timeout", "Time to open a stream, from the caller's request to the target's answer."),
+    ("max_streams_per_tunnel", "Streams at once in one tunnel."),
+    ("max_streams_per_node", "Streams at once through one node."),
+    ("backoff_min", "The shortest time between attempts to reach a node."),
+    ("backoff_max", "The longest time between attempts to reach a node."),
+];
+
 impl TunnelsConfig {
     pub(crate) fn read(s: &Section<'_>) -> Self {
+        s.document(FIELDS);
         let tunnels = Self {
             keepalive_interval: s.duration("keepalive_interval", secs(3), WAIT),
             keepalive_max: s.number("keepalive_max", 2, 1..=100),
@@ -44,19 +62,22 @@ impl TunnelsConfig {
     }
 }
 
+/// The `call_home` section.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CallHomeConfig {
     pub listen: SocketAddr,
-    /// Connections at once that have not authenticated yet.
+    /// The maximum number of concurrent connections that have not authenticated yet.
     pub max_handshakes: usize,
 }
 
+const CALL_HOME_FIELDS: Meanings = &[
+    ("listen", "The address to listen on."),
+    ("max_handshakes", "Connections at once that have not authenticated."),
+];
+
 impl CallHomeConfig {
     pub(crate) fn read(s: &Section<'_>) -> Self {
-        let default = any(2222);
-        Self {
-            listen: s.listen("listen", Some(default)).unwrap_or(default),
-            max_handshakes: s.number("max_handshakes", 256, COUNT),
-        }
+        s.document(CALL_HOME_FIELDS);
+        Self { listen: s.listen("listen", any(2222)), max_handshakes: s.number("max_handshakes", 256, COUNT) }
     }
 }

@@ -1,4 +1,4 @@
-//! What is counted as it happens to links, tunnels, joins and the inventory.
+//! The counters of links, tunnels, joins and inventory reloads, which count events as they happen.
 
 use prometheus_client::{
     metrics::{counter::Counter, family::Family, histogram::Histogram},
@@ -6,9 +6,9 @@ use prometheus_client::{
 };
 use proto_net::stalls;
 
-use crate::metrics::Reason;
+use crate::metrics::ReasonLabel;
 
-/// The handles of the tunnels' parts. Cheap to clone.
+/// The handles of all counters. It is cheap to clone.
 #[derive(Clone)]
 pub struct TunnelMetrics {
     /// How often, and for how long, streams wait for room at the other agent.
@@ -16,13 +16,13 @@ pub struct TunnelMetrics {
     pub tunnel_dials: Counter,
     pub tunnel_dials_failed: Counter,
     pub tunnels_established: Counter,
-    pub tunnels_lost: Family<Reason, Counter>,
+    pub tunnels_lost: Family<ReasonLabel, Counter>,
     pub node_absence_seconds: Histogram,
-    /// Links and handshakes that did not become a tunnel, by reason.
-    pub refused: Family<Reason, Counter>,
-    pub joins: Family<Reason, Counter>,
+    /// The links that did not become a tunnel, by reason.
+    pub refused: Family<ReasonLabel, Counter>,
+    pub joins: Family<ReasonLabel, Counter>,
     pub certificates_renewed: Counter,
-    pub inventory_reloads: Family<Reason, Counter>,
+    pub inventory_reloads: Family<ReasonLabel, Counter>,
 }
 
 impl Default for TunnelMetrics {

@@ -1,4 +1,4 @@
-//! Dials nodes: keeps the links to every node of the inventory that has an address to dial.
+//! Dials nodes, and keeps links to every node of the inventory that has an address to dial.
 
 use std::{
     collections::HashMap,
@@ -40,18 +40,18 @@ use crate::{
     routing::inventory::{Inventory, InventoryNode},
 };
 
-/// How long a TCP connection may take.
+/// The longest time to connect to a node.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(2500);
-/// How long a tunnel may take to be told that it is retired.
+/// The longest time to tell a node that its tunnel is retired.
 const RETIRE_TIMEOUT: Duration = Duration::from_millis(1500);
-/// A tunnel that lasted this long ends the back-off.
-const STEADY: Duration = Duration::from_secs(10);
+/// A tunnel that lasts longer than this resets the back-off.
+const STABLE_AFTER: Duration = Duration::from_secs(10);
 
-/// Opens the byte streams below links.
+/// Opens the byte streams of which links are made.
 pub trait Connect: Send + Sync + 'static {
     type Io: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
-    /// Gives the stream, and the address of its peer.
+    /// Returns the stream and the address of its peer.
     fn connect(
         &self,
         address: &Target,
@@ -72,7 +72,7 @@ impl Connect for Tcp {
     }
 }
 
-/// Dials nodes, with the parts that this takes.
+/// The parts of the agent that dialling a node takes.
 pub struct Dialling<C> {
     pub connect: C,
     pub config: TunnelsConfig,
@@ -83,11 +83,11 @@ pub struct Dialling<C> {
     pub refusals: Refusals,
     pub supervisor: Arc<Supervisor>,
     pub metrics: TunnelMetrics,
-    /// Cancelled when no new tunnels are to be made.
+    /// Cancelled when the agent stops and must not establish new tunnels.
     pub draining: CancellationToken,
 }
 
-/// Keeps dial loops for every node that is to be dialled.
+/// Runs the dial loops of all nodes that have an address to dial.
 pub struct DialLinks<C> {
     nodes: watch::Receiver<Arc<Inventory>>,
     dialling: Arc<Dialling<C>>,
@@ -96,12 +96,12 @@ pub struct DialLinks<C> {
 }
 
 impl<C: Connect> DialLinks<C> {
-    /// The loops belong to groups below `tasks`.
+    /// Takes the group `tasks`, below which each node has a group for its loops.
     pub fn new(nodes: watch::Receiver<Arc<Inventory>>, dialling: Dialling<C>, tasks: Tasks) -> Self {
         Self { nodes, dialling: Arc::new(dialling), tasks, loops: HashMap::new() }
     }
 
-    /// Follows the nodes for as long as somebody may change them.
+    /// Follows the nodes until their sender is gone.
     pub async fn run(mut self) {
         loop {
             self.follow();
@@ -128,20 +128,20 @@ impl<C: Connect> DialLinks<C> {
             }
             let tasks = self.tasks.child();
             for _ in 0..node.connections {
-                let dialled = DialledNode {
+                let dial_loop = DialLoop {
                     dialling: self.dialling.clone(),
                     node: node.clone(),
                     address: address.clone(),
                     tasks: tasks.clone(),
                 };
-                tasks.spawn(dialled.keep_linked());
+                tasks.spawn(dial_loop.run());
             }
             self.loops.insert(node.name.clone(), (node.clone(), tasks));
         }
     }
 }
 
-/// Whether a link that was made for one entry of the inventory is as good for the other.
+/// Whether both entries of the inventory lead to the same links, so that existing links can stay.
 fn is_same_link(a: &InventoryNode, b: &InventoryNode) -> bool {
     let link = |n: &InventoryNode| {
         (
@@ -156,18 +156,18 @@ fn is_same_link(a: &InventoryNode, b: &InventoryNode) -> bool {
     link(a) == link(b)
 }
 
-/// One of the links that a node is to have.
-struct DialledNode<C> {
+/// The dial loop of one link. A node has as many of them as it has `connections`.
+struct DialLoop<C> {
     dialling: Arc<Dialling<C>>,
     node: InventoryNode,
     address: Target,
-    /// The group of this node.
+    /// The group of the node's tasks.
     tasks: Tasks,
 }
 
-impl<C: Connect> DialledNode<C> {
-    /// Dials, supervises the tunnel to its end, and dials again, with pauses that grow while that fails.
-    async fn keep_linked(self) {
+impl<C: Connect> DialLoop<C> {
+    /// Dials, supervises the tunnel until it ends, and dials again. The pauses grow while dials fail.
+    async fn run(self) {
         let Dialling { config, registry, draining, .. } = &*self.dialling;
         let name = &self.node.name;
         let mut backoff = Backoff::new(config.backoff_min, config.backoff_max);
@@ -177,8 +177,8 @@ impl<C: Connect> DialledNode<C> {
             }
             let error = match self.dial().await {
                 Ok(first) => {
-                    let (began, reason) = self.supervise_in_turn(first).await;
-                    if began.elapsed() > STEADY {
+                    let (began, reason) = self.supervise_and_replace(first).await;
+                    if began.elapsed() > STABLE_AFTER {
                         backoff.reset();
                     }
                     reason
@@ -190,9 +190,9 @@ impl<C: Connect> DialledNode<C> {
         }
     }
 
-    /// Supervises a tunnel, and makes the next one before the master's certificate, with which this one was
-    /// authenticated, expires. The former one keeps its streams. Gives when the last one began, and why it ended.
-    async fn supervise_in_turn(&self, mut linked: Linked) -> (Instant, String) {
+    /// Supervises a tunnel, and replaces it before the master's certificate that authenticated it expires. A replaced
+    /// tunnel keeps its streams. Returns when the last tunnel was established and why it ended.
+    async fn supervise_and_replace(&self, mut linked: Linked) -> (Instant, String) {
         loop {
             let tunnel = linked.0.tunnel().clone();
             let mut supervised = Box::pin(self.dialling.supervisor.clone().supervise(linked));
@@ -206,10 +206,10 @@ impl<C: Connect> DialledNode<C> {
         }
     }
 
-    /// Dials again in time, and never if the tunnel needs no successor.
+    /// Dials again in time. Never completes if the tunnel needs no successor.
     async fn dial_successor(&self, tunnel: &Tunnel) -> Linked {
         let Dialling { config, draining, .. } = &*self.dialling;
-        // A plain sshd looks at certificates in handshakes only.
+        // A plain sshd checks certificates in handshakes only.
         let Some(expires) = tunnel.user_expires().filter(|_| tunnel.is_node_agent()) else {
             return std::future::pending().await;
         };
@@ -227,7 +227,7 @@ impl<C: Connect> DialledNode<C> {
         }
     }
 
-    /// Makes a tunnel and registers it. A failure is counted and logged.
+    /// Establishes and registers a tunnel. A failure is counted and logged.
     async fn dial(&self) -> Result<Linked, TunnelError> {
         let Dialling { metrics, registry, .. } = &*self.dialling;
         metrics.tunnel_dials.inc();
@@ -268,7 +268,7 @@ impl<C: Connect> DialledNode<C> {
         }
     }
 
-    /// The key to log in with: the node's own if the inventory names one.
+    /// Returns the key to log in with, which is the node's own if the inventory names one.
     async fn user(&self) -> Result<Arc<UserIdentity>, TunnelError> {
         let Some(path) = self.node.key_file.clone() else { return Ok(self.dialling.login.current()) };
         let user = UserIdentity::load(path).await;
@@ -328,7 +328,7 @@ mod tests {
         }
         assert_eq!(pauses(0).len(), 6);
         assert_eq!(master.metrics.tunnel_dials_failed.get(), 6);
-        sleep(2 * STEADY).await;
+        sleep(2 * STABLE_AFTER).await;
         let ended = Instant::now();
         master.registry.tunnels_of(&n1())[0].close("the test ends it").await;
         drop(first);

@@ -1,4 +1,4 @@
-//! The dialer behind every egress listener: it asks for a route, and opens a stream on a tunnel of one of its nodes.
+//! The dialer of all egress listeners, which looks up a route and opens a stream on a tunnel of one of its nodes.
 
 use std::{
     net::IpAddr,
@@ -19,19 +19,19 @@ use crate::{
     tunnels::registry::Registry,
 };
 
-/// Candidates that are tried for one dial, besides the one of last resort.
+/// The number of candidates that one dial tries, besides the one of last resort.
 const ATTEMPTS: usize = 3;
-/// The port of kubelets whose Node names no other.
+/// The port of a kubelet whose Node object names no other.
 const KUBELET_PORT: u16 = 10250;
 
-/// Dials through tunnels only, and never directly.
+/// Dials through tunnels and never directly.
 pub struct TunnelDialer {
     registry: Arc<Registry>,
     routes: Arc<SharedRoutes>,
     timeout: Duration,
 }
 
-/// One node to try, and what to ask it for.
+/// A node to try, and the target to ask it for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Candidate {
     pub node: NodeName,
@@ -43,7 +43,8 @@ impl TunnelDialer {
         Self { registry, routes, timeout }
     }
 
-    /// The candidates for a route as the tunnels are now, in the order in which to try them; at least one.
+    /// Returns the candidates for a route with the present tunnels, in the order in which to try them. There is at
+    /// least one.
     pub fn candidates(&self, route: &Route) -> Result<Vec<Candidate>, DialError> {
         let mut found: Vec<Candidate> = route.hops.iter().flat_map(|hop| self.expand(hop)).collect();
         if found.len() > 1 {
@@ -68,7 +69,7 @@ impl TunnelDialer {
         }
     }
 
-    /// Puts connected nodes first, and among them prefers near ones within bounds.
+    /// Puts connected nodes first, and prefers near ones among them within bounds.
     fn order(&self, candidates: Vec<Candidate>) -> Vec<Candidate> {
         let reach = self.registry.round_trips(candidates.iter().map(|c| &c.node));
         let order = preference::order(&reach, &mut rand::rng());
@@ -83,7 +84,7 @@ impl TunnelDialer {
         let candidates = self.candidates(&route)?;
         let mut untried = candidates.len();
         for Candidate { node, target: asked } in candidates {
-            // An endpoint that is silent must leave time for another.
+            // A silent endpoint must leave time for the next one.
             let left = match failed {
                 None => self.timeout,
                 Some(_) => self.timeout.saturating_sub(began.elapsed()),
@@ -133,7 +134,7 @@ impl TunnelDialer {
             Host::Name(_) | Host::Addr(_) => target.clone(),
         };
         let mut opened = tunnel.open(&asked, &origin.0, timeout).await;
-        // The tunnel may have been retired since it was picked, and another may have taken its place.
+        // The tunnel may have been retired and replaced since it was picked.
         if let Err(DialError::TunnelLost { .. }) = &opened
             && let Ok((other, _)) = self.registry.pick(node)
             && other.id != tunnel.id

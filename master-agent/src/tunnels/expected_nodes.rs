@@ -1,5 +1,5 @@
-//! Which nodes are expected to have tunnels: those of the inventory file, and those of the cluster that the file does
-//! not list.
+//! The nodes that are expected to have tunnels: those of the inventory file, and those nodes of the cluster that the
+//! file does not list.
 
 use std::{
     collections::BTreeMap,
@@ -15,22 +15,23 @@ use crate::{
     routing::{InventoryRoutes, inventory::Inventory, shared::SharedRoutes},
 };
 
-/// Brings the sources of nodes together. Whoever needs the nodes subscribes.
+/// Merges the sources of nodes and publishes the result to subscribers.
 pub struct ExpectedNodes {
-    /// The nodes of the file as it was read last. Locked while the sources are brought together.
-    file: Mutex<Inventory>,
-    /// How nodes of the cluster are treated; `None` does not take them.
+    /// The file as it was read last. It stays locked while the sources are merged, so that results are published in
+    /// order.
+    file: Mutex<Arc<Inventory>>,
+    /// How nodes of the cluster are treated. With `None`, they are ignored.
     watched: Option<WatchedNodes>,
     routes: Arc<SharedRoutes>,
     registry: Arc<Registry>,
-    /// Closes the tunnels of nodes that are gone.
+    /// The group of the tasks that close the tunnels of removed nodes.
     tasks: Tasks,
     current: watch::Sender<Arc<Inventory>>,
 }
 
 impl ExpectedNodes {
     pub fn new(
-        inventory: Inventory,
+        inventory: Arc<Inventory>,
         watched: Option<WatchedNodes>,
         routes: Arc<SharedRoutes>,
         registry: Arc<Registry>,
@@ -46,8 +47,8 @@ impl ExpectedNodes {
         self.current.subscribe()
     }
 
-    /// Takes a new inventory file, with its routes.
-    pub fn replace_inventory(&self, inventory: Inventory) {
+    /// Replaces the inventory file's nodes and routes.
+    pub fn replace_inventory(&self, inventory: Arc<Inventory>) {
         let routes = InventoryRoutes::new(&inventory);
         self.routes.change(|all| all.inventory = routes);
         let mut file = self.file();
@@ -55,7 +56,7 @@ impl ExpectedNodes {
         self.publish(&file);
     }
 
-    /// Takes the nodes that the cluster has now.
+    /// Merges again, since the nodes of the cluster have changed.
     pub fn cluster_changed(&self) {
         self.publish(&self.file());
     }
@@ -65,20 +66,13 @@ impl ExpectedNodes {
         !self.file().nodes().is_empty()
     }
 
-    fn file(&self) -> MutexGuard<'_, Inventory> {
+    fn file(&self) -> MutexGuard<'_, Arc<Inventory>> {
         self.file.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes the nodes known, and closes the tunnels of those that are gone.
-    fn publish(&self, file: &Inventory) {
-        let mut nodes = file.clone();
-        if let Some(watched) = &self.watched {
-            let of_cluster: Vec<_> = self.routes.read(|routes| {
-                let unlisted = routes.cluster.nodes().filter(|node| file.node(&node.name).is_none());
-                unlisted.map(|node| watched.node(node)).collect()
-            });
-            nodes.extend(of_cluster);
-        }
+    /// Merges the sources, publishes the nodes, and closes the tunnels of those that are gone.
+    fn publish(&self, file: &Arc<Inventory>) {
+        let nodes = self.with_nodes_of_the_cluster(file);
         let expected: BTreeMap<_, _> = nodes
             .nodes()
             .iter()
@@ -88,9 +82,42 @@ impl ExpectedNodes {
             })
             .collect();
         let gone = self.registry.expect(&expected);
-        self.current.send_replace(Arc::new(nodes));
+        self.current.send_replace(nodes);
         for tunnel in gone {
             self.tasks.spawn(async move { tunnel.close("the node is no longer in the inventory").await });
         }
+    }
+
+    /// The file as it is, if the cluster has no further nodes.
+    fn with_nodes_of_the_cluster(&self, file: &Arc<Inventory>) -> Arc<Inventory> {
+        let Some(watched) = &self.watched else { return file.clone() };
+        let further: Vec<_> = self.routes.read(|routes| {
+            let unlisted = routes.cluster.nodes().filter(|node| file.node(&node.name).is_none());
+            unlisted.map(|node| watched.node(node)).collect()
+        });
+        if further.is_empty() {
+            return file.clone();
+        }
+        let mut all = Inventory::clone(file);
+        all.extend(further);
+        Arc::new(all)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_to_which_the_cluster_adds_nothing_is_shared() {
+        let text = "nodes: [{name: a}, {name: b}]";
+        let file = Inventory::parse(text, "inventory", std::path::Path::new("/")).unwrap();
+        let file = Arc::new(file);
+        let (routes, registry) = (Arc::new(SharedRoutes::new(String::new())), Arc::new(Registry::new(1)));
+        let expected = ExpectedNodes::new(file.clone(), None, routes, registry.clone(), Tasks::new());
+        assert!(Arc::ptr_eq(&expected.subscribe().borrow(), &file));
+        expected.cluster_changed();
+        assert!(Arc::ptr_eq(&expected.subscribe().borrow(), &file));
+        assert_eq!(registry.count(), (0, 2));
     }
 }

@@ -1,4 +1,4 @@
-//! Explains a target: how it would be reached, why, and what happens when it is dialled.
+//! Explains how a target is reached: its route, the reason for it, and the result of a dial.
 
 use std::{net::IpAddr, sync::Arc, time::Instant};
 
@@ -16,7 +16,7 @@ use crate::{
     routing::{inventory::Inventory, shared::SharedRoutes},
 };
 
-/// Explains targets, with what that needs of the other parts.
+/// Explains how targets are reached.
 pub struct Explainer {
     pub routes: Arc<SharedRoutes>,
     pub dialer: Arc<TunnelDialer>,
@@ -25,8 +25,8 @@ pub struct Explainer {
 }
 
 impl Explainer {
-    /// Finds the candidates for a target, then dials it. The times and the verdict of the node's policy are those of a
-    /// real dial, whose connection is closed at once. `Err` is for a text that is no target.
+    /// Finds the candidates for a target and then dials it. The times and the verdict of the node's policy come from a
+    /// real dial, whose connection is closed at once. Fails if the text is not a target.
     pub async fn explain(&self, target: &str, origin: Origin) -> Result<Explanation, String> {
         let target: Target = target.parse().map_err(|e| format!("{target:?} is no target: {e}"))?;
         tracing::info!(%target, %origin, "explain requested");
@@ -73,7 +73,8 @@ impl Explainer {
         }
     }
 
-    /// A node's own addresses, as the inventory or the cluster has them, else the address that is dialled.
+    /// Returns a node's own addresses from the inventory or the cluster. Without any, returns the address that is
+    /// dialled.
     fn addresses(&self, node: &NodeName) -> Vec<IpAddr> {
         let nodes = self.nodes.borrow();
         let Some(node) = nodes.node(node) else { return Vec::new() };

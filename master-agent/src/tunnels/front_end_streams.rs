@@ -15,8 +15,8 @@ use super::{
 };
 
 impl Tunnel {
-    /// Lets a node-agent open streams to the front end, at most `max_streams` at once; `None` if it has no use for
-    /// that.
+    /// Lets a node-agent open streams to the front end, at most `max_streams` at once. Returns `None` if the node-agent
+    /// declines, because it has no local endpoint.
     pub async fn open_front_end(&self, max_streams: usize) -> Result<Option<Events>, TunnelError> {
         let limit = self.answer_timeout;
         let started = timeout(limit, self.session.start_multiplexer(Opener::Node, max_streams)).await;
@@ -27,8 +27,8 @@ impl Tunnel {
         Ok(Some(events))
     }
 
-    /// Asks a plain sshd to listen on an address, and gives the connections that come there, at most
-    /// `max_connections` at once.
+    /// Asks a plain sshd to listen on an address, and returns the receiver of the connections to it, of which there are
+    /// at most `max_connections` at once.
     pub async fn forward(
         &self,
         address: SocketAddr,
@@ -37,7 +37,7 @@ impl Tunnel {
         let (host, port) = (address.ip().to_string(), u32::from(address.port()));
         let (forward, connections) = Forward::new(host.clone(), port, max_connections);
         let state = &self.session.state;
-        // Connections may come before the answer does.
+        // Connections may arrive before the answer.
         *state.forward() = Some(forward);
         let limit = self.answer_timeout;
         let answer = timeout(limit, self.session.handle.tcpip_forward(host, port)).await;

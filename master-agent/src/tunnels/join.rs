@@ -1,7 +1,8 @@
-//! The join exchange.
+//! The join exchange, by which a host becomes a node.
 //!
-//! A host that calls home with a key of no node is offered this exchange and nothing else. It has verified this master by
-//! the pin of the user CA before it sends its token. The host key that is signed is the one that the session has proved.
+//! A host that calls home with a key that belongs to no node is offered this exchange and nothing else. Before the host
+//! sends its token, it has verified this master by the pin of the user CA. The master signs the host key whose
+//! possession the session has proved.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -25,33 +26,33 @@ use crate::{
         store::Store,
         token::{Admission, Applicant, Listed},
     },
-    metrics::Reason,
+    metrics::ReasonLabel,
     routing::inventory::Inventory,
 };
 
-/// The type of extended data that is for people to read (RFC 4254, section 5.2).
+/// The type of extended data for text that people read (RFC 4254, section 5.2).
 const STDERR: u32 = 1;
 
-/// Lets hosts join, with the parts that this takes.
+/// Lets hosts join.
 pub struct Joining {
     pub nodes: watch::Receiver<Arc<Inventory>>,
     pub store: Arc<dyn Store>,
     pub authorities: Arc<Authorities>,
-    /// For how long host certificates are valid.
+    /// How long host certificates are valid.
     pub host_ttl: Duration,
     pub registry: Arc<Registry>,
     pub refusals: Refusals,
-    /// Counts attempts by their result.
-    pub attempts: Family<Reason, Counter>,
-    /// Closes the tunnels of keys that have been replaced.
+    /// Counts attempts by result.
+    pub attempts: Family<ReasonLabel, Counter>,
+    /// The group of the tasks that close the tunnels of replaced keys.
     pub tasks: Tasks,
 }
 
-/// A host that is no node.
+/// A host whose key belongs to no node.
 #[derive(Clone, Copy)]
-pub(super) struct Host<'a> {
+pub(super) struct UnknownHost<'a> {
     pub(super) key: &'a PublicKey,
-    /// Why its key is no node's.
+    /// Why its key belongs to no node.
     pub(super) why: &'a HostKeyError,
     /// The only name under which it may join, if its call was admitted under one.
     pub(super) name: Option<&'a NodeName>,
@@ -59,23 +60,27 @@ pub(super) struct Host<'a> {
 }
 
 impl Joining {
-    /// Offers the exchange and ends the session. `false` means that the host does not want to join; it is told why it is
-    /// no node.
-    pub(super) async fn serve(self: &Arc<Self>, session: &Session, host: Host<'_>) -> bool {
+    /// Offers the exchange and ends the session. Returns `false` if the host does not want to join. Such a host is told
+    /// why its key belongs to no node.
+    pub(super) async fn serve(self: &Arc<Self>, session: &Session, host: UnknownHost<'_>) -> bool {
         let joined = self.exchange(session, host).await.unwrap_or(false);
         let reason = if joined { "the join exchange has ended".to_owned() } else { host.why.for_peer() };
         session.close(&reason).await;
         joined
     }
 
-    async fn exchange(self: &Arc<Self>, session: &Session, host: Host<'_>) -> Result<bool, russh::Error> {
+    async fn exchange(
+        self: &Arc<Self>,
+        session: &Session,
+        host: UnknownHost<'_>,
+    ) -> Result<bool, russh::Error> {
         let mut channel = session.handle.channel_open_session().await?;
         channel.request_subsystem(true, SUBSYSTEM).await?;
         let request = match receive(&mut channel, host.peer).await {
             Received::Request(request) => request,
             Received::Nothing => return Ok(false),
             Received::Refused => {
-                // The host does not get to see the reason with which the session is closed.
+                // The host can't read the reason with which the session is closed.
                 if session.is_with_node_agent() {
                     channel.extended_data_bytes(STDERR, host.why.for_peer()).await?;
                 }
@@ -85,12 +90,12 @@ impl Joining {
         let response = self.respond(request, host).await;
         channel.data_bytes(response.encode()).await?;
         channel.eof().await?;
-        // The host leaves when it has read the answer.
+        // The host closes the channel once it has read the answer.
         while channel.wait().await.is_some() {}
         Ok(true)
     }
 
-    async fn respond(self: &Arc<Self>, mut request: JoinRequest, host: Host<'_>) -> JoinResponse {
+    async fn respond(self: &Arc<Self>, mut request: JoinRequest, host: UnknownHost<'_>) -> JoinResponse {
         match (host.name, &request.node) {
             (Some(name), Some(asked)) if name != asked => {
                 return self.refuse_name(name, asked, host.peer);
@@ -115,7 +120,7 @@ impl Joining {
         JoinResponse::Refused { reason, hint: "Nothing was used up.".to_owned() }
     }
 
-    /// Asks the store, and signs.
+    /// Decides about a request and signs the host's certificate. Blocks.
     fn decide(&self, request: &JoinRequest, key: &PublicKey, peer: SocketAddr) -> JoinResponse {
         let nodes = self.nodes.borrow().clone();
         let admission = Admission {
@@ -128,7 +133,7 @@ impl Joining {
         let response = admission.decide(request, applicant, SystemTime::now());
         match &response {
             JoinResponse::Accepted { node, .. } => {
-                tracing::info!(%node, %peer, "joined");
+                tracing::info!(%node, %peer, "host joined");
                 self.close_tunnels_of_other_keys(node, key);
                 self.count("ok");
             }
@@ -149,7 +154,7 @@ impl Joining {
     }
 
     fn count(&self, reason: &'static str) {
-        self.attempts.get_or_create(&Reason { reason }).inc();
+        self.attempts.get_or_create(&ReasonLabel { reason }).inc();
     }
 }
 
@@ -163,10 +168,12 @@ impl Listed for Inventory {
     }
 }
 
+/// The host's answer to the offer of the exchange.
 enum Received {
     Request(JoinRequest),
-    /// The host does not offer the exchange.
+    /// The host does not offer the subsystem.
     Refused,
+    /// The host sent nothing that can be read.
     Nothing,
 }
 

@@ -7,7 +7,7 @@ use std::{
 
 use crate::identity::{Authorities, UserIdentity};
 
-/// Keeps a valid user certificate. The key is new with each certificate, and never leaves memory.
+/// Holds a valid user certificate. Each certificate has a new key, which never leaves memory.
 pub struct MasterLogin {
     authorities: Arc<Authorities>,
     ttl: Duration,
@@ -24,7 +24,7 @@ impl MasterLogin {
         self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Issues a new certificate in each third of their life, without an end.
+    /// Issues a new certificate whenever a third of the present one's lifetime has passed. Never returns.
     pub async fn keep_renewed(self: Arc<Self>) {
         loop {
             tokio::time::sleep(self.ttl / 3).await;
@@ -32,7 +32,7 @@ impl MasterLogin {
         }
     }
 
-    /// Issues a new certificate, with which the links to come authenticate.
+    /// Issues a new certificate, which authenticates all later links.
     pub fn renew(&self) {
         match self.authorities.issue_user(SystemTime::now(), self.ttl) {
             Ok(user) => *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(user),

@@ -1,5 +1,5 @@
-//! The metrics of nodes and their tunnels that are read from the registry when they are asked for. A node that is gone
-//! leaves no series.
+//! The metrics of nodes and their tunnels that are read from the registry whenever they are collected. A node that is
+//! gone has no series.
 
 use std::{fmt, sync::Arc};
 
@@ -17,9 +17,9 @@ use super::{
     session::state::Loss,
     status::{NodeFigures, unix_seconds},
 };
-use crate::metrics::{Expiry, Reason, signed};
+use crate::metrics::{Expiry, ReasonLabel, signed};
 
-/// `per_node` also serves some series of each node.
+/// Registers the collector. `per_node` adds some series for each node.
 pub fn register(
     registry: &Arc<Registry>,
     metrics: &TunnelMetrics,
@@ -27,12 +27,12 @@ pub fn register(
     r: &mut prometheus_client::registry::Registry,
 ) {
     for loss in Loss::ALL {
-        let _ = metrics.tunnels_lost.get_or_create(&Reason { reason: loss.kind() });
+        let _ = metrics.tunnels_lost.get_or_create(&ReasonLabel { reason: loss.kind() });
     }
-    r.register_collector(Box::new(Nodes { registry: registry.clone(), per_node }));
+    r.register_collector(Box::new(NodeCollector { registry: registry.clone(), per_node }));
 }
 
-/// When the SSH certificates in use expire: the master's own, and the first of those of its nodes.
+/// Returns when the SSH certificates in use expire: the master's own, and the first one among those of its nodes.
 pub fn expiries(login: &MasterLogin, registry: &Registry) -> [Expiry; 2] {
     [
         Expiry::Ssh("ssh_user", login.current().expires().map(unix_seconds)),
@@ -40,19 +40,19 @@ pub fn expiries(login: &MasterLogin, registry: &Registry) -> [Expiry; 2] {
     ]
 }
 
-/// The numbers of nodes and, if wanted, some series of each.
-struct Nodes {
+/// Collects the numbers of nodes and, if configured, some series for each node.
+struct NodeCollector {
     registry: Arc<Registry>,
     per_node: bool,
 }
 
-impl fmt::Debug for Nodes {
+impl fmt::Debug for NodeCollector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Nodes")
+        f.write_str("NodeCollector")
     }
 }
 
-impl Collector for Nodes {
+impl Collector for NodeCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let (connected, known) = self.registry.count();
         for (name, help, value) in [
@@ -62,14 +62,14 @@ impl Collector for Nodes {
             let gauge = ConstGauge::new(signed(value));
             gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
         }
-        if self.per_node { Each(&self.registry.figures()).encode(encoder) } else { Ok(()) }
+        if self.per_node { NodeSeries(&self.registry.figures()).encode(encoder) } else { Ok(()) }
     }
 }
 
-/// The series of each node.
-struct Each<'a>(&'a [NodeFigures]);
+/// Encodes the series of each node.
+struct NodeSeries<'a>(&'a [NodeFigures]);
 
-impl Each<'_> {
+impl NodeSeries<'_> {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         self.gauges(&mut encoder)?;
         self.counters(&mut encoder)?;
@@ -84,7 +84,7 @@ impl Each<'_> {
         let help = "Dials through a node that failed, by who is at fault.";
         let mut family = encoder.encode_descriptor("node_dials_failed", help, None, MetricType::Counter)?;
         for node in self.0 {
-            // A target without a route has no node.
+            // A dial without a route reaches no node.
             for (fault, times) in node.activity.failed.iter().filter(|(fault, _)| *fault != Fault::Route) {
                 let fault = fault.to_string();
                 let labels = [("node", node.name.as_str()), ("fault", &fault)];
@@ -157,7 +157,7 @@ mod tests {
 
     fn served(registry: &Arc<Registry>, per_node: bool) -> String {
         let mut metrics = Metrics::with_prefix("master_agent");
-        metrics.register_collector(Box::new(Nodes { registry: registry.clone(), per_node }));
+        metrics.register_collector(Box::new(NodeCollector { registry: registry.clone(), per_node }));
         let mut text = String::new();
         encode(&mut text, &metrics).unwrap();
         text
@@ -183,7 +183,7 @@ mod tests {
         let text = served(&registry, true);
         let series = series_by_node(&text);
         assert_eq!(series.len(), 5001);
-        // A round trip and a certificate come with a tunnel.
+        // The series of the round trip and of the certificate need a tunnel.
         assert!(series.iter().all(|(node, count)| *count == if node.is_empty() { 2 } else { 11 }));
         for line in [
             "master_agent_node_impostors_total{node=\"node-17.example\"} 1\n",

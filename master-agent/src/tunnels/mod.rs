@@ -1,8 +1,9 @@
-//! Tunnels to nodes: the SSH sessions below them, their supervision, and the choice of one for each stream.
+//! The tunnels to nodes: the SSH sessions that carry them, their supervision, and the choice of a tunnel for each
+//! stream.
 //!
-//! Links come from two sides: [`dial_links`] dials nodes, and [`call_home`] takes those that call. Either way, [`session`]
-//! authenticates both sides with the help of [`trust`], [`supervision`] registers the tunnel and looks after it until it
-//! ends, and [`dialer`] finds it in the [`registry`].
+//! Links have two origins: [`dial_links`] dials nodes, and [`call_home`] answers nodes that call. In both cases,
+//! [`session`] authenticates both sides with the help of [`trust`], [`supervision`] registers the tunnel and supervises
+//! it until it ends, and [`dialer`] picks it from the [`registry`].
 
 pub mod absent;
 pub mod call_home;

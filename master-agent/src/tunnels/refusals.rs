@@ -1,4 +1,4 @@
-//! Counts the links that did not become a tunnel, for metrics and for the nodes that they claimed to be.
+//! Counts links that did not become a tunnel, by reason and by the node that they claimed to belong to.
 
 use std::{fmt::Display, sync::Arc};
 
@@ -6,35 +6,36 @@ use prometheus_client::metrics::{counter::Counter, family::Family};
 use proto::NodeName;
 
 use super::{registry::Registry, session::error::TunnelError};
-use crate::{identity::HostKeyError, metrics::Reason};
+use crate::{identity::HostKeyError, metrics::ReasonLabel};
 
+/// Counts refused links.
 #[derive(Clone)]
 pub struct Refusals {
     registry: Arc<Registry>,
-    by_reason: Family<Reason, Counter>,
+    by_reason: Family<ReasonLabel, Counter>,
 }
 
 impl Refusals {
-    pub fn new(registry: Arc<Registry>, by_reason: Family<Reason, Counter>) -> Self {
+    pub fn new(registry: Arc<Registry>, by_reason: Family<ReasonLabel, Counter>) -> Self {
         Self { registry, by_reason }
     }
 
     pub fn count(&self, reason: &'static str) {
-        self.by_reason.get_or_create(&Reason { reason }).inc();
+        self.by_reason.get_or_create(&ReasonLabel { reason }).inc();
     }
 
-    /// Counts a link that claimed to be a node's.
+    /// Counts a refused link that claimed to belong to a node.
     pub fn count_claim(&self, node: &NodeName, why: &dyn Display) {
         self.registry.count_refused(node, why);
     }
 
-    /// Counts a host key that was refused, and gives the error with which its link fails.
+    /// Counts a refused host key, and returns the error with which its link fails.
     pub fn host_key(&self, why: &HostKeyError) -> TunnelError {
         self.count_host_key(why);
         TunnelError::Connect(why.to_string())
     }
 
-    /// Counts a handshake that failed.
+    /// Counts a failed handshake.
     pub fn handshake(&self, error: &TunnelError) {
         if let TunnelError::HostKey(why) = error {
             self.count_host_key(why);

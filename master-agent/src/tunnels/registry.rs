@@ -1,11 +1,11 @@
-//! Which nodes have which tunnels.
+//! The registry of nodes and their tunnels.
 //!
-//! A node has up to `connections` active tunnels, over which its streams are spread. Further ones that prove the same
-//! identity stand by and take over when an active one ends. A registration is undone by the tunnel's own id, so an old
-//! one that ends late can't remove its successor.
+//! A node has up to `connections` active tunnels, over which its streams are spread. Further tunnels that prove the
+//! same identity stand by and take over when an active one ends. A registration is removed by its tunnel's id, so a
+//! tunnel that ends late can't remove its successor.
 //!
-//! Each node has a lock of its own. The set of all nodes changes only with the inventory, and is replaced as a whole, so
-//! that whoever looks at all nodes holds up nobody who dials.
+//! Each node has a lock of its own. The set of all nodes changes only with the inventory and is replaced as a whole, so
+//! a visit of all nodes does not block dials.
 
 use std::{
     collections::BTreeMap,
@@ -32,14 +32,14 @@ use crate::{
     admin_api::{Event, EventKind, NodeDetail, NodeStatus},
 };
 
-/// Tunnels that may stand by for one node.
+/// The maximum number of standby tunnels of one node.
 const STANDBY: usize = 2;
-/// Nodes among which the least busy is looked for.
+/// The number of nodes among which the least busy ones are chosen.
 const SAMPLE: usize = 16;
 
 type Nodes = BTreeMap<NodeName, Arc<Node>>;
 
-/// All nodes.
+/// The registry of all nodes.
 pub struct Registry {
     nodes: RwLock<Arc<Nodes>>,
     /// The nodes that have a tunnel to a node-agent.
@@ -47,7 +47,7 @@ pub struct Registry {
     max_streams_per_node: usize,
 }
 
-/// One node, from the time when it is expected until it no longer is.
+/// The entry of one node, which exists for as long as the node is expected.
 struct Node {
     name: NodeName,
     streams: Arc<Semaphore>,
@@ -57,25 +57,25 @@ struct Node {
 
 #[derive(Clone)]
 struct NodeState {
-    /// In the order in which they came.
+    /// The tunnels in the order of their registration.
     tunnels: Vec<Arc<Tunnel>>,
     absent: Absent,
-    /// Tunnels that are active at once.
+    /// The maximum number of active tunnels.
     connections: usize,
-    /// When its last tunnel ended; `None` while it has one, and before the first.
+    /// When the last tunnel ended. It is `None` while the node has a tunnel, and before the first one.
     away_since: Option<Instant>,
-    /// Links that claimed to be this node's and were refused.
+    /// The number of refused links that claimed to belong to this node.
     refused: u64,
     /// Whether the node is no longer expected.
     gone: bool,
 }
 
-/// A tunnel's entry in the registry. Dropping it removes that tunnel and no other.
+/// The registration of a tunnel. Dropping it removes that tunnel and no other.
 pub struct Registration {
     registry: Arc<Registry>,
     node: Arc<Node>,
     tunnel: Arc<Tunnel>,
-    /// How long the node had been without a tunnel, if this one brings it back.
+    /// How long the node had no tunnel before this one. It is `None` for the first tunnel, and if there is another one.
     pub absence: Option<Duration>,
 }
 
@@ -84,8 +84,8 @@ impl Registry {
         Self { nodes: RwLock::default(), agents: Mutex::default(), max_streams_per_node }
     }
 
-    /// Makes nodes known, with the tunnels that each may have active and its state before the first, and forgets all
-    /// others. Gives the tunnels of those.
+    /// Replaces the set of expected nodes. Each node comes with the number of tunnels that it may have active, and with
+    /// its state before the first one. Returns the tunnels of nodes that are no longer expected.
     pub fn expect(&self, expected: &BTreeMap<NodeName, (usize, Absent)>) -> Vec<Arc<Tunnel>> {
         let before = self.nodes();
         let mut nodes = Nodes::new();
@@ -124,7 +124,7 @@ impl Registry {
         })
     }
 
-    /// Adds a tunnel. Also gives the node's other tunnels, which may be dead without anybody knowing yet.
+    /// Registers a tunnel. Also returns the node's other tunnels, which may be dead without anybody having noticed.
     pub fn register(
         self: &Arc<Self>,
         tunnel: Arc<Tunnel>,
@@ -136,7 +136,7 @@ impl Registry {
             return Err(unknown());
         }
         state.remove(|other| other.has_ended());
-        // Tunnels that take no new streams are no use to the node any more.
+        // Tunnels that take no new streams do not count.
         if state.tunnels.iter().filter(|t| t.is_usable()).count() >= state.connections + STANDBY {
             return Err(NotRegistered::Full(tunnel.node.clone()));
         }
@@ -157,7 +157,7 @@ impl Registry {
         }
     }
 
-    /// Counts a link that claimed to be the node's and was refused.
+    /// Counts a refused link that claimed to belong to the node.
     pub fn count_refused(&self, name: &NodeName, why: &dyn Display) {
         if let Some(node) = self.node(name) {
             node.state().refused += 1;
@@ -165,25 +165,25 @@ impl Registry {
         }
     }
 
-    /// The activity of a node; `None` if it is not known.
+    /// Returns the activity of a node, or `None` if the node is not known.
     pub fn activity(&self, name: &NodeName) -> Option<Arc<NodeActivity>> {
         self.node(name).map(|node| node.activity.clone())
     }
 
-    /// Keeps something that happened to a node, for people.
+    /// Records an event in the history of a node, which the status shows.
     pub fn event(&self, name: &NodeName, kind: EventKind, text: &str) {
         if let Some(node) = self.node(name) {
             node.activity.event(kind, text);
         }
     }
 
-    /// Keeps every node's round trip at regular intervals, without an end.
+    /// Records the round trip of every node at regular intervals. Never returns.
     pub async fn sample(self: Arc<Self>) {
         let mut interval = tokio::time::interval(activity::SAMPLE);
         interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             interval.tick().await;
-            // There may be many nodes, and the threads that serve streams are not for visiting all of them.
+            // A visit of many nodes must not block the threads that serve streams.
             let registry = self.clone();
             let sampled = tokio::task::spawn_blocking(move || registry.sample_round_trips()).await;
             if let Err(error) = sampled {
@@ -203,21 +203,21 @@ impl Registry {
         self.node(name).is_some_and(|node| node.state().tunnels.iter().any(|t| t.is_usable()))
     }
 
-    /// Whether a tunnel that came later has taken the place of this one.
+    /// Whether a later tunnel has replaced this one.
     pub fn has_newer(&self, tunnel: &Tunnel) -> bool {
         let Some(node) = self.node(&tunnel.node) else { return false };
         node.state().tunnels.iter().any(|other| other.id > tunnel.id && other.is_usable())
     }
 
-    /// Up to `count` nodes that run a node-agent and can be asked for streams, the least busy first. In a large cluster,
-    /// they are the least busy of a random sample.
+    /// Returns up to `count` nodes that run a node-agent and accept streams, the least busy first. In a large cluster,
+    /// they are the least busy ones of a random sample.
     pub fn least_busy_agents(&self, count: usize) -> Vec<NodeName> {
         let random = rand::random();
         let usable = |most: usize| -> Vec<Arc<Node>> {
-            let looked_at: Vec<_> = self.agents().walk(random).take(most).cloned().collect();
-            looked_at.into_iter().filter(|node| node.state().has_usable_agent()).take(SAMPLE).collect()
+            let visited: Vec<_> = self.agents().walk(random).take(most).cloned().collect();
+            visited.into_iter().filter(|node| node.state().has_usable_agent()).take(SAMPLE).collect()
         };
-        // Nodes that take no new streams are few, but for a moment they may be all of those.
+        // Few nodes take no new streams, but for a moment these may be all nodes of the sample.
         let mut sample = usable(4 * SAMPLE);
         if sample.is_empty() {
             sample = usable(usize::MAX);
@@ -227,12 +227,13 @@ impl Registry {
         found.into_iter().take(count).map(|(_, name)| name.clone()).collect()
     }
 
-    /// The round trip of a node; `None` if it is not connected, or not measured.
+    /// Returns the round trip of a node, or `None` if the node is not connected or its round trip is not measured.
     pub fn round_trip(&self, name: &NodeName) -> Option<Duration> {
         self.round_trips(std::iter::once(name)).pop()??
     }
 
-    /// For each node: `None` if it is not connected, else its measured round trip if there is one.
+    /// Returns one item for each node, which is `None` if the node is not connected. Otherwise the item holds the
+    /// measured round trip, if there is one.
     pub fn round_trips<'a>(
         &self,
         names: impl Iterator<Item = &'a NodeName>,
@@ -245,8 +246,8 @@ impl Registry {
         names.map(round_trip).collect()
     }
 
-    /// The least busy of the node's active tunnels, and the right to one stream to that node. A tunnel that did not
-    /// answer the last ping is the last choice.
+    /// Returns the least busy of the node's active tunnels, and the permit for one stream to that node. A tunnel that
+    /// left the last ping unanswered is the last choice.
     pub fn pick(&self, name: &NodeName) -> Result<(Arc<Tunnel>, OwnedSemaphorePermit), DialError> {
         let none = |state: String| DialError::NoTunnel { node: name.to_string(), state };
         let node = self.node(name).ok_or_else(|| none("the node is not known".to_owned()))?;
@@ -268,31 +269,31 @@ impl Registry {
         self.nodes().values().flat_map(|node| node.state().tunnels.clone()).collect()
     }
 
-    /// Nodes with a tunnel, and all nodes.
+    /// Returns the number of nodes with a tunnel, and the number of all nodes.
     pub fn count(&self) -> (usize, usize) {
         let nodes = self.nodes();
         let connected = |node: &&Arc<Node>| node.state().tunnels.iter().any(|t| !t.has_ended());
         (nodes.values().filter(connected).count(), nodes.len())
     }
 
-    /// When the first of the host certificates in use expires, in seconds since 1970.
+    /// Returns when the first of the host certificates in use expires, in seconds since 1970.
     pub fn first_certificate_to_expire(&self) -> Option<u64> {
         let tunnels = self.tunnels();
         let alive = tunnels.iter().filter(|tunnel| !tunnel.has_ended());
         alive.filter_map(|tunnel| tunnel.certificate_expires()).min().map(unix_seconds)
     }
 
-    /// Every node, as metrics show it.
+    /// Returns every node as metrics show it.
     pub fn figures(&self) -> Vec<NodeFigures> {
         self.nodes().values().map(|node| node.figures()).collect()
     }
 
-    /// Every node, as people see it.
+    /// Returns the status of every node.
     pub fn status(&self) -> Vec<NodeStatus> {
         self.nodes().values().map(|node| node.status()).collect()
     }
 
-    /// The last refusals of all nodes, at most `most`, the newest first.
+    /// Returns the latest refusals of all nodes, at most `most` of them, the newest first.
     pub fn refusals(&self, most: usize) -> Vec<(NodeName, Event)> {
         let nodes = self.nodes();
         let of_node = |node: &Arc<Node>| {
@@ -305,12 +306,12 @@ impl Registry {
         refusals
     }
 
-    /// The state of one node in a word; `None` if it is not known.
+    /// Returns the name of a node's state, or `None` if the node is not known.
     pub fn state(&self, name: &NodeName) -> Option<&'static str> {
-        self.node(name).map(|node| node.state().in_a_word())
+        self.node(name).map(|node| node.state().name())
     }
 
-    /// One node with its streams and what happened to it; `None` if it is not known.
+    /// Returns the status of a node with its streams and history, or `None` if the node is not known.
     pub fn detail(&self, name: &NodeName) -> Option<NodeDetail> {
         let node = self.node(name)?;
         Some(NodeDetail { status: node.status(), detail: node.activity.detail() })
@@ -324,7 +325,7 @@ impl Registry {
         self.nodes.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
     }
 
-    /// Takes a node out of those that have a tunnel to a node-agent. The caller has locked the node.
+    /// Removes a node from those that have a tunnel to a node-agent. The caller must have locked the node.
     fn forget_agent(&self, node: &Arc<Node>) {
         let mut agents = self.agents();
         if agents.get(&node.name).is_some_and(|present| Arc::ptr_eq(present, node)) {
@@ -332,7 +333,8 @@ impl Registry {
         }
     }
 
-    /// May be locked while a node is, so no node may be locked while this is.
+    /// Locks the nodes with a node-agent. This lock may be taken while a node is locked, so no node may be locked while
+    /// it is held.
     fn agents(&self) -> MutexGuard<'_, SampledSet<NodeName, Arc<Node>>> {
         self.agents.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -390,7 +392,7 @@ impl Node {
         let tunnels = alive.iter().enumerate();
         NodeStatus {
             name: self.name.clone(),
-            state: state.in_a_word().to_owned(),
+            state: state.name().to_owned(),
             reason,
             tunnels: tunnels.map(|(i, tunnel)| tunnel_status(tunnel, i < state.connections)).collect(),
             refused: state.refused,
@@ -409,7 +411,7 @@ impl NodeState {
         }
     }
 
-    /// The tunnel for the next stream, or why there is none.
+    /// Returns the tunnel for the next stream, or the reason why there is none.
     fn pick(&self) -> Result<Arc<Tunnel>, &Absent> {
         let usable =
             |suspect| self.tunnels.iter().filter(move |t| t.is_usable() && t.is_suspect() == suspect);
@@ -421,12 +423,13 @@ impl NodeState {
         self.tunnels.iter().any(|tunnel| tunnel.is_usable() && tunnel.is_node_agent())
     }
 
-    fn in_a_word(&self) -> &'static str {
-        if self.tunnels.iter().any(|tunnel| !tunnel.has_ended()) { "connected" } else { self.absent.word() }
+    /// Returns the name of the state, as the status shows it.
+    fn name(&self) -> &'static str {
+        if self.tunnels.iter().any(|tunnel| !tunnel.has_ended()) { "connected" } else { self.absent.name() }
     }
 }
 
-/// How a tunnel came to be, for people.
+/// Describes for the history of a node how a tunnel was established.
 fn arrival(tunnel: &Tunnel) -> String {
     let peer = tunnel.peer.map_or_else(|| "a peer without an address".to_owned(), |peer| peer.to_string());
     match tunnel.direction {
@@ -515,7 +518,7 @@ mod tests {
         assert!(matches!(registry.pick(&n1()), Err(DialError::TooManyStreams(_))));
         drop(permits);
         assert!(registry.pick(&n1()).is_ok());
-        // Whoever registers while its node goes is not kept.
+        // The registrations of a removed node do not affect the new entry of that node.
         assert_eq!(expect(&registry, &["n2"], 1).len(), 4);
         assert_eq!((registry.count(), registry.least_busy_agents(1)), ((0, 1), vec![]));
         expect(&registry, &["n1"], 1);

@@ -19,7 +19,7 @@ use crate::{
     routing::inventory::Inventory,
 };
 
-/// How long a certificate may take to be sent. A node whose link is stuck must not keep its tunnel from being watched.
+/// The longest time to send a certificate. A stuck link must not stop the supervision of its tunnel.
 const SEND_TIMEOUT: Duration = Duration::from_millis(1500);
 
 /// Renews host certificates.
@@ -27,25 +27,25 @@ pub struct Renewal {
     pub nodes: watch::Receiver<Arc<Inventory>>,
     pub trust: Arc<Trust>,
     pub authorities: Arc<Authorities>,
-    /// For how long host certificates are valid.
+    /// How long host certificates are valid.
     pub host_ttl: Duration,
-    /// Counts certificates that were renewed.
+    /// Counts renewed certificates.
     pub renewed: Counter,
     pub clock: Clock,
 }
 
 impl Renewal {
-    /// Renews the certificate of a tunnel's node whenever that is due, until this is dropped.
+    /// Renews the certificate of the tunnel's node whenever that is due. Returns if the node has no certificate.
     pub(super) async fn run(&self, tunnel: &Tunnel) {
         let mut addresses = tunnel.host.addresses.clone();
-        // Whoever has no certificate is recognised by its key, and gets none.
+        // A node without a certificate is recognised by its key and gets none.
         while let Some(expires) = tunnel.certificate_expires().filter(|_| tunnel.is_node_agent()) {
             until_due(self.clock, expires, self.host_ttl).await;
             self.renew(tunnel, &mut addresses).await;
         }
     }
 
-    /// `addresses` are those that the node's certificate has.
+    /// Signs and sends one certificate. `addresses` are those of the node's present certificate.
     async fn renew(&self, tunnel: &Tunnel, addresses: &mut Vec<IpAddr>) {
         let now = self.clock.now();
         let signed = match self.trust.still_good(&tunnel.host) {
@@ -68,9 +68,9 @@ impl Renewal {
         }
     }
 
-    /// Signs the key of a host again. A node takes no certificate that adds an address, so the new certificate keeps
-    /// those of `addresses` that the inventory still lists, or all if it lists none. Gives the certificate as a text, and
-    /// its addresses.
+    /// Signs the key of a host again. A node rejects a certificate that adds an address, so the new certificate keeps
+    /// those of `addresses` that the inventory still lists, or all if it lists none. Returns the certificate in
+    /// OpenSSH's format and its addresses.
     async fn sign(
         &self,
         host: &VerifiedHost,
@@ -92,14 +92,13 @@ impl Renewal {
     }
 }
 
-/// Waits until a certificate has to be renewed, which is when a third of its life is left. There is a pause even if that
-/// has passed.
+/// Waits until a third of the certificate's lifetime is left. Even if less is left, there is a pause.
 async fn until_due(clock: Clock, expires: SystemTime, ttl: Duration) {
     sleep(pause(ttl)).await;
     clock.reached(Some(expires.checked_sub(ttl / 3).unwrap_or(SystemTime::UNIX_EPOCH))).await;
 }
 
-/// The time between two attempts.
+/// Returns the shortest time between two attempts.
 fn pause(ttl: Duration) -> Duration {
     (ttl / 100).clamp(Duration::from_secs(1), Duration::from_secs(60))
 }

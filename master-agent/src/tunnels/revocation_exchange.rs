@@ -1,4 +1,4 @@
-//! The exchange that brings a node-agent the list of revoked certificates, on an SSH channel of its own.
+//! The exchange that delivers the list of revoked certificates to a node-agent, on an SSH channel of its own.
 
 use bytes::Bytes;
 use proto::{
@@ -10,42 +10,43 @@ use tokio::time::timeout;
 
 use super::{session::error::TunnelError, tunnel::Tunnel};
 
-/// The outcome of bringing a node a list.
+/// The outcome of delivering a list to a node.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Brought {
-    /// The node took it.
-    Taken,
-    /// The node had this version.
-    Held,
-    /// The node has this newer version.
+pub(super) enum Delivery {
+    /// The node has accepted the list.
+    Accepted,
+    /// The node already had this version.
+    Current,
+    /// The node already has this newer version.
     Newer(u64),
     Refused(String),
-    /// The node's agent does not know such lists.
-    Unknown,
+    /// The version of the node-agent does not support such lists.
+    Unsupported,
 }
 
 impl Tunnel {
-    /// Brings a node-agent the list of the user CA with the fingerprint `ca`, unless it has that version or a newer
-    /// one.
-    pub(super) async fn bring_revocations(
+    /// Delivers the list of the user CA with the fingerprint `ca` to a node-agent, unless the node-agent has that
+    /// version or a newer one.
+    pub(super) async fn deliver_revocations(
         &self,
         ca: &str,
         version: u64,
         signed: Bytes,
-    ) -> Result<Brought, TunnelError> {
+    ) -> Result<Delivery, TunnelError> {
         let late = |_| TunnelError::Timeout(self.answer_timeout);
         let opened = timeout(self.answer_timeout, self.session.handle.channel_open_session()).await;
         let mut channel = match opened.map_err(late)? {
             Ok(channel) => channel,
-            Err(russh::Error::ChannelOpenFailure(_)) => return Ok(Brought::Unknown),
+            Err(russh::Error::ChannelOpenFailure(_)) => return Ok(Delivery::Unsupported),
             Err(error) => return Err(error.into()),
         };
         self.session.channels.forget(channel.id());
         let exchange = exchange(&mut channel, ca, version, signed);
-        let brought = timeout(self.answer_timeout, exchange).await.map_err(late);
-        // The master closes first, since the node's side keeps memory of channels that it closes first itself.
+        let delivered = timeout(self.answer_timeout, exchange).await.map_err(late);
+        // The master closes the channel first, since the node's side keeps memory for channels that it closes first
+        // itself.
         channel.close().await?;
-        brought?
+        delivered?
     }
 }
 
@@ -54,14 +55,16 @@ async fn exchange(
     ca: &str,
     version: u64,
     signed: Bytes,
-) -> Result<Brought, TunnelError> {
+) -> Result<Delivery, TunnelError> {
     channel.request_subsystem(true, SUBSYSTEM).await?;
     let mut signed = Some(signed);
     let mut received = Vec::new();
     loop {
         match channel.wait().await {
             Some(ChannelMsg::Data { data }) => received.extend_from_slice(&data),
-            Some(ChannelMsg::Failure | ChannelMsg::Close | ChannelMsg::Eof) => return Ok(Brought::Unknown),
+            Some(ChannelMsg::Failure | ChannelMsg::Close | ChannelMsg::Eof) => {
+                return Ok(Delivery::Unsupported);
+            }
             None => return Err(TunnelError::Closed),
             Some(_) => continue,
         }
@@ -72,14 +75,18 @@ async fn exchange(
         received.drain(..used);
         let held = report.held.get(ca).copied();
         match (report.refused, held) {
-            (Some(error), _) => return Ok(Brought::Refused(refusal::printable(&error))),
-            (None, Some(held)) if held > version => return Ok(Brought::Newer(held)),
+            (Some(error), _) => return Ok(Delivery::Refused(refusal::printable(&error))),
+            (None, Some(held)) if held > version => return Ok(Delivery::Newer(held)),
             (None, Some(held)) if held == version => {
-                return Ok(if signed.is_some() { Brought::Held } else { Brought::Taken });
+                return Ok(if signed.is_some() { Delivery::Current } else { Delivery::Accepted });
             }
             (None, _) => match signed.take() {
                 Some(signed) => channel.data_bytes(signed).await?,
-                None => return Ok(Brought::Refused("it does not have it now".to_owned())),
+                None => {
+                    return Ok(Delivery::Refused(
+                        "the node does not report the list after it was sent".to_owned(),
+                    ));
+                }
             },
         }
     }

@@ -1,30 +1,30 @@
-//! Brings the list of revoked certificates to the nodes.
+//! Delivers the list of revoked certificates to the nodes.
 //!
-//! The list is read whenever the store has changed. If it is a new one, the user CA signs it. Each connected node-agent
-//! gets it at once, and every other one as soon as it has a tunnel. A plain sshd gets it with `master-agent sshd-config`
-//! only.
+//! The list is read whenever the store changes. If its version is new, the user CA signs it. Connected node-agents get
+//! it at once, and the others as soon as they have a tunnel. A plain sshd gets the list only with `master-agent
+//! sshd-config`.
 
 use std::{sync::Arc, time::Duration};
 
 use tokio::{sync::watch, time::sleep};
 
-use super::{login::MasterLogin, revocation_exchange::Brought, tunnel::Tunnel};
+use super::{login::MasterLogin, revocation_exchange::Delivery, tunnel::Tunnel};
 use crate::identity::{
     Authorities,
     revocation::{Published, Revocations, sign, stored},
     store::Store,
 };
 
-/// How long until a list that could not be read is read again.
+/// The pause before a list that could not be read is read again.
 const READ_RETRY: Duration = Duration::from_secs(1);
-/// How long until a node that did not answer is asked again.
+/// The pause before a failed delivery is tried again.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// The list of revoked certificates, kept as it is in the store.
+/// Follows the list of revoked certificates in the store, and delivers it.
 pub struct RevocationList {
     store: Arc<dyn Store>,
     authorities: Arc<Authorities>,
-    /// The login that needs a new certificate when its own is revoked.
+    /// The login that gets a new certificate when its present one is revoked.
     login: Arc<MasterLogin>,
     published: Revocations,
 }
@@ -34,12 +34,12 @@ impl RevocationList {
         Self { store, authorities, login, published: watch::Sender::new(None) }
     }
 
-    /// Follows the list in the store, without an end.
+    /// Follows the list in the store. Never returns while the store lasts.
     pub async fn follow(self: Arc<Self>) {
         let mut changes = self.store.changes();
         let (mut seen, mut logged) = (None, String::new());
         loop {
-            // A change that is committed from here on is read now or wakes this task again.
+            // A change that is committed after this line is either read now or wakes this task again.
             changes.mark_unchanged();
             let list = self.clone();
             let read = tokio::task::spawn_blocking(move || list.read(seen)).await;
@@ -74,7 +74,7 @@ impl RevocationList {
         }
     }
 
-    /// The stored list, unless it is the one that was seen last.
+    /// Returns the stored list, or `None` if it has the version that was seen last. Blocks.
     fn read(&self, seen: Option<u64>) -> anyhow::Result<Option<Published>> {
         if self.store.revocations_version()? == seen {
             return Ok(None);
@@ -84,7 +84,7 @@ impl RevocationList {
         Ok(Some(Published { version: list.version, list, signed }))
     }
 
-    /// A master whose present certificate is revoked needs another one before it links again.
+    /// Renews the master's own certificate if it is revoked, since later links need a valid one.
     fn replace_revoked_login(&self) {
         let revoked = || {
             let published = self.published.borrow().clone()?;
@@ -93,14 +93,14 @@ impl RevocationList {
         if revoked().is_some() {
             self.login.renew();
             match revoked() {
-                None => tracing::warn!("this master's own certificate was revoked; it has another one"),
+                None => tracing::warn!("this master's certificate was revoked and has been replaced"),
                 Some(by) => tracing::error!(%by, "this master is revoked: nodes refuse it"),
             }
         }
     }
 
-    /// Brings the node of a tunnel each list that it does not have yet, until this is dropped.
-    pub(super) async fn bring(&self, tunnel: &Tunnel) {
+    /// Delivers each list that the node of the tunnel does not have yet. Returns if the node does not support lists.
+    pub(super) async fn deliver(&self, tunnel: &Tunnel) {
         if !tunnel.is_node_agent() {
             return;
         }
@@ -109,15 +109,15 @@ impl RevocationList {
         loop {
             let published = changes.borrow_and_update().clone();
             if let Some(published) = published {
-                match tunnel.bring_revocations(&ca, published.version, published.signed.clone()).await {
-                    Ok(brought) => {
-                        log(tunnel, published.version, &brought);
-                        if brought == Brought::Unknown {
+                match tunnel.deliver_revocations(&ca, published.version, published.signed.clone()).await {
+                    Ok(delivery) => {
+                        log(tunnel, published.version, &delivery);
+                        if delivery == Delivery::Unsupported {
                             return;
                         }
                     }
                     Err(error) => {
-                        tracing::warn!(node = %tunnel.node, version = published.version, %error, "can't bring a node the list of revoked certificates");
+                        tracing::warn!(node = %tunnel.node, version = published.version, %error, "can't deliver the list of revoked certificates");
                         tokio::select! {
                             () = sleep(RETRY) => {}
                             _ = changes.changed() => {}
@@ -133,19 +133,21 @@ impl RevocationList {
     }
 }
 
-fn log(tunnel: &Tunnel, version: u64, brought: &Brought) {
+fn log(tunnel: &Tunnel, version: u64, delivery: &Delivery) {
     let node = &tunnel.node;
-    match brought {
-        Brought::Taken => tracing::info!(%node, version, "the node has the list of revoked certificates"),
-        Brought::Held => tracing::debug!(%node, version, "the node had the list of revoked certificates"),
-        Brought::Newer(held) => {
+    match delivery {
+        Delivery::Accepted => tracing::info!(%node, version, "list of revoked certificates delivered"),
+        Delivery::Current => {
+            tracing::debug!(%node, version, "the node already has the list of revoked certificates");
+        }
+        Delivery::Newer(held) => {
             tracing::warn!(%node, version, held, "the node has a newer list of revoked certificates than this master");
         }
-        Brought::Refused(error) => {
+        Delivery::Refused(error) => {
             tracing::error!(%node, version, error, "the node refused the list of revoked certificates");
         }
-        Brought::Unknown => {
-            tracing::warn!(%node, "the node's agent takes no list of revoked certificates: update it");
+        Delivery::Unsupported => {
+            tracing::warn!(%node, "the node-agent does not support lists of revoked certificates: update it");
         }
     }
 }
@@ -159,7 +161,7 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
-    use crate::identity::{revocation::change, sqlite::SqliteStore, store, tests::TempDir};
+    use crate::identity::{revocation::change, sqlite::SqliteStore, tests::TempDir};
 
     const HOUR: Duration = Duration::from_secs(3600);
 
@@ -185,9 +187,9 @@ mod tests {
         store.remember_first_use(&"n1".parse().unwrap(), "SHA256:a").unwrap();
         assert!(timeout(HOUR, published.changed()).await.is_err(), "another part of the store has changed");
 
-        tasks.spawn(store::follow(store.clone()));
         revoke(&SqliteStore::open(&dir.0).unwrap(), &authorities, "bob");
-        timeout(Duration::from_secs(2), published.changed()).await.unwrap().unwrap();
+        assert!(store.refresh().unwrap());
+        published.changed().await.unwrap();
         assert!(published.borrow_and_update().as_ref().unwrap().version > first);
         tasks.cancel();
     }

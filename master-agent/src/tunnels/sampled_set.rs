@@ -1,9 +1,9 @@
-//! A set from which a few members are drawn without a look at all of them.
+//! A set from which a few members can be sampled without visiting all of them.
 
 use std::{collections::HashMap, hash::Hash};
 
-/// Members by key. A walk begins anywhere, so a caller that takes the first members that suit it does not always take
-/// the same ones.
+/// A set of members by key. A walk begins at a random member, so a caller that takes the first suitable ones does not
+/// always take the same ones.
 #[derive(Debug)]
 pub(super) struct SampledSet<K, V> {
     positions: HashMap<K, usize>,
@@ -17,7 +17,7 @@ impl<K, V> Default for SampledSet<K, V> {
 }
 
 impl<K: Clone + Eq + Hash, V> SampledSet<K, V> {
-    /// Adds a member, or replaces the one with that key.
+    /// Adds a member, or replaces the member with this key.
     pub(super) fn insert(&mut self, key: K, value: V) {
         match self.positions.get(&key).and_then(|at| self.members.get_mut(*at)) {
             Some(member) => member.1 = value,
@@ -40,7 +40,7 @@ impl<K: Clone + Eq + Hash, V> SampledSet<K, V> {
         }
     }
 
-    /// All members, from a position on that `random` in 0..1 chooses.
+    /// Returns all members, beginning at the position that `random` from 0 to 1 chooses.
     pub(super) fn walk(&self, random: f64) -> impl Iterator<Item = &V> {
         let start = (self.members.len() as f64 * random.clamp(0.0, 1.0)) as usize;
         let (before, after) = self.members.split_at(start.min(self.members.len()));

@@ -1,4 +1,4 @@
-//! Nodes and their tunnels as people and metrics see them.
+//! Nodes and tunnels as the status and the metrics show them.
 
 use std::time::{Duration, SystemTime};
 
@@ -7,7 +7,7 @@ use proto::NodeName;
 use super::tunnel::Tunnel;
 use crate::{activity::Figures, admin_api::TunnelStatus};
 
-/// One node, as metrics show it.
+/// A node as the metrics show it.
 #[derive(Clone, Debug)]
 pub struct NodeFigures {
     pub name: NodeName,
@@ -20,7 +20,7 @@ pub struct NodeFigures {
     pub activity: Figures,
 }
 
-/// One tunnel, as people see it.
+/// Returns the status of a tunnel.
 pub(super) fn tunnel_status(tunnel: &Tunnel, active: bool) -> TunnelStatus {
     TunnelStatus {
         role: if active { "active" } else { "standby" }.to_owned(),

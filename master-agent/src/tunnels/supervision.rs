@@ -12,7 +12,7 @@ use tokio::{
 };
 
 use super::{
-    callers::CallerTunnels,
+    callers::CallerTunnelSender,
     config::TunnelsConfig,
     counters::TunnelMetrics,
     refusals::Refusals,
@@ -23,21 +23,22 @@ use super::{
     trust::Trust,
     tunnel::{Direction, Tunnel},
 };
-use crate::{admin_api::EventKind, metrics::Reason, routing::inventory::Inventory};
+use crate::{admin_api::EventKind, metrics::ReasonLabel, routing::inventory::Inventory};
 
-/// How long an older tunnel has to prove that it lives when a second one for its node comes.
+/// How long an older tunnel may take to answer a ping when its node establishes another one.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(1500);
-/// How often a tunnel's host key is verified again besides when the store changes, since the inventory may have changed.
+/// How often a tunnel's host key is verified again, since the inventory may have changed. A change of the store causes
+/// a check at once.
 const RECHECK_INTERVAL: Duration = Duration::from_secs(10);
-/// Retired tunnels that one node may keep.
+/// The maximum number of retired tunnels that one node may keep.
 const MAX_RETIRED: usize = 16;
-/// How often a retired tunnel is looked at for streams that it still has.
+/// How often a retired tunnel is checked for open streams.
 const IDLE_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A registered tunnel, and the events of its multiplexer if it has one.
 pub(super) type Linked = (Registration, Option<Events>);
 
-/// Supervises tunnels, with the parts that this takes.
+/// Registers tunnels and supervises them until they end.
 pub struct Supervisor {
     pub config: TunnelsConfig,
     pub nodes: watch::Receiver<Arc<Inventory>>,
@@ -46,15 +47,15 @@ pub struct Supervisor {
     pub refusals: Refusals,
     pub renewal: Renewal,
     pub revocations: Arc<RevocationList>,
-    /// Serves the callers who come through tunnels; `None` serves none.
-    pub callers: Option<CallerTunnels>,
+    /// Passes tunnels to the front end, which serves their callers. With `None`, no callers come through tunnels.
+    pub callers: Option<CallerTunnelSender>,
     pub metrics: TunnelMetrics,
-    /// Closes tunnels that others take the place of.
+    /// The group of the tasks that probe and close tunnels which others replace.
     pub tasks: Tasks,
 }
 
 impl Supervisor {
-    /// Takes a tunnel among those of its node, or closes it with the reason why not.
+    /// Registers a tunnel. A tunnel that can't be registered is closed, and its node learns the reason.
     pub(super) async fn register(&self, tunnel: Tunnel) -> Result<Registration, TunnelError> {
         let tunnel = Arc::new(tunnel);
         // The node may have joined with another key since this one was verified.
@@ -81,7 +82,7 @@ impl Supervisor {
         Ok(registration)
     }
 
-    /// Looks after the tunnels that a node has beside a new one, oldest first.
+    /// Closes surplus retired tunnels of a node that has established another one, and probes the others.
     fn settle_others(&self, others: Vec<Arc<Tunnel>>) {
         // Streams that last longer than the certificates of many links must not keep all of those links.
         let retired: Vec<_> = others.iter().filter(|other| !other.is_usable()).cloned().collect();
@@ -89,7 +90,7 @@ impl Supervisor {
             let reason = "too many links of the node take no new streams";
             self.tasks.spawn(async move { oldest.close(reason).await });
         }
-        // A node that comes again may have lost the old tunnel in a way that the master has not noticed.
+        // A node that establishes another tunnel may have lost the old one without the master noticing.
         let unanswered = u32::try_from(self.config.keepalive_max + 1).unwrap_or(u32::MAX);
         let dead_after = self.config.keepalive_interval.saturating_mul(unanswered);
         for other in others {
@@ -97,7 +98,7 @@ impl Supervisor {
         }
     }
 
-    /// Supervises a tunnel until it ends, and gives the reason of the end.
+    /// Supervises a tunnel until it ends, and returns the reason.
     pub(super) async fn supervise(self: Arc<Self>, (registration, events): Linked) -> String {
         let tunnel = registration.tunnel();
         let mut notices = events.map(|events| events.notices);
@@ -105,7 +106,7 @@ impl Supervisor {
             tokio::join!(
                 self.recheck(tunnel),
                 self.hand_to_callers(tunnel),
-                self.revocations.bring(tunnel),
+                self.revocations.deliver(tunnel),
                 self.renewal.run(tunnel),
                 log_notices(tunnel, notices.as_mut()),
                 close_when_idle(tunnel),
@@ -121,19 +122,19 @@ impl Supervisor {
             log_notice(tunnel, &notice);
         }
         let seconds = tunnel.established.elapsed().as_secs();
-        // A node that has called again says that it takes no new streams here, and closes this link once its streams
-        // have ended.
+        // A node that has called home again takes no new streams on the former link, and closes that link once its
+        // streams have ended.
         if tunnel.is_retired() || tunnel.is_going_away() && self.registry.has_newer(tunnel) {
             tracing::info!(node = %tunnel.node, reason, seconds, "retired tunnel ended");
             return reason;
         }
-        self.metrics.tunnels_lost.get_or_create(&Reason { reason: tunnel.loss().kind() }).inc();
+        self.metrics.tunnels_lost.get_or_create(&ReasonLabel { reason: tunnel.loss().kind() }).inc();
         self.registry.event(&tunnel.node, EventKind::Lost, &reason);
         tracing::warn!(node = %tunnel.node, reason, seconds, "tunnel ended");
         reason
     }
 
-    /// Closes the tunnel when its host is no longer the node.
+    /// Verifies the host key again and again, and closes the tunnel when it is no longer the node's.
     async fn recheck(&self, tunnel: &Tunnel) -> Infallible {
         let mut interval = tokio::time::interval(RECHECK_INTERVAL);
         let mut key_changes = self.trust.key_changes();
@@ -154,11 +155,11 @@ impl Supervisor {
             true => None,
             false => self.nodes.borrow().node(&tunnel.node).and_then(|node| node.front_end_listen),
         };
-        callers.add(tunnel.clone(), listen).await;
+        callers.send(tunnel.clone(), listen).await;
     }
 }
 
-/// Puts a tunnel behind the others while it does not answer, and ends it when it never does.
+/// Makes a tunnel the last choice while it leaves a ping unanswered, and closes it if it does not answer in time.
 async fn probe(tunnel: Arc<Tunnel>, dead_after: Duration) {
     if tunnel.answers(PROBE_TIMEOUT).await {
         return;
@@ -184,12 +185,12 @@ fn log_notice(tunnel: &Tunnel, notice: &Notice) {
             tracing::info!(node = %tunnel.node, reason, "the node takes no new streams");
         }
         Notice::Certificate(_) => {
-            tracing::warn!(node = %tunnel.node, "the node sent a certificate; ignored");
+            tracing::warn!(node = %tunnel.node, "ignoring a certificate from the node");
         }
     }
 }
 
-/// Closes a tunnel that the master has dialled once it is retired and its streams have ended.
+/// Closes a dialled tunnel once it is retired and its streams have ended.
 async fn close_when_idle(tunnel: &Tunnel) {
     if tunnel.direction != Direction::Dialled {
         return;
@@ -217,7 +218,7 @@ mod tests {
     }
 
     fn lost(master: &Master, loss: Loss) -> u64 {
-        master.metrics.tunnels_lost.get_or_create(&Reason { reason: loss.kind() }).get()
+        master.metrics.tunnels_lost.get_or_create(&ReasonLabel { reason: loss.kind() }).get()
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,4 +1,4 @@
-//! Nodes in memory, for unit tests: the node's side of SSH sessions over streams that never leave the process.
+//! In-memory nodes for unit tests: the node's side of SSH sessions over streams that never leave the process.
 
 use std::{
     io,
@@ -56,25 +56,25 @@ use crate::{
     routing::inventory::{Inventory, InventoryNode},
 };
 
-/// Bytes that wait in each direction of a link.
+/// The number of bytes that a link buffers in each direction.
 const PIPE: usize = 256 * 1024;
 
-/// A node's side of one tunnel.
+/// The node's side of one tunnel.
 pub(super) struct NodeSide {
     pub(super) mux: Mux,
     pub(super) notices: mpsc::Receiver<Notice>,
     pub(super) connected: Instant,
 }
 
-/// A node-agent that accepts whoever logs in, and every stream.
+/// A node-agent that accepts every login and every stream.
 #[derive(Clone)]
 pub(super) struct MemoryNode {
     key: PrivateKey,
     tasks: Tasks,
     sides: mpsc::UnboundedSender<NodeSide>,
-    /// When it was dialled.
+    /// The times of all dials.
     pub(super) dials: Arc<Mutex<Vec<Instant>>>,
-    /// Dials that still fail.
+    /// The number of further dials that fail.
     pub(super) failures: Arc<Mutex<usize>>,
 }
 
@@ -84,7 +84,7 @@ impl MemoryNode {
         (Self { key, tasks, sides, dials: Arc::default(), failures: Arc::default() }, tunnels)
     }
 
-    /// The master's end of a new link.
+    /// Returns the master's end of a new link.
     fn link(&self) -> DuplexStream {
         let (near, far) = duplex(PIPE);
         let config = server::Config {
@@ -193,7 +193,7 @@ impl server::Handler for NodeHandler {
 pub(super) struct Master {
     pub(super) config: TunnelsConfig,
     pub(super) node: MemoryNode,
-    /// The node's side of each tunnel.
+    /// Receives the node's side of each tunnel.
     pub(super) tunnels: mpsc::UnboundedReceiver<NodeSide>,
     pub(super) nodes: watch::Sender<Arc<Inventory>>,
     pub(super) registry: Arc<Registry>,
@@ -208,7 +208,7 @@ pub(super) struct Master {
 }
 
 impl Master {
-    /// `user_ttl` is the life of the master's own certificate, `max_streams` that of each node.
+    /// `user_ttl` is the lifetime of the master's certificate, and `max_streams` the limit of streams of the node.
     pub(super) fn new(user_ttl: Duration, max_streams: usize) -> Self {
         let (dir, key, tasks) = (TempDir::new(), new_key(), Tasks::new());
         let pin = fingerprint(key.public_key());
@@ -261,12 +261,12 @@ impl Master {
         }
     }
 
-    /// The inventory's entry of the node.
+    /// Returns the node's entry in the inventory.
     pub(super) fn entry(&self) -> InventoryNode {
         self.nodes.borrow().node(&n1()).unwrap().clone()
     }
 
-    /// A tunnel to the node, and the node's side of it.
+    /// Establishes a tunnel, and also returns the node's side of it.
     pub(super) async fn tunnel(&mut self) -> (Tunnel, Events, NodeSide) {
         let (entry, user) = (self.entry(), self.login.current());
         let address = entry.dial.clone().unwrap();

@@ -1,4 +1,4 @@
-//! Verifies host keys by what the inventory and the store say.
+//! Verifies host keys with the help of the inventory and the store.
 
 use std::{future::ready, path::Path, sync::Arc, time::SystemTime};
 
@@ -16,7 +16,7 @@ use crate::{
     routing::inventory::{Inventory, InventoryNode},
 };
 
-/// Decides whose a host key is, and whether a host is still the node that it was.
+/// Verifies host keys, and checks later whether a verified host is still its node.
 pub struct Trust {
     nodes: watch::Receiver<Arc<Inventory>>,
     store: Arc<dyn Store>,
@@ -32,7 +32,7 @@ impl Trust {
         Self { nodes, store, authorities }
     }
 
-    /// Verifies the host key of a node that the master dials.
+    /// Returns the verification for a node that the master dials.
     pub fn dialled(self: &Arc<Self>, node: &InventoryNode, address: &Target) -> Verify {
         let context = Arc::new((self.clone(), node.clone(), address.clone()));
         Box::new(move |presented| {
@@ -44,14 +44,15 @@ impl Trust {
         })
     }
 
-    /// Verifies the host key of a node that calls home. The host of a plain key that is no node's may join.
+    /// Returns the verification for calls home. A host with a plain key that belongs to no node may join.
     pub fn call_home(self: &Arc<Self>) -> Verify {
         let trust = self.clone();
         Box::new(move |presented| Box::pin(ready(trust.verify_call_home(presented))))
     }
 
-    /// Whether a host that was verified once is still the node that it was then: in the inventory, recognised in the
-    /// same way, and with the key that it joined with last. A known_hosts file is read in handshakes only.
+    /// Checks that a verified host is still its node: the node is in the inventory, its key passes the inventory's
+    /// present kind of check, and it has not joined with another key since. A known_hosts file is read in handshakes
+    /// only.
     pub fn still_good(&self, host: &VerifiedHost) -> Result<(), HostKeyError> {
         let (nodes, shown) = (self.nodes.borrow().clone(), fingerprint(&host.key));
         let Some(node) = nodes.node(&host.node) else {
@@ -75,7 +76,7 @@ impl Trust {
         }
     }
 
-    /// Wakes whoever waits when the key of a node may have changed in the store.
+    /// Returns a receiver that changes whenever the key of a node may have changed in the store.
     pub(super) fn key_changes(&self) -> watch::Receiver<()> {
         self.store.changes()
     }
@@ -107,8 +108,8 @@ impl Trust {
         self.still_good(&host).map(|()| HostIdentity::Verified(host))
     }
 
-    /// Records the first key of a node. If another one was recorded meanwhile, that one stays, and `still_good` refuses
-    /// the host.
+    /// Records the first key of a node. If another key has been recorded in the meantime, that one stays and
+    /// `still_good` refuses the host.
     async fn remember_first_use(&self, host: &VerifiedHost) -> Result<(), HostKeyError> {
         let (store, node, key) = (self.store.clone(), host.node.clone(), fingerprint(&host.key));
         tracing::warn!(%node, key, "trusting a host key on first use");
@@ -125,7 +126,8 @@ impl Trust {
                 let Some(node) = nodes.node(&host.node) else {
                     return Err(HostKeyError::UnknownNode { node: host.node });
                 };
-                // Otherwise whoever got a certificate with a token would not need the key that is pinned for a node.
+                // Otherwise, a certificate that somebody got with a token would replace the key that is pinned for a
+                // node.
                 if host.not_after.is_some() && node.trust != HostTrust::HostCa {
                     let fingerprint = fingerprint(&host.key);
                     return Err(HostKeyError::OtherTrust { node: host.node, fingerprint });
@@ -142,7 +144,7 @@ impl Trust {
         }
     }
 
-    /// A certificate is good only with the key that the node joined with last, and while that key is not forgotten.
+    /// Checks that a host has the key with which its node joined last, and that this key has not been forgotten.
     fn is_current_key(&self, host: &VerifiedHost, shown: &str) -> Result<(), HostKeyError> {
         match self.store.joined_key(&host.node) {
             Some(current) if current == shown => Ok(()),
@@ -152,7 +154,7 @@ impl Trust {
     }
 }
 
-/// A known_hosts file, read anew for each handshake. One that can't be read knows no host.
+/// Reads a known_hosts file, which happens anew for each handshake. A file that can't be read counts as empty.
 async fn known_hosts(file: &Path) -> KnownHosts {
     KnownHosts::load(file.to_owned()).await.unwrap_or_else(|error| {
         tracing::error!(file = %file.display(), %error, "can't read a known_hosts file");

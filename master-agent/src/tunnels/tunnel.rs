@@ -1,5 +1,5 @@
-//! A tunnel: a session with a node that is known by name, and what carries its streams. A node-agent offers a
-//! multiplexer. Anything else is a plain sshd, and each stream an SSH channel of its own.
+//! A tunnel, which is a session with a known node and the carrier of its streams. The streams of a node-agent share its
+//! multiplexer. Any other node is a plain sshd, whose streams have SSH channels of their own.
 
 use std::{
     net::SocketAddr,
@@ -57,30 +57,31 @@ enum Carrier {
 
 /// An established tunnel to a node. Dropping it ends it.
 pub struct Tunnel {
-    /// Grows from tunnel to tunnel.
+    /// The number of the tunnel. Later tunnels have greater numbers.
     pub id: u64,
     pub node: NodeName,
     pub direction: Direction,
     pub peer: Option<SocketAddr>,
     pub established: Instant,
-    /// When it was established, for people.
+    /// The wall-clock time of `established`, for the status.
     pub since: SystemTime,
     pub host: VerifiedHost,
     pub(super) session: Session,
     /// The multiplexer on which the node opens streams to the front end, once it has been asked for.
     pub(super) front_end: OnceLock<Mux>,
-    /// How long the node may take to answer what is neither a stream nor a keep-alive.
+    /// The longest time for answers of the node to requests that are neither dials nor keep-alives.
     pub(super) answer_timeout: Duration,
     carrier: Carrier,
-    /// Cancelled when another tunnel has taken this one's place, which keeps the streams that it has.
+    /// Cancelled when another tunnel has replaced this one. A retired tunnel keeps its streams.
     retired: CancellationToken,
-    /// When the node's certificate expires, renewals included.
+    /// When the node's certificate expires. Renewals change it.
     certificate_expires: Mutex<Option<SystemTime>>,
     suspect: AtomicBool,
 }
 
 impl Tunnel {
-    /// Makes a tunnel of a session with `host`. The events are the multiplexer's, if the node has one.
+    /// Establishes a tunnel on a session with `host`. Also returns the events of the multiplexer, if the node offers
+    /// one.
     pub async fn establish(
         session: Session,
         host: VerifiedHost,
@@ -137,12 +138,12 @@ impl Tunnel {
         })
     }
 
-    /// Whether a node-agent is at the other end, which resolves names and reports causes itself.
+    /// Whether the other end is a node-agent, which resolves names and reports the causes of failed dials.
     pub fn is_node_agent(&self) -> bool {
         matches!(self.carrier, Carrier::Mux(_))
     }
 
-    /// The kind of the other end, in one word.
+    /// Returns the kind of the other end, `node-agent` or `sshd`.
     pub fn kind(&self) -> &'static str {
         if self.is_node_agent() { "node-agent" } else { "sshd" }
     }
@@ -154,7 +155,7 @@ impl Tunnel {
         }
     }
 
-    /// Whether no stream of either direction is left.
+    /// Whether no stream is open in either direction.
     pub fn is_idle(&self) -> bool {
         self.streams() + self.front_end.get().map_or(0, Mux::streams_open) == 0
     }
@@ -166,7 +167,7 @@ impl Tunnel {
         }
     }
 
-    /// When the certificate expires with which the master authenticated.
+    /// Returns when the certificate that authenticated the master expires.
     pub fn user_expires(&self) -> Option<SystemTime> {
         self.session.user_expires
     }
@@ -179,7 +180,7 @@ impl Tunnel {
         *self.certificate_expires.lock().unwrap_or_else(PoisonError::into_inner) = Some(at);
     }
 
-    /// Sends a renewed host certificate; only a node-agent can take it.
+    /// Sends a renewed host certificate, which only a node-agent can take. Returns whether it was sent.
     pub async fn send_certificate(&self, text: &str) -> bool {
         match &self.carrier {
             Carrier::Mux(mux) => mux.send_certificate(text).await,
@@ -218,18 +219,18 @@ impl Tunnel {
         self.session.state.ended.is_cancelled()
     }
 
-    /// Waits for the end, and gives its reason.
+    /// Waits until the tunnel ends, and returns the reason.
     pub async fn ended(&self) -> String {
         self.session.state.ended.cancelled().await;
         self.session.state.reason()
     }
 
-    /// How the tunnel came to its end.
+    /// Returns the kind of reason for which the tunnel has ended.
     pub fn loss(&self) -> Loss {
         self.session.state.end_reason().map_or(Loss::Link, |(loss, _)| loss)
     }
 
-    /// Leaves the tunnel to the streams that it has.
+    /// Retires the tunnel, which keeps its streams and gets no new ones.
     pub async fn retire(&self, reason: &str) {
         self.retired.cancel();
         self.go_away(reason).await;
@@ -254,16 +255,16 @@ impl Tunnel {
         }
     }
 
-    /// Ends the tunnel; its streams are reset.
+    /// Ends the tunnel and resets its streams.
     pub async fn close(&self, reason: &str) {
         self.session.state.end(Loss::ByMaster, reason.to_owned());
-        let farewell = async {
+        let last_messages = async {
             if let Carrier::Mux(mux) = &self.carrier
                 && !mux.is_going_away()
             {
                 mux.go_away(reason).await;
             }
         };
-        self.session.close_after(farewell, reason).await;
+        self.session.close_after(last_messages, reason).await;
     }
 }

@@ -59,27 +59,6 @@ fn the_sample_shows_the_defaults() {
     assert_eq!(without_examples, default);
 }
 
-#[test]
-fn the_sample_names_every_field() {
-    let text = sample("node-agent.yaml");
-    // The error about an unknown field lists those of its section.
-    let unknown = "
-zzzzzzzz: 1
-log: {zzzzzzzz: 1}
-admin: {zzzzzzzz: 1}
-call_home_https: {zzzzzzzz: 1}
-policy: {zzzzzzzz: 1, allow: [{zzzzzzzz: 1}]}
-front_end: {zzzzzzzz: 1, unix: {zzzzzzzz: 1}}
-limits: {zzzzzzzz: 1}
-";
-    let errors = parse(unknown).unwrap_err();
-    let lists: Vec<_> = errors.iter().filter_map(|e| e.message.split_once("known here: ")).collect();
-    assert_eq!(lists.len(), 9, "{errors}");
-    for field in lists.iter().flat_map(|(_, fields)| fields.split(", ")) {
-        assert!(text.contains(&format!("{field}:")), "{field}");
-    }
-}
-
 /// Texts, and the beginning of the error that each causes.
 const MISTAKES: &[(&str, &str)] = &[
     ("log: {}", "1:1: listen or call_home is required"),

@@ -1,9 +1,11 @@
 //! Renewal of the host certificate while the agent runs.
 //!
 //! A master sends the renewed certificate on the multiplexer. Its session submits it here and never waits. One task
-//! installs the certificates of a session in the order in which they came, also after that session has ended. Sessions
-//! take turns, so that a master that sends many delays those of the others by one each. Each certificate is written to
-//! its file, on a thread for blocking work, before a handshake shows it.
+//! installs the certificates of a session in the order in which they came, also after that session has ended. The queues
+//! of sessions take turns until they are empty. So however many certificates a session submits, it delays those of
+//! another session by one for each that is installed. The queue of a session that has ended keeps its turn, so a master
+//! that makes many sessions delays the others by one for each of them, and each costs it a handshake. Every certificate
+//! is written to its file, on a thread for blocking work, before a handshake shows it.
 
 use std::sync::Arc;
 

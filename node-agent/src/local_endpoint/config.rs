@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use proto_config::{Mode, Section};
+use proto_config::{Meanings, Mode, Section};
 
 use crate::fields::{COUNT, secs};
 
@@ -23,13 +23,31 @@ pub struct LocalUnixConfig {
     pub mode: u32,
 }
 
+const FIELDS: Meanings = &[
+    (
+        "tcp",
+        "The TCP address for callers: a loopback address, or an address of this node that pods use, but not \
+         all addresses. This or unix is required.",
+    ),
+    ("unix", "The Unix socket for callers."),
+    ("max_connections", "Callers at once, over both listeners."),
+    ("wait", "How long a caller waits while there is no tunnel, before its connection is closed."),
+];
+
+const UNIX_FIELDS: Meanings = &[
+    ("path", "The socket's path."),
+    ("mode", "The socket's mode. Whoever may write to the socket may call."),
+];
+
 impl LocalEndpointConfig {
     pub(crate) fn read(s: &Section<'_>) -> Option<Self> {
-        let tcp = if s.at("tcp").is_some() { s.listen("tcp", None) } else { None };
+        s.document(FIELDS);
+        let tcp = s.optional_listen("tcp");
         if let Some(address) = tcp.filter(|address| address.ip().is_unspecified()) {
             s.error("tcp", format!("{address}: give the one address that callers on this node use"));
         }
         let unix = s.section("unix", |s| {
+            s.document(UNIX_FIELDS);
             let path = s.listen_unix("path", "/run/node-agent-local/front-end.sock");
             Some(LocalUnixConfig { path, mode: s.or("mode", Mode(0o660)).0 })
         });

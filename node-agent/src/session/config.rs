@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use proto_config::Section;
+use proto_config::{Meanings, Section};
 
 use crate::fields::{COUNT, WAIT, secs};
 
@@ -23,8 +23,23 @@ pub struct LimitsConfig {
     pub keepalive_max: usize,
 }
 
+const FIELDS: Meanings = &[
+    ("max_handshakes", "Connections at once that have not authenticated."),
+    ("max_sessions", "Sessions of people at once. Masters do not count."),
+    ("max_streams", "Streams at once of one session."),
+    ("handshake_timeout", "Time for an SSH handshake."),
+    ("dial_timeout", "Time to resolve a target and to connect to it."),
+    ("keepalive_interval", "Time between keep-alives of a session."),
+    (
+        "keepalive_max",
+        "A session is dead when one more than this number of keep-alives is unanswered: with the defaults, \
+         after 9 s.",
+    ),
+];
+
 impl LimitsConfig {
     pub(crate) fn read(s: &Section<'_>) -> Self {
+        s.document(FIELDS);
         Self {
             max_handshakes: s.number("max_handshakes", 256, COUNT),
             max_sessions: s.number("max_sessions", 64, COUNT),

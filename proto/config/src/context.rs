@@ -7,6 +7,7 @@ use std::{
 };
 
 use super::{
+    description::{Field, Recorder},
     error::{Error, Errors},
     tree::Location,
 };
@@ -31,6 +32,8 @@ pub(super) struct Context<'a> {
     errors: RefCell<Vec<Error>>,
     dropped: Cell<usize>,
     listeners: RefCell<Vec<(Listener, String)>>,
+    /// Where the fields are described; `None` while a configuration is read.
+    recorder: Option<Recorder>,
 }
 
 /// An address that something listens on.
@@ -42,10 +45,40 @@ pub(super) enum Listener {
 
 impl<'a> Context<'a> {
     pub(super) fn new(source: Source<'a>) -> Self {
-        Self { source, errors: RefCell::default(), dropped: Cell::new(0), listeners: RefCell::default() }
+        Self {
+            source,
+            errors: RefCell::default(),
+            dropped: Cell::new(0),
+            listeners: RefCell::default(),
+            recorder: None,
+        }
+    }
+
+    /// The context of a configuration that is described rather than read. Nothing in it is a mistake.
+    pub(super) fn describing() -> Self {
+        let source = Source { origin: "", base_dir: Path::new(""), check_files: false };
+        Self { recorder: Some(Recorder::default()), ..Self::new(source) }
+    }
+
+    pub(super) fn is_describing(&self) -> bool {
+        self.recorder.is_some()
+    }
+
+    /// Describes a field, unless a configuration is read.
+    pub(super) fn record(&self, path: &str, change: impl FnOnce(&mut Field)) {
+        if let Some(recorder) = &self.recorder {
+            recorder.record(path, change);
+        }
+    }
+
+    pub(super) fn into_fields(self) -> Vec<Field> {
+        self.recorder.map(Recorder::into_fields).unwrap_or_default()
     }
 
     pub(super) fn report(&self, location: Location, field: &str, message: String) {
+        if self.is_describing() {
+            return;
+        }
         let mut errors = self.errors.borrow_mut();
         if errors.len() >= MAX_ERRORS {
             self.dropped.set(self.dropped.get() + 1);

@@ -6,11 +6,14 @@
 //! field that no reader asks for is an error.
 //!
 //! Only [`load`] looks at the files that the configuration names, so that a sample can be checked where its files don't
-//! exist. [`secret_file`] reads and writes files that hold secrets.
+//! exist. [`describe`] runs the same readers to learn which fields there are. [`secret_file`] reads and writes files that
+//! hold secrets.
 
 use std::{fs, path::Path};
 
 mod context;
+mod defaults;
+mod description;
 mod error;
 mod log;
 pub mod secret_file;
@@ -20,9 +23,11 @@ mod value;
 
 use context::Context;
 pub use context::Source;
+pub use defaults::defaults;
+pub use description::{Field, FieldKind, Shape};
 pub use error::{Error, Errors};
 pub use log::{Log, LogFormat};
-pub use section::{At, Section, Value};
+pub use section::{Alternative, At, Meanings, Section, Value};
 pub use value::{Mode, Ports};
 
 /// The largest file that is read, in bytes: room for the inventory of tens of thousands of nodes.
@@ -39,6 +44,15 @@ pub fn parse<T>(
     let tree = tree::parse(text, &|location, message| context.report(location, "", message));
     let value = tree.and_then(|node| At::root(&context, &node).section(read));
     context.finish(value)
+}
+
+/// Describes the fields of a configuration by running its reader against a value that stands for every value: each field is
+/// present, each list has one element, and each alternative of a choice is taken. A reader must ask for every field before
+/// it gives up on a missing one.
+pub fn describe<T>(read: impl FnOnce(&Section<'_>) -> Option<T>) -> Vec<Field> {
+    let context = Context::describing();
+    drop(At::root(&context, &tree::ANY).section(read));
+    context.into_fields()
 }
 
 /// Reads a configuration from a file and checks the files that it names. Relative paths are relative to the file's

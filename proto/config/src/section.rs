@@ -2,6 +2,7 @@
 
 use std::{
     cell::RefCell,
+    fmt::Display,
     fs, io,
     net::SocketAddr,
     ops::RangeInclusive,
@@ -11,15 +12,25 @@ use std::{
 
 use super::{
     context::{Context, Listener},
-    tree::{Entry, Kind, Location, Node},
+    description::{Field, FieldKind, Shape, Written},
+    tree::{ANY, Entry, Kind, Location, Node},
 };
 use crate::secret_file;
 
 /// A type with one way of being written in a configuration.
 pub trait Value: Sized {
+    /// How the value is written, for descriptions.
+    const SHAPE: Shape;
+
     /// Reads the value; `None` if the node can't be read as this type, which has then been reported.
     fn read(at: &At<'_>) -> Option<Self>;
 }
+
+/// An alternative of [`Section::one_of`]: its field and its reader.
+pub type Alternative<T> = (&'static str, fn(&At<'_>) -> Option<T>);
+
+/// What the fields of a section mean: the name of each, and whole sentences.
+pub type Meanings = &'static [(&'static str, &'static str)];
 
 /// One node of the tree, and its location.
 pub struct At<'a> {
@@ -58,6 +69,17 @@ impl<'a> At<'a> {
         self.context.source.base_dir
     }
 
+    /// Reads this value as a `T`.
+    pub fn read<T: Value>(&self) -> Option<T> {
+        self.describe(T::SHAPE);
+        T::read(self)
+    }
+
+    /// States how this value is written, for descriptions.
+    fn describe(&self, shape: Shape) {
+        self.context.record(&self.field, |field| field.kind = FieldKind::Value(shape));
+    }
+
     /// The scalar's text, with quotes and escapes resolved. Anything else is reported and gives `None`.
     pub fn text(&self) -> Option<&'a str> {
         self.scalar("a text").map(|(text, _)| text)
@@ -71,7 +93,7 @@ impl<'a> At<'a> {
             Kind::Scalar { text, plain } => return Some((text, *plain)),
             Kind::List(_) => self.error(format!("expected {expected}, found a list")),
             Kind::Map(_) => self.error(format!("expected {expected}, found a section")),
-            Kind::Bad => {}
+            Kind::Bad | Kind::Any => {}
         }
         None
     }
@@ -86,8 +108,7 @@ impl<'a> At<'a> {
         match &self.node.kind {
             Kind::Map(entries) => {
                 let location = self.name_location.unwrap_or(self.node.location);
-                let (context, field) = (self.context, self.field.clone());
-                let section = Section { context, location, field, entries, known: RefCell::default() };
+                let section = Section::new(self.context, location, self.field.clone(), entries);
                 let value = read(&section);
                 section.report_unknown();
                 return value;
@@ -95,6 +116,10 @@ impl<'a> At<'a> {
             Kind::Scalar { .. } if self.node.is_null() => self.no_value(),
             Kind::Scalar { .. } => self.error("expected a section of fields, found a single value"),
             Kind::List(_) => self.error("expected a section of fields, found a list"),
+            Kind::Any => {
+                self.context.record(&self.field, |field| field.kind = FieldKind::Section);
+                return read(&Section::new(self.context, self.node.location, self.field.clone(), &[]));
+            }
             Kind::Bad => {}
         }
         None
@@ -113,6 +138,12 @@ impl<'a> At<'a> {
             Kind::Scalar { .. } if self.node.is_null() => self.no_value(),
             Kind::Scalar { .. } => self.error("expected a list, found a single value"),
             Kind::Map(_) => self.error("expected a list, found a section"),
+            Kind::Any => {
+                self.context.record(&self.field, |field| field.kind = FieldKind::List);
+                let field = format!("{}[]", self.field);
+                self.context.record(&field, |_| {});
+                return vec![At { context: self.context, node: &ANY, name_location: None, field }];
+            }
             Kind::Bad => {}
         }
         Vec::new()
@@ -125,12 +156,27 @@ impl<'a> At<'a> {
 
     /// A path. A relative one is resolved against the file's directory.
     pub(super) fn path(&self) -> Option<PathBuf> {
+        self.describe(PathBuf::SHAPE);
         let text = self.text()?;
         if text.is_empty() || text.contains('\0') {
             self.error("is not a path");
             return None;
         }
         Some(self.base_dir().join(text))
+    }
+
+    /// A file that must be readable.
+    pub fn file(&self) -> Option<PathBuf> {
+        let path = self.path()?;
+        self.check_file(&path, false);
+        Some(path)
+    }
+
+    /// A file with secrets that [`secret_file::read_given`] accepts.
+    pub fn private_file(&self) -> Option<PathBuf> {
+        let path = self.path()?;
+        self.check_file(&path, true);
+        Some(path)
     }
 
     fn check_file(&self, path: &Path, private: bool) {
@@ -163,15 +209,59 @@ pub struct Section<'a> {
     field: String,
     entries: &'a [Entry],
     known: RefCell<Vec<&'static str>>,
+    /// What its fields mean; empty unless the configuration is described.
+    meanings: RefCell<Vec<(&'static str, &'static str)>>,
 }
 
 impl<'a> Section<'a> {
+    fn new(context: &'a Context<'a>, location: Location, field: String, entries: &'a [Entry]) -> Self {
+        Self { context, location, field, entries, known: RefCell::default(), meanings: RefCell::default() }
+    }
+
+    /// States what fields mean, for descriptions. This comes before they are read.
+    pub fn document(&self, meanings: Meanings) {
+        if self.context.is_describing() {
+            self.meanings.borrow_mut().extend(meanings);
+        }
+    }
+
+    /// States that a field is required, where the reader itself reports that it is missing.
+    pub fn states_required(&self, name: &str) {
+        self.record(name, |field| field.required = true);
+    }
+
+    /// States the value of a field that is absent, where the reader itself supplies it.
+    pub fn states_default(&self, name: &str, default: impl Display) {
+        self.record(name, |field| field.default = Some(default.to_string()));
+    }
+
+    fn record(&self, name: &str, change: impl FnOnce(&mut Field)) {
+        if self.context.is_describing() {
+            self.context.record(&self.path_of(name), change);
+        }
+    }
+
+    fn states_range(&self, name: &str, least: impl Display, greatest: impl Display) {
+        self.record(name, |field| field.range = Some((least.to_string(), greatest.to_string())));
+    }
+
     /// The field, if it is present.
     pub fn at(&self, name: &'static str) -> Option<At<'a>> {
+        if self.context.is_describing() {
+            return Some(self.described(name));
+        }
         self.known.borrow_mut().push(name);
         let entry = self.entries.iter().find(|entry| entry.key == name)?;
         let (context, node) = (self.context, &entry.value);
         Some(At { context, node, name_location: Some(entry.location), field: self.path_of(name) })
+    }
+
+    /// Records the field, whose value then stands for every value.
+    fn described(&self, name: &'static str) -> At<'a> {
+        let about = self.meanings.borrow().iter().find(|(field, _)| *field == name).map(|(_, about)| *about);
+        let field = self.path_of(name);
+        self.context.record(&field, |field| field.about = about.unwrap_or(field.about));
+        At { context: self.context, node: &ANY, name_location: None, field }
     }
 
     /// Reports a mistake: at the field if it is present, otherwise at the section that should have it.
@@ -192,12 +282,13 @@ impl<'a> Section<'a> {
 
     /// A field that must be present.
     pub fn required<T: Value>(&self, name: &'static str) -> Option<T> {
-        self.required_at(name).and_then(|at| T::read(&at))
+        self.required_at(name).and_then(|at| at.read())
     }
 
     /// A field that must be present, for values that are not read through [`Value`].
     pub fn required_at(&self, name: &'static str) -> Option<At<'a>> {
         let at = self.at(name);
+        self.states_required(name);
         if at.is_none() {
             self.error(name, "is required");
         }
@@ -205,17 +296,34 @@ impl<'a> Section<'a> {
     }
 
     pub fn optional<T: Value>(&self, name: &'static str) -> Option<T> {
-        self.at(name).and_then(|at| T::read(&at))
+        self.at(name).and_then(|at| at.read())
     }
 
     /// The field's value, or `default` if the field is absent, or wrong, which is reported.
-    pub fn or<T: Value>(&self, name: &'static str, default: T) -> T {
-        self.optional(name).unwrap_or(default)
+    pub fn or<T: Value + Display>(&self, name: &'static str, default: T) -> T {
+        let given = self.optional(name);
+        self.states_default(name, &default);
+        given.unwrap_or(default)
+    }
+
+    /// One of `words`; `None` if the field is absent, or has another value, which is reported.
+    pub fn word(&self, name: &'static str, words: &'static [&'static str]) -> Option<&'static str> {
+        let at = self.at(name)?;
+        at.describe(Shape::Words(words));
+        let text = at.text()?;
+        let word = words.iter().copied().find(|word| *word == text);
+        if word.is_none() {
+            at.error(format!("expected {}", words.join(" or ")));
+        }
+        word
     }
 
     /// A whole number within `range`.
     pub fn number(&self, name: &'static str, default: usize, range: RangeInclusive<usize>) -> usize {
-        let Some(number) = self.optional(name) else { return default };
+        let given = self.optional(name);
+        self.states_default(name, default);
+        self.states_range(name, range.start(), range.end());
+        let Some(number) = given else { return default };
         if !range.contains(&number) {
             self.error(name, format!("{number} is not in the range {} to {}", range.start(), range.end()));
         }
@@ -229,7 +337,10 @@ impl<'a> Section<'a> {
         default: Duration,
         range: RangeInclusive<Duration>,
     ) -> Duration {
-        let Some(duration) = self.optional(name) else { return default };
+        let given = self.optional(name);
+        self.states_default(name, Written(default));
+        self.states_range(name, Written(*range.start()), Written(*range.end()));
+        let Some(duration) = given else { return default };
         if !range.contains(&duration) {
             let show = humantime::format_duration;
             let (least, most) = (show(*range.start()), show(*range.end()));
@@ -240,7 +351,7 @@ impl<'a> Section<'a> {
 
     /// A list of values, which is empty if the field is absent.
     pub fn list<T: Value>(&self, name: &'static str) -> Vec<T> {
-        self.items(name).iter().filter_map(T::read).collect()
+        self.items(name).iter().filter_map(At::read).collect()
     }
 
     /// The elements of a list; none if the field is absent.
@@ -253,21 +364,40 @@ impl<'a> Section<'a> {
         self.at(name).and_then(|at| at.section(read))
     }
 
-    /// A section whose fields all have defaults. An absent section is read as an empty one.
-    pub fn section_or_default<T>(&self, name: &'static str, read: impl Fn(&Section<'_>) -> T) -> T {
-        self.section(name, |section| Some(read(section))).unwrap_or_else(|| {
-            let (context, location, field) = (self.context, self.location, self.path_of(name));
-            read(&Section { context, location, field, entries: &[], known: RefCell::default() })
-        })
+    /// Reads the only one of the alternatives that is present. `Err` has how many are, if it is not one.
+    pub fn one_of<T>(&self, alternatives: &[Alternative<T>]) -> Result<Option<T>, usize> {
+        if self.context.is_describing() {
+            self.context.record(&self.field, |field| field.kind = FieldKind::Choice);
+            for &(name, read) in alternatives {
+                drop(read(&self.described(name)));
+            }
+            return Ok(None);
+        }
+        let given: Vec<_> =
+            alternatives.iter().filter_map(|&(name, read)| Some((self.at(name)?, read))).collect();
+        match given.as_slice() {
+            [(at, read)] => Ok(read(at)),
+            several => Err(several.len()),
+        }
     }
 
-    /// An address to listen on, which must differ from every other listener of this configuration. The field is required
-    /// if there is no default.
-    pub fn listen(&self, name: &'static str, default: Option<SocketAddr>) -> Option<SocketAddr> {
-        let address = match default {
-            Some(default) => Some(self.or(name, default)),
-            None => self.required(name),
-        }?;
+    /// A section whose fields all have defaults. An absent section is read as an empty one.
+    pub fn section_or_default<T>(&self, name: &'static str, read: impl Fn(&Section<'_>) -> T) -> T {
+        let given = self.section(name, |section| Some(read(section)));
+        self.states_default(name, "{}");
+        given.unwrap_or_else(|| read(&Section::new(self.context, self.location, self.path_of(name), &[])))
+    }
+
+    /// An address to listen on, which must differ from every other listener of this configuration.
+    pub fn listen(&self, name: &'static str, default: SocketAddr) -> SocketAddr {
+        let address = self.or(name, default);
+        self.claim(name, Listener::Tcp(address));
+        address
+    }
+
+    /// An address to listen on as [`Section::listen`] takes it, if the field is present.
+    pub fn optional_listen(&self, name: &'static str) -> Option<SocketAddr> {
+        let address = self.optional(name)?;
         self.claim(name, Listener::Tcp(address));
         Some(address)
     }
@@ -275,7 +405,7 @@ impl<'a> Section<'a> {
     /// An address to listen on without authentication: only a loopback address, unless the section has
     /// `allow_remote: true`.
     pub fn listen_local(&self, name: &'static str, default: SocketAddr) -> SocketAddr {
-        let address = self.listen(name, Some(default)).unwrap_or(default);
+        let address = self.listen(name, default);
         if !self.or("allow_remote", false) && !address.ip().to_canonical().is_loopback() {
             let message =
                 "has no authentication, so it must be a loopback address; allow_remote: true lifts this";
@@ -287,12 +417,18 @@ impl<'a> Section<'a> {
     /// The path of a Unix socket to listen on, which must differ from every other one. `sun_path` in unix(7) has room for
     /// 107 bytes, and the socket is first made under a longer name in the same directory.
     pub fn listen_unix(&self, name: &'static str, default: &str) -> PathBuf {
-        let path = self.at(name).and_then(|at| at.path()).unwrap_or_else(|| PathBuf::from(default));
+        let path = self.path_or(name, default);
         if path.as_os_str().len() > 98 {
             self.error(name, "is longer than the 98 bytes that a Unix socket's path may have here");
         }
         self.claim(name, Listener::Unix(path.clone()));
         path
+    }
+
+    fn path_or(&self, name: &'static str, default: &str) -> PathBuf {
+        let given = self.at(name).and_then(|at| at.path());
+        self.states_default(name, default);
+        given.unwrap_or_else(|| PathBuf::from(default))
     }
 
     fn claim(&self, name: &str, listener: Listener) {
@@ -303,7 +439,7 @@ impl<'a> Section<'a> {
 
     /// A directory that belongs to the agent and need not exist yet.
     pub fn directory(&self, name: &'static str, default: &str) -> PathBuf {
-        let path = self.at(name).and_then(|at| at.path()).unwrap_or_else(|| PathBuf::from(default));
+        let path = self.path_or(name, default);
         if self.context.source.check_files
             && let Err(error) = secret_file::check_directory(&path)
             && error.kind() != io::ErrorKind::NotFound
@@ -315,10 +451,7 @@ impl<'a> Section<'a> {
 
     /// A file that must be readable, if the field is present.
     pub fn file(&self, name: &'static str) -> Option<PathBuf> {
-        let at = self.at(name)?;
-        let path = at.path()?;
-        at.check_file(&path, false);
-        Some(path)
+        self.at(name)?.file()
     }
 
     /// A file that must be readable.
@@ -335,10 +468,7 @@ impl<'a> Section<'a> {
 
     /// A file with secrets that [`secret_file::read_given`] accepts, if the field is present.
     pub fn private_file(&self, name: &'static str) -> Option<PathBuf> {
-        let at = self.at(name)?;
-        let path = at.path()?;
-        at.check_file(&path, true);
-        Some(path)
+        self.at(name)?.private_file()
     }
 
     fn report_unknown(&self) {

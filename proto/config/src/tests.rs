@@ -1,3 +1,6 @@
+mod defaults;
+mod describe;
+
 use std::{
     fmt,
     net::{IpAddr, SocketAddr},

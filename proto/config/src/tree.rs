@@ -28,7 +28,12 @@ pub(super) enum Kind {
     Map(Vec<Entry>),
     /// A value that can't be read, which has been reported.
     Bad,
+    /// Stands for every value while a configuration is described.
+    Any,
 }
+
+/// The value of every field of a configuration that is described.
+pub(super) static ANY: Node = Node { location: Location { line: 1, column: 1 }, kind: Kind::Any };
 
 pub(super) struct Entry {
     pub key: String,
@@ -75,7 +80,7 @@ impl Node {
             Kind::Scalar { text, plain } => {
                 *plain && matches!(text.as_str(), "" | "~" | "null" | "Null" | "NULL")
             }
-            Kind::List(_) | Kind::Map(_) | Kind::Bad => false,
+            Kind::List(_) | Kind::Map(_) | Kind::Bad | Kind::Any => false,
         }
     }
 }
@@ -176,7 +181,7 @@ impl<'a> Builder<'a> {
                 Kind::List(_) | Kind::Map(_) => {
                     (self.report)(location, "a field's name must be a word".into())
                 }
-                Kind::Bad => {}
+                Kind::Bad | Kind::Any => {}
             }
         }
     }

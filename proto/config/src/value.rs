@@ -1,6 +1,7 @@
 //! The types of single values in both agents' configurations, and how each is written.
 
 use std::{
+    fmt,
     net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
     path::PathBuf,
@@ -10,6 +11,7 @@ use std::{
 use ipnet::IpNet;
 
 use super::{
+    description::Shape,
     section::{At, Value},
     tree::Kind,
 };
@@ -19,11 +21,19 @@ use proto::{NodeName, Target, call_home::Master};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mode(pub u32);
 
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:04o}", self.0)
+    }
+}
+
 /// TCP ports from 1 to 65535, written `80`, `"80-90"`, or as a list of those.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ports(pub Vec<RangeInclusive<u16>>);
 
 impl Value for String {
+    const SHAPE: Shape = Shape::text("text");
+
     fn read(at: &At<'_>) -> Option<Self> {
         let text = at.text()?;
         if text.is_empty() {
@@ -35,12 +45,16 @@ impl Value for String {
 }
 
 impl Value for PathBuf {
+    const SHAPE: Shape = Shape::text("path");
+
     fn read(at: &At<'_>) -> Option<Self> {
         at.path()
     }
 }
 
 impl Value for bool {
+    const SHAPE: Shape = Shape::Boolean;
+
     fn read(at: &At<'_>) -> Option<Self> {
         match at.scalar("true or false")? {
             ("true", true) => Some(true),
@@ -51,6 +65,8 @@ impl Value for bool {
 }
 
 impl Value for usize {
+    const SHAPE: Shape = Shape::Integer;
+
     fn read(at: &At<'_>) -> Option<Self> {
         match at.scalar("a whole number")? {
             (text, true) if text.bytes().all(|b| b.is_ascii_digit()) => match text.parse() {
@@ -63,6 +79,8 @@ impl Value for usize {
 }
 
 impl Value for f64 {
+    const SHAPE: Shape = Shape::Number;
+
     fn read(at: &At<'_>) -> Option<Self> {
         match at.scalar("a number")? {
             (text, true) if text.bytes().all(|b| b.is_ascii_digit() || b == b'.') => {
@@ -74,6 +92,8 @@ impl Value for f64 {
 }
 
 impl Value for u16 {
+    const SHAPE: Shape = Shape::Port;
+
     fn read(at: &At<'_>) -> Option<Self> {
         let number = usize::read(at)?;
         u16::try_from(number)
@@ -83,6 +103,8 @@ impl Value for u16 {
 }
 
 impl Value for Duration {
+    const SHAPE: Shape = Shape::Text { name: "duration", pattern: Some("^[0-9]") };
+
     fn read(at: &At<'_>) -> Option<Self> {
         let (text, _) = at.scalar("a duration such as 15s or 250ms")?;
         if text.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
@@ -96,6 +118,8 @@ impl Value for Duration {
 }
 
 impl Value for SocketAddr {
+    const SHAPE: Shape = Shape::Text { name: "ADDRESS:PORT", pattern: Some("^.+:[0-9]{1,5}$") };
+
     fn read(at: &At<'_>) -> Option<Self> {
         let (text, _) = at.scalar("ADDRESS:PORT")?;
         let expected = "expected ADDRESS:PORT with a numeric address, such as 127.0.0.1:9070 or [::]:2222";
@@ -104,6 +128,8 @@ impl Value for SocketAddr {
 }
 
 impl Value for IpAddr {
+    const SHAPE: Shape = Shape::Text { name: "address", pattern: Some("^[0-9A-Fa-f.:]+$") };
+
     fn read(at: &At<'_>) -> Option<Self> {
         let (text, _) = at.scalar("an IP address")?;
         let address: Option<IpAddr> = text.parse().ok();
@@ -113,6 +139,8 @@ impl Value for IpAddr {
 }
 
 impl Value for IpNet {
+    const SHAPE: Shape = Shape::Text { name: "ADDRESS/BITS", pattern: Some("^[0-9A-Fa-f.:]+/[0-9]{1,3}$") };
+
     fn read(at: &At<'_>) -> Option<Self> {
         let (text, _) = at.scalar("a network")?;
         let Ok(net) = text.parse::<IpNet>() else {
@@ -131,6 +159,8 @@ impl Value for IpNet {
 }
 
 impl Value for NodeName {
+    const SHAPE: Shape = Shape::text("node name");
+
     fn read(at: &At<'_>) -> Option<Self> {
         let (text, _) = at.scalar("a node's name")?;
         text.parse().map_err(|error: proto::name::InvalidNodeName| at.error(error.to_string())).ok()
@@ -138,6 +168,8 @@ impl Value for NodeName {
 }
 
 impl Value for Target {
+    const SHAPE: Shape = Shape::Text { name: "HOST:PORT", pattern: Some("^.+:[0-9]{1,5}$") };
+
     fn read(at: &At<'_>) -> Option<Self> {
         let (text, _) = at.scalar("HOST:PORT")?;
         let parsed = text.parse::<Self>();
@@ -146,6 +178,8 @@ impl Value for Target {
 }
 
 impl Value for Master {
+    const SHAPE: Shape = Shape::text("HOST:PORT or https://HOST:PORT");
+
     fn read(at: &At<'_>) -> Option<Self> {
         let (text, _) = at.scalar("HOST:PORT or https://HOST:PORT")?;
         let parsed = text.parse::<Self>();
@@ -154,6 +188,8 @@ impl Value for Master {
 }
 
 impl Value for Mode {
+    const SHAPE: Shape = Shape::Text { name: "mode", pattern: Some("^0[0-7]{3}$") };
+
     fn read(at: &At<'_>) -> Option<Self> {
         let expected = "expected a mode as four octal digits, such as \"0660\"";
         let (text, _) = at.scalar("a mode")?;
@@ -165,11 +201,13 @@ impl Value for Mode {
 }
 
 impl Value for Ports {
+    const SHAPE: Shape = Shape::Ports;
+
     fn read(at: &At<'_>) -> Option<Self> {
         let ranges = match &at.node.kind {
             Kind::List(items) if items.is_empty() => return at.complain("[]", "names no port"),
             Kind::List(_) => at.items().iter().map(port_range).collect::<Vec<_>>(),
-            Kind::Scalar { .. } | Kind::Map(_) | Kind::Bad => vec![port_range(at)],
+            Kind::Scalar { .. } | Kind::Map(_) | Kind::Bad | Kind::Any => vec![port_range(at)],
         };
         ranges.into_iter().collect::<Option<Vec<_>>>().map(Self)
     }

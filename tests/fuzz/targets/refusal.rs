@@ -1,6 +1,6 @@
 #![no_main]
 
-#[path = "../decoders.rs"]
+#[path = "../decoders/mod.rs"]
 mod decoders;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| decoders::refusal(bytes));

@@ -1,8 +1,10 @@
-//! Callers without any credential. They may only use the paths that are listed.
+//! The authenticator of callers without any credential, which accepts them only for listed paths.
 
 use futures_util::future::BoxFuture;
 
-use super::{authenticated::Recognized, authenticator::Authenticator, credential::Presented, reason::Reason};
+use super::{
+    authenticated::Recognized, authenticator::Authenticator, credential::Presented, reason::FailureReason,
+};
 use crate::{
     moment::Moment,
     user::{ANONYMOUS, UNAUTHENTICATED, User},
@@ -23,7 +25,7 @@ impl Authenticator for Anonymous {
         &'a self,
         presented: &'a Presented<'a>,
         _: Moment,
-    ) -> BoxFuture<'a, Result<Option<Recognized>, Reason>> {
+    ) -> BoxFuture<'a, Result<Option<Recognized>, FailureReason>> {
         let nothing = presented.bearer.is_none() && presented.certificates.is_empty();
         let allowed = nothing && self.paths.iter().any(|path| path == presented.path);
         let user = allowed.then(|| User {

@@ -1,4 +1,4 @@
-//! The result of authentication: who a caller is, and for how long.
+//! The result of authentication: the user, and how long the credential is valid.
 
 use std::{
     collections::HashSet,
@@ -10,7 +10,7 @@ use futures_util::future::BoxFuture;
 
 use super::{
     bound::{Binding, Bound},
-    reason::Reason,
+    reason::FailureReason,
 };
 use crate::{
     secret::Secret,
@@ -20,7 +20,7 @@ use crate::{
 /// The longest name, UID, groups and extra values of a user together, in bytes.
 const MAX_USER: usize = 64 * 1024;
 
-/// Whose credential an authenticator has found.
+/// The user whom an authenticator has recognised.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Recognized {
     pub user: User,
@@ -38,26 +38,26 @@ impl From<User> for Recognized {
 
 impl Recognized {
     /// Checks that the user can be named in headers and logs, and removes repeated groups.
-    pub(super) fn checked(mut self) -> Result<Self, Reason> {
+    pub(super) fn checked(mut self) -> Result<Self, FailureReason> {
         let user = &mut self.user;
         if user.name.is_empty() {
-            return Err(Reason::NoName);
+            return Err(FailureReason::NoName);
         }
         let mut seen = HashSet::new();
         user.groups.retain(|group| !group.is_empty() && seen.insert(group.clone()));
         let extra = user.extra.iter().flat_map(|(key, values)| std::iter::once(key).chain(values));
         let texts = || user.uid.iter().chain(&user.groups).chain(extra.clone()).chain([&user.name]);
         if texts().any(|text| text.chars().any(char::is_control)) {
-            return Err(Reason::ControlCharacters);
+            return Err(FailureReason::ControlCharacters);
         }
         if texts().map(String::len).sum::<usize>() > MAX_USER {
-            return Err(Reason::UserTooLarge);
+            return Err(FailureReason::UserTooLarge);
         }
         Ok(self)
     }
 }
 
-/// Who a caller is, and which authenticator has found that out.
+/// An authenticated caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Authenticated {
     pub user: Arc<User>,
@@ -67,7 +67,7 @@ pub struct Authenticated {
 }
 
 impl Authenticated {
-    /// What follows from a good credential. `token` is the credential, if it is a bearer token.
+    /// Creates the result for a valid credential. `token` is the credential, if it is a bearer token.
     pub(super) fn by(authenticator: &'static str, recognized: Recognized, token: Option<Secret>) -> Self {
         let Recognized { mut user, expires, bound } = recognized;
         let binding = bound.zip(token).map(|(bound, token)| Binding { token, bound });
@@ -78,22 +78,22 @@ impl Authenticated {
     }
 }
 
-/// How long a credential is good. What was granted for it must not last longer.
+/// How long a credential is valid. Access that was granted for it must not last longer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Validity {
     /// When the credential expires, if it says so.
     pub expires: Option<SystemTime>,
-    /// The objects that it is bound to. It is good only while they exist.
+    /// The objects to which the credential is bound. It is valid only while they exist.
     pub binding: Option<Binding>,
 }
 
 impl Validity {
-    /// The time until it expires.
+    /// Returns the time until the credential expires.
     pub fn left(&self) -> Option<Duration> {
         self.expires.map(|end| end.duration_since(SystemTime::now()).unwrap_or_default())
     }
 
-    /// Completes when the credential is no longer good. `None` means that this never happens.
+    /// Returns a future that completes when the credential is no longer valid. `None` means that this never happens.
     pub fn end(&self) -> Option<BoxFuture<'static, ()>> {
         let (left, binding) = (self.left(), self.binding.clone());
         if left.is_none() && binding.is_none() {

@@ -1,7 +1,8 @@
-//! Bootstrap tokens, with which machines join a cluster. A token is `ID.SECRET`, from a file or from the cluster's Secrets.
+//! Bootstrap tokens, with which machines join a cluster. A token is `ID.SECRET`, from a file or from the cluster's
+//! Secrets.
 //!
-//! Each line of a file is `TOKEN,EXPIRATION,"GROUP1,GROUP2"`. The expiration (RFC 3339) may be empty, and the groups may be
-//! left out.
+//! Each line of a file is `TOKEN,EXPIRATION,"GROUP1,GROUP2"`. The expiration (RFC 3339) may be empty, and the groups
+//! may be left out.
 
 use std::{
     collections::HashMap,
@@ -20,7 +21,7 @@ use zeroize::Zeroizing;
 
 use super::{
     authenticated::Recognized, authenticator::Authenticator, cluster::ApiServer, credential::Presented, csv,
-    reason::Reason,
+    reason::FailureReason,
 };
 use crate::{cache::Cache, moment::Moment, secret::Secret, user::User};
 
@@ -39,13 +40,13 @@ pub struct BootstrapToken {
 
 /// A source of bootstrap tokens.
 pub trait BootstrapTokens: Send + Sync {
-    /// The token with this ID. `None` means that there is none, an error that it can't be used.
+    /// Returns the token with this ID. `None` means that there is none, and an error that it can't be used.
     fn get<'a>(
         &'a self,
         id: &'a str,
         presented: &'a Presented<'a>,
         now: Moment,
-    ) -> BoxFuture<'a, Result<Option<BootstrapToken>, Reason>>;
+    ) -> BoxFuture<'a, Result<Option<BootstrapToken>, FailureReason>>;
 }
 
 pub struct Bootstrap(Vec<Box<dyn BootstrapTokens>>);
@@ -55,11 +56,15 @@ impl Bootstrap {
         Self(sources)
     }
 
-    async fn check(&self, presented: &Presented<'_>, now: Moment) -> Result<Option<Recognized>, Reason> {
+    async fn check(
+        &self,
+        presented: &Presented<'_>,
+        now: Moment,
+    ) -> Result<Option<Recognized>, FailureReason> {
         let Some((id, secret)) = presented.bearer.as_ref().and_then(|token| split(token.expose())) else {
             return Ok(None);
         };
-        let mut outcome = Reason::UnknownBootstrapToken;
+        let mut outcome = FailureReason::UnknownBootstrapToken;
         for source in &self.0 {
             match source.get(id, presented, now).await {
                 Ok(Some(token)) => return token.check(id, &Secret::new(secret), now).map(Some),
@@ -76,7 +81,7 @@ impl Authenticator for Bootstrap {
         &'a self,
         presented: &'a Presented<'a>,
         now: Moment,
-    ) -> BoxFuture<'a, Result<Option<Recognized>, Reason>> {
+    ) -> BoxFuture<'a, Result<Option<Recognized>, FailureReason>> {
         Box::pin(self.check(presented, now))
     }
 }
@@ -89,12 +94,12 @@ fn split(token: &str) -> Option<(&str, &str)> {
 }
 
 impl BootstrapToken {
-    fn check(self, id: &str, secret: &Secret, now: Moment) -> Result<Recognized, Reason> {
+    fn check(self, id: &str, secret: &Secret, now: Moment) -> Result<Recognized, FailureReason> {
         if self.secret != *secret {
-            return Err(Reason::WrongSecret);
+            return Err(FailureReason::WrongSecret);
         }
         if self.expiration.is_some_and(|end| now.wall >= end) {
-            return Err(Reason::Expired);
+            return Err(FailureReason::Expired);
         }
         let name = format!("system:bootstrap:{id}");
         let groups = [vec![GROUP.to_owned()], self.extra_groups].concat();
@@ -103,33 +108,35 @@ impl BootstrapToken {
     }
 
     /// Reads the Secret `kube-system/bootstrap-token-ID`.
-    pub fn from_secret(id: &str, secret: &v1::Secret) -> Result<Self, Reason> {
+    pub fn from_secret(id: &str, secret: &v1::Secret) -> Result<Self, FailureReason> {
         if secret.metadata.deletion_timestamp.is_some() {
-            return Err(Reason::BootstrapToken("its Secret is being deleted"));
+            return Err(FailureReason::BootstrapToken("its Secret is being deleted"));
         }
         if secret.type_.as_deref() != Some(SECRET_TYPE) {
-            return Err(Reason::BootstrapToken("its Secret is of another type"));
+            return Err(FailureReason::BootstrapToken("its Secret is of another type"));
         }
-        let field = |name: &str| -> Result<Option<&str>, Reason> {
+        let field = |name: &str| -> Result<Option<&str>, FailureReason> {
             let Some(value) = secret.data.as_ref().and_then(|data| data.get(name)) else { return Ok(None) };
             let text = std::str::from_utf8(&value.0);
-            text.map(Some).map_err(|_| Reason::BootstrapToken("a field of its Secret is not text"))
+            text.map(Some).map_err(|_| FailureReason::BootstrapToken("a field of its Secret is not text"))
         };
         if field("token-id")? != Some(id) {
-            return Err(Reason::BootstrapToken("its Secret has another token-id"));
+            return Err(FailureReason::BootstrapToken("its Secret has another token-id"));
         }
         let token = field("token-secret")?.filter(|secret| !secret.is_empty());
-        let token = token.ok_or(Reason::BootstrapToken("its Secret has no token-secret"))?;
+        let token = token.ok_or(FailureReason::BootstrapToken("its Secret has no token-secret"))?;
         if field("usage-bootstrap-authentication")? != Some("true") {
-            return Err(Reason::NotForAuthentication);
+            return Err(FailureReason::NotForAuthentication);
         }
         let expiration = match field("expiration")? {
             None => None,
-            Some(text) => Some(time(text).ok_or(Reason::BootstrapToken("its expiration is not RFC 3339"))?),
+            Some(text) => {
+                Some(time(text).ok_or(FailureReason::BootstrapToken("its expiration is not RFC 3339"))?)
+            }
         };
         let groups = field("auth-extra-groups")?.unwrap_or_default();
         let extra_groups = extra_groups(groups)
-            .ok_or(Reason::BootstrapToken("its groups don't begin with system:bootstrappers:"))?;
+            .ok_or(FailureReason::BootstrapToken("its groups don't begin with system:bootstrappers:"))?;
         Ok(Self { secret: Secret::new(token), expiration, extra_groups })
     }
 }
@@ -172,7 +179,7 @@ impl BootstrapTokens for FileTokens {
         id: &'a str,
         _: &'a Presented<'a>,
         _: Moment,
-    ) -> BoxFuture<'a, Result<Option<BootstrapToken>, Reason>> {
+    ) -> BoxFuture<'a, Result<Option<BootstrapToken>, FailureReason>> {
         Box::pin(std::future::ready(Ok(self.0.get().get(id).cloned())))
     }
 }
@@ -182,7 +189,7 @@ fn read(path: &Path) -> anyhow::Result<Tokens> {
     parse(&text).with_context(|| path.display().to_string())
 }
 
-/// An error names the line and contains nothing of its text.
+/// Parses a file of tokens. An error names the line and contains nothing of its text.
 fn parse(text: &str) -> anyhow::Result<Tokens> {
     let mut tokens = HashMap::new();
     for (line, fields) in csv::records(text).map_err(anyhow::Error::msg)? {
@@ -209,12 +216,11 @@ fn parse(text: &str) -> anyhow::Result<Tokens> {
     Ok(tokens)
 }
 
-/// The tokens of a cluster. The answers of its API server are remembered for a short while, including that there is no such
-/// token.
+/// The tokens of a cluster. The answers of its API server are cached for a short time, even if there is no such token.
 pub struct ClusterTokens {
     api_server: Arc<dyn ApiServer>,
     questions: Semaphore,
-    known: Cache<[u8; 6], Result<BootstrapToken, Reason>>,
+    known: Cache<[u8; 6], Result<BootstrapToken, FailureReason>>,
     /// A cache of its own, so that guesses do not evict known tokens.
     unknown: Cache<[u8; 6], ()>,
 }
@@ -239,7 +245,7 @@ impl ClusterTokens {
         id: &str,
         presented: &Presented<'_>,
         now: Moment,
-    ) -> Result<Option<BootstrapToken>, Reason> {
+    ) -> Result<Option<BootstrapToken>, FailureReason> {
         let Ok(key) = <[u8; 6]>::try_from(id.as_bytes()) else { return Ok(None) };
         if let Some(known) = self.known.get(&key, now.monotonic) {
             return known.map(Some);
@@ -268,8 +274,8 @@ impl ClusterTokens {
     }
 }
 
-fn unavailable(error: &str) -> Reason {
-    Reason::Unavailable(format!("the API server, for a bootstrap token: {error}"))
+fn unavailable(error: &str) -> FailureReason {
+    FailureReason::Unavailable(format!("the API server, for a bootstrap token: {error}"))
 }
 
 impl BootstrapTokens for ClusterTokens {
@@ -278,7 +284,7 @@ impl BootstrapTokens for ClusterTokens {
         id: &'a str,
         presented: &'a Presented<'a>,
         now: Moment,
-    ) -> BoxFuture<'a, Result<Option<BootstrapToken>, Reason>> {
+    ) -> BoxFuture<'a, Result<Option<BootstrapToken>, FailureReason>> {
         Box::pin(self.find(id, presented, now))
     }
 }

@@ -1,12 +1,13 @@
-//! Whether the objects exist that a service account's token is bound to.
+//! The check that the objects exist to which a service account's token is bound.
 //!
 //! A token can be valid for up to a year. kube-apiserver rejects it before that if its account, pod, node or Secret was
-//! deleted or made anew, and so does this. If the watches show all objects under the UIDs of the token, the token is good
-//! without a question. Otherwise kube-apiserver is asked by a TokenReview, so that no token which it accepts is rejected
-//! here, not even that of a pod whose event has not arrived yet. It is only asked about tokens that its own key has signed.
+//! deleted or recreated, and so does this check. If the watches show all objects under the UIDs of the token, the token
+//! is valid. Otherwise kube-apiserver is asked with a TokenReview, so that every token which it accepts is also
+//! accepted here, even that of a pod whose watch event has not arrived yet. It is only asked about tokens that its own
+//! key has signed.
 //!
-//! While kube-apiserver can't be asked, a token that was good before stays good, unless a watch has shown that an object
-//! is gone. Any other token can't be checked, which is [`Reason::Unavailable`].
+//! While kube-apiserver can't be asked, a token that was valid before stays valid, unless a watch has shown that an
+//! object is gone. Any other token can't be checked, which is [`FailureReason::Unavailable`].
 
 use std::{
     fmt,
@@ -22,7 +23,7 @@ use super::{
     cluster::{ApiError, ApiServer, BoundKind, BoundObject, Cluster, Existence, Objects, Uid},
     guard::Cost,
     jwt::Claims,
-    reason::Reason,
+    reason::FailureReason,
 };
 use crate::{
     cache::Cache,
@@ -31,22 +32,23 @@ use crate::{
     user::User,
 };
 
-/// How long an answer of kube-apiserver is remembered. With [`RECHECK`], a withdrawn token is rejected within 15 seconds.
+/// How long an answer of kube-apiserver is remembered. With [`RECHECK`], a withdrawn token is rejected within 15
+/// seconds.
 const ACCEPTED: Duration = Duration::from_secs(8);
 const REJECTED: Duration = Duration::from_secs(3);
 /// The most tokens whose answers are remembered.
 const MAX_ANSWERS: usize = 10_000;
-/// How long, and for how many tokens, it is remembered whether they were good when they were last checked.
+/// How long the result of a token's last check is remembered, and for how many tokens.
 const VERIFIED: Duration = Duration::from_secs(24 * 3600);
 const MAX_VERIFIED: usize = 50_000;
 /// The most questions at once, and the longest time for one.
 const MAX_QUESTIONS: usize = 16;
 const TIMEOUT: Duration = Duration::from_secs(3);
-/// The time from a question without an answer to the next one.
+/// The time between a failed question and the next one.
 const PAUSE: Duration = Duration::from_secs(2);
-/// How often a token is checked again while something lasts that was granted for it.
+/// How often a token is checked again while access that was granted for it lasts.
 const RECHECK: Duration = Duration::from_secs(5);
-/// The most characters that are kept of what kube-apiserver says.
+/// The maximum number of characters that are kept of a text from kube-apiserver.
 const MAX_SAID: usize = 200;
 
 /// Checks the objects that tokens are bound to.
@@ -56,16 +58,16 @@ pub struct BoundObjects {
     audiences: Vec<String>,
     questions: Semaphore,
     accepted: Cache<Digest, ()>,
-    rejected: Cache<Digest, Reason>,
-    /// Whether a token was good when it was last checked.
+    rejected: Cache<Digest, FailureReason>,
+    /// Whether a token was valid when it was last checked.
     verified: Cache<Digest, bool>,
-    /// When a question last had no answer, and why.
-    failed: Mutex<Option<(Instant, Reason)>>,
+    /// The time and the reason of the last failed question.
+    failed: Mutex<Option<(Instant, FailureReason)>>,
     failures: LogThrottle,
 }
 
 impl BoundObjects {
-    /// `None` if nobody follows which objects exist. `audiences` are those for which tokens are accepted.
+    /// Returns `None` if no watches show which objects exist. `audiences` are those for which tokens are accepted.
     pub fn new(cluster: &Cluster, audiences: Vec<String>) -> Option<Arc<Self>> {
         Some(Arc::new(Self {
             objects: cluster.objects.clone()?,
@@ -80,7 +82,7 @@ impl BoundObjects {
         }))
     }
 
-    /// Whether kube-apiserver accepts a token, by an answer that is remembered or a new one.
+    /// Checks that kube-apiserver accepts a token, by a cached or a new answer.
     async fn review(
         &self,
         token: &Secret,
@@ -88,7 +90,7 @@ impl BoundObjects {
         user: &str,
         cost: Option<&Cost<'_>>,
         now: Moment,
-    ) -> Result<(), Reason> {
+    ) -> Result<(), FailureReason> {
         if let Some(answer) = self.answered(&digest, now) {
             return answer;
         }
@@ -119,7 +121,7 @@ impl BoundObjects {
         }
     }
 
-    fn answered(&self, digest: &Digest, now: Moment) -> Option<Result<(), Reason>> {
+    fn answered(&self, digest: &Digest, now: Moment) -> Option<Result<(), FailureReason>> {
         if self.accepted.get(digest, now.monotonic).is_some() {
             return Some(Ok(()));
         }
@@ -131,7 +133,7 @@ impl BoundObjects {
         rejected.or_else(|| failed().map(|(_, reason)| reason)).map(Err)
     }
 
-    async fn ask(&self, token: &Secret) -> Result<TokenReviewStatus, Reason> {
+    async fn ask(&self, token: &Secret) -> Result<TokenReviewStatus, FailureReason> {
         let spec =
             TokenReviewSpec { audiences: Some(self.audiences.clone()), token: token.expose().to_owned() };
         let review = TokenReview { spec, ..TokenReview::default() };
@@ -147,22 +149,22 @@ impl BoundObjects {
     }
 }
 
-fn unavailable(error: &str) -> Reason {
-    Reason::Unavailable(format!("the API server, for a TokenReview: {}", shown(error)))
+fn unavailable(error: &str) -> FailureReason {
+    FailureReason::Unavailable(format!("the API server, for a TokenReview: {}", shown(error)))
 }
 
-/// Shortens a text to what may go into a line of the log.
+/// Shortens a text for the log, and removes control characters.
 fn shown(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(MAX_SAID).collect()
 }
 
-fn judge(status: TokenReviewStatus, user: &str) -> Result<(), Reason> {
+fn judge(status: TokenReviewStatus, user: &str) -> Result<(), FailureReason> {
     if status.authenticated != Some(true) {
-        return Err(Reason::Withdrawn(shown(status.error.as_deref().unwrap_or("no reason given"))));
+        return Err(FailureReason::Withdrawn(shown(status.error.as_deref().unwrap_or("no reason given"))));
     }
     match status.user.and_then(|info| info.username) {
         Some(name) if name == user => Ok(()),
-        Some(_) | None => Err(Reason::Contradiction),
+        Some(_) | None => Err(FailureReason::Contradiction),
     }
 }
 
@@ -170,18 +172,18 @@ fn judge(status: TokenReviewStatus, user: &str) -> Result<(), Reason> {
 pub struct Bound {
     user: String,
     objects: Vec<BoundObject>,
-    /// Whether the token is also bound to something that no watch shows.
+    /// Whether the token is also bound to an object that no watch shows.
     more: bool,
     cluster: Arc<BoundObjects>,
 }
 
 impl Bound {
     /// Reads the objects from the claims of a verified token. `user` is the token's.
-    pub fn of(claims: &Claims, user: &User, cluster: Arc<BoundObjects>) -> Result<Self, Reason> {
+    pub fn of(claims: &Claims, user: &User, cluster: Arc<BoundObjects>) -> Result<Self, FailureReason> {
         const CLAIM: &str = "kubernetes.io";
         let claim = |path: &[&str]| claims.nested(&[&[CLAIM], path].concat());
         let namespace = claim(&["namespace"])?;
-        let object = |kind, name: &str| -> Result<Option<BoundObject>, Reason> {
+        let object = |kind, name: &str| -> Result<Option<BoundObject>, FailureReason> {
             let (Some(key), Some(uid)) = (claim(&[name, "name"])?, claim(&[name, "uid"])?) else {
                 return Ok(None);
             };
@@ -216,14 +218,14 @@ impl Bound {
         Ok(Self { user: user.name.clone(), objects, more, cluster })
     }
 
-    /// Whether the token is still good. `cost` is incurred before kube-apiserver is asked.
+    /// Checks that the token is still valid. `cost` is incurred before kube-apiserver is asked.
     pub async fn check(
         &self,
         token: &Secret,
         digest: Digest,
         cost: Option<&Cost<'_>>,
         now: Moment,
-    ) -> Result<(), Reason> {
+    ) -> Result<(), FailureReason> {
         let cluster = &self.cluster;
         let seconds = i64::try_from(now.unix()).unwrap_or(i64::MAX);
         let existence = cluster.objects.check(&self.objects, seconds);
@@ -235,14 +237,14 @@ impl Bound {
         };
         let before = cluster.verified.get(&digest, now.monotonic);
         match &checked {
-            Err(Reason::Unavailable(_)) if before == Some(true) && existence != Existence::Missing => {
+            Err(FailureReason::Unavailable(_)) if before == Some(true) && existence != Existence::Missing => {
                 return Ok(());
             }
             // An object that is gone never comes back under its UID.
-            Err(Reason::Unavailable(_)) if before == Some(false) => {
-                return Err(Reason::Withdrawn("as it said when it was asked last".to_owned()));
+            Err(FailureReason::Unavailable(_)) if before == Some(false) => {
+                return Err(FailureReason::Withdrawn("as it said when it was asked last".to_owned()));
             }
-            Err(Reason::Unavailable(_) | Reason::NotTried(_)) => {}
+            Err(FailureReason::Unavailable(_) | FailureReason::NotTried(_)) => {}
             Ok(()) | Err(_) if before == Some(checked.is_ok()) => {}
             Ok(()) | Err(_) => cluster.verified.put(digest, checked.is_ok(), VERIFIED, now.monotonic),
         }
@@ -264,7 +266,7 @@ impl PartialEq for Bound {
 
 impl Eq for Bound {}
 
-/// A token and the objects that it is bound to. What was granted for the token must end with them.
+/// A token and the objects to which it is bound. Access that was granted for the token must end with them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Binding {
     pub(super) token: Secret,
@@ -272,15 +274,15 @@ pub struct Binding {
 }
 
 impl Binding {
-    /// Completes when the token is no longer good. It does not complete just because kube-apiserver can't be asked.
+    /// Completes when the token is no longer valid. It does not complete just because kube-apiserver can't be asked.
     pub async fn ended(&self) {
         let digest = Digest::of(&self.token);
         loop {
             tokio::time::sleep(RECHECK).await;
             match self.bound.check(&self.token, digest, None, Moment::now()).await {
-                Ok(()) | Err(Reason::Unavailable(_)) => {}
+                Ok(()) | Err(FailureReason::Unavailable(_)) => {}
                 Err(reason) => {
-                    tracing::info!(user = self.bound.user, %reason, "what a token is bound to is gone");
+                    tracing::info!(user = self.bound.user, %reason, "token is no longer valid");
                     return;
                 }
             }

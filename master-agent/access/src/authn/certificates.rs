@@ -9,13 +9,14 @@ use std::{
 use rustls::pki_types::CertificateDer;
 use tokio::sync::Mutex;
 
-use super::{authenticated::Recognized, reason::Reason};
+use super::{authenticated::Recognized, reason::FailureReason};
 use crate::moment::Moment;
 
-/// How long a certificate that was rejected is not verified again.
+/// How long the rejection of a certificate is remembered.
 const REJECTED: Duration = Duration::from_secs(10);
 
-/// The certificates that a caller has presented in the TLS handshake, the leaf first, and the result of their verification.
+/// The certificates that a caller has presented in the TLS handshake, the leaf first, and the result of their
+/// verification.
 #[derive(Default)]
 pub struct Certificates {
     pub(super) chain: Arc<[CertificateDer<'static>]>,
@@ -28,7 +29,7 @@ pub(super) struct Verdict {
     /// The generation of the CA and its CRLs.
     pub generation: u64,
     pub at: Instant,
-    pub found: Result<Recognized, Reason>,
+    pub found: Result<Recognized, FailureReason>,
 }
 
 impl Certificates {

@@ -1,4 +1,4 @@
-//! The configured authenticators, and what is remembered about bearer tokens.
+//! The configured authenticators, and the cache of results for bearer tokens.
 
 use std::{sync::Arc, time::Duration};
 
@@ -9,12 +9,12 @@ use super::{
     authenticator::Authenticator,
     config::CacheConfig,
     credential::Presented,
-    failure::Failure,
-    reason::Reason,
+    failure::AuthenticationFailure,
+    reason::FailureReason,
 };
 use crate::{cache::Cache, client_certificates::ClientCa, moment::Moment, secret::Digest};
 
-/// How long, and for how many tokens, it is remembered that they were good.
+/// How long it is remembered that a token was valid, and for how many tokens.
 const PROVEN: Duration = Duration::from_secs(3600);
 const MAX_PROVEN: usize = 10_000;
 
@@ -24,9 +24,9 @@ pub struct Authenticators {
     /// The results for bearer tokens.
     remembered: Cache<Digest, Remembered>,
     ttl: Duration,
-    /// Tokens that were costly to check and good.
+    /// The tokens that were costly to check and valid.
     proven: Cache<Digest, ()>,
-    /// What the authenticators read. A change of one invalidates what is remembered.
+    /// The files of the authenticators. A change of one of them invalidates the remembered results.
     files: Vec<Arc<dyn Watcher>>,
     client_ca: Option<Arc<FileWatcher<ClientCa>>>,
 }
@@ -47,7 +47,7 @@ struct Remembered {
 }
 
 impl Authenticators {
-    /// `files` are what the authenticators read. `client_ca` issues the certificates of callers.
+    /// `files` are the files of the authenticators, and `client_ca` is the issuer of callers' certificates.
     pub(super) fn new(
         chain: Vec<NamedAuthenticator>,
         files: Vec<Arc<dyn Watcher>>,
@@ -58,23 +58,23 @@ impl Authenticators {
         Self { chain, remembered, ttl: cache.ttl, proven, files, client_ca }
     }
 
-    /// The authority whose certificates callers are asked for. `None` means that they are asked for none.
+    /// Returns the issuer of the certificates that callers are asked for. `None` means that they are asked for none.
     pub fn client_ca(&self) -> Option<&Arc<FileWatcher<ClientCa>>> {
         self.client_ca.as_ref()
     }
 
-    /// A number that changes whenever a file changes on which authentication depends. A result may be remembered until
-    /// then, or until the credential expires.
+    /// Returns a number that changes whenever a file changes on which authentication depends. A result may be
+    /// remembered until then, or until the credential expires.
     pub fn generation(&self) -> u64 {
         self.files.iter().fold(0, |sum, file| sum.wrapping_add(file.generation()))
     }
 
-    /// Finds out who a caller is.
+    /// Authenticates a caller.
     pub async fn authenticate(
         &self,
         mut presented: Presented<'_>,
         now: Moment,
-    ) -> Result<Authenticated, Failure> {
+    ) -> Result<Authenticated, AuthenticationFailure> {
         let generation = self.generation();
         let digest = presented.bearer.as_ref().map(Digest::of);
         let remembered = digest.and_then(|digest| self.recall(&digest, generation, now));
@@ -82,10 +82,10 @@ impl Authenticators {
         if proven.is_some() {
             presented.cost.unguard();
         }
-        let mut failure = Failure::default();
+        let mut failure = AuthenticationFailure::default();
         for (position, NamedAuthenticator { name, authenticator }) in self.chain.iter().enumerate() {
             let known = remembered.as_ref().filter(|_| authenticator.remembers());
-            // The authenticators before the one that has recognised the token did not recognise it then, nor do they now.
+            // The authenticators before the one that has recognised the token did not recognise it, and would not now.
             if known.is_some_and(|known| position < known.position) {
                 continue;
             }
@@ -112,9 +112,9 @@ impl Authenticators {
                 let value = Remembered { position, generation, recognized: recognized.clone() };
                 self.remembered.put(digest, value, self.ttl, now.monotonic);
             }
-            // Whether the objects exist that the token is bound to is checked each time.
+            // The objects to which the token is bound are checked each time.
             if let Err(reason) = still_bound(&recognized, &presented, digest, now).await {
-                if matches!(reason, Reason::Unavailable(_)) {
+                if matches!(reason, FailureReason::Unavailable(_)) {
                     let who = Authenticated::by(name, recognized, presented.bearer.clone());
                     failure.unchecked = Some(Box::new(who));
                 }
@@ -135,7 +135,7 @@ impl Authenticators {
         Err(failure)
     }
 
-    /// The result for a token, if it still holds.
+    /// Returns the remembered result for a token, if it is still valid.
     fn recall(&self, digest: &Digest, generation: u64, now: Moment) -> Option<Remembered> {
         let remembered = self.remembered.get(digest, now.monotonic)?;
         let expired = remembered.recognized.expires.is_some_and(|end| now.wall >= end);
@@ -148,7 +148,7 @@ async fn still_bound(
     presented: &Presented<'_>,
     digest: Option<Digest>,
     now: Moment,
-) -> Result<(), Reason> {
+) -> Result<(), FailureReason> {
     match (&recognized.bound, &presented.bearer, digest) {
         (Some(bound), Some(token), Some(digest)) => {
             bound.check(token, digest, Some(&presented.cost), now).await

@@ -1,4 +1,4 @@
-//! What authentication needs of the cluster. The agent implements these traits.
+//! The traits through which authentication asks the cluster. The agent implements them.
 
 use std::sync::Arc;
 
@@ -10,47 +10,47 @@ use sha2::{Digest, Sha256};
 #[derive(Clone)]
 pub struct Cluster {
     pub api_server: Arc<dyn ApiServer>,
-    /// `None` if nobody follows which objects exist.
+    /// The watched objects. It is `None` if no watches show which objects exist.
     pub objects: Option<Arc<dyn Objects>>,
 }
 
 /// Asks kube-apiserver.
 pub trait ApiServer: Send + Sync {
-    /// The Secret of this name in `kube-system`; `None` if there is none.
+    /// Returns the Secret of this name in `kube-system`, or `None` if there is none.
     fn system_secret<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Option<Secret>, ApiError>>;
 
-    /// Has a token reviewed.
+    /// Sends a TokenReview, and returns it with its status.
     fn review<'a>(&'a self, review: &'a TokenReview) -> BoxFuture<'a, Result<TokenReview, ApiError>>;
 }
 
 /// Why kube-apiserver has not answered a question.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ApiError {
-    /// The agent's user may not ask this.
+    /// The agent's user is not allowed to ask this.
     #[error("{0}")]
     Forbidden(String),
     #[error("{0}")]
     Failed(String),
 }
 
-/// Knows which objects exist, as the watches show them.
+/// Answers from the watches which objects exist.
 pub trait Objects: Send + Sync {
-    /// Whether these objects exist at a time in seconds since 1970.
+    /// Checks whether these objects exist at a time in seconds since 1970.
     fn check(&self, objects: &[BoundObject], now: i64) -> Existence;
 }
 
-/// What is known of several objects together.
+/// The combined existence of several objects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Existence {
     /// All of them exist.
     Exist,
-    /// None is known to be missing, but the watches do not show the present.
+    /// No object is known to be missing, but the watches are not up to date.
     Unknown,
-    /// One of them does not exist, or exists no longer.
+    /// At least one of them does not exist or no longer exists.
     Missing,
 }
 
-/// An object under its UID. An object that was made anew under the same name is another object.
+/// An object with its UID. An object that was recreated under the same name is a different object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BoundObject {
     pub kind: BoundKind,
@@ -59,7 +59,7 @@ pub struct BoundObject {
     pub uid: Uid,
 }
 
-/// The kinds of objects that tokens are bound to.
+/// The kinds of objects to which tokens are bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BoundKind {
     Node,

@@ -3,10 +3,10 @@
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use hyper::Uri;
-use proto_config::{At, Section};
+use proto_config::{Alternative, At, Meanings, Section};
 use proto_net::tls::ClientTls;
 
-/// How callers are recognised.
+/// The configuration of authentication.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AuthnConfig {
     /// The authenticators, in the order in which they are asked.
@@ -14,6 +14,7 @@ pub struct AuthnConfig {
     pub cache: CacheConfig,
 }
 
+/// An item of `authentication`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AuthenticatorConfig {
     X509(X509Config),
@@ -46,7 +47,8 @@ pub struct ServiceAccountConfig {
     /// Files of public keys or certificates in PEM.
     pub key_files: Vec<PathBuf>,
     pub jwks: Option<KeysConfig>,
-    /// Whether a token is accepted only while the objects exist that it is bound to. `None` means so if there is a cluster.
+    /// Whether a token is accepted only while the objects exist to which it is bound. `None` means that this is so if
+    /// there is a cluster.
     pub check_bound_objects: Option<bool>,
 }
 
@@ -84,16 +86,16 @@ pub struct WebhookConfig {
     pub url: Uri,
     pub tls: ClientTls,
     pub audiences: Vec<String>,
-    /// The longest time for one call, and for waiting until it can be made.
+    /// The longest time for one call, and for the wait until it can be made.
     pub timeout: Duration,
     pub max_in_flight: usize,
-    /// The most tokens that are remembered, both of those that are known and of those that are not.
+    /// The maximum number of remembered tokens, both of those that are known and of those that are not.
     pub cache_size: usize,
     pub authenticated_ttl: Duration,
     pub refused_ttl: Duration,
 }
 
-/// How long verified tokens are remembered, and how many.
+/// The lifetime and size of the cache of verified tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheConfig {
     pub ttl: Duration,
@@ -106,17 +108,31 @@ impl Default for CacheConfig {
     }
 }
 
+const FIELDS: Meanings = &[
+    (
+        "authentication",
+        "Who callers are: the authenticators, in the order in which they are asked. The first that \
+         recognises a caller decides; without any, nobody is recognised. All files are followed.",
+    ),
+    ("authentication_cache", "Verified tokens of service accounts and OpenID Connect that are remembered."),
+];
+
+const CACHE_FIELDS: Meanings =
+    &[("ttl", "How long a token is remembered."), ("size", "Tokens that are remembered.")];
+
 impl AuthnConfig {
     /// Reads `authentication`, a list of items with one kind of credential each, and `authentication_cache`.
     pub fn read(section: &Section<'_>) -> Self {
+        section.document(FIELDS);
         let items = section.items("authentication");
-        let authenticators = items.iter().filter_map(|item| item.section(|kinds| read_item(item, kinds)));
+        let authenticators = items.iter().filter_map(|item| item.section(read_item));
         let authenticators: Vec<_> = authenticators.collect();
         let x509 = |one: &&AuthenticatorConfig| matches!(one, AuthenticatorConfig::X509(_));
         if authenticators.iter().filter(x509).count() > 1 {
             section.error("authentication", "has x509 twice: one file can hold several CAs");
         }
         let cache = section.section_or_default("authentication_cache", |section| {
+            section.document(CACHE_FIELDS);
             let default = CacheConfig::default();
             CacheConfig {
                 ttl: section.duration("ttl", default.ttl, Duration::ZERO..=Duration::from_secs(300)),
@@ -151,7 +167,7 @@ impl AuthnConfig {
 }
 
 impl AuthenticatorConfig {
-    /// Its name in the configuration.
+    /// Returns the name in the configuration.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::X509(_) => "x509",
@@ -165,35 +181,51 @@ impl AuthenticatorConfig {
     }
 }
 
-fn read_item(item: &At<'_>, kinds: &Section<'_>) -> Option<AuthenticatorConfig> {
-    const KINDS: [&str; 7] =
-        ["x509", "token_file", "bootstrap_tokens", "service_account", "oidc", "webhook", "anonymous"];
-    let mut found = KINDS.iter().filter_map(|kind| kinds.at(kind).map(|at| (*kind, at)));
-    let (kind, at) = match (found.next(), found.next()) {
-        (Some(one), None) => one,
-        (None, _) | (Some(_), Some(_)) => {
-            item.error(format!("an item has exactly one of {}", KINDS.join(", ")));
-            return None;
-        }
-    };
-    drop(found);
-    match kind {
-        "x509" => at.section(read_x509).map(AuthenticatorConfig::X509),
-        "token_file" => kinds.private_file("token_file").map(AuthenticatorConfig::TokenFile),
-        "bootstrap_tokens" => at.section(read_bootstrap).map(AuthenticatorConfig::BootstrapTokens),
-        "service_account" => at.section(read_service_account).map(AuthenticatorConfig::ServiceAccount),
-        "oidc" => at.section(read_oidc).map(AuthenticatorConfig::Oidc),
-        "webhook" => at.section(read_webhook).map(AuthenticatorConfig::Webhook),
-        _ => at.section(read_anonymous).map(AuthenticatorConfig::Anonymous),
-    }
+const KINDS: [Alternative<AuthenticatorConfig>; 7] = [
+    ("x509", |at| at.section(read_x509).map(AuthenticatorConfig::X509)),
+    ("token_file", |at| at.private_file().map(AuthenticatorConfig::TokenFile)),
+    ("bootstrap_tokens", |at| at.section(read_bootstrap).map(AuthenticatorConfig::BootstrapTokens)),
+    ("service_account", |at| at.section(read_service_account).map(AuthenticatorConfig::ServiceAccount)),
+    ("oidc", |at| at.section(read_oidc).map(AuthenticatorConfig::Oidc)),
+    ("webhook", |at| at.section(read_webhook).map(AuthenticatorConfig::Webhook)),
+    ("anonymous", |at| at.section(read_anonymous).map(AuthenticatorConfig::Anonymous)),
+];
+
+const KIND_FIELDS: Meanings = &[
+    ("x509", "A client certificate. Its common name is the user, and its organizations are the groups."),
+    ("token_file", "A file with lines TOKEN,USER,UID,\"GROUP1,GROUP2\", with mode 0600 or 0640."),
+    ("bootstrap_tokens", "Bootstrap tokens, with which hosts join. It needs a file, or cluster: true."),
+    ("service_account", "Tokens of service accounts. It needs key_files or jwks."),
+    ("oidc", "ID tokens of an OpenID Connect provider."),
+    ("webhook", "A TokenReview, which another server answers."),
+    ("anonymous", "Paths that need no credential. All others do."),
+];
+
+fn read_item(kinds: &Section<'_>) -> Option<AuthenticatorConfig> {
+    kinds.document(KIND_FIELDS);
+    kinds.one_of(&KINDS).unwrap_or_else(|_| {
+        let names = KINDS.map(|(name, _)| name).join(", ");
+        kinds.section_error(format!("an item has exactly one of {names}"));
+        None
+    })
 }
 
+const X509_FIELDS: Meanings =
+    &[("ca", "The CAs of callers' certificates."), ("crls", "Files of certificate revocation lists.")];
+
 fn read_x509(section: &Section<'_>) -> Option<X509Config> {
+    section.document(X509_FIELDS);
     let crls = section.list("crls");
     Some(X509Config { ca: section.required_file("ca")?, crls })
 }
 
+const BOOTSTRAP_FIELDS: Meanings = &[
+    ("file", "A file of tokens, with mode 0600 or 0640."),
+    ("cluster", "Also accepts the tokens in the cluster's Secrets. This needs a section kubernetes."),
+];
+
 fn read_bootstrap(section: &Section<'_>) -> Option<BootstrapConfig> {
+    section.document(BOOTSTRAP_FIELDS);
     let config =
         BootstrapConfig { file: section.private_file("file"), cluster: section.or("cluster", false) };
     if config.file.is_none() && !config.cluster {
@@ -202,7 +234,24 @@ fn read_bootstrap(section: &Section<'_>) -> Option<BootstrapConfig> {
     Some(config)
 }
 
+const SERVICE_ACCOUNT_FIELDS: Meanings = &[
+    ("issuers", "The issuers that are accepted."),
+    ("audiences", "The audiences that are accepted."),
+    (
+        "key_files",
+        "Files of public keys or certificates, in PEM, as kube-apiserver's --service-account-key-file has \
+         them.",
+    ),
+    ("jwks", "A JSON Web Key Set: a file or a url."),
+    (
+        "check_bound_objects",
+        "Accepts a token only while the account, pod, node or Secret exists that it is bound to. By default, \
+         if there is a section kubernetes.",
+    ),
+];
+
 fn read_service_account(section: &Section<'_>) -> Option<ServiceAccountConfig> {
+    section.document(SERVICE_ACCOUNT_FIELDS);
     let config = ServiceAccountConfig {
         issuers: some(section, "issuers"),
         audiences: some(section, "audiences"),
@@ -225,7 +274,15 @@ fn some(section: &Section<'_>, name: &'static str) -> Vec<String> {
     list
 }
 
+const JWKS_FIELDS: Meanings = &[
+    ("file", "The file of the key set."),
+    ("url", "The URL of the key set, which begins with https://."),
+    ("ca", "The CA of the server's certificate. By default, the CAs of the system."),
+    ("refresh_pause", "The shortest time between two fetches of the keys."),
+];
+
 fn read_jwks(section: &Section<'_>) -> Option<KeysConfig> {
+    section.document(JWKS_FIELDS);
     let file = section.file("file");
     let url = section.at("url").and_then(|at| https(&at));
     let (ca, refresh_pause) = (section.file("ca"), refresh_pause(section));
@@ -256,7 +313,24 @@ fn https(at: &At<'_>) -> Option<Uri> {
     uri.or_else(|| at.complain(text, "expected a URL that begins with https://"))
 }
 
+const OIDC_FIELDS: Meanings = &[
+    ("issuer", "The URL of the provider, which begins with https://."),
+    ("ca", "The CA of the provider's certificate. By default, the CAs of the system."),
+    ("client_ids", "The audiences that are accepted."),
+    ("username_claim", "The claim that has the user's name."),
+    (
+        "username_prefix",
+        "What precedes the user's name; - is nothing. By default, nothing for the claim email, and the \
+         issuer and # for all others.",
+    ),
+    ("groups_claim", "The claim that has the groups. By default, no groups are taken from tokens."),
+    ("groups_prefix", "What precedes each group."),
+    ("required_claims", "Claims that a token must have."),
+    ("refresh_pause", "The shortest time between two fetches of the keys."),
+];
+
 fn read_oidc(section: &Section<'_>) -> Option<OidcConfig> {
+    section.document(OIDC_FIELDS);
     let issuer = section.required_at("issuer").and_then(|at| {
         https(&at)?;
         at.text().map(str::to_owned)
@@ -266,10 +340,8 @@ fn read_oidc(section: &Section<'_>) -> Option<OidcConfig> {
     let username_prefix: Option<String> = section.optional("username_prefix");
     let groups_claim: Option<String> = section.optional("groups_claim");
     let groups_prefix: Option<String> = section.optional("groups_prefix");
-    let required_claims = section
-        .items("required_claims")
-        .into_iter()
-        .filter_map(|item| item.section(|claim| Some((claim.required("claim")?, claim.required("value")?))));
+    let required_claims =
+        section.items("required_claims").into_iter().filter_map(|item| item.section(read_claim));
     let required_claims = required_claims.collect();
     let (ca, refresh_pause) = (section.file("ca"), refresh_pause(section));
     let issuer = issuer?;
@@ -300,7 +372,30 @@ fn read_oidc(section: &Section<'_>) -> Option<OidcConfig> {
     })
 }
 
+const CLAIM_FIELDS: Meanings =
+    &[("claim", "The name of the claim."), ("value", "The value that it must have.")];
+
+fn read_claim(section: &Section<'_>) -> Option<(String, String)> {
+    section.document(CLAIM_FIELDS);
+    let (claim, value) = (section.required("claim"), section.required("value"));
+    Some((claim?, value?))
+}
+
+const WEBHOOK_FIELDS: Meanings = &[
+    ("url", "The URL of the server, which begins with https://."),
+    ("ca", "The CA of the server's certificate. By default, the CAs of the system."),
+    ("client_cert", "A client certificate for the server. It needs client_key."),
+    ("client_key", "The key of client_cert, with mode 0600 or 0640."),
+    ("audiences", "The audiences that are asked for."),
+    ("timeout", "Time for one call, and for waiting until it can be made."),
+    ("max_in_flight", "Calls at once."),
+    ("cache_size", "Tokens that are remembered."),
+    ("authenticated_ttl", "How long a token is remembered that is known."),
+    ("refused_ttl", "How long a token is remembered that is not known."),
+];
+
 fn read_webhook(section: &Section<'_>) -> Option<WebhookConfig> {
+    section.document(WEBHOOK_FIELDS);
     let seconds = |from, to| Duration::from_secs(from)..=Duration::from_secs(to);
     let url = section.required_at("url").and_then(|at| https(&at));
     let (cert, key) = (section.file("client_cert"), section.private_file("client_key"));
@@ -326,7 +421,10 @@ fn read_webhook(section: &Section<'_>) -> Option<WebhookConfig> {
     })
 }
 
+const ANONYMOUS_FIELDS: Meanings = &[("paths", "Exact paths, such as /healthz.")];
+
 fn read_anonymous(section: &Section<'_>) -> Option<Vec<String>> {
+    section.document(ANONYMOUS_FIELDS);
     let paths = some(section, "paths");
     for at in section.items("paths") {
         if let Some(path) = at.text()

@@ -9,9 +9,9 @@ use hyper::{
 
 use super::{
     certificates::Certificates,
-    failure::Failure,
+    failure::AuthenticationFailure,
     guard::{Cost, Guard},
-    reason::Reason,
+    reason::FailureReason,
 };
 use crate::secret::Secret;
 
@@ -28,19 +28,19 @@ pub struct Presented<'a> {
     pub certificates: &'a Certificates,
     pub bearer: Option<Secret>,
     pub path: &'a str,
-    /// Whether authentication has been costly, and may be.
+    /// Whether authentication has been costly, and the guard that decides whether it may be.
     pub(super) cost: Cost<'a>,
 }
 
 impl<'a> Presented<'a> {
     /// Reads the credentials of a request. An ambiguous or malformed credential is an error rather than none.
-    pub fn of(head: &'a Parts, certificates: &'a Certificates) -> Result<Self, Failure> {
+    pub fn of(head: &'a Parts, certificates: &'a Certificates) -> Result<Self, AuthenticationFailure> {
         let bearer = match (authorization(&head.headers)?, subprotocol(&head.headers)?) {
-            (Some(_), Some(_)) => return Err(Reason::TwoTokens.into()),
+            (Some(_), Some(_)) => return Err(FailureReason::TwoTokens.into()),
             (token, None) | (None, token) => token,
         };
         if bearer.as_ref().is_some_and(|token| token.expose().len() > MAX_TOKEN) {
-            return Err(Reason::TokenTooLong(MAX_TOKEN).into());
+            return Err(FailureReason::TokenTooLong(MAX_TOKEN).into());
         }
         let path = head.uri.path();
         Ok(Self { certificates, bearer, path, cost: Cost::default() })
@@ -52,11 +52,11 @@ impl<'a> Presented<'a> {
         self
     }
 
-    /// The reason why the caller is not recognised, if no authenticator gave one.
-    pub(super) fn unrecognized(&self) -> Reason {
+    /// Returns the reason why the caller is not recognised if no authenticator has returned one.
+    pub(super) fn unrecognized(&self) -> FailureReason {
         match self.bearer.is_none() && self.certificates.is_empty() {
-            true => Reason::NoCredential,
-            false => Reason::Unrecognized,
+            true => FailureReason::NoCredential,
+            false => FailureReason::Unrecognized,
         }
     }
 }
@@ -80,12 +80,12 @@ fn contains(bytes: &[u8], part: &[u8]) -> bool {
     bytes.windows(part.len()).any(|window| window == part)
 }
 
-fn authorization(headers: &HeaderMap) -> Result<Option<Secret>, Reason> {
+fn authorization(headers: &HeaderMap) -> Result<Option<Secret>, FailureReason> {
     let mut values = headers.get_all(header::AUTHORIZATION).iter();
     let value = match (values.next(), values.next()) {
         (None, _) => return Ok(None),
         (Some(value), None) => value,
-        (Some(_), Some(_)) => return Err(Reason::TwoAuthorizations),
+        (Some(_), Some(_)) => return Err(FailureReason::TwoAuthorizations),
     };
     let value = value.as_bytes().trim_ascii();
     let (scheme, token) =
@@ -99,11 +99,11 @@ fn authorization(headers: &HeaderMap) -> Result<Option<Secret>, Reason> {
         Some(token) if !token.is_empty() && token.bytes().all(|b| b.is_ascii_graphic()) => {
             Ok(Some(Secret::new(token)))
         }
-        Some(_) | None => Err(Reason::MalformedAuthorization),
+        Some(_) | None => Err(FailureReason::MalformedAuthorization),
     }
 }
 
-fn subprotocol(headers: &HeaderMap) -> Result<Option<Secret>, Reason> {
+fn subprotocol(headers: &HeaderMap) -> Result<Option<Secret>, FailureReason> {
     if !(lists(headers, header::CONNECTION, "upgrade") && lists(headers, header::UPGRADE, "websocket")) {
         return Ok(None);
     }
@@ -112,24 +112,24 @@ fn subprotocol(headers: &HeaderMap) -> Result<Option<Secret>, Reason> {
     let encoded = match tokens.as_slice() {
         [] => return Ok(None),
         [one] => one.strip_prefix(SUBPROTOCOL).unwrap_or_default(),
-        [_, _, ..] => return Err(Reason::TwoTokens),
+        [_, _, ..] => return Err(FailureReason::TwoTokens),
     };
     if others.is_empty() {
-        return Err(Reason::LoneSubprotocol);
+        return Err(FailureReason::LoneSubprotocol);
     }
     if encoded.len() / 4 * 3 > MAX_TOKEN {
-        return Err(Reason::TokenTooLong(MAX_TOKEN));
+        return Err(FailureReason::TokenTooLong(MAX_TOKEN));
     }
     let token = URL_SAFE_NO_PAD.decode(encoded).ok().and_then(|token| String::from_utf8(token).ok());
     match token {
         Some(token) if !token.is_empty() && token.bytes().all(|b| b.is_ascii_graphic()) => {
             Ok(Some(Secret::new(token)))
         }
-        Some(_) | None => Err(Reason::MalformedSubprotocol),
+        Some(_) | None => Err(FailureReason::MalformedSubprotocol),
     }
 }
 
-/// The WebSocket subprotocols that a request offers.
+/// Returns the WebSocket subprotocols that a request offers.
 fn protocols(headers: &HeaderMap) -> impl Iterator<Item = &str> {
     let values = headers.get_all(header::SEC_WEBSOCKET_PROTOCOL).into_iter();
     let names = values.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(','));

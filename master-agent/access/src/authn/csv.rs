@@ -1,7 +1,8 @@
-//! The CSV of token files. Each line is a record. A field in quotes may contain commas, and `""` in it stands for a quote.
+//! A parser for the CSV format of token files. Each line is a record. A field in quotes may contain commas, and `""` in
+//! it stands for a quote.
 
-/// The fields of each line that is not empty, with the number of the line. An error names the line and contains nothing of
-/// its text.
+/// Returns the fields of each line that is not empty, with the number of the line. An error names the line and contains
+/// nothing of its text.
 pub(super) fn records(text: &str) -> Result<Vec<(usize, Vec<String>)>, String> {
     let mut records = Vec::new();
     for (line, text) in (1..).zip(text.lines()) {

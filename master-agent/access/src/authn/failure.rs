@@ -1,53 +1,52 @@
-//! Why a caller is not recognised, according to all authenticators.
+//! The failure to recognise a caller, with the reasons of all authenticators.
 
 use std::{fmt, time::Duration};
 
-use super::{authenticated::Authenticated, reason::Reason};
+use super::{authenticated::Authenticated, reason::FailureReason};
 
 /// The reasons of all authenticators for not recognising a caller. They are for the log and not for the caller.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Failure {
-    pub(super) said: Vec<(&'static str, Reason)>,
+pub struct AuthenticationFailure {
+    pub(super) said: Vec<(&'static str, FailureReason)>,
     pub(super) unchecked: Option<Box<Authenticated>>,
 }
 
-impl Failure {
-    pub fn reasons(&self) -> impl Iterator<Item = &Reason> {
+impl AuthenticationFailure {
+    pub fn reasons(&self) -> impl Iterator<Item = &FailureReason> {
         self.said.iter().map(|(_, reason)| reason)
     }
 
-    /// The reason of each authenticator, with its name.
-    pub fn by_authenticator(&self) -> impl Iterator<Item = (&'static str, &Reason)> {
+    /// Returns the reason of each authenticator with its name.
+    pub fn by_authenticator(&self) -> impl Iterator<Item = (&'static str, &FailureReason)> {
         self.said.iter().map(|(authenticator, reason)| (*authenticator, reason))
     }
 
-    /// Who the caller is if the objects still exist that its credential is bound to, which could not be checked. The
-    /// credential is good in all other respects.
+    /// Returns the caller whose credential is valid except that the objects to which it is bound could not be checked.
     pub fn unchecked(&self) -> Option<&Authenticated> {
         self.unchecked.as_deref()
     }
 
-    /// The time until the guard allows another attempt, if it has stopped this one.
+    /// Returns the time until the guard allows another attempt, if it has stopped this one.
     pub fn not_tried(&self) -> Option<Duration> {
         self.reasons()
-            .find_map(|reason| if let Reason::NotTried(after) = reason { Some(*after) } else { None })
+            .find_map(|reason| if let FailureReason::NotTried(after) = reason { Some(*after) } else { None })
     }
 
-    /// Whether a server could not be asked that may know the credential. The credential may be good.
+    /// Whether a server that may know the credential could not be asked. The credential may be valid.
     pub fn is_unavailable(&self) -> bool {
-        self.reasons().any(|reason| matches!(reason, Reason::Unavailable(_)))
+        self.reasons().any(|reason| matches!(reason, FailureReason::Unavailable(_)))
     }
 }
 
-impl From<Reason> for Failure {
-    fn from(reason: Reason) -> Self {
+impl From<FailureReason> for AuthenticationFailure {
+    fn from(reason: FailureReason) -> Self {
         Self { said: vec![("request", reason)], unchecked: None }
     }
 }
 
-impl std::error::Error for Failure {}
+impl std::error::Error for AuthenticationFailure {}
 
-impl fmt::Display for Failure {
+impl fmt::Display for AuthenticationFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (i, (authenticator, reason)) in self.said.iter().enumerate() {
             let separator = if i == 0 { "" } else { "; " };

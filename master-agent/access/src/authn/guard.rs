@@ -1,4 +1,4 @@
-//! Limits how often callers cause costly work while they are not authenticated.
+//! The limit on costly work that unauthenticated callers cause.
 
 use std::{
     fmt,
@@ -6,11 +6,11 @@ use std::{
     time::Duration,
 };
 
-use super::reason::Reason;
+use super::reason::FailureReason;
 
 /// Decides about costly steps, such as verifying a signature or asking a server.
 pub trait Guard: fmt::Debug + Send + Sync {
-    /// Whether a step may be taken for this caller. An error is the time until it may.
+    /// Checks that a step may be taken for this caller. The error is the time until it may.
     fn pass(&self) -> Result<(), Duration>;
 }
 
@@ -32,10 +32,10 @@ impl<'a> Cost<'a> {
         self.guard = None;
     }
 
-    /// Must be called before each costly step.
-    pub fn incur(&self) -> Result<(), Reason> {
+    /// Asks the guard. This must be called before each costly step.
+    pub fn incur(&self) -> Result<(), FailureReason> {
         self.incurred.store(true, Ordering::Relaxed);
-        self.guard.map_or(Ok(()), |guard| guard.pass().map_err(Reason::NotTried))
+        self.guard.map_or(Ok(()), |guard| guard.pass().map_err(FailureReason::NotTried))
     }
 
     pub fn incurred(&self) -> bool {

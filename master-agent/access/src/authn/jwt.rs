@@ -1,7 +1,7 @@
 //! JSON Web Tokens (RFC 7515, RFC 7519), as service accounts and OpenID Connect use them.
 //!
-//! Before its signature is verified, a token serves to choose the keys of its issuer and for nothing else. The key decides
-//! which algorithms it may verify ([`super::keys`]). JSON in which an object has a name twice is rejected as ambiguous.
+//! Before its signature is verified, a token serves to choose the keys of its issuer and for nothing else. The key
+//! decides which algorithms it may verify. JSON in which an object has a name twice is rejected as ambiguous.
 
 use std::{
     fmt,
@@ -19,7 +19,7 @@ use serde_json::{Map, Value};
 use super::{
     guard::Cost,
     keys::{KeySet, KeySource},
-    reason::Reason,
+    reason::FailureReason,
 };
 use crate::moment::Moment;
 
@@ -32,7 +32,7 @@ const MAX_HEADER: usize = 4096;
 const MAX_KEY_ID: usize = 256;
 
 /// A token whose signature has not been verified.
-pub(super) struct Unverified<'a> {
+pub struct Unverified<'a> {
     algorithm: Option<Algorithm>,
     key_id: Option<String>,
     claims: Map<String, Value>,
@@ -45,32 +45,33 @@ pub(super) struct Unverified<'a> {
 pub struct Claims(Map<String, Value>);
 
 impl<'a> Unverified<'a> {
-    /// Parses a token. `None` means that the text is no JSON Web Token.
-    pub(super) fn read(token: &'a str) -> Result<Option<Self>, Reason> {
+    /// Parses a token. Returns `None` if the text is not a JSON Web Token.
+    pub fn read(token: &'a str) -> Result<Option<Self>, FailureReason> {
         let Some((message, signature)) = token.rsplit_once('.') else { return Ok(None) };
         let Some((header, payload)) = message.split_once('.') else { return Ok(None) };
         if payload.contains('.') {
             return Ok(None);
         }
         if header.len() > MAX_HEADER {
-            return Err(Reason::Malformed("its header is too long"));
+            return Err(FailureReason::Malformed("its header is too long"));
         }
-        let header = object(header).map_err(|()| Reason::Malformed("its header is no JSON object"))?;
-        let claims = object(payload).map_err(|()| Reason::Malformed("its payload is no JSON object"))?;
+        let header = object(header).map_err(|()| FailureReason::Malformed("its header is no JSON object"))?;
+        let claims =
+            object(payload).map_err(|()| FailureReason::Malformed("its payload is no JSON object"))?;
         if header.contains_key("crit") {
-            return Err(Reason::Malformed("its header has critical extensions"));
+            return Err(FailureReason::Malformed("its header has critical extensions"));
         }
         let algorithm = header.get("alg").and_then(Value::as_str).and_then(|name| name.parse().ok());
         let key_id = match header.get("kid") {
             None => None,
             Some(Value::String(id)) if id.len() <= MAX_KEY_ID => Some(id.clone()),
-            Some(_) => return Err(Reason::Malformed("its key ID is no short text")),
+            Some(_) => return Err(FailureReason::Malformed("its key ID is no short text")),
         };
         Ok(Some(Self { algorithm, key_id, claims, message, signature }))
     }
 
-    /// The issuer that the token names.
-    pub(super) fn issuer(&self) -> Option<&str> {
+    /// Returns the issuer that the token names.
+    pub fn issuer(&self) -> Option<&str> {
         self.claims.get("iss").and_then(Value::as_str)
     }
 
@@ -80,14 +81,14 @@ impl<'a> Unverified<'a> {
         keys: &[KeySource],
         cost: &Cost<'_>,
         now: Moment,
-    ) -> Result<Claims, Reason> {
+    ) -> Result<Claims, FailureReason> {
         cost.incur()?;
-        let (mut outcome, mut unavailable) = (Reason::UnknownKey, None);
+        let (mut outcome, mut unavailable) = (FailureReason::UnknownKey, None);
         for source in keys {
             match self.verify_by(source, now).await {
                 Ok(()) => return self.timely(now),
-                Err(Reason::UnknownKey) => {}
-                Err(reason @ Reason::Unavailable(_)) => unavailable = Some(reason),
+                Err(FailureReason::UnknownKey) => {}
+                Err(reason @ FailureReason::Unavailable(_)) => unavailable = Some(reason),
                 Err(reason) => outcome = reason,
             }
         }
@@ -95,48 +96,48 @@ impl<'a> Unverified<'a> {
         Err(unavailable.unwrap_or(outcome))
     }
 
-    async fn verify_by(&self, source: &KeySource, now: Moment) -> Result<(), Reason> {
+    async fn verify_by(&self, source: &KeySource, now: Moment) -> Result<(), FailureReason> {
         let set = source.current(now).await?;
         match self.verify_with(&set) {
-            Err(Reason::UnknownKey) => {}
+            Err(FailureReason::UnknownKey) => {}
             decided => return decided,
         }
         match source.newer(&set, now).await? {
             Some(newer) => self.verify_with(&newer),
-            None => Err(Reason::UnknownKey),
+            None => Err(FailureReason::UnknownKey),
         }
     }
 
-    fn verify_with(&self, set: &KeySet) -> Result<(), Reason> {
-        let Some(algorithm) = self.algorithm else { return Err(Reason::Algorithm) };
-        let mut outcome = Reason::UnknownKey;
+    fn verify_with(&self, set: &KeySet) -> Result<(), FailureReason> {
+        let Some(algorithm) = self.algorithm else { return Err(FailureReason::Algorithm) };
+        let mut outcome = FailureReason::UnknownKey;
         for key in set.select(self.key_id.as_deref()) {
             if !key.allows(algorithm) {
                 // A wrong signature by a key of the right type is the more helpful reason.
-                if outcome != Reason::Signature {
-                    outcome = Reason::Algorithm;
+                if outcome != FailureReason::Signature {
+                    outcome = FailureReason::Algorithm;
                 }
             } else if key.verifies(self.message, self.signature, algorithm) {
                 return Ok(());
             } else {
-                outcome = Reason::Signature;
+                outcome = FailureReason::Signature;
             }
         }
         Err(outcome)
     }
 
-    fn timely(self, now: Moment) -> Result<Claims, Reason> {
+    fn timely(self, now: Moment) -> Result<Claims, FailureReason> {
         let claims = Claims(self.claims);
         let seconds = |name: &str| {
-            claims.0.get(name).map(|value| seconds(value).ok_or_else(|| Reason::Claim(name.into())))
+            claims.0.get(name).map(|value| seconds(value).ok_or_else(|| FailureReason::Claim(name.into())))
         };
-        let expiry = seconds("exp").ok_or(Reason::NoExpiry)??;
+        let expiry = seconds("exp").ok_or(FailureReason::NoExpiry)??;
         if now.unix() >= expiry {
-            return Err(Reason::Expired);
+            return Err(FailureReason::Expired);
         }
         for name in ["nbf", "iat"] {
             if seconds(name).transpose()?.is_some_and(|begin| begin > now.unix().saturating_add(LEEWAY)) {
-                return Err(Reason::NotYetValid);
+                return Err(FailureReason::NotYetValid);
             }
         }
         Ok(claims)
@@ -148,14 +149,14 @@ impl Claims {
         self.0.get(name)
     }
 
-    /// The text of a claim that must be there.
-    pub fn text(&self, name: &str) -> Result<&str, Reason> {
-        self.0.get(name).and_then(Value::as_str).ok_or_else(|| Reason::Claim(name.into()))
+    /// Returns the text of a required claim.
+    pub fn text(&self, name: &str) -> Result<&str, FailureReason> {
+        self.0.get(name).and_then(Value::as_str).ok_or_else(|| FailureReason::Claim(name.into()))
     }
 
-    /// The text of a claim within other claims. `None` means that it is absent.
-    pub fn nested(&self, path: &[&str]) -> Result<Option<&str>, Reason> {
-        let wrong = || Reason::Claim(path.join("."));
+    /// Returns the text of a claim within other claims, or `None` if it is absent.
+    pub fn nested(&self, path: &[&str]) -> Result<Option<&str>, FailureReason> {
+        let wrong = || FailureReason::Claim(path.join("."));
         let Some((first, rest)) = path.split_first() else { return Ok(None) };
         let mut value = self.0.get(*first);
         for name in rest {
@@ -173,7 +174,7 @@ impl Claims {
     }
 
     /// Checks that the token is for one of these audiences.
-    pub fn check_audience(&self, audiences: &[String]) -> Result<(), Reason> {
+    pub fn check_audience(&self, audiences: &[String]) -> Result<(), FailureReason> {
         let ours = |audience: &str| audiences.iter().any(|one| one == audience);
         let found = match self.0.get("aud") {
             Some(Value::String(one)) => ours(one),
@@ -182,7 +183,7 @@ impl Claims {
             }
             Some(_) | None => false,
         };
-        found.then_some(()).ok_or(Reason::Audience)
+        found.then_some(()).ok_or(FailureReason::Audience)
     }
 
     pub fn expires(&self) -> Option<SystemTime> {
@@ -260,7 +261,7 @@ impl<'de> Visitor<'de> for StrictVisitor {
         let mut object = Map::new();
         while let Some((name, Strict(value))) = entries.next_entry::<String, Strict>()? {
             if object.insert(name, value).is_some() {
-                return Err(de::Error::custom("a name stands twice"));
+                return Err(de::Error::custom("duplicate name"));
             }
         }
         Ok(Strict(Value::Object(object)))

@@ -1,8 +1,8 @@
 //! The public keys that verify tokens, from PEM files and from JSON Web Key Sets that are files or fetched.
 //!
 //! The type of a key decides which algorithms it verifies, and a token never does: an RSA key verifies RS* and PS*, an
-//! elliptic-curve key the algorithm of its curve. Symmetric keys are not read at all, so a public key can't be taken for an
-//! HMAC secret.
+//! elliptic-curve key the algorithm of its curve. Symmetric keys are not read at all, so a public key can't be taken
+//! for an HMAC secret.
 
 use std::{
     path::{Path, PathBuf},
@@ -22,7 +22,7 @@ use x509_parser::{
     certificate::X509Certificate, prelude::FromDer, public_key::PublicKey, x509::SubjectPublicKeyInfo,
 };
 
-use super::reason::Reason;
+use super::reason::FailureReason;
 use crate::moment::Moment;
 
 /// The most keys of one file or key set.
@@ -61,7 +61,7 @@ impl Key {
 pub struct KeySet(Vec<Key>);
 
 impl KeySet {
-    /// The keys with an ID, or all keys without one.
+    /// Returns the keys with this ID, or all keys if there is no ID.
     pub fn select(&self, id: Option<&str>) -> impl Iterator<Item = &Key> {
         self.0.iter().filter(move |key| id.is_none_or(|id| key.id.as_deref() == Some(id)))
     }
@@ -179,7 +179,7 @@ impl Key {
     }
 }
 
-/// Where keys come from.
+/// The source of keys.
 pub enum KeySource {
     File(Arc<FileWatcher<KeySet>>),
     Remote(Box<RemoteKeys>),
@@ -201,15 +201,15 @@ impl KeySource {
         })
     }
 
-    pub async fn current(&self, now: Moment) -> Result<Arc<KeySet>, Reason> {
+    pub async fn current(&self, now: Moment) -> Result<Arc<KeySet>, FailureReason> {
         match self {
             Self::File(keys) => Ok(keys.get()),
             Self::Remote(keys) => keys.current(now).await,
         }
     }
 
-    /// A newer set than one that lacked a key, if there is one.
-    pub async fn newer(&self, than: &Arc<KeySet>, now: Moment) -> Result<Option<Arc<KeySet>>, Reason> {
+    /// Returns a newer set than one that lacked a key, if there is one.
+    pub async fn newer(&self, than: &Arc<KeySet>, now: Moment) -> Result<Option<Arc<KeySet>>, FailureReason> {
         match self {
             Self::File(_) => Ok(None),
             Self::Remote(keys) => keys.newer(than, now).await,
@@ -223,8 +223,8 @@ fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
 
 /// A key set that is fetched when it is first needed, when a token names a key that it lacks, and when it is old.
 ///
-/// There is one fetch at a time, and no two within [`RemoteKeys::pause`], whatever tokens are presented. A set stays in use
-/// until another one has been fetched.
+/// There is one fetch at a time, and no two within [`RemoteKeys::pause`], whatever tokens are presented. A set stays in
+/// use until another one has been fetched.
 pub struct RemoteKeys {
     client: Arc<FileWatcher<JsonClient>>,
     location: Location,
@@ -236,17 +236,17 @@ pub struct RemoteKeys {
 /// The last fetch.
 struct Attempt {
     began: Instant,
-    /// Why it failed.
-    failure: Option<Reason>,
+    /// Why the fetch failed.
+    failure: Option<FailureReason>,
 }
 
 pub enum Location {
     Jwks(Uri),
-    /// The set that the OpenID Connect discovery of this issuer names.
+    /// The URL of the set is found by OpenID Connect discovery for this issuer.
     Discovery(String),
 }
 
-/// When a set is fetched again, so that withdrawn keys are dropped.
+/// The age at which a set is fetched again, so that withdrawn keys are dropped.
 const MAX_AGE: Duration = Duration::from_secs(300);
 
 #[derive(Deserialize)]
@@ -260,14 +260,14 @@ impl RemoteKeys {
         Self { client, location, pause, fetched: RwLock::default(), fetching: tokio::sync::Mutex::default() }
     }
 
-    async fn current(&self, now: Moment) -> Result<Arc<KeySet>, Reason> {
+    async fn current(&self, now: Moment) -> Result<Arc<KeySet>, FailureReason> {
         let Some((set, at)) = self.fetched() else {
             let fetching = self.fetching.lock().await;
             return match self.fetched() {
                 Some((set, _)) => Ok(set),
                 None => match self.fetch(fetching, now).await? {
                     Some(set) => Ok(set),
-                    None => Err(Reason::Unavailable("the keys were fetched a moment ago".into())),
+                    None => Err(FailureReason::Unavailable("the keys were fetched a moment ago".into())),
                 },
             };
         };
@@ -281,7 +281,7 @@ impl RemoteKeys {
         }
     }
 
-    async fn newer(&self, than: &Arc<KeySet>, now: Moment) -> Result<Option<Arc<KeySet>>, Reason> {
+    async fn newer(&self, than: &Arc<KeySet>, now: Moment) -> Result<Option<Arc<KeySet>>, FailureReason> {
         let fetching = self.fetching.lock().await;
         match self.fetched() {
             Some((set, _)) if !Arc::ptr_eq(&set, than) => Ok(Some(set)),
@@ -293,12 +293,12 @@ impl RemoteKeys {
         self.fetched.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Fetches the set. `None` means that this was done within the pause.
+    /// Fetches the set. Returns `None` if the last fetch was within the pause.
     async fn fetch(
         &self,
         mut fetching: tokio::sync::MutexGuard<'_, Option<Attempt>>,
         now: Moment,
-    ) -> Result<Option<Arc<KeySet>>, Reason> {
+    ) -> Result<Option<Arc<KeySet>>, FailureReason> {
         if let Some(last) = &*fetching
             && now.monotonic.saturating_duration_since(last.began) < self.pause
         {
@@ -314,7 +314,7 @@ impl RemoteKeys {
             }
             Err(error) => {
                 tracing::warn!(error = format!("{error:#}"), "the keys of tokens can't be fetched");
-                let failure = Reason::Unavailable(format!("{error:#}"));
+                let failure = FailureReason::Unavailable(format!("{error:#}"));
                 *fetching = Some(Attempt { began: now.monotonic, failure: Some(failure.clone()) });
                 Err(failure)
             }

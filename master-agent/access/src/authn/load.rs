@@ -1,4 +1,4 @@
-//! Builds the authenticators that are configured, and reads their files for the first time.
+//! Builds the configured authenticators and reads their files for the first time.
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -33,8 +33,8 @@ use crate::client_certificates::ClientCa;
 const FETCH_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Authenticators {
-    /// Reads all files for the first time. The watchers that are returned must be polled from then on. `cluster` has the
-    /// bootstrap tokens, and the objects that tokens of service accounts are bound to.
+    /// Reads all files for the first time. The returned watchers must be polled from then on. `cluster` provides
+    /// the bootstrap tokens and the objects to which tokens of service accounts are bound.
     pub fn load(
         config: &AuthnConfig,
         cluster: Option<&Cluster>,
@@ -51,7 +51,7 @@ impl Authenticators {
     }
 }
 
-/// Collects what the authenticators read.
+/// Builds authenticators and collects the watchers of their files.
 struct Loader<'a> {
     cluster: Option<&'a Cluster>,
     files: Vec<Arc<dyn Watcher>>,
@@ -138,7 +138,7 @@ impl Loader<'_> {
         Ok(Webhook::new(config, client))
     }
 
-    /// A client that follows its TLS files.
+    /// Returns a client that follows its TLS files.
     fn client(
         &mut self,
         what: &str,

@@ -1,14 +1,13 @@
-//! Authentication: who a caller is, with one file for each kind of credential.
+//! Authentication of callers, with one file for each kind of credential.
 //!
 //! The authenticators are asked in the configured order, and the first that recognises the caller decides. An
-//! authenticator that finds a bad credential of its kind returns a [`Reason`]. The others are still asked, and if none
-//! recognises the caller, the request fails with all reasons. The caller only learns that it failed. The log gets the
-//! [`Failure`], which contains no secret. A request without any credential can be anonymous, but a bad credential never
-//! makes its caller anonymous.
+//! authenticator that finds a bad credential of its kind returns a [`FailureReason`]. The others are still asked, and
+//! if none recognises the caller, the request fails with all reasons. The caller only learns that it failed. The log
+//! gets the [`AuthenticationFailure`], which contains no secret. A request without any credential can be anonymous, but
+//! a bad credential never makes its caller anonymous.
 //!
-//! Whatever is expensive, such as verifying a signature or asking a webhook, is done behind a [`Guard`], which limits how
-//! often a caller can have it done for one guess after the other. What is cheap is always done, and a token that was
-//! good a while ago does not count as a guess.
+//! A [`Guard`] limits how often a caller can cause expensive steps, such as verifying a signature or asking a webhook,
+//! by guessing. Cheap steps are always taken, and a token that was valid recently does not count as a guess.
 //!
 //! Each call is given the [`Moment`](crate::moment::Moment) at which it happens.
 
@@ -25,7 +24,7 @@ mod credential;
 mod csv;
 mod failure;
 mod guard;
-mod jwt;
+pub mod jwt;
 mod keys;
 mod load;
 mod oidc;
@@ -46,10 +45,10 @@ pub use config::{
     ServiceAccountConfig, WebhookConfig, X509Config,
 };
 pub use credential::{Presented, strip};
-pub use failure::Failure;
+pub use failure::AuthenticationFailure;
 pub use guard::Guard;
 pub use oidc::Oidc;
-pub use reason::Reason;
+pub use reason::FailureReason;
 pub use service_account::ServiceAccounts;
 pub use token_file::TokenFile;
 pub use webhook::Webhook;

@@ -1,4 +1,4 @@
-//! ID tokens of an OpenID Connect provider, as kube-apiserver takes them with its `--oidc-*` flags.
+//! The authenticator of ID tokens of an OpenID Connect provider, which works like kube-apiserver's `--oidc-*` flags.
 
 use futures_util::future::BoxFuture;
 use serde_json::Value;
@@ -10,7 +10,7 @@ use super::{
     credential::Presented,
     jwt::{Claims, Unverified},
     keys::KeySource,
-    reason::Reason,
+    reason::FailureReason,
 };
 use crate::{moment::Moment, user::User};
 
@@ -24,7 +24,11 @@ impl Oidc {
         Self { config, keys: vec![keys] }
     }
 
-    async fn check(&self, presented: &Presented<'_>, now: Moment) -> Result<Option<Recognized>, Reason> {
+    async fn check(
+        &self,
+        presented: &Presented<'_>,
+        now: Moment,
+    ) -> Result<Option<Recognized>, FailureReason> {
         let Some(token) = &presented.bearer else { return Ok(None) };
         let Some(token) = Unverified::read(token.expose())? else { return Ok(None) };
         if token.issuer() != Some(&self.config.issuer) {
@@ -34,21 +38,21 @@ impl Oidc {
         claims.check_audience(&self.config.client_ids)?;
         for (name, value) in &self.config.required_claims {
             if claims.text(name)? != value {
-                return Err(Reason::Claim(name.clone()));
+                return Err(FailureReason::Claim(name.clone()));
             }
         }
         Ok(Some(Recognized { user: self.user(&claims)?, expires: claims.expires(), bound: None }))
     }
 
-    fn user(&self, claims: &Claims) -> Result<User, Reason> {
+    fn user(&self, claims: &Claims) -> Result<User, FailureReason> {
         let config = &self.config;
         let name = claims.text(&config.username_claim)?;
         if name.is_empty() {
-            return Err(Reason::Claim(config.username_claim.clone()));
+            return Err(FailureReason::Claim(config.username_claim.clone()));
         }
         let verified = claims.get("email_verified").is_none_or(|value| *value == Value::Bool(true));
         if config.username_claim == "email" && !verified {
-            return Err(Reason::EmailNotVerified);
+            return Err(FailureReason::EmailNotVerified);
         }
         let name = format!("{}{name}", config.username_prefix);
         let groups = match &config.groups_claim {
@@ -58,7 +62,7 @@ impl Oidc {
         let groups: Vec<_> = groups.iter().map(|group| format!("{}{group}", config.groups_prefix)).collect();
         // Kubernetes reserves these names, so a provider can't give them.
         if groups.iter().chain([&name]).any(|name| name.starts_with("system:")) {
-            return Err(Reason::SystemName);
+            return Err(FailureReason::SystemName);
         }
         Ok(User { name, groups, ..User::default() })
     }
@@ -69,7 +73,7 @@ impl Authenticator for Oidc {
         &'a self,
         presented: &'a Presented<'a>,
         now: Moment,
-    ) -> BoxFuture<'a, Result<Option<Recognized>, Reason>> {
+    ) -> BoxFuture<'a, Result<Option<Recognized>, FailureReason>> {
         Box::pin(self.check(presented, now))
     }
 
@@ -78,9 +82,9 @@ impl Authenticator for Oidc {
     }
 }
 
-/// Reads a claim that is a text or a list of texts.
-fn groups<'a>(claims: &'a Claims, claim: &str) -> Result<Vec<&'a str>, Reason> {
-    let wrong = || Reason::Claim(claim.to_owned());
+/// Reads a claim that is a string or a list of strings.
+fn groups<'a>(claims: &'a Claims, claim: &str) -> Result<Vec<&'a str>, FailureReason> {
+    let wrong = || FailureReason::Claim(claim.to_owned());
     match claims.get(claim) {
         None | Some(Value::Null) => Ok(Vec::new()),
         Some(Value::String(one)) => Ok(vec![one]),

@@ -2,7 +2,7 @@
 
 /// A reason for the log. It contains no secret, and it is not for the caller.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Reason {
+pub enum FailureReason {
     #[error("no credential")]
     NoCredential,
     #[error("no authenticator knows the credential")]

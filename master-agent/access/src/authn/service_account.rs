@@ -1,7 +1,8 @@
-//! Tokens of Kubernetes service accounts, as kube-apiserver issues them (`TokenRequest`, projected volumes).
+//! The authenticator of Kubernetes service account tokens, which kube-apiserver issues (`TokenRequest`, projected
+//! volumes).
 //!
-//! If there is a cluster to ask, a token is good only while the objects exist that it is bound to ([`super::bound`]).
-//! Otherwise it is good until it expires.
+//! If there is a cluster to ask, a token is valid only while the objects exist to which it is bound ([`super::bound`]).
+//! Otherwise it is valid until it expires.
 
 use std::sync::Arc;
 
@@ -14,7 +15,7 @@ use super::{
     credential::Presented,
     jwt::{Claims, Unverified},
     keys::KeySource,
-    reason::Reason,
+    reason::FailureReason,
     x509::CREDENTIAL_ID,
 };
 use crate::{
@@ -33,7 +34,7 @@ pub struct ServiceAccounts {
 }
 
 impl ServiceAccounts {
-    /// `bound` checks the objects that tokens are bound to.
+    /// `bound` checks the objects to which tokens are bound.
     pub fn new(
         issuers: Vec<String>,
         audiences: Vec<String>,
@@ -43,11 +44,15 @@ impl ServiceAccounts {
         Self { issuers, audiences, keys, bound }
     }
 
-    async fn check(&self, presented: &Presented<'_>, now: Moment) -> Result<Option<Recognized>, Reason> {
+    async fn check(
+        &self,
+        presented: &Presented<'_>,
+        now: Moment,
+    ) -> Result<Option<Recognized>, FailureReason> {
         let Some(token) = &presented.bearer else { return Ok(None) };
         let Some(token) = Unverified::read(token.expose())? else { return Ok(None) };
         match token.issuer() {
-            Some(LEGACY_ISSUER) => return Err(Reason::Legacy),
+            Some(LEGACY_ISSUER) => return Err(FailureReason::Legacy),
             Some(issuer) if self.issuers.iter().any(|one| one == issuer) => {}
             Some(_) | None => return Ok(None),
         }
@@ -64,7 +69,7 @@ impl Authenticator for ServiceAccounts {
         &'a self,
         presented: &'a Presented<'a>,
         now: Moment,
-    ) -> BoxFuture<'a, Result<Option<Recognized>, Reason>> {
+    ) -> BoxFuture<'a, Result<Option<Recognized>, FailureReason>> {
         Box::pin(self.check(presented, now))
     }
 
@@ -73,15 +78,15 @@ impl Authenticator for ServiceAccounts {
     }
 }
 
-fn user(claims: &Claims) -> Result<User, Reason> {
+fn user(claims: &Claims) -> Result<User, FailureReason> {
     let subject = claims.text("sub")?;
-    let account = ServiceAccountName::parse(subject).ok_or(Reason::Subject)?;
+    let account = ServiceAccountName::parse(subject).ok_or(FailureReason::Subject)?;
     let claim = |path: &[&str]| claims.nested(&[&["kubernetes.io"], path].concat());
     for (path, value) in
         [(&["namespace"] as &[_], account.namespace), (&["serviceaccount", "name"], account.name)]
     {
         if claim(path)?.is_some_and(|claimed| claimed != value) {
-            return Err(Reason::Contradiction);
+            return Err(FailureReason::Contradiction);
         }
     }
     let mut user = User {

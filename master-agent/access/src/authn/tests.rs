@@ -13,13 +13,14 @@ use proto_net::file_watcher::Watcher;
 use rustls::pki_types::CertificateDer;
 use serde_json::{Value, json};
 
-use super::{cluster::BoundKind, *};
+use super::*;
 use crate::{moment::Moment, user::User};
 
+mod bound;
 mod table;
 mod world;
 
-use world::{NOW, Watches, World};
+use world::{NOW, World};
 
 /// What a caller sends.
 #[derive(Clone, Default)]
@@ -61,7 +62,11 @@ impl Request {
         request.body(()).unwrap().into_parts().0
     }
 
-    async fn authenticate(&self, with: &Authenticators, at: Moment) -> Result<Authenticated, Failure> {
+    async fn authenticate(
+        &self,
+        with: &Authenticators,
+        at: Moment,
+    ) -> Result<Authenticated, AuthenticationFailure> {
         let head = self.head();
         let certificates = Certificates::new(self.certificates.clone());
         let presented = Presented::of(&head, &certificates)?;
@@ -198,13 +203,14 @@ async fn a_token_is_remembered_until_a_file_changes_or_its_time_is_over() {
     let items =
         "- service_account: {issuers: [https://cluster], audiences: [api], key_files: [own-keys.pem]}";
     let (authenticators, files) = load(items, &world);
-    let reasons =
-        |found: Result<Authenticated, Failure>| found.map_err(|e| e.reasons().cloned().collect::<Vec<_>>());
+    let reasons = |found: Result<Authenticated, AuthenticationFailure>| {
+        found.map_err(|e| e.reasons().cloned().collect::<Vec<_>>())
+    };
     let first = request.authenticate(&authenticators, at(0)).await.unwrap();
     assert_eq!(request.authenticate(&authenticators, at(1)).await.unwrap(), first);
     assert_eq!(first.validity.expires, Some(at(5).wall));
     let late = request.authenticate(&authenticators, at(5)).await;
-    assert_eq!(reasons(late), Err(vec![Reason::Expired]), "remembered or not");
+    assert_eq!(reasons(late), Err(vec![FailureReason::Expired]), "remembered or not");
     let generation = authenticators.generation();
     world.write("own-keys.pem", &world.p256.pem());
     for file in files.iter().chain(&files) {
@@ -212,7 +218,7 @@ async fn a_token_is_remembered_until_a_file_changes_or_its_time_is_over() {
     }
     assert_ne!(authenticators.generation(), generation);
     let changed = request.authenticate(&authenticators, at(2)).await;
-    assert_eq!(reasons(changed), Err(vec![Reason::UnknownKey]));
+    assert_eq!(reasons(changed), Err(vec![FailureReason::UnknownKey]));
 }
 
 #[tokio::test]
@@ -315,7 +321,7 @@ async fn a_webhook_is_asked_once_and_never_too_often() {
     assert_eq!(world.stub.review_audiences(), json!([]));
     world.stub.fail.store(true, Ordering::Relaxed);
     let failure = Request::bearer("alice-token").authenticate(&authenticators, at(100)).await.unwrap_err();
-    assert!(matches!(failure.reasons().next(), Some(Reason::Unavailable(_))), "{failure}");
+    assert!(matches!(failure.reasons().next(), Some(FailureReason::Unavailable(_))), "{failure}");
     world.stub.fail.store(false, Ordering::Relaxed);
     assert!(alice.authenticate(&authenticators, at(100)).await.is_ok(), "that it failed is not remembered");
 }
@@ -351,7 +357,7 @@ async fn a_certificate_is_judged_by_the_ca_of_now() {
         file.poll();
     }
     let failure = alice.authenticate(&authenticators, at(1)).await.unwrap_err();
-    assert_eq!(failure.reasons().collect::<Vec<_>>(), [&Reason::CertificateIssuer]);
+    assert_eq!(failure.reasons().collect::<Vec<_>>(), [&FailureReason::CertificateIssuer]);
 }
 
 #[tokio::test]
@@ -572,7 +578,7 @@ async fn a_certificate_that_is_verified_in_its_last_second_ends_all_the_same() {
         authenticators.authenticate(Presented::of(&head, &certificates).unwrap(), at(seconds)).await
     };
     assert!(ask(5).await.unwrap().validity.expires.is_some());
-    assert_eq!(ask(6).await.unwrap_err().reasons().collect::<Vec<_>>(), [&Reason::CertificateExpired]);
+    assert_eq!(ask(6).await.unwrap_err().reasons().collect::<Vec<_>>(), [&FailureReason::CertificateExpired]);
 }
 
 /// Lets everything pass, and counts it.
@@ -584,157 +590,4 @@ impl Guard for Open {
         self.0.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
-}
-
-/// A token that a real kube-apiserver has issued, and what it is bound to.
-fn issued(name: &str) -> Request {
-    let text = recorded(&format!("token-{name}.json"));
-    let request: Value = serde_json::from_str(&text).unwrap();
-    Request::bearer(request["status"]["token"].as_str().unwrap())
-}
-
-/// What that kube-apiserver answered to a TokenReview.
-fn reviewed(name: &str) -> Value {
-    let text = recorded(&format!("tokenreview-{name}.txt"));
-    serde_json::from_str(text.split_once("\n\n").unwrap().1).unwrap()
-}
-
-fn recorded(name: &str) -> String {
-    let path = format!("{}/../../tests/data/kubernetes/state/{name}", env!("CARGO_MANIFEST_DIR"));
-    std::fs::read_to_string(path).unwrap().replace('\r', "")
-}
-
-const REVIEWS: &str = "/apis/authentication.k8s.io/v1/tokenreviews";
-/// A minute after those tokens were issued.
-const ISSUED: i64 = 1_795_826_028 - NOW as i64;
-
-/// Authenticators that know the cluster of those tokens.
-fn bound(world: &World) -> (Authenticators, Arc<Watches>) {
-    let keys = recorded("jwks.txt");
-    world.write("own-jwks.json", keys.split_once("\n\n").unwrap().1);
-    let issuer = "https://kubernetes.default.svc";
-    let yaml = format!(
-        "authentication: [{{service_account: {{issuers: ['{issuer}'], audiences: ['{issuer}'], jwks: {{file: own-jwks.json}}}}}}]"
-    );
-    let watches = Arc::new(Watches::default());
-    watches.appear(
-        BoundKind::ServiceAccount,
-        "kube-system/node-agent",
-        "8f0e165c-0854-4a02-9eab-d37b8d1dea39",
-    );
-    watches.appear(BoundKind::Pod, "kube-system/node-agent-abcde", "63e91910-dc40-413a-9b46-e6d657d14134");
-    watches.appear(BoundKind::Node, "n1", "a42c3ab2-e6b3-4902-8e44-88252e53754e");
-    let cluster = world.cluster(Some(watches.clone()));
-    let config = read(&yaml, world).unwrap();
-    (Authenticators::load(&config, Some(&cluster)).unwrap().0, watches)
-}
-
-#[tokio::test]
-async fn a_token_ends_with_what_it_is_bound_to_although_it_is_remembered() {
-    type Delete = fn(&Watches);
-    let cases: [(&str, &str, &str, Delete); 3] = [
-        ("bound-to-pod", "3-pod-deleted", "service account token has been invalidated", |watches| {
-            watches.vanish(BoundKind::Pod, "kube-system/node-agent-abcde");
-        }),
-        ("bound-to-node", "5-node-deleted", "service account token has been invalidated", |watches| {
-            watches.appear(BoundKind::Node, "n1", "another");
-        }),
-        ("unbound", "7-serviceaccount-deleted", "serviceaccounts \"node-agent\" not found", |watches| {
-            watches.appear(BoundKind::ServiceAccount, "kube-system/node-agent", "another");
-        }),
-    ];
-    for (token, review, says, delete) in cases {
-        let world = World::new().await;
-        let (authenticators, watches) = bound(&world);
-        watches.listed(true);
-        let token = issued(token);
-        for second in [0, 1] {
-            let found = token.authenticate(&authenticators, at(ISSUED + second)).await.unwrap();
-            assert_eq!(found.user.name, "system:serviceaccount:kube-system:node-agent");
-            assert!(found.validity.binding.is_some());
-        }
-        assert_eq!(world.stub.count(REVIEWS), 0, "the watches say it");
-        delete(&watches);
-        world.stub.serve_only(REVIEWS, reviewed(review));
-        for second in [2, 3] {
-            let failure = token.authenticate(&authenticators, at(ISSUED + second)).await.unwrap_err();
-            assert!(failure.to_string().contains(says), "{failure}");
-            assert!(!failure.is_unavailable() && failure.unchecked().is_none());
-        }
-        assert_eq!(world.stub.count(REVIEWS), 1, "a refusal is remembered for a moment");
-    }
-}
-
-#[tokio::test]
-async fn a_pods_token_is_not_bound_to_the_pods_node() {
-    let world = World::new().await;
-    let (authenticators, watches) = bound(&world);
-    watches.vanish(BoundKind::Node, "n1");
-    watches.listed(true);
-    assert!(issued("bound-to-pod").authenticate(&authenticators, at(ISSUED)).await.is_ok());
-    assert_eq!(world.stub.count(REVIEWS), 0);
-}
-
-#[tokio::test]
-async fn what_no_watch_shows_the_api_server_is_asked_about_once_in_a_while() {
-    let world = World::new().await;
-    let (authenticators, watches) = bound(&world);
-    let pod = issued("bound-to-pod");
-    world.stub.serve_only(REVIEWS, reviewed("1-good"));
-    for second in 0..8 {
-        assert!(pod.authenticate(&authenticators, at(ISSUED + second)).await.is_ok());
-    }
-    assert_eq!(world.stub.count(REVIEWS), 1, "nothing has been listed");
-    // The API server's answer is about somebody else's token.
-    world.stub.serve_only(REVIEWS, {
-        let mut other = reviewed("1-good");
-        other["status"]["user"]["username"] = json!("system:serviceaccount:kube-system:other");
-        other
-    });
-    let failure = pod.authenticate(&authenticators, at(ISSUED + 8)).await.unwrap_err();
-    assert_eq!(failure.reasons().collect::<Vec<_>>(), [&Reason::Contradiction]);
-    // A guess can't make it be asked.
-    let shut = Shut::default();
-    let head = issued("bound-to-node").head();
-    let certificates = Certificates::default();
-    let presented = Presented::of(&head, &certificates).unwrap().guarded(&shut);
-    assert!(authenticators.authenticate(presented, at(ISSUED)).await.unwrap_err().not_tried().is_some());
-    assert_eq!(world.stub.count(REVIEWS), 2);
-    watches.listed(true);
-    assert!(pod.authenticate(&authenticators, at(ISSUED + 9)).await.is_ok(), "the watches stand");
-}
-
-#[tokio::test]
-async fn while_the_api_server_is_away_only_what_was_verified_goes_on() {
-    let world = World::new().await;
-    let (authenticators, watches) = bound(&world);
-    let (pod, node, account) = (issued("bound-to-pod"), issued("bound-to-node"), issued("unbound"));
-    let ask = async |token: &Request, second| token.authenticate(&authenticators, at(ISSUED + second)).await;
-    watches.listed(true);
-    assert!(ask(&pod, 0).await.is_ok() && ask(&node, 0).await.is_ok());
-    watches.listed(false);
-    for second in [1, 20, 600] {
-        assert!(ask(&pod, second).await.is_ok(), "it was verified, and its objects were last seen to exist");
-        let failure = ask(&account, second).await.unwrap_err();
-        assert!(failure.is_unavailable(), "{failure}");
-        let who = failure.unchecked().unwrap();
-        assert_eq!(who.user.name, "system:serviceaccount:kube-system:node-agent");
-    }
-    let before = world.stub.count(REVIEWS);
-    for _ in 0..20 {
-        assert!(ask(&account, 600).await.is_err());
-    }
-    assert_eq!(world.stub.count(REVIEWS), before, "it is not asked again at once");
-    // The last that was heard is that one of them is gone.
-    watches.vanish(BoundKind::Node, "n1");
-    assert!(ask(&node, 700).await.unwrap_err().is_unavailable());
-    // A credential that is wrong in itself is refused, whatever can be asked.
-    let expired = ask(&account, 3600).await.unwrap_err();
-    assert_eq!((expired.is_unavailable(), expired.unchecked()), (false, None));
-    // It is back, and has refused: then it goes on no longer.
-    world.stub.serve(REVIEWS, 201, reviewed("3-pod-deleted"));
-    world.stub.serve(REVIEWS, 500, json!({}));
-    assert!(!ask(&pod, 800).await.unwrap_err().is_unavailable());
-    let refused = ask(&pod, 900).await.unwrap_err();
-    assert!(!refused.is_unavailable() && refused.unchecked().is_none(), "what was refused opens no door");
 }

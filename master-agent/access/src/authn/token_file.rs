@@ -1,4 +1,5 @@
-//! Static tokens from a file. Each line is `TOKEN,USER,UID,"GROUP1,GROUP2"`, and the groups may be left out.
+//! The authenticator of static tokens from a file. Each line is `TOKEN,USER,UID,"GROUP1,GROUP2"`, and the groups may be
+//! left out.
 
 use std::{
     collections::HashMap,
@@ -12,7 +13,8 @@ use proto_config::secret_file;
 use proto_net::file_watcher::FileWatcher;
 
 use super::{
-    authenticated::Recognized, authenticator::Authenticator, credential::Presented, csv, reason::Reason,
+    authenticated::Recognized, authenticator::Authenticator, credential::Presented, csv,
+    reason::FailureReason,
 };
 use crate::{
     moment::Moment,
@@ -39,7 +41,7 @@ impl Authenticator for TokenFile {
         &'a self,
         presented: &'a Presented<'a>,
         _: Moment,
-    ) -> BoxFuture<'a, Result<Option<Recognized>, Reason>> {
+    ) -> BoxFuture<'a, Result<Option<Recognized>, FailureReason>> {
         let user = presented.bearer.as_ref().and_then(|token| self.0.get().get(&Digest::of(token)).cloned());
         Box::pin(std::future::ready(Ok(user.map(Recognized::from))))
     }
@@ -50,7 +52,7 @@ fn read(path: &Path) -> anyhow::Result<Tokens> {
     parse(&text).with_context(|| path.display().to_string())
 }
 
-/// An error names the line and contains nothing of its text.
+/// Parses a file of tokens. An error names the line and contains nothing of its text.
 fn parse(text: &str) -> anyhow::Result<Tokens> {
     let mut tokens = HashMap::new();
     let mut lines = HashMap::new();

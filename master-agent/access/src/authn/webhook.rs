@@ -1,4 +1,4 @@
-//! A webhook that says whose a token is, by TokenReview of authentication.k8s.io/v1.
+//! The authenticator that asks a webhook about tokens, with TokenReviews of authentication.k8s.io/v1.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,7 +11,7 @@ use tokio::sync::Semaphore;
 
 use super::{
     authenticated::Recognized, authenticator::Authenticator, config::WebhookConfig, credential::Presented,
-    reason::Reason,
+    reason::FailureReason,
 };
 use crate::{
     cache::Cache,
@@ -29,7 +29,7 @@ pub struct Webhook {
     known: Cache<Digest, User>,
     known_ttl: Duration,
     /// A cache of its own, so that guesses do not evict known tokens.
-    refused: Cache<Digest, Reason>,
+    refused: Cache<Digest, FailureReason>,
     refused_ttl: Duration,
     failures: LogThrottle,
 }
@@ -50,7 +50,11 @@ impl Webhook {
         }
     }
 
-    async fn check(&self, presented: &Presented<'_>, now: Moment) -> Result<Option<Recognized>, Reason> {
+    async fn check(
+        &self,
+        presented: &Presented<'_>,
+        now: Moment,
+    ) -> Result<Option<Recognized>, FailureReason> {
         let Some(token) = &presented.bearer else { return Ok(None) };
         let digest = Digest::of(token);
         if let Some(user) = self.known.get(&digest, now.monotonic) {
@@ -77,10 +81,10 @@ impl Webhook {
         }
     }
 
-    async fn ask(&self, token: &Secret) -> Result<Status, Reason> {
+    async fn ask(&self, token: &Secret) -> Result<Status, FailureReason> {
         let permit = tokio::time::timeout(self.timeout, self.questions.acquire()).await;
         let Ok(Ok(_permit)) = permit else {
-            return Err(Reason::Unavailable(format!("{} is asked too much already", self.url)));
+            return Err(FailureReason::Unavailable(format!("{} is asked too much already", self.url)));
         };
         let review = serde_json::json!({
             "apiVersion": "authentication.k8s.io/v1",
@@ -88,24 +92,24 @@ impl Webhook {
             "spec": { "token": token.expose(), "audiences": self.audiences },
         });
         let answer = self.client.get().post(&self.url, &review).await;
-        let answer: Answer = answer.map_err(|error| Reason::Unavailable(error.to_string()))?;
+        let answer: Answer = answer.map_err(|error| FailureReason::Unavailable(error.to_string()))?;
         if answer.api_version != "authentication.k8s.io/v1" || answer.kind != "TokenReview" {
-            return Err(Reason::Unavailable(format!("{} answers with something else", self.url)));
+            return Err(FailureReason::Unavailable(format!("{} answers with something else", self.url)));
         }
         Ok(answer.status)
     }
 
-    fn judge(&self, status: Status) -> Result<User, Reason> {
+    fn judge(&self, status: Status) -> Result<User, FailureReason> {
         if !status.authenticated {
-            return Err(Reason::Refused);
+            return Err(FailureReason::Refused);
         }
-        // A webhook that names no audience does not know about audiences, so its answer is for this one.
+        // A webhook that names no audience does not support audiences, so its answer is for this one.
         let audience = |audience| self.audiences.contains(audience);
         if !self.audiences.is_empty()
             && !status.audiences.is_empty()
             && !status.audiences.iter().any(audience)
         {
-            return Err(Reason::Audience);
+            return Err(FailureReason::Audience);
         }
         let UserInfo { username, uid, groups, extra } = status.user;
         let extra = extra.unwrap_or_default().into_iter().map(|(key, values)| (key.to_lowercase(), values));
@@ -124,7 +128,7 @@ impl Authenticator for Webhook {
         &'a self,
         presented: &'a Presented<'a>,
         now: Moment,
-    ) -> BoxFuture<'a, Result<Option<Recognized>, Reason>> {
+    ) -> BoxFuture<'a, Result<Option<Recognized>, FailureReason>> {
         Box::pin(self.check(presented, now))
     }
 }

@@ -1,4 +1,4 @@
-//! Client certificates: the common name is the user, and each organization is a group.
+//! The authenticator of client certificates, whose common name is the user and whose organizations are the groups.
 //!
 //! In the TLS handshake, the caller has proved possession of the certificate's key. The chain is verified once for a
 //! connection, and again when the CA or its CRLs have changed or a certificate of the chain has expired.
@@ -17,7 +17,7 @@ use super::{
     certificates::{Certificates, Verdict},
     config::X509Config,
     credential::Presented,
-    reason::Reason,
+    reason::FailureReason,
 };
 use crate::{
     client_certificates::{ClientCa, ClientVerifier},
@@ -41,7 +41,11 @@ impl X509 {
         Ok((Self(ClientVerifier::new(ca.clone())), ca))
     }
 
-    async fn check(&self, presented: &Presented<'_>, now: Moment) -> Result<Option<Recognized>, Reason> {
+    async fn check(
+        &self,
+        presented: &Presented<'_>,
+        now: Moment,
+    ) -> Result<Option<Recognized>, FailureReason> {
         let Certificates { chain, verdict } = presented.certificates;
         if chain.is_empty() {
             return Ok(None);
@@ -66,35 +70,35 @@ impl Authenticator for X509 {
         &'a self,
         presented: &'a Presented<'a>,
         now: Moment,
-    ) -> BoxFuture<'a, Result<Option<Recognized>, Reason>> {
+    ) -> BoxFuture<'a, Result<Option<Recognized>, FailureReason>> {
         Box::pin(self.check(presented, now))
     }
 }
 
-fn user(chain: &[CertificateDer<'_>], now: SystemTime) -> Result<Recognized, Reason> {
-    let malformed = || Reason::Certificate(NOT_X509.into());
+fn user(chain: &[CertificateDer<'_>], now: SystemTime) -> Result<Recognized, FailureReason> {
+    let malformed = || FailureReason::Certificate(NOT_X509.into());
     let leaf = chain.first().ok_or_else(malformed)?;
     let (_, certificate) = X509Certificate::from_der(leaf).map_err(|_| malformed())?;
     let usage = certificate.extended_key_usage().map_err(|_| malformed())?;
     // The verifier accepts a certificate without any extended key usage.
     if !usage.is_some_and(|usage| usage.value.client_auth) {
-        return Err(Reason::CertificateUsage);
+        return Err(FailureReason::CertificateUsage);
     }
     let subject = certificate.subject();
     let mut names = subject.iter_common_name();
     let name = match (names.next(), names.next()) {
         (Some(name), None) => text(name)?,
-        (None, _) | (Some(_), Some(_)) => return Err(Reason::CommonName),
+        (None, _) | (Some(_), Some(_)) => return Err(FailureReason::CommonName),
     };
     if name.is_empty() {
-        return Err(Reason::CommonName);
+        return Err(FailureReason::CommonName);
     }
     let groups = subject.iter_organization().map(text).collect::<Result<_, _>>()?;
     let mut uids = subject.iter_attributes().filter(|attribute| attribute.attr_type().to_id_string() == UID);
     let uid = match (uids.next(), uids.next()) {
         (None, _) => None,
         (Some(uid), None) => Some(text(uid)?).filter(|uid| !uid.is_empty()),
-        (Some(_), Some(_)) => return Err(Reason::SubjectAttribute),
+        (Some(_), Some(_)) => return Err(FailureReason::SubjectAttribute),
     };
     let mut id = "X509SHA256=".to_owned();
     for byte in Sha256::digest(leaf) {
@@ -107,29 +111,31 @@ fn user(chain: &[CertificateDer<'_>], now: SystemTime) -> Result<Recognized, Rea
     Ok(Recognized { user: User { name, uid, groups, extra }, expires, bound: None })
 }
 
-fn text(attribute: &AttributeTypeAndValue<'_>) -> Result<String, Reason> {
-    attribute.as_str().map(str::to_owned).map_err(|_| Reason::SubjectAttribute)
+fn text(attribute: &AttributeTypeAndValue<'_>) -> Result<String, FailureReason> {
+    attribute.as_str().map(str::to_owned).map_err(|_| FailureReason::SubjectAttribute)
 }
 
 #[expect(clippy::wildcard_enum_match_arm, reason = "not exhaustive")]
-fn reason(error: &rustls::Error) -> Reason {
+fn reason(error: &rustls::Error) -> FailureReason {
     let rustls::Error::InvalidCertificate(error) = error else {
-        return Reason::Certificate(error.to_string());
+        return FailureReason::Certificate(error.to_string());
     };
     match error {
-        CertificateError::Expired | CertificateError::ExpiredContext { .. } => Reason::CertificateExpired,
+        CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
+            FailureReason::CertificateExpired
+        }
         CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
-            Reason::CertificateNotYetValid
+            FailureReason::CertificateNotYetValid
         }
-        CertificateError::Revoked => Reason::CertificateRevoked,
-        CertificateError::UnknownRevocationStatus => Reason::RevocationUnknown,
+        CertificateError::Revoked => FailureReason::CertificateRevoked,
+        CertificateError::UnknownRevocationStatus => FailureReason::RevocationUnknown,
         // The signature is wrong if another CA has the name of a trusted one.
-        CertificateError::UnknownIssuer | CertificateError::BadSignature => Reason::CertificateIssuer,
-        CertificateError::BadEncoding => Reason::Certificate(NOT_X509.into()),
+        CertificateError::UnknownIssuer | CertificateError::BadSignature => FailureReason::CertificateIssuer,
+        CertificateError::BadEncoding => FailureReason::Certificate(NOT_X509.into()),
         CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
-            Reason::CertificateUsage
+            FailureReason::CertificateUsage
         }
-        CertificateError::Other(other) => Reason::Certificate(other.to_string()),
-        other => Reason::Certificate(other.to_string()),
+        CertificateError::Other(other) => FailureReason::Certificate(other.to_string()),
+        other => FailureReason::Certificate(other.to_string()),
     }
 }

@@ -27,14 +27,14 @@ pub trait Authorizer: Send + Sync {
 }
 
 impl Decision {
-    /// No opinion, without a reason.
+    /// Returns `NoOpinion` without a reason.
     pub fn none() -> Self {
         Self::NoOpinion { reason: String::new() }
     }
 }
 
 impl Attributes<'_> {
-    /// The text for a caller whose request is denied, with the reasons of all authorizers.
+    /// Returns the text for a caller whose request is denied, with the reasons of all authorizers.
     pub(super) fn denied(&self, reasons: &[String]) -> String {
         let mut text = self.to_string();
         for (i, reason) in reasons.iter().filter(|reason| !reason.is_empty()).enumerate() {
@@ -45,7 +45,7 @@ impl Attributes<'_> {
     }
 }
 
-/// The words of Kubernetes: `User "x" cannot get resource "pods" in API group "" in the namespace "y"`.
+/// Writes the text that Kubernetes uses: `User "x" cannot get resource "pods" in API group "" in the namespace "y"`.
 impl fmt::Display for Attributes<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { user, request } = self;

@@ -1,16 +1,16 @@
-//! The configured authorizers, and their common decision.
+//! The configured authorizers, and the decision of all of them.
 
 use std::sync::Arc;
 
 use super::authorizer::{Attributes, Authorizer, Decision};
 
-/// A decision, who has made it and why.
+/// The decision of all authorizers, with the deciding authorizer and rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
     pub allowed: bool,
-    /// The name of the authorizer that has decided. `None` means that none has, which denies the request.
+    /// The name of the deciding authorizer. `None` means that none has decided, which denies the request.
     pub authorizer: Option<&'static str>,
-    /// The rule that has decided. It is empty if none has.
+    /// The deciding rule, which is empty if no authorizer has decided.
     pub rule: String,
     /// The text for the caller of a denied request: `User "x" cannot get …` and the reasons of the authorizers.
     pub reason: String,
@@ -33,7 +33,7 @@ impl Authorizers {
         Self(chain)
     }
 
-    /// Asks one authorizer after the other.
+    /// Asks one authorizer after another until one decides.
     pub async fn decide(&self, attributes: &Attributes<'_>) -> Verdict {
         let mut reasons = Vec::new();
         for NamedAuthorizer { name, authorizer } in &self.0 {

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use hyper::Uri;
-use proto_config::{At, Section};
+use proto_config::{Alternative, At, Meanings, Section};
 use proto_net::tls::ClientTls;
 
 use super::paths::PathRule;
@@ -22,13 +22,14 @@ pub enum AuthorizerConfig {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RbacConfig {
-    /// Files, and directories of `.yaml`, `.yml` and `.json` files.
+    /// The files, and the directories of `.yaml`, `.yml` and `.json` files.
     pub files: Vec<PathBuf>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodeConfig {
-    /// Whether to allow what only kube-apiserver's node authorizer can decide, as it knows which pods run on a node.
+    /// Whether to allow requests about which only kube-apiserver's node authorizer can decide, as it knows which pods
+    /// run on a node.
     pub defer_to_apiserver: bool,
 }
 
@@ -38,14 +39,14 @@ pub struct WebhookConfig {
     pub tls: ClientTls,
     /// The longest time for a whole call, including the wait until it can be made.
     pub timeout: Duration,
-    /// How long the answer that a request is allowed is remembered. Zero asks every time.
+    /// How long an answer that allows a request is remembered. With zero, the webhook is asked every time.
     pub allow_ttl: Duration,
     /// How long any other answer is remembered.
     pub deny_ttl: Duration,
     pub cache_entries: usize,
-    /// The most calls at once.
+    /// The maximum number of concurrent calls.
     pub max_in_flight: usize,
-    /// Whether a failure of the webhook denies the request, rather than leaving it to the next authorizers.
+    /// Whether a failure of the webhook denies the request instead of leaving it to the next authorizers.
     pub failure_denies: bool,
 }
 
@@ -63,7 +64,7 @@ impl AuthzConfig {
 }
 
 impl AuthorizerConfig {
-    /// Its name in audit records, which is the key of its item.
+    /// Returns the name in audit records, which is the key of the item.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Rbac(_) => "rbac",
@@ -74,30 +75,47 @@ impl AuthorizerConfig {
     }
 
     fn read(item: &Section<'_>) -> Option<Self> {
-        let rbac = item.at("rbac").map(|at| at.section(read_rbac).map(Self::Rbac));
-        let node = item.at("node").map(|at| {
-            at.section(|s| Some(NodeConfig { defer_to_apiserver: s.or("defer_to_apiserver", false) }))
-                .map(Self::Node)
-        });
-        let webhook = item.at("webhook").map(|at| at.section(read_webhook).map(Self::Webhook));
-        let paths = item.at("paths").map(|at| at.section(read_paths).map(Self::Paths));
-        let mut given = [rbac, node, webhook, paths].into_iter().flatten();
-        match (given.next(), given.next()) {
-            (Some(one), None) => one,
-            (Some(_), Some(_)) => {
-                item.section_error("has more than one authorizer: give each an item of its own");
-                None
-            }
-            (None, _) => {
-                item.section_error("has no authorizer: rbac, node, webhook or paths");
-                None
-            }
-        }
+        item.document(KIND_FIELDS);
+        item.one_of(&KINDS).unwrap_or_else(|given| {
+            item.section_error(match given {
+                0 => "has no authorizer: rbac, node, webhook or paths",
+                _ => "has more than one authorizer: give each an item of its own",
+            });
+            None
+        })
     }
 }
 
+const KINDS: [Alternative<AuthorizerConfig>; 4] = [
+    ("rbac", |at| at.section(read_rbac).map(AuthorizerConfig::Rbac)),
+    ("node", |at| at.section(read_node).map(AuthorizerConfig::Node)),
+    ("webhook", |at| at.section(read_webhook).map(AuthorizerConfig::Webhook)),
+    ("paths", |at| at.section(read_paths).map(AuthorizerConfig::Paths)),
+];
+
+const KIND_FIELDS: Meanings = &[
+    ("rbac", "The rules of RBAC objects in files."),
+    ("node", "What kube-apiserver's node authorizer allows kubelets."),
+    ("webhook", "A SubjectAccessReview, which another server answers."),
+    ("paths", "Rules for paths, the first of which that fits decides."),
+];
+
+const NODE_FIELDS: Meanings = &[(
+    "defer_to_apiserver",
+    "Allows what only kube-apiserver's node authorizer can decide, as it knows which pods run on a node.",
+)];
+
+fn read_node(section: &Section<'_>) -> Option<NodeConfig> {
+    section.document(NODE_FIELDS);
+    Some(NodeConfig { defer_to_apiserver: section.or("defer_to_apiserver", false) })
+}
+
+const RBAC_FIELDS: Meanings = &[("files", "Files, and directories of .yaml, .yml and .json files.")];
+
 fn read_rbac(section: &Section<'_>) -> Option<RbacConfig> {
+    section.document(RBAC_FIELDS);
     let files: Vec<PathBuf> = section.list("files");
+    section.states_required("files");
     if files.is_empty() {
         section.error("files", "names no file or directory");
         return None;
@@ -105,7 +123,25 @@ fn read_rbac(section: &Section<'_>) -> Option<RbacConfig> {
     Some(RbacConfig { files })
 }
 
+const WEBHOOK_FIELDS: Meanings = &[
+    ("url", "The URL of the server, which begins with https://."),
+    ("ca", "The CA of the server's certificate. By default, the CAs of the system."),
+    ("client_cert", "A client certificate for the server. It needs client_key."),
+    ("client_key", "The key of client_cert, with mode 0600 or 0640."),
+    ("timeout", "Time for one call, including the wait until it can be made."),
+    ("allow_ttl", "How long the answer that a request is allowed is remembered. Zero asks every time."),
+    ("deny_ttl", "How long any other answer is remembered."),
+    ("cache_entries", "Answers that are remembered."),
+    ("max_in_flight", "Calls at once."),
+    (
+        "failure_policy",
+        "What a failure of the server means: no_opinion leaves the request to the next authorizers, deny \
+         denies it.",
+    ),
+];
+
 fn read_webhook(section: &Section<'_>) -> Option<Box<WebhookConfig>> {
+    section.document(WEBHOOK_FIELDS);
     let url = section.required::<String>("url").and_then(|text| match text.parse::<Uri>() {
         Ok(url) if url.scheme_str() == Some("https") && url.host().is_some() => Some(url),
         Ok(_) | Err(_) => {
@@ -123,14 +159,8 @@ fn read_webhook(section: &Section<'_>) -> Option<Box<WebhookConfig>> {
         }
     };
     let seconds = Duration::from_secs;
-    let failure_denies = match section.or("failure_policy", "no_opinion".to_owned()).as_str() {
-        "no_opinion" => false,
-        "deny" => true,
-        _ => {
-            section.error("failure_policy", "expected no_opinion or deny");
-            false
-        }
-    };
+    let failure_denies = section.word("failure_policy", &["no_opinion", "deny"]) == Some("deny");
+    section.states_default("failure_policy", "no_opinion");
     Some(Box::new(WebhookConfig {
         tls: ClientTls { ca, identity },
         timeout: section.duration("timeout", seconds(5), Duration::from_millis(100)..=seconds(60)),
@@ -143,7 +173,10 @@ fn read_webhook(section: &Section<'_>) -> Option<Box<WebhookConfig>> {
     }))
 }
 
+const PATHS_FIELDS: Meanings = &[("rules", "The rules, in the order in which they are tried.")];
+
 fn read_paths(section: &Section<'_>) -> Option<Vec<PathRule>> {
+    section.document(PATHS_FIELDS);
     if section.required_at("rules").is_none_or(|at| at.is_empty_list()) {
         section.error("rules", "has no rule");
         return None;
@@ -152,8 +185,18 @@ fn read_paths(section: &Section<'_>) -> Option<Vec<PathRule>> {
     Some(rules.iter().enumerate().filter_map(|(i, at)| at.section(|rule| read_rule(rule, i))).collect())
 }
 
+const RULE_FIELDS: Meanings = &[
+    ("name", "The rule's name in audit records. By default, its place in the list."),
+    ("effect", "What happens to a request that fits."),
+    ("users", "The users whom the rule is for."),
+    ("groups", "The groups that the rule is for."),
+    ("methods", "The HTTP methods, in capital letters. If the list is empty, all."),
+    ("paths", "The paths, with * at the end of a path at most."),
+];
+
 fn read_rule(rule: &Section<'_>, index: usize) -> Option<PathRule> {
-    let name = rule.or("name", format!("rules[{index}]"));
+    rule.document(RULE_FIELDS);
+    let name = rule.optional("name").unwrap_or_else(|| format!("rules[{index}]"));
     let (users, groups): (Vec<String>, Vec<String>) = (rule.list("users"), rule.list("groups"));
     let checked = |name: &'static str, wrong: fn(&str) -> bool, message: &str| {
         let texts = rule.items(name).into_iter().filter_map(|at: At<'_>| {
@@ -184,14 +227,9 @@ fn read_rule(rule: &Section<'_>, index: usize) -> Option<PathRule> {
     if paths.is_empty() {
         rule.error("paths", "names no path");
     }
-    let allow = match rule.required::<String>("effect")?.as_str() {
-        "allow" => true,
-        "deny" => false,
-        _ => {
-            rule.error("effect", "expected allow or deny");
-            return None;
-        }
-    };
+    rule.states_required("paths");
+    rule.required_at("effect")?;
+    let allow = rule.word("effect", &["allow", "deny"])? == "allow";
     if allow && users.is_empty() && groups.is_empty() {
         rule.section_error(
             "allows without users or groups: for everyone with a name, groups: [\"system:authenticated\"]",

@@ -1,7 +1,7 @@
-//! Impersonation: what a caller must be allowed in order to act as another user.
+//! Impersonation, and the rights that a caller needs for it.
 //!
-//! As in Kubernetes, the caller must be allowed the verb `impersonate` on each user, service account, group, UID and extra
-//! value that the `Impersonate-*` headers of the request name. Ambiguous headers are rejected.
+//! As in Kubernetes, the caller must be allowed the verb `impersonate` on each user, service account, group, UID and
+//! extra value that the `Impersonate-*` headers of the request name. Ambiguous headers are rejected.
 
 use std::collections::BTreeMap;
 
@@ -17,24 +17,24 @@ use crate::{
     user::{ANONYMOUS, AUTHENTICATED, ServiceAccountName, UNAUTHENTICATED, User},
 };
 
-/// The most groups and extra values of a request together. The authorizers are asked about each of them.
+/// The maximum number of groups and extra values of a request together. The authorizers are asked about each of them.
 const MAX_VALUES: usize = 32;
 
 /// A request to act as another user, which has not been allowed yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Impersonation {
     user: User,
-    /// What must be allowed.
+    /// The requests that the caller must be allowed to make.
     checks: Vec<RequestInfo>,
 }
 
-/// What is wrong with the headers. The answer is 400.
+/// The fault of the headers. The answer is 400.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct BadImpersonation(&'static str);
 
 impl Impersonation {
-    /// Reads the headers. `None` means that there are none.
+    /// Reads the headers. Returns `None` if there are none.
     pub fn requested(headers: &HeaderMap) -> Result<Option<Self>, BadImpersonation> {
         let (mut name, mut uid, mut groups) = (None, None, Vec::new());
         let mut extra = BTreeMap::<String, Vec<String>>::new();
@@ -133,7 +133,7 @@ impl Impersonation {
         Self { user: User { name, uid, groups: all, extra }, checks }
     }
 
-    /// The impersonated user, if `caller` may act as them. The error is the decision against it.
+    /// Returns the impersonated user, if `caller` may act as that user. The error is the verdict that denies it.
     pub async fn allowed(self, caller: &User, authorizers: &Authorizers) -> Result<User, Verdict> {
         for request in &self.checks {
             let verdict = authorizers.decide(&Attributes { user: caller, request }).await;

@@ -1,4 +1,4 @@
-//! Builds the authorizers that are configured, and reads their files for the first time.
+//! Builds the configured authorizers and reads their files for the first time.
 
 use std::sync::Arc;
 
@@ -8,14 +8,14 @@ use super::{
     authorizer::Authorizer,
     chain::{Authorizers, NamedAuthorizer},
     config::{AuthorizerConfig, AuthzConfig},
-    node::Node,
+    node::NodeAuthorizer,
     paths::Paths,
     rbac::Rbac,
     webhook::Webhook,
 };
 
 impl Authorizers {
-    /// Reads all files for the first time. The watchers that are returned must be polled from then on.
+    /// Reads all files for the first time. The returned watchers must be polled from then on.
     pub fn load(config: &AuthzConfig) -> anyhow::Result<(Self, Vec<Arc<dyn Watcher>>)> {
         let (mut chain, mut files) = (Vec::new(), Vec::new());
         for item in &config.0 {
@@ -34,7 +34,7 @@ impl AuthorizerConfig {
                 files.push(rbac.watcher());
                 Arc::new(rbac)
             }
-            Self::Node(config) => Arc::new(Node::new(config)),
+            Self::Node(config) => Arc::new(NodeAuthorizer::new(config)),
             Self::Webhook(config) => {
                 let (webhook, watcher) = Webhook::load(config)?;
                 files.push(watcher);

@@ -1,7 +1,7 @@
-//! Authorization: what a user may do, with one file for each source of rights.
+//! Authorization of requests, with one file for each source of rights.
 //!
-//! The configured authorizers are asked in order, and the first that allows or denies a request decides. A request that none
-//! of them allows is denied. Each decision names the authorizer and the rule, for the answer and the audit record.
+//! The configured authorizers are asked in order, and the first that allows or denies a request decides. A request that
+//! none of them allows is denied. Each decision names the authorizer and the rule, for the answer and the audit record.
 
 mod authorizer;
 mod chain;

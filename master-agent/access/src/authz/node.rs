@@ -1,7 +1,7 @@
-//! Node restriction: a node reaches its own objects and no other node's.
+//! The authorizer of nodes, which restricts a node to its own objects.
 //!
-//! A node is a user `system:node:NAME` in the group `system:nodes`. This authorizer has no opinion about other users. About
-//! nodes, it decides what can be decided from the request alone:
+//! A node is a user `system:node:NAME` in the group `system:nodes`. This authorizer has no opinion about other users.
+//! About nodes, it decides what can be decided from the request alone:
 //!
 //! - **The node's own objects are allowed:** proxy URLs of its Node object; `nodes/link` and `nodes/join` of the group
 //!   `master-agent` under its name (calling home, joining); its Node and its status; its lease in `kube-node-lease`; its
@@ -26,11 +26,12 @@ use crate::request_info::{OWN_GROUP, RequestInfo};
 
 const LEASES: &str = "kube-node-lease";
 
-pub struct Node {
+/// Authorizes the requests of nodes.
+pub struct NodeAuthorizer {
     defer_to_apiserver: bool,
 }
 
-impl Node {
+impl NodeAuthorizer {
     pub fn new(config: &NodeConfig) -> Self {
         Self { defer_to_apiserver: config.defer_to_apiserver }
     }
@@ -86,7 +87,7 @@ impl Node {
     }
 }
 
-impl Authorizer for Node {
+impl Authorizer for NodeAuthorizer {
     fn authorize<'a>(&'a self, attributes: &'a Attributes<'a>) -> BoxFuture<'a, Decision> {
         Box::pin(std::future::ready(self.decide(attributes)))
     }
@@ -99,7 +100,7 @@ fn own(is: bool, reason: &'static str) -> Own {
     if is { Ok("own") } else { Err(reason) }
 }
 
-/// Decides about objects that are named as the node is.
+/// Decides about objects that have the name of their node.
 fn by_name(request: &RequestInfo, node: &str, reason: &'static str) -> Own {
     match request.verb.as_str() {
         "create" => Ok("create"),
@@ -108,7 +109,7 @@ fn by_name(request: &RequestInfo, node: &str, reason: &'static str) -> Own {
     }
 }
 
-/// The node in `NAME`, `NAME:PORT` or `SCHEME:NAME:PORT`.
+/// Returns the node in `NAME`, `NAME:PORT` or `SCHEME:NAME:PORT`.
 fn proxied(name: &str) -> Option<&str> {
     let mut parts = name.split(':');
     match (parts.next(), parts.next(), parts.next(), parts.next()) {

@@ -1,27 +1,27 @@
-//! Path rules: an ordered list, of which the first rule that matches a request decides.
+//! The authorizer by path rules, an ordered list of which the first matching rule decides.
 //!
-//! Paths are compared decoded, and with or without one slash at the end, as kube-apiserver reads both alike. What follows
-//! `/proxy/` is read by other servers, too, and they may read it differently. A rule that depends on such an ambiguous part
-//! never allows a request, and denies it if the rule denies. Path rules know nothing of resources: one object can have
-//! several paths (such as `/api/v1/watch/…`), so rights over resources belong in RBAC. An upgrade to exec, attach,
-//! port-forward or a proxy counts as `POST`, whatever its method is.
+//! Paths are compared decoded, and with or without one slash at the end, as kube-apiserver interprets both alike. The
+//! part after `/proxy/` is also interpreted by other servers, and they may interpret it differently. A rule that
+//! depends on such an ambiguous part never allows a request, and denies it if the rule denies. Path rules know nothing
+//! of resources: one object can have several paths (such as `/api/v1/watch/…`), so rights over resources belong in
+//! RBAC. An upgrade to exec, attach, port-forward or a proxy counts as `POST`, whatever its method is.
 
 use futures_util::future::BoxFuture;
 
 use super::authorizer::{Attributes, Authorizer, Decision};
 use crate::request_info::{RequestInfo, read_alike};
 
-/// Allows or denies users paths.
+/// A rule that allows or denies paths for users.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PathRule {
     /// The name in audit records.
     pub name: String,
     pub users: Vec<String>,
-    /// One of the users or groups must be the caller's. If both lists are empty, the rule is for everyone.
+    /// The groups to whose members the rule applies, besides `users`. If both lists are empty, it applies to everyone.
     pub groups: Vec<String>,
-    /// HTTP methods. An empty list means all.
+    /// The HTTP methods to which the rule applies. An empty list means all.
     pub methods: Vec<String>,
-    /// Exact paths, or prefixes with a `*` at the end.
+    /// The paths to which the rule applies: exact paths, or prefixes with a `*` at the end.
     pub paths: Vec<String>,
     pub allow: bool,
 }
@@ -60,7 +60,7 @@ impl Paths {
 
 const UNCLEAR: &str = "what stands behind the proxy in this path, as servers could read it in different ways";
 
-/// The path of a request, as it is compared.
+/// The path of a request in the form in which it is compared.
 struct Path<'a> {
     /// The path, decoded except for what follows a proxy.
     path: &'a str,
@@ -70,7 +70,7 @@ struct Path<'a> {
 struct Proxied<'a> {
     /// The path up to `/proxy`.
     own: &'a str,
-    /// The whole path decoded. `None` means that servers could read it differently.
+    /// The whole decoded path. `None` means that servers could interpret it differently.
     decoded: Option<String>,
 }
 
@@ -105,7 +105,7 @@ impl<'a> Path<'a> {
     }
 }
 
-/// Whether it depends on the path behind the proxy at `own` if a pattern matches.
+/// Whether a pattern's match depends on the path behind the proxy at `own`.
 fn reaches_behind(pattern: &str, own: &str) -> bool {
     let behind = pattern.strip_prefix(own).filter(|behind| behind.starts_with('/'));
     behind.is_some_and(|behind| behind != "/*")
@@ -125,7 +125,7 @@ impl Authorizer for Paths {
 }
 
 impl PathRule {
-    /// Whether the rule is for this caller and method.
+    /// Whether the rule applies to this caller and method.
     fn concerns(&self, Attributes { user, request }: &Attributes<'_>) -> bool {
         let everyone = self.users.is_empty() && self.groups.is_empty();
         let who = everyone
@@ -140,7 +140,8 @@ mod tests {
     use super::*;
     use crate::user::User;
 
-    /// The result of a rule with one pattern: `fits`, `no` or `unclear`, or the reason why the request was rejected before.
+    /// The result of a rule with one pattern: `fits`, `no` or `unclear`, or the reason why the request was rejected
+    /// before.
     fn shown(pattern: &str, path: &str) -> String {
         let request = match RequestInfo::resolve("GET", path, None, false) {
             Ok(request) => request,

@@ -1,9 +1,10 @@
-//! RBAC from files, in the form and with the meaning that Kubernetes gives it.
+//! The authorizer by RBAC objects in files, which have the same form and meaning as in Kubernetes.
 //!
-//! A file contains `Role`, `ClusterRole`, `RoleBinding` and `ClusterRoleBinding` objects of rbac.authorization.k8s.io/v1, in
-//! several documents or in a `List`, as `kubectl get … -o yaml` writes them. Unknown kinds and fields are errors that name
-//! the file and the document. A ClusterRole with an `aggregationRule` has the rules of the roles that it selects and none of
-//! its own. A binding to a role that does not exist grants nothing and causes a warning.
+//! A file contains `Role`, `ClusterRole`, `RoleBinding` and `ClusterRoleBinding` objects of
+//! rbac.authorization.k8s.io/v1, in several documents or in a `List`, as `kubectl get … -o yaml` writes them. Unknown
+//! kinds and fields are errors that name the file and the document. A ClusterRole with an `aggregationRule` has the
+//! rules of the roles that it selects and none of its own. A binding to a role that does not exist grants nothing and
+//! causes a warning.
 //!
 //! Bindings are indexed by subject and namespace, so a decision only examines the caller's own grants.
 
@@ -44,7 +45,7 @@ impl Rbac {
         })?))
     }
 
-    /// Follows the files.
+    /// Returns the watcher of the files.
     pub fn watcher(&self) -> Arc<dyn Watcher> {
         self.0.clone()
     }
@@ -56,7 +57,7 @@ impl Authorizer for Rbac {
     }
 }
 
-/// What the roles and bindings grant.
+/// The rights that all roles and bindings grant.
 #[derive(Debug, Default)]
 pub struct Policy {
     users: HashMap<String, Grants>,
@@ -64,7 +65,7 @@ pub struct Policy {
     pub warnings: Vec<String>,
 }
 
-/// Grants by namespace. Those of the empty namespace hold everywhere.
+/// Grants by namespace. Those of the empty namespace apply everywhere.
 type Grants = HashMap<String, Vec<Grant>>;
 
 #[derive(Debug)]
@@ -391,7 +392,7 @@ impl Objects {
 }
 
 impl Metadata {
-    /// The namespace and the name.
+    /// Returns the namespace and the name.
     fn key(&self, cluster: bool) -> anyhow::Result<(String, String)> {
         let namespace = self.namespace.clone().unwrap_or_default();
         if self.name.is_empty() {
@@ -422,7 +423,7 @@ impl Selector {
 }
 
 impl Rule {
-    /// Checks what kube-apiserver validates, too.
+    /// Performs the checks of kube-apiserver's validation.
     fn check(&self, cluster: bool) -> anyhow::Result<()> {
         let of_resources =
             !(self.api_groups.is_empty() && self.resources.is_empty() && self.resource_names.is_empty());
@@ -467,7 +468,7 @@ impl Rule {
     }
 }
 
-/// Replaces directories by their files.
+/// Replaces directories with their files.
 fn expand(files: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
     let mut all = Vec::new();
     for file in files {
@@ -499,7 +500,7 @@ fn is_yaml(path: &Path) -> bool {
     !hidden && matches!(extension, Some("yaml" | "yml" | "json"))
 }
 
-/// The first line of a parser's message. The others show the text around the mistake.
+/// Returns the first line of a parser's message. The other lines show the text around the mistake.
 fn first_line(text: &str) -> &str {
     text.lines().next().unwrap_or_default()
 }

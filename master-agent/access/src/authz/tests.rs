@@ -1,5 +1,5 @@
-//! Node restriction, path rules, the chain and the configuration. RBAC, the webhook and impersonation have tests of
-//! their own.
+//! Tests of node restriction, path rules, the chain and the configuration. The tests of RBAC, the webhook and
+//! impersonation are in other files.
 
 use std::{path::Path, sync::Arc};
 
@@ -140,8 +140,8 @@ async fn a_node_reaches_its_own() {
         ("POST /apis/apps/v1/namespaces/a/deployments", "-", "-"),
         ("GET /healthz", "-", "-"),
     ];
-    let strict = node::Node::new(&config::NodeConfig::default());
-    let deferring = node::Node::new(&config::NodeConfig { defer_to_apiserver: true });
+    let strict = node::NodeAuthorizer::new(&config::NodeConfig::default());
+    let deferring = node::NodeAuthorizer::new(&config::NodeConfig { defer_to_apiserver: true });
     for (what, alone, deferred) in rows {
         assert_eq!(decided(&strict, NODE, what).await, alone, "{what}");
         assert_eq!(decided(&deferring, NODE, what).await, deferred, "{what}, deferred");

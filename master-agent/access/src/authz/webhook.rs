@@ -1,6 +1,6 @@
-//! Authorization by a webhook, which answers SubjectAccessReviews (authorization.k8s.io/v1) over verified HTTPS.
+//! The authorizer that asks a webhook, with SubjectAccessReviews of authorization.k8s.io/v1 over verified HTTPS.
 //!
-//! Answers are remembered for a time by a digest of everything that was asked. The number of calls at once and the time of
+//! Answers are cached under a digest of the whole question. The number of calls at once and the time of
 //! each are bounded. A webhook that fails has no opinion, unless it is configured to deny.
 
 use std::sync::Arc;
@@ -50,7 +50,7 @@ pub struct Webhook {
 type Key = [u8; 32];
 
 impl Webhook {
-    /// Reads the TLS files. The watcher that is returned must be polled from then on.
+    /// Reads the TLS files. The returned watcher must be polled from then on.
     pub fn load(config: &WebhookConfig) -> anyhow::Result<(Self, Arc<dyn Watcher>)> {
         let (tls, timeout) = (config.tls.clone(), config.timeout);
         let client =
@@ -78,7 +78,7 @@ impl Webhook {
         let review = SubjectAccessReview { spec, ..SubjectAccessReview::default() };
         let asked = tokio::time::timeout(self.config.timeout, async {
             let _permit = self.calls.acquire().await?;
-            // Another request may have asked the same in the meantime.
+            // Another request may have asked the same question in the meantime.
             match self.known(&key) {
                 Some(known) => Ok(known),
                 None => self.ask(&review, key).await,
@@ -115,7 +115,7 @@ impl Webhook {
         self.answers.get(key, now())
     }
 
-    /// The decision after a failure. The caller learns nothing about its cause.
+    /// Returns the decision after a failure. The caller learns nothing about the cause.
     fn failed(&self, error: &anyhow::Error) -> Decision {
         if let Some(times) = self.failures.count(1) {
             tracing::warn!(times, error = format!("{error:#}"), "the authorization webhook failed");
@@ -148,7 +148,7 @@ impl Reviewer for Https {
     }
 }
 
-/// The time of the runtime's clock, which tests can pause.
+/// Returns the time of the runtime's clock, which tests can pause.
 fn now() -> std::time::Instant {
     Instant::now().into_std()
 }

@@ -11,8 +11,8 @@ use super::{
 };
 use crate::{authn::Guard, rates::Rates};
 
-/// An attempt to authenticate. From the moment when it costs something, it counts as a failure until it has succeeded. So
-/// guesses that run at once are no more than guesses one after the other, and an attempt that its caller abandons counts.
+/// An attempt to authenticate. As soon as it becomes costly, it counts as a failure until it has succeeded. Therefore
+/// concurrent guesses are limited like consecutive ones, and an abandoned attempt counts.
 #[derive(Debug)]
 pub struct Attempt<'a> {
     failures: &'a Rates<Source>,
@@ -33,7 +33,7 @@ impl<'a> Attempt<'a> {
         }
     }
 
-    /// Ends an attempt that has failed. It is an error if there were too many failures before this one.
+    /// Ends an attempt that has failed. Returns an error if there were too many failures before this one.
     pub fn fail(self) -> Result<(), Exceeded> {
         if self.counted.into_inner() {
             return Ok(());

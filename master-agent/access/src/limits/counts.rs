@@ -1,4 +1,4 @@
-//! Counts how many of something each caller holds.
+//! Counters with a maximum for each key.
 
 use std::{
     collections::HashMap,
@@ -6,13 +6,13 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-/// How many of something each key holds.
+/// The number of items that each key holds, with a maximum.
 pub(super) struct Counts<K> {
     max: usize,
     held: Arc<Mutex<HashMap<K, usize>>>,
 }
 
-/// One of what a key holds. Dropping it takes it off the count.
+/// One item of a key. Dropping it decrements the count.
 pub struct Counted<K: Hash + Eq> {
     key: K,
     held: Arc<Mutex<HashMap<K, usize>>>,
@@ -23,7 +23,7 @@ impl<K: Hash + Eq + Clone> Counts<K> {
         Self { max, held: Arc::default() }
     }
 
-    /// `None` if the key holds all that one may.
+    /// Counts an item. Returns `None` if the key already holds the maximum.
     pub(super) fn take(&self, key: K) -> Option<Counted<K>> {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         let count = held.entry(key.clone()).or_default();

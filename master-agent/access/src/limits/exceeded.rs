@@ -1,4 +1,4 @@
-//! Which limit a caller has exceeded.
+//! The error of a caller that has exceeded a limit.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ pub enum Limit {
 }
 
 impl Limit {
-    /// The limit's name in metrics.
+    /// Returns the limit's name in metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::ConnectionsPerAddress => "connections_per_address",
@@ -29,11 +29,11 @@ impl Limit {
     }
 }
 
-/// A caller has taken all that one may.
+/// The error of a caller that has exceeded a limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the limit {} is exceeded", .limit.name())]
 pub struct Exceeded {
     pub limit: Limit,
-    /// When trying again may help.
+    /// The time after which another attempt may succeed.
     pub retry_after: Duration,
 }

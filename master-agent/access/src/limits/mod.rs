@@ -1,5 +1,5 @@
-//! Limits on what one caller can take from the others: connections, requests in a second, requests at once, and failed
-//! attempts to authenticate.
+//! The limits on each caller: connections, requests in a second, concurrent requests, and failed attempts to
+//! authenticate.
 
 mod attempt;
 mod config;
@@ -26,13 +26,13 @@ pub use seats::SeatLimits;
 use seats::{Busy, Seat, Seats};
 pub use source::Source;
 
-/// How many seconds of its rate a caller may use at once.
+/// The number of seconds of its rate that a caller may use at once.
 const BURST: u32 = 2;
 
-/// When to try again, where no time is known.
+/// The time to another attempt if no better time is known.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// Counts what callers take.
+/// Counts what callers use, and enforces the limits.
 pub struct Limits {
     addresses: Rates<Source>,
     failures: Rates<Source>,
@@ -45,7 +45,7 @@ pub struct Limits {
     connections_per_node: Counts<Source>,
 }
 
-/// How long a request may take.
+/// The kind of a request, which decides how long it may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RequestKind {
     Short,
@@ -53,7 +53,7 @@ pub enum RequestKind {
     LongRunning,
 }
 
-/// Lets one request be served. It is held until the response has been passed on.
+/// The permit to serve one request, which is held until the response has been sent.
 pub enum RequestPermit {
     Seat(Seat),
     LongRunning(LongRunning),
@@ -65,18 +65,18 @@ pub struct LongRunning {
     _of_all: OwnedSemaphorePermit,
 }
 
-/// How many requests there are at a moment.
+/// The present numbers of requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Requests {
-    /// Short requests that are served.
+    /// The number of short requests that are served.
     pub in_flight: usize,
-    /// Short requests that wait for a seat.
+    /// The number of short requests that wait for a seat.
     pub queued: usize,
     pub long_running: usize,
 }
 
 impl RequestPermit {
-    /// Tells that the response begins.
+    /// Records that the response begins.
     pub fn answered(&mut self) {
         if let Self::Seat(seat) = self {
             seat.answered();
@@ -143,7 +143,7 @@ impl Limits {
         }
     }
 
-    /// Makes a permit one for a long-running request, since the connection has been upgraded.
+    /// Turns a permit into that of a long-running request, since the connection has been upgraded.
     pub fn upgrade(&self, permit: RequestPermit, user: &str) -> Result<RequestPermit, Exceeded> {
         match permit {
             RequestPermit::LongRunning(_) => Ok(permit),

@@ -11,19 +11,19 @@ use std::{
 
 use tokio::sync::oneshot;
 
-/// How many seats there are, for whom, and how long a request waits for one.
+/// The numbers of seats, and how long a request waits for one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SeatLimits {
-    /// The most seats that are taken at once, by all users.
+    /// The maximum number of seats that all users together take at once.
     pub total: usize,
-    /// The most seats that are taken at once, by one user.
+    /// The maximum number of seats that one user takes at once.
     pub per_user: usize,
-    /// The most requests of one user that wait.
+    /// The maximum number of waiting requests of one user.
     pub queue: usize,
     pub wait: Duration,
 }
 
-/// The seats, and the requests that wait for one.
+/// The seats, and the requests that wait for them.
 #[derive(Clone)]
 pub(super) struct Seats(Arc<Shared>);
 
@@ -55,7 +55,7 @@ pub struct Seat {
     working: bool,
 }
 
-/// No seat became free in time.
+/// The error of a request for which no seat became free in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Busy;
 
@@ -64,7 +64,7 @@ impl Seats {
         Self(Arc::new(Shared { limits, state: Mutex::default() }))
     }
 
-    /// Takes a seat, at once or after some waiting.
+    /// Takes a seat, and waits if none is free.
     pub(super) async fn take(&self, user: &str) -> Result<Seat, Busy> {
         let limits = self.0.limits;
         let (id, seat) = {
@@ -73,7 +73,7 @@ impl Seats {
             state.next += 1;
             let free = state.taken < limits.total;
             let queue = state.users.entry(user.to_owned()).or_default();
-            // Nobody is overtaken: while seats are free, only users who have reached their own limit wait.
+            // This overtakes no other user: while seats are free, only users who have reached their own limit wait.
             if free && queue.waiting.is_empty() && queue.held < limits.per_user {
                 queue.held += 1;
                 state.taken += 1;
@@ -99,7 +99,7 @@ impl Seats {
         }
     }
 
-    /// How many seats are taken, and how many requests wait.
+    /// Returns how many seats are taken and how many requests wait.
     pub(super) fn count(&self) -> (usize, usize) {
         let state = self.lock();
         let waiting =
@@ -133,7 +133,7 @@ impl Seats {
                 skipped = 0;
             }
         }
-        // If the request has left meanwhile, its seat is dropped here, which gives it to the next.
+        // If the request has been dropped in the meantime, its seat is dropped here and goes to the next request.
         for (sender, user) in given {
             let _ = sender.send(Seat { seats: self.clone(), user, working: true });
         }
@@ -145,8 +145,8 @@ impl Seats {
 }
 
 impl Seat {
-    /// Gives the seat to other users, as the response begins. It counts as its own user's until it is dropped, so that a
-    /// caller who reads slowly takes nothing from others.
+    /// Frees the seat for other users when the response begins. It counts for its own user until it is dropped, so that
+    /// a caller who reads slowly takes nothing from other users.
     pub fn answered(&mut self) {
         if std::mem::take(&mut self.working) {
             let mut state = self.seats.lock();
@@ -173,7 +173,7 @@ impl Drop for Seat {
     }
 }
 
-/// A request that waits. Dropping it leaves the queue.
+/// A waiting request. Dropping it removes it from the queue.
 struct Waiting<'a> {
     seats: &'a Seats,
     user: &'a str,
@@ -231,7 +231,7 @@ mod tests {
         let mut one = Box::pin(all.take("one"));
         assert!(one.as_mut().now_or_never().is_none());
         drop(held);
-        // The first of the many came first. The other user is next.
+        // The first request of the user with many came first, and the other user is next.
         drop(many.remove(0).await.unwrap());
         assert!(one.now_or_never().unwrap().is_ok());
         drop(many);
@@ -284,7 +284,7 @@ mod tests {
         assert_eq!((state.taken, state.users.len(), state.turns.len()), (0, 0, 0));
     }
 
-    /// Requests that come, wait and leave at random keep the count right.
+    /// The counts stay right while requests arrive, wait and leave at random.
     #[tokio::test(start_paused = true)]
     async fn no_seat_is_lost() {
         use rand::{RngExt, SeedableRng, rngs::StdRng};

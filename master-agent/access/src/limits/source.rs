@@ -1,4 +1,4 @@
-//! Whom a limit counts as one caller.
+//! The sources of connections, each of which limits count as one caller.
 
 use std::net::IpAddr;
 
@@ -6,7 +6,7 @@ use proto::NodeName;
 
 use crate::{peer::Peer, rates::network};
 
-/// Peers that share one limit.
+/// A group of peers that share one limit.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Source {
     /// An address, or the /64 of an IPv6 address.

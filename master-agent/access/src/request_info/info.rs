@@ -1,4 +1,4 @@
-//! What a request asks for.
+//! The attributes of a request, which say what it asks for.
 
 use super::{
     path::{Segment, segments},
@@ -6,14 +6,14 @@ use super::{
     unreadable::Unreadable,
 };
 
-/// The API group of what the master-agent itself serves besides proxy URLs, such as
+/// The API group of the resources that the master-agent itself serves, such as
 /// `/apis/master-agent/v1/nodes/NAME/link`. No CustomResourceDefinition can have this group, as it has no dot.
 pub const OWN_GROUP: &str = "master-agent";
 
 /// Subresources that open a connection when a request upgrades.
 const CONNECTING: [&str; 4] = ["attach", "exec", "portforward", "proxy"];
 
-/// What a request asks for.
+/// The attributes of a request.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RequestInfo {
     /// Whether the request is for an API resource. Otherwise the fields after `path` are empty.
@@ -28,20 +28,20 @@ pub struct RequestInfo {
     /// The API group, which is empty for the core group.
     pub group: String,
     pub version: String,
-    /// The namespace, which is empty for all namespaces and for what has none.
+    /// The namespace, which is empty for requests about all namespaces and for cluster-scoped resources.
     pub namespace: String,
     pub resource: String,
     pub subresource: String,
     /// The object's name, which is empty if no single object is named.
     pub name: String,
-    /// What follows the subresource, as the caller wrote it. It is empty or begins with `/`.
+    /// The path after the subresource, as the caller wrote it. It is empty or begins with `/`.
     pub tail: String,
     /// The field selector of a list, watch or deletecollection.
     pub field_selector: Vec<FieldRequirement>,
 }
 
 impl RequestInfo {
-    /// Reads a request. `upgrade` says that the connection is to change to another protocol, by `Connection: upgrade` with
+    /// Reads a request. `upgrade` says that the connection is to change its protocol, by `Connection: upgrade` with
     /// an `Upgrade` header or by an extended CONNECT, which is read as the GET that it stands for.
     pub fn resolve(method: &str, path: &str, query: Option<&str>, upgrade: bool) -> Result<Self, Unreadable> {
         if method.is_empty() || !method.bytes().all(|b| b.is_ascii_uppercase() || b == b'-') {
@@ -66,7 +66,7 @@ impl RequestInfo {
         Ok(info)
     }
 
-    /// `RESOURCE` or `RESOURCE/SUBRESOURCE`, as RBAC rules name it.
+    /// Returns `RESOURCE` or `RESOURCE/SUBRESOURCE`, as RBAC rules name it.
     pub fn combined_resource(&self) -> String {
         match self.subresource.as_str() {
             "" => self.resource.clone(),
@@ -74,7 +74,7 @@ impl RequestInfo {
         }
     }
 
-    /// For a request to a `proxy` subresource: the path up to `/proxy`, and the path that follows it.
+    /// Returns the path up to `/proxy` and the path that follows it, for a request to a `proxy` subresource.
     pub fn proxied(&self) -> Option<(&str, &str)> {
         if self.subresource != "proxy" {
             return None;
@@ -160,7 +160,7 @@ impl RequestInfo {
             if names.next().is_some() {
                 return Err(Unreadable("field selector has more than one metadata.name"));
             }
-            // kube-apiserver takes no other name to be that of an object.
+            // kube-apiserver does not take other values as the name of an object.
             let named = |name: &&str| !matches!(*name, "." | "..") && !name.contains(['/', '%']);
             self.name = name.map(|r| r.value.as_str()).filter(named).unwrap_or_default().to_owned();
         }
@@ -168,7 +168,7 @@ impl RequestInfo {
         Ok(())
     }
 
-    /// The path in the form that authorizers compare.
+    /// Returns the path in the form that authorizers compare.
     fn decoded_path(&self, path: &str, segments: &[Segment<'_>]) -> Result<String, Unreadable> {
         let (own, tail) = match self.subresource.as_str() {
             "proxy" => path.split_at_checked(path.len() - self.tail.len()).unwrap_or((path, "")),

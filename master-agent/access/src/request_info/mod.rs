@@ -1,9 +1,9 @@
-//! What a request asks for, as kube-apiserver's RequestInfo resolver reads it.
+//! The attributes of a request, read in the same way as by kube-apiserver's RequestInfo resolver.
 //!
-//! Authorization here and in kube-apiserver must be about the same thing. Ambiguous requests are therefore rejected
-//! ([`Unreadable`]): those with empty or dot segments, encoded slashes or broken escapes in the path, and those whose query
-//! names one key twice. What follows a `proxy` subresource belongs to the target, and nothing before the target decodes
-//! it, so encoded slashes and empty segments are allowed there.
+//! The front end and kube-apiserver must authorize the same request. Ambiguous requests are therefore rejected
+//! ([`Unreadable`]): those with empty or dot segments, encoded slashes or broken escapes in the path, and those whose
+//! query names one key twice. The path after a `proxy` subresource belongs to the target, and nothing before the target
+//! decodes it, so encoded slashes and empty segments are allowed there.
 
 mod info;
 mod path;

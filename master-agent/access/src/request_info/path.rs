@@ -9,7 +9,7 @@ const MAX_PATH: usize = 16 * 1024;
 
 /// A part of a path between slashes.
 pub(super) struct Segment<'a> {
-    /// Bytes that are not UTF-8 are replaced here, and rejected by [`Segment::text`].
+    /// The decoded segment, in which bytes that are not UTF-8 are replaced. [`Segment::text`] rejects them.
     pub(super) decoded: String,
     /// The path from the slash before this segment to its end, as the caller wrote it.
     pub(super) from_here: &'a str,
@@ -18,7 +18,7 @@ pub(super) struct Segment<'a> {
 }
 
 impl Segment<'_> {
-    /// The decoded segment, if it can be interpreted.
+    /// Returns the decoded segment, if it can be interpreted.
     pub(super) fn text(&self) -> Result<String, Unreadable> {
         match self.fault {
             None => Ok(self.decoded.clone()),
@@ -80,8 +80,8 @@ pub(super) fn escapes_are_whole(text: &str) -> bool {
     })
 }
 
-/// Decodes the path behind a proxy, if all servers read it alike. kube-apiserver decodes the path and then cleans it. Its
-/// target may decode it twice, merge slashes, take `\` for `/`, or drop what follows a `;`.
+/// Decodes the path behind a proxy, if all servers interpret it alike. kube-apiserver decodes the path and then cleans
+/// it. Its target may decode it twice, merge slashes, treat `\` as `/`, or drop the text after a `;`.
 pub fn read_alike(tail: &str) -> Option<String> {
     let decoded = percent_decode_str(tail).decode_utf8().ok()?.into_owned();
     let plain = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'%' | b'\\' | b';' | b'?' | b'#');

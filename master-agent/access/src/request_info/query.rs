@@ -16,14 +16,14 @@ pub struct FieldRequirement {
     pub value: String,
 }
 
-/// The parts of a query that decide what a list is.
+/// The parts of a query that decide about the verb and the name of a list.
 pub(super) struct ListQuery {
     pub(super) watch: bool,
     pub(super) field_selector: Option<String>,
 }
 
-/// Reads what kube-apiserver takes from the query of a list. Its parser drops pairs that it can't read and takes the first
-/// of several pairs with one key. Such queries are rejected.
+/// Reads the query of a list as kube-apiserver does. kube-apiserver drops pairs that it can't parse and uses the first
+/// of several pairs with the same key. Such queries are rejected here.
 pub(super) fn list_query(query: &str) -> Result<ListQuery, Unreadable> {
     if query.len() > MAX_QUERY {
         return Err(Unreadable("query is too long"));

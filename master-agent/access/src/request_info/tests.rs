@@ -1,9 +1,9 @@
-//! The table of requests.
+//! Tests of the attributes of requests, most of them in one table.
 
 use super::{RequestInfo, Unreadable};
 
-/// A resource is shown as `VERB GROUP/VERSION NAMESPACE RESOURCE/SUBRESOURCE NAME TAIL` with `-` for an empty field, any
-/// other path as `VERB PATH`, and a request that is rejected with the reason.
+/// A resource is shown as `VERB GROUP/VERSION NAMESPACE RESOURCE/SUBRESOURCE NAME TAIL` with `-` for an empty field,
+/// any other path as `VERB PATH`, and a request that is rejected with the reason.
 fn shown(method: &str, target: &str, upgrade: bool) -> String {
     let (path, query) = match target.split_once('?') {
         Some((path, query)) => (path, Some(query)),

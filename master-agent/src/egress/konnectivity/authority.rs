@@ -40,9 +40,10 @@ const PRIORITY_FIELDS: usize = 5;
 const MAX_BLOCK: usize = 64 * 1024;
 /// Frames that one header block may have.
 const MAX_FRAMES: usize = 32;
+
 /// A socket whose reader sees valid `:authority` fields. Payload goes directly from the socket to the reader.
 #[derive(Debug)]
-pub(super) struct WithAuthority<S> {
+pub struct WithAuthority<S> {
     inner: S,
     /// Bytes that pass through before the next frame begins; `None` once everything passes through.
     pass: Option<usize>,
@@ -53,7 +54,7 @@ pub(super) struct WithAuthority<S> {
 }
 
 impl<S> WithAuthority<S> {
-    pub(super) fn new(inner: S) -> Self {
+    pub fn new(inner: S) -> Self {
         Self { inner, pass: Some(PREFACE), held: BytesMut::new(), ready: BytesMut::new() }
     }
 

@@ -1,7 +1,7 @@
 //! Konnectivity's `ProxyService`, as kube-apiserver's egress selector speaks it in `GRPC` mode: gRPC over HTTP/2
 //! on a Unix socket, or on TCP with mutual TLS.
 
-mod authority;
+pub mod authority;
 mod hpack;
 mod inbox;
 mod session;

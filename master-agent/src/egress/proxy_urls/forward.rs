@@ -20,6 +20,7 @@ use super::{
 use crate::{
     http::{
         browser,
+        causes::causes,
         exchange::{Body, Exchange, Upgrade},
         hop::Hop,
         status::Failure,
@@ -174,16 +175,4 @@ fn target_uri(rest: &str, query: Option<&str>) -> Result<Uri, Failure> {
     PathAndQuery::try_from(text)
         .map(Uri::from)
         .map_err(|e| Failure::new(StatusCode::BAD_REQUEST, e.to_string()))
-}
-
-/// An error with its causes, which hyper's errors do not show on their own.
-fn causes(error: &hyper::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

@@ -9,7 +9,7 @@ pub mod call;
 mod endpoint;
 mod forward;
 mod headers;
-mod path;
+pub mod path;
 pub mod tls;
 mod upload;
 

@@ -13,7 +13,7 @@ use crate::http::status::Failure;
 
 /// A parsed path of this egress listener.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct ProxyPath<'a> {
+pub struct ProxyPath<'a> {
     pub subject: Subject,
     /// The scheme before the name, if there is one.
     pub scheme: Option<Scheme>,
@@ -26,20 +26,20 @@ pub(super) struct ProxyPath<'a> {
 
 /// What a request addresses.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Subject {
+pub enum Subject {
     Node(NodeName),
     Pod { namespace: String, name: String },
     Service { namespace: String, name: String },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Scheme {
+pub enum Scheme {
     Http,
     Https,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Port {
+pub enum Port {
     Default,
     Number(u16),
     /// Only services have named ports.
@@ -68,7 +68,7 @@ impl From<PathError> for Failure {
 }
 
 /// Parses the path of a request, without its query.
-pub(super) fn parse(path: &str) -> Result<ProxyPath<'_>, PathError> {
+pub fn parse(path: &str) -> Result<ProxyPath<'_>, PathError> {
     let below = path.strip_prefix("/api/v1/").ok_or(PathError::Unknown)?;
     let mut segments = below.split('/');
     let mut next = || segments.next().ok_or(PathError::Unknown);

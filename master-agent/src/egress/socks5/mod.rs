@@ -6,6 +6,7 @@
 //! clear, so a listener beyond loopback belongs on a trusted network. The password is read here and not by the SOCKS
 //! library, which would log it.
 
+pub mod login;
 pub mod users;
 
 use std::{
@@ -26,10 +27,9 @@ use fast_socks5::{
 use proto::{DialError, Host, Target, target::InvalidTarget};
 use proto_net::{dialer::Origin, handshake::HandshakePermits};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
     time::Instant,
 };
-use zeroize::Zeroizing;
 
 use super::{
     early_data::{self, WithEarlyData},
@@ -39,6 +39,7 @@ use super::{
     socket::CallerSocket,
 };
 use crate::stream::caller::Caller;
+use login::Login;
 use users::{LoginError, Users};
 
 /// Callers that may be unauthenticated at once.
@@ -252,11 +253,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> PasswordDue<T> {
         peer: IpAddr,
     ) -> Result<(String, Socks5ServerProtocol<T, states::Authenticated>), Refusal> {
         let mut socket = self.0;
-        if socket.read_u8().await? != 1 {
-            return Err(Refusal::NoPassword);
-        }
-        let name = read_text(&mut socket).await?;
-        let password = Zeroizing::new(read_text(&mut socket).await?);
+        let Login { name, password } = Login::read(&mut socket).await?.ok_or(Refusal::NoPassword)?;
         let answer = Instant::now() + REFUSAL_DELAY;
         // No user has a name that is not UTF-8.
         let name = String::from_utf8(name).unwrap_or_default();
@@ -268,13 +265,6 @@ impl<T: AsyncRead + AsyncWrite + Unpin> PasswordDue<T> {
         socket.flush().await?;
         Ok((name, Authenticated(socket).finish_auth()))
     }
-}
-
-/// Reads a length and as many bytes.
-async fn read_text(socket: &mut (impl AsyncRead + Unpin)) -> io::Result<Vec<u8>> {
-    let mut text = vec![0; usize::from(socket.read_u8().await?)];
-    socket.read_exact(&mut text).await?;
-    Ok(text)
 }
 
 #[cfg(test)]

@@ -2,26 +2,27 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use proto_config::Section;
+use proto_config::{Meanings, Section};
 
+/// The `audit` section.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AuditConfig {
-    /// Standard output if `None`.
+    /// The file of the log. `None` means standard output.
     pub file: Option<PathBuf>,
-    /// A file that would grow beyond these bytes is renamed to `FILE.1`.
+    /// The maximum size of the file. A file that would become larger is renamed to `FILE.1`.
     pub max_bytes: u64,
-    /// How many renamed files are kept.
+    /// The number of renamed files that are kept.
     pub keep: usize,
-    /// Lines that may wait to be written, including those of requests under way.
+    /// The maximum number of waiting lines, including those of requests in progress.
     pub queue: usize,
-    /// The same for callers who have not authenticated.
+    /// The same maximum for unauthenticated callers.
     pub unauthenticated_queue: usize,
     /// How long a request may wait for room in its queue.
     pub wait: Duration,
     pub on_full: OnFull,
 }
 
-/// What becomes of a request whose line has no room.
+/// The treatment of a request whose line has no room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnFull {
     /// The request is answered 503.
@@ -30,9 +31,22 @@ pub enum OnFull {
     Drop,
 }
 
+const FIELDS: Meanings = &[
+    ("file", "The file of the log. By default, standard output."),
+    ("max_megabytes", "A larger file is renamed to FILE.1."),
+    ("keep", "Renamed files that are kept."),
+    ("queue", "Lines that wait to be written, those of requests in progress included."),
+    ("strangers_queue", "The same for unauthenticated callers."),
+    ("wait", "How long a request waits while the queue is full."),
+    ("on_full", "What happens to the request then: refuse answers 503, drop serves it unrecorded."),
+];
+
 impl AuditConfig {
     pub fn read(section: &Section<'_>) -> Self {
+        section.document(FIELDS);
         let millis = Duration::from_millis;
+        let on_full = section.word("on_full", &["refuse", "drop"]);
+        section.states_default("on_full", "refuse");
         Self {
             file: section.optional("file"),
             max_bytes: (section.number("max_megabytes", 100, 1..=100_000) as u64) << 20,
@@ -40,14 +54,7 @@ impl AuditConfig {
             queue: section.number("queue", 4096, 1..=1_000_000),
             unauthenticated_queue: section.number("strangers_queue", 1024, 1..=1_000_000),
             wait: section.duration("wait", millis(100), Duration::ZERO..=millis(5000)),
-            on_full: match section.or("on_full", "refuse".to_owned()).as_str() {
-                "refuse" => OnFull::Refuse,
-                "drop" => OnFull::Drop,
-                _ => {
-                    section.error("on_full", "expected refuse or drop");
-                    OnFull::Refuse
-                }
-            },
+            on_full: if on_full == Some("drop") { OnFull::Drop } else { OnFull::Refuse },
         }
     }
 }

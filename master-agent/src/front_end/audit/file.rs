@@ -7,9 +7,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
+/// The destination of the lines.
 pub(super) struct Output {
     sink: Sink,
-    /// The last line was written only in part.
+    /// Whether the last line was written only in part.
     torn: bool,
 }
 
@@ -22,7 +23,7 @@ struct LogFile {
     path: PathBuf,
     max_bytes: u64,
     keep: usize,
-    /// `None` after an error; the next write opens the file again.
+    /// The open file. It is `None` after an error, and the next write opens the file again.
     open: Option<OpenFile>,
 }
 
@@ -39,13 +40,13 @@ impl Output {
         Self { sink: Sink::Stream(Box::new(stream)), torn: false }
     }
 
-    /// Opens the file, so that a path that can't be used is noticed at once.
+    /// Opens the file at once, so that an unusable path is an error at the start.
     pub(super) fn file(path: PathBuf, max_bytes: u64, keep: usize) -> io::Result<Self> {
         let open = Some(OpenFile::open(&path)?);
         Ok(Self { sink: Sink::File(LogFile { path, max_bytes, keep, open }), torn: false })
     }
 
-    /// Writes whole lines, and tells `lost` how many could not be written and why.
+    /// Writes whole lines. Calls `lost` with the number of lines that could not be written, and the reason.
     pub(super) fn write(&mut self, lines: impl Iterator<Item = String>, lost: &mut dyn FnMut(u64, &str)) {
         let mut chunk = Vec::new();
         for line in lines {
@@ -114,7 +115,7 @@ impl LogFile {
         self.open = self.open.take().filter(|open| there == Some(open.id));
     }
 
-    /// If the rotation fails, the file stays in use, and is rotated when it has grown by as much again.
+    /// Rotates the files. If that fails, the file stays in use until it has grown by the maximum size again.
     fn rotate(&mut self) {
         self.forget_if_replaced();
         if self.open.is_none() {
@@ -159,7 +160,7 @@ impl OpenFile {
     }
 }
 
-/// Like `Write::write_all`, but tells in `written` how far it came.
+/// Writes all bytes, as `Write::write_all` does, and also counts the written bytes in `written`.
 fn write_all(out: &mut impl Write, bytes: &[u8], written: &mut usize) -> io::Result<()> {
     while let Some(rest) = bytes.get(*written..).filter(|rest| !rest.is_empty()) {
         match out.write(rest) {

@@ -1,8 +1,8 @@
-//! The record of one request, and the line of JSON that it becomes.
+//! The record of one request, and its line of JSON.
 //!
-//! Whatever a caller sends, it can't end a line, hide in one (control and direction characters are escaped) or make it
-//! long. A line never holds bodies, headers or tokens, and of a query only the values of parameters that are known to
-//! hold no secret.
+//! A caller can't forge the end of a line or make a line long, and can't hide text in it, because control characters
+//! and direction characters are escaped. A line never contains bodies, headers or tokens. The only values of a query
+//! that it contains are those of parameters that are known to hold no secret.
 
 use std::{
     borrow::Cow,
@@ -13,13 +13,13 @@ use std::{
 use access::{request_info::RequestInfo, user::User};
 use serde::{Serialize, Serializer};
 
-/// Characters of a path and its query.
+/// The longest path with its query, in characters.
 const MAX_PATH: usize = 2048;
-/// Characters of any other text.
+/// The longest of all other texts, in characters.
 const MAX_TEXT: usize = 256;
 const MAX_GROUPS: usize = 16;
 
-/// Query parameters whose values are recorded.
+/// The query parameters whose values are recorded.
 const PLAIN_PARAMETERS: [&str; 22] = [
     "allowWatchBookmarks",
     "container",
@@ -61,7 +61,7 @@ impl fmt::Display for RequestId {
     }
 }
 
-/// What became of a request before its handler.
+/// The decision about a request before its handler.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
@@ -72,18 +72,18 @@ pub enum Outcome {
     Error,
 }
 
-/// Everything that is recorded about a request. The records of the streams that it opens have its id in their origin.
+/// Everything that is recorded about a request. The streams that it opens have its ID in the origin of their records.
 #[derive(Clone, Debug)]
 pub struct Record<'a> {
     pub received: SystemTime,
     pub id: RequestId,
     pub source: &'a str,
     pub user: Option<&'a User>,
-    /// The name of what authenticated it.
+    /// The name of the authenticator that recognised the caller.
     pub authenticator: Option<&'a str>,
     pub impersonated: Option<&'a User>,
     pub method: &'a str,
-    /// As the caller sent it.
+    /// The path as the caller sent it.
     pub path: &'a str,
     pub query: Option<&'a str>,
     /// `None` if the request could not be understood.
@@ -91,7 +91,7 @@ pub struct Record<'a> {
     pub outcome: Outcome,
     pub authorizer: Option<&'a str>,
     pub rule: &'a str,
-    /// The HTTP status that the caller got; 0 if it left before.
+    /// The HTTP status of the response, or 0 if the caller left before.
     pub code: u16,
     pub bytes_in: u64,
     pub bytes_out: u64,
@@ -153,7 +153,7 @@ fn shown<S: Serializer>(value: &impl fmt::Display, serializer: S) -> Result<S::O
 }
 
 impl<'a> Record<'a> {
-    /// The record as one line of JSON, with the end of the line.
+    /// Returns the record as one line of JSON with its line feed.
     pub(super) fn line(&self) -> String {
         let text = |text| shortened(text, MAX_TEXT);
         let some = |part: &'a str| Some(part).filter(|part| !part.is_empty()).map(text);
@@ -194,7 +194,7 @@ impl<'a> Record<'a> {
             json.push('\n');
             return json;
         }
-        // JSON requires escapes for the first 32 characters only.
+        // JSON requires escapes for the first 32 characters only, so the others are escaped here.
         let mut plain = String::with_capacity(json.len() + 1);
         for c in json.chars() {
             if is_hidden(c) {
@@ -217,8 +217,8 @@ fn groups(user: &User) -> Vec<Cow<'_, str>> {
     groups
 }
 
-/// Control characters, ends of lines, and characters that make text look like other text. All are in the basic
-/// multilingual plane, so one `\u` escape is enough for each.
+/// Whether a character is a control character, ends a line, or makes text look like other text. All of these are in the
+/// basic multilingual plane, so one `\u` escape is enough for each.
 fn is_hidden(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
@@ -235,7 +235,7 @@ fn shortened(text: &str, most: usize) -> Cow<'_, str> {
     }
 }
 
-/// The path, with those parts of the query that can't hold a secret.
+/// Returns the path with those parts of the query that can't hold a secret.
 fn recorded_path<'a>(path: &'a str, query: Option<&str>) -> Cow<'a, str> {
     let Some(query) = query else { return path.into() };
     let mut text = path.to_owned();

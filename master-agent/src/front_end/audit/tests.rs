@@ -197,11 +197,11 @@ async fn what_is_served_is_recorded_and_unauthenticated_callers_take_no_room_of_
     (0..1000).for_each(unauthenticated);
     assert_eq!(lost.get(), 998);
     for _ in 0..2 {
-        assert_eq!(audit.room(Queue::Unauthenticated).await.err(), Some(Full));
+        assert_eq!(audit.room(Queue::Unauthenticated).await.err(), Some(QueueFull));
     }
-    let mut lasting = Vec::new();
+    let mut long_running = Vec::new();
     for _ in 0..100 {
-        lasting.push(audit.room(Queue::Lasting).await.unwrap().unwrap());
+        long_running.push(audit.room(Queue::LongRunning).await.unwrap().unwrap());
     }
     let mut served = Vec::new();
     while let Ok(room) = audit.room(Queue::Authenticated).await {
@@ -215,9 +215,9 @@ async fn what_is_served_is_recorded_and_unauthenticated_callers_take_no_room_of_
         audit.record(&Record { code: 200, ..record() }, Queue::Authenticated, Some(room));
     }
     assert_eq!(lost.get(), 999);
-    assert_eq!(audit.room(Queue::Authenticated).await.err(), Some(Full), "until they are written");
-    for room in lasting {
-        audit.record(&Record { code: 201, ..record() }, Queue::Lasting, Some(room));
+    assert_eq!(audit.room(Queue::Authenticated).await.err(), Some(QueueFull), "until they are written");
+    for room in long_running {
+        audit.record(&Record { code: 201, ..record() }, Queue::LongRunning, Some(room));
     }
     let waiting = audit.room(Queue::Authenticated);
     let writing = async {

@@ -1,7 +1,7 @@
 //! Phase 5: decides whether the caller may do what it asks for, and on whose behalf the request goes on.
 //!
-//! kube-apiserver authorizes what it answers itself. What the front end answers is authorized here, and so is every
-//! impersonation, since kube-apiserver does not learn of it.
+//! kube-apiserver authorizes the requests that it answers itself. Requests that the front end answers are authorized
+//! here, and so is every impersonation, since kube-apiserver does not learn of it.
 
 use std::sync::Arc;
 
@@ -53,12 +53,12 @@ pub(super) async fn authorize(
     Ok((handler, request))
 }
 
-/// Whoever presents a join token may join.
+/// Returns the verdict for a caller with a join token, which always allows joining.
 fn joining() -> Verdict {
     Verdict { allowed: true, authorizer: Some(JOIN_TOKEN), rule: "joining".to_owned(), reason: String::new() }
 }
 
-/// Rejects a call home with a credential that names another node than the one that the call is for.
+/// Rejects a call home whose credential belongs to another node than the one that the call names.
 fn reject_other_node(
     call_home: &CallHomeRequest,
     user: &Arc<User>,
@@ -78,7 +78,7 @@ fn reject_other_node(
     Err(Rejection::Forbidden(reason))
 }
 
-/// The node that a credential belongs to, if it names one.
+/// Returns the node to which a credential belongs, if it belongs to one.
 fn node_of(user: &User) -> Option<&str> {
     user.node().or_else(|| user.extra.get(NODE_NAME)?.first().map(String::as_str))
 }

@@ -1,8 +1,8 @@
-//! Handler: a call home, an HTTP/1.1 request whose connection changes to [`UPGRADE`] and then is a link.
+//! The handler of calls home, which are HTTP/1.1 requests whose connection changes to [`UPGRADE`] and then is a link.
 //!
-//! The request's credential only admits: whoever presents it may `create` the `link` or `join` of one node, and one that
-//! names a node may do so for no other. The SSH identity inside the link decides which node it is, as on the call-home
-//! port, and both must name the same.
+//! The request's credential only admits the call: its user must be allowed to `create` the `link` or `join` of the
+//! node, and a credential that belongs to a node is good for that node alone. As on the call-home port, the SSH
+//! identity inside the link decides which node it is, and both identities must name the same node.
 
 use access::authn::Validity;
 use hyper::{
@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{front_end::connection::Connection, http::hop::Hop};
 
-/// Answers with the change of protocols, after which the link begins.
+/// Answers with a change of protocols, after which the link begins.
 pub(super) fn answer(
     connection: &Connection,
     call_home: CallHomeRequest,
@@ -46,6 +46,6 @@ pub(super) fn answer(
     response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static(UPGRADE));
     let CallHomeRequest { services, peer, purpose } = call_home;
     let link = PendingLink { services, peer, purpose, upgrade, seat };
-    // The link lasts as long as the identity inside it, not as the credential that admitted it.
+    // The SSH certificates inside the link limit its duration, and the credential that admitted it does not.
     Ok(Handled::upgrade(response, Upgrade::Link(link), Validity::default()))
 }

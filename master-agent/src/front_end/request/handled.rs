@@ -1,4 +1,4 @@
-//! What a handler makes of a request: the response, and what lasts longer than its head.
+//! The result of a handler: the response, and the resources and upgrades that outlast its head.
 
 use std::{future::poll_fn, pin::Pin, time::Duration};
 
@@ -14,23 +14,23 @@ use crate::{
     http::{exchange, status::Failure},
 };
 
-/// A response, and what becomes of its connection.
+/// The result of a handler.
 pub(super) struct Handled {
     pub response: Response<Content>,
-    /// The request's seat, kept until the last byte of the response has left.
+    /// The request's seat, which is kept until the last byte of the response has been sent.
     pub seat: Option<RequestPermit>,
-    /// How long the response, or what the connection is upgraded to, may go on.
+    /// How long the response or the upgraded connection may last.
     pub validity: Validity,
     pub upgrade: Option<Upgrade>,
 }
 
 impl Handled {
-    /// A response that is complete as it is.
+    /// Creates the result of a request that does not upgrade its connection.
     pub(super) fn response(response: Response<Content>, seat: RequestPermit, validity: Validity) -> Self {
         Self { response, seat: Some(seat), validity, upgrade: None }
     }
 
-    /// A response with which the connection changes its protocol. The upgraded connection keeps the seat.
+    /// Creates the result of a request that upgrades its connection. The upgraded connection keeps the seat.
     pub(super) fn upgrade(response: Response<Content>, upgrade: Upgrade, validity: Validity) -> Self {
         Self { response, seat: None, validity, upgrade: Some(upgrade) }
     }
@@ -43,15 +43,15 @@ impl From<Rejection> for Handled {
     }
 }
 
-/// What a connection is upgraded to.
+/// The use of an upgraded connection.
 pub(super) enum Upgrade {
-    /// Raw bytes to and from kube-apiserver, or a target behind a proxy URL.
+    /// The connection carries raw bytes to and from kube-apiserver or the target of a proxy URL.
     Relay(Relay),
-    /// A node's or a joining host's link.
+    /// The connection is the link of a node or a joining host.
     Link(PendingLink),
 }
 
-/// Raw bytes between the caller and the other end.
+/// A relay of raw bytes between the caller and the other end.
 pub(super) enum Relay {
     Upstream {
         caller: OnUpgrade,
@@ -71,7 +71,8 @@ impl Relay {
     pub(super) async fn run(self, record: &Recorder, expired: impl Future<Output = ()>) {
         match self {
             Self::Upstream { caller, mut server, mut lease, half_closed_timeout, seat: _seat } => {
-                // The connection to kube-apiserver has no task of its own to hand it over.
+                // The connection to kube-apiserver has no task of its own, so it is driven here until it is handed
+                // over.
                 let server = poll_fn(|cx| {
                     lease.drive(cx);
                     Pin::new(&mut server).poll(cx)
@@ -89,7 +90,7 @@ impl Relay {
     }
 }
 
-/// The body of a response that has none of its own.
+/// Returns an empty body.
 pub(super) fn empty() -> Content {
     Content::Own(Full::default())
 }

@@ -61,12 +61,12 @@ async fn by_credential(
     Err(unrecognized(connection, attempt, &failure))
 }
 
-/// Asks the authenticators. Whom the connection's certificate names is remembered for a few seconds.
+/// Asks the authenticators. The connection remembers the user of its certificate for a few seconds.
 async fn recognize(
     connection: &Connection,
     head: &Parts,
     attempt: &Attempt<'_>,
-) -> Result<Authenticated, authn::Failure> {
+) -> Result<Authenticated, authn::AuthenticationFailure> {
     let now = Moment::now();
     let presented = Presented::of(head, &connection.certificates)?;
     let by_certificate = presented.bearer.is_none() && !connection.certificates.is_empty();
@@ -82,7 +82,11 @@ async fn recognize(
     Ok(caller)
 }
 
-fn unrecognized(connection: &Connection, attempt: Attempt<'_>, why: &authn::Failure) -> Rejection {
+fn unrecognized(
+    connection: &Connection,
+    attempt: Attempt<'_>,
+    why: &authn::AuthenticationFailure,
+) -> Rejection {
     let Connection { front_end, peer, .. } = connection;
     let limited = match why.not_tried() {
         Some(after) => Some(too_many(after)),

@@ -1,5 +1,5 @@
-//! How callers that call home are identified where no authenticator can: hosts that join by their join token, and nodes
-//! whose credential can't be checked at the moment.
+//! The identification of callers that no authenticator can recognise: hosts that join with a join token, and nodes that
+//! call home while their credential can't be checked.
 
 use std::sync::Arc;
 
@@ -16,12 +16,12 @@ use crate::{
     identity::store::TokenError,
 };
 
-/// The authenticator's name in records.
+/// The name in audit records, in place of an authenticator's.
 pub(super) const JOIN_TOKEN: &str = "join-token";
-/// The extra attribute of a user that names the node that its token is bound to, or whose pod it is bound to.
+/// The key of the extra value that names the node to which a token, or the pod of a token, is bound.
 pub(super) const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
 
-/// Identifies a host that presents its join token to join; `None` for every other request. The token is not used up.
+/// Identifies a host that joins with a join token. Returns `None` for every other request. The token is not used up.
 pub(super) async fn identify(
     connection: &Connection,
     head: &Parts,
@@ -30,7 +30,7 @@ pub(super) async fn identify(
     else {
         return Ok(None);
     };
-    // The authenticators report what is wrong with a credential that can't be read.
+    // The authenticators report the fault of a malformed credential.
     let Ok(presented) = Presented::of(head, &connection.certificates) else { return Ok(None) };
     let token = presented.bearer.as_ref().map(|token| JoinToken::parse(token.expose()));
     let Some(Ok(token)) = token else { return Ok(None) };
@@ -61,13 +61,14 @@ pub(super) async fn identify(
     }
 }
 
-/// Identifies a node that links while nobody can say whether its credential was withdrawn: the API server may be
-/// reachable only through the very tunnel that is to come. The SSH identity inside the link still decides. A host that
-/// joins has no such identity yet, so its credential must be checked; its join token needs no API server.
+/// Identifies a node that calls home while the API server can't be asked whether the node's credential was withdrawn.
+/// The API server may be reachable only through the tunnel that this call establishes. The SSH identity inside the link
+/// still decides. A joining host has no such identity yet, so its credential must be checked, which needs no API server
+/// if it is a join token.
 pub(super) fn link_unchecked(
     connection: &Connection,
     head: &Parts,
-    why: &authn::Failure,
+    why: &authn::AuthenticationFailure,
 ) -> Option<Authenticated> {
     let caller = why.unchecked()?;
     if connection.front_end.call_home().is_none() || !is_path_of("link", head.uri.path()) {
@@ -78,7 +79,7 @@ pub(super) fn link_unchecked(
     Some(caller.clone())
 }
 
-/// Whether a path, as it was sent, is a node's subresource: `link`, or `join`.
+/// Whether a path, as the caller sent it, is this subresource of a node. The subresource is `link` or `join`.
 fn is_path_of(subresource: &str, path: &str) -> bool {
     let rest = path.strip_prefix("/apis/master-agent/v1/nodes/");
     let Some((node, last)) = rest.and_then(|rest| rest.split_once('/')) else { return false };

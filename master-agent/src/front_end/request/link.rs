@@ -1,4 +1,4 @@
-//! The connection of a call home that has been admitted, from the change of its protocol to the end of its link.
+//! The connection of an admitted call home, from the change of its protocol until its link ends.
 
 use std::net::SocketAddr;
 
@@ -14,7 +14,7 @@ use crate::{
     tunnels::call_home::Purpose,
 };
 
-/// A connection whose response, the change of protocols, is still to be sent.
+/// A connection that becomes a link once the response with the change of protocols has been sent.
 pub(super) struct PendingLink {
     pub services: CallHomeServices,
     pub peer: SocketAddr,
@@ -24,11 +24,11 @@ pub(super) struct PendingLink {
 }
 
 impl PendingLink {
-    /// Serves the link to its end in a task beside those of other links, and keeps `open` as long. `record` tells of the
-    /// beginning of the link; one more record is written at its end.
+    /// Serves the link until it ends, in a task of its own, and keeps `open` until then. `record` records the beginning
+    /// of the link, and another record is written at its end.
     pub(super) fn begin(self, record: &Recorder, open: impl Send + 'static) {
         let Self { services, peer, purpose, upgrade, seat } = self;
-        let mut record = record.again();
+        let mut record = record.for_link();
         let CallHomeServices { links, tasks, .. } = services;
         tasks.spawn(async move {
             let _held = (open, seat);

@@ -1,9 +1,9 @@
-//! One request of a caller: the phases that it passes through, and the handlers that answer it.
+//! The phases through which a request passes, and the handlers that answer it.
 //!
-//! `pipeline.rs` holds the whole life of a request. Each phase is a file with one function, which takes the request in
-//! the state that the phase before it left and returns it in a state of its own (`stages.rs`), so that no phase can be
-//! left out or run out of order. The first phase that fails ends the request with a [`Rejection`], and `rejection.rs`
-//! decides alone which HTTP answer that is.
+//! `pipeline.rs` shows the whole life of a request. Each phase is a file with one function, which takes the type that
+//! the previous phase returns, and returns a type of its own (`stages.rs`). Therefore no phase can be left out or run
+//! out of order. The first phase that fails ends the request with a [`Rejection`], and `rejection.rs` alone maps
+//! rejections to HTTP answers.
 //!
 //! [`Rejection`]: rejection::Rejection
 

@@ -1,4 +1,4 @@
-//! Handler: the agent's own page.
+//! The handler of the agent's own page.
 
 use std::sync::Arc;
 

@@ -1,15 +1,15 @@
 //! The life of a request.
 //!
-//! Five phases come before the handler. Each lets the request through to the next one or rejects it:
+//! Five phases come before the handler. Each of them passes the request on or rejects it:
 //!
-//! 1. `admit`: its address is within its rate, and its head has one meaning.
-//! 2. `identify`: the caller is known.
-//! 3. `resolve`: it is known what the request asks for and who is to answer it.
-//! 4. `reserve`: the audit log has room for its record, and its user has a seat for it.
-//! 5. `authorize`: the caller may do what it asks for.
+//! 1. `admit` checks the rate of the caller's address, and rejects ambiguous heads.
+//! 2. `identify` authenticates the caller.
+//! 3. `resolve` reads what the request asks for, and chooses its handler.
+//! 4. `reserve` reserves room in the audit log and waits for one of the user's seats.
+//! 5. `authorize` decides whether the caller may do what it asks for.
 //!
-//! Whatever comes of a request, its record is written when the last byte of the response has left, or when the caller
-//! has; the seat is kept for as long.
+//! Every request has an audit record, which is written when the last byte of the response has been sent or the caller
+//! has left. The seat is kept until then.
 
 use std::{convert::Infallible, sync::Arc};
 
@@ -35,7 +35,7 @@ use super::{
 };
 use crate::{
     front_end::{
-        answer::{Answer, Held},
+        answer::{Answer, Resources},
         connection::Connection,
         recorder::Recorder,
         streams,
@@ -72,14 +72,15 @@ impl Connection {
         let mut record =
             Recorder::new(self.front_end.audit.clone(), self.front_end.metrics.clone(), &self.peer, &request);
         let http1 = request.version() < Version::HTTP_2;
-        // hyper drops a Content-Length beside it unseen, and a proxy in front of this server may have gone by that.
+        // hyper silently drops a Content-Length beside Transfer-Encoding, but a proxy in front of this server may have
+        // relied on it.
         let mut last = http1 && request.headers().contains_key(header::TRANSFER_ENCODING);
         let handled = match handle(&self, request, &mut record).await {
             Ok(handled) => handled,
             Err(rejection) => {
                 record.rejected(rejection.outcome()).await;
                 let handled = Handled::from(rejection);
-                // What follows a head that is not understood need not be a request.
+                // After an invalid head, the following bytes are not necessarily a request.
                 last |= http1 && handled.response.status() == StatusCode::BAD_REQUEST;
                 handled
             }
@@ -97,11 +98,11 @@ impl Connection {
         if let Some(upgrade) = upgrade {
             self.begin(upgrade, &record, &validity);
         }
-        let held = Held { record, _busy: busy, _seat: seat, progress: streams::progress() };
-        Ok(response.map(|content| Answer::new(content, held, validity.end())))
+        let resources = Resources { record, _busy: busy, _seat: seat, progress: streams::progress() };
+        Ok(response.map(|content| Answer::new(content, resources, validity.end())))
     }
 
-    /// Runs what the connection is upgraded to in a task of its own, once the response has been sent.
+    /// Serves the upgraded connection in a task of its own once the response has been sent.
     fn begin(self: &Arc<Self>, upgrade: Upgrade, record: &Arc<Recorder>, validity: &Validity) {
         let open = Open { _connection: self.clone(), _busy: self.activity.busy() };
         match upgrade {
@@ -113,7 +114,7 @@ impl Connection {
     }
 }
 
-/// Keeps a connection open beyond the response with which its protocol changed.
+/// Keeps a connection open after the response that changed its protocol.
 struct Open {
     _connection: Arc<Connection>,
     _busy: Busy,

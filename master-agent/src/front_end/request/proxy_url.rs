@@ -1,4 +1,4 @@
-//! Handler: a proxy URL, answered by its target through a tunnel. The target learns nothing of who asks.
+//! The handler of proxy URLs, whose targets answer through a tunnel. A target learns nothing about the caller.
 
 use std::sync::Arc;
 
@@ -28,11 +28,11 @@ pub(super) async fn answer(
     record: &mut Recorder,
 ) -> Result<Handled, Rejection> {
     let Authorized { mut head, body, hop, seat, user, validity, .. } = request;
-    // The request was authorized as what it is without the upgrade, which would then be made to the target alone.
+    // An unknown upgrade was not taken into account when the request was authorized, but the target might perform it.
     if hop.upgrade.is_none() && Hop::of(&head.headers).upgrade.is_some() {
         return Err(Rejection::UnknownUpgrade);
     }
-    connection.front_end.introduction.claims.remove(&mut head.headers);
+    connection.front_end.identity.claims.remove(&mut head.headers);
     record.inject(&mut head.headers);
     let caller = Caller { listener: LISTENER, origin: record.origin(&user), span: record.span() };
     let Proxied { node, answer } = proxy_urls

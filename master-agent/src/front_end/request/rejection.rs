@@ -1,4 +1,4 @@
-//! The reasons for which a phase or a handler rejects a request, and the HTTP answer that each of them becomes.
+//! The reasons for which a phase or a handler rejects a request, and their mapping to HTTP answers.
 
 use access::request_info::Unreadable;
 use hyper::StatusCode;
@@ -13,7 +13,7 @@ use crate::{
     http::status::Failure,
 };
 
-/// Why a request is not answered by its handler. The text is what the caller reads.
+/// Why a request is rejected. The caller gets the text.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Rejection {
     #[error("{0}")]
@@ -21,10 +21,10 @@ pub(super) enum Rejection {
     /// The caller's address, user or failed attempts to authenticate have reached a limit.
     #[error("{0}")]
     TooMany(Failure),
-    /// A browser sent the request on behalf of a web page, to the plain port.
+    /// A browser sent the request to the plain port on behalf of a web page.
     #[error("{0}")]
     FromWebPage(String),
-    /// Why the caller is not recognized is for the log only.
+    /// The caller is not recognised. Only the log contains the reason.
     #[error("Unauthorized")]
     Unauthenticated,
     #[error("the {0} can't be checked at the moment, please try again later")]
@@ -42,15 +42,15 @@ pub(super) enum Rejection {
     Forbidden(String),
     #[error("nodes call home on the HTTPS port only")]
     CallHomeElsewhere,
-    #[error("to call home is to POST by HTTP/1.1 with Upgrade: master-agent-link")]
+    #[error("a call home is a POST request over HTTP/1.1 with Upgrade: master-agent-link")]
     NoLinkRequested,
     #[error("a call home has no body")]
     CallHomeWithBody,
     #[error("the master-agent is stopping")]
     Stopping,
-    #[error("no upgrade but to websocket or SPDY/3.1 is served here")]
+    #[error("only upgrades to websocket and SPDY/3.1 are supported")]
     UnknownUpgrade,
-    /// A proxy URL has no answer of its target.
+    /// The target of a proxy URL could not be reached, or the proxy URL is wrong.
     #[error("{0}")]
     ProxyUrl(Failure),
     #[error("{0}")]
@@ -68,7 +68,7 @@ pub(super) enum Rejection {
 }
 
 impl Rejection {
-    /// What the audit record says became of the request; `None` leaves what the phases have recorded so far.
+    /// Returns the outcome for the audit record. `None` keeps the outcome that the phases have recorded.
     pub(super) fn outcome(&self) -> Option<Outcome> {
         match self {
             Self::TooMany(_) | Self::NotRecorded => Some(Outcome::Limited),
@@ -96,7 +96,7 @@ impl Rejection {
     }
 }
 
-/// Seconds after which trying again may help.
+/// The number of seconds after which another attempt may succeed.
 const RETRY_AFTER: u32 = 1;
 
 impl From<Rejection> for Failure {

@@ -4,16 +4,17 @@ use super::{
     rejection::Rejection,
     stages::{Handler, Reserved, Resolved},
 };
-use crate::front_end::{audit::Full, connection::Connection, recorder::Recorder};
+use crate::front_end::{audit::QueueFull, connection::Connection, recorder::Recorder};
 
-/// Comes before authorization, which may be expensive: whoever asks for much waits for its own seats.
+/// Reserves room and a seat. This phase comes before authorization, which may be expensive, so that a user with many
+/// requests waits for their own seats only.
 pub(super) async fn reserve(
     connection: &Connection,
     request: Resolved,
     record: &mut Recorder,
 ) -> Result<Reserved, Rejection> {
     let limits = &connection.front_end.limits;
-    if let Err(Full) = record.reserve(request.may_last()).await {
+    if let Err(QueueFull) = record.reserve(request.may_last()).await {
         limits.count("audit");
         return Err(Rejection::NotRecorded);
     }
@@ -21,10 +22,10 @@ pub(super) async fn reserve(
     let seat = match &request.handler {
         // Many nodes may share one user, and each of them has limits of its own.
         Handler::CallHome(_) => {
-            limits.place(&format!("{user} calling home as {}", request.info.name), true).await
+            limits.admit(&format!("{user} calling home as {}", request.info.name), true).await
         }
         Handler::ProxyUrl(_) | Handler::Page(_) | Handler::Upstream => {
-            limits.place(user, request.long_running).await
+            limits.admit(user, request.long_running).await
         }
     };
     Ok(Reserved { seat: seat.map_err(Rejection::TooMany)?, request })

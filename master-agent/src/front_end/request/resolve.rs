@@ -1,4 +1,4 @@
-//! Phase 3: reads what the request asks for as kube-apiserver does, and chooses who answers it.
+//! Phase 3: reads what the request asks for as kube-apiserver does, and chooses its handler.
 
 use std::sync::Arc;
 
@@ -31,8 +31,8 @@ pub(super) fn resolve(
     let info = RequestInfo::resolve(head.method.as_str(), path, query, hop.upgrade.is_some())?;
     let info = Arc::new(info);
     record.resolved(&info);
-    // A stolen credential must not get as far as taking a seat of the node that it was stolen from.
-    connection.refuse_other_node(&caller, record).map_err(Rejection::NotAuthorized)?;
+    // A stolen credential must be rejected before it takes a seat of the node that it was stolen from.
+    connection.reject_credential_of_other_node(&caller, record).map_err(Rejection::NotAuthorized)?;
     let handler = handler(connection, &info)?;
     let long_running = is_long_running(&info, query)
         || match &handler {
@@ -57,7 +57,7 @@ fn handler(connection: &Connection, info: &RequestInfo) -> Result<Handler, Rejec
     Ok(Handler::Upstream)
 }
 
-/// The call home that a request is, if the front end takes such calls.
+/// Returns the call home that the request makes, if it makes one and the front end takes such calls.
 fn call_home(connection: &Connection, info: &RequestInfo) -> Result<Option<CallHomeRequest>, Rejection> {
     let Some(services) = connection.front_end.call_home() else { return Ok(None) };
     let kind = (info.group.as_str(), info.version.as_str(), info.resource.as_str());
@@ -76,7 +76,7 @@ fn call_home(connection: &Connection, info: &RequestInfo) -> Result<Option<CallH
     }
 }
 
-/// Whether a request is for what lies behind a node, pod or service.
+/// Whether a request is for the proxy URL of a node, pod or service.
 fn is_proxy_url(info: &RequestInfo) -> bool {
     info.group.is_empty()
         && info.version == "v1"
@@ -84,7 +84,7 @@ fn is_proxy_url(info: &RequestInfo) -> bool {
         && ["nodes", "pods", "services"].contains(&info.resource.as_str())
 }
 
-/// Whether a request may take as long as it likes, by kube-apiserver's own rules.
+/// Whether a request is long-running by kube-apiserver's own rules.
 fn is_long_running(info: &RequestInfo, query: Option<&str>) -> bool {
     let follows = || {
         let pairs = query.unwrap_or_default().split('&');

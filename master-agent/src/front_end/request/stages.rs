@@ -1,4 +1,4 @@
-//! A request as each phase leaves it. A later phase takes only the type of the phase before it.
+//! The types in which the phases pass a request on. Each phase takes only the type of the previous phase.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -15,46 +15,46 @@ use crate::{
     tunnels::call_home::Purpose,
 };
 
-/// The request's address is within its rate, and its head has one meaning.
+/// A request whose address is within its rate, and whose head is unambiguous.
 pub(super) struct Admitted {
     pub head: Parts,
     pub body: Incoming,
 }
 
-/// The caller is known.
+/// A request whose caller is known.
 pub(super) struct Identified {
     pub head: Parts,
     pub body: Incoming,
     pub caller: Authenticated,
 }
 
-/// It is known what the request asks for, and who is to answer it.
+/// A request of which it is known what it asks for, and which has a handler.
 pub(super) struct Resolved {
     pub head: Parts,
     pub body: Incoming,
     pub caller: Authenticated,
     pub info: Arc<RequestInfo>,
-    /// What the request asks of its connection. An upgrade is one that kube-apiserver knows.
+    /// The hop-by-hop part of the head. An upgrade in it is one that kube-apiserver supports.
     pub hop: Hop,
     pub handler: Handler,
-    /// The request may take as long as it likes.
+    /// Whether the request may take any time.
     pub long_running: bool,
 }
 
 impl Resolved {
-    /// Whether the exchange may outlast an ordinary request: an upgrade turns into a connection of any length.
+    /// Whether the exchange may outlast a short request. An upgraded connection may take any time.
     pub(super) fn may_last(&self) -> bool {
         self.long_running || self.hop.upgrade.is_some()
     }
 }
 
-/// The audit log has room for the request's record, and the request has a seat among those of its user.
+/// A request with room for its audit record, and with one of its user's seats.
 pub(super) struct Reserved {
     pub request: Resolved,
     pub seat: RequestPermit,
 }
 
-/// The caller may do what it asks for. This is what a handler gets.
+/// An authorized request, which goes to its handler.
 pub(super) struct Authorized {
     pub head: Parts,
     pub body: Incoming,
@@ -62,27 +62,27 @@ pub(super) struct Authorized {
     pub hop: Hop,
     pub long_running: bool,
     pub seat: RequestPermit,
-    /// Who authenticated, which is whose seat it is.
+    /// The user who has authenticated, to whom the seat belongs.
     pub caller: Arc<User>,
-    /// On whose behalf the request is answered: the caller, or the user whom the caller impersonates.
+    /// The user on whose behalf the request is answered: the caller, or the user whom the caller impersonates.
     pub user: Arc<User>,
-    /// How long the answer may go on. A short request may come to its end.
+    /// How long the answer may last. It is unlimited for a short request.
     pub validity: Validity,
 }
 
-/// Who answers a request.
+/// The handler of a request.
 pub(super) enum Handler {
-    /// A node or a joining host whose connection becomes a link.
+    /// The connection becomes the link of a node or a joining host.
     CallHome(CallHomeRequest),
-    /// What lies behind a proxy URL, reached through a tunnel.
+    /// The target of a proxy URL answers through a tunnel.
     ProxyUrl(Arc<dyn ProxyUrls>),
-    /// The agent's own page.
+    /// The agent's own page answers.
     Page(Arc<dyn Page>),
-    /// kube-apiserver.
+    /// kube-apiserver answers.
     Upstream,
 }
 
-/// A request to become a link, on the HTTPS port.
+/// A request to the HTTPS port that asks to become a link.
 pub(super) struct CallHomeRequest {
     pub services: CallHomeServices,
     pub peer: SocketAddr,

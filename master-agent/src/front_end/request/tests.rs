@@ -1,4 +1,4 @@
-//! The whole pipeline: callers on streams in memory, before a stub of kube-apiserver on loopback.
+//! Tests of the whole pipeline, with callers on in-memory streams and a stub of kube-apiserver on loopback.
 
 use std::{
     path::PathBuf,
@@ -35,7 +35,7 @@ use crate::{
         config::FrontEndConfig,
         connection::Connection,
         page::Page,
-        server::{FrontEnd, Parts},
+        server::{Dependencies, FrontEnd},
         upstream::RequestBody,
     },
     identity::store::TokenError,
@@ -69,7 +69,7 @@ impl Drop for World {
 }
 
 impl World {
-    /// A front end with these lines below `front_end` of its configuration.
+    /// Starts a front end with these additional lines in its configuration.
     async fn new(lines: &str) -> Self {
         let (dir, tasks) =
             (std::env::temp_dir().join(format!("pipeline-{:016x}", rand::random::<u64>())), Tasks::new());
@@ -95,7 +95,7 @@ impl World {
         let config = parse(&text, source, FrontEndConfig::read).unwrap();
         let (sender, calls) = mpsc::unbounded_channel();
         let home = Arc::new(Home { calls: sender, other_node: Mutex::default() });
-        let parts = Parts {
+        let dependencies = Dependencies {
             cluster: None,
             proxy_urls: None,
             page: Arc::new(Greeting),
@@ -107,11 +107,11 @@ impl World {
             streams: StreamMetrics::new(Arc::new(NoNodes)),
             draining: CancellationToken::new(),
         };
-        let (front_end, writer) = FrontEnd::load(&config, parts, &tasks, &tasks).unwrap();
+        let (front_end, writer) = FrontEnd::load(&config, dependencies, &tasks, &tasks).unwrap();
         Self { dir, tasks, front_end, writer: Some(writer), upstream, home, calls }
     }
 
-    /// A new connection, whose caller has shown no certificate.
+    /// Opens a connection whose caller has presented no certificate.
     fn connect(&self) -> DuplexStream {
         let peer = Peer::Address("192.0.2.1:5000".parse().unwrap());
         let admission = self.front_end.admit(&peer).unwrap();
@@ -133,7 +133,7 @@ impl World {
         self.upstream.lock().unwrap().iter().map(|(path, _)| path.clone()).collect()
     }
 
-    /// All lines of the audit log, which is closed.
+    /// Closes the audit log and returns all of its lines.
     async fn audited(&mut self) -> Vec<Value> {
         assert!(self.writer.take().unwrap().close(Duration::from_secs(60)).await);
         let text = std::fs::read_to_string(self.dir.join("audit.log")).unwrap();
@@ -174,7 +174,7 @@ async fn kube_apiserver(
 /// Takes calls home, and reads one byte of each link.
 struct Home {
     calls: mpsc::UnboundedSender<(Purpose, u8)>,
-    /// The nodes that refused calls were for.
+    /// The nodes that rejected calls named.
     other_node: Mutex<Vec<Option<NodeName>>>,
 }
 

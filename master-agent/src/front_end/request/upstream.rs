@@ -1,4 +1,4 @@
-//! Handler: kube-apiserver answers, told in headers on whose behalf the request is made.
+//! The handler of requests that kube-apiserver answers. Headers tell it on whose behalf the request is made.
 
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ pub(super) async fn answer(
 ) -> Result<Handled, Rejection> {
     let front_end = &connection.front_end;
     let Authorized { mut head, body, hop, long_running, mut seat, caller, user, validity, .. } = request;
-    front_end.introduction.request(&mut head.headers, &hop, &user, connection.peer.ip())?;
+    front_end.identity.rewrite(&mut head.headers, &hop, &user, connection.peer.ip())?;
     record.inject(&mut head.headers);
     head.version = Version::HTTP_11;
     let limits = front_end.body_limits();
@@ -45,7 +45,7 @@ pub(super) async fn answer(
     headers::response(response.headers_mut(), upgraded);
     *response.version_mut() = Version::HTTP_11;
     if !upgraded {
-        // An upgrade that was refused has become a short request.
+        // A refused upgrade becomes a short request.
         let validity = if long_running { validity } else { Validity::default() };
         return Ok(Handled::response(response.map(Content::Relayed), seat, validity));
     }
@@ -54,7 +54,7 @@ pub(super) async fn answer(
     Ok(switch(connection, upgrade, response, seat, validity))
 }
 
-/// Sends the request, and waits for the head of the response for as long as `timeout`.
+/// Sends the request, and waits for the head of the response for at most `timeout`.
 async fn send(
     connection: &Connection,
     request: Request<RequestBody>,
@@ -86,7 +86,7 @@ async fn send(
     })
 }
 
-/// Makes the connection one of raw bytes, as kube-apiserver has agreed to.
+/// Upgrades the connection, which kube-apiserver has agreed to.
 fn switch(
     connection: &Connection,
     caller: OnUpgrade,

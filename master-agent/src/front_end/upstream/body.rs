@@ -14,32 +14,32 @@ use bytes::{Buf, Bytes};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::time::Sleep;
 
-/// The bytes of a body that have come so far.
-pub type Progress = Arc<AtomicU64>;
+/// The number of bytes of a body that have been received so far.
+pub type ReceivedBytes = Arc<AtomicU64>;
 
-/// A body that is passed on as it comes, within limits and without trailers.
-pub struct RequestBody(Option<Limited>);
+/// A body that is passed on as it arrives, within limits and without trailers.
+pub struct RequestBody(Option<LimitedBody>);
 
-struct Limited {
+struct LimitedBody {
     incoming: Incoming,
-    /// Bytes that may still come.
+    /// The number of bytes that may still arrive.
     left: u64,
     stall_timeout: Duration,
-    /// When the body has stalled, set while the server waits for more.
+    /// When the body counts as stalled. It is set while the server waits for more of the body.
     deadline: Option<Pin<Box<Sleep>>>,
-    progress: Progress,
+    received: ReceivedBytes,
     ended: bool,
 }
 
-/// What the bodies of requests must keep to.
+/// The limits on the bodies of requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BodyLimits {
     pub max_bytes: u64,
-    /// Some bytes have to come within each of these.
+    /// The longest time between two pieces of a body.
     pub stall_timeout: Duration,
 }
 
-/// Why a body was not passed on to its end. The caller is at fault.
+/// Why a body was not passed on completely. The caller is at fault.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BodyError {
     #[error("the request's body is larger than what is accepted")]
@@ -55,12 +55,12 @@ impl RequestBody {
         Self(None)
     }
 
-    pub fn new(incoming: Incoming, limits: BodyLimits, progress: Progress) -> Self {
+    pub fn new(incoming: Incoming, limits: BodyLimits, received: ReceivedBytes) -> Self {
         let BodyLimits { max_bytes: left, stall_timeout } = limits;
         if incoming.is_end_stream() {
             return Self(None);
         }
-        Self(Some(Limited { incoming, left, stall_timeout, deadline: None, progress, ended: false }))
+        Self(Some(LimitedBody { incoming, left, stall_timeout, deadline: None, received, ended: false }))
     }
 
     pub fn is_empty(&self) -> bool {
@@ -100,13 +100,13 @@ impl Body for RequestBody {
                 return Poll::Ready(None);
             }
         };
-        // Trailers are dropped: they could hold what is removed from the head.
+        // Trailers are dropped, because they could contain headers that are removed from the head.
         let Ok(data) = data else {
             body.ended = true;
             return Poll::Ready(None);
         };
         let size = data.remaining() as u64;
-        body.progress.fetch_add(size, Ordering::Relaxed);
+        body.received.fetch_add(size, Ordering::Relaxed);
         body.deadline = None;
         match body.left.checked_sub(size) {
             Some(left) => {
@@ -129,7 +129,7 @@ impl Body for RequestBody {
     }
 }
 
-/// What was wrong with the request's body, if that is why an exchange failed.
+/// Returns the error of the request's body, if it is the cause of a failed exchange.
 pub(super) fn cause(error: &hyper::Error) -> Option<BodyError> {
     let mut source = std::error::Error::source(error);
     while let Some(error) = source {

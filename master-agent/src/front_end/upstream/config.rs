@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use hyper::Uri;
-use proto_config::{At, Section};
+use proto_config::{At, Meanings, Section};
 use proto_net::tls::ClientTls;
 
 use crate::{
@@ -11,29 +11,61 @@ use crate::{
     front_end::headers::IdentityHeaders,
 };
 
+/// The `upstream` section.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UpstreamConfig {
     /// `https://HOST:PORT`, or `http://` on loopback.
     pub servers: Vec<Uri>,
     pub tls: ClientTls,
     pub identity: IdentityHeaders,
-    /// Uses one connection for many requests, with servers that speak HTTP/2.
+    /// Whether to share one connection between many requests, with servers that support HTTP/2.
     pub http2: bool,
-    /// The path that health checks ask for.
+    /// The path of health checks.
     pub health_path: String,
     pub health_interval: Duration,
     pub connect_timeout: Duration,
-    /// Idle connections to each server that are kept for the next request.
+    /// The maximum number of idle connections to each server.
     pub max_idle: usize,
-    /// Connections to each server at a time.
+    /// The maximum number of connections to each server.
     pub max_connections: usize,
-    /// The age from which a connection takes no more requests.
+    /// The age at which a connection stops taking requests.
     pub max_age: Duration,
 }
 
+const FIELDS: Meanings = &[
+    ("servers", "The kube-apiservers: https://HOST:PORT, or http:// on loopback only."),
+    ("ca", "The CA of the servers' certificates. It is required for https:// servers."),
+    ("cert", "The front-proxy certificate, by kube-apiserver's --requestheader-client-ca-file."),
+    ("key", "The key of cert, with mode 0600 or 0640."),
+    (
+        "requestheader_username_headers",
+        "The headers that name the user, as in kube-apiserver's flag of this name. The first is sent, and no \
+         caller's header of these names goes further.",
+    ),
+    ("requestheader_uid_headers", "The same for the user's UID."),
+    ("requestheader_group_headers", "The same for the user's groups."),
+    (
+        "requestheader_extra_headers_prefix",
+        "The same for extra fields of the user, whose headers begin with this.",
+    ),
+    ("http2", "Sends many requests on one connection."),
+    ("health_path", "What is asked for to see whether a server works."),
+    ("health_interval", "How often a server's health is asked for."),
+    ("connect_timeout", "Time to connect to a server."),
+    (
+        "max_connections",
+        "Connections at once to each server. A watch, or any request without http2, has a connection of its \
+         own.",
+    ),
+    ("max_idle", "Idle connections to each server that are kept for the next request."),
+    ("max_age", "A connection that is older takes no further requests."),
+];
+
 impl UpstreamConfig {
     pub fn read(s: &Section<'_>) -> Option<Self> {
+        s.document(FIELDS);
         let servers: Vec<Uri> = s.items("servers").iter().filter_map(server).collect();
+        s.states_required("servers");
         if s.items("servers").is_empty() {
             s.error("servers", "needs at least one https://HOST:PORT");
         }

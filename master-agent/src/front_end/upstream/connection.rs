@@ -1,4 +1,4 @@
-//! One connection to an API server, and the exchange that goes over it.
+//! A connection to an API server during one exchange.
 
 use std::{
     pin::Pin,
@@ -22,7 +22,7 @@ use super::{
 
 /// A connection to an API server that is ready to take a request.
 pub(super) struct ServerConnection {
-    /// The connection has served a request before.
+    /// Whether the connection has served a request before.
     pub kept: bool,
     server: Arc<Server>,
     sender: Sender,
@@ -35,16 +35,15 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// Drives the connection. This is needed whenever the response has nothing more to read yet, because the connection
-    /// has no task of its own.
+    /// Drives the connection, which has no task of its own. This must be called whenever the response is pending.
     pub fn drive(&mut self, cx: &mut Context<'_>) {
         if let Some(Sender::Http1(connection)) = &mut self.sender {
             connection.drive(cx);
         }
     }
 
-    /// Keeps the connection for another request, now that its response has been read to its end. The pool closes it if
-    /// the rest of this request is still being sent.
+    /// Returns the connection to the pool once the response has been read completely. The pool closes the connection if
+    /// the request has not been sent completely.
     fn finish(&mut self) {
         if let Some(Sender::Http1(connection)) = self.sender.take() {
             self.server.keep(connection);
@@ -62,14 +61,14 @@ impl ResponseBody {
     fn of(response: Response<Incoming>, lease: Lease) -> Response<Self> {
         let upgraded = response.status() == StatusCode::SWITCHING_PROTOCOLS;
         let mut response = response.map(|incoming| Self { incoming, lease });
-        // hyper does not poll a body that is known to be empty.
+        // hyper does not poll an empty body, so the lease ends here.
         if !upgraded && response.body().incoming.is_end_stream() {
             response.body_mut().lease.finish();
         }
         response
     }
 
-    /// The connection of a response that changes the protocol.
+    /// Returns the connection of a response that changes the protocol.
     pub fn into_lease(self) -> Lease {
         self.lease
     }
@@ -111,7 +110,7 @@ impl ServerConnection {
         Ok(Self { kept, server: server.clone(), sender })
     }
 
-    /// Sends a request. A failure returns the request if nothing of it has been sent.
+    /// Sends a request. An error contains the request if nothing of it has been sent.
     pub(super) async fn send(
         self,
         mut request: Request<RequestBody>,

@@ -1,4 +1,4 @@
-//! The health check of API servers.
+//! The health checks of API servers.
 
 use std::{io, sync::Arc};
 
@@ -8,19 +8,19 @@ use hyper::{Request, Uri};
 use super::{
     body::RequestBody,
     connection::ServerConnection,
-    sender::causes,
     server::{ConnectError, Protocol, Server},
 };
+use crate::http::causes::causes;
 
-/// Bytes of an answer that are read so that its connection can be kept.
+/// The maximum number of bytes that are read of an answer, after which its connection can be kept.
 const MAX_HEALTH: usize = 64 * 1024;
 
-/// Checks whether a server works. Every answer but `5xx` says so, also one that denies access to the path.
+/// Checks the health of a server. Every answer except `5xx` means that it is healthy, even one that denies access.
 pub(super) async fn check(server: &Arc<Server>) {
     server.sweep();
     match tokio::time::timeout(server.timeout, ask(server)).await {
-        Ok(Ok(())) => server.mark_working(),
-        Ok(Err(error)) => server.not_connected(&error),
+        Ok(Ok(())) => server.mark_healthy(),
+        Ok(Err(error)) => server.connect_failed(&error),
         Err(_) => server.count_failure(&"no answer in time"),
     }
 }

@@ -1,7 +1,7 @@
-//! The kube-apiservers behind the front end: which of them a request goes to, and on which connection.
+//! The kube-apiservers behind the front end, and the choice of a server and a connection for each request.
 //!
-//! Unless HTTP/2 is configured, a request has a connection of its own for as long as it lasts, so that a caller who does
-//! not read a response holds up nobody else. Connections are kept for later requests.
+//! Unless HTTP/2 is configured, each request has a connection of its own until its response ends, so that a caller who
+//! does not read a response does not block others. Connections are kept for later requests.
 
 mod body;
 mod config;
@@ -26,9 +26,9 @@ use proto_net::{
     tasks::Tasks,
 };
 
-use crate::metrics::Expiry;
+use crate::{http::causes::causes, metrics::Expiry};
 
-pub use body::{BodyError, BodyLimits, Progress, RequestBody};
+pub use body::{BodyError, BodyLimits, ReceivedBytes, RequestBody};
 pub use config::UpstreamConfig;
 use connection::ServerConnection;
 pub use connection::{Lease, ResponseBody};
@@ -42,7 +42,7 @@ pub struct Upstream {
     interval: Duration,
 }
 
-/// Why there is no response.
+/// Why a request has no response.
 #[derive(Debug, thiserror::Error)]
 pub enum UpstreamError {
     #[error("no API server can be reached: {0}")]
@@ -54,7 +54,8 @@ pub enum UpstreamError {
 }
 
 impl Upstream {
-    /// Reads the files, which are to be followed. `connections` owns the connections to the servers.
+    /// Reads the files. The returned watcher must be polled. The group `connections` owns the connections to the
+    /// servers.
     pub fn load(config: &UpstreamConfig, connections: &Tasks) -> anyhow::Result<(Self, Arc<dyn Watcher>)> {
         let (tls, http2) = (config.tls.clone(), config.http2);
         let files: Vec<PathBuf> = config.tls.files();
@@ -94,13 +95,13 @@ impl Upstream {
                 let connection = match ServerConnection::to(&server, protocol).await {
                     Ok(connection) => connection,
                     Err(error) => {
-                        server.not_connected(&error);
+                        server.connect_failed(&error);
                         last = error.to_string();
                         break;
                     }
                 };
                 let kept = connection.kept;
-                // A kept connection may close while the request is on its way.
+                // The server may close a kept connection while the request is on its way.
                 let again = kept.then(|| repeatable(&request)).flatten();
                 match connection.send(request).await {
                     Ok(response) => return Ok(response),
@@ -114,7 +115,7 @@ impl Upstream {
                     Err((error, None)) => match (body::cause(&error), again) {
                         (Some(error), _) => return Err(UpstreamError::Body(error)),
                         (None, Some(again)) => request = again,
-                        (None, None) => return Err(UpstreamError::Broken(sender::causes(&error))),
+                        (None, None) => return Err(UpstreamError::Broken(causes(&error))),
                     },
                 }
             }
@@ -122,7 +123,7 @@ impl Upstream {
         Err(UpstreamError::Unreachable(last))
     }
 
-    /// All servers, in turn, with those that work first.
+    /// Returns all servers in rotating order, the healthy ones first.
     fn in_order(&self) -> Vec<Arc<Server>> {
         let count = self.servers.len();
         let first = self.next.fetch_add(1, Ordering::Relaxed);
@@ -132,7 +133,7 @@ impl Upstream {
         order
     }
 
-    /// The number of servers that work, and of all.
+    /// Returns the number of healthy servers, and the number of all.
     pub fn healthy(&self) -> (usize, usize) {
         (self.servers.iter().filter(|server| server.is_healthy()).count(), self.servers.len())
     }
@@ -141,13 +142,13 @@ impl Upstream {
         self.servers.iter().map(|server| server.status()).collect()
     }
 
-    /// When the certificates in use expire.
+    /// Returns when the certificates in use expire.
     pub fn expiries(&self) -> Vec<Expiry> {
         let Some(server) = self.servers.first() else { return Vec::new() };
         server.expiries()
     }
 
-    /// Checks all servers at the configured interval until the task is cancelled.
+    /// Checks the health of all servers at the configured interval until the task is cancelled.
     pub async fn watch_health(self: Arc<Self>) {
         let mut interval = tokio::time::interval(self.interval);
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -158,7 +159,7 @@ impl Upstream {
     }
 }
 
-/// A copy of the request, if making it twice does no harm.
+/// Returns a copy of the request, if it is safe to send it twice.
 fn repeatable(request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
     let harmless = [Method::GET, Method::HEAD, Method::OPTIONS].contains(request.method());
     if !harmless || !request.body().is_empty() {

@@ -1,4 +1,4 @@
-//! The connections to one API server: those that are kept for later requests, and how many there may be.
+//! The pool of connections to one API server, which also limits their number.
 
 use std::{
     collections::VecDeque,
@@ -18,15 +18,16 @@ use tokio::{
 use super::{
     body::RequestBody,
     config::UpstreamConfig,
-    sender::{Http1, Made, Sender, StreamPermit},
+    sender::{Established, Http1, Sender, StreamPermit},
 };
 use crate::front_end::workers;
 
-/// Requests on one HTTP/2 connection at a time.
+/// The maximum number of concurrent requests on one HTTP/2 connection.
 pub(super) const MAX_STREAMS: usize = 100;
-/// How long a connection is kept without a request.
+/// How long an unused connection is kept.
 const MAX_UNUSED: Duration = Duration::from_secs(90);
 
+/// The connections to one API server.
 pub(super) struct Pool {
     idle: Idle,
     shared: Mutex<Vec<Http2>>,
@@ -34,8 +35,8 @@ pub(super) struct Pool {
     max_age: Duration,
 }
 
-/// Idle connections, apart for each of the front end's threads, since a connection is driven by the thread that made it.
-/// The one that was used last is at the end and is used next, so that connections that are not needed grow old.
+/// Idle connections. Each worker thread has its own, since a connection is driven by the thread that made it. The most
+/// recently used connection is used next, so that connections which are not needed expire.
 struct Idle {
     of_threads: Vec<Mutex<VecDeque<Http1>>>,
     count: AtomicUsize,
@@ -48,18 +49,18 @@ impl Idle {
         Self { of_threads, count: AtomicUsize::new(0), max }
     }
 
-    /// Takes the connection of this thread that was used last.
+    /// Takes the most recently used connection of this thread.
     fn newest(&self) -> Option<Http1> {
         self.remove(self.of_threads.get(workers::current())?, VecDeque::pop_back)
     }
 
-    /// Takes the connection that has been idle for longest of the thread that keeps the most.
+    /// Takes the least recently used connection of the thread that has the most idle connections.
     fn oldest(&self) -> Option<Http1> {
         let most = self.of_threads.iter().max_by_key(|one| lock(one).len())?;
         self.remove(most, VecDeque::pop_front)
     }
 
-    /// Keeps a connection of this thread, and closes the oldest if there are too many.
+    /// Adds a connection of this thread, and closes the oldest one if there are too many.
     fn add(&self, connection: Http1) {
         let Some(one) = self.of_threads.get(workers::current()) else { return };
         self.add_to(one, connection);
@@ -69,7 +70,7 @@ impl Idle {
     }
 
     fn add_to(&self, one: &Mutex<VecDeque<Http1>>, connection: Http1) {
-        // Counted before it can be removed.
+        // The connection is counted before another thread can remove it.
         self.count.fetch_add(1, Ordering::Relaxed);
         lock(one).push_back(connection);
     }
@@ -84,7 +85,7 @@ impl Idle {
         Some(connection)
     }
 
-    /// Closes connections that are no longer good. Each is taken out while it is checked.
+    /// Closes connections that are not `good`. Each connection is taken out of the pool while it is checked.
     fn retain(&self, good: impl Fn(&mut Http1) -> bool) {
         for one in &self.of_threads {
             let kept = lock(one).len();
@@ -102,12 +103,12 @@ fn lock<T>(one: &Mutex<T>) -> MutexGuard<'_, T> {
     one.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A connection for many requests, which a task of its own drives.
+/// An HTTP/2 connection, which many requests share and a task of its own drives.
 struct Http2 {
     sender: http2::SendRequest<RequestBody>,
     streams: Arc<AtomicUsize>,
-    made: Made,
-    /// When the connection was last seen to have streams.
+    established: Established,
+    /// When the connection was last known to have streams.
     used: Instant,
 }
 
@@ -121,7 +122,7 @@ impl Pool {
         }
     }
 
-    /// A permit for a new connection. If there is none left, a kept connection is closed for it.
+    /// Returns a permit for a new connection. If none is left, an idle connection is closed to free one.
     pub(super) fn permit(&self) -> Option<OwnedSemaphorePermit> {
         let permit = || self.permits.clone().try_acquire_owned().ok();
         permit().or_else(|| {
@@ -130,15 +131,15 @@ impl Pool {
         })
     }
 
-    /// Takes a connection that was made with the present files.
+    /// Takes a connection that was made with this generation of the files.
     pub(super) fn take(&self, generation: u64) -> Option<Sender> {
         if let Some((sender, permit)) = self.stream(generation) {
             return Some(Sender::Http2(sender, permit));
         }
         loop {
-            // Taken out of the pool first, because driving it may take a while.
+            // The connection is taken out of the pool first, because driving it may take a while.
             let mut connection = self.idle.newest()?;
-            if self.is_current(&connection.made, generation) && connection.is_ready() {
+            if self.is_current(&connection.established, generation) && connection.is_ready() {
                 return Some(Sender::Http1(connection));
             }
         }
@@ -146,36 +147,40 @@ impl Pool {
 
     fn stream(&self, generation: u64) -> Option<(http2::SendRequest<RequestBody>, StreamPermit)> {
         let mut shared = self.shared();
-        // Requests that are under way keep their connection.
-        shared.retain(|one| !one.sender.is_closed() && self.is_current(&one.made, generation));
+        // Requests in progress keep their connection.
+        shared.retain(|one| !one.sender.is_closed() && self.is_current(&one.established, generation));
         let one = shared.iter_mut().find(|one| one.streams.load(Ordering::Relaxed) < MAX_STREAMS)?;
         one.used = Instant::now();
         Some((one.sender.clone(), StreamPermit::take(&one.streams)))
     }
 
-    /// Keeps a connection that has been used, if it can be used again.
+    /// Returns a connection to the pool, if it can be used again.
     pub(super) fn put(&self, mut connection: Http1, generation: u64) {
-        if !self.is_current(&connection.made, generation) || !connection.is_ready() {
+        if !self.is_current(&connection.established, generation) || !connection.is_ready() {
             return;
         }
         connection.used = Instant::now();
         self.idle.add(connection);
     }
 
-    /// Keeps a new connection for many requests, and takes its first stream.
-    pub(super) fn share(&self, sender: &http2::SendRequest<RequestBody>, made: Made) -> StreamPermit {
+    /// Adds a new HTTP/2 connection to the pool, and takes its first stream.
+    pub(super) fn share(
+        &self,
+        sender: &http2::SendRequest<RequestBody>,
+        established: Established,
+    ) -> StreamPermit {
         let streams = Arc::default();
         let permit = StreamPermit::take(&streams);
-        self.shared().push(Http2 { sender: sender.clone(), streams, made, used: Instant::now() });
+        self.shared().push(Http2 { sender: sender.clone(), streams, established, used: Instant::now() });
         permit
     }
 
-    /// Closes connections that the server has closed, that nobody has needed for long, that are old, or that were made
-    /// with files that have changed.
+    /// Closes connections that the server has closed, that have been unused for long, that are old, or that were made
+    /// with an older generation of the files.
     pub(super) fn sweep(&self, generation: u64) {
         self.idle.retain(|connection| {
             connection.used.elapsed() < MAX_UNUSED
-                && self.is_current(&connection.made, generation)
+                && self.is_current(&connection.established, generation)
                 && connection.is_ready()
         });
         self.shared().retain_mut(|one| {
@@ -184,12 +189,12 @@ impl Pool {
             }
             one.used.elapsed() < MAX_UNUSED
                 && !one.sender.is_closed()
-                && self.is_current(&one.made, generation)
+                && self.is_current(&one.established, generation)
         });
     }
 
-    fn is_current(&self, made: &Made, generation: u64) -> bool {
-        made.generation == generation && made.at.elapsed() < self.max_age
+    fn is_current(&self, established: &Established, generation: u64) -> bool {
+        established.generation == generation && established.at.elapsed() < self.max_age
     }
 
     fn shared(&self) -> MutexGuard<'_, Vec<Http2>> {
@@ -228,15 +233,15 @@ mod tests {
         count
     }
 
-    fn made(generation: u64) -> Made {
-        Made { generation, at: Instant::now() }
+    fn established(generation: u64) -> Established {
+        Established { generation, at: Instant::now() }
     }
 
     async fn http1(pool: &Pool, generation: u64) -> (Http1, DuplexStream) {
         let (near, far) = tokio::io::duplex(1024);
         let (sender, connection) = http1::handshake(TokioIo::new(near)).await.unwrap();
         let driver = Box::pin(connection.with_upgrades());
-        let mut connection = Http1::new(sender, driver, made(generation), pool.permit().unwrap());
+        let mut connection = Http1::new(sender, driver, established(generation), pool.permit().unwrap());
         assert!(connection.is_ready());
         (connection, far)
     }
@@ -334,11 +339,12 @@ mod tests {
         let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(near)).await.unwrap();
         #[allow(clippy::disallowed_methods, reason = "a test owns its tasks by its runtime")]
         tokio::spawn(connection);
-        let first: Vec<_> = std::iter::once(Sender::Http2(sender.clone(), pool.share(&sender, made(0))))
-            .chain(std::iter::from_fn(|| pool.take(0)))
-            .collect();
+        let first: Vec<_> =
+            std::iter::once(Sender::Http2(sender.clone(), pool.share(&sender, established(0))))
+                .chain(std::iter::from_fn(|| pool.take(0)))
+                .collect();
         assert_eq!(first.len(), MAX_STREAMS);
-        let second = pool.share(&sender, made(0));
+        let second = pool.share(&sender, established(0));
         drop(second);
         tokio::time::advance(MAX_UNUSED).await;
         pool.sweep(0);
@@ -347,7 +353,7 @@ mod tests {
         tokio::time::advance(MAX_UNUSED).await;
         pool.sweep(0);
         assert_eq!(pool.shared().len(), 0);
-        let permit = pool.share(&sender, made(0));
+        let permit = pool.share(&sender, established(0));
         assert!(pool.take(1).is_none() && pool.shared().is_empty(), "made with other files");
         drop(permit);
     }

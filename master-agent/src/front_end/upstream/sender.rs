@@ -1,5 +1,5 @@
-//! What sends requests over one connection to an API server: an HTTP/1.1 connection, or one stream of a shared HTTP/2
-//! connection.
+//! The sender of requests on one connection to an API server, which is an HTTP/1.1 connection or a stream of a shared
+//! HTTP/2 connection.
 
 use std::{
     future::poll_fn,
@@ -20,6 +20,7 @@ use hyper::{
 use tokio::{sync::OwnedSemaphorePermit, task::coop::unconstrained, time::Instant};
 
 use super::body::RequestBody;
+use crate::http::causes::causes;
 
 /// Sends requests over one connection.
 pub(super) enum Sender {
@@ -29,18 +30,18 @@ pub(super) enum Sender {
 
 /// When a connection was made, and with which generation of the TLS files.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Made {
+pub(super) struct Established {
     pub generation: u64,
     pub at: Instant,
 }
 
-/// A connection without a task of its own: whoever waits for something from it drives it. So a request never changes
-/// tasks, and a request that is given up closes its connection at once.
+/// An HTTP/1.1 connection. It has no task of its own and is driven by the task that waits for it. Therefore a request
+/// never changes tasks, and an abandoned request closes its connection at once.
 pub(super) struct Http1 {
     sender: http1::SendRequest<RequestBody>,
     /// `None` once the connection has ended.
     driver: Option<Driver>,
-    pub made: Made,
+    pub established: Established,
     pub used: Instant,
     _permit: OwnedSemaphorePermit,
 }
@@ -51,13 +52,13 @@ impl Http1 {
     pub(super) fn new(
         sender: http1::SendRequest<RequestBody>,
         driver: Driver,
-        made: Made,
+        established: Established,
         permit: OwnedSemaphorePermit,
     ) -> Self {
-        Self { sender, driver: Some(driver), made, used: made.at, _permit: permit }
+        Self { sender, driver: Some(driver), established, used: established.at, _permit: permit }
     }
 
-    /// Sends a request, and drives the connection until the head of the response has come.
+    /// Sends a request, and drives the connection until the head of the response has arrived.
     pub(super) async fn send(
         &mut self,
         request: Request<RequestBody>,
@@ -78,8 +79,8 @@ impl Http1 {
         drive(&mut self.driver, cx);
     }
 
-    /// Whether the connection can take a request now. The check is outside tokio's cooperative scheduling, by which a
-    /// busy task would be told that it can't.
+    /// Whether the connection can take a request now. The check is exempt from tokio's cooperative scheduling, which
+    /// would make every connection look busy to a task that has used up its budget.
     pub(super) fn is_ready(&mut self) -> bool {
         let ready = poll_fn(|cx| {
             self.drive(cx);
@@ -101,11 +102,11 @@ fn drive(driver: &mut Option<Driver>, cx: &mut Context<'_>) {
     }
 }
 
-/// Permits one stream of a shared connection.
+/// A permit for one stream of a shared connection.
 pub(super) struct StreamPermit(Arc<AtomicUsize>);
 
 impl StreamPermit {
-    /// Counts in `streams` until it is dropped.
+    /// Takes a permit, which counts in `streams` until it is dropped.
     pub(super) fn take(streams: &Arc<AtomicUsize>) -> Self {
         streams.fetch_add(1, Ordering::Relaxed);
         Self(streams.clone())
@@ -116,16 +117,4 @@ impl Drop for StreamPermit {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
-}
-
-/// An error of hyper with its causes, which its own text leaves out.
-pub(super) fn causes(error: &hyper::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

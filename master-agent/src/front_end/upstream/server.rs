@@ -1,4 +1,4 @@
-//! One API server: connections to it, and whether it works.
+//! One API server: its connections and its health.
 
 use std::{
     io,
@@ -37,25 +37,26 @@ use tokio_rustls::TlsConnector;
 use super::{
     config::UpstreamConfig,
     pool::{MAX_STREAMS, Pool},
-    sender::{Driver, Http1, Made, Sender, causes},
+    sender::{Driver, Established, Http1, Sender},
 };
 use crate::{
-    http::{Executor, is_loopback},
+    http::{Executor, causes::causes, is_loopback},
     metrics::Expiry,
 };
 
 const MAX_HEADERS: usize = 256;
 const MAX_HEAD: usize = 1024 * 1024;
 const STREAM_WINDOW: u32 = 1024 * 1024;
-/// The windows of all streams together, so that a stream that nobody reads does not hold up the others.
+/// The sum of the windows of all streams, so that a stream that nobody reads does not block the others.
 const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MAX_STREAMS as u32;
-/// Failures in a row after which a server is considered down.
+/// The number of consecutive failures after which a server counts as down.
 const FAILURES: usize = 2;
 
+/// The protocols that a connection may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Protocol {
     Http1,
-    /// HTTP/2 if it is configured and the server speaks it, else HTTP/1.1.
+    /// The connection uses HTTP/2 if that is configured and the server supports it, and otherwise HTTP/1.1.
     Any,
 }
 
@@ -85,6 +86,7 @@ impl ServerTls {
     }
 }
 
+/// An API server.
 pub(super) struct Server {
     /// The URL, for logs and errors.
     pub name: String,
@@ -93,20 +95,20 @@ pub(super) struct Server {
     host: String,
     port: u16,
     tls: Arc<FileWatcher<ServerTls>>,
-    /// The name in the server's certificate; with `None` the server speaks plain HTTP.
+    /// The name in the server's certificate. With `None`, connections use plain HTTP.
     tls_name: Option<ServerName<'static>>,
-    /// The server is believed to speak HTTP/2.
+    /// Whether the server is expected to support HTTP/2.
     multiplexes: AtomicBool,
-    /// Held while a connection is made that many requests will share.
+    /// Locked while a shared connection is made.
     connecting: tokio::sync::Mutex<()>,
     pool: Pool,
-    /// The path that health checks ask for.
+    /// The path of health checks.
     pub health: PathAndQuery,
-    /// For making a connection, and for a health check.
+    /// The longest time to make a connection, and for a health check.
     pub timeout: Duration,
-    /// Failures in a row.
+    /// The number of consecutive failures.
     failures: AtomicUsize,
-    /// All failures since the start.
+    /// The number of failures since the start.
     failures_total: AtomicU64,
     down: AtomicBool,
     connections: Tasks,
@@ -118,18 +120,18 @@ pub struct UpstreamStatus {
     /// Host and port.
     pub server: String,
     pub healthy: bool,
-    /// Connections, requests and checks that have failed since the start.
+    /// The number of failed connections, requests and checks since the start.
     pub failures: u64,
 }
 
-/// Why there is no connection.
+/// Why a connection could not be made.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ConnectError {
     #[error("{0}: max_connections are in use")]
     Full(String),
-    /// The fault is on this machine and says nothing about the server.
+    /// The fault is on this host and says nothing about the server.
     #[error("{0}: no connection can be made from here: {1}")]
-    Here(String, io::Error),
+    Local(String, io::Error),
     #[error("{0}: {1}")]
     Server(String, io::Error),
 }
@@ -184,7 +186,7 @@ impl Server {
         }
     }
 
-    /// When the certificates in use expire.
+    /// Returns when the certificates in use expire.
     pub(super) fn expiries(&self) -> Vec<Expiry> {
         self.tls.get().expiries.clone()
     }
@@ -197,15 +199,15 @@ impl Server {
         self.host_header.clone()
     }
 
-    /// Counts a failure if the server is why there is no connection.
-    pub(super) fn not_connected(&self, error: &ConnectError) {
+    /// Counts a failure if the server is the reason why a connection could not be made.
+    pub(super) fn connect_failed(&self, error: &ConnectError) {
         match error {
             ConnectError::Server(_, error) => self.count_failure(error),
-            ConnectError::Full(_) | ConnectError::Here(..) => {}
+            ConnectError::Full(_) | ConnectError::Local(..) => {}
         }
     }
 
-    /// Counts a failure, and considers the server down after several in a row.
+    /// Counts a failure. After several consecutive failures, the server counts as down.
     pub(super) fn count_failure(&self, error: &dyn std::fmt::Display) {
         self.failures_total.fetch_add(1, Ordering::Relaxed);
         let failures = self.failures.fetch_add(1, Ordering::Relaxed) + 1;
@@ -214,19 +216,19 @@ impl Server {
         }
     }
 
-    pub(super) fn mark_working(&self) {
+    pub(super) fn mark_healthy(&self) {
         self.failures.store(0, Ordering::Relaxed);
         if self.down.swap(false, Ordering::Relaxed) {
             tracing::info!(server = self.name, "API server is up again");
         }
     }
 
-    /// Closes the kept connections that are of no more use.
+    /// Closes idle connections that must not be used any more.
     pub(super) fn sweep(&self) {
         self.pool.sweep(self.tls.generation());
     }
 
-    /// Takes a kept connection or makes a new one, and says whether it is a kept one.
+    /// Takes a kept connection or makes a new one. Also returns whether it is a kept one.
     pub(super) async fn sender(&self, protocol: Protocol) -> Result<(Sender, bool), ConnectError> {
         let kept = || match protocol {
             Protocol::Any => self.pool.take(self.tls.generation()),
@@ -244,7 +246,7 @@ impl Server {
             }
             let permit = self.pool.permit().ok_or_else(|| ConnectError::Full(self.name.clone()))?;
             let sender = self.connect(protocol, permit).await.map_err(|error| {
-                let reason = if is_local(&error) { ConnectError::Here } else { ConnectError::Server };
+                let reason = if is_local(&error) { ConnectError::Local } else { ConnectError::Server };
                 reason(self.name.clone(), error)
             })?;
             Ok((sender, false))
@@ -255,7 +257,7 @@ impl Server {
         })
     }
 
-    /// Keeps a connection for the next request, if it is still good.
+    /// Keeps a connection for a later request, if it can be used again.
     pub(super) fn keep(&self, connection: Http1) {
         self.pool.put(connection, self.tls.generation());
     }
@@ -263,9 +265,9 @@ impl Server {
     async fn connect(&self, protocol: Protocol, permit: OwnedSemaphorePermit) -> io::Result<Sender> {
         let socket = TcpStream::connect((self.host.as_str(), self.port)).await?;
         socket::tune(&socket);
-        // The generation is read before the files: if they change in between, the connection counts as an old one.
-        let made = Made { generation: self.tls.generation(), at: Instant::now() };
-        let Some(name) = &self.tls_name else { return http1(socket, made, permit).await };
+        // The generation is read before the files, so that a connection counts as old if the files change in between.
+        let established = Established { generation: self.tls.generation(), at: Instant::now() };
+        let Some(name) = &self.tls_name else { return http1(socket, established, permit).await };
         let tls = self.tls.get();
         let config = match protocol {
             Protocol::Any => tls.any.clone(),
@@ -276,10 +278,15 @@ impl Server {
         if protocol == Protocol::Any {
             self.multiplexes.store(http2, Ordering::Relaxed);
         }
-        if http2 { self.http2(tls, made, permit).await } else { http1(tls, made, permit).await }
+        if http2 { self.http2(tls, established, permit).await } else { http1(tls, established, permit).await }
     }
 
-    async fn http2<S>(&self, socket: S, made: Made, permit: OwnedSemaphorePermit) -> io::Result<Sender>
+    async fn http2<S>(
+        &self,
+        socket: S,
+        established: Established,
+        permit: OwnedSemaphorePermit,
+    ) -> io::Result<Sender>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
@@ -299,12 +306,12 @@ impl Server {
             }
         });
         sender.ready().await.map_err(io::Error::other)?;
-        let permit = self.pool.share(&sender, made);
+        let permit = self.pool.share(&sender, established);
         Ok(Sender::Http2(sender, permit))
     }
 }
 
-async fn http1<S>(socket: S, made: Made, permit: OwnedSemaphorePermit) -> io::Result<Sender>
+async fn http1<S>(socket: S, established: Established, permit: OwnedSemaphorePermit) -> io::Result<Sender>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -315,14 +322,14 @@ where
         .await
         .map_err(io::Error::other)?;
     let driver: Driver = Box::pin(connection.with_upgrades());
-    let mut connection = Http1::new(sender, driver, made, permit);
+    let mut connection = Http1::new(sender, driver, established, permit);
     if !connection.is_ready() {
         return Err(io::Error::other("the connection ended at once"));
     }
     Ok(Sender::Http1(connection))
 }
 
-/// Whether connecting failed for want of descriptors, memory, ports or a network on this machine.
+/// Whether connecting failed because this host lacks file descriptors, memory, ports or a network.
 fn is_local(error: &io::Error) -> bool {
     let local = [
         libc::EMFILE,

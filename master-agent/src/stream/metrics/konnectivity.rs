@@ -3,7 +3,7 @@
 use prometheus_client::metrics::{counter::Counter, family::Family, histogram::Histogram};
 use proto::DialError;
 
-use crate::metrics::Reason;
+use crate::metrics::ReasonLabel;
 
 /// Konnectivity's reasons of failed dials that occur here.
 const REASONS: [&str; 5] =
@@ -14,7 +14,7 @@ const REASONS: [&str; 5] =
 pub struct KonnectivityCounts {
     pub dial_seconds: Histogram,
     pub stream_seconds: Histogram,
-    failures: Family<Reason, Counter>,
+    failures: Family<ReasonLabel, Counter>,
 }
 
 impl Default for KonnectivityCounts {
@@ -43,11 +43,12 @@ impl KonnectivityCounts {
             DialError::TimedOut(_) => "backend_dial_timeout",
             DialError::Cancelled => "frontend_close",
         };
-        self.failures.get_or_create(&Reason { reason }).inc();
+        self.failures.get_or_create(&ReasonLabel { reason }).inc();
     }
 
     /// The number of failed dials by reason.
     pub fn failures(&self) -> [(&'static str, u64); 5] {
-        REASONS.map(|reason| (reason, self.failures.get(&Reason { reason }).map_or(0, |count| count.get())))
+        REASONS
+            .map(|reason| (reason, self.failures.get(&ReasonLabel { reason }).map_or(0, |count| count.get())))
     }
 }

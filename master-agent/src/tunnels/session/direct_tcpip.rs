@@ -1,4 +1,4 @@
-//! Streams to targets behind a plain sshd, each a direct-tcpip channel (RFC 4254, section 7.2).
+//! Streams to targets behind a plain sshd. Each of them is a direct-tcpip channel (RFC 4254, section 7.2).
 
 use std::{sync::Arc, time::Duration};
 
@@ -19,7 +19,7 @@ pub(crate) struct DirectTcpip {
     state: Arc<SessionState>,
     channels: Channels,
     tasks: Tasks,
-    /// Cloned for each channel that the sshd has not answered for yet.
+    /// Has one clone for each channel whose opening the sshd has not answered yet.
     opening: Arc<()>,
     max_streams: usize,
 }
@@ -41,7 +41,7 @@ impl DirectTcpip {
     }
 
     pub(crate) async fn open(&self, target: &Target, limit: Duration) -> Result<Stream, DialError> {
-        // SSH can't take an open back, so a channel that nobody waits for any more still counts.
+        // SSH can't cancel an open request, so a channel that nobody waits for any more still counts.
         let opening = self.opening.clone();
         if self.channels.len() + Arc::strong_count(&opening) > self.max_streams + 1 {
             let error =

@@ -1,4 +1,4 @@
-//! Why there is no tunnel.
+//! The errors of links that do not become tunnels, and of requests to a tunnel's node.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -6,7 +6,7 @@ use proto::NodeName;
 
 use crate::identity::HostKeyError;
 
-/// Why the registry does not take a tunnel.
+/// Why the registry rejects a tunnel.
 #[derive(Debug, thiserror::Error)]
 pub enum NotRegistered {
     #[error("node {0} has enough tunnels, active and standing by")]
@@ -15,7 +15,7 @@ pub enum NotRegistered {
     Unknown(NodeName),
 }
 
-/// Why a link did not become a tunnel, or a tunnel does not do what it was asked for.
+/// Why a link did not become a tunnel, or why the node of a tunnel did not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum TunnelError {
     #[error("{0}")]
@@ -28,7 +28,7 @@ pub enum TunnelError {
     Timeout(Duration),
     #[error("the connection was closed before the master was authenticated")]
     Closed,
-    #[error("gave its place to a newer handshake")]
+    #[error("a newer handshake has taken its permit")]
     Evicted,
     #[error("{0}")]
     Connect(String),
@@ -45,8 +45,8 @@ pub enum TunnelError {
 }
 
 impl TunnelError {
-    /// The label under which a failed handshake is counted. `None` is for errors that do not come from a handshake;
-    /// whoever makes them counts them.
+    /// Returns the label under which a failed handshake is counted. Returns `None` for errors that do not come from a
+    /// handshake and are counted where they occur.
     pub(crate) fn handshake_failure(&self) -> Option<&'static str> {
         match self {
             Self::HostKey(why) => Some(why.kind()),

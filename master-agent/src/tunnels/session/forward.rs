@@ -1,5 +1,5 @@
-//! Connections to the front end that come to an address on which a plain sshd was asked to listen (RFC 4254, section
-//! 7.1).
+//! The connections to the front end that arrive at an address on which a plain sshd was asked to listen (RFC 4254,
+//! section 7.1).
 
 use std::{
     sync::Arc,
@@ -9,9 +9,9 @@ use std::{
 use proto_net::stream::Stream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-/// Channels that a plain sshd may open in [`OPENS_WINDOW`]. Each costs an answer, and while keys are exchanged, answers
-/// wait without a bound.
-const OPENS: u32 = 10_000;
+/// The number of channels that a plain sshd may open in [`OPENS_WINDOW`]. Each of them costs an answer, and the queue
+/// of answers is unbounded during a key exchange.
+const MAX_OPENS: u32 = 10_000;
 const OPENS_WINDOW: Duration = Duration::from_secs(10);
 
 /// A connection to the address that a plain sshd listens on.
@@ -19,28 +19,28 @@ pub struct Forwarded {
     pub stream: Stream,
     /// The caller's address, as the sshd reports it.
     pub origin: String,
-    /// Counts this connection among those of the node for as long as it is held.
+    /// Counts this connection against the node's limit until it is dropped.
     pub permit: OwnedSemaphorePermit,
 }
 
-/// The right to hand one connection over.
+/// A reserved place for one connection.
 pub(super) struct Reserved {
     pub(super) callers: mpsc::OwnedPermit<Forwarded>,
     pub(super) permit: OwnedSemaphorePermit,
 }
 
-/// The address that a plain sshd was asked to listen on, and where its connections go.
+/// The address on which a plain sshd was asked to listen, and the receiver of its connections.
 pub struct Forward {
     host: String,
     port: u32,
     callers: mpsc::Sender<Forwarded>,
     permits: Arc<Semaphore>,
-    /// When the current window began, and the channels opened since then.
+    /// When the current window began, and how many channels were opened since then.
     opens: (Instant, u32),
 }
 
 impl Forward {
-    /// Also gives the receiver of the connections, of which there are at most `max_connections` at once.
+    /// Also returns the receiver of the connections, of which there are at most `max_connections` at once.
     pub(crate) fn new(host: String, port: u32, max_connections: usize) -> (Self, mpsc::Receiver<Forwarded>) {
         let (callers, received) = mpsc::channel(max_connections.max(1));
         let permits = Arc::new(Semaphore::new(max_connections));
@@ -51,17 +51,17 @@ impl Forward {
         self.host == host && self.port == port
     }
 
-    /// Counts a channel that the node opens. `false` means that it opens too many.
+    /// Counts a channel that the node opens. Returns `false` if there are too many.
     pub(super) fn count_open(&mut self, now: Instant) -> bool {
         let (since, count) = &mut self.opens;
         if now.duration_since(*since) > OPENS_WINDOW {
             (*since, *count) = (now, 0);
         }
         *count += 1;
-        *count <= OPENS
+        *count <= MAX_OPENS
     }
 
-    /// `None` when all connections are in use.
+    /// Reserves a place for a connection. Returns `None` if all places are taken.
     pub(super) fn reserve(&self) -> Option<Reserved> {
         let permit = self.permits.clone().try_acquire_owned().ok();
         let callers = self.callers.clone().try_reserve_owned().ok();
@@ -77,7 +77,7 @@ mod tests {
     fn a_node_may_open_so_many_channels_in_a_window_and_again_in_the_next() {
         let (mut forward, _received) = Forward::new("127.0.0.1".to_owned(), 6443, 1);
         let began = forward.opens.0;
-        assert!((0..OPENS).all(|_| forward.count_open(began)));
+        assert!((0..MAX_OPENS).all(|_| forward.count_open(began)));
         assert!(!forward.count_open(began + OPENS_WINDOW));
         assert!(forward.count_open(began + OPENS_WINDOW + Duration::from_millis(1)));
     }

@@ -1,4 +1,4 @@
-//! The callbacks of a session: russh calls them to have the host key verified, and with everything that a node sends.
+//! The callbacks of a session, which verify the host key and process everything that a node sends.
 
 use std::{sync::Arc, time::Instant};
 
@@ -18,9 +18,11 @@ use super::{
     identity::Verify,
     state::{Loss, SessionState},
 };
-/// The smallest packet size that a node may ask for.
+
+/// The smallest maximum packet size that a node may announce.
 const MIN_PACKET: u32 = 1024;
 
+/// The handler that russh calls.
 pub(crate) struct ClientHandler {
     pub(super) verify: Verify,
     pub(super) state: Arc<SessionState>,
@@ -29,27 +31,28 @@ pub(crate) struct ClientHandler {
 }
 
 impl ClientHandler {
-    /// A node opens no channels that it was not asked for. That ends the session, since refusals would wait without a
-    /// bound while keys are exchanged.
-    fn unasked(&self) -> Result<(), russh::Error> {
-        Err(self.broken("the node tried to open a channel".to_owned()))
+    /// Ends the session, because the node has opened a channel that it was not asked for. A refusal instead would have
+    /// to wait in an unbounded queue during a key exchange.
+    fn unsolicited_channel(&self) -> Result<(), russh::Error> {
+        Err(self.violation("the node tried to open a channel".to_owned()))
     }
 
-    fn broken(&self, reason: String) -> russh::Error {
+    /// Ends the session, because the node has violated a protocol.
+    fn violation(&self, reason: String) -> russh::Error {
         self.state.end(Loss::Protocol, reason);
         russh::Error::Inconsistent
     }
 
-    /// Room for a connection to the address that the node was asked to listen on. `Err` ends the session, `None`
-    /// refuses the channel.
+    /// Reserves a place for a connection to the address on which the node was asked to listen. An error ends the
+    /// session, and `None` refuses the channel.
     fn reserve_forwarded(&self, host: &str, port: u32) -> Result<Option<Reserved>, russh::Error> {
         let mut forward = self.state.forward();
         let Some(forward) = forward.as_mut().filter(|forward| forward.listens_on(host, port)) else {
-            self.unasked()?;
+            self.unsolicited_channel()?;
             return Ok(None);
         };
         if !forward.count_open(Instant::now()) {
-            return Err(self.broken("the node opens channels without measure".to_owned()));
+            return Err(self.violation("the node opens too many channels".to_owned()));
         }
         Ok(forward.reserve())
     }
@@ -60,8 +63,8 @@ impl client::Handler for ClientHandler {
 
     async fn check_server_key(&mut self, presented: &PublicKeyOrCertificate) -> Result<bool, russh::Error> {
         let identity = (self.verify)(presented).await;
-        // The key exchange is completed with a key that is refused, too, so that the node can be told why. The
-        // handshake goes no further then.
+        // The key exchange is completed even if the key is refused, so that the node can be told why. The handshake
+        // then goes no further.
         Ok(self.state.identity.set(identity).is_ok())
     }
 
@@ -82,10 +85,10 @@ impl client::Handler for ClientHandler {
         _window_size: u32,
         _session: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        // RFC 4253, section 6.1, requires peers to take packets of 32 KiB. With tiny packets, one write would become
-        // thousands.
+        // RFC 4253, section 6.1, requires peers to accept packets of 32 KiB. A tiny maximum would split one write into
+        // thousands of packets.
         if max_packet_size < MIN_PACKET {
-            return Err(self.broken(format!("the node takes packets of {max_packet_size} bytes only")));
+            return Err(self.violation(format!("the node takes packets of {max_packet_size} bytes only")));
         }
         self.channels.on_open(id);
         Ok(())
@@ -100,7 +103,7 @@ impl client::Handler for ClientHandler {
         let fed = self.state.to_node.feed(channel, data);
         match fed.or_else(|| self.state.to_front_end.feed(channel, data)) {
             Some(Ok(())) => Ok(()),
-            Some(Err(error)) => Err(self.broken(format!("the node broke the stream protocol: {error}"))),
+            Some(Err(error)) => Err(self.violation(format!("the node broke the stream protocol: {error}"))),
             None if self.channels.on_data(channel, data).await => Ok(()),
             None => session.close(channel),
         }
@@ -142,7 +145,7 @@ impl client::Handler for ClientHandler {
         let half = channel.split().1;
         let packet = half.writable_packet_size().await;
         if packet < MIN_PACKET as usize {
-            return Err(self.broken(format!("the node takes packets of {packet} bytes only")));
+            return Err(self.violation(format!("the node takes packets of {packet} bytes only")));
         }
         self.channels.on_open(half.id());
         reply.accept().await;
@@ -162,7 +165,7 @@ impl client::Handler for ClientHandler {
         _reply: client::ChannelOpenHandle,
         _session: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        self.unasked()
+        self.unsolicited_channel()
     }
 
     async fn server_channel_open_agent_forward(
@@ -171,7 +174,7 @@ impl client::Handler for ClientHandler {
         _reply: client::ChannelOpenHandle,
         _session: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        self.unasked()
+        self.unsolicited_channel()
     }
 
     async fn server_channel_open_session(
@@ -180,7 +183,7 @@ impl client::Handler for ClientHandler {
         _reply: client::ChannelOpenHandle,
         _session: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        self.unasked()
+        self.unsolicited_channel()
     }
 
     async fn server_channel_open_direct_tcpip(
@@ -193,7 +196,7 @@ impl client::Handler for ClientHandler {
         _reply: client::ChannelOpenHandle,
         _session: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        self.unasked()
+        self.unsolicited_channel()
     }
 
     async fn server_channel_open_direct_streamlocal(
@@ -203,7 +206,7 @@ impl client::Handler for ClientHandler {
         _reply: client::ChannelOpenHandle,
         _session: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        self.unasked()
+        self.unsolicited_channel()
     }
 
     async fn server_channel_open_x11(
@@ -214,7 +217,7 @@ impl client::Handler for ClientHandler {
         _reply: client::ChannelOpenHandle,
         _session: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        self.unasked()
+        self.unsolicited_channel()
     }
 
     async fn disconnected(&mut self, reason: DisconnectReason<russh::Error>) -> Result<(), russh::Error> {

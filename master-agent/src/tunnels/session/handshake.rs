@@ -1,4 +1,4 @@
-//! The SSH handshake on a link. A [`Session`] is what comes of it, and exists only when both sides have authenticated.
+//! The SSH handshake on a link, which results in a [`Session`] once both sides have authenticated.
 
 use std::{
     sync::{Arc, atomic::Ordering},
@@ -32,30 +32,31 @@ use super::{
 };
 use crate::{identity::UserIdentity, tunnels::config::TunnelsConfig};
 
-/// How long one stream to a plain sshd may hold up the others on its connection. A stream that was fast before may do
-/// so for twice as long.
-const PATIENCE: Duration = Duration::from_millis(250);
-/// How long to wait for a refusal to be sent, or for the node to say why it refuses.
+/// How long one stream to a plain sshd may block the others on its connection. A stream that was fast before may do so
+/// for twice as long.
+const STALL_TIMEOUT: Duration = Duration::from_millis(250);
+/// The longest time to send a refusal, or to wait for the reason of the node's refusal.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long the last packets may take when a session is closed.
-const FAREWELL_TIMEOUT: Duration = Duration::from_millis(500);
+/// The longest time for each step of closing a session.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 
-const WAYS_OUT: &str = "If another service holds this port, let the node call home (`call_home:` in its config), \
+/// What to do if a port does not speak SSH.
+const NOT_SSH_HINT: &str = "If another service holds this port, let the node call home (`call_home:` in its config), \
      give node-agent another port (`listen:`, and `dial:` in the inventory), or use the sshd that runs there \
      (`master-agent sshd-config`)";
 
-/// How the two sides of one link authenticate.
+/// How both sides of one link authenticate.
 pub struct Credentials<'a> {
-    /// Decides whose the node's host key is.
+    /// Verifies the node's host key.
     pub verify: Verify,
     /// The SSH user name to log in with.
     pub login: &'a str,
     pub user: &'a UserIdentity,
-    /// The room that the handshake takes and may have to give up to another; `None` if it is not limited.
+    /// The permit of the handshake, which a newer handshake may evict. `None` means that handshakes are not limited.
     pub permit: Option<&'a HandshakePermit>,
 }
 
-/// Makes sessions.
+/// Performs handshakes as the SSH client.
 pub struct SshClient {
     config: TunnelsConfig,
     stalls: stalls::ByDirection,
@@ -64,7 +65,7 @@ pub struct SshClient {
 /// An SSH session in which both sides have authenticated. Dropping it ends it.
 pub struct Session {
     pub identity: HostIdentity,
-    /// When the certificate expires with which the master authenticated.
+    /// When the certificate that authenticated the master expires.
     pub user_expires: Option<SystemTime>,
     pub(crate) handle: Arc<Handle<ClientHandler>>,
     pub(crate) state: Arc<SessionState>,
@@ -76,12 +77,12 @@ pub struct Session {
 }
 
 impl SshClient {
-    /// `stalls` counts the waits of what is sent to nodes.
+    /// Takes the counters of how often, and for how long, streams wait.
     pub fn new(config: TunnelsConfig, stalls: stalls::ByDirection) -> Self {
         Self { config, stalls }
     }
 
-    /// Runs the handshake. The session's tasks belong to a group below `tasks`.
+    /// Performs the handshake. The session's tasks belong to a group below `tasks`.
     pub async fn authenticate<T>(
         &self,
         link: T,
@@ -93,12 +94,12 @@ impl SshClient {
     {
         let Credentials { verify, login, user, permit } = credentials;
         let cut = CancellationToken::new();
-        // A failure, and dropping this future, must also end the session that russh runs.
+        // A failure or a drop of this future must also end the task in which russh runs the session.
         let cut_on_drop = cut.clone().drop_guard();
         let received = permit.map(|permit| permit.received.clone()).unwrap_or_default();
         let (link, gate) = Link::new(link, cut.clone(), received.clone());
         let tasks = tasks.child();
-        let channels = Channels::new(gate.clone(), tasks.clone(), PATIENCE, self.stalls.up.clone());
+        let channels = Channels::new(gate.clone(), tasks.clone(), STALL_TIMEOUT, self.stalls.up.clone());
         let state = Arc::<SessionState>::default();
         let handler = ClientHandler {
             verify,
@@ -150,24 +151,24 @@ impl SshClient {
 }
 
 impl Session {
-    /// Whether the other side says that it is a node-agent.
+    /// Whether the other side identifies itself as a node-agent.
     pub fn is_with_node_agent(&self) -> bool {
         self.state.is_node_agent()
     }
 
-    /// Ends the session, and tells the other side why.
+    /// Ends the session and tells the other side why.
     pub async fn close(&self, reason: &str) {
         self.close_after(async {}, reason).await;
     }
 
-    /// The same once `farewell` has completed, which gets little time.
-    pub(crate) async fn close_after(&self, farewell: impl Future<Output = ()>, reason: &str) {
+    /// Ends the session after `last_messages`, which has [`CLOSE_TIMEOUT`] to complete, and tells the other side why.
+    pub(crate) async fn close_after(&self, last_messages: impl Future<Output = ()>, reason: &str) {
         let leave = async {
-            farewell.await;
+            last_messages.await;
             let _ = self.handle.disconnect(russh::Disconnect::ByApplication, reason, "").await;
         };
-        let _ = timeout(FAREWELL_TIMEOUT, leave).await;
-        let _ = timeout(FAREWELL_TIMEOUT, self.state.ended.cancelled()).await;
+        let _ = timeout(CLOSE_TIMEOUT, leave).await;
+        let _ = timeout(CLOSE_TIMEOUT, self.state.ended.cancelled()).await;
         self.cut();
     }
 
@@ -183,7 +184,7 @@ impl Drop for Session {
     }
 }
 
-/// Exchanges keys, which verifies the host key. A node whose key is refused is told why.
+/// Performs the key exchange, which verifies the host key. A node whose key is refused is told why.
 async fn exchange_keys<T>(
     link: Link<T>,
     config: client::Config,
@@ -206,7 +207,7 @@ where
     }
 }
 
-/// Tells a node, before this master has authenticated, why the master goes no further.
+/// Tells a node why its key is refused, before this master has authenticated.
 async fn refuse(handle: &mut Handle<ClientHandler>, state: &SessionState, reason: &str) {
     if state.is_node_agent() {
         let _ = handle.authenticate_none(refusal::to_login(reason)).await;
@@ -232,7 +233,7 @@ async fn log_in(
     if result.success() {
         return Ok(());
     }
-    // A node-agent says why, and leaves.
+    // A node-agent gives the reason and disconnects.
     let closed = handle.is_closed();
     if closed || state.is_node_agent() {
         let _ = timeout(REFUSAL_TIMEOUT, state.ended.cancelled()).await;
@@ -240,7 +241,7 @@ async fn log_in(
     let unauthorized = |said| TunnelError::Unauthorized { user: login.to_owned(), said };
     Err(match state.end_reason() {
         Some((Loss::ByNode, said)) => unauthorized(format!(" ({said})")),
-        // russh reports the end of a session as it does a refusal.
+        // russh reports the end of a session in the same way as a refusal.
         Some(_) | None if closed => TunnelError::Closed,
         Some(_) | None => unauthorized(String::new()),
     })
@@ -251,7 +252,7 @@ fn timed_out(limit: Duration, received: usize) -> TunnelError {
         return TunnelError::Timeout(limit);
     }
     let limit = humantime::format_duration(limit);
-    TunnelError::NotSsh(format!("no SSH server answered there within {limit}. {WAYS_OUT}"))
+    TunnelError::NotSsh(format!("no SSH server answered there within {limit}. {NOT_SSH_HINT}"))
 }
 
 async fn evicted(permit: Option<&HandshakePermit>) {
@@ -261,11 +262,11 @@ async fn evicted(permit: Option<&HandshakePermit>) {
     }
 }
 
-/// A port on which something else listens needs a hint for whoever configured it.
+/// Returns the error of a failed key exchange, with a hint if something other than an SSH server seems to listen there.
 fn not_ssh(error: russh::Error) -> TunnelError {
     if matches!(error, russh::Error::Disconnect | russh::Error::Version | russh::Error::IO(_)) {
         return TunnelError::NotSsh(format!(
-            "no SSH server completed a handshake there ({error}). {WAYS_OUT}"
+            "no SSH server completed a handshake there ({error}). {NOT_SSH_HINT}"
         ));
     }
     TunnelError::Ssh(error)

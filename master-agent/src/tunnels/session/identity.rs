@@ -1,4 +1,4 @@
-//! Who is at the other end of a session, by the host key that it has proved.
+//! The identity of a session's other end, which follows from the host key whose possession it has proved.
 
 use std::sync::Arc;
 
@@ -11,10 +11,11 @@ use crate::identity::{HostKeyError, VerifiedHost};
 #[derive(Clone, Debug)]
 pub enum HostIdentity {
     Verified(VerifiedHost),
-    /// A key of no node. Its host may join with a token, and do nothing else. The error says why the key is no node's.
+    /// The key belongs to no node, for the reason that the error gives. The host may join with a token and do nothing
+    /// else.
     Unknown(Box<PublicKey>, Arc<HostKeyError>),
 }
 
-/// Decides whose a presented host key is.
+/// Verifies a presented host key.
 pub type Verify =
     Box<dyn Fn(&PublicKeyOrCertificate) -> BoxFuture<'_, Result<HostIdentity, HostKeyError>> + Send + Sync>;

@@ -1,8 +1,8 @@
-//! The SSH session with a node, of which the master is always the client, whoever dialled the link below.
+//! The SSH session with a node. The master is always the SSH client, whichever side dialled the link.
 //!
-//! [`handshake::SshClient`] takes a link and gives a [`handshake::Session`] only when the node's host key has been
-//! verified and the node has accepted the master's key. A node opens no channels by itself, with one exception, for
-//! which the master has to ask: connections to an address that a plain sshd listens on ([`forward`]).
+//! [`handshake::SshClient`] takes a link and returns a [`handshake::Session`] only when the node's host key has been
+//! verified and the node has accepted the master's key. A node must not open channels, with one exception for which the
+//! master has to ask: connections to an address on which a plain sshd listens ([`forward`]).
 
 pub mod direct_tcpip;
 pub mod error;

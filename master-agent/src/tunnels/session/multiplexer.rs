@@ -1,5 +1,5 @@
-//! The multiplexers of a session, each on an SSH channel of its own: one on which the master opens streams to targets,
-//! and one on which the node opens streams to the front end.
+//! The multiplexers of a session, each on an SSH channel of its own. The master opens streams to targets on one of
+//! them, and the node opens streams to the front end on the other.
 
 use proto::mux::{FRONT_END_SUBSYSTEM, SUBSYSTEM};
 use proto_net::mux::{Events, Mux};
@@ -16,26 +16,28 @@ pub(crate) enum Opener {
 }
 
 impl Session {
-    /// Asks the node for a multiplexer with at most `max_streams` streams at once; `None` if it has none.
+    /// Asks the node for a multiplexer with at most `max_streams` streams at once. Returns `None` if the node does not
+    /// offer one.
     pub(crate) async fn start_multiplexer(
         &self,
         opener: Opener,
         max_streams: usize,
     ) -> Result<Option<(Mux, Events)>, TunnelError> {
-        // The master sends up what it opens itself, and down what it answers a node's callers.
+        // What the master sends goes up on the streams that it has opened itself, and down on those of a node's
+        // callers.
         let (subsystem, input, stalls) = match opener {
             Opener::Master => (SUBSYSTEM, &self.state.to_node, &self.stalls.up),
             Opener::Node => (FRONT_END_SUBSYSTEM, &self.state.to_front_end, &self.stalls.down),
         };
         let mut channel = match self.handle.channel_open_session().await {
             Ok(channel) => channel,
-            // The answer of an sshd that is set up for forwarding only.
+            // An sshd that is configured for forwarding only answers like this.
             Err(russh::Error::ChannelOpenFailure(_)) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
         let id = channel.id();
         // Nothing is sent before the node has agreed. A plain sshd keeps the channel's window closed until then, and
-        // while one channel waits for its window, russh sends nothing at all, not even that channel's close.
+        // while one channel waits for its window, russh sends nothing at all, not even the close of that channel.
         let (agreed, agreement) = watch::channel(false);
         let handle = self.handle.clone();
         let out = move |frame| {

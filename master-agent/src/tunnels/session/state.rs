@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::{forward::Forward, identity::HostIdentity};
 use crate::identity::HostKeyError;
 
-/// How a session came to its end.
+/// The kind of reason for which a session has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Loss {
     /// The node left keep-alives unanswered.
@@ -21,14 +21,14 @@ pub enum Loss {
     Link,
     ByNode,
     ByMaster,
-    /// The node broke a protocol.
+    /// The node violated a protocol.
     Protocol,
 }
 
 impl Loss {
     pub const ALL: [Self; 5] = [Self::NoAnswer, Self::Link, Self::ByNode, Self::ByMaster, Self::Protocol];
 
-    /// The value of a metric's label.
+    /// Returns the value of the label in metrics.
     pub fn kind(self) -> &'static str {
         match self {
             Self::NoAnswer => "no_answer",
@@ -50,7 +50,7 @@ pub(crate) struct SessionState {
     forward: Mutex<Option<Forward>>,
     /// The result of verifying the presented host key.
     pub(super) identity: OnceLock<Result<HostIdentity, HostKeyError>>,
-    /// Whether the peer's SSH version says that it is a node-agent.
+    /// Whether the peer's SSH version string is that of a node-agent.
     node_agent: AtomicBool,
     end: OnceLock<(Loss, String)>,
     pub(crate) ended: CancellationToken,
@@ -65,17 +65,17 @@ impl SessionState {
         self.node_agent.store(is_node_agent, Ordering::Relaxed);
     }
 
-    /// Keeps why the session ends; the first reason counts.
+    /// Records why the session ends, unless a reason has been recorded before.
     pub(crate) fn end(&self, loss: Loss, reason: String) {
         let _ = self.end.set((loss, reason));
     }
 
-    /// Why the session ends, once that is known.
+    /// Returns why the session ends, once that is known.
     pub(crate) fn end_reason(&self) -> Option<(Loss, &str)> {
         self.end.get().map(|(loss, reason)| (*loss, reason.as_str()))
     }
 
-    /// The reason of the end as a text.
+    /// Returns the reason of the end as text.
     pub(crate) fn reason(&self) -> String {
         self.end_reason().map_or_else(|| "the SSH session ended".to_owned(), |(_, reason)| reason.to_owned())
     }
@@ -84,7 +84,7 @@ impl SessionState {
         self.forward.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Closes both multiplexers, and takes no more forwarded connections.
+    /// Closes both multiplexers and stops accepting forwarded connections.
     pub(super) fn close_inputs(&self) {
         self.to_node.clear();
         self.to_front_end.clear();
@@ -92,7 +92,7 @@ impl SessionState {
     }
 }
 
-/// The receiving end of a multiplexer, and the channel that feeds it.
+/// The receiving side of a multiplexer, and the channel that feeds it.
 #[derive(Default)]
 pub(super) struct MuxInput(Mutex<Option<(ChannelId, Feeder)>>);
 
@@ -110,7 +110,7 @@ impl MuxInput {
         *self.lock() = None;
     }
 
-    /// Takes data of a channel; `None` if it is another's.
+    /// Processes data of a channel. Returns `None` if it is not the multiplexer's channel.
     pub(super) fn feed(&self, channel: ChannelId, data: &[u8]) -> Option<Result<(), ProtocolError>> {
         match &mut *self.lock() {
             Some((id, feeder)) if *id == channel => Some(feeder.feed(data)),
@@ -118,7 +118,7 @@ impl MuxInput {
         }
     }
 
-    /// Closes the multiplexer if `channel` is its channel, and says whether it was.
+    /// Closes the multiplexer if `channel` is its channel, and returns whether it was.
     pub(super) fn close(&self, channel: ChannelId) -> bool {
         self.lock().take_if(|(id, _)| *id == channel).is_some()
     }

@@ -6,7 +6,7 @@ use tests::{
     apiserver::ApiServer,
     cluster::{Cluster, Kind, Options, SOON, addresses},
     http::Base,
-    kubectl::{Kubectl, Outcome, Release},
+    kubectl::{Kubectl, Outcome, Printed, Release},
     kubelet::{Kubelet, hex},
     kubelet_port,
     load::completes,
@@ -15,9 +15,8 @@ use tests::{
     target,
 };
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines},
+    io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    process::{Child, ChildStdout},
     sync::MutexGuard,
 };
 
@@ -119,19 +118,6 @@ fn pattern() -> Vec<u8> {
 
 fn assert_success(outcome: &Outcome) {
     assert_eq!((outcome.code, outcome.stderr.as_str()), (Some(0), ""), "{}", outcome.stdout.len());
-}
-
-/// The lines that kubectl prints.
-struct Printed(Lines<BufReader<ChildStdout>>);
-
-impl Printed {
-    fn by(child: &mut Child) -> Self {
-        Self(BufReader::new(child.stdout.take().unwrap()).lines())
-    }
-
-    async fn line(&mut self) -> String {
-        completes("a line", self.0.next_line()).await.unwrap().expect("kubectl has ended")
-    }
 }
 
 #[tokio::test]

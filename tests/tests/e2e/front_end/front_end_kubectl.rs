@@ -8,7 +8,7 @@ use tests::{
     cluster::SOON,
     front_end::{Credential, FrontEnd, Setup},
     http::Base,
-    kubectl::{Kubectl, Release},
+    kubectl::{Kubectl, Printed, Release},
     kubelet::Kubelet,
     load::completes,
     pattern::fill,
@@ -16,24 +16,11 @@ use tests::{
     target,
 };
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines},
+    io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    process::{Child, ChildStdout},
 };
 
 const VOLUME: usize = 3_000_000;
-
-struct Printed(Lines<BufReader<ChildStdout>>);
-
-impl Printed {
-    fn by(child: &mut Child) -> Self {
-        Self(BufReader::new(child.stdout.take().unwrap()).lines())
-    }
-
-    async fn line(&mut self) -> String {
-        completes("a line", self.0.next_line()).await.unwrap().expect("kubectl has ended")
-    }
-}
 
 /// A front end before a cluster with the pod `web`, whose kubelet is a stand-in.
 struct Site {

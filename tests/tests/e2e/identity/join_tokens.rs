@@ -3,14 +3,14 @@
 use std::{os::unix::fs::PermissionsExt, time::Duration};
 
 use tests::{
-    client::Door,
+    client::{Door, echo},
     cluster::SOON,
     process::{eventually, free_port},
     relay::Relay,
     target,
 };
 
-use super::joining::{Host, echo, id, is_unused, list, local, master, secret, token};
+use super::joining::{Host, id, is_unused, list, local, master, secret, token};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_line_on_each_side_makes_a_fresh_host_a_node() {

@@ -20,14 +20,14 @@ use russh::{
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tests::{
-    client::{Door, Stream},
+    client::echo,
     cluster::{Cluster, Kind, Options, SOON, binary},
     openssh,
     process::{Process, eventually, free_port},
     target,
 };
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
+    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
 };
 
@@ -172,21 +172,6 @@ pub(super) fn is_unused(cluster: &Cluster, line: &str) -> bool {
     let all: Vec<Value> =
         serde_json::from_str(&cluster.command(&["token", "list", "-o", "json"]).unwrap()).unwrap();
     all.iter().any(|t| t["id"] == id(line) && t["used_by"].is_null())
-}
-
-pub(super) async fn echo(door: &Door, target: &str) -> Stream {
-    let mut stream = door.stream(target).await.unwrap();
-    stream.write_all(b"echo\n").await.unwrap();
-    still_echoes(&mut stream).await;
-    stream
-}
-
-pub(super) async fn still_echoes(stream: &mut Stream) {
-    let sent: [u8; 16] = rand::random();
-    stream.write_all(&sent).await.unwrap();
-    let mut got = [0; 16];
-    tokio::time::timeout(SOON, stream.read_exact(&mut got)).await.expect("an echo").unwrap();
-    assert_eq!(got, sent);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

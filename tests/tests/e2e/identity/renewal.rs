@@ -6,13 +6,14 @@ use std::{
 };
 
 use tests::{
+    client::{echo, still_echoes},
     cluster::{Cluster, SOON},
     process::{eventually, free_port},
     relay::Relay,
     target,
 };
 
-use super::joining::{Host, PATIENCE, echo, list, local, master, still_echoes, token};
+use super::joining::{Host, PATIENCE, list, local, master, token};
 
 async fn expiry(cluster: &Cluster, host: &Host) -> u64 {
     let name = "node_agent_host_certificate_expiry_timestamp_seconds ";

@@ -167,47 +167,6 @@ fn the_guide_lists_exactly_the_commands_there_are() {
     }
 }
 
-/// Names and quoted defaults of the tables of fields; tables follow the heading that names their file.
-#[test]
-fn the_defaults_in_the_guide_are_those_of_the_sample_files() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let page = std::fs::read_to_string(root.join("deploy/guide/configuration.md")).unwrap();
-    let quoted = |cell: &str| cell.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>();
-    let (mut sample, mut wrong, mut compared) = (None, Vec::new(), 0);
-    for line in page.lines().take_while(|l| *l != "## Ports") {
-        sample = match line {
-            "## master-agent.yaml" => Some("master-agent.yaml"),
-            "## inventory.yaml" => Some("inventory.yaml"),
-            "## node-agent.yaml" => Some("node-agent.yaml"),
-            _ => sample,
-        };
-        let cells: Vec<&str> = line.split('|').collect();
-        let (Some(sample), [_, names, defaults, ..]) = (sample, &cells[..]) else { continue };
-        let text = std::fs::read_to_string(root.join("deploy/config").join(sample)).unwrap();
-        let (names, defaults) = (quoted(names), quoted(defaults));
-        if names.len() != defaults.len() {
-            continue;
-        }
-        for (name, default) in names.iter().zip(&defaults) {
-            let field = name.rsplit('.').next().unwrap();
-            let values: Vec<&str> = text
-                .lines()
-                .filter_map(|l| l.trim_start_matches([' ', '-', '#']).strip_prefix(field)?.strip_prefix(": "))
-                .map(|v| v.split(" #").next().unwrap().trim())
-                .collect();
-            // Where the default is empty, a sample shows an example.
-            if default != "[]" && default != "none" {
-                compared += 1;
-                if !values.contains(&default.as_str()) {
-                    wrong.push(format!("{sample}: {name}: {default} in the guide, {values:?} in the sample"));
-                }
-            }
-        }
-    }
-    assert!(compared > 30, "{compared}");
-    assert!(wrong.is_empty(), "{wrong:#?}");
-}
-
 #[test]
 fn completions_are_made_for_the_common_shells() {
     for agent in AGENTS {

@@ -6,7 +6,7 @@ use std::{
 };
 
 use tests::{
-    client::{Door, Stream},
+    client::{Door, Stream, echo, still_echoes},
     cluster::{Cluster, Kind, Options, SOON},
     pattern::{Checker, fill},
     process::{eventually, free_port},
@@ -18,7 +18,7 @@ use tokio::{
     net::{TcpListener, TcpSocket, TcpStream},
 };
 
-use super::operate::{PATIENCE, echo, local, logged, nodes, still_echoes, until};
+use super::operate::{PATIENCE, local, logged, nodes, until};
 
 /// A download that has begun.
 pub(super) struct Download {

@@ -8,7 +8,7 @@ use std::{
 
 use serde_json::Value;
 use tests::{
-    client::{Door, Stream},
+    client::{Door, echo, still_echoes},
     cluster::{Cluster, Kind, Options, SOON, addresses},
     metrics::{Metrics, OPEN_METRICS, assert_golden, documented, scrape},
     pki::client_config,
@@ -60,22 +60,6 @@ pub(super) async fn logged(process: &Process, text: &str) {
         process.log_text().contains(text).then_some(())
     })
     .await;
-}
-
-/// Opens a stream to an echo server and proves that it works.
-pub(super) async fn echo(door: &Door, target: &str) -> Stream {
-    let mut stream = door.stream(target).await.unwrap();
-    stream.write_all(b"echo\n").await.unwrap();
-    still_echoes(&mut stream).await;
-    stream
-}
-
-pub(super) async fn still_echoes(stream: &mut Stream) {
-    let sent: [u8; 16] = rand::random();
-    stream.write_all(&sent).await.unwrap();
-    let mut got = [0; 16];
-    tokio::time::timeout(SOON, stream.read_exact(&mut got)).await.expect("an echo").unwrap();
-    assert_eq!(got, sent);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

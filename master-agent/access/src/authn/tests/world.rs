@@ -1,4 +1,4 @@
-//! Keys, certificates, files, and a stub of what is asked over HTTPS.
+//! The keys, certificates and files of the tests, and a stub of the servers that are asked over HTTPS.
 
 use std::{
     collections::HashMap,
@@ -33,8 +33,10 @@ use sha2::{Digest, Sha256};
 
 use crate::authn::cluster::{ApiError, ApiServer, BoundKind, BoundObject, Cluster, Existence, Objects, Uid};
 
-/// 2027-01-15T08:00:00Z.
+/// The time of the tests, 2027-01-15T08:00:00Z.
 pub(super) const NOW: u64 = 1_800_000_000;
+/// The path to which TokenReviews are posted.
+pub(super) const REVIEWS: &str = "/apis/authentication.k8s.io/v1/tokenreviews";
 
 pub(super) type Ca = CertifiedIssuer<'static, KeyPair>;
 
@@ -44,7 +46,7 @@ pub(super) struct World {
     pub p256: Signer,
     pub p384: Signer,
     pub ed25519: Signer,
-    /// In no file.
+    /// A key that is in no file.
     pub rotated: Signer,
     pub ca: Ca,
     pub other_ca: Ca,
@@ -132,7 +134,7 @@ impl World {
         proto_config::secret_file::replace(&self.dir.join(name), content.as_bytes()).unwrap();
     }
 
-    /// A client certificate of the CA with this common name.
+    /// Returns a client certificate of the CA with this common name.
     pub(super) fn leaf(
         &self,
         name: &str,
@@ -141,7 +143,7 @@ impl World {
         vec![leaf(&self.ca, name, change)]
     }
 
-    /// What a service account's token says.
+    /// Returns the claims of a service account's token.
     pub(super) fn account_claims(&self) -> Value {
         json!({
             "iss": "https://cluster",
@@ -160,7 +162,7 @@ impl World {
         })
     }
 
-    /// What an OIDC provider's token says.
+    /// Returns the claims of an OIDC provider's token.
     pub(super) fn oidc_claims(&self) -> Value {
         json!({
             "iss": format!("{}/oidc", self.stub.url),
@@ -232,7 +234,7 @@ fn secrets() -> Vec<(&'static str, Value)> {
 pub(super) struct Signer {
     pub pair: KeyPair,
     pub algorithm: Algorithm,
-    /// As kube-apiserver names it.
+    /// The ID that kube-apiserver gives the key.
     pub id: String,
     key: EncodingKey,
 }
@@ -280,13 +282,13 @@ impl Signer {
         self.token_with(json!({"kid": self.id}), claims)
     }
 
-    /// With this in the header beside the algorithm.
+    /// Signs a token with these header fields besides the algorithm.
     pub(super) fn token_with(&self, header: Value, claims: &Value) -> String {
         let header = change(header, "alg", serde_json::to_value(self.algorithm).unwrap());
         self.token_of(&header.to_string(), &claims.to_string(), self.algorithm)
     }
 
-    /// Of header and payload as they are.
+    /// Signs the header and payload without changing them.
     pub(super) fn token_of(&self, header: &str, payload: &str, algorithm: Algorithm) -> String {
         let message = format!("{}.{}", URL_SAFE_NO_PAD.encode(header), URL_SAFE_NO_PAD.encode(payload));
         format!("{message}.{}", self.sign(&message, algorithm))
@@ -314,7 +316,7 @@ impl Signer {
     }
 }
 
-/// An HMAC over a token, as one would who takes a public key for a secret.
+/// Returns a token with an HMAC that uses a public key as its secret.
 pub(super) fn hmac_token(secret: &str, header: &Value, claims: &Value) -> String {
     let message = format!(
         "{}.{}",
@@ -400,7 +402,7 @@ pub(super) struct Stub {
     pub url: String,
     /// Whether TokenReviews are answered with an error.
     pub fail: AtomicBool,
-    /// What is served, in turn; the last one for ever.
+    /// The key sets that are served one after another. The last one is served for ever.
     served: Mutex<HashMap<String, Vec<(u16, Value)>>>,
     counts: Mutex<HashMap<String, usize>>,
     review: Mutex<Value>,
@@ -453,7 +455,7 @@ impl Stub {
         served.entry(path.to_owned()).or_default().push((status, body));
     }
 
-    /// In place of what was served before.
+    /// Replaces the key sets that are served.
     pub(super) fn serve_only(&self, path: &str, body: Value) {
         self.served.lock().unwrap().insert(path.to_owned(), vec![(200, body)]);
     }
@@ -462,7 +464,7 @@ impl Stub {
         self.counts.lock().unwrap().get(path).copied().unwrap_or_default()
     }
 
-    /// Those that the last TokenReview asked for.
+    /// Returns the audiences for which the last TokenReview asked.
     pub(super) fn review_audiences(&self) -> Value {
         self.review.lock().unwrap()["spec"]["audiences"].clone()
     }
@@ -471,7 +473,7 @@ impl Stub {
         *self.counts.lock().unwrap().entry(path.to_owned()).or_default() += 1;
     }
 
-    /// What is served next.
+    /// Returns the key set that is served next.
     fn next(&self, path: &str) -> (u16, Value) {
         self.counted(path);
         match self.served.lock().unwrap().get_mut(path) {
@@ -513,7 +515,7 @@ impl ApiServer for Stub {
     }
 
     fn review<'a>(&'a self, _: &'a TokenReview) -> BoxFuture<'a, Result<TokenReview, ApiError>> {
-        let (status, body) = self.next(super::REVIEWS);
+        let (status, body) = self.next(REVIEWS);
         let answer = match status {
             200 | 201 => Ok(serde_json::from_value(body).unwrap()),
             _ => Err(ApiError::Failed(status.to_string())),
@@ -529,9 +531,9 @@ pub(super) struct Watches(Mutex<Shown>);
 #[derive(Default)]
 struct Shown {
     objects: Vec<BoundObject>,
-    /// All objects are known.
+    /// Whether all objects are known.
     listed: bool,
-    /// The watches show the present.
+    /// Whether the watches are up to date.
     current: bool,
 }
 
@@ -545,7 +547,7 @@ impl Watches {
         self.0.lock().unwrap().objects.retain(|object| (object.kind, &*object.key) != (kind, key));
     }
 
-    /// The objects so far are all that there are. `current` is whether the watches show the present.
+    /// Marks the present objects as all that exist. `current` says whether the watches are up to date.
     pub(super) fn listed(&self, current: bool) {
         let mut shown = self.0.lock().unwrap();
         (shown.listed, shown.current) = (true, current);

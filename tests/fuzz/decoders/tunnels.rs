@@ -1,10 +1,6 @@
-//! What must hold for every decoder of a peer's bytes, whatever the bytes are: nothing panics, and what was decoded
-//! means the same after it has been encoded again.
-//!
-//! The fuzz targets call these functions with new inputs, and `tests/tests/corpora.rs` with those that are kept in
-//! `corpora/`, in a folder for each function.
+//! The tunnels: what agents and masters send each other, and what callers ask of them.
 
-#![allow(dead_code, reason = "each fuzz target uses one function")]
+use std::{future::ready, time::Duration};
 
 use bytes::Bytes;
 use prost::Message;
@@ -18,25 +14,18 @@ use proto::{
     revocation::{Report, SignedList, krl::Krl},
     target::Target,
 };
+use proto_net::{
+    link::Gate,
+    mux::{Mux, SendFrame},
+    stalls::Stalls,
+    tasks::Tasks,
+};
+use tokio::{runtime, task::yield_now};
 
-/// A function that is given a peer's bytes.
-pub type Check = fn(&[u8]);
-
-/// All functions by name.
-pub const ALL: &[(&str, Check)] = &[
-    ("frames", frames),
-    ("connect", connect),
-    ("konnectivity", konnectivity),
-    ("join_request", join_request),
-    ("join_response", join_response),
-    ("join_token", join_token),
-    ("revocation_list", revocation_list),
-    ("signed_list", signed_list),
-    ("revocation_report", revocation_report),
-    ("target", target),
-    ("call_home", call_home),
-    ("refusal", refusal),
-];
+/// The streams that a multiplexer may carry.
+const MAX_STREAMS: usize = 8;
+/// Streams that it has asked its peer for.
+const ASKED: usize = 3;
 
 /// The frames of the multiplexer in `bytes`, taken in pieces of `size`, each as text; the last is the error, if any.
 /// DATA of one stream that arrives in pieces is joined.
@@ -84,6 +73,59 @@ pub fn frames(bytes: &[u8]) {
     let whole = read_frames(bytes, bytes.len());
     for size in [1, 7] {
         assert_eq!(read_frames(bytes, size), whole);
+    }
+}
+
+/// What a multiplexer makes of its peer's bytes, in pieces of `size`: the error, if any, the number of its streams, what it
+/// has been asked for, and what it has been told.
+fn multiplex(
+    bytes: &[u8],
+    size: usize,
+    initiator: bool,
+) -> (Option<String>, usize, Vec<String>, Vec<String>) {
+    let runtime = runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
+    runtime.block_on(async {
+        let tasks = Tasks::new();
+        let send: SendFrame = Box::new(|_| Box::pin(ready(true)));
+        let (mux, mut feeder, mut events) =
+            Mux::new(initiator, MAX_STREAMS, Gate::default(), Stalls::default(), send, &tasks);
+        if initiator {
+            for _ in 0..ASKED {
+                let mux = mux.clone();
+                let target: Target = "10.0.0.1:80".parse().expect("a target");
+                tasks.spawn(
+                    async move { mux.open(&target, "caller", Duration::from_secs(60)).await.map(drop) },
+                );
+            }
+            // Each task comes as far as to wait for the answer.
+            for _ in 0..2 * ASKED {
+                yield_now().await;
+            }
+        }
+        let fed = bytes.chunks(size.max(1)).try_for_each(|piece| feeder.feed(piece));
+        let streams = mux.streams_open();
+        assert!(streams <= MAX_STREAMS);
+        let (mut incoming, mut notices) = (Vec::new(), Vec::new());
+        while let Ok(asked) = events.incoming.try_recv() {
+            incoming.push(format!("{} {} {:?}", asked.target, asked.origin, asked.timeout));
+        }
+        while let Ok(notice) = events.notices.try_recv() {
+            notices.push(format!("{notice:?}"));
+        }
+        assert!(incoming.len() <= MAX_STREAMS);
+        tasks.cancel();
+        (fed.err().map(|error| error.to_string()), streams, incoming, notices)
+    })
+}
+
+/// A multiplexer of either side comes to the same in whatever pieces its peer's bytes arrive, and carries no more streams
+/// than it may.
+pub fn multiplexer(bytes: &[u8]) {
+    for initiator in [false, true] {
+        let whole = multiplex(bytes, bytes.len(), initiator);
+        for size in [1, 7] {
+            assert_eq!(multiplex(bytes, size, initiator), whole);
+        }
     }
 }
 
