@@ -146,7 +146,7 @@ build() {
     command -v cargo >/dev/null || die "cargo is missing: install stable Rust from https://rustup.rs"
     say "building release binaries"
     CARGO_TARGET_DIR=$target cargo build --manifest-path "$repo/Cargo.toml" --release --locked \
-        -p master-agent -p node-agent -p tests \
+        -p master-agent -p node-agent -p quickstart \
         --bin master-agent --bin node-agent --bin standin --bin fetch >&2
     bin=$target/release
 }

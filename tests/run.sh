@@ -91,7 +91,7 @@ browser() {
 unit() { cargo test --locked --workspace --lib --bins --test architecture --test corpora --test reference; }
 
 release() {
-    cargo build --locked --release -p master-agent -p node-agent -p tests --bins
+    cargo build --locked --release -p master-agent -p node-agent -p tests -p quickstart --bins
 }
 
 # Most tests wait more than they compute, so several run at once. Those in the folder `alone` measure memory, CPU time

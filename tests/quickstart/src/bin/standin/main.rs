@@ -7,8 +7,7 @@ use clap::Parser;
 use proto_net::tasks::Tasks;
 use tokio::signal::unix::{SignalKind, signal};
 
-#[path = "../standin.rs"]
-mod standin;
+mod server;
 
 /// Answers /, /healthz, /pods, /bytes/N and /upload until SIGTERM; prints `ready` once it listens.
 #[derive(Parser)]
@@ -35,18 +34,18 @@ struct Args {
 async fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let tls = match (&args.cert, &args.key) {
-        (Some(cert), Some(key)) => Some(standin::acceptor(cert, key)?),
+        (Some(cert), Some(key)) => Some(server::acceptor(cert, key)?),
         _ => None,
     };
     let tasks = Tasks::new();
     let mut listeners = Vec::new();
     for address in &args.kubelet {
-        listeners.push((standin::bind(*address).await?, tls.clone()));
+        listeners.push((server::bind(*address).await?, tls.clone()));
     }
     for address in &args.pod {
-        listeners.push((standin::bind(*address).await?, None));
+        listeners.push((server::bind(*address).await?, None));
     }
-    let server = standin::Standin::new(&args.name, tasks.clone());
+    let server = server::Standin::new(&args.name, tasks.clone());
     for (listener, tls) in listeners {
         tasks.spawn(server.clone().serve(listener, tls));
     }
