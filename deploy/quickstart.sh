@@ -377,7 +377,7 @@ write_configs() {
     local n
     cat >"$dir/master/master-agent.yaml" <<END
 state_dir: state
-admin: {listen: $master_admin, socket: $dir/admin.sock}
+admin: {listen: $master_admin, socket: $dir/admin.sock, page: true}
 http_connect:
   unix: {path: $dir/connect.sock}
   tls: {listen: $master:8131, cert: ../pki/egress.crt, key: ../pki/egress.key, client_ca: ../pki/egress-ca.crt}
@@ -763,6 +763,10 @@ It stays up until Ctrl-C. Everything is listed in $dir/endpoints.json. In anothe
   # which way, and why
   $agent explain ${pod[n3]}:8080
   $agent node list
+
+  # all nodes live: in the terminal, and in a browser on this host, at the address that the second line prints
+  $agent top
+  $agent page
 
   # stock ssh with a certificate of the master's CA: forwarding within n1's policy, and nothing else
   ssh -F $dir/ssh/config -N -L 127.0.0.1:18080:${pod[n1]}:8080 n1 & sleep 1; curl -s http://127.0.0.1:18080/; kill \$!
