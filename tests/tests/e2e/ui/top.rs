@@ -58,10 +58,11 @@ impl Drop for Terminal {
     }
 }
 
-/// The line that starts it; its pid is left in the file.
+/// The line that starts it; its pid is left in the file. The quotes keep what is typed from looking like what is printed
+/// at the end: what a test types before the end would be lost.
 fn line(cluster: &Cluster, pid: &std::path::Path, more: &str) -> String {
     format!(
-        "sh -c 'echo $$ >{}; exec {} --config {} top {more}'; echo ended with $?",
+        "sh -c 'echo $$ >{}; exec {} --config {} top {more}'; echo ended' with' $?",
         pid.display(),
         binary("master-agent").display(),
         cluster.path().join("master.yaml").display()
