@@ -165,7 +165,7 @@ type Tokens = HashMap<String, BootstrapToken>;
 pub struct FileTokens(Arc<FileWatcher<Tokens>>);
 
 impl FileTokens {
-    /// Reads the file, which must not be accessible to its group or to others.
+    /// Reads the file, which its group may read and others may not.
     pub fn load(path: PathBuf) -> anyhow::Result<(Self, Arc<FileWatcher<Tokens>>)> {
         let what = format!("the bootstrap tokens of {}", path.display());
         let tokens = FileWatcher::load(what, vec![path.clone()], move || read(&path))?;

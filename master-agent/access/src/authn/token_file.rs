@@ -28,7 +28,7 @@ type Tokens = HashMap<Digest, User>;
 pub struct TokenFile(Arc<FileWatcher<Tokens>>);
 
 impl TokenFile {
-    /// Reads the file, which must not be accessible to its group or to others.
+    /// Reads the file, which its group may read and others may not.
     pub fn load(path: PathBuf) -> anyhow::Result<(Self, Arc<FileWatcher<Tokens>>)> {
         let what = format!("the token file {}", path.display());
         let tokens = FileWatcher::load(what, vec![path.clone()], move || read(&path))?;
