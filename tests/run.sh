@@ -88,7 +88,7 @@ browser() {
     export BROWSER_PYTHON=$venv/bin/python
 }
 
-unit() { cargo test --locked --workspace --lib --bins --test architecture --test corpora --test reference; }
+unit() { cargo test --locked --workspace --lib --bins --test architecture --test corpora --test documents --test reference; }
 
 release() {
     cargo build --locked --release -p master-agent -p node-agent -p tests -p quickstart --bins

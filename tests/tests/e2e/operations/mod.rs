@@ -2,7 +2,6 @@
 
 mod admin_strangers;
 mod commands;
-mod documents;
 mod draining;
 mod examples;
 mod logs;
