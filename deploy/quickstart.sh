@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds everything, runs a master-agent and three nodes, and fetches through every combination.
+# Builds everything, runs a master-agent and three nodes, and fetches over every path.
 # `deploy/quickstart.sh --help` says more.
 set -euo pipefail
 
@@ -7,27 +7,27 @@ usage() {
     cat <<'END'
 Usage: deploy/quickstart.sh [--once] [--dir DIR] [--bin DIR] [--loopback]
 
-Builds release binaries, starts a master-agent and three nodes, each in a network namespace of its own, and
+Builds release binaries, starts a master-agent and three nodes, each node in its own network namespace, and
 fetches from all of them through both egress listeners:
 
   n1  a node-agent that the master dials on port 22
   n2  a node-agent behind a firewall with no open port, which calls home
   n3  a plain OpenSSH sshd
 
-From each node it also calls the master's front end, straight and through the node's local endpoint: with a client
-certificate, with a ServiceAccount token, and without credentials. Last, it compares the tunnels with the direct
-paths, for which it opens these as long as that takes, and writes comparison.json and comparison.html.
+From each node it also calls the master's front end, directly and through the node's local endpoint: with a client
+certificate, with a ServiceAccount token, and without credentials. Last, it opens the direct paths to the kubelets
+for about half a minute, compares the tunnels with them, and writes comparison.json and comparison.html.
 
-Then it stays up and says what to try, until Ctrl-C. Everything it started is gone afterwards.
+Then it says what to try, and stays up until Ctrl-C. At the end it stops everything that it started.
 
-  --once      tear down after the table; exit with 0 if all of it is as it should be, else with 1
-  --dir DIR   keep state, logs and endpoints.json there; default: a new directory under /tmp, removed at the end
-  --bin DIR   use the binaries in DIR in place of building
+  --once      tear down after the comparison; exit with 0 if everything is as expected, otherwise with 1
+  --dir DIR   keep state, logs and endpoints.json in DIR; default: a new directory under /tmp, removed at the end
+  --bin DIR   use the binaries in DIR (master-agent, node-agent, standin, fetch) instead of building them
   --loopback  make no namespaces, even where that is possible
 
-It makes namespaces when it is root and the kernel lets it; else everything runs on loopback addresses with high
-ports, with no firewall. As root it installs what is missing with apt, and creates the system user
-`master-agent`, which n3's sshd needs.
+It makes namespaces if it runs as root and the kernel permits them. Otherwise everything runs on loopback addresses
+with high ports, without a firewall. As root it installs missing packages with apt, and creates the system user
+`master-agent`, which n3's sshd needs. Packages and user stay.
 END
 }
 
@@ -58,7 +58,7 @@ PATH=$PATH:/usr/sbin:/sbin
 root=''
 [ "$(id -u)" != 0 ] || root=1
 
-# --- What a run leaves behind is nothing -----------------------------------------------------------------------
+# --- Cleaning up -------------------------------------------------------------------------------------------------
 
 declare -A pids=()
 started=()
@@ -98,7 +98,7 @@ clean_up() {
     [ ${#started[@]} = 0 ] || say "stopping"
     for name in "${started[@]}"; do stop "$name"; done
     for name in "${namespaces[@]}"; do
-        # What is left in there: connections of sshd, and what was started by hand.
+        # Connections of sshd and what was started by hand may be left in there.
         for pid in $(ip netns pids "$name" 2>/dev/null); do kill -KILL "$pid" 2>/dev/null; done
     done
     for name in "${links[@]}"; do ip link delete "$name" 2>/dev/null; done
@@ -152,7 +152,7 @@ build() {
 }
 
 ipv6=''
-# Tries all that is needed, under names of its own.
+# Tries everything that the namespaces need, under names of its own.
 can_make_namespaces() {
     [ -n "$root" ] && [ -z "$loopback" ] || return 1
     local ok='' name=qs$$p
@@ -169,7 +169,8 @@ can_make_namespaces() {
 
 install_missing
 [ -n "$bin" ] || build
-bin=$(cd "$bin" && pwd) || die "there is no directory $bin"
+[ -d "$bin" ] || die "there is no directory $bin"
+bin=$(cd "$bin" && pwd)
 for name in master-agent node-agent standin fetch; do [ -x "$bin/$name" ] || die "$bin/$name is missing"; done
 
 # --- Where everything is -----------------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ fi
 dir=$(cd "$dir" && pwd)
 case $dir in *[!A-Za-z0-9/._+@-]*) die "$dir: give a directory without spaces and quotes" ;; esac
 [ ${#dir} -le 80 ] || die "$dir is too long for the path of a Unix socket"
-if [ ! -e "$dir/.quickstart" ] && [ -n "$(ls -A "$dir")" ]; then die "$dir is not empty, and not of an earlier run"; fi
+if [ ! -e "$dir/.quickstart" ] && [ -n "$(ls -A "$dir")" ]; then die "$dir is not empty and is not from an earlier run"; fi
 exec {lock_fd}>>"$dir/.quickstart"
 flock -n "$lock_fd" || die "another quickstart runs in $dir"
 lock=1
@@ -212,7 +213,7 @@ if can_make_namespaces; then
         pods[$n]=10.244.$i.0/24 pod[$n]=10.244.$i.2
         pods6[$n]=${ipv6:+$v6:24$i::/80} pod6[$n]=${ipv6:+$v6:24$i::2} pod6_port[$n]=8080
     done
-    [ -n "$ipv6" ] || say "this host has no IPv6: the table has none, either"
+    [ -n "$ipv6" ] || say "this host has no IPv6, so the table has no IPv6 rows"
 else
     mode=loopback master=127.$a.$b.1 master6='' ssh_port=2022
     for i in 1 2 3; do
@@ -228,7 +229,7 @@ else
     cat >&2 <<'END'
 
   !! No network namespaces here (not root, or not permitted): everything runs on loopback addresses with high ports.
-  !! This does not show: that firewalls are crossed (nothing is blocked), port 22, and IPv6 but on n1.
+  !! This can't show that tunnels cross firewalls (nothing is blocked), nor port 22, nor IPv6 on other nodes than n1.
 
 END
 fi
@@ -408,7 +409,7 @@ END
             [ "${direction[$n]}" = call-home ] || echo "    dial: ${address[$n]}:$ssh_port"
             [ "$n" != n3 ] || echo "    user: $sshd_user"
             [ "$n" != n3 ] || echo "    front_end_listen: ${local_endpoint[$n]}"
-            # Takes what nobody else claims, so that its policy has something to refuse.
+            # n1 gets what nobody else claims, so that its policy has something to refuse.
             [ "$n" != n1 ] || echo "    default_route: true"
             echo "    addresses: $(list "${address[$n]}" "${address6[$n]}")"
             echo "    cidrs: $(list "${pods[$n]}" "${pods6[$n]}")"
@@ -507,7 +508,7 @@ END
         fi
         install -d -m 0755 /run/sshd
         setpriv --reuid "$sshd_user" --clear-groups test -r "$n3/master-agent/principals" ||
-            die "the user $sshd_user can't read below $dir: take a --dir that others may enter"
+            die "the user $sshd_user can't read files in $dir: choose a --dir that other users may enter"
     fi
     "$(command -v sshd)" -t -f "$n3/sshd_config"
     start n3 n3 "$(command -v sshd)" -D -e -f "$n3/sshd_config"
@@ -607,7 +608,7 @@ write_endpoints() {
         processes "$(array "${processes[@]}")" >"$dir/endpoints.json"
     echo >>"$dir/endpoints.json"
     if command -v python3 >/dev/null; then
-        python3 -c 'import json, sys; json.load(open(sys.argv[1]))' "$dir/endpoints.json" || die "$dir/endpoints.json is no JSON"
+        python3 -c 'import json, sys; json.load(open(sys.argv[1]))' "$dir/endpoints.json" || die "$dir/endpoints.json is not valid JSON"
     fi
 }
 
@@ -618,7 +619,8 @@ row() { printf '%-4s %-21s %-6s %-19s %-45s %-11s %5s %8s %8s\n' "$@"; }
 field() { sed -n "s/.*\"$1\":\"\\{0,1\\}\\([^,\"}]*\\).*/\\1/p" <<<"$2"; }
 describe() { printf '%s, %s' "${kind[$1]}" "${direction[$1]}"; }
 
-door() {
+# The options of fetch for one of the egress listeners.
+fetch_via() {
     case $1 in
         unix) printf '%s\n' --via "unix:$dir/connect.sock" ;;
         tls)
@@ -628,10 +630,10 @@ door() {
     esac
 }
 
-# node door what url expected-text
+# node listener what url expected-text
 through() {
     local json arguments mark=ok
-    mapfile -t arguments < <(door "$2")
+    mapfile -t arguments < <(fetch_via "$2")
     if ! json=$("$bin/fetch" "${arguments[@]}" --target-ca "$dir/pki/kubelet-ca.crt" --expect "$5" "$4"); then
         mark=FAILED bad=$((bad + 1))
     fi
@@ -640,10 +642,10 @@ through() {
     [ "$mark" = ok ] || echo "     $(field error "$json")"
 }
 
-# node door what url: must be refused with 403
+# node listener what url: must be refused with 403
 refused() {
     local json arguments mark=refused
-    mapfile -t arguments < <(door "$2")
+    mapfile -t arguments < <(fetch_via "$2")
     json=$("$bin/fetch" "${arguments[@]}" "$4") || true
     [ "$(field status "$json")" = 403 ] || { mark=FAILED bad=$((bad + 1)); }
     row "$1" "$(describe "$1")" "$2" "$3" "$4" "$(field status "$json") $mark" - "$(field connect_ms "$json")" "$(field total_ms "$json")"
@@ -652,7 +654,7 @@ refused() {
 
 dropped() { on "$1" nft list counter inet quickstart blocked | sed -n 's/.*packets \([0-9]*\).*/\1/p'; }
 
-# node what url: must not get through
+# node what url: the direct path must be blocked
 direct() {
     local node=$1 before after status=0 mark=blocked
     if [ "$mode" != namespaces ]; then
@@ -662,7 +664,7 @@ direct() {
     before=$(dropped "$node")
     curl -sk -o /dev/null --connect-timeout 1 --interface "if!$bridge" "$3" || status=$?
     after=$(dropped "$node")
-    # Only if the packets arrived and were dropped does this show a firewall.
+    # This shows a firewall only if the packets arrived and were dropped.
     [ "$status" = 28 ] && [ "$after" -gt "$before" ] || { mark=FAILED bad=$((bad + 1)); }
     row "$node" "$(describe "$node")" direct "$2" "$3" "$mark" - - -
 }
@@ -697,17 +699,17 @@ call() {
     said=$(on "$1" curl -s -o /dev/null --max-time 10 --cacert "$dir/pki/egress-ca.crt" -w '%{http_code} %{time_total}' "${@:6}" "$3/pods") || true
     status=${said%% *} time=${said#* }
     [ "$status" = "$5" ] || { mark=FAILED bad=$((bad + 1)); }
-    printf '%-4s %-21s %-15s %-23s %-24s %-11s %8s\n' "$1" "$(describe "$1")" "$2" "$4" "$3" "$status $mark" \
+    printf '%-4s %-21s %-15s %-23s %-27s %-11s %8s\n' "$1" "$(describe "$1")" "$2" "$4" "$3" "$status $mark" \
         "$(awk "BEGIN { printf \"%.1f\", ${time:-0} * 1000 }")"
 }
 
 calls() {
     local n way url pki=$dir/pki
-    printf '%-4s %-21s %-15s %-23s %-24s %-11s %8s\n' FROM KIND WAY CREDENTIAL URL ANSWER 'TOTAL ms'
+    printf '%-4s %-21s %-15s %-23s %-27s %-11s %8s\n' FROM KIND WAY CREDENTIAL URL ANSWER 'TOTAL ms'
     for n in "${nodes[@]}"; do
-        for way in straight 'local endpoint'; do
+        for way in direct 'local endpoint'; do
             url=https://$master:6443
-            [ "$way" = straight ] || url=https://${local_endpoint[$n]}
+            [ "$way" = direct ] || url=https://${local_endpoint[$n]}
             call "$n" "$way" "$url" 'client certificate' 200 --cert "$pki/$n-client.crt" --key "$pki/$n-client.key"
             call "$n" "$way" "$url" 'ServiceAccount token' 200 -H "@$pki/service-account.header"
             call "$n" "$way" "$url" none 401
@@ -721,7 +723,7 @@ comparison() {
     local n handle
     say "comparing tunneled and direct paths to the kubelets"
     if [ "$mode" = namespaces ]; then
-        say "the nodes' firewalls are opened for port 10250, until that is done"
+        say "the nodes' firewalls are open for port 10250 until this is done, in about half a minute"
         for n in "${nodes[@]}"; do on "$n" nft insert rule inet quickstart input ip saddr "$master" tcp dport 10250 accept; done
     fi
     master_agent compare --ca "$dir/pki/kubelet-ca.crt" --download /bytes/4000000000 --upload /upload --rounds 3 --slice 250ms \
@@ -743,12 +745,16 @@ endpoints_listen() {
 
 what_to_try() {
     local tls="-x https://$master:8131 --proxy-cacert $dir/pki/egress-ca.crt --proxy-cert $dir/pki/client.crt --proxy-key $dir/pki/client.key"
-    local agent="$bin/master-agent -c $dir/master/master-agent.yaml" enter=''
-    [ "$mode" != namespaces ] || enter="ip netns exec $(namespace_of n2) "
+    local agent="$bin/master-agent -c $dir/master/master-agent.yaml" enter='' blocked=''
+    if [ "$mode" = namespaces ]; then
+        enter="ip netns exec $(namespace_of n2) "
+        blocked=' (the direct paths are blocked again, so this measures the tunnels only)'
+    fi
     cat <<END
-It stays up until Ctrl-C. Everything is listed in $dir/endpoints.json. In another terminal, try:
+It stays up until Ctrl-C. Addresses and files are listed in $dir/endpoints.json.
+In another terminal, try:
 
-  # the pod of n2, which no port leads to, through the mutual TLS egress listener
+  # the pod of n2, a node without an open port, through the mutual TLS egress listener
   curl -sp $tls http://${pod[n2]}:8080/
 
   # the kubelet of n3 by its node's name, verified end to end
@@ -757,10 +763,10 @@ It stays up until Ctrl-C. Everything is listed in $dir/endpoints.json. In anothe
   # 1 GB through the Unix socket, as kube-apiserver would come in
   $bin/fetch --via unix:$dir/connect.sock http://${pod[n1]}:8080/bytes/1000000000
 
-  # what the tunnels cost; in a browser: $dir/comparison.html
+  # what the tunnels cost$blocked; in a browser: $dir/comparison.html
   $agent compare n1 n2 --ca $dir/pki/kubelet-ca.crt
 
-  # which way, and why
+  # which way a target is reached, and why; the nodes and their tunnels
   $agent explain ${pod[n3]}:8080
   $agent node list
 
@@ -772,14 +778,15 @@ It stays up until Ctrl-C. Everything is listed in $dir/endpoints.json. In anothe
   ssh -F $dir/ssh/config -N -L 127.0.0.1:18080:${pod[n1]}:8080 n1 & sleep 1; curl -s http://127.0.0.1:18080/; kill \$!
   ssh -F $dir/ssh/config n1 id
 
-  # a lost node: its callers are told, and it is back after a restart
-  kill -9 ${pids[n2]}; sleep 1; $agent node list
-  ${enter}$bin/node-agent -c $dir/n2/node-agent.yaml run
-
-  # a call to the master, from n2, as its kubelet; who called, and what was decided
+  # a call to the master's front end from n2, as its kubelet; who called, and what was decided
   ${enter}curl -s --cacert $dir/pki/egress-ca.crt --cert $dir/pki/n2-client.crt --key $dir/pki/n2-client.key https://${local_endpoint[n2]}/pods
   tail -n 1 $dir/log/audit.log
 
+  # a lost node: its callers get 503, until it runs again (in the foreground of your terminal)
+  kill -9 ${pids[n2]}; sleep 1; $agent node list
+  ${enter}$bin/node-agent -c $dir/n2/node-agent.yaml run
+
+  # the master's metrics, and all logs
   curl -s http://$master_admin/metrics
   tail -f $dir/log/*.log
 
@@ -812,7 +819,7 @@ if [ "$bad" = 0 ]; then
     echo "All of it is as it should be."
     failed=0
 else
-    echo "$bad of the rows above are not as they should be."
+    echo "$bad of the results above are not as they should be."
 fi
 if [ -n "$once" ]; then exit "$((bad > 0))"; fi
 failed=0

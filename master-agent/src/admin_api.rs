@@ -1,5 +1,5 @@
-//! The JSON of the admin socket: the types that the running agent serialises, and that `top`, `compare`, `node list` and
-//! the page read.
+//! The JSON of the admin socket: the types that the running agent serialises, and that `top`, `compare`, `node list`
+//! and the page read.
 
 use std::{
     collections::HashMap,
@@ -10,33 +10,33 @@ use percent_encoding::{NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode
 use proto::{Fault, NodeName};
 use serde::{Deserialize, Serialize};
 
-/// All nodes, as a list of [`NodeStatus`].
+/// The path of all nodes, which is answered with a list of [`NodeStatus`].
 pub const NODES: &str = "/nodes";
-/// How the Kubernetes API is followed.
+/// The path of the state of the watches of the Kubernetes API.
 pub const WATCHES: &str = "/watches";
-/// An [`Explanation`]; the target is the query.
+/// The path of an [`Explanation`]. The query is the target.
 pub const EXPLAIN: &str = "/explain";
-/// `POST` returns a token with which a browser logs in to the page, once.
+/// The path at which `POST` returns a token with which a browser can log in to the page once.
 pub const PAGE_TOKEN: &str = "/page/token";
-/// `PUT` hands over a comparison, which the page shows.
+/// The path to which `PUT` sends a comparison, which the page shows.
 pub const COMPARISON: &str = "/comparison";
 
-/// The path of one node, which is answered with [`NodeDetail`].
+/// Returns the path of one node, which is answered with [`NodeDetail`].
 pub fn node_path(name: &str) -> String {
     format!("{NODES}/{name}")
 }
 
-/// The name in a [`node_path`].
+/// Returns the name in a [`node_path`].
 pub fn node_of_path(path: &str) -> Option<&str> {
     path.strip_prefix(NODES)?.strip_prefix('/')
 }
 
-/// The path and query for the explanation of a target.
+/// Returns the path and query for the explanation of a target.
 pub fn explain_path(target: &str) -> String {
     format!("{EXPLAIN}?{}", utf8_percent_encode(target, NON_ALPHANUMERIC))
 }
 
-/// The target in the query of an [`explain_path`].
+/// Returns the target in the query of an [`explain_path`].
 pub fn target_of_query(query: &str) -> String {
     percent_decode_str(query).decode_utf8_lossy().into_owned()
 }
@@ -48,7 +48,7 @@ pub struct NodeStatus {
     pub state: String,
     pub reason: String,
     pub tunnels: Vec<TunnelStatus>,
-    /// Links that claimed to be the node's and were refused.
+    /// The number of links that claimed to be the node's and were refused.
     pub refused: u64,
     #[serde(default)]
     pub totals: Totals,
@@ -77,30 +77,30 @@ pub struct TunnelStatus {
     pub certificate_expires_unix_seconds: Option<u64>,
 }
 
-/// Sums since the node has been known.
+/// The sums since the agent has known the node.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Totals {
-    /// Bytes to targets.
+    /// The number of bytes to targets.
     pub up: u64,
-    /// Bytes from targets.
+    /// The number of bytes from targets.
     pub down: u64,
     pub streams: u64,
-    /// Failed dials by who is at fault.
+    /// The numbers of failed dials by the side at fault.
     pub failed: HashMap<String, u64>,
-    /// Tunnels that have ended.
+    /// The number of tunnels that have ended.
     pub lost: u64,
     /// When the node's state last changed.
     pub changed_unix_milliseconds: Option<u64>,
 }
 
-/// What [`NodeDetail`] has beyond [`NodeStatus`].
+/// The part of [`NodeDetail`] that [`NodeStatus`] lacks.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Detail {
-    /// The oldest streams first, at most 500.
+    /// The oldest 500 streams, the oldest first.
     pub streams: Vec<StreamStatus>,
-    /// The newest events first.
+    /// The events, the newest first.
     pub events: Vec<Event>,
-    /// The oldest first, one every `sample_seconds`. `None` while there was no tunnel, or none that can be measured.
+    /// The round trips, one every `sample_seconds`, the oldest first. It is `None` while no tunnel could be measured.
     pub round_trips_microseconds: Vec<Option<u32>>,
     pub sample_seconds: u64,
 }
@@ -122,14 +122,14 @@ pub struct StreamStatus {
 /// Something that happened to a node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
-    /// When it last happened.
+    /// The time at which it last happened.
     pub unix_milliseconds: u64,
     pub kind: EventKind,
     pub text: String,
-    /// The rule of the node's policy that refused.
+    /// The rule of the node's policy that refused the dial.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rule: Option<String>,
-    /// How often it happened in a row.
+    /// How many times in a row it happened.
     pub times: u64,
 }
 
@@ -149,13 +149,13 @@ pub enum EventKind {
     DialFailed,
 }
 
-/// How a target is reached, why, and what a dial of it led to.
+/// How a target is reached, why, and the result of a dial.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Explanation {
     pub target: String,
-    /// Why these are the candidates.
+    /// The reason for which these nodes are candidates.
     pub reason: String,
-    /// In the order in which they are tried.
+    /// The candidates in the order in which they are tried.
     pub candidates: Vec<ExplainedCandidate>,
     /// The node that reached the target.
     pub node: Option<NodeName>,
@@ -173,7 +173,7 @@ pub struct ExplainedCandidate {
     /// The node's own addresses.
     #[serde(default)]
     pub addresses: Vec<IpAddr>,
-    /// What the node is asked to dial.
+    /// The target that the node is asked to dial.
     pub target: String,
     pub state: Option<String>,
     /// The round trip of the node's tunnel.
@@ -181,17 +181,17 @@ pub struct ExplainedCandidate {
 }
 
 impl NodeStatus {
-    /// Open streams on all tunnels.
+    /// Returns the number of open streams on all tunnels.
     pub fn streams(&self) -> usize {
         self.tunnels.iter().map(|tunnel| tunnel.streams).sum()
     }
 
-    /// Failed dials, impostors and lost tunnels.
+    /// Returns the number of failed dials, impostors and lost tunnels.
     pub fn errors(&self) -> u64 {
         self.totals.failed.values().sum::<u64>() + self.refused + self.totals.lost
     }
 
-    /// Dials that the node's policy refused, and impostors.
+    /// Returns the number of impostors, and of dials that the node's policy refused.
     pub fn refusals(&self) -> u64 {
         self.totals.failed.get(&Fault::Policy.to_string()).copied().unwrap_or_default() + self.refused
     }

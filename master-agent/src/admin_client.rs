@@ -25,37 +25,37 @@ impl AdminClient {
         Self { socket: socket.to_owned() }
     }
 
-    /// All nodes and their tunnels.
+    /// Returns all nodes and their tunnels.
     pub async fn nodes(&self) -> anyhow::Result<Vec<NodeStatus>> {
         Ok(serde_json::from_str(&self.nodes_json().await?)?)
     }
 
-    /// All nodes and their tunnels, in the agent's own JSON.
+    /// Returns all nodes and their tunnels in the agent's own JSON.
     pub async fn nodes_json(&self) -> anyhow::Result<String> {
         self.get(NODES).await
     }
 
-    /// One node with its streams and events.
+    /// Returns one node with its streams and events.
     pub async fn node(&self, name: &str) -> anyhow::Result<NodeDetail> {
         Ok(serde_json::from_str(&self.get(&node_path(name)).await?)?)
     }
 
-    /// How a target is reached, and why.
+    /// Returns how a target is reached, and why.
     pub async fn explain(&self, target: &str) -> anyhow::Result<Explanation> {
         Ok(serde_json::from_str(&self.explain_json(target).await?)?)
     }
 
-    /// How a target is reached, and why, in the agent's own JSON.
+    /// Returns how a target is reached, and why, in the agent's own JSON.
     pub async fn explain_json(&self, target: &str) -> anyhow::Result<String> {
         self.get(&explain_path(target)).await
     }
 
-    /// A token with which a browser logs in to the page, once.
+    /// Returns a token with which a browser can log in to the page once.
     pub async fn page_token(&self) -> anyhow::Result<String> {
         self.send(Method::POST, PAGE_TOKEN, String::new()).await
     }
 
-    /// Hands over a comparison, as JSON, for the page to show.
+    /// Sends a comparison in JSON, which the page shows.
     pub async fn put_comparison(&self, report: String) -> anyhow::Result<()> {
         self.send(Method::PUT, COMPARISON, report).await.map(drop)
     }

@@ -10,6 +10,7 @@ use std::{
 use anyhow::Context;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use proto::{NodeName, revocation::krl::Entry};
+use proto_net::stdout;
 use rustix::termios::{self, LocalModes, OptionalActions};
 use zeroize::Zeroizing;
 
@@ -190,13 +191,15 @@ pub struct RevokeArgs {
 
 /// Writes a completion script to standard output.
 pub fn completions(shell: clap_complete::Shell) {
-    clap_complete::generate(shell, &mut Cli::command(), "master-agent", &mut std::io::stdout());
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "master-agent", &mut script);
+    stdout::print(String::from_utf8_lossy(&script));
 }
 
 /// Runs `hash-password`. The password is not an argument, since every process can see those.
 pub fn hash_password(name: &str) -> anyhow::Result<()> {
     let password = read_password().context("can't read standard input")?;
-    println!("{}", users::line(name, password.trim_end_matches(['\r', '\n']).as_bytes())?);
+    stdout::print_line(users::line(name, password.trim_end_matches(['\r', '\n']).as_bytes())?);
     Ok(())
 }
 
@@ -222,7 +225,7 @@ fn read_password() -> io::Result<Zeroizing<String>> {
 /// Runs `node list`.
 pub async fn node_list(agent: &AdminClient, output: Output) -> anyhow::Result<()> {
     match output {
-        Output::Json => println!("{}", agent.nodes_json().await?),
+        Output::Json => stdout::print_line(agent.nodes_json().await?),
         Output::Table => print_nodes(&agent.nodes().await?),
     }
     Ok(())
@@ -231,7 +234,7 @@ pub async fn node_list(agent: &AdminClient, output: Output) -> anyhow::Result<()
 /// Runs `explain`.
 pub async fn explain(agent: &AdminClient, target: &str, output: Output) -> anyhow::Result<()> {
     match output {
-        Output::Json => println!("{}", agent.explain_json(target).await?),
+        Output::Json => stdout::print_line(agent.explain_json(target).await?),
         Output::Table => {
             let e = agent.explain(target).await?;
             let none = || "-".to_owned();
@@ -266,6 +269,7 @@ pub async fn explain(agent: &AdminClient, target: &str, output: Output) -> anyho
 
 /// Runs `page`.
 pub async fn page(agent: &AdminClient, listen: SocketAddr) -> anyhow::Result<()> {
-    println!("http://{listen}{}login?token={}", page::ADMIN, agent.page_token().await?);
+    let token = agent.page_token().await?;
+    stdout::print_line(format_args!("http://{listen}{}login?token={token}", page::ADMIN));
     Ok(())
 }

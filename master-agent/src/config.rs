@@ -94,7 +94,7 @@ const FIELDS: Meanings = &[
         "kubernetes",
         "The cluster whose nodes, pods, services and endpoints are followed. It may be an empty section: {}.",
     ),
-    ("metrics", "What /metrics contains in addition."),
+    ("metrics", "Which optional series /metrics contains."),
 ];
 
 impl Config {

@@ -9,7 +9,7 @@ use tokio::task::spawn_blocking;
 use crate::{
     egress::proxy_urls::call::ProxyUrls,
     front_end::{
-        call_home::{CheckJoinTokens, IncomingCall, TakeLinks},
+        call_home::{CheckJoinTokens, IncomingCall, ServeLinks},
         proxy_urls::{self, Proxied, ProxyUrlRequest},
     },
     identity::store::{Store, TokenError},
@@ -26,7 +26,7 @@ impl proxy_urls::ProxyUrls for ProxyUrls {
     }
 }
 
-impl TakeLinks for CallHome {
+impl ServeLinks for CallHome {
     fn serve(self: Arc<Self>, call: IncomingCall) -> BoxFuture<'static, ()> {
         Box::pin(async move {
             let IncomingCall { peer, purpose, socket } = call;

@@ -10,7 +10,7 @@ use master_agent::{
     cli::{self, Cli, Command, NodeCommand, Output, RevokeArgs, SignUserArgs, TokenCommand, TokenCreateArgs},
     compare::{self, Configured},
     config::Config,
-    identity::{Authorities, host_name, revocation, sqlite::SqliteStore, store::Store, token},
+    identity::{Authorities, fingerprint, host_name, revocation, sqlite::SqliteStore, store::Store, token},
     input::read_text,
     routing::inventory::Inventory,
     sshd_config::{self, SshdConfigArgs},
@@ -21,7 +21,7 @@ use proto::{
     call_home::Master,
     revocation::krl::{Entry, Krl},
 };
-use proto_net::telemetry;
+use proto_net::{stdout, telemetry};
 use russh::keys::PublicKey;
 
 /// sysexits.h: the configuration has errors.
@@ -37,7 +37,7 @@ fn main() -> ExitCode {
         return done(cli::hash_password(name));
     }
     if let Command::CheckConfig { print_defaults: true } = cli.command {
-        print!("{}", proto_config::defaults(&Config::describe()));
+        stdout::print(proto_config::defaults(&Config::describe()));
         return ExitCode::SUCCESS;
     }
     // A mistake in the inventory must not prevent queries to the running agent.
@@ -101,7 +101,7 @@ async fn command(cli: Cli, config: Config) -> anyhow::Result<()> {
             app::run(config).await
         }
         Command::CheckConfig { .. } => {
-            println!("{}: ok", cli.config.display());
+            stdout::print_line(format_args!("{}: ok", cli.config.display()));
             for note in config.notes() {
                 eprintln!("{}: note: {note}", cli.config.display());
             }
@@ -157,15 +157,19 @@ fn token_create(config: &Config, args: TokenCreateArgs) -> anyhow::Result<()> {
         None if listen.ip().is_unspecified() => format!("{scheme}{}:{}", host_name()?, listen.port()),
         None => format!("{scheme}{listen}"),
     };
+    // A front end admits a host with a node's credential to that node only, and hears the name before the token.
+    let node = args.node.as_ref().filter(|_| address.starts_with("https://"));
+    let node = node.map(|node| format!(" --node {node}")).unwrap_or_default();
     let token = token::create(&store, args.node, args.ttl, SystemTime::now())?;
-    println!("node-agent join {address} --ca-pin {} --token {}", authorities.user_ca_pin(), token.reveal());
+    let (pin, token) = (authorities.user_ca_pin(), token.reveal());
+    stdout::print_line(format_args!("node-agent join {address} --ca-pin {pin}{node} --token {token}"));
     Ok(())
 }
 
 fn token_list(config: &Config, output: Output) -> anyhow::Result<()> {
     let tokens = token::list(&SqliteStore::open(&config.state_dir)?, SystemTime::now())?;
     match output {
-        Output::Json => println!("{}", serde_json::to_string(&tokens)?),
+        Output::Json => stdout::print_line(serde_json::to_string(&tokens)?),
         Output::Table => {
             let mut rows = vec![["ID", "NODE", "EXPIRES", "USED BY"].map(str::to_owned)];
             rows.extend(tokens.into_iter().map(|t| {
@@ -185,21 +189,26 @@ fn print_sshd_config(config: &Config, args: SshdConfigArgs) -> anyhow::Result<()
     let Some(node) = inventory.node(&args.node) else {
         bail!("node {} is not in {}: add it there first", args.node, path.display());
     };
+    let name = &node.name;
+    if node.dial.is_none() {
+        bail!("node {name} has no `dial:` in {}, and an sshd can't call home", path.display());
+    }
     let authorities = Authorities::load_or_create(&config.state_dir)?;
     let host_key = PublicKey::from_openssh(read_text(&args.host_key)?.trim())
         .with_context(|| format!("{} holds no OpenSSH public key", args.host_key.display()))?;
     let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&config.state_dir)?);
+    let (known, given) = (store.joined_key(name), fingerprint(&host_key));
+    if let Some(known) = known.filter(|known| *known != given) {
+        bail!(
+            "node {name} is known by the key {known}, and {} holds {given}. If the node has a new key, run `master-agent node forget {name}` first, which ends its tunnels",
+            args.host_key.display()
+        );
+    }
     let revoked = store.revocations()?;
     let script =
         sshd_config::generate(&authorities, node, &host_key, revoked.as_deref(), &args, SystemTime::now())?;
-    store.remember_node(
-        &node.name,
-        &host_key,
-        &node.addresses,
-        SystemTime::now(),
-        SystemTime::now() + args.ttl,
-    )?;
-    print!("{script}");
+    store.remember_node(name, &host_key, &node.addresses, SystemTime::now(), SystemTime::now() + args.ttl)?;
+    stdout::print(&script);
     Ok(())
 }
 
@@ -214,7 +223,7 @@ fn sign_user(config: &Config, args: SignUserArgs) -> anyhow::Result<()> {
             "nodes would refuse the certificate, since it is revoked by {by}: see `master-agent revoke --list`"
         );
     }
-    println!("{}", certificate.to_openssh()?);
+    stdout::print_line(certificate.to_openssh()?);
     Ok(())
 }
 
@@ -261,7 +270,7 @@ fn revoke(config: &Config, args: RevokeArgs) -> anyhow::Result<()> {
             Output::Json => {
                 let entries: Vec<_> =
                     shown.map(|(kind, value)| serde_json::json!({"kind": kind, "value": value})).collect();
-                println!("{}", serde_json::json!({"version": list.version, "entries": entries}));
+                stdout::print_line(serde_json::json!({"version": list.version, "entries": entries}));
             }
             Output::Table => {
                 let mut rows = vec![["KIND", "VALUE"].map(str::to_owned)];

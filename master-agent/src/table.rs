@@ -2,6 +2,8 @@
 
 use std::time::{Duration, SystemTime};
 
+use proto_net::stdout;
+
 use crate::admin_api::NodeStatus;
 
 /// Prints nodes, with a line for each tunnel.
@@ -52,6 +54,6 @@ pub fn print_table<const N: usize>(rows: &[[String; N]]) {
     for row in rows {
         let cells: Vec<String> =
             row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        println!("{}", cells.join("  ").trim_end());
+        stdout::print_line(cells.join("  ").trim_end());
     }
 }

@@ -4,8 +4,8 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use proto_net::{
-    admin::Endpoints, clock::Clock, exposition::Exposition, handshake::HandshakePermits, socket, systemd,
-    tasks::Tasks, unix,
+    admin::Endpoints, clock::Clock, exposition::Exposition, handshake::HandshakePermits,
+    log_throttle::LogThrottle, socket, systemd, tasks::Tasks, unix,
 };
 use tokio::{
     net::{TcpListener, UnixListener},
@@ -35,6 +35,8 @@ use crate::{
     shutdown::Shutdown,
 };
 
+/// The number of log lines about peers that do not authenticate in ten seconds.
+const LOG_BURST: u32 = 20;
 /// The least time for sessions to say goodbye.
 const MIN_GOODBYE: Duration = Duration::from_secs(2);
 /// How long what has no streams may take to end by itself.
@@ -170,6 +172,7 @@ impl Agent {
             front_ends: config.front_end.as_ref().map(FrontEnds::new).map(Arc::new),
             limits: config.limits.clone(),
             people: Arc::new(Semaphore::new(config.limits.max_sessions)),
+            log_throttle: LogThrottle::with_burst(LOG_BURST),
             shutdown_grace: config.shutdown_grace,
             metrics: metrics.clone(),
             clock: Clock::System,
@@ -196,6 +199,7 @@ impl Agent {
                 open_timeout: limits.dial_timeout,
                 half_closed_timeout: self.config.half_closed_timeout,
                 tasks: sessions.clone(),
+                turned_away: LogThrottle::default(),
             });
             if let Some(listener) = sockets.local_tcp {
                 listeners.spawn(local.clone().accept_tcp(listener));

@@ -138,9 +138,10 @@ async fn supervise<F, C>(
     let mut backoff = Backoff::new(MIN_BACKOFF, MAX_BACKOFF);
     let mut former: Option<EstablishedSession> = None;
     while !draining.is_cancelled() {
-        let started = Instant::now();
+        let mut established = None;
         let ended = match call().await {
             Ok(mut session) => {
+                established = Some(Instant::now());
                 tracing::info!(%master, "called home");
                 match await_end_or_relink(draining, &mut session, &mut former).await {
                     Some(ended) => ended,
@@ -163,7 +164,7 @@ async fn supervise<F, C>(
                 None => tracing::warn!(%master, %error, "no tunnel to the master"),
             },
         }
-        if started.elapsed() > USEFUL_SESSION {
+        if established.is_some_and(|at: Instant| at.elapsed() > USEFUL_SESSION) {
             backoff.reset();
         }
         tokio::select! {

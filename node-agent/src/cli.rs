@@ -4,6 +4,7 @@ use std::{net::IpAddr, path::PathBuf};
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use proto::{NodeName, call_home::Master};
+use proto_net::stdout;
 
 /// The node's end of the tunnels, and the policy that decides what is reached through them.
 #[derive(Debug, Parser)]
@@ -69,5 +70,7 @@ pub struct JoinArgs {
 
 /// Writes a completion script to standard output.
 pub fn completions(shell: clap_complete::Shell) {
-    clap_complete::generate(shell, &mut Cli::command(), "node-agent", &mut std::io::stdout());
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "node-agent", &mut script);
+    stdout::print(String::from_utf8_lossy(&script));
 }

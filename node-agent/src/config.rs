@@ -69,20 +69,19 @@ const FIELDS: Meanings = &[
     ("call_home", "The masters that this node dials: HOST:PORT, or https://HOST[:PORT] for a front end."),
     (
         "call_home_https",
-        "How the front ends in call_home are reached, whose addresses begin with https://. The files are \
-         read again for every link.",
+        "How to reach the front ends (https://) in call_home. The files are read again for every link.",
     ),
     (
         "addresses",
         "The node's own addresses. By default, those in the host certificate that an interface of this host \
-         has. They are listed if the host is behind NAT, or if the kubelet listens on loopback only. \
+         has. List them if the host is behind NAT, or if the kubelet listens on loopback only. \
          Addresses in other closed ranges never count.",
     ),
     ("policy", "What may be reached through this node. Everything else is refused."),
     (
         "users",
-        "Login names that may use `ssh -L` and `ssh -W`, besides the master. If the list is empty, all names \
-         that a valid certificate lists.",
+        "Login names that may use `ssh -L` and `ssh -W`, besides the master. An empty list allows every login \
+         name in a valid certificate.",
     ),
     (
         "front_end",

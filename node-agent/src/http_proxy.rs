@@ -10,6 +10,9 @@ use proto::{Host, Target};
 use proto_config::{At, Shape, Value, secret_file};
 use zeroize::Zeroizing;
 
+/// The port of a proxy whose address names none.
+const HTTP: u16 = 80;
+
 /// An HTTP proxy. Neither `Display` nor `Debug` shows its credentials.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Proxy {
@@ -54,8 +57,7 @@ impl FromStr for Proxy {
             Some((user, authority)) => (Some(user), authority),
             None => (None, rest),
         };
-        let has_port = authority.rsplit_once(':').is_some_and(|(_, port)| !port.ends_with(']'));
-        let address = if has_port { authority.parse() } else { format!("{authority}:80").parse() };
+        let address = Target::parse_authority(authority, HTTP);
         let decoded = |text| Zeroizing::new(percent_decode_str(text).collect::<Vec<u8>>());
         let login = user.map(|login| match login.split_once(':') {
             Some((user, password)) => {

@@ -23,6 +23,7 @@ use hyper_util::rt::TokioIo;
 use proto::{
     NodeName, Target,
     call_home::{Purpose, UPGRADE, path},
+    refusal::printable,
 };
 use proto_config::{Meanings, Section, secret_file};
 use proto_net::tls::{ClientTls, FileError};
@@ -41,8 +42,6 @@ const MAX_HEAD: usize = 16 * 1024;
 const MAX_HEADERS: usize = 64;
 /// Bytes that are read of an answer that refuses.
 const MAX_REASON: usize = 4096;
-/// Characters of its reason that are shown.
-const MAX_SHOWN: usize = 300;
 const MAX_TOKEN: usize = 16 * 1024;
 
 /// Why there is no link.
@@ -134,8 +133,7 @@ const FIELDS: Meanings = &[
     ),
     (
         "proxy_password_file",
-        "A file with one line, the password of the user whom proxy names without one. Its mode is 0600 or \
-         0640.",
+        "A file whose only line is the password of the user in proxy. Its mode is 0600 or 0640.",
     ),
 ];
 
@@ -245,8 +243,7 @@ async fn connect_within(
         }
     };
     let name = config.server_name.clone().unwrap_or_else(|| front_end.host.to_string());
-    let name = ServerName::try_from(name)
-        .map_err(|error| HttpsError::ServerName { name: front_end.host.to_string(), error })?;
+    let name = ServerName::try_from(name.clone()).map_err(|error| HttpsError::ServerName { name, error })?;
     let tls = TlsConnector::from(Arc::new(tls)).connect(name, socket).await;
     let tls = tls.map_err(|error| HttpsError::Tls { front_end: front_end.clone(), error })?;
     let stream = upgrade(tls, request, token).await?;
@@ -389,5 +386,5 @@ async fn reason(response: Response<Incoming>) -> String {
     let body = body.map(http_body_util::Collected::to_bytes).unwrap_or_default();
     let status: Option<serde_json::Value> = serde_json::from_slice(&body).ok();
     let message = status.as_ref().and_then(|status| status.get("message")?.as_str()).unwrap_or_default();
-    message.chars().take(MAX_SHOWN).map(|c| if c.is_control() { ' ' } else { c }).collect()
+    printable(message)
 }

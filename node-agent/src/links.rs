@@ -28,12 +28,18 @@ pub async fn accept(
 }
 
 async fn serve_link(server: SessionServer, socket: TcpStream, peer: SocketAddr, permit: HandshakePermit) {
-    // Nobody waits for the peer of an accepted link to authenticate.
-    let (authenticated, _) = oneshot::channel();
-    match server.serve(socket, Some(peer), Some(permit), authenticated).await {
+    let (authenticated, mut proof) = oneshot::channel();
+    let served = server.clone().serve(socket, Some(peer), Some(permit), authenticated).await;
+    let is_stranger = proof.try_recv().is_err();
+    match served {
         Ok(()) => {}
         // Anybody can cause any number of these. They are counted.
         Err(error @ SessionError::Evicted) => tracing::debug!(%peer, %error, "session ended"),
+        Err(error) if is_stranger => {
+            if let Some(times) = server.log_throttle().count(1) {
+                tracing::info!(%peer, %error, times, "session ended before its peer had authenticated");
+            }
+        }
         Err(error) => tracing::info!(%peer, %error, "session ended"),
     }
 }

@@ -12,7 +12,7 @@ use node_agent::{
     join::{JoinOptions, join},
 };
 use proto::call_home::Master;
-use proto_net::telemetry;
+use proto_net::{stdout, telemetry};
 
 /// sysexits.h: the configuration has errors.
 const EX_CONFIG: u8 = 78;
@@ -34,12 +34,12 @@ fn main() -> ExitCode {
             Err(e) => fail(&e),
         },
         Command::CheckConfig { print_defaults: true } => {
-            print!("{}", proto_config::defaults(&Config::describe()));
+            stdout::print(proto_config::defaults(&Config::describe()));
             ExitCode::SUCCESS
         }
         Command::CheckConfig { print_defaults: false } => match Config::load(&cli.config) {
             Ok(_) => {
-                println!("{}: ok", cli.config.display());
+                stdout::print_line(format_args!("{}: ok", cli.config.display()));
                 ExitCode::SUCCESS
             }
             Err(errors) => bad_config(&errors),
@@ -83,7 +83,11 @@ async fn run_join(config: &std::path::Path, args: JoinArgs) -> anyhow::Result<()
         addresses: args.addresses,
     };
     let node = join(&mut identity, options).await?;
-    println!("joined as node {node}; keys and certificates are in {}", state_dir.display());
+    stdout::print_line(format_args!(
+        "joined as node {node}; keys and certificates are in {}",
+        state_dir.display()
+    ));
+    stdout::print_line("if node-agent runs already, restart it: it reads them when it starts");
     Ok(())
 }
 

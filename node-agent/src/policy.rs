@@ -191,8 +191,9 @@ impl Scope {
             Verdict::Deny { rule: DEFAULT_DENY, .. } if certified => Verdict::Deny {
                 rule: DEFAULT_DENY,
                 reason: format!(
-                    "{address} is in the host certificate, but no interface of this host has it: if the host is \
-                     behind NAT, list it under `addresses:` in the node-agent's configuration"
+                    "{address} is in the host certificate, but no interface of this host has it, or not as the \
+                     first of its network: list it under `addresses:` in the node-agent's configuration if it is \
+                     an address of this node"
                 ),
             },
             Verdict::Allow { .. } | Verdict::Deny { .. } => verdict,
@@ -206,7 +207,7 @@ impl Scope {
                 if policy::closed_range(*address).is_none() && is_of_this_host(*address) {
                     tracing::info!(rule = KUBELET_RULE, %address, port, "policy allows an address of the certificate");
                 } else {
-                    tracing::warn!(%address, "an address of the certificate stays closed: no interface of this host has it, or it is in a closed range; `addresses:` in the configuration can list it");
+                    tracing::warn!(%address, "an address of the certificate stays closed: no interface of this host has it as the first of its network, or it is in a closed range; `addresses:` in the configuration can list it");
                 }
             }
         }
@@ -217,7 +218,9 @@ impl Scope {
 }
 
 /// Whether this host has an address now. The kernel tells without a list of interfaces, which would need netlink, and
-/// without a packet: it connects from the very address that is dialled only if that address is its own.
+/// without a packet: it connects from the very address that is dialled only if that address is its own. For a further
+/// IPv4 address in a network of which the interface has one already, it connects from that one, and such an address does
+/// not count. Binding to the address would tell as well, but not on hosts with `net.ipv4.ip_nonlocal_bind`.
 pub fn is_of_this_host(address: IpAddr) -> bool {
     let address = address.to_canonical();
     let any = match address {

@@ -53,6 +53,8 @@ struct Held {
     /// The list as it was signed.
     bytes: Vec<u8>,
     list: Krl,
+    /// Whether the list is in the state directory.
+    is_kept: bool,
 }
 
 /// The lists in force.
@@ -109,8 +111,8 @@ impl Revocations {
         self.report(refused)
     }
 
-    /// Installs a list that is signed by one of the CAs and no older than the one in force; `false` if it is the one in
-    /// force.
+    /// Installs a list that is signed by one of the CAs and no older than the one in force. Returns `false` if it is the
+    /// one in force; such a list is written again if it could not be written before.
     pub(crate) fn install(&self, signed: SignedList) -> Result<bool, RefusedList> {
         let ca = signed.verify(&self.cas)?;
         let list = Krl::decode(&signed.list).map_err(ListError::from)?;
@@ -123,12 +125,12 @@ impl Revocations {
             if offered == version && held.bytes != signed.list {
                 return Err(RefusedList::SameVersion(version));
             }
-            if offered == version {
+            if offered == version && held.is_kept {
                 return Ok(false);
             }
         }
         let kept = secret_file::replace(&self.path(ca), &signed.encode());
-        self.put(ca, Held { bytes: signed.list, list });
+        self.put(ca, Held { bytes: signed.list, list, is_kept: kept.is_ok() });
         self.changed.send_replace(());
         kept.map_err(RefusedList::NotKept).map(|()| true)
     }
@@ -184,7 +186,7 @@ fn read(bytes: Vec<u8>, ca: &PublicKey, path: PathBuf) -> Result<Held, LoadError
         let Some(signed) = SignedList::decode(&bytes)? else { return Ok(None) };
         signed.verify(std::slice::from_ref(ca))?;
         let list = Krl::decode(&signed.list)?;
-        Ok(Some(Held { bytes: signed.list, list }))
+        Ok(Some(Held { bytes: signed.list, list, is_kept: true }))
     };
     match decode() {
         Ok(Some(held)) => Ok(held),

@@ -56,9 +56,7 @@ impl FromStr for Master {
         if !scheme.eq_ignore_ascii_case("https") || authority.contains(['/', '@', '?', '#']) {
             return Err(InvalidMaster::Url);
         }
-        let has_port = authority.rsplit_once(':').is_some_and(|(_, port)| !port.ends_with(']'));
-        let target = if has_port { authority.parse() } else { format!("{authority}:{HTTPS}").parse() };
-        target.map(Self::Https).map_err(InvalidMaster::Target)
+        Target::parse_authority(authority, HTTPS).map(Self::Https).map_err(InvalidMaster::Target)
     }
 }
 

@@ -65,8 +65,8 @@ impl DialError {
         }
     }
 
-    /// Whether the same dial may succeed through another tunnel. This is true only if the target can't have seen anything
-    /// of this one.
+    /// Whether the same dial may succeed through another tunnel. This is true only if no byte of the caller's can have
+    /// reached the target. A node whose tunnel is lost may have connected to it.
     pub fn retry_elsewhere(&self) -> bool {
         match self {
             Self::TooManyStreams(_) | Self::NoTunnel { .. } | Self::TunnelLost { .. } => true,

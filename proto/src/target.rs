@@ -38,6 +38,13 @@ impl Target {
     pub fn new(host: Host, port: u16) -> Self {
         Self { host, port }
     }
+
+    /// Parses the authority of a URL, in which the port may be left out.
+    pub fn parse_authority(authority: &str, default_port: u16) -> Result<Self, InvalidTarget> {
+        // An IPv6 address is in brackets, and the colons in it are not before a port.
+        let has_port = authority.rsplit_once(':').is_some_and(|(_, port)| !port.ends_with(']'));
+        if has_port { authority.parse() } else { format!("{authority}:{default_port}").parse() }
+    }
 }
 
 impl Host {

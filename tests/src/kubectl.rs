@@ -132,7 +132,7 @@ fn installed(
     let directory = target.join("tools/kubectl").join(name);
     let program = directory.join(program);
     if !program.exists() {
-        // Whole or not at all, also when two tests begin at once.
+        // The directory appears whole or not at all, even if two tests begin at once.
         let parent = directory.parent().context("a directory has a parent")?;
         let partial = parent.join(format!("{name}-{}-{:08x}", std::process::id(), rand::random::<u32>()));
         std::fs::create_dir_all(&partial)?;

@@ -182,7 +182,7 @@ pub async fn listen_again(address: std::net::SocketAddr) -> std::io::Result<toki
 /// A TCP port of loopback that was free a moment ago, and that this process has not been given before.
 pub fn free_port() -> u16 {
     static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
-    // Below the ephemeral range, so that no outgoing connection takes it meanwhile.
+    // The port is below the ephemeral range, so that no outgoing connection takes it meanwhile.
     loop {
         let port = rand::random_range(10_000..32_000);
         // A port that has been given is not even tried: it is somebody's, who may be about to listen on it again.

@@ -122,7 +122,7 @@ pub struct NodeMux {
 /// An SSH server that lets everybody in.
 pub struct RogueNode {
     pub seen: Arc<Seen>,
-    /// One for each tunnel; nothing comes unless the node was to offer the multiplexer.
+    /// The multiplexer of each tunnel. Nothing comes unless the node was to offer it.
     pub tunnels: mpsc::UnboundedReceiver<NodeMux>,
     task: JoinHandle<()>,
 }

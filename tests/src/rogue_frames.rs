@@ -79,7 +79,7 @@ pub fn malformed_frames(rng: &mut StdRng, target: &str) -> Vec<u8> {
     bytes
 }
 
-/// Longer than any frame that it may be taken to belong to.
+/// Bytes that are no frame, and longer than any frame that they may be taken to belong to.
 pub fn no_frame() -> Vec<u8> {
     vec![0xff; MAX_DATA + 1024]
 }

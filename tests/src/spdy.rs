@@ -90,7 +90,7 @@ impl Encoder {
             Frame::SynStream { id, headers, fin } => {
                 end(*fin);
                 body.put_u32(*id);
-                // The stream that it belongs to, and its priority: none.
+                // It belongs to no other stream and has no priority.
                 body.put_slice(&[0; 6]);
                 self.block(headers, &mut body);
                 1
@@ -397,7 +397,7 @@ mod tests {
             Frame::SynStream { id: 1, headers: headers(&[("streamtype", "stdin")]), fin: false },
             Frame::SynStream { id: 3, headers: headers(&[("streamtype", "stdout"), ("x", "")]), fin: true },
             Frame::SynReply { id: 1, headers: headers(&[]), fin: false },
-            // Longer than a buffer, compressed and not.
+            // These are longer than a buffer, one compressed and one not.
             Frame::Headers { id: 1, headers: headers(&[("long", &"ab".repeat(10_000))]), fin: true },
             Frame::Headers {
                 id: 1,

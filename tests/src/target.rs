@@ -122,7 +122,7 @@ async fn echo(socket: BufReader<TcpStream>) -> std::io::Result<()> {
 async fn http(mut socket: BufReader<TcpStream>) -> std::io::Result<()> {
     let mut line = String::new();
     loop {
-        // The rest of one head; the first line of the next.
+        // This reads the rest of one head, and then the first line of the next.
         while line != "\r\n" {
             line.clear();
             if socket.read_line(&mut line).await? == 0 {

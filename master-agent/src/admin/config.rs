@@ -8,9 +8,9 @@ use crate::fields::loopback;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AdminConfig {
-    /// Health and metrics, for scrapers. A loopback address unless the file says `allow_remote: true`.
+    /// The address of health and metrics. It is a loopback address unless the file says `allow_remote: true`.
     pub listen: SocketAddr,
-    /// Whether the page is served there, to browsers with a login by `master-agent page`.
+    /// Whether the page is also served there, to browsers with a login from `master-agent page`.
     pub page: bool,
     /// The socket that the commands use.
     pub socket: PathBuf,

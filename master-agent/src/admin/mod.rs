@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use hyper::{Method, Request, StatusCode, body::Incoming};
 use proto_net::{admin, dialer::Origin};
+use tokio::task::spawn_blocking;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -21,10 +22,10 @@ use crate::{
 pub struct Admin {
     pub registry: Arc<Registry>,
     pub explainer: Arc<Explainer>,
-    /// `None` where no cluster is followed.
+    /// The watches of the cluster. It is `None` if no cluster is configured.
     pub watches: Option<Arc<Watches>>,
     pub store: Arc<StoreHealth>,
-    /// Whether faults have the name of kube-apiserver's own check.
+    /// Whether errors begin with the name of kube-apiserver's own check, `SSH Tunnel Check`.
     pub legacy_names: bool,
     pub page: Arc<Page>,
     /// `None` if there is no front end.
@@ -87,7 +88,15 @@ impl Admin {
             admin_api::WATCHES => Some(json(serde_json::to_string(
                 &self.watches.as_ref().map(|watches| watches.status()).unwrap_or_default(),
             ))),
-            admin_api::NODES => Some(json(serde_json::to_string(&self.registry.status()))),
+            admin_api::NODES => {
+                let registry = self.registry.clone();
+                // Many nodes take a while to serialise and must not block streams.
+                let text = spawn_blocking(move || serde_json::to_string(&registry.status())).await;
+                Some(match text {
+                    Ok(text) => json(text),
+                    Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, "text/plain", error.to_string()),
+                })
+            }
             admin_api::EXPLAIN => {
                 let target = admin_api::target_of_query(query);
                 Some(match self.explainer.explain(&target, Origin("explain".to_owned())).await {

@@ -45,8 +45,8 @@ impl InventoryFollower {
         Self { file, expected, reloads }
     }
 
-    /// Polls the file until the future is dropped, and reads it again on each `hangup`. Dropping the future does not wait for a read
-    /// that is under way: a read on a mount whose server is gone may never return.
+    /// Polls the file until the future is dropped, and reads it again on each `hangup`. Dropping the future does not
+    /// wait for a read that is in progress, since a read on a mount whose server is gone may never return.
     pub(super) async fn follow(self, mut hangup: Signal) {
         let follower = Arc::new(self);
         let mut poll = interval(POLL_INTERVAL);

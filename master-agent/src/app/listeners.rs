@@ -7,9 +7,9 @@ use prometheus_client::registry::Registry;
 use proto_net::{admin::Endpoints, exposition::Exposition, file_watcher::watch};
 
 use super::{
+    components::Components,
     egress::Egress,
     groups::Groups,
-    parts::Parts,
     sockets::{FrontEndSockets, Sockets},
 };
 use crate::{
@@ -29,7 +29,7 @@ use crate::{
 /// Serves on every socket. Returns the front end and the writer of its audit log, if a front end is configured.
 pub(super) fn serve(
     config: &Config,
-    parts: &Parts,
+    components: &Components,
     page: &Arc<Page>,
     sockets: Sockets,
     cluster: Option<&Cluster>,
@@ -40,10 +40,10 @@ pub(super) fn serve(
     let certificates = egress_sockets.certificates();
     background.spawn(watch(certificates.watchers()));
     let egress = Egress {
-        dialer: parts.dialer.clone(),
-        directory: parts.dialer.clone(),
-        metrics: &parts.streams,
-        draining: &parts.draining,
+        dialer: components.dialer.clone(),
+        directory: components.dialer.clone(),
+        metrics: &components.streams,
+        draining: &components.draining,
         callers,
         listeners,
     };
@@ -54,28 +54,28 @@ pub(super) fn serve(
                 cluster,
                 proxy_urls: proxy_urls.map(|urls| urls as _),
                 page: page.clone(),
-                call_home: config.calls_over_https().then(|| call_home_services(parts)),
-                streams: parts.streams.clone(),
-                draining: parts.draining.clone(),
+                call_home: config.calls_over_https().then(|| call_home_services(components)),
+                streams: components.streams.clone(),
+                draining: components.draining.clone(),
             };
             Some(serve_front_end(sockets, section, dependencies, groups)?)
         }
         None => None,
     };
     if let Some(listener) = call_home {
-        listeners.spawn(parts.call_home.clone().accept(listener));
+        listeners.spawn(components.call_home.clone().accept(listener));
     }
     let served = front_end.as_ref().map(|(front_end, _)| front_end);
-    let metrics = Exposition::new(registry(config, parts, served, certificates));
+    let metrics = Exposition::new(registry(config, components, served, certificates));
     let answers = Admin {
-        registry: parts.registry.clone(),
-        explainer: parts.explainer.clone(),
-        watches: parts.watches.clone(),
-        store: parts.store_health.clone(),
+        registry: components.registry.clone(),
+        explainer: components.explainer.clone(),
+        watches: components.watches.clone(),
+        store: components.store_health.clone(),
         legacy_names: legacy_names(config),
         page: page.clone(),
         front_end: served.cloned(),
-        draining: parts.draining.clone(),
+        draining: components.draining.clone(),
     };
     let endpoints = Endpoints { metrics, admin: Arc::new(answers) };
     background.spawn(endpoints.clone().serve_tcp(admin, background.clone()));
@@ -84,11 +84,11 @@ pub(super) fn serve(
 }
 
 /// Returns the services of nodes that call home over the front end's port.
-fn call_home_services(parts: &Parts) -> CallHomeServices {
+fn call_home_services(components: &Components) -> CallHomeServices {
     CallHomeServices {
-        links: parts.call_home.clone(),
-        join_tokens: Arc::new(StoredTokens(parts.store.clone())),
-        tasks: parts.sessions.clone(),
+        links: components.call_home.clone(),
+        join_tokens: Arc::new(StoredTokens(components.store.clone())),
+        tasks: components.sessions.clone(),
     }
 }
 
@@ -114,17 +114,17 @@ fn serve_front_end(
 /// Returns the registry of all metrics.
 fn registry(
     config: &Config,
-    parts: &Parts,
+    components: &Components,
     front_end: Option<&Arc<FrontEnd>>,
     egress_certificates: EgressCertificates,
 ) -> Registry {
-    let Parts { streams, tunnels, registry: nodes, watches, .. } = parts;
+    let Components { streams, tunnels, registry: nodes, watches, .. } = components;
     let mut root = Registry::default();
     let r = root.sub_registry_with_prefix("master_agent");
     streams.register(r);
     tunnels.register(r);
     tunnels::metrics::register(nodes, tunnels, config.metrics.per_node, r);
-    r.register_collector(Box::new(certificates_in_use(parts, front_end, egress_certificates)));
+    r.register_collector(Box::new(certificates_in_use(components, front_end, egress_certificates)));
     if let Some(front_end) = front_end {
         front_end::metrics::register(front_end, r);
     }
@@ -145,11 +145,11 @@ fn legacy_names(config: &Config) -> bool {
 }
 
 fn certificates_in_use(
-    parts: &Parts,
+    components: &Components,
     front_end: Option<&Arc<FrontEnd>>,
     egress: EgressCertificates,
 ) -> Certificates {
-    let (login, nodes) = (parts.login.clone(), parts.registry.clone());
+    let (login, nodes) = (components.login.clone(), components.registry.clone());
     let front_end = front_end.cloned();
     Certificates::new(move || {
         let mut all = tunnels::metrics::expiries(&login, &nodes).to_vec();

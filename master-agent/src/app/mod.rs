@@ -1,11 +1,11 @@
 //! The composition root, which reads, builds and binds everything before it serves.
 
 mod bind;
+mod components;
 mod egress;
 mod groups;
 mod inventory_file;
 mod listeners;
-mod parts;
 mod sockets;
 
 use std::{future::pending, sync::Arc, time::Duration};
@@ -28,9 +28,9 @@ use crate::{
     traces::Traces,
     tunnels::{callers::ServeCallers, tunnel::Tunnel},
 };
+use components::{Components, Loaded, Startable};
 use groups::Groups;
 use inventory_file::{InventoryFile, InventoryFollower};
-use parts::{Loaded, Parts, Startable};
 use sockets::Sockets;
 
 /// How often the cluster's nodes are checked for changes, which often come in groups.
@@ -56,39 +56,39 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         None => None,
     };
 
-    // Build the parts and bind the sockets.
-    let (parts, startable) = parts::build(&config, loaded, groups.sessions.clone())?;
-    let objects = parts.watches.as_ref().and_then(|watches| watches.existing());
+    // Build the components and bind the sockets.
+    let (components, startable) = components::build(&config, loaded, groups.sessions.clone())?;
+    let objects = components.watches.as_ref().and_then(|watches| watches.existing());
     let cluster = client.as_ref().map(|client| Cluster {
         api_server: Arc::new(KubeApiServer(client.clone())),
         objects: objects.map(|objects| objects as Arc<dyn Objects>),
     });
     let page = Arc::new(Page::new(
-        parts.registry.clone(),
-        parts.explainer.clone(),
-        parts.draining.clone(),
+        components.registry.clone(),
+        components.explainer.clone(),
+        components.draining.clone(),
         config.admin.page.then_some(config.admin.listen),
     ));
     let sockets = Sockets::bind(&config)?;
     let traces = config.traces.as_ref().map(Traces::start).transpose().context("traces")?;
 
     // Serve and start.
-    let front_end = listeners::serve(&config, &parts, &page, sockets, cluster.as_ref(), &groups)?;
+    let front_end = listeners::serve(&config, &components, &page, sockets, cluster.as_ref(), &groups)?;
     let (front_end, audit) = front_end.unzip();
     let callers = front_end.clone().map(|front_end| front_end as Arc<dyn ServeCallers>);
-    start(&parts, startable, callers, client.as_ref(), &groups);
-    let _refresher = Refresher::start(parts.store.clone(), parts.store_health.clone())?;
+    start(&components, startable, callers, client.as_ref(), &groups);
+    let _refresher = Refresher::start(components.store.clone(), components.store_health.clone())?;
     let runtimes = front_end.map(|front_end| front_end.runtimes());
     groups.background.spawn(systemd::watchdog(runtimes.unwrap_or_default()));
-    until_terminated(inventory, &parts).await?;
+    until_terminated(inventory, &components).await?;
 
-    drain(&config, &parts, &groups, audit, traces).await;
+    drain(&config, &components, &groups, audit, traces).await;
     Ok(())
 }
 
-/// Starts the parts that run in tasks of their own.
+/// Starts the components that run in tasks of their own.
 fn start(
-    parts: &Parts,
+    components: &Components,
     startable: Startable,
     callers: Option<Arc<dyn ServeCallers>>,
     client: Option<&Client>,
@@ -96,29 +96,29 @@ fn start(
 ) {
     let Groups { sessions, background, .. } = groups;
     let Startable { dial_links, caller_tunnels } = startable;
-    if let (Some(watches), Some(client)) = (&parts.watches, client) {
+    if let (Some(watches), Some(client)) = (&components.watches, client) {
         watches.start(client, background);
     }
     if let (Some(tunnels), Some(callers)) = (caller_tunnels, callers) {
         sessions.spawn(tunnels.serve(callers, sessions.clone()));
     }
     sessions.spawn(dial_links.run());
-    background.spawn(parts.login.clone().keep_renewed());
-    background.spawn(parts.revocations.clone().follow());
-    background.spawn(parts.registry.clone().sample());
+    background.spawn(components.login.clone().keep_renewed());
+    background.spawn(components.revocations.clone().follow());
+    background.spawn(components.registry.clone().sample());
 }
 
 /// Follows the inventory file and the nodes of the cluster until a signal ends the agent. A read that hangs
 /// delays neither the other source nor the end.
-async fn until_terminated(inventory: InventoryFile, parts: &Parts) -> anyhow::Result<()> {
+async fn until_terminated(inventory: InventoryFile, components: &Components) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let hangup = signal(SignalKind::hangup())?;
-    let reloads = parts.tunnels.inventory_reloads.clone();
-    let inventory = InventoryFollower::new(inventory, parts.expected.clone(), reloads);
+    let reloads = components.tunnels.inventory_reloads.clone();
+    let inventory = InventoryFollower::new(inventory, components.expected.clone(), reloads);
     systemd::ready();
     tracing::info!(
-        nodes = parts.registry.count().1,
+        nodes = components.registry.count().1,
         version = env!("CARGO_PKG_VERSION"),
         "master-agent runs"
     );
@@ -126,14 +126,14 @@ async fn until_terminated(inventory: InventoryFile, parts: &Parts) -> anyhow::Re
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
         () = inventory.follow(hangup) => {}
-        () = follow_cluster(parts) => {}
+        () = follow_cluster(components) => {}
     }
     Ok(())
 }
 
 /// Takes over the nodes of the cluster whenever they change, without an end.
-async fn follow_cluster(parts: &Parts) {
-    let Some(watches) = &parts.watches else { return pending().await };
+async fn follow_cluster(components: &Components) {
+    let Some(watches) = &components.watches else { return pending().await };
     let mut nodes_changed = watches.nodes_changed();
     let mut poll = interval(CLUSTER_INTERVAL);
     poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -143,7 +143,7 @@ async fn follow_cluster(parts: &Parts) {
             continue;
         }
         nodes_changed.mark_unchanged();
-        let expected = parts.expected.clone();
+        let expected = components.expected.clone();
         // Many nodes take a while to compare and must not block streams.
         if let Err(error) = tokio::task::spawn_blocking(move || expected.cluster_changed()).await {
             tracing::error!(%error, "can't take the nodes of the cluster");
@@ -154,7 +154,7 @@ async fn follow_cluster(parts: &Parts) {
 /// Ends the agent in an order that lets requests and streams in progress finish.
 async fn drain(
     config: &Config,
-    parts: &Parts,
+    components: &Components,
     groups: &Groups,
     audit: Option<Writer>,
     traces: Option<Traces>,
@@ -164,13 +164,13 @@ async fn drain(
     systemd::stopping();
     tracing::info!(streams = callers.len(), "stopping");
     // Stop accepting.
-    parts.draining.cancel();
+    components.draining.cancel();
     listeners.cancel();
     listeners.drain(END_TIMEOUT).await;
     // Notify the nodes, let streams finish, and end the tunnels.
-    for_all_tunnels(parts, |tunnel| async move { tunnel.go_away(REASON).await }).await;
+    for_all_tunnels(components, |tunnel| async move { tunnel.go_away(REASON).await }).await;
     let cut = callers.drain(config.shutdown_grace).await;
-    for_all_tunnels(parts, |tunnel| async move { tunnel.close(REASON).await }).await;
+    for_all_tunnels(components, |tunnel| async move { tunnel.close(REASON).await }).await;
     sessions.cancel();
     sessions.drain(END_TIMEOUT).await;
     // End the background tasks, and write the remaining records.
@@ -190,12 +190,12 @@ async fn drain(
 }
 
 /// Runs an action for all tunnels at once, so that a node that does not respond delays no other.
-async fn for_all_tunnels<F>(parts: &Parts, action: impl Fn(Arc<Tunnel>) -> F)
+async fn for_all_tunnels<F>(components: &Components, action: impl Fn(Arc<Tunnel>) -> F)
 where
     F: Future<Output = ()> + Send + 'static,
 {
-    let actions = parts.sessions.child();
-    for tunnel in parts.registry.tunnels() {
+    let actions = components.sessions.child();
+    for tunnel in components.registry.tunnels() {
         actions.spawn(action(tunnel));
     }
     actions.drain(NOTIFY_TIMEOUT).await;

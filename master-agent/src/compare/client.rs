@@ -32,7 +32,7 @@ use super::{
     target::{Scheme, Url},
 };
 
-/// Bytes that are sent in one frame of a body.
+/// The number of bytes in one frame of a body.
 const BLOCK: usize = 64 * 1024;
 
 type Outgoing = Either<Empty<Bytes>, Block>;
@@ -71,7 +71,7 @@ impl Client {
         authorization: Option<header::HeaderValue>,
     ) -> Self {
         let mut block = vec![0; BLOCK];
-        // Random bytes, so that nothing on the way can compress them.
+        // The bytes are random, so that nothing on the path can compress them.
         rand::fill(block.as_mut_slice());
         Self { url, direct, tls, authorization, block: block.into() }
     }
@@ -93,7 +93,7 @@ impl Client {
         Ok(First { connection, connected, first_byte, status })
     }
 
-    /// Opens a connection for requests. Returns also how long the path took.
+    /// Opens a connection for requests. Also returns how long the path took.
     pub(super) async fn open(&self, path: &Path) -> anyhow::Result<(Connection, Duration)> {
         let (stream, connected) = path.open(&self.url.target, &self.direct).await?;
         let stream: Stream = match self.url.scheme {
@@ -135,7 +135,7 @@ impl Client {
         Ok(began.elapsed())
     }
 
-    /// Requests `path` repeatedly and counts the received bytes, until dropped or failed.
+    /// Requests `path` repeatedly and counts the received bytes, until the future is dropped or a request fails.
     pub(super) async fn download(
         &self,
         connection: &mut Connection,
@@ -152,7 +152,7 @@ impl Client {
         }
     }
 
-    /// Sends so many bytes to `path` and waits for the response.
+    /// Sends this number of bytes to `path`, and waits for the response.
     pub(super) async fn upload(
         &self,
         connection: &mut Connection,
@@ -184,7 +184,7 @@ async fn drain(mut body: Incoming, count: Option<&AtomicU64>) -> anyhow::Result<
     Ok(all)
 }
 
-/// A body of so many bytes, made of one block.
+/// A body that repeats one block up to a number of bytes.
 pub(super) struct Block {
     block: Bytes,
     left: u64,

@@ -1,9 +1,9 @@
-//! A report as a self-contained page: without scripts, other files or anything from a network.
+//! The page of a report, which is self-contained. It has no scripts, and loads no other files.
 
 use std::fmt::{self, Display, Write as _};
 
 use super::{
-    print::{open, path_line, ratio, title, values},
+    print::{count, open, path_line, ratio, title, values},
     report::{BUCKETS_PER_DECADE, Figure, Name, Report, TargetReport},
 };
 
@@ -17,7 +17,7 @@ const AXIS: f64 = 34.0;
 /// The height of a bar.
 const BAR: f64 = 26.0;
 
-/// Text that is escaped for any place in HTML.
+/// A text that is escaped for any position in HTML.
 struct Escaped<T>(T);
 
 impl<T: Display> Display for Escaped<T> {
@@ -52,9 +52,10 @@ fn write_page(page: &mut String, report: &Report) -> fmt::Result {
          <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n\
          <title>Tunneled and direct paths, {started}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n\
          <h1>Tunneled and direct paths</h1>\n\
-         <p>Begun at <time datetime=\"{started}\">{started}</time>; {} rounds in {} s, each with the same work on every path. \
+         <p>Begun at <time datetime=\"{started}\">{started}</time>; {} in {} s, each with the same work on every path. \
          Times are p50 / p90 / p99. A ratio is the median over the rounds, with its quartiles.</p>",
-        report.rounds, report.seconds
+        count(report.rounds, "round"),
+        report.seconds
     )?;
     overview(page, report)?;
     for (at, target) in report.targets.iter().enumerate() {

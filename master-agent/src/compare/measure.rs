@@ -1,5 +1,5 @@
-//! The measurements. Every round does the same work on each path, in alternating order, so that other load on the machines and
-//! the network affects all paths.
+//! The measurements. Every round does the same work on each path, in alternating order, so that other load on the
+//! machines and the network affects all paths.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering::Relaxed},
@@ -16,7 +16,7 @@ use super::{
     target::Scheme,
 };
 
-/// Consecutive failures after which a path is abandoned.
+/// The number of consecutive failures after which a path is abandoned.
 const GIVE_UP: u32 = 5;
 /// The sizes of the first upload and of the largest one, in bytes.
 const UPLOAD: (f64, f64) = (262_144.0, 4e9);
@@ -25,11 +25,11 @@ const UPLOAD: (f64, f64) = (262_144.0, 4e9);
 #[derive(Clone, Debug)]
 pub(super) struct Work {
     pub rounds: usize,
-    /// New connections per round.
+    /// The number of new connections per round.
     pub connects: usize,
-    /// Requests on a kept connection per round.
+    /// The number of requests on a kept connection per round.
     pub requests: usize,
-    /// Concurrent connections, for figures with more than one.
+    /// The number of concurrent connections, for figures with more than one.
     pub connections: usize,
     /// How long a rate is measured per round.
     pub slice: Duration,
@@ -50,7 +50,7 @@ pub(super) enum Phase {
 }
 
 impl Work {
-    /// The phases of a round, in this order.
+    /// Returns the phases of a round, in their order.
     pub(super) fn phases(&self, scheme: Scheme) -> Vec<Phase> {
         let mut phases = vec![Phase::Connect];
         if scheme == Scheme::Tcp {
@@ -81,8 +81,8 @@ impl Work {
     }
 }
 
-/// Measures one target on all paths. `ways` describe the paths; a path with an error is not tried. `tick` is called after every
-/// phase of every round.
+/// Measures one target on all paths. `ways` describe the paths; a path with an error is not tried. `tick` is called
+/// after every phase of every round.
 pub(super) async fn measure(
     client: &Client,
     paths: &[Path],
@@ -138,7 +138,7 @@ pub(super) async fn measure(
     }
 }
 
-/// The order of the paths, which alternates from turn to turn.
+/// Returns the order of the paths, which alternates from turn to turn.
 fn order(paths: usize, turn: usize) -> Vec<usize> {
     if turn.is_multiple_of(2) { (0..paths).collect() } else { (0..paths).rev().collect() }
 }
@@ -153,7 +153,7 @@ struct Samples {
     figures: Vec<((Name, usize), SamplesByPath)>,
 }
 
-/// Where the samples of one path in one round go.
+/// The place of the samples of one path in one round.
 struct Cell<'a> {
     samples: &'a mut Samples,
     path: usize,
@@ -191,7 +191,7 @@ struct Lane<'a> {
     failures: u32,
     /// The time of an empty request.
     latency: Duration,
-    /// Bytes per second of the last uploads over one connection, and over all connections together.
+    /// The bytes per second of the last uploads over one connection, and over all connections together.
     uploaded: [Option<f64>; 2],
 }
 
@@ -360,7 +360,7 @@ async fn requests(
     Ok((times, began.elapsed()))
 }
 
-/// Bytes per second that arrive over all connections, measured after `warm`.
+/// Returns the bytes per second that arrive over all connections, measured after `warm`.
 async fn download(
     client: &Client,
     connections: &mut [Connection],
@@ -394,8 +394,8 @@ struct Upload<'a> {
 }
 
 impl Upload<'_> {
-    /// Bytes per second that are sent over all connections, measured until the responses arrive, since bytes in buffers do
-    /// not count. The size is what fills the slice at the known rate, or is found by trying.
+    /// Returns the bytes per second that are sent over all connections, measured until the responses arrive, since
+    /// bytes in buffers do not count. The size is what fills the slice at the known rate, or is found by trying.
     async fn run(self, client: &Client, connections: &mut [Connection]) -> anyhow::Result<f64> {
         let Self { path, known, slice, latency } = self;
         let count = connections.len().max(1) as f64;

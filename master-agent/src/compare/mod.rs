@@ -1,5 +1,5 @@
-//! `compare`: measures what a tunnel costs, compared with the direct path and with other proxies, by the same work at the same
-//! time.
+//! `compare`: measures what a tunnel costs, compared with the direct path and with other proxies, by the same work at
+//! the same time.
 //!
 //! [`measure`] does the work and returns a [`report::Report`], which [`print`] and [`html`] show.
 
@@ -18,7 +18,10 @@ use clap::{Args, ValueEnum};
 use hyper::header::HeaderValue;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use proto::{Host, NodeName, Target};
-use proto_net::tls::{ClientTls, believe_any, roots};
+use proto_net::{
+    stdout,
+    tls::{ClientTls, believe_any, roots},
+};
 use rustls::ClientConfig;
 use tokio::time::Instant;
 
@@ -40,8 +43,8 @@ pub struct CompareArgs {
     /// The nodes that {node} in a target stands for; default: all.
     #[arg(value_name = "NODE")]
     nodes: Vec<NodeName>,
-    /// A target: http://, https:// or tcp://, then a node, pod or service with its port. {node} stands for each node. Can be
-    /// repeated.
+    /// A target: http://, https:// or tcp://, then a node, pod or service with its port. {node} stands for each node.
+    /// Can be repeated.
     #[arg(long = "target", value_name = "URL", default_value = "https://{node}:10250/healthz")]
     targets: Vec<String>,
     /// A path with a long response, to measure downloads.
@@ -56,8 +59,8 @@ pub struct CompareArgs {
     /// Do not measure the direct path.
     #[arg(long)]
     no_direct: bool,
-    /// A further path: a proxy with HTTP CONNECT (NAME=unix:PATH, NAME=http://HOST:PORT or NAME=https://HOST:PORT), or a
-    /// port that is forwarded to the target, as by `ssh -L` (NAME=tcp:HOST:PORT).
+    /// A further path: a proxy with HTTP CONNECT (NAME=unix:PATH, NAME=http://HOST:PORT or NAME=https://HOST:PORT), or
+    /// a port that is forwarded to the target, as by `ssh -L` (NAME=tcp:HOST:PORT).
     #[arg(long, value_name = "NAME=WHERE")]
     via: Vec<Via>,
     /// The agent's egress listener, in the form of --via; default: the Unix socket of the configuration.
@@ -84,7 +87,7 @@ pub struct CompareArgs {
     /// A file with a bearer token, which is sent to targets.
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
-    /// Accept any certificate of targets. The token may be sent to anybody, and anybody may answer.
+    /// Do not verify targets' certificates: anybody may answer and receive the token.
     #[arg(long)]
     insecure_skip_verify: bool,
     /// The number of rounds; each does the same work on all paths.
@@ -124,7 +127,7 @@ enum Format {
     Csv,
 }
 
-/// What the configuration says, for arguments that are not given.
+/// The values of the configuration, for arguments that are not given.
 #[derive(Debug)]
 pub struct Configured {
     /// The client of the running agent.
@@ -151,9 +154,9 @@ pub async fn compare(configured: &Configured, args: CompareArgs) -> anyhow::Resu
         eprintln!("master-agent: the running agent did not accept the comparison for its page: {error:#}");
     }
     match args.output {
-        Format::Table => print!("{}", print::table(&report)),
-        Format::Json => print!("{json}"),
-        Format::Csv => print!("{}", print::csv(&report)),
+        Format::Table => stdout::print(print::table(&report)),
+        Format::Json => stdout::print(&json),
+        Format::Csv => stdout::print(print::csv(&report)),
     }
     if report.targets.iter().all(|target| target.figures.is_empty()) {
         bail!("nothing could be measured; the reasons are above");
@@ -314,7 +317,7 @@ impl CompareArgs {
 /// The name of the path through the agent.
 const TUNNEL: &str = "tunnel";
 
-/// A target's address on the direct path: as given by `--direct`, or as the end of the tunnel finds it.
+/// Returns a target's address on the direct path, which `--direct` gives or the far end of the tunnel finds.
 fn direct_address(
     explained: &Explanation,
     direct_addresses: &DirectAddresses,

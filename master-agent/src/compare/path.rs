@@ -13,7 +13,7 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
-/// Bytes of a proxy's response to CONNECT.
+/// The longest head of a proxy's response to CONNECT, in bytes.
 const MAX_HEAD: usize = 16 * 1024;
 
 /// Any kind of connection.
@@ -78,11 +78,12 @@ impl FromStr for ProxyAddress {
 
     fn from_str(s: &str) -> Result<Self, Self::Err> {
         let target = |s: &str| s.trim_end_matches('/').parse::<Target>().map_err(|e| e.to_string());
-        match s.split_once(':') {
-            Some(("unix", path)) if !path.is_empty() => Ok(Self::Unix(path.into())),
-            Some(("http", rest)) if rest.starts_with("//") => Ok(Self::Http(target(&rest[2..])?)),
-            Some(("https", rest)) if rest.starts_with("//") => Ok(Self::Https(target(&rest[2..])?)),
-            Some(("tcp", rest)) => Ok(Self::Forward(target(rest.trim_start_matches("//"))?)),
+        let (scheme, rest) = s.split_once(':').unwrap_or((s, ""));
+        match (scheme, rest.strip_prefix("//")) {
+            ("unix", _) if !rest.is_empty() => Ok(Self::Unix(rest.into())),
+            ("http", Some(proxy)) => Ok(Self::Http(target(proxy)?)),
+            ("https", Some(proxy)) => Ok(Self::Https(target(proxy)?)),
+            ("tcp", port) => Ok(Self::Forward(target(port.unwrap_or(rest))?)),
             _ => {
                 Err("write unix:PATH, http://HOST:PORT or https://HOST:PORT for a proxy, tcp:HOST:PORT for \
                       a port that is forwarded to the target"
@@ -110,7 +111,7 @@ impl FromStr for Via {
 }
 
 impl ProxyAddress {
-    /// The way through the proxy. `tls` makes the configuration for an https proxy.
+    /// Returns the way through the proxy. `tls` creates the configuration for an https proxy.
     pub(super) fn way(&self, tls: impl FnOnce() -> anyhow::Result<Arc<ClientConfig>>) -> anyhow::Result<Way> {
         Ok(match self {
             Self::Unix(path) => Way::Connect(Proxy::Unix(path.clone())),
@@ -122,7 +123,7 @@ impl ProxyAddress {
 }
 
 impl Path {
-    /// Connects to `target`, whose address on the direct path is `direct`. Returns also how long that took.
+    /// Connects to `target`, whose address on the direct path is `direct`. Also returns how long that took.
     pub(super) async fn open(&self, target: &Target, direct: &Target) -> anyhow::Result<(Stream, Duration)> {
         let began = Instant::now();
         let stream: Stream = match &self.way {

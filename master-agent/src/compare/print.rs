@@ -4,11 +4,11 @@ use std::fmt::Write as _;
 
 use super::report::{Figure, PathReport, Report, TargetReport};
 
-/// One block for each target, one line for each figure, one column for each path.
+/// Returns the table, with a block for each target, a line for each figure and a column for each path.
 pub(super) fn table(report: &Report) -> String {
     let mut text = format!(
-        "{} rounds on {} in {} s; times are p50 / p90 / p99, ratios are medians of the rounds (quartiles)\n",
-        report.rounds,
+        "{} on {} in {} s; times are p50 / p90 / p99, ratios are medians of the rounds (quartiles)\n",
+        count(report.rounds, "round"),
         count(report.targets.len(), "target"),
         report.seconds
     );
@@ -28,11 +28,11 @@ pub(super) fn table(report: &Report) -> String {
     text
 }
 
-fn count(n: usize, what: &str) -> String {
+pub(super) fn count(n: usize, what: &str) -> String {
     if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") }
 }
 
-/// A description of a path and of its failures.
+/// Returns the description of a path and of its failures.
 pub(super) fn path_line(path: &PathReport) -> String {
     let mut line = format!("{}: {}", path.name, path.way);
     if let Some(status) = path.status {
@@ -48,12 +48,12 @@ pub(super) fn path_line(path: &PathReport) -> String {
     line
 }
 
-/// The paths of a target that are measured, with their indices.
+/// Returns the paths of a target that are measured, with their indices.
 pub(super) fn open(target: &TargetReport) -> impl Iterator<Item = (usize, &PathReport)> {
     target.paths.iter().enumerate().filter(|(_, path)| path.closed.is_none())
 }
 
-/// The name of a figure, with the number of connections.
+/// Returns the name of a figure, with the number of connections.
 pub(super) fn title(figure: &Figure) -> String {
     match figure.connections {
         1 => figure.name.title().to_owned(),
@@ -61,7 +61,7 @@ pub(super) fn title(figure: &Figure) -> String {
     }
 }
 
-/// The values of a path, as the table and the page show them.
+/// Returns the values of a path, as the table and the page show them.
 pub(super) fn values(figure: &Figure, path: usize) -> Option<String> {
     let summary = figure.paths.get(path)?.as_ref()?;
     let show = |value| figure.unit.show(value);
@@ -71,7 +71,7 @@ pub(super) fn values(figure: &Figure, path: usize) -> Option<String> {
     })
 }
 
-/// The ratio of a path, as the table and the page show it.
+/// Returns the ratio of a path, as the table and the page show it.
 pub(super) fn ratio(figure: &Figure, path: usize) -> Option<String> {
     figure.ratios.get(path)?.as_ref().map(|ratio| ratio.show())
 }
@@ -111,7 +111,7 @@ fn lines(rows: &[Vec<String>]) -> Vec<String> {
         .collect()
 }
 
-/// CSV (RFC 4180) with a header: one line for each figure of each path. Unknown values are empty.
+/// Returns CSV (RFC 4180) with a header and a line for each figure of each path. Unknown values are empty.
 pub(super) fn csv(report: &Report) -> String {
     let mut text =
         "node,url,path,figure,connections,unit,samples,p50,p90,p99,min,max,ratio,ratio_low,ratio_high,\

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use proto::NodeName;
 use serde::{Deserialize, Serialize};
 
-/// Histogram buckets per factor of ten.
+/// The number of histogram buckets per factor of ten.
 pub const BUCKETS_PER_DECADE: i32 = 20;
 
 /// A comparison.
@@ -13,11 +13,11 @@ pub const BUCKETS_PER_DECADE: i32 = 20;
 pub struct Report {
     /// The version of this format, 1.
     pub version: u32,
-    /// RFC 3339, in UTC.
+    /// The time at which the comparison began, in UTC (RFC 3339).
     pub started: String,
     pub seconds: f64,
     pub rounds: usize,
-    /// Concurrent connections, for figures with more than one.
+    /// The number of concurrent connections, for figures with more than one.
     pub connections: usize,
     pub targets: Vec<TargetReport>,
 }
@@ -30,7 +30,7 @@ pub struct TargetReport {
     pub url: String,
     pub paths: Vec<PathReport>,
     pub figures: Vec<Figure>,
-    /// What could not be measured on any path, and why.
+    /// The figures that could not be measured on any path, with the reasons.
     pub not_measured: Vec<String>,
 }
 
@@ -45,7 +45,7 @@ pub struct PathReport {
     /// The status of the first response.
     pub status: Option<u16>,
     pub attempts: u64,
-    /// Errors and how often they occurred.
+    /// The errors, and how often each of them occurred.
     pub failures: BTreeMap<String, u64>,
 }
 
@@ -57,8 +57,8 @@ pub struct Figure {
     /// The number of concurrent connections.
     pub connections: usize,
     pub paths: Vec<Option<Summary>>,
-    /// The ratios to the base path, round by round. The base is the direct path if it was measured, else the first one that
-    /// was. `None` for the base itself and for paths that were not measured.
+    /// The ratios to the base path, round by round. The base is the direct path if it was measured, else the first one
+    /// that was. `None` for the base itself and for paths that were not measured.
     pub ratios: Vec<Option<Ratio>>,
 }
 
@@ -118,7 +118,8 @@ pub struct Summary {
     pub p99: f64,
     pub min: f64,
     pub max: f64,
-    /// For times: the upper bounds and counts of the buckets that are not empty, [`BUCKETS_PER_DECADE`] per factor of ten.
+    /// For times: the upper bounds and counts of the buckets that are not empty, [`BUCKETS_PER_DECADE`] per factor of
+    /// ten.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub histogram: Vec<(f64, u64)>,
 }
@@ -213,7 +214,7 @@ impl Report {
 }
 
 impl TargetReport {
-    /// The URL, and the node if it is known.
+    /// Returns the URL, with the node if it is known.
     pub fn title(&self) -> String {
         match &self.node {
             Some(node) => format!("{node}: {}", self.url),
@@ -221,7 +222,8 @@ impl TargetReport {
         }
     }
 
-    /// The path that others are compared with: the direct one if it was measured, else the first one that was.
+    /// Returns the path with which others are compared. This is the direct one if it was measured, else the first one
+    /// that was.
     pub fn base(paths: &[PathReport]) -> Option<usize> {
         let open = |path: &PathReport| path.closed.is_none();
         let direct = paths.iter().position(|path| path.name == "direct" && open(path));
@@ -244,7 +246,7 @@ impl Figure {
 }
 
 impl Summary {
-    /// `None` without samples.
+    /// Summarises samples. Returns `None` if there are none.
     fn new(samples: &[f64], unit: Unit) -> Option<Self> {
         let sorted = sorted(samples);
         let (min, max) = (*sorted.first()?, *sorted.last()?);
@@ -283,7 +285,7 @@ fn sorted(samples: &[f64]) -> Vec<f64> {
     sorted
 }
 
-/// The quantile by nearest rank; 0 without samples.
+/// Returns the quantile by nearest rank, or 0 if there are no samples.
 fn quantile(sorted: &[f64], q: f64) -> f64 {
     let rank = (q * sorted.len() as f64).ceil() as usize;
     sorted.get(rank.max(1) - 1).copied().unwrap_or_default()

@@ -7,11 +7,11 @@ use proto::{
     target::{Host, InvalidTarget},
 };
 
-/// Stands for each chosen node in a URL.
+/// The placeholder for each chosen node in a URL.
 pub(super) const NODE: &str = "{node}";
 
-/// A URL with `http://`, `https://` or `tcp://`, a target and, for the first two, a path. Nothing is sent to `tcp://`: only the
-/// connection is measured.
+/// A URL with `http://`, `https://` or `tcp://`, a target and, for the first two, a path. Nothing is sent to `tcp://`:
+/// only the connection is measured.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Url {
     pub scheme: Scheme,
@@ -93,8 +93,8 @@ pub(super) fn expand(template: &str, nodes: &[NodeName]) -> Result<Vec<(Option<N
         .collect()
 }
 
-/// The arguments of `--direct`: addresses of hosts and targets on the direct path, where they differ from what the tunnel
-/// finds.
+/// The arguments of `--direct`: addresses of hosts and targets on the direct path, where they differ from what the
+/// tunnel finds.
 #[derive(Clone, Debug, Default)]
 pub(super) struct DirectAddresses {
     hosts: HashMap<Host, Host>,

@@ -6,6 +6,7 @@ use proto_net::{
     accept::{Acceptor, Listener, Peer, Tuning},
     dialer::Origin,
     handshake::HandshakePermits,
+    log_throttle::LogThrottle,
 };
 use tokio::{
     net::TcpListener,
@@ -15,7 +16,7 @@ use tokio::{
 use super::{listener::EgressListener, socket::CallerSocket, tls::CallerTls};
 use crate::stream::caller::Caller;
 
-/// TLS handshakes at once.
+/// The maximum number of concurrent TLS handshakes.
 const HANDSHAKES: usize = 256;
 
 /// Accepts plain connections until the callers' tasks are cancelled. On a Unix socket, the mode and owner of the socket
@@ -40,7 +41,7 @@ where
 
 /// Accepts TLS connections with client certificates until the callers' tasks are cancelled. Until its certificate has been
 /// verified, a caller holds one of a few handshake permits, and nothing of its request is read. Unauthenticated callers
-/// therefore cannot exhaust `max_connections`.
+/// therefore can't exhaust `max_connections`.
 pub async fn tls<E>(egress: Arc<E>, name: &'static str, listener: TcpListener, tls: Arc<CallerTls>)
 where
     E: EgressListener,
@@ -77,18 +78,21 @@ where
 struct Permits {
     egress: &'static str,
     free: Arc<Semaphore>,
+    refused: LogThrottle,
 }
 
 impl Permits {
     fn new(egress: &impl EgressListener, name: &'static str) -> Self {
         let free = Arc::new(Semaphore::new(egress.outbound().limits.max_connections));
-        Self { egress: name, free }
+        Self { egress: name, free, refused: LogThrottle::default() }
     }
 
     fn take(&self) -> Option<OwnedSemaphorePermit> {
         let permit = self.free.clone().try_acquire_owned().ok();
-        if permit.is_none() {
-            tracing::warn!(egress = self.egress, "connection refused: max_connections reached");
+        if permit.is_none()
+            && let Some(times) = self.refused.count(1)
+        {
+            tracing::warn!(egress = self.egress, times, "connection refused: max_connections reached");
         }
         permit
     }

@@ -6,7 +6,7 @@ use super::{proxy_urls::tls::TargetTls, tls::CallerTls};
 use crate::metrics::Expiry;
 use proto_net::file_watcher::Watcher;
 
-/// What egress listeners show their callers and targets, and the CAs that they verify them by.
+/// The certificates that egress listeners present to callers and targets, and the CAs by which they verify them.
 #[derive(Clone, Default)]
 pub struct EgressCertificates {
     pub callers: Vec<Arc<CallerTls>>,
@@ -14,13 +14,13 @@ pub struct EgressCertificates {
 }
 
 impl EgressCertificates {
-    /// What to watch for changes of the files.
+    /// Returns the watchers of the files.
     pub fn watchers(&self) -> Vec<Arc<dyn Watcher>> {
         let callers = self.callers.iter().flat_map(|tls| tls.watchers());
         callers.chain(self.targets.iter().flat_map(|tls| tls.watchers())).collect()
     }
 
-    /// When the certificates in use expire.
+    /// Returns when the certificates in use expire.
     pub fn expiries(&self) -> Vec<Expiry> {
         let callers = self.callers.iter().flat_map(|tls| tls.expiries());
         callers.chain(self.targets.iter().flat_map(|tls| tls.expiries())).collect()

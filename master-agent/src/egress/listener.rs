@@ -1,4 +1,4 @@
-//! What an egress listener is to those who accept its callers.
+//! The interface of an egress listener to the code that accepts its callers.
 
 use std::sync::Arc;
 

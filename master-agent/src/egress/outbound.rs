@@ -21,20 +21,20 @@ use crate::{
     traces::Span,
 };
 
-/// The part that all egress listeners have: the way to the targets, and the limits on callers.
+/// What all egress listeners have in common: the dialer, the metrics, and the limits on callers.
 #[derive(Clone)]
 pub struct Outbound {
     pub dialer: Arc<dyn Dialer>,
     pub metrics: StreamMetrics,
     pub limits: CallerLimits,
-    /// Callers and their streams, which are drained at the end.
+    /// The group of the tasks of callers and their streams, which is drained when the agent stops.
     pub tasks: Tasks,
 }
 
-/// What callers may take.
+/// The limits on callers.
 #[derive(Clone, Copy, Debug)]
 pub struct CallerLimits {
-    /// How long a caller may take to say what it wants, including a TLS handshake.
+    /// How long a caller may take for a TLS handshake, and then for its request.
     pub head_timeout: Duration,
     /// How long one direction of a stream may be silent after the other has ended.
     pub half_closed_timeout: Duration,
@@ -42,7 +42,7 @@ pub struct CallerLimits {
     pub max_connections: usize,
 }
 
-/// A connection to a target, with what the record of its stream will say.
+/// A connection to a target, with the data for the record of its stream.
 pub struct Dialled {
     pub connection: Connection,
     pub target: Target,
@@ -113,7 +113,7 @@ impl Outbound {
         outcome
     }
 
-    /// A socket for a listener that speaks a protocol of its own with the target.
+    /// Returns a socket for a listener that is itself a client of the target.
     pub fn socket(&self, dialled: Dialled) -> TargetSocket {
         let (near, far) = target_socket::pair();
         let outbound = self.clone();

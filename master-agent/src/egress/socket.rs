@@ -10,13 +10,13 @@ use tokio_rustls::server::TlsStream;
 
 /// What differs between the kinds of socket.
 pub trait CallerSocket: AsyncRead + AsyncWrite + Unpin + Send + 'static {
-    /// The reading and the writing half, without a lock where the kind of socket allows it.
+    /// Returns the reading and the writing half, which share no lock if the kind of socket allows that.
     fn halves(self) -> (impl AsyncRead + Unpin + Send, impl AsyncWrite + Unpin + Send);
 
-    /// After the caller has ended its sending direction: completes once it has closed the other one, too.
+    /// Completes once a caller that has ended its sending direction has closed the other direction, too.
     fn closed_after_eof(&self) -> impl Future<Output = ()> + Send;
 
-    /// The caller's address; `None` on a Unix socket.
+    /// Returns the caller's address, or `None` on a Unix socket.
     fn peer(&self) -> Option<IpAddr>;
 }
 
@@ -44,7 +44,8 @@ impl CallerSocket for TlsStream<TcpStream> {
         tokio::io::split(self)
     }
 
-    /// TCP does not tell, so a caller that ends its TLS session before the answer counts as gone.
+    /// TCP does not show whether a peer still reads, so a caller that ends its TLS session before the answer counts as
+    /// gone.
     async fn closed_after_eof(&self) {}
 
     fn peer(&self) -> Option<IpAddr> {
@@ -57,7 +58,8 @@ impl CallerSocket for TcpStream {
         self.into_split()
     }
 
-    /// TCP does not tell, so a caller that ends its sending direction before the answer counts as gone.
+    /// TCP does not show whether a peer still reads, so a caller that ends its sending direction before the answer
+    /// counts as gone.
     async fn closed_after_eof(&self) {}
 
     fn peer(&self) -> Option<IpAddr> {

@@ -1,9 +1,10 @@
 //! Mutual TLS with the callers of egress listeners. The certificate, its key and the client CA follow their files: changes
-//! take effect for new connections within two seconds, and a file that cannot be used leaves the last good one in force.
+//! take effect for new connections within two seconds, and a file that can't be used leaves the last good one in force.
 
 use std::{sync::Arc, time::SystemTime};
 
 use anyhow::Context;
+use proto::refusal::printable;
 use proto_net::tls::{Possession, chain, private_key};
 use rustls::{ServerConfig, crypto::aws_lc_rs, pki_types::CertificateDer};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -23,16 +24,16 @@ pub enum TlsListener {
     Konnectivity,
 }
 
-/// How callers are met: with which certificate, and whose client certificates may call.
+/// The certificate that callers are shown, and the verification of their client certificates.
 pub struct CallerTls {
     listener: TlsListener,
     serving: Arc<FileWatcher<Serving>>,
     verifier: ClientVerifier,
-    /// Names in a client certificate; empty allows every certificate of the client CA.
+    /// The names of the callers that may connect. If it is empty, every certificate of the client CA is accepted.
     allowed_names: Vec<String>,
 }
 
-/// What new connections are served with.
+/// The TLS configuration of new connections, and when its certificate expires.
 struct Serving {
     config: Arc<ServerConfig>,
     expiry: X509Expiry,
@@ -57,12 +58,12 @@ impl CallerTls {
         Ok(Self { listener, serving, verifier: ClientVerifier::new(ca), allowed_names })
     }
 
-    /// What to watch for changes of the files.
+    /// Returns the watchers of the files.
     pub fn watchers(&self) -> [Arc<dyn Watcher>; 2] {
         [self.serving.clone(), self.verifier.ca.clone()]
     }
 
-    /// When the certificates in use expire.
+    /// Returns when the certificates in use expire.
     pub fn expiries(&self) -> [Expiry; 2] {
         let (certificate, client_ca) = self.listener.expiry_names();
         [
@@ -71,7 +72,8 @@ impl CallerTls {
         ]
     }
 
-    /// Performs the handshake and verifies the caller's certificate. Returns the caller's name for the records.
+    /// Performs the handshake and verifies the caller's certificate. Returns the caller's name for the records. Whoever
+    /// requested the certificate may have chosen any characters for the name, so only printable ones are kept.
     pub async fn handshake<S>(&self, socket: S) -> Result<(TlsStream<S>, String), String>
     where
         S: AsyncRead + AsyncWrite + Unpin,
@@ -87,9 +89,12 @@ impl CallerTls {
         self.verifier.verify(&chain, SystemTime::now()).await.map_err(|error| error.to_string())?;
         let names = certificate_names(chain.first().ok_or("no client certificate")?)?;
         if self.allowed_names.is_empty() || names.iter().any(|name| self.allowed_names.contains(name)) {
-            return Ok(names.into_iter().next().unwrap_or_else(|| "without a name".to_owned()));
+            return Ok(names.first().map_or_else(|| "without a name".to_owned(), |name| printable(name)));
         }
-        Err(format!("certificate for {} is not in allowed_names", names.join(", ")))
+        Err(format!(
+            "the certificate is for {}, which allowed_names does not list",
+            printable(&names.join(", "))
+        ))
     }
 }
 
@@ -101,7 +106,7 @@ impl TlsListener {
         }
     }
 
-    /// The application protocol (RFC 7301) that callers must accept.
+    /// Returns the application protocol (RFC 7301) that callers must accept.
     fn alpn(self) -> &'static [u8] {
         match self {
             Self::HttpConnect => b"http/1.1",
@@ -109,7 +114,7 @@ impl TlsListener {
         }
     }
 
-    /// The values of the metric label `certificate` for the certificate and for the client CA.
+    /// Returns the values of the metric label `certificate` for the certificate and for the client CA.
     fn expiry_names(self) -> (&'static str, &'static str) {
         match self {
             Self::HttpConnect => ("connect", "connect_client_ca"),
@@ -133,7 +138,7 @@ fn server_config(listener: TlsListener, config: &TlsConfig) -> anyhow::Result<Se
     Ok(tls)
 }
 
-/// The common names of the subject, then the DNS names.
+/// Returns the common names of the subject, followed by the DNS names.
 fn certificate_names(der: &CertificateDer<'_>) -> Result<Vec<String>, String> {
     use x509_parser::{extensions::GeneralName, prelude::FromDer};
     let (_, certificate) = x509_parser::certificate::X509Certificate::from_der(der)

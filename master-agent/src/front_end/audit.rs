@@ -2,9 +2,9 @@
 //!
 //! A line names the caller, the request, the decision with its rule, and the result (`audit/record.rs`).
 //!
-//! A thread writes the lines of a bounded queue. A request reserves its [`Room`] in the queue before it is served, so
-//! that every served request is also recorded. While the queue is full, a request waits for a short time. Then it is
-//! either rejected or served without a record, depending on the configuration. Unauthenticated callers and long-running
+//! A thread writes the lines of a bounded queue. A request takes a [`QueuePermit`] before it is served, so that every
+//! served request is also recorded. While the queue is full, a request waits for a short time. Then it is either
+//! rejected or served without a record, depending on the configuration. Unauthenticated callers and long-running
 //! requests have queues of their own, so that they can't take room from others. A lost line, for instance on a full
 //! disk, is counted and logged, and the audit log itself reports the number of missing lines once it can be written
 //! again.
@@ -45,7 +45,7 @@ const MAX_LONG_RUNNING: usize = 65_536;
 #[derive(Clone)]
 pub struct Audit {
     lines: mpsc::UnboundedSender<Message>,
-    rooms: Arc<Rooms>,
+    permits: Arc<QueuePermits>,
     wait: Duration,
     on_full: OnFull,
     lost: Arc<Lost>,
@@ -62,14 +62,14 @@ pub enum Queue {
     Unauthenticated,
 }
 
-/// The free room of each queue.
-struct Rooms {
+/// The permits of each queue.
+struct QueuePermits {
     authenticated: Arc<Semaphore>,
     long_running: Arc<Semaphore>,
     unauthenticated: Arc<Semaphore>,
 }
 
-impl Rooms {
+impl QueuePermits {
     fn of(&self, queue: Queue) -> &Arc<Semaphore> {
         match queue {
             Queue::Authenticated => &self.authenticated,
@@ -79,8 +79,8 @@ impl Rooms {
     }
 }
 
-/// Room for one line until it has been written.
-pub struct Room(#[expect(dead_code, reason = "held")] OwnedSemaphorePermit);
+/// Reserves room for one line in a queue until the line has been written.
+pub struct QueuePermit(#[expect(dead_code, reason = "held")] OwnedSemaphorePermit);
 
 /// The error of a request whose line has no room, and that must not be served without a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,7 +93,7 @@ pub struct Writer {
 }
 
 enum Message {
-    Line(String, Room),
+    Line(String, QueuePermit),
     Close,
 }
 
@@ -115,28 +115,28 @@ impl Audit {
     }
 
     fn new(config: &AuditConfig, lost: Counter) -> (Self, mpsc::UnboundedReceiver<Message>) {
-        let room = |lines: usize| Arc::new(Semaphore::new(lines));
-        let rooms = Rooms {
-            authenticated: room(config.queue),
-            long_running: room(MAX_LONG_RUNNING),
-            unauthenticated: room(config.unauthenticated_queue),
+        let semaphore = |lines: usize| Arc::new(Semaphore::new(lines));
+        let permits = QueuePermits {
+            authenticated: semaphore(config.queue),
+            long_running: semaphore(MAX_LONG_RUNNING),
+            unauthenticated: semaphore(config.unauthenticated_queue),
         };
-        // Each line in the channel holds some room, which bounds the channel.
+        // Each line in the channel holds a permit, which bounds the channel.
         let (lines, written) = mpsc::unbounded_channel();
         let lost = Lost { counter: lost, log: LogThrottle::default(), unreported: AtomicU64::new(0) };
-        let (rooms, lost) = (Arc::new(rooms), Arc::new(lost));
-        (Self { lines, rooms, wait: config.wait, on_full: config.on_full, lost }, written)
+        let (permits, lost) = (Arc::new(permits), Arc::new(lost));
+        (Self { lines, permits, wait: config.wait, on_full: config.on_full, lost }, written)
     }
 
     /// Reserves room for the line of a request, and waits for a short time if the queue is full. Returns `None` if the
     /// request is to be served without a line.
-    pub async fn room(&self, queue: Queue) -> Result<Option<Room>, QueueFull> {
-        let rooms = self.rooms.of(queue);
-        if let Ok(room) = rooms.clone().try_acquire_owned() {
-            return Ok(Some(Room(room)));
+    pub async fn reserve(&self, queue: Queue) -> Result<Option<QueuePermit>, QueueFull> {
+        let permits = self.permits.of(queue);
+        if let Ok(permit) = permits.clone().try_acquire_owned() {
+            return Ok(Some(QueuePermit(permit)));
         }
-        match (tokio::time::timeout(self.wait, rooms.clone().acquire_owned()).await, self.on_full) {
-            (Ok(Ok(room)), _) => Ok(Some(Room(room))),
+        match (tokio::time::timeout(self.wait, permits.clone().acquire_owned()).await, self.on_full) {
+            (Ok(Ok(permit)), _) => Ok(Some(QueuePermit(permit))),
             (Ok(Err(_)) | Err(_), OnFull::Drop) => Ok(None),
             (Ok(Err(_)) | Err(_), OnFull::Refuse) => Err(QueueFull),
         }
@@ -144,10 +144,11 @@ impl Audit {
 
     /// Records a request. Since requests end in places that can't wait, a record without reserved room is lost if the
     /// queue is full.
-    pub fn record(&self, record: &Record<'_>, queue: Queue, room: Option<Room>) {
-        let room = room.or_else(|| self.rooms.of(queue).clone().try_acquire_owned().ok().map(Room));
-        let Some(room) = room else { return self.lost.add(1, "the queue is full") };
-        if self.lines.send(Message::Line(record.line(), room)).is_err() {
+    pub fn record(&self, record: &Record<'_>, queue: Queue, permit: Option<QueuePermit>) {
+        let permit =
+            permit.or_else(|| self.permits.of(queue).clone().try_acquire_owned().ok().map(QueuePermit));
+        let Some(permit) = permit else { return self.lost.add(1, "the queue is full") };
+        if self.lines.send(Message::Line(record.line(), permit)).is_err() {
             self.lost.add(1, "the audit log is closed");
         }
     }
@@ -203,10 +204,10 @@ fn write(mut lines: mpsc::UnboundedReceiver<Message>, mut output: Output, lost: 
     let mut reported = None::<Instant>;
     while lines.blocking_recv_many(&mut messages, 256) > 0 {
         let mut closing = false;
-        let mut rooms = Vec::new();
+        let mut permits = Vec::new();
         let batch = messages.drain(..).filter_map(|message| match message {
-            Message::Line(line, room) => {
-                rooms.push(room);
+            Message::Line(line, permit) => {
+                permits.push(permit);
                 Some(line)
             }
             Message::Close => {
@@ -215,17 +216,19 @@ fn write(mut lines: mpsc::UnboundedReceiver<Message>, mut output: Output, lost: 
             }
         });
         output.write(batch, &mut |records, why| lost.add(records, why));
-        drop(rooms);
-        if closing || reported.is_none_or(|last| last.elapsed() >= REPORT_INTERVAL) {
+        drop(permits);
+        if reported.is_none_or(|last| last.elapsed() >= REPORT_INTERVAL) {
             lost.report(&mut output);
             reported = Some(Instant::now());
         }
         if closing {
-            return;
+            // The lines that are already in the channel are still written, and those that come later count as lost.
+            lines.close();
         }
         // Waking this thread for each line would cost as much as the rest of a request.
         thread::sleep(BATCH_INTERVAL);
     }
+    lost.report(&mut output);
 }
 
 #[cfg(test)]

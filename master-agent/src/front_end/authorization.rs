@@ -12,7 +12,7 @@ use access::{
 use hyper::{StatusCode, http::request::Parts};
 
 use super::{connection::Connection, recorder::Recorder};
-use crate::http::status::Failure;
+use crate::http::status::StatusError;
 
 impl Connection {
     /// Rejects the credential of a node that is presented through the tunnel of another node. Each node has its own
@@ -21,7 +21,7 @@ impl Connection {
         &self,
         caller: &Authenticated,
         record: &mut Recorder,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), StatusError> {
         let (Peer::Node { name, .. }, Some(node)) = (&self.peer, caller.user.node()) else { return Ok(()) };
         if node == name.as_str() {
             return Ok(());
@@ -35,7 +35,7 @@ impl Connection {
             rule: "not-its-own".to_owned(),
             reason: reason.clone(),
         });
-        Err(Failure::new(StatusCode::FORBIDDEN, format!("forbidden: {reason}")))
+        Err(StatusError::new(StatusCode::FORBIDDEN, format!("forbidden: {reason}")))
     }
 
     /// Authorizes a request, and returns the user on whose behalf it is passed on.
@@ -46,11 +46,11 @@ impl Connection {
         info: &RequestInfo,
         served_here: bool,
         record: &mut Recorder,
-    ) -> Result<Arc<User>, Failure> {
+    ) -> Result<Arc<User>, StatusError> {
         let front_end = &self.front_end;
-        let denied = |reason: String| Failure::new(StatusCode::FORBIDDEN, format!("forbidden: {reason}"));
+        let denied = |reason: String| StatusError::new(StatusCode::FORBIDDEN, format!("forbidden: {reason}"));
         let impersonation = Impersonation::requested(&head.headers)
-            .map_err(|error| Failure::new(StatusCode::BAD_REQUEST, error.to_string()))?;
+            .map_err(|error| StatusError::new(StatusCode::BAD_REQUEST, error.to_string()))?;
         let user = match impersonation {
             None => caller.user,
             Some(impersonation) => match impersonation.allowed(&caller.user, &front_end.authz).await {

@@ -10,7 +10,7 @@ use super::link_socket::LinkSocket;
 use crate::{identity::store::TokenError, tunnels::call_home::Purpose};
 
 /// Serves the links of nodes that call home and of hosts that join.
-pub trait TakeLinks: Send + Sync {
+pub trait ServeLinks: Send + Sync {
     /// Serves a link until it ends.
     fn serve(self: Arc<Self>, call: IncomingCall) -> BoxFuture<'static, ()>;
 
@@ -38,7 +38,7 @@ pub struct IncomingCall {
 /// The parts of the agent that calls home need.
 #[derive(Clone)]
 pub struct CallHomeServices {
-    pub links: Arc<dyn TakeLinks>,
+    pub links: Arc<dyn ServeLinks>,
     pub join_tokens: Arc<dyn CheckJoinTokens>,
     /// The group that owns the tasks which serve links.
     pub tasks: Tasks,

@@ -49,7 +49,7 @@ const FIELDS: Meanings = &[
     ("authorize_everything", "Also authorizes what goes to kube-apiserver, which authorizes it again."),
     (
         "call_home",
-        "Nodes call home, and hosts join, over this port. By default, if there is a section call_home.",
+        "Nodes call home, and hosts join, over this port. Default: true if there is a section call_home.",
     ),
     ("serve_page", "Serves the page at /agent/page/, to callers whom the authorizers let in."),
     (
@@ -115,7 +115,7 @@ pub struct LocalConfig {
 const LOCAL_FIELDS: Meanings = &[
     ("unix", "The Unix socket to listen on."),
     ("tcp", "The TCP address to listen on, which is a loopback address."),
-    ("user", "The user that all of its callers are at kube-apiserver."),
+    ("user", "The user as which kube-apiserver sees all callers of the plain port."),
     ("groups", "The groups of that user."),
 ];
 

@@ -121,7 +121,9 @@ fn header_name(at: &At<'_>) -> Option<HeaderName> {
         Ok(_) => {
             at.error(format!("{text:?} has another meaning: give a header of its own, such as X-Remote-User"))
         }
-        Err(_) => at.error(format!("{text:?} is no name of a header: expected one such as X-Remote-User")),
+        Err(_) => {
+            at.error(format!("{text:?} is not the name of a header: expected one such as X-Remote-User"))
+        }
     }
     None
 }
@@ -202,9 +204,9 @@ pub(super) enum AmbiguousHead {
     TwoFramings,
     #[error("more than one Content-Length")]
     ManyLengths,
-    #[error("Host is another than that of the request's target")]
+    #[error("Host differs from the host of the request's target")]
     OtherHost,
-    #[error("the request's target is no path")]
+    #[error("the request's target is not a path")]
     NoPath,
 }
 

@@ -10,7 +10,7 @@ use hyper::StatusCode;
 use prometheus_client::metrics::{counter::Counter, family::Family};
 
 use super::counters::LimitLabel;
-use crate::http::status::Failure;
+use crate::http::status::StatusError;
 
 pub use access::limits::{Attempt, Counted, LimitsConfig, RequestPermit, Source};
 
@@ -42,7 +42,7 @@ impl Limits {
     }
 
     /// Takes a request from the rate of its address, before the caller is authenticated.
-    pub fn request(&self, peer: &Peer) -> Result<(), Failure> {
+    pub fn request(&self, peer: &Peer) -> Result<(), StatusError> {
         self.limits.request(peer, Instant::now()).map_err(|exceeded| self.exceeded(exceeded))
     }
 
@@ -52,32 +52,33 @@ impl Limits {
     }
 
     /// Takes a request from the rate of its user, and waits for a seat.
-    pub async fn admit(&self, user: &str, long_running: bool) -> Result<RequestPermit, Failure> {
+    pub async fn admit(&self, user: &str, long_running: bool) -> Result<RequestPermit, StatusError> {
         let kind = if long_running { RequestKind::LongRunning } else { RequestKind::Short };
         let admitted = self.limits.admit(user, kind, Instant::now()).await;
         admitted.map_err(|exceeded| self.exceeded(exceeded))
     }
 
     /// Exchanges the permit of a request whose connection has been upgraded for that of a long-running request.
-    pub fn upgraded(&self, permit: RequestPermit, user: &str) -> Result<RequestPermit, Failure> {
+    pub fn upgraded(&self, permit: RequestPermit, user: &str) -> Result<RequestPermit, StatusError> {
         self.limits.upgrade(permit, user).map_err(|exceeded| self.exceeded(exceeded))
     }
 
-    fn exceeded(&self, exceeded: Exceeded) -> Failure {
+    fn exceeded(&self, exceeded: Exceeded) -> StatusError {
         self.count(exceeded.limit.name());
         exceeded.into()
     }
 }
 
-impl From<Exceeded> for Failure {
+impl From<Exceeded> for StatusError {
     fn from(exceeded: Exceeded) -> Self {
         too_many(exceeded.retry_after)
     }
 }
 
 /// Returns the answer 429 with the time after which another attempt may succeed.
-pub(super) fn too_many(after: Duration) -> Failure {
+pub(super) fn too_many(after: Duration) -> StatusError {
     let seconds = after.as_secs_f64().ceil().max(1.0);
-    let failure = Failure::new(StatusCode::TOO_MANY_REQUESTS, "too many requests, please try again later");
+    let failure =
+        StatusError::new(StatusCode::TOO_MANY_REQUESTS, "too many requests, please try again later");
     failure.retry_after(seconds as u32)
 }

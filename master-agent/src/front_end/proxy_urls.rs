@@ -9,7 +9,7 @@ use proto::NodeName;
 use crate::{
     http::{
         exchange::{Body, Upgrade},
-        status::Failure,
+        status::StatusError,
         watched::Activity,
     },
     stream::caller::Caller,
@@ -35,5 +35,5 @@ pub struct Proxied {
     /// The node through whose tunnel the request went, if it went through one.
     pub node: Option<NodeName>,
     /// The target's response, with the upgrade that begins once the response has been sent.
-    pub answer: Result<(Response<Body>, Option<Upgrade>), Failure>,
+    pub answer: Result<(Response<Body>, Option<Upgrade>), StatusError>,
 }

@@ -21,7 +21,7 @@ use proto::NodeName;
 use proto_net::{dialer::Origin, relay::Counters};
 
 use super::{
-    audit::{Audit, Outcome, Queue, QueueFull, Record, RequestId, Room},
+    audit::{Audit, Outcome, Queue, QueueFull, QueuePermit, Record, RequestId},
     counters::{Authentication, FrontEndMetrics, RequestOutcome},
 };
 use crate::traces::{self, Span, SpanContext};
@@ -36,7 +36,7 @@ pub(super) struct Recorder {
     facts: Facts,
     /// Whether the request is long-running, so that its duration says nothing about how fast it was served.
     long_running: bool,
-    room: Option<Room>,
+    permit: Option<QueuePermit>,
     /// The number of bytes of the request's body so far.
     pub received_bytes: Arc<AtomicU64>,
     sent_bytes: AtomicU64,
@@ -121,7 +121,7 @@ impl Recorder {
             metrics,
             facts,
             long_running: false,
-            room: None,
+            permit: None,
             received_bytes: Arc::default(),
             sent_bytes: AtomicU64::new(0),
             carried: Counters::default(),
@@ -178,7 +178,7 @@ impl Recorder {
     pub(super) async fn reserve(&mut self, long_running: bool) -> Result<(), QueueFull> {
         self.long_running = long_running;
         let queue = if long_running { Queue::LongRunning } else { self.queue() };
-        self.room = self.audit.room(queue).await?;
+        self.permit = self.audit.reserve(queue).await?;
         Ok(())
     }
 
@@ -187,8 +187,8 @@ impl Recorder {
     pub(super) async fn rejected(&mut self, outcome: Option<Outcome>) {
         self.facts.rejected = true;
         self.facts.outcome = outcome.unwrap_or(self.facts.outcome);
-        if self.room.is_none() {
-            self.room = self.audit.room(self.queue()).await.ok().flatten();
+        if self.permit.is_none() {
+            self.permit = self.audit.reserve(self.queue()).await.ok().flatten();
         }
     }
 
@@ -310,7 +310,7 @@ impl Drop for Recorder {
             _ => {}
         }
         let (up, down) = (self.carried.up.load(Ordering::Relaxed), self.carried.down.load(Ordering::Relaxed));
-        let (queue, room) = (self.queue(), self.room.take());
+        let (queue, permit) = (self.queue(), self.permit.take());
         let trace_id = self.span().map(|span| traces::ids(&span).0);
         let record = Record {
             received: self.facts.received,
@@ -333,7 +333,7 @@ impl Drop for Recorder {
             node: self.facts.node.as_ref().map(NodeName::as_str),
             trace_id: trace_id.as_deref(),
         };
-        self.audit.record(&record, queue, room);
+        self.audit.record(&record, queue, permit);
         self.end_span(up, down);
     }
 }

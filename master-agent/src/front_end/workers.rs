@@ -1,6 +1,7 @@
 //! The worker threads, which serve the HTTPS port. A caller's connection and the connections to API servers that its
 //! requests use stay on one of them, so that a request never changes threads. TLS handshakes of unauthenticated callers
-//! run on these threads and can't delay tunnels.
+//! run on these threads and can't delay tunnels, except those of nodes that call home over the HTTPS port, whose links
+//! stay on the thread of their connection.
 
 use std::{cell::Cell, io, sync::Arc, thread};
 

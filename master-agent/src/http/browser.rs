@@ -1,5 +1,5 @@
 //! Keeps web pages of other origins from using a server through the browser of somebody who can reach it. Requests that
-//! such a page makes are refused, and on loopback also requests for another host (DNS rebinding).
+//! such a page makes are rejected, and on loopback also requests for another host (DNS rebinding).
 
 use std::net::IpAddr;
 
@@ -8,7 +8,7 @@ use hyper::{
     header::{self, HeaderValue},
 };
 
-/// Refuses requests for another host, whose name a browser was made to resolve to this one (DNS rebinding).
+/// Rejects requests for another host, whose name a browser was made to resolve to this one (DNS rebinding).
 pub fn refuse_other_hosts(uri: &Uri, headers: &HeaderMap) -> Result<(), String> {
     let mut hosts = headers.get_all(header::HOST).iter().map(|h| h.to_str().unwrap_or("?"));
     let host = hosts.next().unwrap_or_default();
@@ -25,8 +25,8 @@ pub fn refuse_other_hosts(uri: &Uri, headers: &HeaderMap) -> Result<(), String> 
     Ok(())
 }
 
-/// Refuses what a browser sends on behalf of a page of another origin than this server's. `proto` is the scheme of this
-/// server, `http` or `https`.
+/// Rejects requests that a browser sends on behalf of a page from another origin than this server's. `proto` is the
+/// scheme of this server, `http` or `https`.
 pub fn refuse_other_origins(proto: &str, uri: &Uri, headers: &HeaderMap) -> Result<(), String> {
     let host = asked_host(uri, headers);
     for origin in headers.get_all(header::ORIGIN) {
@@ -42,7 +42,7 @@ pub fn refuse_other_origins(proto: &str, uri: &Uri, headers: &HeaderMap) -> Resu
     }
 }
 
-/// The host that the caller asks for; empty if it names none.
+/// Returns the host that the caller asks for, which is empty if it names none.
 pub fn asked_host<'a>(uri: &'a Uri, headers: &'a HeaderMap) -> &'a str {
     let header = || headers.get(header::HOST).and_then(|host| host.to_str().ok());
     uri.authority().map(|authority| authority.as_str()).or_else(header).unwrap_or_default()

@@ -1,17 +1,17 @@
-//! Headers in which an authenticating proxy tells servers who a caller is and where it comes from. Callers must not send
-//! any of them.
+//! The headers in which an authenticating proxy tells servers who a caller is and where it comes from. Callers must not
+//! send any of them.
 
 use hyper::{HeaderMap, header::HeaderName};
 
 use super::hop::remove_all;
 
-/// The headers of Kubernetes, those of proxies such as oauth2-proxy and Traefik's forward authentication, and those that
-/// say where a request came from.
+/// The prefixes of the headers that Kubernetes uses, that proxies such as oauth2-proxy and Traefik's forward
+/// authentication use, and that say where a request came from.
 const PREFIXES: [&str; 4] = ["x-remote-", "impersonate-", "x-auth-request-", "x-forwarded-"];
 const NAMES: [&str; 2] = ["forwarded", "x-real-ip"];
 
-/// Names of headers, in every spelling that some server takes for the same name: CGI and similar interfaces replace all
-/// characters but letters and digits by the same one.
+/// Names of headers, in every spelling that some server takes for the same name. CGI and similar interfaces replace all
+/// characters except letters and digits with the same one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Claims {
     names: Vec<String>,
@@ -25,7 +25,7 @@ impl Default for Claims {
 }
 
 impl Claims {
-    /// The headers that are always claims, and some more.
+    /// Adds names and prefixes to those that are always claims.
     pub fn with<'a>(names: impl Iterator<Item = &'a str>, prefixes: impl Iterator<Item = &'a str>) -> Self {
         let mut this = Self::default();
         this.names.extend(names.map(fold));
@@ -47,7 +47,7 @@ impl Claims {
     }
 }
 
-/// The spelling of a header's name that stands for all its spellings.
+/// Returns the spelling of a header's name that stands for all its spellings.
 pub fn fold(name: &str) -> String {
     name.bytes().map(|byte| char::from(folded(byte))).collect()
 }

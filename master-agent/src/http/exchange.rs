@@ -1,5 +1,5 @@
-//! The rest of an exchange once its response has begun: the body of the response, or an upgraded connection. Either keeps
-//! the connection to the target open.
+//! The rest of an exchange once its response has begun, which is the body of the response or an upgraded connection.
+//! Either keeps the connection to the target open.
 
 use std::{
     pin::Pin,
@@ -19,8 +19,8 @@ use tokio::sync::oneshot;
 
 use super::watched::Busy;
 
-/// How long the rest of an exchange may take once its response has been passed on, be it an upload that was answered
-/// before its end or the target's closing.
+/// How long the connection to the target may take to end once the response has been passed on. The upload may still be
+/// in progress then, since a target may answer before its end.
 const LINGER: Duration = Duration::from_secs(5);
 
 /// The body of a response.
@@ -39,12 +39,12 @@ impl Body {
         Self::from(Full::default())
     }
 
-    /// A body that is passed on as it comes from the target.
+    /// Creates a body that is passed on as it comes from the target.
     pub fn relayed(incoming: Incoming, exchange: Exchange) -> Self {
         Self { content: Content::Relayed { incoming, exchange }, _busy: None }
     }
 
-    /// Keeps the caller's connection busy until the body has been passed on or given up.
+    /// Keeps the caller's connection busy until the body has been passed on or dropped.
     pub fn while_busy(self, busy: Busy) -> Self {
         Self { _busy: Some(busy), ..self }
     }
@@ -122,7 +122,7 @@ impl Upgrade {
 pub struct Exchange(Option<oneshot::Sender<()>>);
 
 impl Exchange {
-    /// The second value completes when the connection is no longer wanted.
+    /// Creates an exchange. The future completes when the connection to the target is no longer needed.
     pub fn new() -> (Self, impl Future<Output = ()> + Send) {
         let (sender, receiver) = oneshot::channel();
         let unwanted = async {
@@ -133,7 +133,7 @@ impl Exchange {
         (Self(Some(sender)), unwanted)
     }
 
-    /// The response has been passed on completely.
+    /// Records that the response has been passed on completely.
     fn complete(&mut self) {
         if let Some(sender) = self.0.take() {
             let _ = sender.send(());

@@ -1,11 +1,11 @@
-//! Headers that concern a single connection, and what a message asks of its connection.
+//! The headers that concern a single connection, and what a message asks of its connection.
 
 use hyper::{
     HeaderMap,
     header::{self, HeaderName, HeaderValue},
 };
 
-/// RFC 9110 §7.6.1. The headers that `Connection` names come on top.
+/// The headers that concern a single connection (RFC 9110, section 7.6.1), besides those that `Connection` names.
 static HOP_BY_HOP: [HeaderName; 8] = [
     header::CONNECTION,
     HeaderName::from_static("keep-alive"),
@@ -16,13 +16,11 @@ static HOP_BY_HOP: [HeaderName; 8] = [
     header::TRANSFER_ENCODING,
     header::UPGRADE,
 ];
-/// The prefix of the WebSocket subprotocol in which kube-apiserver takes a bearer token.
-const BEARER_PROTOCOL: &str = "base64url.bearer.authorization.k8s.io.";
 
-/// What a request asks of its connection.
+/// The hop-by-hop headers of a request, which concern its connection alone.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hop {
-    /// The protocols that the request wants to change to.
+    /// The protocols that the request asks to change to.
     pub upgrade: Option<HeaderValue>,
     pub chunked: bool,
     pub trailers: bool,
@@ -39,7 +37,7 @@ impl Hop {
     }
 }
 
-/// Refuses transfer codings other than `chunked`, which could not be passed on as they are.
+/// Rejects transfer codings other than `chunked`, which could not be passed on as they are.
 pub fn refuse_other_encodings(headers: &HeaderMap) -> Result<(), String> {
     let mut codings = headers.get_all(header::TRANSFER_ENCODING).iter();
     match (codings.next(), codings.next()) {
@@ -56,8 +54,8 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
     remove_all(headers, |name| HOP_BY_HOP.contains(name) || named.contains(name));
 }
 
-/// Removes all headers whose names fulfil a condition. Looking up each of many names would take longer, as most messages
-/// have none of them.
+/// Removes all headers whose names meet a condition. Looking up each of many names would take longer, since most
+/// messages have none of them.
 pub fn remove_all(headers: &mut HeaderMap, such: impl Fn(&HeaderName) -> bool) {
     let gone: Vec<HeaderName> = headers.keys().filter(|name| such(name)).cloned().collect();
     for name in &gone {
@@ -65,21 +63,7 @@ pub fn remove_all(headers: &mut HeaderMap, such: impl Fn(&HeaderName) -> bool) {
     }
 }
 
-/// Removes a bearer token from the WebSocket subprotocols that a caller offers.
-pub fn remove_bearer_protocol(headers: &mut HeaderMap) {
-    let name = header::SEC_WEBSOCKET_PROTOCOL;
-    if !tokens(headers, &name).any(|t| t.starts_with(BEARER_PROTOCOL)) {
-        return;
-    }
-    let kept: Vec<&str> = tokens(headers, &name).filter(|t| !t.starts_with(BEARER_PROTOCOL)).collect();
-    let kept = kept.join(", ");
-    match HeaderValue::try_from(kept) {
-        Ok(value) if !value.is_empty() => headers.insert(name, value),
-        Ok(_) | Err(_) => headers.remove(name),
-    };
-}
-
-/// The elements of a header whose value is a list.
+/// Returns the elements of a header whose value is a list.
 pub fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> + use<'a> {
     let values = headers.get_all(name).iter().filter_map(|v| v.to_str().ok());
     values.flat_map(|v| v.split(',')).map(str::trim).filter(|t| !t.is_empty())

@@ -1,7 +1,6 @@
-//! What the front end and the egress listener of proxy URLs share as HTTP servers and proxies.
+//! The parts of an HTTP server and proxy that the front end and the egress listener of proxy URLs share.
 
 pub mod browser;
-pub mod causes;
 pub mod claims;
 pub mod exchange;
 pub mod hop;

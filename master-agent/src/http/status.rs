@@ -1,4 +1,5 @@
-//! Failures as Kubernetes `Status` objects, which clients of kube-apiserver show to their users.
+//! The errors that the agent itself answers, as Kubernetes `Status` objects, which clients of kube-apiserver show to
+//! their users.
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -6,17 +7,17 @@ use hyper::{Response, StatusCode, header};
 use proto::DialError;
 use serde_json::json;
 
-/// Why the agent itself answers a request, and not the target.
+/// The error with which the agent itself answers a request in place of the target.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
-pub struct Failure {
+pub struct StatusError {
     pub code: StatusCode,
     pub message: String,
-    /// Seconds after which trying again may help.
+    /// The number of seconds after which another attempt may succeed.
     pub retry_after: Option<u32>,
 }
 
-impl Failure {
+impl StatusError {
     pub fn new(code: StatusCode, message: impl Into<String>) -> Self {
         Self { code, message: message.into(), retry_after: None }
     }
@@ -26,18 +27,19 @@ impl Failure {
         Self { retry_after: Some(seconds), ..self }
     }
 
-    /// The target, or a proxy in front of it, does not follow the protocol.
+    /// Creates the error of a target, or of a proxy in front of it, that does not follow the protocol.
     pub fn bad_gateway(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_GATEWAY, message)
     }
 
-    /// A failure to look a target up, rather than to dial it: a target without a route is not known at all.
+    /// Creates the error of a target that can't be looked up. To its caller, a target without a route does not exist.
     pub fn unknown(error: &DialError) -> Self {
         let failure = Self::from(error);
         let unknown = matches!(error, DialError::NoRoute(_));
         if unknown { Self { code: StatusCode::NOT_FOUND, ..failure } } else { failure }
     }
 
+    /// Returns the response, whose body is the `Status` object.
     pub fn response(&self) -> Response<Full<Bytes>> {
         let status = json!({
             "kind": "Status",
@@ -59,7 +61,7 @@ impl Failure {
     }
 }
 
-impl From<&DialError> for Failure {
+impl From<&DialError> for StatusError {
     fn from(error: &DialError) -> Self {
         let code = match error {
             DialError::BadTarget(_) => StatusCode::BAD_REQUEST,
@@ -78,7 +80,7 @@ impl From<&DialError> for Failure {
     }
 }
 
-/// The Kubernetes API's reason for a code, if it has one.
+/// Returns the reason that the Kubernetes API gives for a code.
 fn reason(code: StatusCode) -> &'static str {
     match code {
         StatusCode::BAD_REQUEST => "BadRequest",
@@ -89,7 +91,7 @@ fn reason(code: StatusCode) -> &'static str {
         StatusCode::TOO_MANY_REQUESTS => "TooManyRequests",
         StatusCode::BAD_GATEWAY => "BadGateway",
         StatusCode::SERVICE_UNAVAILABLE => "ServiceUnavailable",
-        StatusCode::GATEWAY_TIMEOUT => "Timeout",
+        StatusCode::REQUEST_TIMEOUT | StatusCode::GATEWAY_TIMEOUT => "Timeout",
         StatusCode::NOT_IMPLEMENTED => "NotImplemented",
         _ => "InternalError",
     }
@@ -104,7 +106,7 @@ mod tests {
     #[tokio::test]
     async fn a_failure_is_a_status_object() {
         let error = DialError::Policy { rule: "link-local".into(), reason: "169.254.0.0/16 \"no\"".into() };
-        let response = Failure::from(&error).response();
+        let response = StatusError::from(&error).response();
         assert_eq!(
             (response.status().as_u16(), &response.headers()["content-type"]),
             (403, &"application/json".parse().unwrap())
@@ -135,9 +137,9 @@ mod tests {
             (DialError::Unreachable(text()), 502),
             (DialError::TimedOut(text()), 504),
         ] {
-            assert_eq!(Failure::from(&error).code, code, "{error:?}");
+            assert_eq!(StatusError::from(&error).code, code, "{error:?}");
         }
-        assert_eq!(Failure::unknown(&DialError::NoRoute(text())).code, 404);
-        assert_eq!(Failure::unknown(&DialError::TimedOut(text())).code, 504);
+        assert_eq!(StatusError::unknown(&DialError::NoRoute(text())).code, 404);
+        assert_eq!(StatusError::unknown(&DialError::TimedOut(text())).code, 504);
     }
 }

@@ -35,8 +35,8 @@ impl Activity {
         self.0.0.load(Ordering::Relaxed) == 0
     }
 
-    /// Completes when no request has begun within `first`, or when there has been none for `idle`, or for up to twice as
-    /// long.
+    /// Completes when no request has begun within `first`, or when there has been none for `idle`. The latter may take
+    /// up to twice as long.
     pub async fn unused(&self, first: Duration, idle: Duration) {
         tokio::time::sleep(first).await;
         let mut begun = 0;
@@ -64,9 +64,9 @@ pub struct Watched<S> {
     deadline: Pin<Box<Sleep>>,
     activity: Activity,
     timeout: Duration,
-    /// A head has to be complete by the deadline.
+    /// Whether a head has to be complete by the deadline.
     awaits_head: bool,
-    /// Requests whose heads have been read.
+    /// The number of requests whose heads have been read.
     begun: usize,
 }
 

@@ -19,7 +19,8 @@ use super::{
 pub struct VerifiedHost {
     pub node: NodeName,
     pub key: PublicKey,
-    /// When its certificate expires; `None` where a key was trusted without one.
+    /// When its certificate expires. It is `None` if the key was trusted without a certificate, or if the certificate
+    /// never expires.
     pub not_after: Option<SystemTime>,
     /// The addresses in its certificate.
     pub addresses: Vec<IpAddr>,

@@ -47,11 +47,9 @@ pub enum HostKeyError {
         "no key of node {node} is known here (it was forgotten, or the state was lost): join it anew with `master-agent token create --node {node}`, or run `master-agent sshd-config {node}` again"
     )]
     Forgotten { node: NodeName },
-    #[error("what admitted the call home is of node {admitted}, and the host key is of node {node}")]
+    #[error("the call home was admitted for node {admitted}, but the host key belongs to node {node}")]
     OtherNode { admitted: NodeName, node: NodeName },
-    #[error(
-        "the host key is of node {node} already, which the call home was not admitted as: it was to join"
-    )]
+    #[error("the call home was admitted for a host that joins, but the host key belongs to node {node}")]
     NotJoining { node: NodeName },
     #[error("node {node} is not in the inventory")]
     UnknownNode { node: NodeName },
@@ -60,7 +58,7 @@ pub enum HostKeyError {
 }
 
 impl HostKeyError {
-    /// A short, fixed word for metric labels.
+    /// Returns a short, fixed word for metric labels.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::NoCertificate { .. } => "unknown_key",
@@ -85,7 +83,7 @@ impl HostKeyError {
         }
     }
 
-    /// The reason as the refused peer may read it. A peer whose key has proved a name learns why that name is refused.
+    /// Returns the reason as the refused peer may read it. A peer whose key has proved a name learns why that name is refused.
     /// Any other peer learns what is wrong with what it showed, and nothing about this master's nodes and files.
     pub fn for_peer(&self) -> String {
         match self {
@@ -109,7 +107,7 @@ impl HostKeyError {
                 format!("the host certificate is not valid before {at}: check both clocks")
             }
             Self::WrongPrincipal { principals, .. } => {
-                format!("another node than the one of the host certificate ({principals}) is expected here")
+                format!("the host certificate is for {principals}, but another node is expected here")
             }
             Self::CriticalOption { option, .. } => {
                 format!("the host certificate has the critical option {option:?}, which is not known here")
@@ -131,7 +129,7 @@ impl HostKeyError {
         }
     }
 
-    /// The node that was expected or claimed.
+    /// Returns the node that was expected or claimed.
     pub fn node(&self) -> Option<&NodeName> {
         match self {
             Self::NoCertificate { node, .. }

@@ -49,8 +49,7 @@ impl KnownHosts {
     }
 
     /// Judges a key by the lines for the host that was dialled: a plain line has the key, or a CA's line the key that
-    /// signed the certificate. A key that any line revokes is never good, whatever host that line is for and however
-    /// the rest of it reads.
+    /// signed the certificate. A key that a `@revoked` line contains is refused for every host.
     pub fn judge(&self, dialled: &Target, presented: &PublicKeyOrCertificate, now: SystemTime) -> Verdict {
         let (key, certificate) = match presented {
             PublicKeyOrCertificate::PublicKey { key, .. } => (key.key_data(), None),
@@ -60,10 +59,11 @@ impl KnownHosts {
         let shown = std::iter::once(key).chain(ca).map(base64_of).collect::<Option<Vec<_>>>();
         let Some(shown) = shown else { return Verdict::Unknown };
         let shows = |field: &str| shown.iter().any(|key| key == field);
-        // Only lines with one of the keys matter, so no other line is decoded.
+        // Only lines with one of the keys matter, so no other line is split or decoded.
         let lines: Vec<Vec<&str>> = self
             .0
             .lines()
+            .filter(|line| shown.iter().any(|key| line.contains(key.as_str())))
             .filter(|line| !line.trim_start().starts_with('#'))
             .map(|line| line.split_whitespace().collect::<Vec<_>>())
             .filter(|fields| fields.iter().any(|field| shows(field)))

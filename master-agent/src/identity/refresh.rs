@@ -1,4 +1,4 @@
-//! Takes over what other processes change in the store, and knows whether the store can be read.
+//! Reads what other processes change in the store, and reports whether the store can be read.
 //!
 //! The refresh has a thread of its own. Name look-ups and other work that blocks share the threads of the runtime, and
 //! neither is to wait for the other. While the store can't be read, what was read last stays in force.
@@ -48,7 +48,7 @@ impl StoreHealth {
         Self { state: Mutex::new(State { read: Instant::now(), error: None }), log: LogThrottle::default() }
     }
 
-    /// Says for how long the store has not been readable, and why; `None` while it is.
+    /// Returns for how long the store has not been readable, and why, or `None` if it is readable.
     pub fn remark(&self) -> Option<String> {
         let state = self.state();
         let age = state.read.elapsed();

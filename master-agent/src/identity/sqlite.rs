@@ -48,7 +48,7 @@ const TABLES: &str = "
 #[derive(Debug)]
 pub struct SqliteStore {
     database: Mutex<Database>,
-    /// Written only while `database` is held, so that changes arrive in the order of their transactions.
+    /// Written only while `database` is locked, so that changes arrive in the order of their transactions.
     keys: RwLock<KnownKeys>,
     changes: watch::Sender<()>,
 }
@@ -65,7 +65,7 @@ struct KnownKeys {
 #[derive(Debug)]
 struct Database {
     connection: Connection,
-    /// What `PRAGMA data_version` said when `keys` was read. It changes with the commits of other connections only.
+    /// The value of `PRAGMA data_version` when `keys` was read. Only commits of other connections change it.
     version: i64,
 }
 
@@ -153,7 +153,7 @@ impl Store for SqliteStore {
 
     fn refresh(&self) -> anyhow::Result<bool> {
         let mut database = self.database();
-        // What is committed after this is read now or noticed the next time.
+        // A transaction that is committed after this line is either read now or noticed the next time.
         let version = database.data_version()?;
         if version == database.version {
             return Ok(false);
@@ -289,9 +289,10 @@ impl Store for SqliteStore {
             |row| row.get(0),
         )?;
         transaction.commit()?;
-        self.committed(database, |keys| {
-            keys.first_use.insert(node.clone(), recorded.clone());
-        });
+        // Nobody is woken: a node whose key was not recorded before has no tunnel that this could concern. With many
+        // nodes, each first handshake would otherwise have all tunnels checked.
+        let mut keys = self.keys.write().unwrap_or_else(PoisonError::into_inner);
+        keys.first_use.insert(node.clone(), recorded.clone());
         Ok(recorded)
     }
 
@@ -344,7 +345,7 @@ fn fingerprints(connection: &Connection, query: &str) -> rusqlite::Result<HashMa
     rows.filter_map(|row| row.map(|(node, key)| Some((node?, key))).transpose()).collect()
 }
 
-/// What a token is bound to, if it can be used now.
+/// Returns the node that a token is bound to, if there is one, or an error if the token can't be used now.
 fn usable(
     connection: &Connection,
     id: &str,

@@ -1,9 +1,9 @@
 //! What must outlive the process: hashed join tokens, the keys by which nodes are known, and the list of revoked
 //! certificates.
 //!
-//! What is asked while a tunnel is made or kept is answered from memory ([`Store::joined_key`],
-//! [`Store::first_use_key`]). All that reads or writes the store itself blocks and belongs on a thread for blocking
-//! work. Commands of other processes change the same store; [`Store::refresh`] notices it.
+//! The keys that are needed to establish and to recheck a tunnel are read from memory ([`Store::joined_key`],
+//! [`Store::first_use_key`]). Every other method reads or writes the store itself, so it blocks and belongs on a thread
+//! for blocking work. Commands of other processes change the same store, which [`Store::refresh`] notices.
 
 use std::{net::IpAddr, time::SystemTime};
 
@@ -57,11 +57,12 @@ pub trait Store: Send + Sync {
     /// The fingerprint that was trusted on first use. Never blocks.
     fn first_use_key(&self, node: &NodeName) -> Option<String>;
 
-    /// Wakes whoever waits when this or another process has changed the store. Changes by other processes are noticed
-    /// by [`Store::refresh`].
+    /// Returns a receiver that changes when this or another process has changed the store. Changes by other processes
+    /// are noticed by [`Store::refresh`]. The first key that this process records for a node changes nothing for
+    /// anybody else and is left out.
     fn changes(&self) -> watch::Receiver<()>;
 
-    /// Takes over what other processes have changed since the last call. Returns whether there was anything.
+    /// Reads what other processes have changed since the last call. Returns whether there was a change.
     fn refresh(&self) -> anyhow::Result<bool>;
 
     fn add_token(
@@ -78,11 +79,12 @@ pub trait Store: Send + Sync {
     /// Returns `false` if there was no such token.
     fn remove_token(&self, id: &str) -> anyhow::Result<bool>;
 
-    /// The node that a token is bound to, if the token could be used now. It stays unused.
+    /// Returns the node that a token is bound to, if there is one, or an error if the token could not be used now. The
+    /// token stays unused.
     fn check(&self, id: &str, hash: &[u8; 32], now: SystemTime) -> Result<Option<NodeName>, TokenError>;
 
-    /// Uses a token up and returns the node's name. This is one transaction: when any number of hosts try at the same
-    /// time, one succeeds. `listed` says for which names a token is good that is bound to none.
+    /// Uses a token up and returns the node's name. This is one transaction, so of any number of hosts that try at the
+    /// same time, one succeeds. `listed` decides for which names a token is valid that is bound to no node.
     fn redeem(
         &self,
         id: &str,
@@ -117,7 +119,7 @@ pub trait Store: Send + Sync {
     /// The version of that list.
     fn revocations_version(&self) -> anyhow::Result<Option<u64>>;
 
-    /// Replaces the list by what `change` makes of it, if anything, in one transaction.
+    /// Replaces the list by the one that `change` returns, if it returns one, in one transaction.
     fn change_revocations(&self, change: ChangeRevocations<'_>) -> anyhow::Result<()>;
 }
 

@@ -34,7 +34,7 @@ pub fn create(
     now: SystemTime,
 ) -> anyhow::Result<JoinToken> {
     let Some(expires) = now.checked_add(ttl).filter(|_| ttl <= MAX_TTL) else {
-        bail!("a token can be valid for {} at most", humantime::format_duration(MAX_TTL));
+        bail!("a token can be valid for at most {} days", MAX_TTL.as_secs() / (24 * 3600));
     };
     let token = JoinToken::from_random(rand::random(), rand::random());
     store.add_token(&token.id, &token.hash(), node.as_ref(), expires)?;
@@ -53,7 +53,7 @@ pub fn revoke(store: &dyn Store, id: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What the inventory says, as far as joining needs it.
+/// The part of the inventory that joining needs.
 pub trait Listed {
     /// The addresses listed for a node; `None` when the node is not listed.
     fn addresses(&self, node: &NodeName) -> Option<Vec<IpAddr>>;
@@ -68,7 +68,7 @@ pub struct Admission<'a> {
     pub authorities: &'a Authorities,
     pub store: &'a dyn Store,
     pub listed: &'a dyn Listed,
-    /// The life of the certificates that are issued.
+    /// The lifetime of the certificates that are issued.
     pub host_ttl: Duration,
 }
 
@@ -77,7 +77,7 @@ pub struct Admission<'a> {
 pub struct Applicant<'a> {
     /// The key that its session has proved.
     pub host_key: &'a PublicKey,
-    /// Where it was seen.
+    /// The address from which it calls.
     pub peer: IpAddr,
 }
 
@@ -132,7 +132,7 @@ impl Admission<'_> {
         })
     }
 
-    /// The addresses asked for that are the host's own as far as the master can see, and no other node's.
+    /// Returns the requested addresses that the host has as far as the master can see, and that no other node has.
     fn unclaimed(&self, asked: &[IpAddr], peer: IpAddr, node: &NodeName) -> anyhow::Result<Vec<IpAddr>> {
         let mut granted = Vec::new();
         for address in asked.iter().map(IpAddr::to_canonical) {
@@ -155,7 +155,7 @@ impl Admission<'_> {
     }
 }
 
-/// The token of a request that could be granted.
+/// Returns the token of a request, or an error if the request can be refused without using the token up.
 fn acceptable(request: &JoinRequest) -> Result<JoinToken, Refusal> {
     if request.version != 1 {
         return Err((
@@ -163,8 +163,8 @@ fn acceptable(request: &JoinRequest) -> Result<JoinToken, Refusal> {
             "Install the same version on both sides.".to_owned(),
         ));
     }
-    let token =
-        JoinToken::parse(&request.token).map_err(|e| (e.to_string(), "Nothing was used up.".to_owned()))?;
+    let token = JoinToken::parse(&request.token)
+        .map_err(|e| (e.to_string(), "The token was not used up.".to_owned()))?;
     if request.addresses.len() > MAX_ADDRESSES {
         return Err((
             format!("more than {MAX_ADDRESSES} addresses"),

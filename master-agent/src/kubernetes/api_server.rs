@@ -1,4 +1,4 @@
-//! What authentication asks the API server.
+//! The questions that authentication asks the API server.
 
 use access::authn::cluster::{ApiError, ApiServer};
 use futures_util::future::BoxFuture;

@@ -13,18 +13,18 @@ use super::{WatchStatus, Watches};
 use crate::metrics::signed;
 
 pub fn register(watches: &Arc<Watches>, r: &mut Registry) {
-    r.register_collector(Box::new(Watched(watches.clone())));
+    r.register_collector(Box::new(WatchCollector(watches.clone())));
 }
 
-struct Watched(Arc<Watches>);
+struct WatchCollector(Arc<Watches>);
 
-impl fmt::Debug for Watched {
+impl fmt::Debug for WatchCollector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Watched")
+        f.write_str("WatchCollector")
     }
 }
 
-impl Collector for Watched {
+impl Collector for WatchCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         type Value = fn(&WatchStatus) -> u64;
         let gauges: [(&str, &str, Value); 3] = [

@@ -9,10 +9,10 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 
-use crate::routing::cluster::{Endpoint, EndpointSlice, Key, Node, Object, Pod, Service, ServicePort};
+use crate::routing::cluster::{
+    Endpoint, EndpointSlice, KUBELET_PORT, Key, Node, Object, Pod, Service, ServicePort,
+};
 
-/// The port of kubelets whose Node names none.
-const KUBELET_PORT: u16 = 10250;
 /// The label that names the service of an EndpointSlice.
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
 

@@ -51,7 +51,7 @@ impl<K: Watched> Reflector<K> {
         Self { api: Api::all(client), state }
     }
 
-    /// Lists and watches for ever.
+    /// Lists and watches. Never returns.
     pub(super) async fn run(self) {
         let mut backoff = Backoff::new(SHORTEST_DELAY, LONGEST_DELAY);
         let mut version = None;
@@ -104,7 +104,7 @@ impl<K: Watched> Reflector<K> {
             }
             let version = page.metadata.resource_version.unwrap_or_default();
             if version.is_empty() {
-                return Err("the list has no resourceVersion, so it is none".to_owned());
+                return Err("the answer has no resourceVersion, so it is not a list".to_owned());
             }
             self.state.finish_list(K::KIND, &listing, &version)?;
             return Ok(version);

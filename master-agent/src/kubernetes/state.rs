@@ -49,7 +49,7 @@ struct Freshness {
     /// Since when the API server has not been heard, and why.
     stale: Option<(Instant, String)>,
     errors: u64,
-    /// Objects since the last list that could not be read, and what was wrong with the last one.
+    /// How many versions of objects could not be read since the last list, and what was wrong with the last one.
     unreadable: Option<(u64, String)>,
 }
 
@@ -89,7 +89,7 @@ impl State {
         }
     }
 
-    /// A list begins to arrive.
+    /// Begins a list, which arrives in pages.
     pub(super) fn begin_list(&self, kind: Followed) -> Listing {
         self.change(kind, |fresh| fresh.unreadable = None);
         Listing::default()
@@ -141,7 +141,7 @@ impl State {
         self.unroute(kind, &key);
     }
 
-    /// The API server has answered, or a watch stands.
+    /// Notes that the API server has answered, or that a watch has been established.
     pub(super) fn heard(&self, kind: Followed) {
         if let Some(existing) = &self.existing {
             existing.heard(kind, true);
@@ -154,7 +154,7 @@ impl State {
         });
     }
 
-    /// A list or a watch has failed. What is known stays.
+    /// Notes that a list or a watch has failed. What is known stays.
     pub(super) fn failed(&self, kind: Followed, error: &str) {
         if let Some(existing) = &self.existing {
             existing.heard(kind, false);

@@ -20,12 +20,12 @@ pub enum Expiry {
     Chain(&'static str, X509Expiry),
     /// CAs whose certificates are accepted.
     Authorities(&'static str, X509Expiry),
-    /// An SSH certificate, which is in no file, and when it expires in seconds since 1970, if ever.
+    /// An SSH certificate, which is in no file. It expires so many seconds after 1970, or never.
     Ssh(&'static str, Option<u64>),
 }
 
 impl Expiry {
-    /// `None` if the file cannot be read, which its user reports.
+    /// Returns `None` if the file can't be read, which the part that uses it reports.
     pub fn chain(name: &'static str, file: &Path) -> Option<Self> {
         X509Expiry::read(file).ok().map(|expiry| Self::Chain(name, expiry))
     }
@@ -34,7 +34,7 @@ impl Expiry {
         X509Expiry::read(file).ok().map(|expiry| Self::Authorities(name, expiry))
     }
 
-    /// The use, the file and the expiry.
+    /// Returns the use, the file and the expiry.
     fn labels_and_expiry(&self, now: u64) -> (&'static str, &str, Option<u64>) {
         match self {
             Self::Chain(name, expiry) => (name, &expiry.file, expiry.of_chain()),

@@ -11,7 +11,7 @@ pub struct MetricsConfig {
 }
 
 const FIELDS: Meanings = &[
-    ("per_node", "Serves series of each node, which are at most 13."),
+    ("per_node", "Serves series for individual nodes, at most 13 each."),
     ("konnectivity_names", "Also serves the metrics of a Konnectivity server that have an equivalent here."),
 ];
 

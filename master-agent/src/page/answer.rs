@@ -1,4 +1,4 @@
-//! The answers of the page, at both sites.
+//! The answers of the page at both of its sites.
 
 use std::time::Duration;
 
@@ -22,22 +22,22 @@ use crate::{
     tunnels::explain::Explainer,
 };
 
-/// Bytes of a target that is to be explained.
+/// The longest target that is explained, in bytes.
 const MAX_TARGET: usize = 1024;
-/// How long the target may take to arrive.
+/// The longest time until the target has arrived.
 const BODY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Whoever looks at the page.
+/// The person who looks at the page.
 pub(super) struct Viewer {
-    /// Names the viewer in the records of what it has dialled.
+    /// The name of the viewer in the records of streams that the page opens.
     pub origin: Origin,
     /// When live events end, so that the viewer has to be authorized again.
     pub end: Instant,
     pub site: Site,
 }
 
-/// Answers a request for a path below the prefix. `own` says whether the page itself makes the request, which alone may
-/// cause anything to happen.
+/// Answers a request for a path below the prefix. `own` says whether the page itself makes the request. Only such
+/// requests may have effects.
 pub(super) async fn answer<B>(
     page: &Page,
     path: &str,

@@ -1,4 +1,4 @@
-//! The page on the front end, for whoever is authorized there.
+//! The page on the front end, for callers who are authorized there.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,7 +16,7 @@ use super::{
 };
 use crate::front_end::{page, upstream::RequestBody};
 
-/// After this time on the front end, whoever watches has to be authorized again.
+/// The time after which a viewer on the front end has to be authorized again.
 const AUTHORIZED: Duration = Duration::from_secs(60);
 
 impl page::Page for Page {

@@ -1,11 +1,11 @@
-//! Whether a request comes from the page itself: browsers also send requests on behalf of other pages.
+//! Checks that a request comes from the page itself, since browsers also send requests on behalf of other pages.
 
 use std::net::{IpAddr, SocketAddr};
 
 use hyper::{HeaderMap, Request, header};
 
-/// The `Host` of a request, if it is a loopback address or `localhost` with this listener's port. Anything else is a name
-/// that a browser was made to resolve to this host (DNS rebinding).
+/// Returns the `Host` of a request, if it is a loopback address or `localhost` with this listener's port. Anything else
+/// is a name that a browser was made to resolve to this host (DNS rebinding).
 pub(super) fn local_host<B>(request: &Request<B>, listen: SocketAddr) -> Option<&str> {
     let mut hosts = request.headers().get_all(header::HOST).iter();
     let host = hosts.next()?.to_str().ok().filter(|_| hosts.next().is_none())?;
@@ -30,7 +30,7 @@ fn is_local(host: &str, port: u16) -> bool {
     loopback && asked == Some(port)
 }
 
-/// Whether the page itself sends a request to `host`, by the origin and the site that the browser states.
+/// Checks by the origin and the site that the browser states that the page itself sends a request to `host`.
 pub(super) fn own_page<B>(request: &Request<B>, host: &str) -> Result<(), &'static str> {
     match stated(request.headers()) {
         (Some(origin), _) if !is_origin(origin, "http", host) => Err(OTHER),
@@ -40,8 +40,8 @@ pub(super) fn own_page<B>(request: &Request<B>, host: &str) -> Result<(), &'stat
     }
 }
 
-/// The same where a proxy may stand in front of this host, whose origin is then the page's. The site alone decides, if
-/// the browser states it.
+/// Checks the same if there may be a proxy in front of this host, whose origin is then the page's. The site alone
+/// decides, if the browser states it.
 pub(super) fn own_page_through_proxies<B>(request: &Request<B>) -> Result<(), &'static str> {
     let authority = request.uri().authority().map(|authority| authority.as_str());
     let host = authority.or_else(|| request.headers().get(header::HOST)?.to_str().ok()).unwrap_or_default();
@@ -62,7 +62,7 @@ fn is_origin(origin: &[u8], scheme: &str, host: &str) -> bool {
     origin.eq_ignore_ascii_case(format!("{scheme}://{host}").as_bytes())
 }
 
-/// `Origin` and `Sec-Fetch-Site`. A header that is there twice counts as that of another page.
+/// Returns `Origin` and `Sec-Fetch-Site`. A header that is present twice counts as that of another page.
 fn stated(headers: &HeaderMap) -> (Option<&[u8]>, Option<&[u8]>) {
     let one = |name: &str| {
         let mut values = headers.get_all(name).iter();

@@ -1,8 +1,8 @@
 //! The events that the page gets while it is open, as server-sent events.
 //!
 //! There is no task. The first watcher in each second makes a snapshot for all watchers, on a thread that carries no
-//! streams. Each watcher is sent the difference between this snapshot and the last one that it has taken. A slow watcher
-//! therefore misses snapshots, nothing is kept for it, and nothing happens while nobody watches.
+//! streams. Each watcher is sent the difference between this snapshot and the last one that it has taken. A slow
+//! watcher therefore misses snapshots, nothing is kept for it, and nothing happens while nobody watches.
 
 use std::{
     cmp::Ordering,
@@ -36,9 +36,9 @@ use crate::{
     tunnels::registry::Registry,
 };
 
-/// Pages that may be open at a time on the admin address, and as many on the front end.
+/// The maximum number of pages that are open at once on the admin address. The front end has the same maximum.
 const WATCHERS: usize = 16;
-/// Between snapshots.
+/// The time between two snapshots.
 const EVERY: Duration = Duration::from_secs(1);
 /// Something is sent at least this often, so that the page can tell a silent agent from one that is gone.
 const HEARTBEAT: Duration = Duration::from_secs(5);
@@ -46,7 +46,7 @@ const HEARTBEAT: Duration = Duration::from_secs(5);
 const RECENT: Duration = Duration::from_secs(5);
 /// How long a page waits before it connects again, in milliseconds.
 const RETRY: &[u8] = b"retry: 200\n\n";
-/// Refusals of all nodes together that are shown.
+/// The maximum number of refusals that are shown, of all nodes together.
 const REFUSALS: usize = 100;
 
 /// One node in the page's table.
@@ -60,10 +60,10 @@ struct Row {
     direction: Option<String>,
     kind: Option<String>,
     tunnels: usize,
-    /// Rounded to two digits. The page shows no more, and smaller differences are no change.
+    /// The round trip, rounded to two digits. The page shows no more, and smaller differences are no change.
     round_trip_microseconds: Option<u64>,
     streams: usize,
-    /// Bytes a second; 0 if there is nothing to compare with.
+    /// Bytes per second, or 0 if there is nothing to compare with.
     up: u64,
     down: u64,
     errors: u64,
@@ -86,12 +86,12 @@ struct Refusal {
 struct Snapshot {
     at: Instant,
     unix_milliseconds: u64,
-    /// There was an earlier snapshot to compute rates with.
+    /// Whether there was an earlier snapshot to compute rates with.
     rates: bool,
-    /// Sorted by name. Rows that did not change are shared with the snapshot before.
+    /// The rows, sorted by name. Rows that did not change are shared with the snapshot before.
     rows: Vec<Arc<Row>>,
     refusals: Arc<Vec<Refusal>>,
-    /// When the latest comparison arrived.
+    /// The time at which the latest comparison arrived.
     compared: u64,
 }
 
@@ -99,7 +99,7 @@ struct Snapshot {
 #[derive(Debug, Serialize)]
 struct Change<'a> {
     unix_milliseconds: u64,
-    /// The event replaces everything that was sent before.
+    /// Whether the event replaces everything that was sent before.
     whole: bool,
     /// Whether rates are known.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -118,7 +118,7 @@ pub(super) struct Live {
     registry: Arc<Registry>,
     last: Arc<Mutex<Option<Arc<Snapshot>>>>,
     compared: AtomicU64,
-    /// Permits of the watchers at each site.
+    /// The permits of the watchers at each site.
     admin: Arc<Semaphore>,
     front_end: Arc<Semaphore>,
 }
@@ -140,7 +140,8 @@ impl Live {
         self.compared.store(unix_milliseconds, Relaxed);
     }
 
-    /// The events for one page, until `draining` is cancelled or at `end`; `None` if there are too many pages.
+    /// Returns the events for one page until `draining` is cancelled or `end` is reached, or `None` if too many pages
+    /// are open.
     pub(super) fn watch(
         self: &Arc<Self>,
         draining: CancellationToken,
@@ -169,7 +170,8 @@ impl Live {
         Some(StreamBody::new(begin.chain(events)).boxed_unsync())
     }
 
-    /// The snapshot of the present second, or the next one if that is `seen`. `None` if it can't be made.
+    /// Returns the snapshot of the present second, or the next one if that is `seen`. Returns `None` if it can't be
+    /// made.
     async fn next(self: &Arc<Self>, seen: Option<&Arc<Snapshot>>) -> Option<Arc<Snapshot>> {
         loop {
             let mut last = self.last.clone().lock_owned().await;
@@ -276,7 +278,7 @@ impl<'a> Change<'a> {
     }
 }
 
-/// The rows that are new or different, and the names of those that are gone. Both slices are sorted by name.
+/// Returns the rows that are new or different, and the names of those that are gone. Both slices are sorted by name.
 fn difference<'a>(before: &'a [Arc<Row>], now: &'a [Arc<Row>]) -> (Vec<&'a Row>, Vec<&'a NodeName>) {
     let (mut before, mut now) = (before.iter().peekable(), now.iter().peekable());
     let (mut rows, mut gone) = (Vec::new(), Vec::new());
@@ -299,7 +301,7 @@ fn difference<'a>(before: &'a [Arc<Row>], now: &'a [Arc<Row>]) -> (Vec<&'a Row>,
     }
 }
 
-/// The age of the last snapshot, unless it is too old to compute rates.
+/// Returns the age of the last snapshot, unless it is too old to compute rates.
 fn since(last: Option<&Snapshot>, now: Instant) -> Option<Duration> {
     last.map(|last| now.duration_since(last.at)).filter(|since| *since <= RECENT)
 }

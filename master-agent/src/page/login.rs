@@ -1,4 +1,4 @@
-//! The page on the admin address, for whoever has logged in.
+//! The page on the admin address, for viewers who have logged in.
 
 use std::net::SocketAddr;
 
@@ -28,7 +28,7 @@ const NO_SESSION: &str = "<!DOCTYPE html>\n<html lang=\"en\">\n<head><meta chars
      <title>master-agent: not logged in</title></head>\n<body><main><h1>Not logged in</h1>\n<p>Run <code>master-agent page</code> \
      as root on the master's host, and open the address that it prints within a minute. It is good once.</p></main></body>\n</html>\n";
 
-/// The answer to `POST /page/token` on the admin socket.
+/// Returns the answer to `POST /page/token` on the admin socket.
 pub fn token(page: &Page) -> Answer {
     match page.admin {
         Some(_) => (StatusCode::OK, TEXT, page.sessions.invite(Instant::now())),
@@ -40,7 +40,7 @@ pub fn token(page: &Page) -> Answer {
     }
 }
 
-/// Answers a request on the admin address; `None` if the page has no such path there.
+/// Answers a request on the admin address. Returns `None` if the page has no such path there.
 pub async fn serve(page: &Page, request: Request<Incoming>) -> Option<Response<admin::Body>> {
     let listen = page.admin?;
     let path = request.uri().path().to_owned();
@@ -82,7 +82,7 @@ pub async fn serve(page: &Page, request: Request<Incoming>) -> Option<Response<a
     Some(answer(page, path, request, own, viewer).await)
 }
 
-/// The name of the cookie, which differs between two agents on one host: browsers send cookies to all ports.
+/// Returns the name of the cookie. It differs between two agents on one host, since browsers send cookies to all ports.
 fn cookie_name(listen: SocketAddr) -> String {
     format!("master-agent-{}", listen.port())
 }

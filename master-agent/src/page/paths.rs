@@ -4,7 +4,8 @@
 pub const ADMIN: &str = "/page/";
 /// The prefix of the page on the front end.
 pub const FRONT_END: &str = "/agent/page/";
-/// Where the page is served.
+
+/// A site at which the page is served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Site {
     Admin,
@@ -13,10 +14,10 @@ pub(super) enum Site {
 
 /// The path of the live events, below either prefix.
 pub(super) const EVENTS: &str = "events";
-/// Stands for the prefix without its last slash, which no path below the prefix equals.
+/// The result of [`below`] for the prefix without its last slash. No path below the prefix equals it.
 pub(super) const WITHOUT_SLASH: &str = "/";
 
-/// The rest of a path behind the prefix; [`WITHOUT_SLASH`] for the prefix without its last slash.
+/// Returns the rest of a path behind the prefix, or [`WITHOUT_SLASH`] for the prefix without its last slash.
 pub(super) fn below<'a>(path: &'a str, prefix: &str) -> Option<&'a str> {
     path.strip_prefix(prefix).or_else(|| (prefix.strip_suffix('/') == Some(path)).then_some(WITHOUT_SLASH))
 }

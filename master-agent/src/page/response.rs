@@ -31,7 +31,7 @@ pub(super) fn refusal(status: StatusCode, message: &str) -> Response<admin::Body
 }
 
 pub(super) fn redirect(to: &'static str, status: StatusCode) -> Response<admin::Body> {
-    let mut response = refusal(status, "it is elsewhere");
+    let mut response = refusal(status, "the page has another address");
     response.headers_mut().insert(header::LOCATION, HeaderValue::from_static(to));
     response
 }

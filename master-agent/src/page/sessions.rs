@@ -1,5 +1,6 @@
-//! The sessions of those who may see the page on the admin address. Whoever may use the admin socket gets a login token,
-//! which can be exchanged for a session once and within a minute. Only hashes of tokens and sessions are kept, in memory.
+//! The sessions of viewers who may see the page on the admin address. Whoever may use the admin socket gets a login
+//! token, which can be exchanged for a session once and within a minute. Only hashes of tokens and sessions are kept,
+//! in memory.
 
 use std::{
     collections::VecDeque,
@@ -16,7 +17,7 @@ use tokio::time::Instant;
 const LOGIN: Duration = Duration::from_secs(60);
 /// How long a session lasts.
 pub(super) const SESSION: Duration = Duration::from_secs(12 * 60 * 60);
-/// Tokens and sessions at a time; the oldest of either gives way to a new one.
+/// The maximum number of tokens, and of sessions. The oldest one gives way to a new one.
 const MAX_SECRETS: usize = 32;
 
 #[derive(Default)]
@@ -33,7 +34,7 @@ impl Sessions {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A new login token.
+    /// Creates a login token.
     pub(super) fn invite(&self, now: Instant) -> String {
         self.kept().logins.create(now + LOGIN, now)
     }
@@ -46,7 +47,7 @@ impl Sessions {
         Some(sessions.create(now + SESSION, now))
     }
 
-    /// When a session ends, if there is such a session.
+    /// Returns when a session ends, if there is such a session.
     pub(super) fn until(&self, session: &str, now: Instant) -> Option<Instant> {
         let Kept { sessions, .. } = &mut *self.kept();
         let at = sessions.find(session, now)?;
@@ -54,7 +55,7 @@ impl Sessions {
     }
 }
 
-/// Hashes of secrets with the time at which they end, the oldest first.
+/// The hashes of secrets, with the times at which they expire. The oldest comes first.
 #[derive(Default)]
 struct Secrets(VecDeque<([u8; 32], Instant)>);
 
@@ -69,7 +70,7 @@ impl Secrets {
         secret
     }
 
-    /// Compares with all secrets, so that the time taken does not depend on which one matches.
+    /// Returns the index of a secret. All secrets are compared, so that the time does not depend on which one matches.
     fn find(&mut self, secret: &str, now: Instant) -> Option<usize> {
         self.0.retain(|(_, end)| now < *end);
         let hash = hash(secret);

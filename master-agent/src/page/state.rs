@@ -1,4 +1,4 @@
-//! What the agent keeps for the page alone: its sessions, its live events and the last comparison.
+//! The state of the page: its sessions, its live events and the last comparison.
 
 use std::{
     net::SocketAddr,
@@ -19,7 +19,7 @@ use crate::{
     tunnels::{explain::Explainer, registry::Registry},
 };
 
-/// Bytes of a comparison.
+/// The largest comparison, in bytes.
 const MAX_COMPARISON: usize = 4 << 20;
 
 /// The page of a running agent.
@@ -42,7 +42,7 @@ pub(super) struct Comparison {
 }
 
 impl Page {
-    /// `admin` is the admin address, if the page is served there.
+    /// Creates the page. `admin` is the admin address, if the page is served there.
     pub fn new(
         registry: Arc<Registry>,
         explainer: Arc<Explainer>,

@@ -1,10 +1,10 @@
 //! What is known of a cluster: nodes, pods, services and their endpoints, in indices that change object by object and
 //! answer in constant time.
 //!
-//! An object can't take from another what it merely says to have, as a kubelet writes its own node's addresses and
-//! those of its pods. If two nodes or two pods claim an address or a network, it belongs to the one that had it first,
-//! or, if the first list shows both, to the one that was created first. Refusing both would let every kubelet cut off
-//! every pod.
+//! An object can't take an address or a network from another object by claiming it, since each kubelet writes the
+//! addresses of its own node and of that node's pods. If two nodes or two pods claim an address or a network, it belongs
+//! to the one that had it first, or, if the first list shows both, to the one that was created first. If both claims were
+//! refused, every kubelet could cut off every pod.
 //!
 //! The control plane assigns pod networks, so they take precedence: among pods that claim an address, it belongs to the
 //! one whose node's network holds it, even if that pod comes later. If the networks of several nodes hold the address,
@@ -20,6 +20,9 @@ use ipnet::IpNet;
 use proto::NodeName;
 
 use super::claims::{Age, Claims, Prefixes, Since};
+
+/// The port of a kubelet whose Node object names no other.
+pub const KUBELET_PORT: u16 = 10250;
 
 /// `NAMESPACE/NAME`; for a node its name.
 pub type Key = Arc<str>;

@@ -60,7 +60,7 @@ struct Claims {
 
 const FIELDS: Meanings = &[
     ("nodes", "The nodes that the master knows, and what is reached through each."),
-    ("service_cidrs", "Networks that are reached through any node with a tunnel."),
+    ("service_cidrs", "Networks that are reached through any connected node-agent."),
 ];
 
 const NODE_FIELDS: Meanings = &[
@@ -69,7 +69,7 @@ const NODE_FIELDS: Meanings = &[
     ("user", "The SSH user to log in as."),
     ("addresses", "Its own addresses."),
     ("cidrs", "The networks of pods and whatever else lies behind it. The longest prefix wins."),
-    ("default_route", "Takes what no other node or network claims. This holds for one node at most."),
+    ("default_route", "Targets that nothing else matches go to this node. At most one node may have it."),
     ("connections", "Tunnels to keep at once."),
     (
         "key_file",

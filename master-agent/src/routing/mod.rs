@@ -2,8 +2,8 @@
 //!
 //! An exact match precedes a general one: a name or address of the inventory, of a service, of a node, of a pod, then
 //! the longest CIDR of a node or of services, then the node marked `default_route`. What the operator wrote precedes
-//! what the API server assigns, and that precedes what a kubelet says of its node and its pods. There is never a direct
-//! connection.
+//! what the API server assigns, and that precedes what a kubelet reports of its node and its pods. No route leads to a
+//! direct connection.
 
 mod claims;
 pub mod cluster;
@@ -34,7 +34,7 @@ pub struct Routes {
     pub cluster_domain: String,
 }
 
-/// What the inventory says; replaced as a whole.
+/// The routes of the inventory, which are replaced as a whole.
 #[derive(Clone, Debug, Default)]
 pub struct InventoryRoutes {
     /// The addresses of each node.
@@ -48,11 +48,11 @@ pub struct InventoryRoutes {
 /// Where a target leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Route {
-    /// The ways to it, at least one. As far as routing knows, none is better than another.
+    /// The ways to the target, of which there is at least one. As far as routing knows, none is better than another.
     pub hops: Vec<Hop>,
     /// The way to try when all others have failed.
     pub last: Option<Hop>,
-    /// For `explain`, logs and metrics.
+    /// Why this is the route, as `explain` and logs show it.
     pub reason: String,
 }
 
@@ -246,7 +246,7 @@ impl Routes {
     ) -> Result<Route, DialError> {
         let key = &service.key;
         if let Some(other) = &service.external_name {
-            return Err(DialError::NoRoute(format!("{target}: service {key} is but a name for {other}")));
+            return Err(DialError::NoRoute(format!("{target}: service {key} is only a name for {other}")));
         }
         let headless = service.addresses.is_empty();
         let port = service.ports.iter().find(|port| port.port == target.port);

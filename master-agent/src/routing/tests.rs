@@ -265,7 +265,7 @@ fn the_table() {
                 ),
                 (
                     "alias.default.svc:443",
-                    "!route: no route to alias.default.svc:443: service default/alias is but a name for example.org",
+                    "!route: no route to alias.default.svc:443: service default/alias is only a name for example.org",
                 ),
                 // Service networks without a service.
                 ("10.96.9.9:80", "any: service CIDR 10.96.0.0/12, any connected node"),

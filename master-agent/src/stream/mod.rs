@@ -1,5 +1,5 @@
 //! Streams to targets, whichever listener they come from: the caller, the record that each stream leaves, the
-//! metrics, and a socket for listeners that speak a protocol of their own with the target.
+//! metrics, and a socket for listeners that are themselves clients of the target.
 
 pub mod caller;
 pub mod metrics;

@@ -16,11 +16,11 @@ use crate::{
     traces::{self, Span, SpanContext},
 };
 
-/// What is known of a stream when its target has accepted it.
+/// A stream whose target has just accepted it.
 pub struct Opened {
     pub caller: Caller,
     pub target: Target,
-    /// The node that reached the target; `None` without a tunnel.
+    /// The node that reached the target. It is `None` if no tunnel was used.
     pub node: Option<NodeName>,
     /// Why that node was chosen.
     pub reason: String,
@@ -37,7 +37,7 @@ pub struct Record {
     /// The caller's span, whose identifiers are logged if the stream's own span is not sent.
     parent: Option<SpanContext>,
     span: Span,
-    /// How the stream ended; `cancelled` until somebody knows better.
+    /// How the stream ended. It is `cancelled` until the end is known.
     pub outcome: &'static str,
 }
 
@@ -53,7 +53,7 @@ impl Record {
         Self { metrics, stream, node, _listed: listed, parent, span, outcome: "cancelled" }
     }
 
-    /// The bytes that the stream has carried, which whoever carries them counts.
+    /// Returns the counters of the stream's bytes. The relay of the stream updates them.
     pub fn counters(&self) -> &Counters {
         &self.stream.counters
     }

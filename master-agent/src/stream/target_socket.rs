@@ -1,8 +1,8 @@
-//! A socket to a target, for those who speak a protocol of their own with it.
+//! A socket to a target, for listeners that are themselves clients of the target, as proxies of HTTP are.
 
 use std::{
     io,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -64,13 +64,29 @@ impl FarEnd {
                 tokio::time::sleep(LINGER).await;
             }
         };
+        let mut relayed = pin!(relay(io));
+        // This is dropped before `relayed`, so the end of a relay that is cancelled does not look like the target's.
+        let mut relay_end = RelayEnd { broken: &broken, in_order: false };
         tokio::select! {
-            (io, in_order) = relay(io) => {
-                broken.store(!in_order, Ordering::Release);
+            (io, in_order) = relayed.as_mut() => {
+                relay_end.in_order = in_order;
+                drop(relay_end);
                 drop(io);
             }
             () = unwanted => {}
         }
+    }
+}
+
+/// Marks the socket as broken when it is dropped, unless the relay has ended in order.
+struct RelayEnd<'a> {
+    broken: &'a AtomicBool,
+    in_order: bool,
+}
+
+impl Drop for RelayEnd<'_> {
+    fn drop(&mut self) {
+        self.broken.store(!self.in_order, Ordering::Release);
     }
 }
 
@@ -112,5 +128,32 @@ impl AsyncWrite for TargetSocket {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.shut_down = true;
         Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncReadExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn only_a_relay_that_ends_in_order_ends_the_response() {
+        for (ends, in_order, complete) in [(true, true, true), (true, false, false), (false, true, false)] {
+            let (mut near, far) = pair();
+            let mut carried = Box::pin(far.carry(|io| async move {
+                if !ends {
+                    std::future::pending::<()>().await;
+                }
+                (io, in_order)
+            }));
+            tokio::select! {
+                biased;
+                () = &mut carried => {}
+                () = std::future::ready(()) => {}
+            }
+            drop(carried);
+            assert_eq!(near.read(&mut [0; 8]).await.is_ok(), complete, "{ends} {in_order}");
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! `top`: a live view of the running agent's nodes in a terminal.
+//! The command `top`, a live view of the running agent's nodes in a terminal.
 
 pub(crate) mod model;
 mod view;
@@ -15,8 +15,11 @@ use tokio::{
     sync::mpsc,
 };
 
-use crate::{admin_client::AdminClient, table::print_nodes};
+use crate::{activity::unix_milliseconds, admin_client::AdminClient, table::print_nodes};
 use model::{Key, Model, Sort};
+
+/// How long the agent may take to answer. No key is handled in the meantime.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Show the nodes of the running agent live: states, round trips, streams, bytes per second, errors.
 #[derive(Debug, Args)]
@@ -42,7 +45,7 @@ pub async fn top(agent: &AdminClient, args: TopArgs) -> anyhow::Result<()> {
         print_nodes(&first);
         return Ok(());
     }
-    // Registered before the terminal is changed, so that no signal leaves it changed.
+    // The handlers are registered before the terminal is changed, so that no signal leaves it changed.
     let ends = [SignalKind::terminate(), SignalKind::hangup(), SignalKind::interrupt(), SignalKind::quit()];
     let mut signals = Vec::new();
     for kind in ends {
@@ -75,7 +78,7 @@ async fn run(
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     tick.tick().await;
     loop {
-        terminal.draw(|frame| view::draw(frame, model, unix_milliseconds()))?;
+        terminal.draw(|frame| view::draw(frame, model, unix_milliseconds(SystemTime::now())))?;
         let opened = model.opened.clone();
         tokio::select! {
             _ = tick.tick() => refresh(agent, model).await,
@@ -84,7 +87,7 @@ async fn run(
                 if !press(model, event?) {
                     return Ok(());
                 }
-                // Events that have arrived meanwhile are drawn once.
+                // All events that have arrived in the meantime are drawn together.
                 while let Ok(event) = input.try_recv() {
                     if !press(model, event?) {
                         return Ok(());
@@ -99,16 +102,23 @@ async fn run(
 }
 
 async fn refresh(agent: &AdminClient, model: &mut Model) {
-    match agent.nodes().await {
+    match answer(agent.nodes()).await {
         Ok(nodes) => model.take(nodes, Instant::now()),
         Err(error) => model.error = Some(format!("{error:#}")),
     }
     if let Some(name) = model.opened.clone() {
-        match agent.node(&name).await {
+        match answer(agent.node(&name)).await {
             Ok(detail) => model.take_detail(detail, Instant::now()),
             Err(error) => model.error = Some(format!("{name}: {error:#}")),
         }
     }
+}
+
+/// Waits for an answer of the agent for a limited time.
+async fn answer<T>(asked: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    tokio::time::timeout(ANSWER_TIMEOUT, asked)
+        .await
+        .unwrap_or_else(|_| Err(anyhow::anyhow!("the running agent does not answer")))
 }
 
 /// Reads the keyboard on its own thread, which ends with the program.
@@ -152,9 +162,4 @@ fn press(model: &mut Model, event: event::Event) -> bool {
         _ => return true,
     };
     model.press(key)
-}
-
-fn unix_milliseconds() -> u64 {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }

@@ -1,4 +1,4 @@
-//! What `top` shows, without a terminal: the rows, their order and the selection.
+//! The state of `top` without a terminal, which is the rows, their order and the selection.
 
 use std::{
     cmp::Ordering,
@@ -54,10 +54,10 @@ pub(crate) struct Row {
     pub tunnels: usize,
     pub round_trip: Option<Duration>,
     pub streams: usize,
-    /// Bytes per second since the last update; `None` after the first one.
+    /// Bytes per second since the last update. It is `None` after the first update.
     pub up: Option<f64>,
     pub down: Option<f64>,
-    /// Failed dials, impostors and lost tunnels.
+    /// The number of failed dials, impostors and lost tunnels.
     pub errors: u64,
     pub changed_unix_milliseconds: Option<u64>,
 }
@@ -121,7 +121,7 @@ fn rank(state: &str) -> u8 {
     }
 }
 
-/// Orders n2 before n10.
+/// Compares names so that n2 comes before n10.
 fn natural(a: &str, b: &str) -> Ordering {
     let number = |name: &str| {
         let digits = name.bytes().rev().take_while(u8::is_ascii_digit).count();
@@ -210,24 +210,24 @@ impl Model {
         });
     }
 
-    /// The rows that match the filter.
+    /// Returns the rows that match the filter.
     pub(crate) fn rows(&self) -> Vec<&Row> {
         let filter = self.filter.to_lowercase();
         self.rows.iter().filter(|row| row.matches(&filter)).collect()
     }
 
-    /// The number of nodes, and of connected ones.
+    /// Returns the number of nodes, and of connected ones.
     pub(crate) fn counts(&self) -> (usize, usize) {
         (self.rows.len(), self.rows.iter().filter(|row| row.state == "connected").count())
     }
 
-    /// Bytes per second of all nodes, up and down.
+    /// Returns the bytes per second of all nodes, up and down.
     pub(crate) fn rates(&self) -> (f64, f64) {
         let sum = |of: fn(&Row) -> Option<f64>| self.rows.iter().filter_map(of).fold(0.0, |a, b| a + b);
         (sum(|row| row.up), sum(|row| row.down))
     }
 
-    /// The index of the selected row in [`Self::rows`].
+    /// Returns the index of the selected row in [`Self::rows`].
     pub(crate) fn selected(&self) -> usize {
         let rows = self.rows();
         let selected = self.selected.as_ref();
@@ -311,7 +311,7 @@ impl Model {
     }
 }
 
-/// Bytes per second in at most seven characters.
+/// Formats bytes per second in at most seven characters.
 pub(crate) fn show_rate(rate: Option<f64>) -> String {
     match rate {
         None => "-".to_owned(),
@@ -320,7 +320,7 @@ pub(crate) fn show_rate(rate: Option<f64>) -> String {
     }
 }
 
-/// Bytes in at most seven characters.
+/// Formats bytes in at most seven characters.
 pub(crate) fn show_bytes(bytes: f64) -> String {
     let mut value = bytes;
     for unit in ["B", "kB", "MB", "GB", "TB"] {
@@ -336,7 +336,7 @@ pub(crate) fn show_bytes(bytes: f64) -> String {
     format!("{value:.0} PB")
 }
 
-/// The time since something happened, in at most six characters.
+/// Formats the time since something happened in at most six characters.
 pub(crate) fn show_age(since_unix_milliseconds: Option<u64>, now_unix_milliseconds: u64) -> String {
     let Some(since) = since_unix_milliseconds else { return "-".to_owned() };
     let seconds = now_unix_milliseconds.saturating_sub(since) / 1000;

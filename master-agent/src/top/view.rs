@@ -1,4 +1,4 @@
-//! How `top` draws its state. Colours only repeat what words say.
+//! Draws the state of `top`. Colours only repeat what words say.
 
 use ratatui::{
     Frame,
@@ -23,19 +23,20 @@ const HELP: [&str; 9] = [
     "q                 quit",
 ];
 
-/// The columns: title, width, and the width of the screen from which on the column is shown.
+/// The title of each column, its width, and the width of the screen from which on the column is shown. A column is
+/// shown only if at least 11 characters are left for the name of the node.
 const COLUMNS: [(&str, u16, u16); 11] = [
     ("NODE", 20, 0),
     ("STATE", 10, 24),
-    ("DIRECTION", 9, 72),
-    ("KIND", 10, 92),
-    ("RTT", 8, 46),
-    ("STREAMS", 7, 54),
-    ("UP/s", 7, 40),
-    ("DOWN/s", 7, 40),
-    ("ERRORS", 6, 64),
-    ("CHANGED", 8, 80),
-    ("REASON", 30, 120),
+    ("DIRECTION", 15, 85),
+    ("KIND", 10, 107),
+    ("RTT", 8, 51),
+    ("STREAMS", 7, 60),
+    ("UP/s", 7, 41),
+    ("DOWN/s", 7, 41),
+    ("ERRORS", 6, 68),
+    ("CHANGED", 8, 95),
+    ("REASON", 30, 132),
 ];
 
 pub(super) fn draw(frame: &mut Frame<'_>, model: &Model, now_unix_milliseconds: u64) {
@@ -370,6 +371,16 @@ mod tests {
         assert!(model.press(Key::Char('?')) && screen(&model, 60, 15).contains("reverse the order"));
         for (width, height) in [(1, 1), (5, 2), (20, 3), (300, 80)] {
             screen(&model, width, height);
+        }
+    }
+
+    #[test]
+    fn the_name_of_a_node_is_readable_at_any_width() {
+        let mut model = Model::new(Sort::Name, String::new());
+        model.take((100_000..100_003).map(node).collect(), Instant::now());
+        for width in 24..=200 {
+            let shown = screen(&model, width, 10);
+            assert!(shown.contains("node-100001"), "{width}: {shown}");
         }
     }
 

@@ -18,6 +18,7 @@ use hyper_util::{
 };
 use opentelemetry_http::{HttpClient, HttpError};
 use opentelemetry_otlp::{SpanExporter, WithExportConfig, WithHttpConfig};
+use proto_net::causes::causes;
 use tokio::runtime::Handle;
 
 use super::config::TracesConfig;
@@ -68,12 +69,12 @@ impl fmt::Debug for Collector {
 }
 
 impl Collector {
-    /// Logs once that spans cannot be sent, and once that they are sent again.
+    /// Logs once that spans can't be sent, and once that they are sent again.
     fn log_change(&self, sent: &Result<Response<Bytes>, HttpError>) {
         let error = match sent {
             Ok(response) if response.status().is_success() => None,
             Ok(response) => Some(format!("the collector answers {}", response.status())),
-            Err(error) => Some(error.to_string()),
+            Err(error) => Some(causes(&**error)),
         };
         let failing = error.is_some();
         if self.failing.swap(failing, Ordering::Relaxed) == failing {

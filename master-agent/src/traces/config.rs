@@ -48,8 +48,8 @@ const FIELDS: Meanings = &[
     ("key", "The key of cert, with mode 0600 or 0640."),
     (
         "headers_file",
-        "A file with lines NAME: VALUE, which are headers of every request, for example an authorization. \
-         Its mode is 0600 or 0640.",
+        "A file with one header per line (NAME: VALUE), sent with every request, for example an \
+         authorization. Its mode is 0600 or 0640.",
     ),
     ("sample_ratio", "The share of traces that is sent, from 0 to 1."),
     ("service_name", "The name of this agent in traces."),

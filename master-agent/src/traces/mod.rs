@@ -85,7 +85,8 @@ impl Traces {
     }
 }
 
-/// The span that a request is part of, according to its only `traceparent`. Its sender must have been authenticated.
+/// Returns the span that a request is part of, if it has exactly one `traceparent`. This is meant for requests whose
+/// sender has been authenticated.
 pub fn parent(headers: &HeaderMap) -> Option<SpanContext> {
     let mut values = headers.get_all(TRACEPARENT).iter();
     let value = values.next().filter(|_| values.next().is_none())?;
@@ -117,7 +118,7 @@ fn parse(value: &str) -> Option<SpanContext> {
     context.is_valid().then_some(context)
 }
 
-/// Makes what a request leads to part of `span`.
+/// Sets the `traceparent` of a request, so that whatever the request causes becomes part of `span`.
 pub fn inject(span: &SpanContext, headers: &mut HeaderMap) {
     let flags = span.trace_flags().to_u8();
     let value = format!("00-{}-{}-{flags:02x}", span.trace_id(), span.span_id());
@@ -152,7 +153,7 @@ impl Span {
         Self { span: span.is_recording().then(|| Box::new(span)), settled: false }
     }
 
-    /// The parent for further spans; `None` if this one is not sent.
+    /// Returns the parent for further spans, or `None` if this span is not sent.
     pub fn context(&self) -> Option<&SpanContext> {
         self.span.as_ref().map(|span| span.span_context())
     }
@@ -187,7 +188,7 @@ impl Span {
         }
     }
 
-    /// Says that the work is complete. A span that is dropped before it was settled or failed counts as cancelled.
+    /// Marks the work as complete. A span that is dropped before it was settled or failed counts as cancelled.
     pub fn settle(&mut self) {
         self.settled = true;
     }
@@ -209,7 +210,7 @@ impl Drop for Span {
     }
 }
 
-/// The identifiers of the trace and the span, as records show them.
+/// Returns the identifiers of the trace and the span, as records show them.
 pub fn ids(context: &SpanContext) -> (String, String) {
     (context.trace_id().to_string(), context.span_id().to_string())
 }

@@ -7,6 +7,7 @@ use proto::NodeName;
 use proto_net::{
     accept::{Acceptor, Tuning},
     handshake::{HandshakePermit, HandshakePermits},
+    log_throttle::LogThrottle,
     tasks::Tasks,
 };
 use tokio::{
@@ -25,7 +26,7 @@ use super::{
     registry::Registry,
     session::{
         error::TunnelError,
-        handshake::{Credentials, SshClient},
+        handshake::{Credentials, Session, SshClient},
         identity::{HostIdentity, Verify},
     },
     supervision::{Linked, Supervisor},
@@ -67,6 +68,8 @@ pub struct CallHome {
     pub supervisor: Arc<Supervisor>,
     /// Bounds the calls that have not authenticated yet.
     pub permits: HandshakePermits,
+    /// Bounds the log lines that strangers cause.
+    pub log_throttle: LogThrottle,
     /// The group that owns the calls and their sessions.
     pub tasks: Tasks,
     /// Cancelled when the agent stops and must not establish new tunnels.
@@ -123,9 +126,13 @@ impl CallHome {
                 }
             }
             Ok(None) => {}
-            // An attacker can cause any number of these, so they are only counted.
+            // An attacker can cause any number of evictions, so they are counted but not logged as warnings.
             Err(error @ TunnelError::Evicted) => tracing::debug!(%peer, %error, "refused a call home"),
-            Err(error) => tracing::warn!(%peer, %error, "refused a call home"),
+            Err(error) => {
+                if let Some(times) = self.log_throttle.count(1) {
+                    tracing::warn!(%peer, %error, times, "refused a call home");
+                }
+            }
         }
     }
 
@@ -146,6 +153,22 @@ impl CallHome {
         let credentials = Credentials { verify, login: LOGIN, user: &user, permit: Some(permit) };
         let session = self.client.authenticate(link, credentials, &self.tasks).await;
         let session = session.inspect_err(|error| self.refusals.handshake(error))?;
+        tokio::select! {
+            linked = self.admit(session, peer, purpose) => linked,
+            () = permit.evicted.cancelled() => {
+                self.refusals.handshake(&TunnelError::Evicted);
+                Err(TunnelError::Evicted)
+            }
+        }
+    }
+
+    /// Makes a tunnel of the session with a known node, and lets an unknown host join.
+    async fn admit(
+        &self,
+        session: Session,
+        peer: SocketAddr,
+        purpose: Purpose,
+    ) -> Result<Option<Linked>, TunnelError> {
         let (direction, name) = match purpose {
             Purpose::Any => (Direction::CallHome, None),
             Purpose::Link(_) => (Direction::CallHomeHttps, None),
@@ -154,17 +177,14 @@ impl CallHome {
         match session.identity.clone() {
             HostIdentity::Verified(host) => {
                 let established = Tunnel::establish(session, host, direction, Some(peer), &self.config);
-                let (tunnel, events) = established.await?;
+                let established = established.await.inspect_err(|error| self.refusals.handshake(error));
+                let (tunnel, events) = established?;
                 Ok(Some((self.supervisor.register(tunnel).await?, events)))
             }
             HostIdentity::Unknown(key, why) => {
                 let host = UnknownHost { key: &key, why: &why, name: name.as_ref(), peer };
                 let join = self.joining.serve(&session, host);
-                let joined = tokio::select! {
-                    joined = timeout(self.config.handshake_timeout, join) => joined,
-                    () = permit.evicted.cancelled() => return Err(TunnelError::Evicted),
-                };
-                match joined {
+                match timeout(self.config.handshake_timeout, join).await {
                     Ok(true) => Ok(None),
                     Ok(false) | Err(_) => Err(self.refusals.host_key(&why)),
                 }
@@ -194,12 +214,68 @@ fn only_for(purpose: Purpose, verify: Verify) -> Verify {
 
 #[cfg(test)]
 mod tests {
-    use std::net::IpAddr;
+    use std::{net::IpAddr, time::Duration};
 
     use russh::keys::{PrivateKey, PublicKeyOrCertificate};
+    use tokio::sync::mpsc;
 
     use super::*;
-    use crate::identity::{VerifiedHost, tests::new_key};
+    use crate::{
+        identity::{VerifiedHost, tests::new_key},
+        metrics::ReasonLabel,
+        tunnels::{
+            absent::Absent,
+            testing::{Master, n1},
+        },
+    };
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn call_home(master: &Master, permits: usize) -> CallHome {
+        CallHome {
+            config: master.config.clone(),
+            client: master.client.clone(),
+            trust: master.trust.clone(),
+            login: master.login.clone(),
+            joining: Arc::new(Joining {
+                nodes: master.nodes.subscribe(),
+                store: master.store.clone(),
+                authorities: master.authorities.clone(),
+                host_ttl: HOUR,
+                registry: master.registry.clone(),
+                refusals: master.refusals.clone(),
+                attempts: Default::default(),
+                tasks: master.tasks.clone(),
+            }),
+            registry: master.registry.clone(),
+            refusals: master.refusals.clone(),
+            supervisor: master.supervisor.clone(),
+            permits: HandshakePermits::new(permits),
+            log_throttle: LogThrottle::default(),
+            tasks: master.tasks.clone(),
+            draining: CancellationToken::new(),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_that_delays_its_tunnel_gives_way_to_newcomers() {
+        let master = Master::new(HOUR, 8);
+        master.registry.expect(&[(n1(), (1, Absent::WaitingForCallHome))].into_iter().collect());
+        let (unanswered, mut requests) = mpsc::unbounded_channel();
+        *master.node.unanswered.lock().unwrap() = Some(unanswered);
+        let home = call_home(&master, 1);
+        let peer: SocketAddr = "192.0.2.1:4000".parse().unwrap();
+        let link = std::future::ready(Some(master.node.link()));
+        let call = timeout(Duration::from_secs(1), home.answer_upgrade(link, peer, Purpose::Any));
+        let newcomer = async {
+            let unanswered = requests.recv().await.unwrap();
+            (home.permits.take(peer.ip()), unanswered)
+        };
+        let (ended, _kept) = tokio::join!(call, newcomer);
+        assert!(ended.is_ok(), "the call has kept its permit");
+        let refused = |reason| master.metrics.refused.get_or_create(&ReasonLabel { reason }).get();
+        assert_eq!((refused("evicted"), master.registry.count()), (1, (0, 1)));
+    }
 
     fn verified(key: &PrivateKey, node: &str) -> HostIdentity {
         HostIdentity::Verified(VerifiedHost {

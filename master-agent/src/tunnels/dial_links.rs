@@ -118,6 +118,8 @@ impl<C: Connect> DialLinks<C> {
             let stays = nodes.node(name).is_some_and(|node| is_same_link(node, was));
             if !stays {
                 tasks.cancel();
+                // A node that has lost its address may still call home.
+                self.dialling.registry.set_absent(name, Absent::WaitingForCallHome);
             }
             stays
         });
@@ -253,7 +255,8 @@ impl<C: Connect> DialLoop<C> {
         let HostIdentity::Verified(host) = session.identity.clone() else {
             return Err(TunnelError::Ssh(russh::Error::UnknownKey));
         };
-        let (tunnel, events) = Tunnel::establish(session, host, Direction::Dialled, peer, config).await?;
+        let established = Tunnel::establish(session, host, Direction::Dialled, peer, config).await;
+        let (tunnel, events) = established.inspect_err(|error| refusals.handshake(error))?;
         Ok((supervisor.register(tunnel).await?, events))
     }
 

@@ -15,14 +15,12 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use crate::{
     directory::{Directory, PodLocation},
-    routing::{Hop, Route, Via, preference, shared::SharedRoutes},
+    routing::{Hop, Route, Via, cluster::KUBELET_PORT, preference, shared::SharedRoutes},
     tunnels::registry::Registry,
 };
 
 /// The number of candidates that one dial tries, besides the one of last resort.
 const ATTEMPTS: usize = 3;
-/// The port of a kubelet whose Node object names no other.
-const KUBELET_PORT: u16 = 10250;
 
 /// Dials through tunnels and never directly.
 pub struct TunnelDialer {
@@ -136,7 +134,7 @@ impl TunnelDialer {
         let mut opened = tunnel.open(&asked, &origin.0, timeout).await;
         // The tunnel may have been retired and replaced since it was picked.
         if let Err(DialError::TunnelLost { .. }) = &opened
-            && let Ok((other, _)) = self.registry.pick(node)
+            && let Some(other) = self.registry.pick_again(node)
             && other.id != tunnel.id
         {
             let left = timeout.saturating_sub(began.elapsed());

@@ -50,7 +50,8 @@ impl ExpectedNodes {
     /// Replaces the inventory file's nodes and routes.
     pub fn replace_inventory(&self, inventory: Arc<Inventory>) {
         let routes = InventoryRoutes::new(&inventory);
-        self.routes.change(|all| all.inventory = routes);
+        // Dials wait for the change, so the former routes are dropped only afterwards.
+        drop(self.routes.change(|all| std::mem::replace(&mut all.inventory, routes)));
         let mut file = self.file();
         *file = inventory;
         self.publish(&file);
@@ -88,7 +89,7 @@ impl ExpectedNodes {
         }
     }
 
-    /// The file as it is, if the cluster has no further nodes.
+    /// Returns the file's nodes with the further ones of the cluster. If there are none, the file is shared.
     fn with_nodes_of_the_cluster(&self, file: &Arc<Inventory>) -> Arc<Inventory> {
         let Some(watched) = &self.watched else { return file.clone() };
         let further: Vec<_> = self.routes.read(|routes| {

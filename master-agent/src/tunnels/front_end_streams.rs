@@ -1,9 +1,12 @@
 //! The streams that a node opens to the master's front end. A node opens none unless the master asks it to.
+//!
+//! What the node is asked for can't be taken back, so the answer is awaited as long as the tunnel lives: a node that
+//! agrees late must find the master ready.
 
 use std::net::SocketAddr;
 
 use proto_net::mux::Events;
-use tokio::{sync::mpsc, time::timeout};
+use tokio::sync::mpsc;
 
 use super::{
     session::{
@@ -18,13 +21,11 @@ impl Tunnel {
     /// Lets a node-agent open streams to the front end, at most `max_streams` at once. Returns `None` if the node-agent
     /// declines, because it has no local endpoint.
     pub async fn open_front_end(&self, max_streams: usize) -> Result<Option<Events>, TunnelError> {
-        let limit = self.answer_timeout;
-        let started = timeout(limit, self.session.start_multiplexer(Opener::Node, max_streams)).await;
-        let Some((mux, events)) = started.map_err(|_| TunnelError::Timeout(limit))?? else {
-            return Ok(None);
-        };
-        let _ = self.front_end.set(mux);
-        Ok(Some(events))
+        let started = self.session.start_multiplexer(Opener::Node, max_streams).await?;
+        Ok(started.map(|(mux, events)| {
+            let _ = self.front_end.set(mux);
+            events
+        }))
     }
 
     /// Asks a plain sshd to listen on an address, and returns the receiver of the connections to it, of which there are
@@ -39,15 +40,13 @@ impl Tunnel {
         let state = &self.session.state;
         // Connections may arrive before the answer.
         *state.forward() = Some(forward);
-        let limit = self.answer_timeout;
-        let answer = timeout(limit, self.session.handle.tcpip_forward(host, port)).await;
-        if !matches!(answer, Ok(Ok(_))) {
-            *state.forward() = None;
-        }
-        match answer.map_err(|_| TunnelError::Timeout(limit))? {
+        match self.session.handle.tcpip_forward(host, port).await {
             Ok(_) => Ok(connections),
-            Err(russh::Error::RequestDenied) => Err(TunnelError::NotListening(address)),
-            Err(error) => Err(error.into()),
+            Err(error) => {
+                *state.forward() = None;
+                let is_denied = matches!(error, russh::Error::RequestDenied);
+                Err(if is_denied { TunnelError::NotListening(address) } else { error.into() })
+            }
         }
     }
 }

@@ -75,6 +75,8 @@ impl Joining {
         host: UnknownHost<'_>,
     ) -> Result<bool, russh::Error> {
         let mut channel = session.handle.channel_open_session().await?;
+        // The messages are read from the channel itself. Otherwise, they would also wait for a stream that nobody opens.
+        session.channels.forget(channel.id());
         channel.request_subsystem(true, SUBSYSTEM).await?;
         let request = match receive(&mut channel, host.peer).await {
             Received::Request(request) => request,
@@ -113,11 +115,11 @@ impl Joining {
 
     fn refuse_name(&self, admitted: &NodeName, asked: &NodeName, peer: SocketAddr) -> JoinResponse {
         let reason =
-            format!("what admitted this call is for node {admitted}, and it asks to join as {asked}");
+            format!("the call was admitted for node {admitted}, but the host asks to join as {asked}");
         tracing::warn!(%peer, reason, "refused to let a host join");
         self.refusals.count("other_node");
         self.count("refused");
-        JoinResponse::Refused { reason, hint: "Nothing was used up.".to_owned() }
+        JoinResponse::Refused { reason, hint: "The token was not used up.".to_owned() }
     }
 
     /// Decides about a request and signs the host's certificate. Blocks.

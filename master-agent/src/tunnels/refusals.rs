@@ -35,7 +35,7 @@ impl Refusals {
         TunnelError::Connect(why.to_string())
     }
 
-    /// Counts a failed handshake.
+    /// Counts a failed handshake, or a session that failed before it became a tunnel.
     pub fn handshake(&self, error: &TunnelError) {
         if let TunnelError::HostKey(why) = error {
             self.count_host_key(why);

@@ -261,6 +261,12 @@ impl Registry {
         Ok((tunnel, permit))
     }
 
+    /// Returns the tunnel that [`Self::pick`] picks, for a stream that already has a permit.
+    pub fn pick_again(&self, name: &NodeName) -> Option<Arc<Tunnel>> {
+        let node = self.node(name)?;
+        node.state().pick().ok()
+    }
+
     pub fn tunnels_of(&self, name: &NodeName) -> Vec<Arc<Tunnel>> {
         self.node(name).map(|node| node.state().tunnels.clone()).unwrap_or_default()
     }

@@ -6,7 +6,7 @@ use proto::{
     revocation::{Report, SUBSYSTEM},
 };
 use russh::{Channel, ChannelMsg, client::Msg};
-use tokio::time::timeout;
+use tokio::{sync::oneshot, time::timeout};
 
 use super::{session::error::TunnelError, tunnel::Tunnel};
 
@@ -34,19 +34,36 @@ impl Tunnel {
         signed: Bytes,
     ) -> Result<Delivery, TunnelError> {
         let late = |_| TunnelError::Timeout(self.answer_timeout);
-        let opened = timeout(self.answer_timeout, self.session.handle.channel_open_session()).await;
+        let opened = timeout(self.answer_timeout, self.open_exchange()).await;
         let mut channel = match opened.map_err(late)? {
-            Ok(channel) => channel,
-            Err(russh::Error::ChannelOpenFailure(_)) => return Ok(Delivery::Unsupported),
-            Err(error) => return Err(error.into()),
+            Ok(Ok(channel)) => channel,
+            Ok(Err(russh::Error::ChannelOpenFailure(_))) => return Ok(Delivery::Unsupported),
+            Ok(Err(error)) => return Err(error.into()),
+            Err(_) => return Err(TunnelError::Closed),
         };
-        self.session.channels.forget(channel.id());
         let exchange = exchange(&mut channel, ca, version, signed);
         let delivered = timeout(self.answer_timeout, exchange).await.map_err(late);
         // The master closes the channel first, since the node's side keeps memory for channels that it closes first
         // itself.
         channel.close().await?;
         delivered?
+    }
+
+    /// Opens the channel of an exchange. SSH can't cancel an open request, so a channel that is opened when nobody waits
+    /// for it any more is closed. Otherwise, it would count against the few that a node-agent allows at once.
+    fn open_exchange(&self) -> oneshot::Receiver<Result<Channel<Msg>, russh::Error>> {
+        let (handle, channels) = (self.session.handle.clone(), self.session.channels.clone());
+        let (answer, answered) = oneshot::channel();
+        self.session.tasks.spawn(async move {
+            let opened = handle.channel_open_session().await;
+            if let Ok(channel) = &opened {
+                channels.forget(channel.id());
+            }
+            if let Err(Ok(unwanted)) = answer.send(opened) {
+                let _ = unwanted.close().await;
+            }
+        });
+        answered
     }
 }
 

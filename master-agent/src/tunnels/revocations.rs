@@ -161,7 +161,11 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
-    use crate::identity::{revocation::change, sqlite::SqliteStore, tests::TempDir};
+    use crate::identity::{
+        revocation::change,
+        sqlite::SqliteStore,
+        tests::{TempDir, new_key},
+    };
 
     const HOUR: Duration = Duration::from_secs(3600);
 
@@ -184,7 +188,8 @@ mod tests {
         revoke(&store, &authorities, "alice");
         published.changed().await.unwrap();
         let first = published.borrow_and_update().as_ref().unwrap().version;
-        store.remember_first_use(&"n1".parse().unwrap(), "SHA256:a").unwrap();
+        let (node, key, now) = ("n1".parse().unwrap(), new_key(), SystemTime::now());
+        store.remember_node(&node, key.public_key(), &[], now, now + HOUR).unwrap();
         assert!(timeout(HOUR, published.changed()).await.is_err(), "another part of the store has changed");
 
         revoke(&SqliteStore::open(&dir.0).unwrap(), &authorities, "bob");

@@ -32,6 +32,9 @@ const PROBE_TIMEOUT: Duration = Duration::from_millis(1500);
 const RECHECK_INTERVAL: Duration = Duration::from_secs(10);
 /// The maximum number of retired tunnels that one node may keep.
 const MAX_RETIRED: usize = 16;
+/// The number of notices of one tunnel that are logged. An honest node sends one or two, and a hostile one can send any
+/// number.
+const MAX_LOGGED_NOTICES: usize = 16;
 /// How often a retired tunnel is checked for open streams.
 const IDLE_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -75,8 +78,12 @@ impl Supervisor {
         }
         self.metrics.tunnels_established.inc();
         tracing::info!(
-            node = %tunnel.node, peer = ?tunnel.peer, direction = tunnel.direction.name(), kind = tunnel.kind(),
-            standby = others.len(), "tunnel established"
+            node = %tunnel.node,
+            peer = tunnel.peer.map(tracing::field::display),
+            direction = tunnel.direction.name(),
+            kind = tunnel.kind(),
+            standby = others.len(),
+            "tunnel established"
         );
         self.settle_others(others);
         Ok(registration)
@@ -174,8 +181,12 @@ async fn probe(tunnel: Arc<Tunnel>, dead_after: Duration) {
 
 async fn log_notices(tunnel: &Tunnel, notices: Option<&mut mpsc::Receiver<Notice>>) {
     let Some(notices) = notices else { return };
+    let mut logged = 0;
     while let Some(notice) = notices.recv().await {
-        log_notice(tunnel, &notice);
+        if logged < MAX_LOGGED_NOTICES {
+            logged += 1;
+            log_notice(tunnel, &notice);
+        }
     }
 }
 

@@ -76,16 +76,26 @@ pub(super) struct MemoryNode {
     pub(super) dials: Arc<Mutex<Vec<Instant>>>,
     /// The number of further dials that fail.
     pub(super) failures: Arc<Mutex<usize>>,
+    /// Takes the requests to open a channel, if the node is not to answer them.
+    pub(super) unanswered: Arc<Mutex<Option<mpsc::UnboundedSender<ChannelOpenHandle>>>>,
 }
 
 impl MemoryNode {
     fn new(key: PrivateKey, tasks: Tasks) -> (Self, mpsc::UnboundedReceiver<NodeSide>) {
         let (sides, tunnels) = mpsc::unbounded_channel();
-        (Self { key, tasks, sides, dials: Arc::default(), failures: Arc::default() }, tunnels)
+        let node = Self {
+            key,
+            tasks,
+            sides,
+            dials: Arc::default(),
+            failures: Arc::default(),
+            unanswered: Arc::default(),
+        };
+        (node, tunnels)
     }
 
     /// Returns the master's end of a new link.
-    fn link(&self) -> DuplexStream {
+    pub(super) fn link(&self) -> DuplexStream {
         let (near, far) = duplex(PIPE);
         let config = server::Config {
             methods: MethodSet::from(&[MethodKind::PublicKey][..]),
@@ -150,7 +160,11 @@ impl server::Handler for NodeHandler {
         reply: ChannelOpenHandle,
         _: &mut server::Session,
     ) -> Result<(), russh::Error> {
-        reply.accept().await;
+        let unanswered = self.node.unanswered.lock().unwrap().clone();
+        match unanswered {
+            Some(unanswered) => unanswered.send(reply).unwrap_or_default(),
+            None => reply.accept().await,
+        }
         Ok(())
     }
 
@@ -200,6 +214,8 @@ pub(super) struct Master {
     pub(super) metrics: TunnelMetrics,
     pub(super) refusals: Refusals,
     pub(super) trust: Arc<Trust>,
+    pub(super) authorities: Arc<Authorities>,
+    pub(super) store: Arc<SqliteStore>,
     pub(super) login: Arc<MasterLogin>,
     pub(super) client: Arc<SshClient>,
     pub(super) supervisor: Arc<Supervisor>,
@@ -237,7 +253,7 @@ impl Master {
                 renewed: metrics.certificates_renewed.clone(),
                 clock: Clock::System,
             },
-            revocations: Arc::new(RevocationList::new(store, authorities, login.clone())),
+            revocations: Arc::new(RevocationList::new(store.clone(), authorities.clone(), login.clone())),
             callers: None,
             metrics: metrics.clone(),
             tasks: tasks.clone(),
@@ -253,6 +269,8 @@ impl Master {
             metrics,
             refusals,
             trust,
+            authorities,
+            store,
             login,
             client,
             supervisor,

@@ -126,11 +126,12 @@ impl Trust {
                 let Some(node) = nodes.node(&host.node) else {
                     return Err(HostKeyError::UnknownNode { node: host.node });
                 };
-                // Otherwise, a certificate that somebody got with a token would replace the key that is pinned for a
-                // node.
-                if host.not_after.is_some() && node.trust != HostTrust::HostCa {
-                    let fingerprint = fingerprint(&host.key);
-                    return Err(HostKeyError::OtherTrust { node: host.node, fingerprint });
+                // A key that is not pinned was verified by a certificate. If certificates counted for all nodes, one
+                // that somebody got with a token would replace the key that is pinned for a node. The check does not
+                // ask for `not_after`, which is `None` for a certificate that never expires, too.
+                let shown = fingerprint(&host.key);
+                if node.trust != HostTrust::HostCa && !nodes.pins().contains_key(&shown) {
+                    return Err(HostKeyError::OtherTrust { node: host.node, fingerprint: shown });
                 }
                 self.still_good(&host).map(|()| HostIdentity::Verified(host))
             }

@@ -17,6 +17,10 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::config::LocalEndpointConfig;
 
+/// The number of notices on one multiplexer that are logged. An honest master sends one or two, and a hostile one can
+/// send any number.
+const MAX_LOGGED_NOTICES: usize = 16;
+
 /// The masters whose front end can be reached now, in the order in which they offered it.
 pub struct FrontEnds {
     offers: watch::Sender<Vec<Offer>>,
@@ -53,12 +57,15 @@ impl FrontEnds {
         let _withdraw_on_exit = WithdrawOnDrop { front_ends: self, id };
         tracing::info!("the master offers its front end");
         tokio::pin!(expired);
+        let mut to_log = MAX_LOGGED_NOTICES;
         loop {
             let notice = tokio::select! {
                 notice = events.notices.recv() => notice,
                 () = &mut expired => return,
             };
             let Some(notice) = notice else { return };
+            let Some(left) = to_log.checked_sub(1) else { continue };
+            to_log = left;
             match notice {
                 Notice::GoAway(reason) => {
                     tracing::info!(reason, "the master's front end takes no new callers");

@@ -7,6 +7,7 @@ use std::{
 
 use proto_net::{
     accept::{Acceptor, Listener, Peer, Tuning},
+    log_throttle::LogThrottle,
     relay::{Counters, relay},
     tasks::Tasks,
 };
@@ -29,6 +30,8 @@ pub struct LocalEndpoint {
     pub half_closed_timeout: Duration,
     /// The callers' tasks.
     pub tasks: Tasks,
+    /// Callers that were closed because there are too many. Every pod may be able to cause them.
+    pub turned_away: LogThrottle,
 }
 
 impl LocalEndpoint {
@@ -63,8 +66,14 @@ impl LocalEndpoint {
         let permit = self.front_ends.caller_permit();
         if permit.is_none() {
             self.count("too_many_streams");
-            let caller = peer.origin();
-            tracing::warn!(caller, "closed a caller of the front end: front_end.max_connections reached");
+            if let Some(callers) = self.turned_away.count(1) {
+                let last = peer.origin();
+                tracing::warn!(
+                    callers,
+                    last,
+                    "closed callers of the front end: front_end.max_connections reached"
+                );
+            }
         }
         permit
     }

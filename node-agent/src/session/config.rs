@@ -13,7 +13,7 @@ pub struct LimitsConfig {
     pub max_handshakes: usize,
     /// Sessions of people at once. Masters don't count.
     pub max_sessions: usize,
-    /// Streams of one session.
+    /// Streams of one session on its multiplexer, and as many that are SSH channels of their own.
     pub max_streams: usize,
     pub handshake_timeout: Duration,
     /// For resolving and connecting to a target, and for connecting to a master.
@@ -26,7 +26,11 @@ pub struct LimitsConfig {
 const FIELDS: Meanings = &[
     ("max_handshakes", "Connections at once that have not authenticated."),
     ("max_sessions", "Sessions of people at once. Masters do not count."),
-    ("max_streams", "Streams at once of one session."),
+    (
+        "max_streams",
+        "Streams at once of one session. Those of its multiplexer and those that are SSH channels of their own are \
+         counted apart.",
+    ),
     ("handshake_timeout", "Time for an SSH handshake."),
     ("dial_timeout", "Time to resolve a target and to connect to it."),
     ("keepalive_interval", "Time between keep-alives of a session."),

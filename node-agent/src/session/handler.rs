@@ -37,6 +37,10 @@ use crate::identity::{
 /// Session channels that a master may have open at once: one for each subsystem, and one to spare.
 const MAX_SESSION_CHANNELS: usize = 4;
 
+/// The number of a master's notices that a session logs. An honest master sends a few, and a hostile one can send any
+/// number.
+const MAX_LOGGED_NOTICES: usize = 16;
+
 /// How authentication ended.
 pub(super) type Proof = Result<Arc<AuthenticatedUser>, SessionError>;
 
@@ -62,6 +66,8 @@ pub(super) struct Handler {
     revocation_list: Option<RevocationList>,
     /// Made with the first certificate that the master sends.
     renewals: Option<SessionRenewals>,
+    /// How many more of the master's notices are logged.
+    notices_to_log: usize,
 }
 
 struct MasterMux {
@@ -102,6 +108,7 @@ impl Handler {
             node_mux: None,
             revocation_list: None,
             renewals: None,
+            notices_to_log: MAX_LOGGED_NOTICES,
         };
         (handler, proved)
     }
@@ -121,7 +128,11 @@ impl Handler {
         let (key_id, serial) = (certificate.key_id(), certificate.serial());
         if let UserRole::Person { login, .. } = &role {
             let Ok(permit) = self.services.people.clone().try_acquire_owned() else {
-                tracing::warn!(user = login, peer = ?self.peer, "refused a person: limits.max_sessions reached");
+                tracing::warn!(
+                    user = login,
+                    peer = self.peer.map(tracing::field::display),
+                    "refused a person: limits.max_sessions reached"
+                );
                 return Auth::reject();
             };
             self.person = Some(permit);
@@ -130,7 +141,7 @@ impl Handler {
             UserRole::Master => MASTER,
             UserRole::Person { login, .. } => login,
         };
-        tracing::info!(user, key_id, serial, peer = ?self.peer, "authenticated");
+        tracing::info!(user, key_id, serial, peer = self.peer.map(tracing::field::display), "authenticated");
         let clock = self.services.clock;
         self.user = Some(Arc::new(AuthenticatedUser { role, certificate: certificate.clone(), clock }));
         Auth::Accept
@@ -195,9 +206,13 @@ impl Handler {
     fn take_notices(&mut self) {
         let Some(mux) = &mut self.master_mux else { return };
         while let Ok(notice) = mux.notices.try_recv() {
+            let is_logged = self.notices_to_log > 0;
             match notice {
                 Notice::Certificate(_) if self.user.as_ref().is_some_and(|user| user.has_expired()) => {
-                    tracing::warn!("ignored a host certificate from a master whose own has expired");
+                    self.notices_to_log = self.notices_to_log.saturating_sub(1);
+                    if is_logged {
+                        tracing::warn!("ignored a host certificate from a master whose own has expired");
+                    }
                 }
                 Notice::Certificate(text) => {
                     let services = &self.services;
@@ -205,7 +220,10 @@ impl Handler {
                 }
                 Notice::GoAway(reason) => {
                     self.state.set_replaced();
-                    tracing::info!(reason, "the master takes no new streams");
+                    self.notices_to_log = self.notices_to_log.saturating_sub(1);
+                    if is_logged {
+                        tracing::info!(reason, "the master takes no new streams");
+                    }
                 }
             }
         }
@@ -258,8 +276,11 @@ impl server::Handler for Handler {
         user: &str,
         key: server::VerifiedPublicKey<'_>,
     ) -> Result<Auth, SessionError> {
-        let fingerprint = PublicKey::fingerprint(key.public_key, Default::default());
-        tracing::info!(user = refusal::printable(user), %fingerprint, peer = ?self.peer, "refused a key without certificate");
+        if let Some(times) = self.services.log_throttle.count(1) {
+            let fingerprint = PublicKey::fingerprint(key.public_key, Default::default());
+            let (user, peer) = (refusal::printable(user), self.peer.map(tracing::field::display));
+            tracing::info!(user, %fingerprint, peer, times, "refused a key without certificate");
+        }
         Ok(Auth::reject())
     }
 
@@ -272,9 +293,12 @@ impl server::Handler for Handler {
         match self.services.trust.verify(user, certificate, self.peer, now) {
             Ok(role) => Ok(self.admit(role, certificate)),
             Err(error) => {
-                let [user_name, key_id, why] =
-                    [user, certificate.key_id(), &error.to_string()].map(refusal::printable);
-                tracing::warn!(user = user_name, key_id, peer = ?self.peer, error = %why, "refused a certificate");
+                let why = refusal::printable(&error.to_string());
+                if let Some(times) = self.services.log_throttle.count(1) {
+                    let [user, key_id] = [user, certificate.key_id()].map(refusal::printable);
+                    let peer = self.peer.map(tracing::field::display);
+                    tracing::warn!(user, key_id, peer, error = %why, times, "refused a certificate");
+                }
                 if user == MASTER {
                     self.report_proof(Err(SessionError::MasterCertificate(why)));
                 }

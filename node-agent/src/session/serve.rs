@@ -3,7 +3,9 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use proto::refusal;
-use proto_net::{channel::Channels, handshake::HandshakePermit, link::Link, ssh, tasks::Tasks};
+use proto_net::{
+    channel::Channels, handshake::HandshakePermit, link::Link, log_throttle::LogThrottle, ssh, tasks::Tasks,
+};
 use russh::{
     MethodKind, MethodSet, SshId,
     server::{self, RunningSession},
@@ -57,6 +59,11 @@ impl SessionServer {
     /// The tasks of each session go into a child group of `tasks`.
     pub fn new(services: Arc<SessionServices>, tasks: Tasks) -> Self {
         Self { services, tasks }
+    }
+
+    /// Bounds the log lines that peers cause before they have authenticated.
+    pub fn log_throttle(&self) -> &LogThrottle {
+        &self.services.log_throttle
     }
 
     /// Serves one session on an established link, until it ends. `authenticated` is told once the peer has proved who it
@@ -192,7 +199,7 @@ impl AuthenticatedSession {
             by = services.revocations.revoked(&user.certificate) => {
                 tasks.cancel();
                 let (key_id, serial) = (user.certificate.key_id(), user.certificate.serial());
-                tracing::warn!(key_id, serial, %by, ?peer, "cut a session whose certificate is revoked");
+                tracing::warn!(key_id, serial, %by, peer = peer.map(tracing::field::display), "cut a session whose certificate is revoked");
                 ("the certificate of this session is revoked", REVOKED_FAREWELL_TIMEOUT)
             }
         };

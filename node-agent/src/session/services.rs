@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use proto_net::clock::Clock;
+use proto_net::{clock::Clock, log_throttle::LogThrottle};
 use tokio::sync::Semaphore;
 
 use super::{config::LimitsConfig, streams::StreamServer};
@@ -25,6 +25,8 @@ pub struct SessionServices {
     pub limits: LimitsConfig,
     /// Permits of people's sessions. Masters need none, so that people can't keep them out.
     pub people: Arc<Semaphore>,
+    /// Bounds the log lines that peers cause before they have authenticated.
+    pub log_throttle: LogThrottle,
     /// How long a session may outlive its certificate if its master makes no other link.
     pub shutdown_grace: Duration,
     pub metrics: Arc<Metrics>,

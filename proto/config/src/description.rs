@@ -29,7 +29,7 @@ impl Shape {
     }
 }
 
-/// What a field holds.
+/// The kind of value that a field holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FieldKind {
     Value(Shape),

@@ -305,7 +305,7 @@ mod tests {
         let (file, reads, working) = (path.clone(), tries.clone(), works.clone());
         let value = FileWatcher::load("the number", vec![path.clone()], move || {
             reads.fetch_add(1, Ordering::SeqCst);
-            // As when there are no file descriptors left.
+            // Reading fails as it does when there are no file descriptors left.
             anyhow::ensure!(working.load(Ordering::SeqCst), "not now");
             Ok(std::fs::read_to_string(&file)?)
         })

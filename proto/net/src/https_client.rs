@@ -3,7 +3,7 @@
 //! An error names the URL and what went wrong. It contains neither what was sent nor what came back, since both may hold
 //! secrets.
 
-use std::{error::Error, time::Duration};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
@@ -15,7 +15,10 @@ use hyper_util::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::tls::{ClientTls, FileError};
+use crate::{
+    causes::causes,
+    tls::{ClientTls, FileError},
+};
 
 /// The longest answer that is read, in bytes.
 const MAX_ANSWER: usize = 1024 * 1024;
@@ -101,16 +104,4 @@ impl JsonClient {
             body.map_err(|error| CallError::Truncated { uri: uri.clone(), reason: error.to_string() })?;
         Ok(body.to_bytes())
     }
-}
-
-/// An error with all its causes, on one line.
-fn causes(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        next = cause.source();
-    }
-    text
 }

@@ -3,6 +3,7 @@
 
 pub mod accept;
 pub mod admin;
+pub mod causes;
 pub mod channel;
 pub mod clock;
 pub mod dialer;
@@ -17,6 +18,7 @@ pub mod relay;
 pub mod socket;
 pub mod ssh;
 pub mod stalls;
+pub mod stdout;
 pub mod stream;
 pub mod systemd;
 pub mod tasks;

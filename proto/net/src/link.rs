@@ -143,8 +143,8 @@ pub struct Link<T: AsyncRead + AsyncWrite + Unpin> {
 }
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
-    /// Cancelling `cut` ends the link, and with it the SSH session that russh runs on it. `received` counts
-    /// bytes from the peer.
+    /// Cancelling `cut` ends the link, and with it the SSH session that russh runs on it. `received` counts the bytes of
+    /// small reads, which are what a handshake consists of.
     pub fn new(inner: T, cut: CancellationToken, received: Arc<AtomicUsize>) -> (Self, Gate) {
         let gate = Gate::default();
         let link = Self {

@@ -7,29 +7,43 @@ use std::{
 
 use tokio::time::Instant;
 
-/// The shortest time between two log lines.
+/// How long a burst of log lines counts.
 const INTERVAL: Duration = Duration::from_secs(10);
 
-/// Counts events between two log lines.
-#[derive(Default)]
-pub struct LogThrottle(Mutex<State>);
+/// Counts events between two log lines. By default, there is at most one line in ten seconds.
+pub struct LogThrottle {
+    burst: u32,
+    state: Mutex<State>,
+}
 
 #[derive(Default)]
 struct State {
     unlogged: u64,
-    logged: Option<Instant>,
+    /// When the current interval began, and the number of lines since then.
+    interval: Option<(Instant, u32)>,
+}
+
+impl Default for LogThrottle {
+    fn default() -> Self {
+        Self::with_burst(1)
+    }
 }
 
 impl LogThrottle {
+    /// Allows `burst` lines in ten seconds, for events whose lines differ.
+    pub fn with_burst(burst: u32) -> Self {
+        Self { burst, state: Mutex::default() }
+    }
+
     /// Adds events. If a line is due, returns how many events it stands for.
     pub fn count(&self, events: u64) -> Option<u64> {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.unlogged += events;
-        if state.logged.is_some_and(|logged| logged.elapsed() < INTERVAL) {
-            return None;
-        }
-        state.logged = Some(Instant::now());
-        Some(std::mem::take(&mut state.unlogged))
+        let now = Instant::now();
+        let current = state.interval.filter(|(began, _)| now.duration_since(*began) < INTERVAL);
+        let (began, lines) = current.unwrap_or((now, 0));
+        state.interval = Some((began, (lines + 1).min(self.burst)));
+        (lines < self.burst).then(|| std::mem::take(&mut state.unlogged))
     }
 }
 
@@ -43,5 +57,13 @@ mod tests {
         assert_eq!([throttle.count(1), throttle.count(2), throttle.count(3)], [Some(1), None, None]);
         tokio::time::advance(INTERVAL).await;
         assert_eq!([throttle.count(1), throttle.count(1)], [Some(6), None]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_burst_is_logged_line_by_line() {
+        let throttle = LogThrottle::with_burst(2);
+        assert_eq!([throttle.count(1), throttle.count(1), throttle.count(1)], [Some(1), Some(1), None]);
+        tokio::time::advance(INTERVAL).await;
+        assert_eq!([throttle.count(1), throttle.count(1), throttle.count(1)], [Some(2), Some(1), None]);
     }
 }

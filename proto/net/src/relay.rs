@@ -18,7 +18,8 @@ use proto::mux::frame::MAX_DATA;
 const SMALL: usize = 2 * 1024;
 /// The least size of the buffer for a read. It grows for sockets that fill it.
 const LEAST_READ: usize = 4 * 1024;
-/// The number of small reads in a row that make a flood: each comes [`AT_ONCE`] after the one before, and none is answered.
+/// The number of small reads in a row that make a flood: each comes within [`AT_ONCE`] of the one before, and none is
+/// answered.
 const FLOOD: u32 = 32;
 const AT_ONCE: Duration = Duration::from_micros(500);
 /// How long the bytes of a flood are gathered before the next read.
@@ -347,7 +348,7 @@ mod tests {
         };
         let hears = async {
             b.read_to_end(&mut heard).await.unwrap();
-            // Slow, but never silent for long.
+            // This side is slow, but never silent for long.
             for byte in 0..10 {
                 tokio::time::sleep(TIMEOUT - Duration::from_secs(1)).await;
                 b.write_all(&[byte]).await.unwrap();

@@ -21,6 +21,9 @@ pub(super) mod error;
 
 pub use error::StreamError;
 
+/// How many bytes are read at once from a socket without a tunnel.
+const READ: usize = 16 * 1024;
+
 /// A proxied connection.
 #[derive(Debug)]
 pub struct Stream {
@@ -124,6 +127,8 @@ impl Reader {
             Self::Tcp(socket, buffer) => {
                 buffer.clear();
                 socket.readable().await?;
+                // Without room of its own, a buffer grows by 64 bytes at a time.
+                buffer.reserve(READ);
                 std::future::poll_fn(|cx| {
                     tokio_util::io::poll_read_buf(std::pin::Pin::new(&mut *socket), cx, buffer)
                 })

@@ -2,9 +2,9 @@
 //!
 //! | type | payload |
 //! | --- | --- |
-//! | 1 OPEN | dial deadline in ms (u32), target and origin, each a length (u16) and text |
+//! | 1 OPEN | dial deadline in ms (u32), target, origin |
 //! | 2 OPENED | empty |
-//! | 3 REFUSED | error code (u8) and its one or two texts, each a length (u16) and UTF-8 |
+//! | 3 REFUSED | error code (u8) and two texts; a text that the error does not need is empty |
 //! | 4 DATA | bytes, which the receiver's window shrinks by |
 //! | 5 CREDIT | bytes (u32) by which the receiver's window grows, to at most [`MAX`](super::window::MAX) |
 //! | 6 EOF | empty; the sender sends no more DATA |
@@ -12,6 +12,8 @@
 //! | 8 PING, 9 PONG | 8 random bytes; each PING is answered once, with the same bytes |
 //! | 10 GOAWAY | reason; no new streams are accepted from now on |
 //! | 11 CERTIFICATE | a renewed host certificate in OpenSSH's text form |
+//!
+//! Every text, such as a target, an origin, a reason or a certificate, is its length in bytes (u16) followed by UTF-8.
 //!
 //! PING, PONG, GOAWAY and CERTIFICATE have stream id 0. The others have a stream's id, which is never 0 and never used twice
 //! ([`super::ids`]).
@@ -26,6 +28,10 @@ pub const HEADER: usize = 9;
 pub const MAX_DATA: usize = 63 * 1024;
 /// The most payload bytes of any other frame.
 pub const MAX_CONTROL: usize = 16 * 1024;
+/// The most bytes of a certificate, which is alone in its frame.
+const MAX_CERTIFICATE: usize = MAX_CONTROL - 2;
+/// The most bytes of any other text. What is longer is cut off.
+const MAX_TEXT: usize = MAX_CONTROL / 4;
 
 const OPEN: u8 = 1;
 const OPENED: u8 = 2;
@@ -110,7 +116,7 @@ pub fn encode(frame: &Frame<'_>) -> Bytes {
             (GOAWAY, 0)
         }
         Frame::Certificate { text } => {
-            put_text(&mut out, text);
+            put_text_up_to(&mut out, text, MAX_CERTIFICATE);
             (CERTIFICATE, 0)
         }
     };
@@ -142,7 +148,11 @@ fn put_header(out: &mut BytesMut, kind: u8, stream: u32) {
 }
 
 fn put_text(out: &mut BytesMut, text: &str) {
-    let mut end = text.len().min(MAX_CONTROL / 4);
+    put_text_up_to(out, text, MAX_TEXT);
+}
+
+fn put_text_up_to(out: &mut BytesMut, text: &str, most: usize) {
+    let mut end = text.len().min(most);
     while !text.is_char_boundary(end) {
         end -= 1;
     }
@@ -433,6 +443,20 @@ mod tests {
         let bytes = encode(&Frame::Reset { stream: 1, reason: "a\r\nSet-Cookie: x".into() });
         let frame = Decoder::default().decode(&mut &bytes[..]).unwrap().unwrap();
         assert_eq!(frame, Frame::Reset { stream: 1, reason: "a  Set-Cookie: x".into() });
+    }
+
+    #[test]
+    fn a_long_certificate_is_whole_and_other_long_texts_are_cut_off() {
+        let text = "A".repeat(MAX_CERTIFICATE);
+        let bytes = encode(&Frame::Certificate { text: text.clone() });
+        assert_eq!(bytes.len(), HEADER + MAX_CONTROL);
+        assert_eq!(
+            Decoder::default().decode(&mut &bytes[..]),
+            Ok(Some(Frame::Certificate { text: text.clone() }))
+        );
+        let bytes = encode(&Frame::GoAway { reason: text });
+        let reason = "A".repeat(MAX_TEXT);
+        assert_eq!(Decoder::default().decode(&mut &bytes[..]), Ok(Some(Frame::GoAway { reason })));
     }
 
     #[test]

@@ -62,6 +62,11 @@ fn read_frames(bytes: &[u8], size: usize) -> Vec<String> {
 
 fn reencode(frame: &Frame<'_>) {
     let encoded = frame::encode(frame);
+    let is_whole = matches!(frame, Frame::Data { .. } | Frame::Certificate { .. });
+    // The long texts of other frames are cut off.
+    if !is_whole && encoded.len() > frame::MAX_CONTROL / 4 {
+        return;
+    }
     let mut input = &encoded[..];
     let mut decoder = Decoder::default();
     assert!(matches!(decoder.decode(&mut input), Ok(Some(again)) if again == *frame));

@@ -208,7 +208,7 @@ fn parse(text: &str) -> anyhow::Result<Tokens> {
             .with_context(|| format!("line {line}: groups must begin with system:bootstrappers:"))?;
         ensure!(
             fields.next().is_none(),
-            "line {line} has more than 3 columns: several groups stand in one pair of quotes"
+            "line {line} has more than 3 columns: put several groups in one pair of quotes"
         );
         let token = BootstrapToken { secret: Secret::new(secret), expiration, extra_groups };
         ensure!(tokens.insert(id.to_owned(), token).is_none(), "line {line} has the ID of a line before");

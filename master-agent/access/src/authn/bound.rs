@@ -32,17 +32,20 @@ use crate::{
     user::User,
 };
 
-/// How long an answer of kube-apiserver is remembered. With [`RECHECK`], a withdrawn token is rejected within 15
-/// seconds.
+/// How long it is remembered that kube-apiserver accepts a token. With [`RECHECK`], a withdrawn token is rejected
+/// within 15 seconds.
 const ACCEPTED: Duration = Duration::from_secs(8);
+/// How long it is remembered that kube-apiserver rejects a token.
 const REJECTED: Duration = Duration::from_secs(3);
 /// The most tokens whose answers are remembered.
 const MAX_ANSWERS: usize = 10_000;
-/// How long the result of a token's last check is remembered, and for how many tokens.
+/// How long the result of a token's last check is remembered.
 const VERIFIED: Duration = Duration::from_secs(24 * 3600);
+/// The most tokens whose last result is remembered.
 const MAX_VERIFIED: usize = 50_000;
-/// The most questions at once, and the longest time for one.
+/// The most questions at once.
 const MAX_QUESTIONS: usize = 16;
+/// The longest time for a question, and for the wait until it can be asked.
 const TIMEOUT: Duration = Duration::from_secs(3);
 /// The time between a failed question and the next one.
 const PAUSE: Duration = Duration::from_secs(2);
@@ -96,7 +99,7 @@ impl BoundObjects {
         }
         cost.map_or(Ok(()), Cost::incur)?;
         let permit = tokio::time::timeout(TIMEOUT, self.questions.acquire()).await;
-        let Ok(Ok(_permit)) = permit else { return Err(unavailable("too much is asked of it already")) };
+        let Ok(Ok(_permit)) = permit else { return Err(unavailable("too many questions are in progress")) };
         // Another request may have asked in the meantime.
         if let Some(answer) = self.answered(&digest, now) {
             return answer;
@@ -242,7 +245,9 @@ impl Bound {
             }
             // An object that is gone never comes back under its UID.
             Err(FailureReason::Unavailable(_)) if before == Some(false) => {
-                return Err(FailureReason::Withdrawn("as it said when it was asked last".to_owned()));
+                return Err(FailureReason::Withdrawn(
+                    "it rejected the token when it was asked last".to_owned(),
+                ));
             }
             Err(FailureReason::Unavailable(_) | FailureReason::NotTried(_)) => {}
             Ok(()) | Err(_) if before == Some(checked.is_ok()) => {}

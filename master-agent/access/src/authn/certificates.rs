@@ -21,11 +21,11 @@ const REJECTED: Duration = Duration::from_secs(10);
 pub struct Certificates {
     pub(super) chain: Arc<[CertificateDer<'static>]>,
     /// Locked during the verification, so that concurrent requests of the connection verify once.
-    pub(super) verdict: Mutex<Option<Verdict>>,
+    pub(super) verification: Mutex<Option<Verification>>,
 }
 
 /// The result of a verification.
-pub(super) struct Verdict {
+pub(super) struct Verification {
     /// The generation of the CA and its CRLs.
     pub generation: u64,
     pub at: Instant,
@@ -34,7 +34,7 @@ pub(super) struct Verdict {
 
 impl Certificates {
     pub fn new(chain: Vec<CertificateDer<'static>>) -> Self {
-        Self { chain: chain.into(), verdict: Mutex::default() }
+        Self { chain: chain.into(), verification: Mutex::default() }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -48,7 +48,7 @@ impl fmt::Debug for Certificates {
     }
 }
 
-impl Verdict {
+impl Verification {
     pub(super) fn holds(&self, generation: u64, now: Moment) -> bool {
         self.generation == generation
             && match &self.found {

@@ -22,7 +22,7 @@ pub enum AuthenticatorConfig {
     BootstrapTokens(BootstrapConfig),
     ServiceAccount(ServiceAccountConfig),
     Oidc(OidcConfig),
-    Webhook(WebhookConfig),
+    Webhook(TokenReviewConfig),
     /// The paths that may be used without a credential.
     Anonymous(Vec<String>),
 }
@@ -82,7 +82,7 @@ pub struct OidcConfig {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct WebhookConfig {
+pub struct TokenReviewConfig {
     pub url: Uri,
     pub tls: ClientTls,
     pub audiences: Vec<String>,
@@ -245,8 +245,8 @@ const SERVICE_ACCOUNT_FIELDS: Meanings = &[
     ("jwks", "A JSON Web Key Set: a file or a url."),
     (
         "check_bound_objects",
-        "Accepts a token only while the account, pod, node or Secret exists that it is bound to. By default, \
-         if there is a section kubernetes.",
+        "Accepts a token only while the account, pod, node or Secret exists that it is bound to. Default: \
+         true if there is a section kubernetes.",
     ),
 ];
 
@@ -390,11 +390,11 @@ const WEBHOOK_FIELDS: Meanings = &[
     ("timeout", "Time for one call, and for waiting until it can be made."),
     ("max_in_flight", "Calls at once."),
     ("cache_size", "Tokens that are remembered."),
-    ("authenticated_ttl", "How long a token is remembered that is known."),
-    ("refused_ttl", "How long a token is remembered that is not known."),
+    ("authenticated_ttl", "How long an accepted token is remembered."),
+    ("refused_ttl", "How long a rejected token is remembered."),
 ];
 
-fn read_webhook(section: &Section<'_>) -> Option<WebhookConfig> {
+fn read_webhook(section: &Section<'_>) -> Option<TokenReviewConfig> {
     section.document(WEBHOOK_FIELDS);
     let seconds = |from, to| Duration::from_secs(from)..=Duration::from_secs(to);
     let url = section.required_at("url").and_then(|at| https(&at));
@@ -409,7 +409,7 @@ fn read_webhook(section: &Section<'_>) -> Option<WebhookConfig> {
     let cache_size = section.number("cache_size", 10_000, 0..=1_000_000);
     let authenticated_ttl = section.duration("authenticated_ttl", Duration::from_secs(30), seconds(0, 3600));
     let refused_ttl = section.duration("refused_ttl", Duration::from_secs(10), seconds(0, 3600));
-    Some(WebhookConfig {
+    Some(TokenReviewConfig {
         url: url?,
         tls,
         audiences,

@@ -55,9 +55,10 @@ impl<'a> Unverified<'a> {
         if header.len() > MAX_HEADER {
             return Err(FailureReason::Malformed("its header is too long"));
         }
-        let header = object(header).map_err(|()| FailureReason::Malformed("its header is no JSON object"))?;
+        let header =
+            object(header).map_err(|()| FailureReason::Malformed("its header is not a JSON object"))?;
         let claims =
-            object(payload).map_err(|()| FailureReason::Malformed("its payload is no JSON object"))?;
+            object(payload).map_err(|()| FailureReason::Malformed("its payload is not a JSON object"))?;
         if header.contains_key("crit") {
             return Err(FailureReason::Malformed("its header has critical extensions"));
         }
@@ -65,7 +66,7 @@ impl<'a> Unverified<'a> {
         let key_id = match header.get("kid") {
             None => None,
             Some(Value::String(id)) if id.len() <= MAX_KEY_ID => Some(id.clone()),
-            Some(_) => return Err(FailureReason::Malformed("its key ID is no short text")),
+            Some(_) => return Err(FailureReason::Malformed("its key ID is not a short text")),
         };
         Ok(Some(Self { algorithm, key_id, claims, message, signature }))
     }

@@ -14,10 +14,11 @@ use anyhow::{Context, bail, ensure};
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use hyper::Uri;
 use jsonwebtoken::{Algorithm, DecodingKey};
-use proto_net::{file_watcher::FileWatcher, https_client::JsonClient};
+use proto_net::{file_watcher::FileWatcher, https_client::JsonClient, tasks::Tasks};
 use rustls::pki_types::pem::{PemObject, SectionKind};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
+use tokio::sync::OwnedMutexGuard;
 use x509_parser::{
     certificate::X509Certificate, prelude::FromDer, public_key::PublicKey, x509::SubjectPublicKeyInfo,
 };
@@ -83,9 +84,9 @@ impl KeySet {
                     Key::from_info(certificate.public_key())?
                 }
                 SectionKind::PrivateKey | SectionKind::RsaPrivateKey | SectionKind::EcPrivateKey => {
-                    bail!("has a private key: the public one is enough, and all that belongs here")
+                    bail!("has a private key: only the public key belongs here")
                 }
-                _ => bail!("has something that is neither a public key nor a certificate"),
+                _ => bail!("has an item that is neither a public key nor a certificate"),
             };
             keys.push(key);
         }
@@ -182,7 +183,7 @@ impl Key {
 /// The source of keys.
 pub enum KeySource {
     File(Arc<FileWatcher<KeySet>>),
-    Remote(Box<RemoteKeys>),
+    Remote(Arc<RemoteKeys>),
 }
 
 impl KeySource {
@@ -227,20 +228,22 @@ fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
 /// use until another one has been fetched.
 pub struct RemoteKeys {
     client: Arc<FileWatcher<JsonClient>>,
-    location: Location,
+    location: KeysLocation,
     pause: Duration,
     fetched: RwLock<Option<(Arc<KeySet>, Instant)>>,
-    fetching: tokio::sync::Mutex<Option<Attempt>>,
+    fetching: Arc<tokio::sync::Mutex<Option<Fetch>>>,
+    /// The group of the fetches, which go on when the callers that caused them leave.
+    fetches: Tasks,
 }
 
 /// The last fetch.
-struct Attempt {
+struct Fetch {
     began: Instant,
     /// Why the fetch failed.
     failure: Option<FailureReason>,
 }
 
-pub enum Location {
+pub enum KeysLocation {
     Jwks(Uri),
     /// The URL of the set is found by OpenID Connect discovery for this issuer.
     Discovery(String),
@@ -256,13 +259,14 @@ struct Discovery {
 }
 
 impl RemoteKeys {
-    pub fn new(client: Arc<FileWatcher<JsonClient>>, location: Location, pause: Duration) -> Self {
-        Self { client, location, pause, fetched: RwLock::default(), fetching: tokio::sync::Mutex::default() }
+    pub fn new(client: Arc<FileWatcher<JsonClient>>, location: KeysLocation, pause: Duration) -> Self {
+        let (fetched, fetching, fetches) = (RwLock::default(), Arc::default(), Tasks::new());
+        Self { client, location, pause, fetched, fetching, fetches }
     }
 
-    async fn current(&self, now: Moment) -> Result<Arc<KeySet>, FailureReason> {
+    async fn current(self: &Arc<Self>, now: Moment) -> Result<Arc<KeySet>, FailureReason> {
         let Some((set, at)) = self.fetched() else {
-            let fetching = self.fetching.lock().await;
+            let fetching = self.fetching.clone().lock_owned().await;
             return match self.fetched() {
                 Some((set, _)) => Ok(set),
                 None => match self.fetch(fetching, now).await? {
@@ -275,14 +279,18 @@ impl RemoteKeys {
             return Ok(set);
         }
         // One request waits for the new set. The others use the old one.
-        match self.fetching.try_lock() {
+        match self.fetching.clone().try_lock_owned() {
             Ok(fetching) => Ok(self.fetch(fetching, now).await.ok().flatten().unwrap_or(set)),
             Err(_) => Ok(set),
         }
     }
 
-    async fn newer(&self, than: &Arc<KeySet>, now: Moment) -> Result<Option<Arc<KeySet>>, FailureReason> {
-        let fetching = self.fetching.lock().await;
+    async fn newer(
+        self: &Arc<Self>,
+        than: &Arc<KeySet>,
+        now: Moment,
+    ) -> Result<Option<Arc<KeySet>>, FailureReason> {
+        let fetching = self.fetching.clone().lock_owned().await;
         match self.fetched() {
             Some((set, _)) if !Arc::ptr_eq(&set, than) => Ok(Some(set)),
             Some(_) | None => self.fetch(fetching, now).await,
@@ -295,8 +303,8 @@ impl RemoteKeys {
 
     /// Fetches the set. Returns `None` if the last fetch was within the pause.
     async fn fetch(
-        &self,
-        mut fetching: tokio::sync::MutexGuard<'_, Option<Attempt>>,
+        self: &Arc<Self>,
+        mut fetching: OwnedMutexGuard<Option<Fetch>>,
         now: Moment,
     ) -> Result<Option<Arc<KeySet>>, FailureReason> {
         if let Some(last) = &*fetching
@@ -304,18 +312,34 @@ impl RemoteKeys {
         {
             return last.failure.clone().map_or(Ok(None), Err);
         }
-        *fetching = Some(Attempt { began: now.monotonic, failure: None });
+        *fetching = Some(Fetch { began: now.monotonic, failure: None });
+        // If a caller that leaves ended the fetch, nobody would have keys until the pause ends.
+        let keys = self.clone();
+        let fetched = self.fetches.spawn(async move { keys.complete(fetching, now).await });
+        match fetched.await {
+            Ok(Some(fetched)) => fetched.map(Some),
+            Ok(None) | Err(_) => {
+                Err(FailureReason::Unavailable("the fetch of the keys was cancelled".into()))
+            }
+        }
+    }
+
+    async fn complete(
+        &self,
+        mut fetching: OwnedMutexGuard<Option<Fetch>>,
+        now: Moment,
+    ) -> Result<Arc<KeySet>, FailureReason> {
         match self.ask().await {
             Ok(set) => {
                 let set = Arc::new(set);
                 let mut fetched = self.fetched.write().unwrap_or_else(PoisonError::into_inner);
                 *fetched = Some((set.clone(), now.monotonic));
-                Ok(Some(set))
+                Ok(set)
             }
             Err(error) => {
                 tracing::warn!(error = format!("{error:#}"), "the keys of tokens can't be fetched");
                 let failure = FailureReason::Unavailable(format!("{error:#}"));
-                *fetching = Some(Attempt { began: now.monotonic, failure: Some(failure.clone()) });
+                *fetching = Some(Fetch { began: now.monotonic, failure: Some(failure.clone()) });
                 Err(failure)
             }
         }
@@ -324,8 +348,8 @@ impl RemoteKeys {
     async fn ask(&self) -> anyhow::Result<KeySet> {
         let client = self.client.get();
         let uri = match &self.location {
-            Location::Jwks(uri) => uri.clone(),
-            Location::Discovery(issuer) => {
+            KeysLocation::Jwks(uri) => uri.clone(),
+            KeysLocation::Discovery(issuer) => {
                 let uri = format!("{}/.well-known/openid-configuration", issuer.trim_end_matches('/'));
                 let uri: Uri = uri.parse().context("the issuer is not a URL")?;
                 let found: Discovery = client.get(&uri).await?;

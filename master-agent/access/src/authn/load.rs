@@ -18,13 +18,13 @@ use super::{
     cluster::Cluster,
     config::{
         AuthenticatorConfig, AuthnConfig, BootstrapConfig, KeysConfig, OidcConfig, ServiceAccountConfig,
-        WebhookConfig, X509Config,
+        TokenReviewConfig, X509Config,
     },
-    keys::{KeySource, Location, RemoteKeys},
+    keys::{KeySource, KeysLocation, RemoteKeys},
     oidc::Oidc,
     service_account::ServiceAccounts,
     token_file::TokenFile,
-    webhook::Webhook,
+    webhook::TokenReviewer,
     x509::X509,
 };
 use crate::client_certificates::ClientCa;
@@ -114,8 +114,8 @@ impl Loader<'_> {
             Some(KeysConfig::Url { url, ca, refresh_pause }) => {
                 let tls = ClientTls { ca, identity: None };
                 let client = self.client("the key set's CA", tls, FETCH_TIMEOUT)?;
-                let remote = RemoteKeys::new(client, Location::Jwks(url), refresh_pause);
-                keys.push(KeySource::Remote(Box::new(remote)));
+                let remote = RemoteKeys::new(client, KeysLocation::Jwks(url), refresh_pause);
+                keys.push(KeySource::Remote(Arc::new(remote)));
             }
             None => {}
         }
@@ -128,14 +128,14 @@ impl Loader<'_> {
     fn oidc(&mut self, config: &OidcConfig) -> anyhow::Result<Oidc> {
         let tls = ClientTls { ca: config.ca.clone(), identity: None };
         let client = self.client("the OIDC provider's CA", tls, FETCH_TIMEOUT)?;
-        let location = Location::Discovery(config.issuer.clone());
+        let location = KeysLocation::Discovery(config.issuer.clone());
         let keys = RemoteKeys::new(client, location, config.refresh_pause);
-        Ok(Oidc::new(config.clone(), KeySource::Remote(Box::new(keys))))
+        Ok(Oidc::new(config.clone(), KeySource::Remote(Arc::new(keys))))
     }
 
-    fn webhook(&mut self, config: &WebhookConfig) -> anyhow::Result<Webhook> {
+    fn webhook(&mut self, config: &TokenReviewConfig) -> anyhow::Result<TokenReviewer> {
         let client = self.client("the authentication webhook's TLS", config.tls.clone(), config.timeout)?;
-        Ok(Webhook::new(config, client))
+        Ok(TokenReviewer::new(config, client))
     }
 
     /// Returns a client that follows its TLS files.

@@ -42,7 +42,7 @@ pub use certificates::Certificates;
 pub use chain::Authenticators;
 pub use config::{
     AuthenticatorConfig, AuthnConfig, BootstrapConfig, CacheConfig, KeysConfig, OidcConfig,
-    ServiceAccountConfig, WebhookConfig, X509Config,
+    ServiceAccountConfig, TokenReviewConfig, X509Config,
 };
 pub use credential::{Presented, strip};
 pub use failure::AuthenticationFailure;
@@ -51,7 +51,7 @@ pub use oidc::Oidc;
 pub use reason::FailureReason;
 pub use service_account::ServiceAccounts;
 pub use token_file::TokenFile;
-pub use webhook::Webhook;
+pub use webhook::TokenReviewer;
 pub use x509::X509;
 
 #[cfg(test)]

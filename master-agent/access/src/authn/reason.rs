@@ -18,7 +18,7 @@ pub enum FailureReason {
     TokenTooLong(usize),
     #[error("the WebSocket subprotocol's token is not base64url of a token")]
     MalformedSubprotocol,
-    #[error("the WebSocket subprotocol with the token stands alone: another must be offered beside it")]
+    #[error("the WebSocket subprotocol with the token is the only one: another must be offered as well")]
     LoneSubprotocol,
 
     #[error("the certificate has expired")]
@@ -35,7 +35,7 @@ pub enum FailureReason {
     CertificateIssuer,
     #[error("the certificate can't be used: {0}")]
     Certificate(String),
-    #[error("the certificate's subject has not exactly one common name")]
+    #[error("the certificate's subject does not have exactly one common name")]
     CommonName,
     #[error("the certificate's subject has a malformed attribute, or two UIDs")]
     SubjectAttribute,
@@ -60,7 +60,7 @@ pub enum FailureReason {
     Subject,
     #[error("the token's claims contradict each other")]
     Contradiction,
-    #[error("the token is a legacy one, kept in a Secret and without expiry: such are not accepted")]
+    #[error("legacy tokens, which are kept in Secrets and never expire, are not accepted")]
     Legacy,
     #[error("the API server no longer accepts the token: {0}")]
     Withdrawn(String),
@@ -85,7 +85,7 @@ pub enum FailureReason {
     #[error("could not be asked: {0}")]
     Unavailable(String),
     /// The time is that until it may be tried.
-    #[error("was not tried: too many of the caller's address have failed")]
+    #[error("was not tried: too many attempts from the caller's address have failed")]
     NotTried(std::time::Duration),
 
     #[error("the user has no name")]

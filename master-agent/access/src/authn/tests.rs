@@ -6,6 +6,7 @@ use std::{
 };
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use futures_util::FutureExt;
 use hyper::http::request::Parts;
 use jsonwebtoken::Algorithm;
 use proto_config::Source;
@@ -267,6 +268,8 @@ async fn unknown_keys_make_one_fetch_in_a_while_and_a_broken_set_keeps_the_last(
     let serve = |body: Value| world.stub.serve_only("/own-jwks", body);
     let fetches = || world.stub.count("/own-jwks");
     serve(world::jwks(&[&world.rsa]));
+    let leaves = known.authenticate(&authenticators, at(0)).now_or_never();
+    assert!(leaves.is_none(), "the fetch goes on when its caller leaves");
     assert!(known.authenticate(&authenticators, at(0)).await.is_ok());
     assert_eq!(fetches(), 1);
     for second in 0..10 {
@@ -411,7 +414,7 @@ async fn the_configuration_is_strict() {
         assert!(errors.contains(error), "{yaml}: {errors}");
     }
     assert_eq!(read("{}", &world).unwrap(), AuthnConfig::default());
-    for (file, error) in [("private.pem", "the public one is enough"), ("tokens.csv", "has no key")] {
+    for (file, error) in [("private.pem", "only the public key belongs here"), ("tokens.csv", "has no key")] {
         let yaml = format!(
             "authentication: [{{service_account: {{issuers: [i], audiences: [a], key_files: [{file}]}}}}]"
         );

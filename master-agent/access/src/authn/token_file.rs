@@ -59,11 +59,11 @@ fn parse(text: &str) -> anyhow::Result<Tokens> {
     for (line, fields) in csv::records(text).map_err(anyhow::Error::msg)? {
         let mut fields = fields.into_iter();
         let (Some(token), Some(name), Some(uid)) = (fields.next(), fields.next(), fields.next()) else {
-            bail!("line {line} has not the columns token, user, uid");
+            bail!("line {line} lacks one of the columns token, user, uid");
         };
         let groups = fields.next().unwrap_or_default();
         if fields.next().is_some() {
-            bail!("line {line} has more than 4 columns: several groups stand in one pair of quotes");
+            bail!("line {line} has more than 4 columns: put several groups in one pair of quotes");
         }
         if token.is_empty() || name.is_empty() {
             bail!("line {line} has no {}", if token.is_empty() { "token" } else { "user" });
@@ -86,11 +86,11 @@ mod tests {
     #[test]
     fn a_mistake_is_named_by_its_line_and_the_token_never() {
         for (text, error) in [
-            ("s3cr3t,u", "line 1 has not the columns token, user, uid"),
+            ("s3cr3t,u", "line 1 lacks one of the columns token, user, uid"),
             ("s3cr3t,u,1\n\ns3cr3t,v,2", "line 3 has the same token as line 1"),
             (",u,1", "line 1 has no token"),
             ("s3cr3t,,1", "line 1 has no user"),
-            ("s3cr3t,u,1,a,b", "line 1 has more than 4 columns: several groups stand in one pair of quotes"),
+            ("s3cr3t,u,1,a,b", "line 1 has more than 4 columns: put several groups in one pair of quotes"),
             ("s3cr3t,\"u,1", "line 1: a quote is not closed"),
         ] {
             let shown = format!("{:#}", parse(text).err().unwrap());

@@ -10,8 +10,8 @@ use serde::Deserialize;
 use tokio::sync::Semaphore;
 
 use super::{
-    authenticated::Recognized, authenticator::Authenticator, config::WebhookConfig, credential::Presented,
-    reason::FailureReason,
+    authenticated::Recognized, authenticator::Authenticator, config::TokenReviewConfig,
+    credential::Presented, reason::FailureReason,
 };
 use crate::{
     cache::Cache,
@@ -20,7 +20,7 @@ use crate::{
     user::User,
 };
 
-pub struct Webhook {
+pub struct TokenReviewer {
     url: Uri,
     audiences: Vec<String>,
     timeout: Duration,
@@ -34,8 +34,8 @@ pub struct Webhook {
     failures: LogThrottle,
 }
 
-impl Webhook {
-    pub fn new(config: &WebhookConfig, client: Arc<FileWatcher<JsonClient>>) -> Self {
+impl TokenReviewer {
+    pub fn new(config: &TokenReviewConfig, client: Arc<FileWatcher<JsonClient>>) -> Self {
         Self {
             url: config.url.clone(),
             audiences: config.audiences.clone(),
@@ -84,7 +84,7 @@ impl Webhook {
     async fn ask(&self, token: &Secret) -> Result<Status, FailureReason> {
         let permit = tokio::time::timeout(self.timeout, self.questions.acquire()).await;
         let Ok(Ok(_permit)) = permit else {
-            return Err(FailureReason::Unavailable(format!("{} is asked too much already", self.url)));
+            return Err(FailureReason::Unavailable(format!("{} has too many calls in progress", self.url)));
         };
         let review = serde_json::json!({
             "apiVersion": "authentication.k8s.io/v1",
@@ -94,7 +94,10 @@ impl Webhook {
         let answer = self.client.get().post(&self.url, &review).await;
         let answer: Answer = answer.map_err(|error| FailureReason::Unavailable(error.to_string()))?;
         if answer.api_version != "authentication.k8s.io/v1" || answer.kind != "TokenReview" {
-            return Err(FailureReason::Unavailable(format!("{} answers with something else", self.url)));
+            return Err(FailureReason::Unavailable(format!(
+                "{} does not answer with a TokenReview",
+                self.url
+            )));
         }
         Ok(answer.status)
     }
@@ -123,7 +126,7 @@ impl Webhook {
     }
 }
 
-impl Authenticator for Webhook {
+impl Authenticator for TokenReviewer {
     fn authenticate<'a>(
         &'a self,
         presented: &'a Presented<'a>,

@@ -14,7 +14,7 @@ use x509_parser::{certificate::X509Certificate, prelude::FromDer, x509::Attribut
 use super::{
     authenticated::Recognized,
     authenticator::Authenticator,
-    certificates::{Certificates, Verdict},
+    certificates::{Certificates, Verification},
     config::X509Config,
     credential::Presented,
     reason::FailureReason,
@@ -46,13 +46,13 @@ impl X509 {
         presented: &Presented<'_>,
         now: Moment,
     ) -> Result<Option<Recognized>, FailureReason> {
-        let Certificates { chain, verdict } = presented.certificates;
+        let Certificates { chain, verification } = presented.certificates;
         if chain.is_empty() {
             return Ok(None);
         }
-        let mut verdict = verdict.lock().await;
+        let mut verification = verification.lock().await;
         let generation = self.0.ca.generation();
-        if let Some(known) = verdict.as_ref().filter(|known| known.holds(generation, now)) {
+        if let Some(known) = verification.as_ref().filter(|known| known.holds(generation, now)) {
             return known.found.clone().map(Some);
         }
         if !self.0.is_cheap(chain) {
@@ -60,7 +60,7 @@ impl X509 {
         }
         let verified = self.0.verify(chain, now.wall).await.map_err(|error| reason(&error));
         let found = verified.and_then(|()| user(chain, now.wall));
-        *verdict = Some(Verdict { generation, at: now.monotonic, found: found.clone() });
+        *verification = Some(Verification { generation, at: now.monotonic, found: found.clone() });
         found.map(Some)
     }
 }

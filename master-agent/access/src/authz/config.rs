@@ -16,7 +16,7 @@ pub struct AuthzConfig(pub Vec<AuthorizerConfig>);
 pub enum AuthorizerConfig {
     Rbac(RbacConfig),
     Node(NodeConfig),
-    Webhook(Box<WebhookConfig>),
+    Webhook(Box<SubjectAccessReviewConfig>),
     Paths(Vec<PathRule>),
 }
 
@@ -34,7 +34,7 @@ pub struct NodeConfig {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct WebhookConfig {
+pub struct SubjectAccessReviewConfig {
     pub url: Uri,
     pub tls: ClientTls,
     /// The longest time for a whole call, including the wait until it can be made.
@@ -97,7 +97,7 @@ const KIND_FIELDS: Meanings = &[
     ("rbac", "The rules of RBAC objects in files."),
     ("node", "What kube-apiserver's node authorizer allows kubelets."),
     ("webhook", "A SubjectAccessReview, which another server answers."),
-    ("paths", "Rules for paths, the first of which that fits decides."),
+    ("paths", "Rules for paths. The first rule that matches decides."),
 ];
 
 const NODE_FIELDS: Meanings = &[(
@@ -140,12 +140,12 @@ const WEBHOOK_FIELDS: Meanings = &[
     ),
 ];
 
-fn read_webhook(section: &Section<'_>) -> Option<Box<WebhookConfig>> {
+fn read_webhook(section: &Section<'_>) -> Option<Box<SubjectAccessReviewConfig>> {
     section.document(WEBHOOK_FIELDS);
     let url = section.required::<String>("url").and_then(|text| match text.parse::<Uri>() {
         Ok(url) if url.scheme_str() == Some("https") && url.host().is_some() => Some(url),
         Ok(_) | Err(_) => {
-            section.error("url", "is no HTTPS URL");
+            section.error("url", "is not an HTTPS URL");
             None
         }
     });
@@ -161,7 +161,7 @@ fn read_webhook(section: &Section<'_>) -> Option<Box<WebhookConfig>> {
     let seconds = Duration::from_secs;
     let failure_denies = section.word("failure_policy", &["no_opinion", "deny"]) == Some("deny");
     section.states_default("failure_policy", "no_opinion");
-    Some(Box::new(WebhookConfig {
+    Some(Box::new(SubjectAccessReviewConfig {
         tls: ClientTls { ca, identity },
         timeout: section.duration("timeout", seconds(5), Duration::from_millis(100)..=seconds(60)),
         allow_ttl: section.duration("allow_ttl", seconds(300), Duration::ZERO..=seconds(3600)),
@@ -187,10 +187,10 @@ fn read_paths(section: &Section<'_>) -> Option<Vec<PathRule>> {
 
 const RULE_FIELDS: Meanings = &[
     ("name", "The rule's name in audit records. By default, its place in the list."),
-    ("effect", "What happens to a request that fits."),
+    ("effect", "What happens to a request that matches."),
     ("users", "The users whom the rule is for."),
     ("groups", "The groups that the rule is for."),
-    ("methods", "The HTTP methods, in capital letters. If the list is empty, all."),
+    ("methods", "The HTTP methods, in capital letters. An empty list matches all."),
     ("paths", "The paths, with * at the end of a path at most."),
 ];
 
@@ -211,12 +211,12 @@ fn read_rule(rule: &Section<'_>, index: usize) -> Option<PathRule> {
     let methods = checked(
         "methods",
         |m| m.is_empty() || !m.bytes().all(|b| b.is_ascii_uppercase() || b == b'-'),
-        "is no HTTP method in capital letters",
+        "is not an HTTP method in capital letters",
     );
     let paths = checked(
         "paths",
         |p| !p.starts_with('/') || p.trim_end_matches('*').contains('*') || p.ends_with("**"),
-        "is no path that begins with /, with * at its end at most",
+        "is not a path that begins with / and has * only at its end",
     );
     if paths.iter().any(|path| path.contains(['%', '\\']) || path.contains("/../") || path.contains("//")) {
         rule.error(

@@ -13,7 +13,7 @@ use super::{
     chain::{Authorizers, Verdict},
 };
 use crate::{
-    request_info::RequestInfo,
+    request_info::{RequestInfo, escapes_are_whole},
     user::{ANONYMOUS, AUTHENTICATED, ServiceAccountName, UNAUTHENTICATED, User},
 };
 
@@ -53,7 +53,7 @@ impl Impersonation {
             }
             let single = |known: &mut Option<String>| match known.replace(value.to_owned()) {
                 None => Ok(()),
-                Some(_) => Err(BadImpersonation("Impersonate-User or Impersonate-Uid is there twice")),
+                Some(_) => Err(BadImpersonation("Impersonate-User or Impersonate-Uid is present twice")),
             };
             match what {
                 "user" => single(&mut name)?,
@@ -147,15 +147,11 @@ impl Impersonation {
 
 /// Decodes the key of `Impersonate-Extra-KEY`, which is percent-encoded and in lower case.
 fn extra_key(encoded: &str) -> Result<String, BadImpersonation> {
-    let whole = encoded
-        .split('%')
-        .skip(1)
-        .all(|after| after.len() >= 2 && after.bytes().take(2).all(|b| b.is_ascii_hexdigit()));
     let key = percent_decode_str(encoded).decode_utf8();
     let key = key.map_err(|_| BadImpersonation("an Impersonate-Extra key is not UTF-8 text"))?;
     let plain = |c: char| !c.is_control() && !c.is_ascii_uppercase();
-    if !whole || key.is_empty() || !key.chars().all(plain) {
-        return Err(BadImpersonation("an Impersonate-Extra key is none"));
+    if !escapes_are_whole(encoded) || key.is_empty() || !key.chars().all(plain) {
+        return Err(BadImpersonation("an Impersonate-Extra key is malformed"));
     }
     Ok(key.into_owned())
 }

@@ -11,7 +11,7 @@ use super::{
     node::NodeAuthorizer,
     paths::Paths,
     rbac::Rbac,
-    webhook::Webhook,
+    webhook::SubjectAccessReviewer,
 };
 
 impl Authorizers {
@@ -36,7 +36,7 @@ impl AuthorizerConfig {
             }
             Self::Node(config) => Arc::new(NodeAuthorizer::new(config)),
             Self::Webhook(config) => {
-                let (webhook, watcher) = Webhook::load(config)?;
+                let (webhook, watcher) = SubjectAccessReviewer::load(config)?;
                 files.push(watcher);
                 Arc::new(webhook)
             }

@@ -4,17 +4,17 @@
 //! About nodes, it decides what can be decided from the request alone:
 //!
 //! - **The node's own objects are allowed:** proxy URLs of its Node object; `nodes/link` and `nodes/join` of the group
-//!   `master-agent` under its name (calling home, joining); its Node and its status; its lease in `kube-node-lease`; its
-//!   CSINode; creating and watching CertificateSigningRequests. A request that creates an object does not contain the
-//!   object's name, which Kubernetes' NodeRestriction admission compares.
-//! - **Another node's objects are denied**, whatever the next authorizers would decide: the same objects under other names,
-//!   and lists of all of them.
-//! - **There is no opinion about the rest**, so another authorizer must allow it. The pods, secrets, config maps, volumes
-//!   and claims that a kubelet needs depend on the pods that run on the node, which only kube-apiserver's node authorizer
-//!   knows. With `defer_to_apiserver`, these requests and those that Kubernetes allows every node are allowed here, and
-//!   kube-apiserver decides. This needs its `--authorization-mode=Node,…` and the NodeRestriction admission. Requests that
-//!   its node authorizer would deny in any case are not passed on even then: a pod list must select the node itself, and no
-//!   pod or service is proxied or entered.
+//!   `master-agent` under its name (calling home, joining); its Node and its status; its lease in `kube-node-lease`;
+//!   its CSINode; creating and watching CertificateSigningRequests. A request that creates an object does not contain
+//!   the object's name, which Kubernetes' NodeRestriction admission compares.
+//! - **Another node's objects are denied**, whatever the next authorizers would decide: the same objects under other
+//!   names, and lists of all of them.
+//! - **There is no opinion about the rest**, so another authorizer must allow it. The pods, secrets, config maps,
+//!   volumes and claims that a kubelet needs depend on the pods that run on the node, which only kube-apiserver's node
+//!   authorizer knows. With `defer_to_apiserver`, these requests and those that Kubernetes allows every node are
+//!   allowed here, and kube-apiserver decides. This needs its `--authorization-mode=Node,…` and the NodeRestriction
+//!   admission. Requests that its node authorizer would deny in any case are not passed on even then: a pod list must
+//!   select the node itself, and no pod or service is proxied or entered.
 
 use futures_util::future::BoxFuture;
 
@@ -74,7 +74,7 @@ impl NodeAuthorizer {
             }
             _ if self.defer_to_apiserver && apiserver_decides(request, node) => Ok("apiserver-decides"),
             _ => {
-                let reason = "no rule of the node authorizer is about this".to_owned();
+                let reason = "no rule of the node authorizer applies to this request".to_owned();
                 return Decision::NoOpinion { reason };
             }
         };

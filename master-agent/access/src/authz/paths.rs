@@ -58,7 +58,8 @@ impl Paths {
     }
 }
 
-const UNCLEAR: &str = "what stands behind the proxy in this path, as servers could read it in different ways";
+const UNCLEAR: &str =
+    "what is behind the proxy in this path, because servers could interpret it in different ways";
 
 /// The path of a request in the form in which it is compared.
 struct Path<'a> {
@@ -114,8 +115,12 @@ fn reaches_behind(pattern: &str, own: &str) -> bool {
 fn matches(pattern: &str, path: &str) -> bool {
     match pattern.strip_suffix('*') {
         Some(beginning) => path.starts_with(beginning),
-        None => pattern == path || pattern == path.strip_suffix('/').unwrap_or(path),
+        None => without_slash(pattern) == without_slash(path),
     }
+}
+
+fn without_slash(path: &str) -> &str {
+    path.strip_suffix('/').unwrap_or(path)
 }
 
 impl Authorizer for Paths {
@@ -178,7 +183,7 @@ mod tests {
     #[test]
     fn a_path_behind_a_proxy_counts_only_if_all_servers_read_it_alike() {
         const DOTS: &str = "the request's path has a segment that is . or ..";
-        const BROKEN: &str = "the request's path has an escape that is none";
+        const BROKEN: &str = "the request's path has a malformed escape";
         const RAW: &str = "the request's path has characters that must be escaped";
         const ESCAPED: &str =
             "the request's path has an escaped slash, backslash, percent sign or control character";
@@ -270,6 +275,9 @@ mod tests {
             ("/api/v1/nodes/m/proxy/a", "/a%2fb", "no"),
             ("/api/v1/nodes/n/proxyx*", "/a%2fb", "no"),
             ("/healthz", "/a%2fb", "no"),
+            ("/api/v1/nodes/n/proxy/metrics", "/metrics/", "fits"),
+            ("/api/v1/nodes/n/proxy/metrics/", "/metrics", "fits"),
+            ("/api/v1/nodes/n/proxy/metrics/", "/metrics/cadvisor", "no"),
             // An escaped slash before the end of `/proxy` is rejected at once.
             (health, "%2fhealthz", ESCAPED),
         ];

@@ -39,7 +39,7 @@ impl Rbac {
         Ok(Self(FileWatcher::load("the RBAC files", files.to_vec(), move || {
             let policy = Policy::read(&given)?;
             for warning in &policy.warnings {
-                tracing::warn!(warning, "RBAC");
+                tracing::warn!(warning, "an RBAC binding grants nothing");
             }
             Ok(policy)
         })?))
@@ -299,7 +299,7 @@ impl Objects {
             rule.check(cluster).with_context(|| format!("role {name:?}, rule {}", i + 1))?;
         }
         if self.roles.insert((namespace, name.clone()), role).is_some() {
-            bail!("role {name:?} is there twice");
+            bail!("role {name:?} is defined twice");
         }
         Ok(())
     }
@@ -329,7 +329,7 @@ impl Objects {
             }
         }
         if self.bindings.insert((namespace, name.clone()), binding).is_some() {
-            bail!("binding {name:?} is there twice");
+            bail!("binding {name:?} is defined twice");
         }
         Ok(())
     }
@@ -347,7 +347,7 @@ impl Objects {
             let place = if namespace.is_empty() { String::new() } else { format!(" in {namespace:?}") };
             let binding = format!("{kind} {name:?}{place} of {role_kind:?} {role_name:?}");
             if !self.roles.contains_key(&key) {
-                policy.warnings.push(format!("{binding}: there is no such role, so it grants nothing"));
+                policy.warnings.push(format!("{binding}: there is no such role"));
                 continue;
             }
             let rules = rules.entry(key).or_insert_with_key(|key| self.rules(key));

@@ -23,7 +23,7 @@ use tokio::{sync::Semaphore, time::Instant};
 
 use super::{
     authorizer::{Attributes, Authorizer, Decision},
-    config::WebhookConfig,
+    config::SubjectAccessReviewConfig,
 };
 use crate::cache::Cache;
 
@@ -38,9 +38,9 @@ trait Reviewer: Send + Sync {
     ) -> BoxFuture<'a, anyhow::Result<SubjectAccessReview>>;
 }
 
-pub struct Webhook {
+pub struct SubjectAccessReviewer {
     reviewer: Box<dyn Reviewer>,
-    config: WebhookConfig,
+    config: SubjectAccessReviewConfig,
     calls: Semaphore,
     answers: Cache<Key, Decision>,
     failures: LogThrottle,
@@ -49,9 +49,9 @@ pub struct Webhook {
 /// The digest of a review.
 type Key = [u8; 32];
 
-impl Webhook {
+impl SubjectAccessReviewer {
     /// Reads the TLS files. The returned watcher must be polled from then on.
-    pub fn load(config: &WebhookConfig) -> anyhow::Result<(Self, Arc<dyn Watcher>)> {
+    pub fn load(config: &SubjectAccessReviewConfig) -> anyhow::Result<(Self, Arc<dyn Watcher>)> {
         let (tls, timeout) = (config.tls.clone(), config.timeout);
         let client =
             FileWatcher::load("the authorization webhook's TLS files", config.tls.files(), move || {
@@ -61,7 +61,7 @@ impl Webhook {
         Ok((Self::new(Box::new(reviewer), config.clone()), client))
     }
 
-    fn new(reviewer: Box<dyn Reviewer>, config: WebhookConfig) -> Self {
+    fn new(reviewer: Box<dyn Reviewer>, config: SubjectAccessReviewConfig) -> Self {
         let (calls, answers) = (Semaphore::new(config.max_in_flight), Cache::new(config.cache_entries));
         Self { reviewer, config, calls, answers, failures: LogThrottle::default() }
     }
@@ -128,7 +128,7 @@ impl Webhook {
     }
 }
 
-impl Authorizer for Webhook {
+impl Authorizer for SubjectAccessReviewer {
     fn authorize<'a>(&'a self, attributes: &'a Attributes<'a>) -> BoxFuture<'a, Decision> {
         Box::pin(self.decide(attributes))
     }

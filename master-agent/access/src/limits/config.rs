@@ -26,7 +26,7 @@ pub struct LimitsConfig {
     pub head_timeout: Duration,
     /// How long a connection may stay without a request, and how long a caller may read nothing of a response.
     pub idle_timeout: Duration,
-    /// The longest time from a request's head to its response's. Long-running requests have no such limit.
+    /// How long kube-apiserver may take to begin its response. Long-running requests have no such limit.
     pub request_timeout: Duration,
     /// The longest time between two pieces of a request's body.
     pub body_timeout: Duration,

@@ -11,6 +11,7 @@ mod query;
 mod unreadable;
 
 pub use info::{OWN_GROUP, RequestInfo};
+pub(crate) use path::escapes_are_whole;
 pub use path::read_alike;
 pub use query::FieldRequirement;
 pub use unreadable::Unreadable;

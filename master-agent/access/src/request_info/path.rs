@@ -39,7 +39,7 @@ pub(super) fn segments(path: &str) -> Result<Vec<Segment<'_>>, Unreadable> {
         return Err(Unreadable("path has characters that must be escaped"));
     }
     if !escapes_are_whole(path) {
-        return Err(Unreadable("path has an escape that is none"));
+        return Err(Unreadable("path has a malformed escape"));
     }
     let mut segments = Vec::new();
     let mut at = 0;
@@ -72,7 +72,7 @@ pub(super) fn segments(path: &str) -> Result<Vec<Segment<'_>>, Unreadable> {
 }
 
 /// Whether every percent sign is followed by two hexadecimal digits.
-pub(super) fn escapes_are_whole(text: &str) -> bool {
+pub(crate) fn escapes_are_whole(text: &str) -> bool {
     text.split('%').skip(1).all(|after| {
         let mut digits = after.bytes().take(2);
         digits.next().is_some_and(|b| b.is_ascii_hexdigit())

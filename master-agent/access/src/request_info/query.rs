@@ -29,7 +29,7 @@ pub(super) fn list_query(query: &str) -> Result<ListQuery, Unreadable> {
         return Err(Unreadable("query is too long"));
     }
     if query.contains(';') || !escapes_are_whole(query) {
-        return Err(Unreadable("query has a semicolon or an escape that is none"));
+        return Err(Unreadable("query has a semicolon or a malformed escape"));
     }
     let (mut watch, mut field_selector) = (None, None);
     for pair in query.split('&') {

@@ -28,9 +28,9 @@ fn shown(method: &str, target: &str, upgrade: bool) -> String {
 const EMPTY: &str = "refused: path has an empty segment";
 const DOTS: &str = "refused: path has a segment that is . or ..";
 const ESCAPED: &str = "refused: path has an escaped slash, backslash, percent sign or control character";
-const BROKEN: &str = "refused: path has an escape that is none";
+const BROKEN: &str = "refused: path has a malformed escape";
 const RAW: &str = "refused: path has characters that must be escaped";
-const QUERY: &str = "refused: query has a semicolon or an escape that is none";
+const QUERY: &str = "refused: query has a semicolon or a malformed escape";
 const TWICE: &str = "refused: query has watch or fieldSelector twice";
 
 #[test]

@@ -19,7 +19,7 @@ pub(super) const LIMIT_ALONE: usize = 128 * 1024;
 const QUANTUM: usize = 256 * 1024;
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// The queue, from the session that fills it to the task that empties it.
+/// The queue between the session, which fills it, and the task that empties it.
 #[derive(Debug)]
 pub(super) struct Inbox {
     /// The number of the dial that the connection began with.
@@ -30,7 +30,7 @@ pub(super) struct Inbox {
     room: Notify,
 }
 
-/// The phases of a connection, as far as the client decides about them.
+/// The phases of a connection from the client's point of view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
     Open,
@@ -96,7 +96,7 @@ impl Inbox {
         Ok(())
     }
 
-    /// Waits for bytes and returns their number; 0 when no more will come.
+    /// Waits for bytes and returns their number, which is 0 when no more will come.
     pub(super) async fn filled(&self) -> usize {
         loop {
             let closing = *self.phase.borrow() != Phase::Open;

@@ -132,7 +132,7 @@ impl Call {
     async fn answer(self, request: Request<Incoming>, called: &AtomicBool) -> Response<Body> {
         let path = request.uri().path();
         if path != PROXY {
-            let error = format!("{path:?} is not served, only {PROXY} is");
+            let error = format!("{path:?} is not served; only {PROXY} is");
             self.outbound.bad_request(self.caller.listener, &self.caller.origin, &error);
             return Status::unimplemented(error).into_http();
         }

@@ -92,7 +92,7 @@ enum End {
 }
 
 impl Session {
-    /// Whoever owns `gone` cancels it when the client has left.
+    /// The owner of `gone` cancels it when the client has left.
     pub(super) fn new(outbound: Outbound, caller: Caller, gone: CancellationToken) -> (Arc<Self>, Answers) {
         let (answers, queue) = mpsc::channel(ANSWERS);
         let (slots, table) = (Arc::new(Semaphore::new(CONNECTIONS)), Mutex::default());
@@ -152,7 +152,7 @@ impl Session {
             parsed => {
                 let error = match parsed {
                     Ok(_) => {
-                        DialError::BadTarget(format!("protocol {protocol:?} is not served, only {TCP:?} is"))
+                        DialError::BadTarget(format!("protocol {protocol:?} is not served; only {TCP:?} is"))
                     }
                     Err(error) => DialError::BadTarget(format!("{address:?}: {error}")),
                 };
@@ -226,7 +226,7 @@ impl Session {
         self.answer(Ok(Packet::close_response(id, error))).await;
     }
 
-    /// Waits for room in the queue. That the client has left is noticed elsewhere.
+    /// Sends an answer, and waits while the queue is full. If the client has left, another part ends the session.
     async fn answer(&self, answer: Result<Packet, Status>) {
         let _ = self.answers.send(answer).await;
     }

@@ -9,7 +9,7 @@ use super::{
     path::{Port, ProxyPath, Scheme, Subject},
     tls::Expected,
 };
-use crate::{directory::Directory, http::status::Failure};
+use crate::{directory::Directory, http::status::StatusError};
 
 /// A target, and how to connect to it.
 #[derive(Clone, Debug)]
@@ -22,8 +22,8 @@ pub(super) struct Endpoint {
 }
 
 /// Looks up the subject of a path.
-pub(super) fn resolve(path: &ProxyPath<'_>, directory: &dyn Directory) -> Result<Endpoint, Failure> {
-    let unknown = |error| Failure::unknown(&error);
+pub(super) fn resolve(path: &ProxyPath<'_>, directory: &dyn Directory) -> Result<Endpoint, StatusError> {
+    let unknown = |error| StatusError::unknown(&error);
     let https = path.scheme == Some(Scheme::Https);
     match &path.subject {
         Subject::Node(node) => {
@@ -117,7 +117,7 @@ mod tests {
     }
 
     /// The target, then `plain`, or `kubelet` or `target` with the names that its certificate may be for.
-    fn shown(path: &str) -> Result<String, Failure> {
+    fn shown(path: &str) -> Result<String, StatusError> {
         let endpoint = resolve(&path::parse(path).unwrap(), &Fake)?;
         let tls = endpoint.tls.map_or("plain".to_owned(), |expected| {
             let names: Vec<_> = expected.names.iter().map(|n| n.to_str().into_owned()).collect();

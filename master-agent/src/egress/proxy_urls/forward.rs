@@ -8,6 +8,7 @@ use hyper::{
 };
 use hyper_util::rt::TokioIo;
 use proto::{DialError, Target};
+use proto_net::causes::causes;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{
@@ -20,10 +21,9 @@ use super::{
 use crate::{
     http::{
         browser,
-        causes::causes,
         exchange::{Body, Exchange, Upgrade},
         hop::Hop,
-        status::Failure,
+        status::StatusError,
     },
     stream::caller::Caller,
     traces,
@@ -39,7 +39,7 @@ impl Call {
         endpoint: Endpoint,
         prefix: &str,
         rest: &str,
-    ) -> Result<Response<Body>, Failure> {
+    ) -> Result<Response<Body>, StatusError> {
         let hop = Hop::of(request.headers());
         let caller_upgrade = hop.upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
         let host = endpoint.target.to_string();
@@ -61,8 +61,8 @@ impl Call {
         let request = request.map(|body| Upload::new(body, idle_timeout, answered.clone(), claims));
         let mut response = sender.send_request(request).await.map_err(|error| {
             let failure = match Stalled::cause_of(&error) {
-                Some(stalled) => Failure::new(StatusCode::REQUEST_TIMEOUT, stalled.to_string()),
-                None => Failure::bad_gateway(format!("{} at {host}: {}", endpoint.who, causes(&error))),
+                Some(stalled) => StatusError::new(StatusCode::REQUEST_TIMEOUT, stalled.to_string()),
+                None => StatusError::bad_gateway(format!("{} at {host}: {}", endpoint.who, causes(&error))),
             };
             self.log(&endpoint.target, &failure);
             failure
@@ -75,7 +75,9 @@ impl Call {
         if upgraded {
             let Some(caller) = caller_upgrade else {
                 let message = format!("{} at {host} switched protocols without being asked", endpoint.who);
-                return Err(Failure::bad_gateway(message));
+                let failure = StatusError::bad_gateway(message);
+                self.log(&endpoint.target, &failure);
+                return Err(failure);
             };
             let target = hyper::upgrade::on(&mut response);
             let half_closed_timeout = self.listener.outbound.limits.half_closed_timeout;
@@ -91,7 +93,7 @@ impl Call {
         &self,
         endpoint: &Endpoint,
         caller: Caller,
-    ) -> Result<(SendRequest<Upload>, Exchange), Failure> {
+    ) -> Result<(SendRequest<Upload>, Exchange), StatusError> {
         let Endpoint { target, who, tls } = endpoint;
         let outbound = &self.listener.outbound;
         let mut dial = DialGuard { call: self, target, ended: false };
@@ -99,7 +101,7 @@ impl Call {
         dial.ended = true;
         let dialled = dialled.map_err(|error| {
             outbound.dial_failed(target, &caller, &error);
-            Failure::from(&error)
+            StatusError::from(&error)
         })?;
         if let Some(node) = &dialled.connection.node {
             let _ = self.node.set(node.clone());
@@ -120,7 +122,7 @@ impl Call {
         &self,
         socket: S,
         endpoint: &Endpoint,
-    ) -> Result<(SendRequest<Upload>, Exchange), Failure>
+    ) -> Result<(SendRequest<Upload>, Exchange), StatusError>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
@@ -128,7 +130,7 @@ impl Call {
             .max_headers(MAX_HEADERS)
             .handshake(TokioIo::new(socket))
             .await
-            .map_err(|error| Failure::bad_gateway(format!("{}: {}", endpoint.who, causes(&error))))?;
+            .map_err(|error| StatusError::bad_gateway(format!("{}: {}", endpoint.who, causes(&error))))?;
         let (exchange, unwanted) = Exchange::new();
         self.listener.outbound.tasks.spawn(async move {
             tokio::select! {
@@ -143,7 +145,7 @@ impl Call {
         Ok((sender, exchange))
     }
 
-    fn log(&self, target: &Target, failure: &Failure) {
+    fn log(&self, target: &Target, failure: &StatusError) {
         let Caller { listener: egress, origin, .. } = &self.caller;
         tracing::info!(egress, %origin, %target, error = %failure, "request failed");
     }
@@ -166,7 +168,7 @@ impl Drop for DialGuard<'_> {
 }
 
 /// The URI of the request to the target: the rest of the path and the query, byte for byte.
-fn target_uri(rest: &str, query: Option<&str>) -> Result<Uri, Failure> {
+fn target_uri(rest: &str, query: Option<&str>) -> Result<Uri, StatusError> {
     let path = if rest.is_empty() { "/" } else { rest };
     let text = match query {
         Some(query) => format!("{path}?{query}"),
@@ -174,5 +176,5 @@ fn target_uri(rest: &str, query: Option<&str>) -> Result<Uri, Failure> {
     };
     PathAndQuery::try_from(text)
         .map(Uri::from)
-        .map_err(|e| Failure::new(StatusCode::BAD_REQUEST, e.to_string()))
+        .map_err(|e| StatusError::new(StatusCode::BAD_REQUEST, e.to_string()))
 }

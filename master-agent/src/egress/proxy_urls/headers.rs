@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use access::authn;
 use hyper::{
     HeaderMap,
     header::{self, HeaderName, HeaderValue},
@@ -9,7 +10,7 @@ use hyper::{
 
 use crate::http::{
     claims::Claims,
-    hop::{Hop, remove_all, remove_bearer_protocol, remove_hop_by_hop, tokens},
+    hop::{Hop, remove_all, remove_hop_by_hop, tokens},
 };
 
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
@@ -27,7 +28,7 @@ static FORWARDING: [HeaderName; 7] = [
     header::FORWARDED,
 ];
 
-/// What the target learns of the request's way.
+/// What the target is told about the origin of a request.
 pub(super) struct Forwarded<'a> {
     /// `http` or `https`.
     pub proto: &'static str,
@@ -45,8 +46,7 @@ pub(super) fn request(headers: &mut HeaderMap, hop: &Hop, forwarded: &Forwarded<
     remove_all(headers, |name| claims.contains(name) && !FORWARDING.contains(name));
     announce_trailers(headers, claims);
     // As with kube-apiserver, credentials are not for the target.
-    headers.remove(header::AUTHORIZATION);
-    remove_bearer_protocol(headers);
+    authn::strip(headers);
 
     let asked = headers.remove(header::HOST);
     if let Ok(host) = HeaderValue::try_from(forwarded.host) {

@@ -36,7 +36,7 @@ use crate::{
         browser,
         exchange::{Body, Upgrade},
         hop,
-        status::Failure,
+        status::StatusError,
         watched::{Activity, Watched},
     },
     stream::caller::Caller,
@@ -56,7 +56,7 @@ impl ProxyUrls {
         peer: IpAddr,
         activity: &Activity,
         request: Request<Incoming>,
-    ) -> (Result<(Response<Body>, Option<Upgrade>), Failure>, Option<NodeName>) {
+    ) -> (Result<(Response<Body>, Option<Upgrade>), StatusError>, Option<NodeName>) {
         let call = Call {
             listener: self.clone(),
             caller,
@@ -131,7 +131,7 @@ impl Call {
         Ok(response.map(|body| body.while_busy(busy)))
     }
 
-    async fn proxy(&self, request: Request<Incoming>) -> Result<Response<Body>, Failure> {
+    async fn proxy(&self, request: Request<Incoming>) -> Result<Response<Body>, StatusError> {
         let (endpoint, prefix, rest) = match self.admit(&request) {
             Ok(admitted) => admitted,
             Err(failure) => {
@@ -146,7 +146,10 @@ impl Call {
     }
 
     /// Decides whether and where a request goes. Returns its path in two parts: up to `/proxy`, and the rest.
-    fn admit(&self, request: &Request<Incoming>) -> Result<(endpoint::Endpoint, String, String), Failure> {
+    fn admit(
+        &self,
+        request: &Request<Incoming>,
+    ) -> Result<(endpoint::Endpoint, String, String), StatusError> {
         let (uri, headers) = (request.uri(), request.headers());
         let known = match self.entrance {
             Entrance::Unix => Ok(()),
@@ -154,9 +157,9 @@ impl Call {
                 .and_then(|()| browser::refuse_other_origins("http", uri, headers)),
             Entrance::FrontEnd(_) => browser::refuse_other_origins("https", uri, headers),
         };
-        known.map_err(|message| Failure::new(StatusCode::FORBIDDEN, message))?;
+        known.map_err(|message| StatusError::new(StatusCode::FORBIDDEN, message))?;
         hop::refuse_other_encodings(headers)
-            .map_err(|message| Failure::new(StatusCode::NOT_IMPLEMENTED, message))?;
+            .map_err(|message| StatusError::new(StatusCode::NOT_IMPLEMENTED, message))?;
         let path = path::parse(request.uri().path())?;
         let endpoint = endpoint::resolve(&path, self.listener.directory.as_ref())?;
         Ok((endpoint, path.prefix.to_owned(), path.rest.to_owned()))
@@ -164,11 +167,11 @@ impl Call {
 }
 
 /// Redirects `…/proxy` to `…/proxy/`, since relative links of a page at the former would lead above it.
-fn redirect(request: &Request<Incoming>) -> Result<Response<Body>, Failure> {
+fn redirect(request: &Request<Incoming>) -> Result<Response<Body>, StatusError> {
     let uri = request.uri();
     let query = uri.query().map(|query| format!("?{query}")).unwrap_or_default();
     let location = HeaderValue::try_from(format!("{}/{query}", uri.path()))
-        .map_err(|e| Failure::new(StatusCode::BAD_REQUEST, e.to_string()))?;
+        .map_err(|e| StatusError::new(StatusCode::BAD_REQUEST, e.to_string()))?;
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::MOVED_PERMANENTLY;
     response.headers_mut().insert(header::LOCATION, location);

@@ -9,7 +9,7 @@ use hyper::StatusCode;
 use percent_encoding::percent_decode_str;
 use proto::NodeName;
 
-use crate::http::status::Failure;
+use crate::http::status::StatusError;
 
 /// A parsed path of this egress listener.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,7 +57,7 @@ pub enum PathError {
     Unknown,
 }
 
-impl From<PathError> for Failure {
+impl From<PathError> for StatusError {
     fn from(error: PathError) -> Self {
         let code = match error {
             PathError::Invalid(_) => StatusCode::BAD_REQUEST,

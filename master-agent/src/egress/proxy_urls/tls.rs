@@ -28,7 +28,7 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use crate::{
     egress::config::{ProxyUrlsConfig, Unverified},
-    http::status::Failure,
+    http::status::StatusError,
     metrics::Expiry,
     stream::{caller::Caller, target_socket::TargetSocket},
 };
@@ -88,12 +88,12 @@ impl TargetTls {
         })
     }
 
-    /// What to watch for changes of the files.
+    /// Returns the watchers of the files.
     pub fn watchers(&self) -> [Arc<dyn Watcher>; 2] {
         [self.kubelets.clone(), self.targets.clone()]
     }
 
-    /// When the certificates in use expire.
+    /// Returns when the certificates in use expire.
     pub fn expiries(&self) -> Vec<Expiry> {
         [&self.kubelets, &self.targets].iter().flat_map(|trust| trust.get().expiries.clone()).collect()
     }
@@ -103,7 +103,7 @@ impl TargetTls {
         &self,
         server: &Server<'_>,
         socket: TargetSocket,
-    ) -> Result<TlsStream<TargetSocket>, Failure> {
+    ) -> Result<TlsStream<TargetSocket>, StatusError> {
         let Server { expected, who, target, caller } = server;
         let trust = if expected.kubelet { self.kubelets.get() } else { self.targets.get() };
         let verdict = Arc::<OnceLock<String>>::default();
@@ -122,13 +122,15 @@ impl TargetTls {
             Verification::Impossible => {
                 let (ca, kind) =
                     if expected.kubelet { ("kubelet_ca", "kubelet") } else { ("target_ca", "targets") };
-                return Err(Failure::bad_gateway(format!(
+                return Err(StatusError::bad_gateway(format!(
                     "there is no CA to verify the certificate of {who} by: set proxy_urls.{ca}, or insecure_skip_verify: [{kind}]"
                 )));
             }
         };
         let Some(name) = expected.names.first().cloned() else {
-            return Err(Failure::bad_gateway(format!("{who} has no name that a certificate could be for")));
+            return Err(StatusError::bad_gateway(format!(
+                "{who} has no name that a certificate could be for"
+            )));
         };
         let handshake = TlsConnector::from(Arc::new(config)).connect(name, socket);
         let error = match tokio::time::timeout(HANDSHAKE, handshake).await {
@@ -137,11 +139,11 @@ impl TargetTls {
             Err(_) => format!("no answer within {}", humantime::format_duration(HANDSHAKE)),
         };
         let error = verdict.get().cloned().unwrap_or(error);
-        Err(Failure::bad_gateway(format!("TLS with {who} at {target}: {error}")))
+        Err(StatusError::bad_gateway(format!("TLS with {who} at {target}: {error}")))
     }
 }
 
-/// What the files of one kind of target say.
+/// What was read from the files for one kind of target.
 struct Trust {
     verification: Verification,
     expiries: Vec<Expiry>,

@@ -54,7 +54,7 @@ impl Answered {
 }
 
 impl Stalled {
-    /// The stall that a request failed because of, if any.
+    /// Returns the stall that made a request fail, if there was one.
     pub(super) fn cause_of(error: &hyper::Error) -> Option<Self> {
         std::error::Error::source(error)?.downcast_ref().copied()
     }

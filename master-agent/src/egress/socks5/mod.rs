@@ -42,7 +42,7 @@ use crate::stream::caller::Caller;
 use login::Login;
 use users::{LoginError, Users};
 
-/// Callers that may be unauthenticated at once.
+/// The maximum number of concurrent callers that have not authenticated.
 const HANDSHAKES: usize = 256;
 /// How long after a wrong password has arrived it is refused. The delay hides what was computed meanwhile.
 const REFUSAL_DELAY: Duration = Duration::from_secs(1);
@@ -117,7 +117,7 @@ impl Socks5 {
     }
 
     /// Performs the handshake. Where a password is needed, a newer unauthenticated caller may evict this one: callers
-    /// without a password cannot shut out those who have one.
+    /// without a password can't shut out those who have one.
     async fn evictable_handshake<S: CallerSocket>(
         &self,
         socket: &mut S,

@@ -26,11 +26,11 @@ use sha2::Sha256;
 use tokio::sync::{OnceCell, Semaphore};
 use zeroize::Zeroizing;
 
-/// Hashes that are computed at once. Each takes 19 MiB meanwhile.
+/// The number of hashes that are computed at once. Each takes 19 MiB of memory.
 const AT_ONCE: usize = 2;
 /// Callers that may wait for a hash, including those whose hash is being computed.
 const WAITING: usize = 64;
-/// Hashes that one address may cause per second, and in a burst. Right passwords do not count.
+/// The number of hashes that one address may cause per second, and in a burst. Right passwords do not count.
 const PER_SECOND: u32 = 1;
 const BURST: u32 = 10;
 /// Cached verdicts of each kind.
@@ -132,7 +132,7 @@ impl Users {
         let path = self.path.clone();
         let users = tokio::task::spawn_blocking(move || read(&path)).await;
         let users = users.unwrap_or_else(|e| Err(e.into())).unwrap_or_else(|error| {
-            tracing::error!(%error, "users file unreadable: nobody can log in");
+            tracing::error!(%error, "can't read the users file, so nobody can log in");
             Vec::new()
         });
         let user = users.iter().find(|user| user.name == name);
@@ -297,14 +297,14 @@ fn check_hash(hash: &str) -> Result<(), &'static str> {
 pub fn line(name: &str, password: &[u8]) -> anyhow::Result<String> {
     check_name(name).map_err(anyhow::Error::msg)?;
     if name.starts_with('#') {
-        bail!("a name cannot begin with #, which begins a comment");
+        bail!("a name can't begin with #, which begins a comment");
     }
     if !(1..=LONGEST).contains(&password.len()) {
         bail!("a SOCKS5 password has 1 to {LONGEST} bytes, and this one has {}", password.len());
     }
     let salt: [u8; 16] = rand::random();
     let hash =
-        Argon2::default().hash_password_with_salt(password, &salt).context("cannot hash the password")?;
+        Argon2::default().hash_password_with_salt(password, &salt).context("can't hash the password")?;
     Ok(format!("{name}:{hash}"))
 }
 

@@ -38,7 +38,10 @@ const FIELDS: Meanings = &[
     ("queue", "Lines that wait to be written, those of requests in progress included."),
     ("strangers_queue", "The same for unauthenticated callers."),
     ("wait", "How long a request waits while the queue is full."),
-    ("on_full", "What happens to the request then: refuse answers 503, drop serves it unrecorded."),
+    (
+        "on_full",
+        "What happens to a request that finds the queue full after wait: refuse answers 503, drop serves it unrecorded.",
+    ),
 ];
 
 impl AuditConfig {

@@ -221,7 +221,10 @@ fn groups(user: &User) -> Vec<Cow<'_, str>> {
 /// basic multilingual plane, so one `\u` escape is enough for each.
 fn is_hidden(c: char) -> bool {
     c.is_control()
-        || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
+        || matches!(
+            c,
+            '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}'
+        )
 }
 
 fn shortened(text: &str, most: usize) -> Cow<'_, str> {
@@ -261,7 +264,6 @@ fn recorded_path<'a>(path: &'a str, query: Option<&str>) -> Cow<'a, str> {
 
 #[cfg(test)]
 pub(super) mod tests {
-
     use serde_json::Value;
 
     use super::*;
@@ -335,7 +337,7 @@ pub(super) mod tests {
 
     #[test]
     fn nothing_forges_a_line_or_hides_in_one() {
-        let forged = "x\"}\r\n{\"user\":\"root\"}\n\0\u{1b}[2J\u{7f}\u{85}\u{9b}\u{2028}\u{2029}\u{202e}\u{2066}\u{200b}\u{feff}";
+        let forged = "x\"}\r\n{\"user\":\"root\"}\n\0\u{1b}[2J\u{7f}\u{85}\u{9b}\u{2028}\u{2029}\u{202e}\u{2066}\u{61c}\u{200b}\u{feff}";
         let user = User {
             name: forged.into(),
             uid: Some(forged.into()),

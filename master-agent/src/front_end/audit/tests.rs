@@ -65,12 +65,12 @@ async fn a_file_is_rotated_and_only_its_owner_reads_it() {
     let (audit, writer) = Audit::start(&settings, lost.clone()).unwrap();
     for code in 100..117 {
         // Not so fast that the queue is full.
-        let room = loop {
-            if let Ok(room) = audit.room(Queue::Authenticated).await {
-                break room;
+        let permit = loop {
+            if let Ok(permit) = audit.reserve(Queue::Authenticated).await {
+                break permit;
             }
         };
-        audit.record(&Record { code, ..record() }, Queue::Authenticated, room);
+        audit.record(&Record { code, ..record() }, Queue::Authenticated, permit);
     }
     assert!(writer.close(Duration::from_secs(60)).await);
     assert_eq!(lost.get(), 0);
@@ -197,40 +197,40 @@ async fn what_is_served_is_recorded_and_unauthenticated_callers_take_no_room_of_
     (0..1000).for_each(unauthenticated);
     assert_eq!(lost.get(), 998);
     for _ in 0..2 {
-        assert_eq!(audit.room(Queue::Unauthenticated).await.err(), Some(QueueFull));
+        assert_eq!(audit.reserve(Queue::Unauthenticated).await.err(), Some(QueueFull));
     }
     let mut long_running = Vec::new();
     for _ in 0..100 {
-        long_running.push(audit.room(Queue::LongRunning).await.unwrap().unwrap());
+        long_running.push(audit.reserve(Queue::LongRunning).await.unwrap().unwrap());
     }
     let mut served = Vec::new();
-    while let Ok(room) = audit.room(Queue::Authenticated).await {
-        served.push(room.unwrap());
+    while let Ok(permit) = audit.reserve(Queue::Authenticated).await {
+        served.push(permit.unwrap());
     }
     assert_eq!(served.len(), 3, "of those under way, each has its room");
     // One that is refused has none, and takes none of theirs.
     audit.record(&record(), Queue::Authenticated, None);
     assert_eq!(lost.get(), 999);
-    for room in served {
-        audit.record(&Record { code: 200, ..record() }, Queue::Authenticated, Some(room));
+    for permit in served {
+        audit.record(&Record { code: 200, ..record() }, Queue::Authenticated, Some(permit));
     }
     assert_eq!(lost.get(), 999);
-    assert_eq!(audit.room(Queue::Authenticated).await.err(), Some(QueueFull), "until they are written");
-    for room in long_running {
-        audit.record(&Record { code: 201, ..record() }, Queue::LongRunning, Some(room));
+    assert_eq!(audit.reserve(Queue::Authenticated).await.err(), Some(QueueFull), "until they are written");
+    for permit in long_running {
+        audit.record(&Record { code: 201, ..record() }, Queue::LongRunning, Some(permit));
     }
-    let waiting = audit.room(Queue::Authenticated);
+    let waiting = audit.reserve(Queue::Authenticated);
     let writing = async {
         let mut written = Vec::new();
         while written.len() < 105 {
-            let Some(Message::Line(line, room)) = lines.recv().await else { panic!("no line") };
+            let Some(Message::Line(line, permit)) = lines.recv().await else { panic!("no line") };
             written.push(line);
-            drop(room);
+            drop(permit);
         }
         written
     };
-    let (room, written) = tokio::join!(waiting, writing);
-    assert!(room.unwrap().is_some(), "whoever waits gets the first that is free");
+    let (permit, written) = tokio::join!(waiting, writing);
+    assert!(permit.unwrap().is_some(), "whoever waits gets the first that is free");
     let of = |code| written.iter().filter(|line| line.contains(&format!("\"code\":{code},"))).count();
     assert_eq!((of(200), of(201)), (3, 100));
     assert_eq!(lost.get(), 999);
@@ -241,9 +241,9 @@ async fn requests_go_on_unrecorded_where_that_is_configured() {
     let settings = AuditConfig { queue: 1, on_full: OnFull::Drop, ..config(PathBuf::new()) };
     let lost = Counter::default();
     let (audit, _lines) = Audit::new(&settings, lost.clone());
-    let room = audit.room(Queue::Authenticated).await.unwrap();
-    assert!(room.is_some());
-    assert!(audit.room(Queue::Authenticated).await.unwrap().is_none());
+    let permit = audit.reserve(Queue::Authenticated).await.unwrap();
+    assert!(permit.is_some());
+    assert!(audit.reserve(Queue::Authenticated).await.unwrap().is_none());
     audit.record(&record(), Queue::Authenticated, None);
     assert_eq!(lost.get(), 1);
 }
@@ -255,16 +255,16 @@ async fn the_audit_log_says_what_was_lost_once_it_can() {
     let settings = AuditConfig { unauthenticated_queue: 1, ..config(path.clone()) };
     let lost = Counter::default();
     let (audit, writer) = Audit::start(&settings, lost.clone()).unwrap();
-    let room = audit.room(Queue::Unauthenticated).await.unwrap();
+    let permit = audit.reserve(Queue::Unauthenticated).await.unwrap();
     for _ in 0..7 {
         audit.record(&record(), Queue::Unauthenticated, None);
     }
-    audit.record(&record(), Queue::Unauthenticated, room);
+    audit.record(&record(), Queue::Unauthenticated, permit);
     assert!(writer.close(Duration::from_secs(60)).await);
     assert_eq!(lost.get(), 7);
     let said = lines(&path).iter().filter_map(|line| line["lost"].as_u64()).sum::<u64>();
     assert_eq!((lines(&path).len(), said), (2, 7), "{:?}", lines(&path));
-    assert_eq!(audit.room(Queue::Unauthenticated).await.map(|room| room.is_some()), Ok(true));
+    assert_eq!(audit.reserve(Queue::Unauthenticated).await.map(|permit| permit.is_some()), Ok(true));
 
     // On a full disk it is not forgotten.
     let disk = Disk::default();

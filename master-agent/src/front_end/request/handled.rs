@@ -11,7 +11,7 @@ use proto_net::relay::relay_until;
 use super::{link::PendingLink, rejection::Rejection};
 use crate::{
     front_end::{answer::Content, limits::RequestPermit, recorder::Recorder, upstream::Lease},
-    http::{exchange, status::Failure},
+    http::{exchange, status::StatusError},
 };
 
 /// The result of a handler.
@@ -38,7 +38,7 @@ impl Handled {
 
 impl From<Rejection> for Handled {
     fn from(rejection: Rejection) -> Self {
-        let response = Failure::from(rejection).response().map(Content::Own);
+        let response = StatusError::from(rejection).response().map(Content::Own);
         Self { response, seat: None, validity: Validity::default(), upgrade: None }
     }
 }

@@ -18,7 +18,7 @@ use crate::{
         limits::{Attempt, too_many},
         recorder::Recorder,
     },
-    http::status::Failure,
+    http::status::StatusError,
 };
 
 pub(super) async fn identify(
@@ -95,7 +95,7 @@ fn unrecognized(
             tracing::debug!(%peer, reason = %why, "a credential can't be checked");
             return Rejection::CredentialUnchecked("credential");
         }
-        None => attempt.fail().err().map(Failure::from),
+        None => attempt.fail().err().map(StatusError::from),
     };
     if let Some(limited) = limited {
         front_end.limits.count("failures_per_address");

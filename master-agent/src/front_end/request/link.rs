@@ -33,6 +33,7 @@ impl PendingLink {
         tasks.spawn(async move {
             let _held = (open, seat);
             if record.reserve(true).await.is_err() {
+                tracing::warn!(%peer, "a link was not served because it can't be recorded");
                 return;
             }
             let socket = Box::pin(async move { Some(LinkSocket::new(upgrade.await.ok()?, record)) });

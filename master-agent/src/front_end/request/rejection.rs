@@ -10,7 +10,7 @@ use crate::{
         headers::{AmbiguousHead, UnsendableIdentity},
         upstream::{BodyError, UpstreamError},
     },
-    http::status::Failure,
+    http::status::StatusError,
 };
 
 /// Why a request is rejected. The caller gets the text.
@@ -20,7 +20,7 @@ pub(super) enum Rejection {
     AmbiguousHead(#[from] AmbiguousHead),
     /// The caller's address, user or failed attempts to authenticate have reached a limit.
     #[error("{0}")]
-    TooMany(Failure),
+    TooMany(StatusError),
     /// A browser sent the request to the plain port on behalf of a web page.
     #[error("{0}")]
     FromWebPage(String),
@@ -37,7 +37,7 @@ pub(super) enum Rejection {
     NotRecorded,
     /// An authorizer denies the request, or its impersonation headers are malformed.
     #[error("{0}")]
-    NotAuthorized(Failure),
+    NotAuthorized(StatusError),
     #[error("forbidden: {0}")]
     Forbidden(String),
     #[error("nodes call home on the HTTPS port only")]
@@ -52,7 +52,7 @@ pub(super) enum Rejection {
     UnknownUpgrade,
     /// The target of a proxy URL could not be reached, or the proxy URL is wrong.
     #[error("{0}")]
-    ProxyUrl(Failure),
+    ProxyUrl(StatusError),
     #[error("{0}")]
     UnsendableIdentity(#[from] UnsendableIdentity),
     #[error("{0}")]
@@ -99,7 +99,7 @@ impl Rejection {
 /// The number of seconds after which another attempt may succeed.
 const RETRY_AFTER: u32 = 1;
 
-impl From<Rejection> for Failure {
+impl From<Rejection> for StatusError {
     fn from(rejection: Rejection) -> Self {
         let message = rejection.to_string();
         match rejection {
@@ -154,7 +154,7 @@ mod tests {
 
     #[test]
     fn every_rejection_has_its_answer() {
-        let limited = Failure::new(StatusCode::TOO_MANY_REQUESTS, "too many").retry_after(7);
+        let limited = StatusError::new(StatusCode::TOO_MANY_REQUESTS, "too many").retry_after(7);
         for (rejection, code, retry_after, outcome) in [
             (Rejection::from(AmbiguousHead::ManyHosts), 400, None, None),
             (Rejection::TooMany(limited), 429, Some(7), Some(Outcome::Limited)),
@@ -173,10 +173,10 @@ mod tests {
         ] {
             assert_eq!(rejection.outcome(), outcome, "{rejection:?}");
             let shown = format!("{rejection:?}");
-            let answer = Failure::from(rejection);
+            let answer = StatusError::from(rejection);
             assert_eq!((answer.code.as_u16(), answer.retry_after), (code, retry_after), "{shown}");
         }
-        let answer = Failure::from(upstream(UpstreamError::Unreachable("10.0.0.1 refused".to_owned())));
+        let answer = StatusError::from(upstream(UpstreamError::Unreachable("10.0.0.1 refused".to_owned())));
         assert!(!answer.message.contains("10.0.0.1"), "callers learn no addresses: {}", answer.message);
     }
 }

@@ -7,6 +7,7 @@ use access::{
     request_info::{OWN_GROUP, RequestInfo},
 };
 use hyper::Version;
+use percent_encoding::percent_decode_str;
 use proto::{NodeName, call_home::UNNAMED};
 
 use super::{
@@ -84,12 +85,14 @@ fn is_proxy_url(info: &RequestInfo) -> bool {
         && ["nodes", "pods", "services"].contains(&info.resource.as_str())
 }
 
-/// Whether a request is long-running by kube-apiserver's own rules.
+/// Whether a request is long-running by kube-apiserver's own rules, except that a log which is not followed is short.
 fn is_long_running(info: &RequestInfo, query: Option<&str>) -> bool {
+    // kube-apiserver decodes the key, and takes every other value for true, even a missing one.
     let follows = || {
-        let pairs = query.unwrap_or_default().split('&');
-        let mut values = pairs.filter_map(|pair| pair.strip_prefix("follow="));
-        values.any(|value| value != "false" && value != "0")
+        query.unwrap_or_default().split('&').any(|pair| {
+            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+            percent_decode_str(key).eq("follow".bytes()) && value != "false" && value != "0"
+        })
     };
     info.verb == "watch"
         || info.subresource == "proxy"
@@ -114,6 +117,9 @@ mod tests {
             ("/api/v1/namespaces/a/pods/p/log", None, false),
             ("/api/v1/namespaces/a/pods/p/log", Some("follow=true"), true),
             ("/api/v1/namespaces/a/pods/p/log", Some("follow=false"), false),
+            ("/api/v1/namespaces/a/pods/p/log", Some("tailLines=1&follow"), true),
+            ("/api/v1/namespaces/a/pods/p/log", Some("%66ollow=true"), true),
+            ("/api/v1/namespaces/a/pods/p/log", Some("followed=true"), false),
             ("/api/v1/namespaces/a/pods/p/exec", Some("command=ls"), true),
             ("/api/v1/nodes/n1/proxy/metrics", None, true),
             ("/healthz", None, false),

@@ -31,7 +31,7 @@ use crate::{
     activity::{NodeActivities, NodeActivity},
     front_end::{
         audit::{Queue, Writer},
-        call_home::{CallHomeServices, CheckJoinTokens, IncomingCall, TakeLinks},
+        call_home::{CallHomeServices, CheckJoinTokens, IncomingCall, ServeLinks},
         config::FrontEndConfig,
         connection::Connection,
         page::Page,
@@ -188,7 +188,7 @@ impl CheckJoinTokens for Home {
     }
 }
 
-impl TakeLinks for Home {
+impl ServeLinks for Home {
     fn serve(self: Arc<Self>, call: IncomingCall) -> BoxFuture<'static, ()> {
         Box::pin(async move {
             let mut socket = call.socket.await.unwrap();
@@ -295,11 +295,11 @@ async fn an_ambiguous_head_is_rejected_and_ends_its_connection() {
 #[tokio::test]
 async fn a_request_is_served_only_once_its_record_has_room() {
     let mut world = World::new("audit: {file: audit.log, queue: 1, wait: 0s}").await;
-    let room = world.front_end.audit.room(Queue::Authenticated).await.unwrap();
+    let permit = world.front_end.audit.reserve(Queue::Authenticated).await.unwrap();
     let answer = world.ask("GET /api/v1/pods", JANE).await;
     assert_eq!(status(&answer), "503", "{answer}");
     assert!(answer.contains("can't be recorded") && world.upstream_requests().is_empty(), "{answer}");
-    drop(room);
+    drop(permit);
     let answer = world.ask("GET /api/v1/pods", JANE).await;
     assert_eq!(status(&answer), "200", "{answer}");
     let lines = world.audited().await;

@@ -80,7 +80,7 @@ impl UpstreamConfig {
         let identity = IdentityHeaders::read(s);
         let health_path = s.or("health_path", "/readyz".to_owned());
         if !health_path.starts_with('/') || health_path.parse::<Uri>().is_err() {
-            s.error("health_path", "is no path");
+            s.error("health_path", "is not a path");
         }
         Some(Self {
             servers,
@@ -142,11 +142,11 @@ mod tests {
             ("requestheader_username_headers: []", "requestheader_username_headers: names no header"),
             (
                 "requestheader_username_headers: ['']",
-                "requestheader_username_headers[0]: \"\" is no name of a header",
+                "requestheader_username_headers[0]: \"\" is not the name of a header",
             ),
-            ("requestheader_username_headers: [a b]", "\"a b\" is no name of a header"),
-            ("requestheader_uid_headers: ['X-Uid:']", "is no name of a header"),
-            ("requestheader_uid_headers: [X-Us\u{e9}r]", "is no name of a header"),
+            ("requestheader_username_headers: [a b]", "\"a b\" is not the name of a header"),
+            ("requestheader_uid_headers: ['X-Uid:']", "is not the name of a header"),
+            ("requestheader_uid_headers: [X-Us\u{e9}r]", "is not the name of a header"),
             (
                 "requestheader_group_headers: [X-Group, Connection]",
                 "requestheader_group_headers[1]: \"Connection\" has another meaning",
@@ -156,7 +156,7 @@ mod tests {
             ("requestheader_username_headers: [X-Forwarded-For]", "has another meaning"),
             ("requestheader_username_headers: [Impersonate-User]", "has another meaning"),
             ("requestheader_extra_headers_prefix: [impersonate-extra-]", "has another meaning"),
-            ("requestheader_extra_headers_prefix: ['']", "is no name of a header"),
+            ("requestheader_extra_headers_prefix: ['']", "is not the name of a header"),
             ("requestheader_extra_headers_prefix: [X-]", "begins with the prefix x- of extra headers"),
             (
                 "requestheader_extra_headers_prefix: [X-Remote-]",

@@ -4,14 +4,16 @@ use std::{io, sync::Arc};
 
 use http_body_util::{BodyExt, Limited};
 use hyper::{Request, Uri};
+use proto_net::causes::causes;
 
 use super::{
     body::RequestBody,
     connection::ServerConnection,
     server::{ConnectError, Protocol, Server},
 };
-use crate::http::causes::causes;
 
+/// How many kept connections may fail before a check fails.
+const MAX_REPEATS: usize = 3;
 /// The maximum number of bytes that are read of an answer, after which its connection can be kept.
 const MAX_HEALTH: usize = 64 * 1024;
 
@@ -27,6 +29,7 @@ pub(super) async fn check(server: &Arc<Server>) {
 
 async fn ask(server: &Arc<Server>) -> Result<(), ConnectError> {
     let failed = |error| ConnectError::Server(server.name.clone(), io::Error::other(error));
+    let mut repeats = 0..MAX_REPEATS;
     loop {
         let connection = ServerConnection::to(server, Protocol::Any).await?;
         let kept = connection.kept;
@@ -35,7 +38,7 @@ async fn ask(server: &Arc<Server>) -> Result<(), ConnectError> {
         let response = match connection.send(request).await {
             Ok(response) => response,
             // The server may have closed a kept connection in the meantime.
-            Err(_) if kept => continue,
+            Err(_) if kept && repeats.next().is_some() => continue,
             Err((error, _)) => return Err(failed(causes(&error))),
         };
         let status = response.status();

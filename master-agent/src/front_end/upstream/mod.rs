@@ -22,11 +22,12 @@ use std::{
 
 use hyper::{Method, Request, Response};
 use proto_net::{
+    causes::causes,
     file_watcher::{FileWatcher, Watcher},
     tasks::Tasks,
 };
 
-use crate::{http::causes::causes, metrics::Expiry};
+use crate::metrics::Expiry;
 
 pub use body::{BodyError, BodyLimits, ReceivedBytes, RequestBody};
 pub use config::UpstreamConfig;
@@ -34,6 +35,10 @@ use connection::ServerConnection;
 pub use connection::{Lease, ResponseBody};
 pub use server::UpstreamStatus;
 use server::{Protocol, Server, ServerTls};
+
+/// How many times a request is sent again after a kept connection has failed. A server that resets each stream of a
+/// shared connection would otherwise be asked without end.
+const MAX_REPEATS: usize = 3;
 
 /// All API servers.
 pub struct Upstream {
@@ -90,6 +95,7 @@ impl Upstream {
         protocol: Protocol,
     ) -> Result<Response<ResponseBody>, UpstreamError> {
         let mut last = String::new();
+        let mut repeats = 0..MAX_REPEATS;
         for server in self.in_order() {
             loop {
                 let connection = match ServerConnection::to(&server, protocol).await {
@@ -114,8 +120,8 @@ impl Upstream {
                     }
                     Err((error, None)) => match (body::cause(&error), again) {
                         (Some(error), _) => return Err(UpstreamError::Body(error)),
-                        (None, Some(again)) => request = again,
-                        (None, None) => return Err(UpstreamError::Broken(causes(&error))),
+                        (None, Some(again)) if repeats.next().is_some() => request = again,
+                        (None, _) => return Err(UpstreamError::Broken(causes(&error))),
                     },
                 }
             }

@@ -17,10 +17,10 @@ use hyper::{
     body::Incoming,
     client::conn::{TrySendError, http1, http2},
 };
+use proto_net::causes::causes;
 use tokio::{sync::OwnedSemaphorePermit, task::coop::unconstrained, time::Instant};
 
 use super::body::RequestBody;
-use crate::http::causes::causes;
 
 /// Sends requests over one connection.
 pub(super) enum Sender {

@@ -20,6 +20,7 @@ use hyper::{
 use hyper_util::rt::{TokioIo, TokioTimer};
 use proto::{Host, Target};
 use proto_net::{
+    causes::causes,
     file_watcher::{FileWatcher, Watcher},
     socket,
     tasks::Tasks,
@@ -40,7 +41,7 @@ use super::{
     sender::{Driver, Established, Http1, Sender},
 };
 use crate::{
-    http::{Executor, causes::causes, is_loopback},
+    http::{Executor, is_loopback},
     metrics::Expiry,
 };
 
@@ -49,7 +50,7 @@ const MAX_HEAD: usize = 1024 * 1024;
 const STREAM_WINDOW: u32 = 1024 * 1024;
 /// The sum of the windows of all streams, so that a stream that nobody reads does not block the others.
 const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MAX_STREAMS as u32;
-/// The number of consecutive failures after which a server counts as down.
+/// The number of failures since the last successful health check after which a server counts as down.
 const FAILURES: usize = 2;
 
 /// The protocols that a connection may use.
@@ -106,7 +107,7 @@ pub(super) struct Server {
     pub health: PathAndQuery,
     /// The longest time to make a connection, and for a health check.
     pub timeout: Duration,
-    /// The number of consecutive failures.
+    /// The number of failures since the last successful health check.
     failures: AtomicUsize,
     /// The number of failures since the start.
     failures_total: AtomicU64,
@@ -120,7 +121,7 @@ pub struct UpstreamStatus {
     /// Host and port.
     pub server: String,
     pub healthy: bool,
-    /// The number of failed connections, requests and checks since the start.
+    /// The number of failed connections and checks since the start, and of requests that could not be sent.
     pub failures: u64,
 }
 
@@ -207,7 +208,8 @@ impl Server {
         }
     }
 
-    /// Counts a failure. After several consecutive failures, the server counts as down.
+    /// Counts a failure. After several failures without a successful health check in between, the server counts as
+    /// down.
     pub(super) fn count_failure(&self, error: &dyn std::fmt::Display) {
         self.failures_total.fetch_add(1, Ordering::Relaxed);
         let failures = self.failures.fetch_add(1, Ordering::Relaxed) + 1;
@@ -241,7 +243,7 @@ impl Server {
             // Requests that come while a shared connection is being made wait for it.
             let shares = protocol == Protocol::Any && self.multiplexes.load(Ordering::Relaxed);
             let _connecting = if shares { Some(self.connecting.lock().await) } else { None };
-            if let Some(sender) = kept().filter(|_| shares) {
+            if shares && let Some(sender) = kept() {
                 return Ok((sender, true));
             }
             let permit = self.pool.permit().ok_or_else(|| ConnectError::Full(self.name.clone()))?;

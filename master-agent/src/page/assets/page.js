@@ -1,8 +1,8 @@
-// What the agent tells, shown. What peers have a part in becomes text by textContent and in no other way.
+// Shows what the agent sends. Text that peers influence is only ever inserted with textContent.
 'use strict';
 
 (() => {
-  const SHOWN = 200; // rows at first, and with each "more"
+  const SHOWN = 200; // The number of rows at first, and of further rows for each click on "more".
   const SILENCE = 12_000;
   const STATES = ['lost', 'retrying', 'connecting', 'waiting', 'connected'];
 
@@ -66,7 +66,7 @@
     if (node.textContent !== text) node.textContent = text;
   }
 
-  // Fills a table; a column is [title, class], a cell is a text or an element. Focus and selection stay where rows do.
+  // Fills a table. A column is [title, class], and a cell is a text. Rows are reused, so that focus and selection stay.
   function fill(table, columns, rows) {
     if (!table.tHead) {
       const head = table.createTHead().insertRow();
@@ -87,7 +87,7 @@
   // ---- nodes
 
   const rank = (node) => STATES.indexOf(node.state);
-  // [key, title, class, text, value to sort by; what one looks for comes first]
+  // Each column is [key, title, class, text, value to sort by]. The values put the most interesting nodes first.
   const COLUMNS = [
     ['name', 'Node', '', null, (n) => n.order],
     ['state', 'State', 'state', null, rank],
@@ -142,7 +142,7 @@
     return made;
   }
 
-  // A reason says again what the state is, for where it stands alone.
+  // Returns the reason without the state, with which it begins because other places show it alone.
   function why(node) {
     const again = `${node.state}: `;
     return node.reason?.startsWith(again) ? node.reason.slice(again.length) : node.reason ?? '';
@@ -194,7 +194,7 @@
       const kept = new Set(list.map((node) => node.name));
       for (const name of views.keys()) if (!kept.has(name)) views.delete(name);
     }
-    // A row that moved has lost it.
+    // A row that was moved has lost the focus.
     if (focused !== document.activeElement && body.contains(focused)) focused.focus({ preventScroll: true });
     const part = found.length < nodes.size ? `${many(found.length, 'node')} of ${nodes.size}` : '';
     const first = list.length < found.length ? `the first ${list.length} are shown` : '';
@@ -276,7 +276,7 @@
       if (!answer.ok) throw new Error(await answer.text());
       detail = await answer.json();
     } catch (error) {
-      if (turn === asking) write($('#node .about'), `Nothing can be said of it now: ${error.message}`);
+      if (turn === asking) write($('#node .about'), `The node can’t be shown at the moment: ${error.message}`);
       return;
     }
     if (turn !== asking) return;
@@ -335,7 +335,7 @@
       if (time === null) broken = true;
       else {
         path += `${broken ? 'M' : 'L'}${x(at).toFixed(1)} ${y(time).toFixed(1)}`;
-        // Alone it would be no line, and the last is what one looks for.
+        // A single sample would not be visible as a line, and the last sample is the most interesting one.
         const alone = broken && (times[at + 1] ?? null) === null;
         if (alone || at === times.length - 1) shapes.push(draw('circle', { cx: x(at), cy: y(time), r: 3 }));
         broken = false;
@@ -399,11 +399,11 @@
       fill(table, [['Target', 'text'], ['Path', ''], ...said.columns.map((title) => [title, 'number'])],
         said.lines.slice(0, SHOWN).map((line) => [line.target, line.path, ...values(line)]));
       const rest = said.lines.length > SHOWN ? ` The first ${SHOWN} of ${said.lines.length} lines are shown.` : '';
-      part.querySelector('.about').textContent = `Begun at ${said.started}; ${said.rounds} rounds in ${said.seconds} s. ` +
+      part.querySelector('.about').textContent = `Begun at ${said.started}; ${many(said.rounds, 'round')} in ${said.seconds} s. ` +
         `Medians; in parentheses, the ratio to the direct path, or to the first that is open.${rest}`;
       for (const hidden of part.querySelectorAll('.wide, .whole')) hidden.hidden = false;
     } catch {
-      // The next comparison, or the next connection, brings it.
+      // The comparison is fetched again after the next connection, or when there is a new one.
       compared = 0;
     }
   }
@@ -458,7 +458,7 @@
     write(place, text ?? 'Live.');
   }
 
-  // Set while the browser tries again, as it does once a minute where the agent wants to know who still watches.
+  // Set while the browser connects again. On the front end, it does so once a minute to be authorized again.
   let missed = null;
 
   function connect() {
@@ -477,7 +477,7 @@
       }
       clearTimeout(missed);
       missed = null;
-      // It has answered otherwise, and the browser does not try again by itself.
+      // The agent has answered with an error, after which the browser does not connect again by itself.
       setTimeout(connect, 5000);
       const answer = await fetch('page.css').catch(() => null);
       if (!answer) reachable(gone);
@@ -496,7 +496,7 @@
     $('#node').addEventListener('close', () => { opened = null; });
     setInterval(() => {
       if (heard && Date.now() - heard > SILENCE) reachable(`No word from the agent for ${duration((Date.now() - heard) / 1000)}. What is shown is old.`);
-      // Ages grow also while nothing happens.
+      // Ages also grow while nothing happens.
       if (Date.now() - rendered > 1500 && !document.hidden) schedule();
     }, 1000);
     setInterval(announce, 5000);

@@ -46,7 +46,7 @@ pub enum TunnelError {
 
 impl TunnelError {
     /// Returns the label under which a failed handshake is counted. Returns `None` for errors that do not come from a
-    /// handshake and are counted where they occur.
+    /// handshake.
     pub(crate) fn handshake_failure(&self) -> Option<&'static str> {
         match self {
             Self::HostKey(why) => Some(why.kind()),

@@ -33,8 +33,8 @@ pub(crate) struct ClientHandler {
 impl ClientHandler {
     /// Ends the session, because the node has opened a channel that it was not asked for. A refusal instead would have
     /// to wait in an unbounded queue during a key exchange.
-    fn unsolicited_channel(&self) -> Result<(), russh::Error> {
-        Err(self.violation("the node tried to open a channel".to_owned()))
+    fn unsolicited_channel(&self) -> russh::Error {
+        self.violation("the node tried to open a channel".to_owned())
     }
 
     /// Ends the session, because the node has violated a protocol.
@@ -48,8 +48,7 @@ impl ClientHandler {
     fn reserve_forwarded(&self, host: &str, port: u32) -> Result<Option<Reserved>, russh::Error> {
         let mut forward = self.state.forward();
         let Some(forward) = forward.as_mut().filter(|forward| forward.listens_on(host, port)) else {
-            self.unsolicited_channel()?;
-            return Ok(None);
+            return Err(self.unsolicited_channel());
         };
         if !forward.count_open(Instant::now()) {
             return Err(self.violation("the node opens too many channels".to_owned()));
@@ -165,7 +164,7 @@ impl client::Handler for ClientHandler {
         _reply: client::ChannelOpenHandle,
         _session: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        self.unsolicited_channel()
+        Err(self.unsolicited_channel())
     }
 
     async fn server_channel_open_agent_forward(
@@ -174,7 +173,7 @@ impl client::Handler for ClientHandler {
         _reply: client::ChannelOpenHandle,
         _session: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        self.unsolicited_channel()
+        Err(self.unsolicited_channel())
     }
 
     async fn server_channel_open_session(
@@ -183,7 +182,7 @@ impl client::Handler for ClientHandler {
         _reply: client::ChannelOpenHandle,
         _session: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        self.unsolicited_channel()
+        Err(self.unsolicited_channel())
     }
 
     async fn server_channel_open_direct_tcpip(
@@ -196,7 +195,7 @@ impl client::Handler for ClientHandler {
         _reply: client::ChannelOpenHandle,
         _session: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        self.unsolicited_channel()
+        Err(self.unsolicited_channel())
     }
 
     async fn server_channel_open_direct_streamlocal(
@@ -206,7 +205,7 @@ impl client::Handler for ClientHandler {
         _reply: client::ChannelOpenHandle,
         _session: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        self.unsolicited_channel()
+        Err(self.unsolicited_channel())
     }
 
     async fn server_channel_open_x11(
@@ -217,7 +216,7 @@ impl client::Handler for ClientHandler {
         _reply: client::ChannelOpenHandle,
         _session: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        self.unsolicited_channel()
+        Err(self.unsolicited_channel())
     }
 
     async fn disconnected(&mut self, reason: DisconnectReason<russh::Error>) -> Result<(), russh::Error> {

@@ -40,7 +40,7 @@ const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
 /// The longest time for each step of closing a session.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// What to do if a port does not speak SSH.
+/// The advice in the error when a port does not speak SSH.
 const NOT_SSH_HINT: &str = "If another service holds this port, let the node call home (`call_home:` in its config), \
      give node-agent another port (`listen:`, and `dial:` in the inventory), or use the sshd that runs there \
      (`master-agent sshd-config`)";

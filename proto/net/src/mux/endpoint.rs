@@ -147,8 +147,10 @@ impl Mux {
 
     /// Queues a frame for the task that sends answers, without waiting.
     pub(super) fn answer(&self, frame: &Frame<'_>) {
-        if self.0.answers.send(frame::encode(frame)).is_ok() {
-            self.0.waiting_answers.fetch_add(1, Ordering::Relaxed);
+        // Counted first, since another thread may take the frame out at once, and the count must not go below zero.
+        self.0.waiting_answers.fetch_add(1, Ordering::Relaxed);
+        if self.0.answers.send(frame::encode(frame)).is_err() {
+            self.0.waiting_answers.fetch_sub(1, Ordering::Relaxed);
         }
     }
 

@@ -339,7 +339,7 @@ async fn only_the_answer_to_a_ping_is_a_measurement() {
 async fn a_peer_that_owes_an_answer_is_asked_nothing_more_and_comes_no_nearer() {
     let mut end = End::new(true);
     let asked = end.pinged().await;
-    // Many times that long.
+    // The peer owes the answer for many times the interval.
     for _ in 0..1000 {
         tokio::time::advance(PING_INTERVAL).await;
         tokio::task::yield_now().await;

@@ -119,7 +119,7 @@ async fn a_reader_that_stops_stops_only_its_own_stream() {
         let (near, mut far) = connect(&mut pair).await;
         let filled = pair.tasks.spawn(async move {
             let mut sent = 0usize;
-            // Tiny writes, as many as the window takes.
+            // Writes are tiny, and as many as the window takes.
             while let Ok(room) = tokio::time::timeout(Duration::from_millis(200), far.writer.room()).await {
                 let n = room.unwrap().min(100);
                 let mut buffer = far.writer.buffer(n);

@@ -23,7 +23,7 @@ impl FileError {
 pub fn roots(ca: &Path) -> Result<RootCertStore, FileError> {
     let mut roots = RootCertStore::empty();
     for certificate in chain(ca)? {
-        roots.add(certificate).map_err(|e| FileError::at("a certificate is no CA in", ca, e))?;
+        roots.add(certificate).map_err(|e| FileError::at("can't use a certificate as a CA in", ca, e))?;
     }
     Ok(roots)
 }

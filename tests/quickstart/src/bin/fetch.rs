@@ -37,7 +37,7 @@ const BEGINNING: usize = 64 * 1024;
 #[command(name = "fetch", version)]
 struct Args {
     /// The egress listener: unix:PATH or tls:HOST:PORT.
-    #[arg(long, value_name = "DOOR")]
+    #[arg(long, value_name = "LISTENER")]
     via: String,
     /// The CA of the egress listener's certificate, PEM.
     #[arg(long, value_name = "FILE")]
@@ -105,8 +105,8 @@ async fn fetch(args: &Args, began: Instant, report: &mut Report) -> anyhow::Resu
     };
     let host = args.url.host().context("the URL has no host")?;
     let port = args.url.port_u16().unwrap_or(if https { 443 } else { 80 });
-    let mut door = open(args).await?;
-    let (status, reason) = connect(&mut door, &format!("{host}:{port}")).await?;
+    let mut socket = open(args).await?;
+    let (status, reason) = connect(&mut socket, &format!("{host}:{port}")).await?;
     report.connected = Some(began.elapsed());
     if status != 200 {
         report.status = Some(status);
@@ -116,10 +116,10 @@ async fn fetch(args: &Args, began: Instant, report: &mut Report) -> anyhow::Resu
         let ca = args.target_ca.as_ref().context("https needs --target-ca")?;
         let config = tls(ca)?.with_no_client_auth();
         let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned())?;
-        let tls = TlsConnector::from(Arc::new(config)).connect(name, door).await;
+        let tls = TlsConnector::from(Arc::new(config)).connect(name, socket).await;
         Box::new(tls.context("TLS with the target")?)
     } else {
-        door
+        socket
     };
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let tasks = Tasks::new();
@@ -188,16 +188,16 @@ fn tls(ca: &PathBuf) -> anyhow::Result<WantsClientCert> {
 }
 
 /// Gives the status and its reason.
-async fn connect(door: &mut dyn Stream, target: &str) -> anyhow::Result<(u16, String)> {
-    door.write_all(format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n").as_bytes()).await?;
-    door.flush().await?;
+async fn connect(socket: &mut dyn Stream, target: &str) -> anyhow::Result<(u16, String)> {
+    socket.write_all(format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n").as_bytes()).await?;
+    socket.flush().await?;
     // A byte at a time, so that nothing of what follows the head is taken.
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         if head.len() > 64 * 1024 {
             bail!("the egress listener's answer has no end");
         }
-        head.push(door.read_u8().await.context("the egress listener closed the connection")?);
+        head.push(socket.read_u8().await.context("the egress listener closed the connection")?);
     }
     let head = String::from_utf8_lossy(&head);
     let mut words = head.lines().next().unwrap_or_default().splitn(3, ' ');

@@ -214,7 +214,7 @@ async fn closed_paths_wrong_arguments_and_other_proxies() {
     );
     assert!(table.contains("request x16") && table.contains("/ tunnel"), "{table}");
 
-    // A connection alone.
+    // A `tcp://` target is measured by its connections alone.
     let tcp = format!("tcp://127.0.0.1:{port}");
     let found = report(&cluster, &[&["--target", &tcp][..], &quick].concat()).await;
     let names: Vec<Name> = found.targets[0].figures.iter().map(|figure| figure.name).collect();

@@ -257,7 +257,7 @@ async fn slow_heads_and_bodies_end_and_hold_up_nobody() {
             let head = "GET /slow HTTP/1.1\r\nHost: api\r\nX-A: ";
             let body = format!("POST /slow HTTP/1.1\r\nHost: api\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 1000\r\n\r\nx");
             let (start, http) = match i % 4 {
-                // Nothing at all, not even TLS.
+                // The caller says nothing at all, not even TLS.
                 0 => {
                     let mut socket = TcpStream::connect(front_end.address).await.unwrap();
                     let _ = socket.read_to_end(&mut Vec::new()).await;
@@ -310,7 +310,7 @@ fn sockets(address: std::net::SocketAddr) -> String {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_thousand_idle_connections_cost_little_and_go() {
     const IDLE: usize = 10_000;
-    // One for each connection on either side, and some.
+    // Each connection needs a descriptor on either side, and the test needs some more.
     raise_descriptor_limit(12_000).unwrap();
     // The limits as they come, but for the quiet of the test, and its haste.
     let limits = Some("{idle_timeout: 10m, requests_per_second_per_user: 100000}".to_owned());

@@ -226,7 +226,7 @@ async fn callers_that_dawdle_are_cut_and_keep_nobody_out() {
             while mine < rounds.load(Ordering::Relaxed) {
                 mine += 1;
                 match i % 5 {
-                    // A TLS handshake that never completes, and one that never begins.
+                    // One TLS handshake never completes, and one never begins.
                     0 => {
                         let mut socket = TcpStream::connect(tls).await.unwrap();
                         let part: &[u8] =

@@ -145,7 +145,7 @@ async fn every_packet_has_its_answer() {
         call.send(Packet::close_dial(6)).await;
         assert_eq!(call.read_to_close(late, |_| ()).await.unwrap(), "the dial was given up");
 
-        // Closed while data comes, by the target, and in order.
+        // Connections are closed while data comes, by the target, and in order.
         let id = call.dial(7, &format!("n1:{port}")).await.unwrap().unwrap();
         call.data(id, "firehose\n").await;
         for _ in 0..100 {
@@ -254,12 +254,12 @@ async fn a_client_that_vanishes_leaves_nothing() {
             call.send(Packet::dial_request(1, &format!("n1:{}", silent.port))).await;
             calls.push(call);
         }
-        // Three streams, and three dials that hold a socket each.
+        // There are three streams, and three dials that hold a socket each.
         eventually("all is open", SOON, async || {
             (site.streams_on_node().await? == 3.0 && silent.dials() == 3).then_some(())
         })
         .await;
-        // One call alone, then the whole connection.
+        // First one call ends, and then the whole connection.
         calls.pop();
         eventually("a call is gone", SOON, async || (site.streams_on_node().await? == 2.0).then_some(()))
             .await;

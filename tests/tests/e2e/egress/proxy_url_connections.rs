@@ -16,7 +16,7 @@ async fn slow_large_and_idle_heads_end() {
         Site::start_with("  head_timeout: 500ms\n  idle_timeout: 3s").await.with_kubelet(&["n1"]).await;
     let health = Health::of(&site.cluster.master);
     let start = b"GET /api/v1/nodes/n1/proxy/healthz HTTP/1.1\r\nHost: x\r\n";
-    // Nothing, a part, and a line now and then.
+    // The callers send nothing, a part of a head, and a line now and then.
     for said in [&b""[..], b"GET /", start] {
         let mut socket = site.unix().await;
         socket.write_all(said).await.unwrap();

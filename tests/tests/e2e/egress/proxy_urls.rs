@@ -336,7 +336,7 @@ async fn a_request_has_one_meaning_only() {
     let listener = site.listen().await;
     let path = site.own("/first");
     let second = format!("GET {} HTTP/1.1\r\nHost: x\r\n\r\n", site.own("/smuggled"));
-    // Refused outright; the target sees nothing of any.
+    // These are refused outright, and the target sees none of them.
     for headers in [
         "Content-Length: 3\r\nContent-Length: 4",
         "Content-Length: 3, 4",

@@ -126,7 +126,7 @@ async fn curl_fetches_by_name_and_by_address_of_both_families() {
             site.fetches(proxy, host);
         }
     }
-    // Resolved by curl.
+    // Here curl resolves the name.
     site.fetches(&format!("socks5://{}", site.tcp), "localhost");
     let url = format!("http://n1:{}/", site.port);
     let output = Command::new("curl")
@@ -216,7 +216,7 @@ async fn halves_close_alone_and_early_bytes_arrive() {
     let bytes = 3_000_000;
     let mut pattern = vec![0; bytes];
     fill(&mut pattern, 0);
-    // All at once, before any answer.
+    // Everything is sent at once, before any answer.
     let mut all = [ANONYMOUS, &request(1, "n1", site.port), b"sink\n"].concat();
     all.extend(&pattern[..1000]);
     socket.write_all(&all).await.unwrap();
@@ -250,7 +250,7 @@ async fn slow_and_half_open_handshakes_end_and_leave_nothing() {
         let _ = completes("the end", socket.read_to_end(&mut end)).await;
         assert_eq!(end, [5, 0], "{n}");
     }
-    // A byte at a time, for ever.
+    // One byte is sent at a time, for ever.
     let mut socket = site.unix().await;
     socket.write_all(&[5, 255]).await.unwrap();
     eventually("the slow one is cut off", SOON, async || {

@@ -227,7 +227,7 @@ async fn while_the_api_is_away_only_what_was_verified_before_goes_on() {
     world.api.delete(Kind::Nodes, "", "n1");
     eventually("it is refused", LAG, async || (world.ask(&deleted).await == 401).then_some(())).await;
     world.api.refuse().await;
-    // Longer than any answer is remembered, which is 10 seconds.
+    // This is longer than any answer is remembered, which is 10 seconds.
     let until = Instant::now() + Duration::from_secs(12);
     while Instant::now() < until {
         for token in [&pod, &secret] {
@@ -304,7 +304,7 @@ async fn nodes_link_and_webhooks_work_while_the_api_is_away() {
     let log = cluster.master.log.clone();
     eventually("the mismatch is refused", SOON, async || {
         let log = std::fs::read_to_string(&log).unwrap();
-        log.contains("what admitted the call home is of node n1, and the host key is of node n2")
+        log.contains("the call home was admitted for node n1, but the host key belongs to node n2")
             .then_some(())
     })
     .await;

@@ -147,7 +147,7 @@ async fn a_kubelet_gets_its_certificate_with_a_bootstrap_token_and_uses_it() {
         eventually("the local endpoint serves", SOON, async || {
             let mut socket = TcpStream::connect(endpoint).await.ok()?;
             socket.write_all(b"no TLS\r\n\r\n").await.ok()?;
-            // The front end's alert.
+            // The front end answers with an alert.
             (socket.read(&mut [0; 16]).await.ok()? > 0).then_some(())
         })
         .await;

@@ -135,7 +135,7 @@ async fn requests_that_kube_apiserver_does_not_answer_end() {
         let answer = completes("an answer", caller.get("/echo")).await.unwrap();
         assert_eq!((answer.status, &answer.json()["kind"]), (StatusCode::GATEWAY_TIMEOUT, &"Status".into()));
     }
-    // Given up there as well.
+    // The requests are given up at kube-apiserver as well.
     eventually("nothing waits", SOON, async || (front_end.upstream.waiting() == 0).then_some(())).await;
     // Callers that leave take their requests with them.
     let callers: Vec<_> = join_all((0..10).map(|_| front_end.caller(Credential::Token, Http::V2))).await;
@@ -168,7 +168,7 @@ async fn what_is_no_tls_hears_nothing() {
         socket.write_all(bytes).await.unwrap();
         let mut heard = Vec::new();
         let _ = completes("the end", socket.read_to_end(&mut heard)).await;
-        // A TLS alert at most.
+        // The answer is a TLS alert at most.
         assert!(heard.is_empty() || (heard.len() <= 7 && heard[0] == 0x15), "{heard:?}");
     }
     assert_eq!(front_end.upstream.received().len(), 0);

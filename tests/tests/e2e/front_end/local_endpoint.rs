@@ -380,7 +380,7 @@ async fn a_node_that_turns_gets_the_front_end_and_nothing_else() {
     let identity = Identity::read(&world.cluster.nodes[0].dir.join("state/host_key")).unwrap();
     let mut rogue = RogueNode::listen(world.cluster.nodes[0].port, identity, true).await.unwrap();
 
-    // Other targets.
+    // The rogue asks for other targets than the front end.
     let (main, mut streams) = next(&mut rogue).await;
     let local = forbidden.to_string();
     let admin = world.cluster.admin.to_string();
@@ -474,7 +474,7 @@ async fn a_sshd_that_turns_gets_what_the_master_asked_for_and_nothing_else() {
     assert!((1..=20).contains(&held.len()), "{}", held.len());
     drop(held);
 
-    // Anything else ends the tunnel.
+    // Any other channel that the node asks for ends the tunnel.
     for number in 0..4 {
         let (address, port, handle) = asked(number).await;
         let opened = match number {
@@ -489,7 +489,7 @@ async fn a_sshd_that_turns_gets_what_the_master_asked_for_and_nothing_else() {
         world.cluster.master.log_text().contains("the node tried to open a channel").then_some(())
     })
     .await;
-    // A flood.
+    // The rogue opens a flood of channels.
     let (address, port, handle) = asked(4).await;
     for i in 0..30_000u32 {
         let (handle, address) = (handle.clone(), address.clone());

@@ -34,7 +34,7 @@ async fn callers_are_cut_with_their_tunnel_and_the_next_one_serves_again() {
         world.served(&endpoint).await;
         let mut held = world.begin(&endpoint, "GET /hold HTTP/1.1").await;
         relay.cut();
-        // However it ends, it ends.
+        // The connection ends, in whichever way.
         let ended = completes("the caller is cut", held.read_u8()).await;
         assert!(ended.is_err(), "{ended:?}");
         world.served(&endpoint).await;
@@ -139,7 +139,7 @@ async fn sshd_listens_on_the_address_of_the_inventory_and_on_no_other() {
     let mut world = world(&[Kind::Sshd], "", |_| {}).await;
     world.served(&world.tcp(0)).await;
     world.cluster.master.kill();
-    // Somebody with the master's powers.
+    // The rogue has the powers of the master.
     let (path, node) =
         (world.cluster.path(), SocketAddr::from(([127, 0, 0, 1], world.cluster.nodes[0].port)));
     let args =

@@ -359,7 +359,7 @@ async fn upgrades_carry_bytes_both_ways_close_by_halves_and_leave_nothing() {
         drop(writer);
         eventually("the upgrade is gone", SOON, async || (upstream.upgraded() == 0).then_some(())).await;
     }
-    // Cut by the caller, then by kube-apiserver.
+    // The upgrades are cut by the caller, and then by kube-apiserver.
     let mut open = Vec::new();
     for _ in 0..50 {
         open.push(connect("SPDY/3.1", Credential::Token).await);
@@ -432,7 +432,7 @@ async fn bodies_pass_whole_and_within_bounds() {
     assert_eq!(heard[0].status, 200);
     let [received] = front_end.upstream.take().try_into().unwrap();
     assert!(received.body == body && received.whole);
-    // Too large: known from the head, and found out on the way.
+    // A body that is too large is known from the head, or found out on the way.
     let large = vec![0; 3_000_001];
     for http in PROTOCOLS {
         let mut caller = front_end.caller(Credential::Token, http).await.unwrap();
@@ -470,7 +470,7 @@ async fn without_kube_apiserver_callers_get_503_and_with_one_of_two_they_are_ser
             assert!(!text.contains(&front_end.upstream.address().port().to_string()), "{text}");
         }
         front_end.upstream.accept().await.unwrap();
-        // At once, without waiting for a health check.
+        // Requests are served at once, without waiting for a health check.
         let mut caller = front_end.caller(Credential::Token, http).await.unwrap();
         assert_eq!(caller.get("/echo").await.unwrap().status, StatusCode::OK, "{}", front_end.log());
     }

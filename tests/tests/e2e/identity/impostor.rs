@@ -77,7 +77,7 @@ async fn an_impostor_that_the_master_dials_is_refused() {
         rogues.push(RogueNode::listen(at, impostor.identity.clone(), true).await.unwrap());
         writeln!(entries, "  - {{name: {}, dial: '127.0.0.1:{at}'{host_keys}}}", impostor.name).unwrap();
         names.push((impostor.name.to_owned(), impostor));
-        // The same by a real sshd, where neither a principal nor a pin (each is good for one node) decides.
+        // Where neither a principal nor a pin decides, each of which is good for one node, a real sshd poses as it, too.
         if ["uncertified", "expired", "not-yet", "other-ca", "unknown", "revoked"].contains(&impostor.name) {
             let (at, directory) = (free_port(), place(&cluster, impostor.name));
             let mut config = format!("HostKey {}\n", impostor.identity.file.display());
@@ -447,7 +447,7 @@ async fn a_second_connection_of_the_same_node_stands_by_and_takes_over() {
     steady.say().await.unwrap();
 
     cluster.nodes[0].process = None;
-    // As soon as the kernel has told the master.
+    // The other takes over as soon as the kernel has told the master.
     let began = std::time::Instant::now();
     let mut echo = eventually("the other carries streams", SOON, async || {
         Echo::open(&cluster.unix, &format!("n1:{port}")).await.ok()
@@ -521,7 +521,7 @@ async fn another_clusters_master_gets_no_tunnel_to_this_node() {
     let (ours, mut steady) = cluster(Kind::Dialled, port).await;
     let (theirs, _) = cluster(Kind::Dialled, port).await;
     let ours_at = ours.nodes[0].port;
-    // Once with their own idea of whom to trust, and once with the node's key pinned, so that the node decides.
+    // They try once with their own idea of whom to trust, and once with the node's key pinned, so that the node decides.
     let pin = Identity::read(&ours.nodes[0].dir.join("state/host_key")).unwrap().fingerprint();
     let entries = format!(
         "  - {{name: borrowed, dial: '127.0.0.1:{ours_at}'}}\n  - {{name: pinned, dial: '127.0.0.1:{ours_at}', host_keys: {{pins: ['{pin}']}}}}\n"

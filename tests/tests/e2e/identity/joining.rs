@@ -31,7 +31,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-/// Longer than certificates live here.
+/// How long the tests wait: longer than certificates live here.
 pub(super) const PATIENCE: Duration = Duration::from_secs(90);
 
 pub(super) fn local(port: u16) -> SocketAddr {

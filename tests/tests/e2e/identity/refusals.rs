@@ -117,7 +117,7 @@ async fn node_is_forgotten(kind: Kind) {
     cluster.command(&["node", "forget", "n1"]).unwrap();
     let node = cluster.nodes[0].process.as_ref().unwrap();
     says(|| node.log_text(), &["the master takes no new streams", "no key of node n1 is known here"]).await;
-    // And at each further attempt.
+    // The node says so at each further attempt.
     says(|| node.log_text(), &["the master refused the link", "no key of node n1 is known here"]).await;
 }
 
@@ -198,7 +198,7 @@ async fn what_a_peer_says_harms_no_log() {
         assert!(clean && whole && log.lines().all(|line| line.len() < 2000), "{log:?}");
     };
 
-    // A stranger in a master's place, at a node.
+    // A stranger poses as a master to a node.
     let node = cluster.nodes[0].process.as_ref().unwrap();
     let address = SocketAddr::from(([127, 0, 0, 1], cluster.nodes[0].port));
     let stranger = Identity::new(&cluster.path().join("stranger")).unwrap();
@@ -210,7 +210,7 @@ async fn what_a_peer_says_harms_no_log() {
     says(|| node.log_text(), &["the master refused the link", "all is well"]).await;
     harmless(&node.log_text());
 
-    // A stranger in a node's place, at the master.
+    // A stranger poses as a node to the master.
     let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
     let (at, pin) = (listener.local_addr().unwrap(), stranger.fingerprint());
     let config = Arc::new(server::Config {

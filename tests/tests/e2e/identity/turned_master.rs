@@ -185,7 +185,7 @@ async fn addresses_of_the_certificate_count_while_the_host_has_them() {
     site.reached(ELSEWHERE).await.unwrap();
     site.ip(&["address", "delete", &with_prefix, "dev", "lo"]);
     assert!(site.reached(ELSEWHERE).await.is_err());
-    // On the interfaces, and in no certificate.
+    // This address is on an interface, and in no certificate.
     site.ip(&["address", "add", "198.51.100.8/32", "dev", "lo"]);
     assert!(site.reached("198.51.100.8").await.unwrap_err().contains("(rule default-deny)"));
     site.reached(&own).await.unwrap();

@@ -62,7 +62,7 @@ async fn strangers_who_hold_the_admin_ports_keep_nobody_from_health_and_metrics(
     let node = &cluster.nodes[0];
     for (address, agent) in [(cluster.admin, &cluster.master), (node.admin, node.process.as_ref().unwrap())] {
         for said in [
-            // Nothing, a slow head, an endless body, metrics that nobody reads.
+            // The strangers send nothing, a slow head, or an endless body, or ask for metrics and do not read them.
             "",
             "GET /livez HTTP/1.1\r\nHost: localhost\r\nX-A: ",
             "POST /livez HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000\r\n\r\nx",

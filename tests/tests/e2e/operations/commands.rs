@@ -430,7 +430,7 @@ async fn tokens_are_listed_and_revoked() {
     run(&["token", "revoke", id]).succeeded();
     assert!(!run(&["token", "list"]).succeeded().contains(id));
     run(&["token", "revoke", id]).failed(1, &[id, "master-agent token list"]);
-    run(&["token", "create", "--ttl", "1000d"]).failed(1, &["30days"]);
+    run(&["token", "create", "--ttl", "1000d"]).failed(1, &["30 days"]);
     run(&["token", "create", "--ttl", "soon"]).failed(2, &["--ttl"]);
 }
 
@@ -446,16 +446,26 @@ fn sshd_config_needs_a_node_of_the_inventory() {
     std::fs::write(&config, "state_dir: state\n").unwrap();
     run("n3", &public).failed(1, &["`inventory:` is not configured"]);
     let inventory = dir.path().join("inventory.yaml");
-    std::fs::write(&inventory, "nodes: [{name: n3, dial: '10.0.0.7:22', addresses: [10.0.0.7]}]\n").unwrap();
+    let nodes = "nodes: [{name: n2}, {name: n3, dial: '10.0.0.7:22', addresses: [10.0.0.7]}]\n";
+    std::fs::write(&inventory, nodes).unwrap();
     std::fs::write(&config, "state_dir: state\ninventory: inventory.yaml\n").unwrap();
     run("n4", &public).failed(1, &["node n4 is not in", &inventory.display().to_string(), "add it there"]);
     run("n3", &config.display().to_string()).failed(1, &["no OpenSSH public key"]);
     run("n3", "/nonexistent").failed(1, &["/nonexistent"]);
+    run("n2", &public).failed(1, &["n2", "`dial:`", "can't call home"]);
     let script = run("n3", &public).succeeded();
     assert!(script.starts_with("#!/bin/sh\n") && script.contains("PermitOpen 10.0.0.7:10250\n"), "{script}");
     let file = dir.path().join("script");
     std::fs::write(&file, script).unwrap();
     openssh::run(Command::new("sh").arg("-n").arg(&file)).unwrap();
+    // Another key would keep the node out that is known.
+    let other = dir.path().join("other");
+    openssh::keygen(&other).unwrap();
+    let other = dir.path().join("other.pub").display().to_string();
+    run("n3", &other).failed(1, &["n3 is known by the key SHA256:", &other, "master-agent node forget n3"]);
+    run("n3", &public).succeeded();
+    ran("master-agent", Some(&config), &["node", "forget", "n3"]).succeeded();
+    run("n3", &other).succeeded();
 }
 
 #[test]

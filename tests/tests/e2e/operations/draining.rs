@@ -310,7 +310,7 @@ async fn a_stream_that_never_ends_is_cut_after_the_grace() {
         let began = Instant::now();
         process.signal("TERM");
         let drained = tokio::spawn(async move {
-            // A failure or an end: either way nothing follows.
+            // The stream fails or ends. Either way nothing follows.
             let mut buffer = vec![0; 256 * 1024];
             while busy.read(&mut buffer).await.is_ok_and(|n| n > 0) {}
         });

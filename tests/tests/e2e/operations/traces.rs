@@ -133,7 +133,7 @@ async fn a_request_and_its_stream_are_one_trace() {
     .await;
     let attribute = |span: &Sent, name: &str| span.attributes.get(name).cloned().unwrap_or_default();
 
-    // To kube-apiserver.
+    // The first request goes to kube-apiserver.
     let trace = number(0xa1);
     let parent = format!("00-{trace}-{SPAN}-01");
     let target = "/api/v1/pods?token=hidden";
@@ -181,7 +181,7 @@ async fn a_request_and_its_stream_are_one_trace() {
     let record = stream_of(&front_end, record["id"].as_str().unwrap()).await;
     assert_eq!((&record["trace_id"], &record["span_id"]), (&Value::from(&*trace), &Value::from(&*stream.id)));
 
-    // A dial that fails.
+    // The dial of this one fails.
     let (trace, closed) = (number(0xa3), free_port());
     let parent = format!("00-{trace}-{SPAN}-01");
     let (status, _) = ask(&front_end, Credential::Token, &node_url(closed, ""), Some(&parent)).await;

@@ -218,7 +218,7 @@ async fn a_node_carries_traffic_comes_back_and_has_its_certificate_renewed() {
         assert_eq!(record["user"], format!("system:node:{node}"), "{record}");
         assert_eq!((&record["bytes_in"], &record["bytes_out"]), (&json!(0), &json!(0)), "{record}");
     }
-    // And one at its end, under the same id.
+    // There is another record at its end, under the same id.
     world.cluster.kill_node(0);
     world.cluster.wait_state("n1", "lost").await;
     eventually("a record of the end", SOON, async || {
@@ -323,7 +323,7 @@ async fn the_credential_and_the_ssh_identity_name_the_same_node() {
     let log = world.cluster.master.log.clone();
     eventually("the mismatch is refused", SOON, async || {
         let log = std::fs::read_to_string(&log).unwrap();
-        log.contains("what admitted the call home is of node n2, and the host key is of node n1")
+        log.contains("the call home was admitted for node n2, but the host key belongs to node n1")
             .then_some(())
     })
     .await;
@@ -400,13 +400,14 @@ async fn hosts_join_over_the_same_port() {
     let line = token(&world, &["--node", "n1"]);
     assert!(line.starts_with(&format!("node-agent join {address} --ca-pin SHA256:")), "{line}");
     let secret = line.rsplit('.').next().unwrap().to_owned();
-    for (args, part) in [
-        (vec!["--https-ca", other_ca.to_str().unwrap()], "no credential was sent"),
-        (vec![], "no credential was sent"),
-        (vec!["--https-ca", &ca, "--node", "n2"], "403 Forbidden"),
-        (vec!["--https-ca", "/nonexistent"], "/nonexistent"),
+    let as_n2 = line.replace(" --node n1 ", " --node n2 ");
+    for (line, args, part) in [
+        (&line, vec!["--https-ca", other_ca.to_str().unwrap()], "no credential was sent"),
+        (&line, vec![], "no credential was sent"),
+        (&as_n2, vec!["--https-ca", &ca], "403 Forbidden"),
+        (&line, vec!["--https-ca", "/nonexistent"], "/nonexistent"),
     ] {
-        let (joined, error) = join(&world, &line, &args);
+        let (joined, error) = join(&world, line, &args);
         assert!(!joined && error.contains(part) && !error.contains(&secret), "{args:?}: {error}");
     }
     let pin = line.split_whitespace().nth(4).unwrap();
@@ -494,14 +495,14 @@ async fn an_http_proxy_is_gone_through_and_not_trusted() {
     world.cluster.start_node(0).unwrap();
     let log = || world.cluster.nodes[0].process.as_ref().unwrap().log_text();
     eventually("the wrong password is refused", SOON, async || log().contains("(407)").then_some(())).await;
-    // Read again for each link.
+    // The password is read again for each link.
     proto_config::secret_file::replace(&password, b"secret\n").unwrap();
     world.cluster.wait_state("n1", "connected").await;
     assert!(!log().contains("secret") && !log().contains("wrong"), "{}", log());
     download(&world.cluster.unix, &format!("n1:{}", world.target), volume()).await;
     assert!(count.load(Ordering::Relaxed) > 0);
 
-    // By the environment, and not for what it exempts.
+    // The environment names the proxy, which is not used for what the environment exempts.
     for (i, (no_proxy, proxied)) in [("other.test", true), ("front-end.test", false)].into_iter().enumerate()
     {
         world.cluster.kill_node(0);

@@ -239,7 +239,7 @@ async fn a_node_that_turns_harms_only_its_own_tunnel() {
         drop(deaf);
         logged("the node broke the stream protocol: stream 1: the peer sent more than its window").await;
 
-        // A stream that the node opens.
+        // The node opens a stream.
         let tunnel = next().await;
         tunnel
             .frame(Frame::Open {
@@ -332,7 +332,7 @@ async fn a_master_that_sends_malformed_frames_is_cut_off() {
     attack.closed().await;
     turned.log_says("stream 1: OPEN with an id that was used before").await;
 
-    // A target that never reads, and more data than the node granted.
+    // The target never reads, and the master sends more data than the node granted.
     let attack = turned.master.attack(1 << 30).await;
     attack.frame(open(1, &turned.target)).await;
     attack.frame(Frame::Data { stream: 1, bytes: b"tiny\n" }).await;

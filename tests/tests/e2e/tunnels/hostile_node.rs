@@ -136,7 +136,7 @@ async fn a_node_that_breaks_the_protocol_loses_its_own_tunnel_and_no_other() {
         beside.steady.say().await.unwrap();
     }
 
-    // The answer to a PING, twice.
+    // The node answers a PING twice.
     let mut tunnel = beside.tunnel().await;
     let asked = ping(&mut tunnel).await;
     tunnel.frame(Frame::Pong(asked)).await;
@@ -236,7 +236,7 @@ async fn a_master_gets_no_more_sockets_than_max_streams() {
     let health = Health::of(node);
     let master = RogueMaster::new(&cluster);
     let target = format!("127.0.0.1:{port}");
-    // One for the session itself.
+    // The session itself has one descriptor.
     let most = node.usage().descriptors + 1 + LIMIT;
     let bounded = |what: &str| {
         let now = node.usage().descriptors;
@@ -268,7 +268,7 @@ async fn a_master_gets_no_more_sockets_than_max_streams() {
     }
     drop(attack);
 
-    // One id again and again, and whatever the node makes of it.
+    // The master uses one id again and again, whatever the node makes of it.
     let attack = master.attack(1 << 30).await;
     for _ in 0..300 {
         let again = [encode(&open(1, &target)), encode(&Frame::Reset { stream: 1, reason: "again".into() })];

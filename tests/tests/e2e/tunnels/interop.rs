@@ -191,7 +191,7 @@ async fn standard_input_and_output_lead_to_a_target_and_end_one_by_one() {
     drop(stdin);
     assert_eq!(within("ssh -W", client.wait()).await.unwrap().code(), Some(0));
 
-    // Both ways in turn.
+    // Bytes go both ways in turn.
     let mut client = alice.client("ssh", &["-W", &format!("n1:{port}"), "node"]).spawn().unwrap();
     let (mut stdin, mut stdout) = (client.stdin.take().unwrap(), client.stdout.take().unwrap());
     stdin.write_all(b"echo\n").await.unwrap();
@@ -383,7 +383,7 @@ async fn other_identities_are_refused() {
         assert!(reasons.iter().any(|reason| log.contains(reason)), "{name}: none of {reasons:?} in {log}");
     }
 
-    // With the right certificate, other logins than its own.
+    // A valid certificate is used for other logins than its own.
     let alice = Person::certified(&cluster, "alice", "").unwrap();
     for login in ["master-agent", "root", "bob", "Alice", "alic"] {
         assert_refused(&attempt(&alice, &["-l", login]).await, "Permission denied (publickey)");

@@ -381,7 +381,7 @@ async fn the_page_and_the_report_hold_in_a_real_browser() {
     }
 }
 
-/// As many as a large cluster has, none of which ever comes.
+/// A large cluster has as many nodes. None of these ever connects.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn five_thousand_nodes_are_shown_a_part_at_a_time() {
     let site = Site::start(Options::default()).await;
@@ -440,7 +440,7 @@ async fn on_the_front_end_the_page_is_for_whom_the_authorizers_let_in() {
             (jane, "POST", "/agent/page/explain", &[("origin", "https://page.example")], 403),
             (jane, "POST", "/agent/page/explain", &[("sec-fetch-site", "cross-site"), own], 403),
             (jane, "POST", "/agent/page/explain", &[own], 200),
-            // As through `kubectl proxy`, whose own origin the page then has.
+            // This is what comes through `kubectl proxy`, whose own origin the page then has.
             (
                 jane,
                 "POST",

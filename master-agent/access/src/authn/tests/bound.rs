@@ -17,7 +17,7 @@ fn issued(name: &str) -> Request {
     Request::bearer(request["status"]["token"].as_str().unwrap())
 }
 
-/// What that kube-apiserver answered to a TokenReview.
+/// The answer of that kube-apiserver to a TokenReview.
 fn reviewed(name: &str) -> Value {
     let text = recorded(&format!("tokenreview-{name}.txt"));
     serde_json::from_str(text.split_once("\n\n").unwrap().1).unwrap()

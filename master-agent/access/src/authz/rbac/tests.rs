@@ -286,7 +286,7 @@ fn what_is_refused() {
         ),
         (
             format!("kind: ClusterRole\n{api}{meta}---\nkind: ClusterRole\n{api}{meta}"),
-            "document 2: role \"x\" is there twice",
+            "document 2: role \"x\" is defined twice",
         ),
         (format!("kind: ClusterRoleBinding\n{api}{meta}"), "missing field `roleRef`"),
         (

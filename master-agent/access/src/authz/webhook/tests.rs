@@ -58,8 +58,8 @@ impl Reviewer for Arc<Fake> {
     }
 }
 
-fn webhook(change: impl FnOnce(&mut WebhookConfig)) -> (Arc<Fake>, Webhook) {
-    let mut config = WebhookConfig {
+fn webhook(change: impl FnOnce(&mut SubjectAccessReviewConfig)) -> (Arc<Fake>, SubjectAccessReviewer) {
+    let mut config = SubjectAccessReviewConfig {
         url: "https://authz.example/".parse().unwrap(),
         tls: ClientTls::default(),
         timeout: Duration::from_secs(5),
@@ -71,10 +71,10 @@ fn webhook(change: impl FnOnce(&mut WebhookConfig)) -> (Arc<Fake>, Webhook) {
     };
     change(&mut config);
     let fake = Arc::new(Fake::default());
-    (fake.clone(), Webhook::new(Box::new(fake), config))
+    (fake.clone(), SubjectAccessReviewer::new(Box::new(fake), config))
 }
 
-async fn decided(webhook: &Webhook, user: &User, what: &str) -> String {
+async fn decided(webhook: &SubjectAccessReviewer, user: &User, what: &str) -> String {
     shown(&webhook.authorize(&Attributes { user, request: &request(what) }).await)
 }
 

@@ -129,7 +129,7 @@ pub(super) fn dialled_impostors(cluster: &Cluster) -> Vec<Dialled> {
                 impostor.host_keys = format!("pins: ['{pin}']");
                 continue;
             }
-            // Known, but for another port.
+            // The key is known, but for another port.
             "unknown" => format!("[127.0.0.1]:* {somebody}\n[127.0.0.1]:1 {own}\n127.0.0.1 {own}\n"),
             "revoked" => format!("[127.0.0.1]:* {own}\n@revoked * {own}\n"),
             "revoked-ca" => format!("@cert-authority * {other_ca}\n@revoked * {other_ca}\n"),

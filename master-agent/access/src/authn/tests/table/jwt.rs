@@ -79,7 +79,7 @@ pub(super) fn accounts(rows: &mut Rows, world: &World) {
         Err(FailureReason::UnknownKey),
     );
     rows.row("kid that is empty", ACCOUNTS, odd(""), Err(FailureReason::UnknownKey));
-    let id = Err(FailureReason::Malformed("its key ID is no short text"));
+    let id = Err(FailureReason::Malformed("its key ID is not a short text"));
     rows.row("kid too long", ACCOUNTS, odd(&"k".repeat(257)), id.clone());
     let number = Request::bearer(&world.rsa.token_with(json!({"kid": 1}), &claims()));
     rows.row("kid that is a number", ACCOUNTS, number, id.clone());
@@ -310,8 +310,8 @@ pub(super) fn hostile_tokens(rows: &mut Rows, world: &World) {
         Err(FailureReason::Unrecognized),
     );
     let (no_header, no_payload) = (
-        Err(FailureReason::Malformed("its header is no JSON object")),
-        Err(FailureReason::Malformed("its payload is no JSON object")),
+        Err(FailureReason::Malformed("its header is not a JSON object")),
+        Err(FailureReason::Malformed("its payload is not a JSON object")),
     );
     row("only dots", ACCOUNTS, "..", no_header.clone());
     row("header that is no base64", ACCOUNTS, &format!("!.{payload}.{signature}"), no_header.clone());

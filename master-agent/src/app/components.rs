@@ -1,8 +1,8 @@
-//! Builds the parts of the agent and connects them to each other. Nothing runs before it is started.
+//! Builds the components of the agent and connects them to each other. Nothing runs before it is started.
 
 use std::sync::Arc;
 
-use proto_net::{clock::Clock, handshake::HandshakePermits, tasks::Tasks};
+use proto_net::{clock::Clock, handshake::HandshakePermits, log_throttle::LogThrottle, tasks::Tasks};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -36,15 +36,18 @@ use crate::{
 /// it.
 const MAX_HANDSHAKES: usize = 256;
 
-/// Everything that the agent reads before it builds its parts.
+/// The number of refused calls home that are logged one by one in ten seconds.
+const LOG_BURST: u32 = 20;
+
+/// Everything that the agent reads before it builds its components.
 pub(super) struct Loaded {
     pub(super) inventory: Arc<Inventory>,
     pub(super) authorities: Arc<Authorities>,
     pub(super) store: Arc<dyn Store>,
 }
 
-/// The parts that listeners, the admin endpoints and the drain use.
-pub(super) struct Parts {
+/// The components that listeners, the admin endpoints and the drain use.
+pub(super) struct Components {
     pub(super) streams: StreamMetrics,
     pub(super) tunnels: TunnelMetrics,
     pub(super) registry: Arc<Registry>,
@@ -64,7 +67,7 @@ pub(super) struct Parts {
     pub(super) draining: CancellationToken,
 }
 
-/// The parts that run in tasks of their own.
+/// The components that run in tasks of their own.
 pub(super) struct Startable {
     pub(super) dial_links: DialLinks<Tcp>,
     /// The receiver of tunnels with callers. It is `None` if no callers come through tunnels.
@@ -87,8 +90,12 @@ struct Shared<'a> {
     draining: CancellationToken,
 }
 
-/// Builds all parts. The group `sessions` owns every SSH session.
-pub(super) fn build(config: &Config, loaded: Loaded, sessions: Tasks) -> anyhow::Result<(Parts, Startable)> {
+/// Builds all components. The group `sessions` owns every SSH session.
+pub(super) fn build(
+    config: &Config,
+    loaded: Loaded,
+    sessions: Tasks,
+) -> anyhow::Result<(Components, Startable)> {
     let Loaded { inventory, authorities, store } = loaded;
     let draining = CancellationToken::new();
     let registry = Arc::new(Registry::new(config.tunnels.max_streams_per_node));
@@ -121,7 +128,7 @@ pub(super) fn build(config: &Config, loaded: Loaded, sessions: Tasks) -> anyhow:
     let revocations = Arc::new(RevocationList::new(store.clone(), authorities, login.clone()));
     let supervisor = Arc::new(shared.supervisor(revocations.clone(), callers));
     let dial_links = shared.dial_links(supervisor.clone());
-    let parts = Parts {
+    let components = Components {
         call_home: Arc::new(shared.call_home(supervisor)),
         explainer: Arc::new(Explainer {
             routes: routes.clone(),
@@ -143,7 +150,7 @@ pub(super) fn build(config: &Config, loaded: Loaded, sessions: Tasks) -> anyhow:
         sessions,
         draining,
     };
-    Ok((parts, Startable { dial_links, caller_tunnels }))
+    Ok((components, Startable { dial_links, caller_tunnels }))
 }
 
 impl Shared<'_> {
@@ -210,6 +217,7 @@ impl Shared<'_> {
             refusals: self.refusals.clone(),
             supervisor,
             permits: HandshakePermits::new(max_handshakes.unwrap_or(MAX_HANDSHAKES)),
+            log_throttle: LogThrottle::with_burst(LOG_BURST),
             tasks: self.sessions.clone(),
             draining: self.draining.clone(),
         }
