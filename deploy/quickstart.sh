@@ -7,7 +7,7 @@ usage() {
     cat <<'END'
 Usage: deploy/quickstart.sh [--once] [--dir DIR] [--bin DIR] [--loopback]
 
-Builds release binaries, starts a master-agent and three nodes, each node in its own network namespace, and
+Builds the binaries, starts a master-agent and three nodes, each node in its own network namespace, and
 fetches from all of them through both egress listeners:
 
   n1  a node-agent that the master dials on port 22
@@ -144,11 +144,11 @@ build() {
     local target=${CARGO_TARGET_DIR:-$repo/target}
     command -v cargo >/dev/null || PATH=$PATH:$HOME/.cargo/bin
     command -v cargo >/dev/null || die "cargo is missing: install stable Rust from https://rustup.rs"
-    say "building release binaries"
-    CARGO_TARGET_DIR=$target cargo build --manifest-path "$repo/Cargo.toml" --release --locked \
+    say "building"
+    CARGO_TARGET_DIR=$target cargo build --manifest-path "$repo/Cargo.toml" --profile quick --locked \
         -p master-agent -p node-agent -p quickstart \
         --bin master-agent --bin node-agent --bin standin --bin fetch >&2
-    bin=$target/release
+    bin=$target/quick
 }
 
 ipv6=''

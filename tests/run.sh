@@ -90,17 +90,17 @@ browser() {
 
 unit() { cargo test --locked --workspace --lib --bins --test architecture --test corpora --test documents --test reference; }
 
-release() {
-    cargo build --locked --release -p master-agent -p node-agent -p tests -p quickstart --bins
+binaries() {
+    cargo build --locked --profile quick -p master-agent -p node-agent -p tests -p quickstart --bins
 }
 
 # Most tests wait more than they compute, so several run at once. Those in the folder `alone` measure memory, CPU time
 # or throughput, and run one at a time.
 e2e() {
     [ "$(id -u)" = 0 ] || die "the end-to-end tests need root (network namespaces, accounts, port 53)"
-    release
+    binaries
     browser
-    export TEST_BIN_DIR=$CARGO_TARGET_DIR/release TEST_FIGURES=$CARGO_TARGET_DIR/e2e-figures.txt
+    export TEST_BIN_DIR=$CARGO_TARGET_DIR/quick TEST_FIGURES=$CARGO_TARGET_DIR/e2e-figures.txt
     rm -f "$TEST_FIGURES"
     local failed=()
     # A page of 5,000 nodes keeps a browser and an agent busy, and its CPU time is measured.
@@ -116,11 +116,11 @@ e2e() {
 }
 
 quickstart() {
-    release
+    binaries
     local dir
     dir=$(mktemp -d /tmp/quickstart-test.XXXXXX)
     chmod 0755 "$dir"
-    deploy/quickstart.sh --once --dir "$dir" --bin "$CARGO_TARGET_DIR/release" | tee "$dir.output"
+    deploy/quickstart.sh --once --dir "$dir" --bin "$CARGO_TARGET_DIR/quick" | tee "$dir.output"
     python3 - "$dir" <<'END'
 import json, os, re, sys
 read = lambda name: open(os.path.join(sys.argv[1], name)).read()
@@ -156,8 +156,8 @@ END
 
 # That every figure can be taken; what the figures are is for people to read.
 bench() {
-    release
-    "$CARGO_TARGET_DIR/release/bench" --quick --json >"$CARGO_TARGET_DIR/bench.json"
+    binaries
+    "$CARGO_TARGET_DIR/quick/bench" --quick --json >"$CARGO_TARGET_DIR/bench.json"
     python3 - "$CARGO_TARGET_DIR/bench.json" <<'END'
 import json, sys
 figures = json.load(open(sys.argv[1]))

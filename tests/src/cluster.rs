@@ -110,7 +110,8 @@ pub fn binary(name: &str) -> PathBuf {
 /// Whether the binaries are of an optimised profile: only then do figures say something.
 pub fn optimized() -> bool {
     let binary = binary("master-agent");
-    binary.parent().is_some_and(|directory| directory.ends_with("release") || directory.ends_with("dist"))
+    let profiles = ["quick", "release", "dist"];
+    binary.parent().is_some_and(|directory| profiles.iter().any(|profile| directory.ends_with(profile)))
 }
 
 fn local(port: u16) -> SocketAddr {
