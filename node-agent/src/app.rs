@@ -36,7 +36,7 @@ use crate::{
 };
 
 /// The number of log lines about peers that do not authenticate in ten seconds.
-const LOG_BURST: u32 = 20;
+const LOG_BURST: u32 = 100;
 /// The least time for sessions to say goodbye.
 const MIN_GOODBYE: Duration = Duration::from_secs(2);
 /// How long what has no streams may take to end by itself.

@@ -37,7 +37,7 @@ use crate::{
 const MAX_HANDSHAKES: usize = 256;
 
 /// The number of refused calls home that are logged one by one in ten seconds.
-const LOG_BURST: u32 = 20;
+const LOG_BURST: u32 = 100;
 
 /// Everything that the agent reads before it builds its components.
 pub(super) struct Loaded {

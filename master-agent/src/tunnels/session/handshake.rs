@@ -32,9 +32,9 @@ use super::{
 };
 use crate::{identity::UserIdentity, tunnels::config::TunnelsConfig};
 
-/// How long one stream to a plain sshd may block the others on its connection. A stream that was fast before may do so
-/// for twice as long.
-const STALL_TIMEOUT: Duration = Duration::from_millis(250);
+/// How long one stream to a plain sshd may block the others on its connection. A stream that was fast before may do so a
+/// little longer.
+const STALL_TIMEOUT: Duration = Duration::from_secs(1);
 /// The longest time to send a refusal, or to wait for the reason of the node's refusal.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
 /// The longest time for each step of closing a session.

@@ -164,7 +164,7 @@ async fn a_host_that_may_not_join_over_https_says_why() {
     let joins =
         |node| cluster.node_command(0, &format!("{} --node {node}", line.trim())).unwrap_err().to_string();
     let error = joins("n1");
-    assert!(error.contains("refused the link: the host key is of node n1 already"), "{error}");
+    assert!(error.contains("refused the link: the call home was admitted for a host that joins, but the host key belongs to node n1"), "{error}");
     // The front end's own refusals give a reason, too: the credential is n1's.
     let error = joins("n2");
     assert!(error.contains("403 Forbidden") && error.contains("join under its own name"), "{error}");

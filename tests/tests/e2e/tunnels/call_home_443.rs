@@ -433,11 +433,12 @@ async fn hosts_join_over_the_same_port() {
     world.configure(0, &address, "call_home_https: {ca: ../ca.crt, cert: client.crt, key: client.key}");
     world.configure(1, &address, "call_home_https: {ca: ../ca.crt, cert: client.crt, key: client.key}");
     let line = token(&world, &["--node", "n2"]);
-    let error = world.cluster.node_command(0, &format!("{line} --node n1")).unwrap_err().to_string();
+    let as_n1 = line.replace("--node n2", "--node n1");
+    let error = world.cluster.node_command(0, &as_n1).unwrap_err().to_string();
     assert!(error.contains("bound to node n2"), "{error}");
-    let error = world.cluster.node_command(0, &format!("{line} --node n2")).unwrap_err().to_string();
+    let error = world.cluster.node_command(0, &line).unwrap_err().to_string();
     assert!(error.contains("403 Forbidden"), "{error}");
-    world.cluster.node_command(1, &format!("{line} --node n2")).unwrap();
+    world.cluster.node_command(1, &line).unwrap();
     world.cluster.node_command(0, &format!("{} --node n1", token(&world, &["--node", "n1"]))).unwrap();
     for node in 0..2 {
         world.cluster.start_node(node).unwrap();
