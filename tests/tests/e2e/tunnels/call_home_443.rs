@@ -439,7 +439,7 @@ async fn hosts_join_over_the_same_port() {
     let error = world.cluster.node_command(0, &line).unwrap_err().to_string();
     assert!(error.contains("403 Forbidden"), "{error}");
     world.cluster.node_command(1, &line).unwrap();
-    world.cluster.node_command(0, &format!("{} --node n1", token(&world, &["--node", "n1"]))).unwrap();
+    world.cluster.node_command(0, &token(&world, &["--node", "n1"])).unwrap();
     for node in 0..2 {
         world.cluster.start_node(node).unwrap();
     }
