@@ -264,7 +264,7 @@ async fn slow_and_half_open_handshakes_end_and_leave_nothing() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn no_bytes_harm_it() {
-    let site = Site::start(&[("alice", "a")], "  head_timeout: 200ms").await;
+    let site = Site::start(&[("alice", "a")], "  head_timeout: 5s").await;
     let health = Health::of(&site.cluster.master);
     let mut rng = StdRng::seed_from_u64(11);
     let valid = [ANONYMOUS, &request(1, "n1", site.port), b"hold\n"].concat();
