@@ -102,16 +102,22 @@ e2e() {
     browser
     export TEST_BIN_DIR=$CARGO_TARGET_DIR/quick TEST_FIGURES=$CARGO_TARGET_DIR/e2e-figures.txt
     rm -f "$TEST_FIGURES"
-    local failed=()
+    local failed=() logs
+    logs=$(mktemp -d /tmp/e2e-logs.XXXXXX)
     # A page of 5,000 nodes keeps a browser and an agent busy, and its CPU time is measured.
     local busy=ui::page::five_thousand
-    cargo test --locked -p tests --test e2e -- --skip alone:: --skip "$busy" --test-threads="${TEST_THREADS:-4}" ||
-        failed+=(parallel)
-    cargo test --locked -p tests --test e2e -- alone:: "$busy" --test-threads=1 || failed+=(alone)
+    cargo test --locked -p tests --test e2e -- --skip alone:: --skip "$busy" --test-threads="${TEST_THREADS:-4}" |
+        tee "$logs/parallel" || failed+=(parallel)
+    cargo test --locked -p tests --test e2e -- alone:: "$busy" --test-threads=1 | tee "$logs/alone" || failed+=(alone)
     if [ -e "$TEST_FIGURES" ]; then
         printf '\n==== figures on the way\n'
         cat "$TEST_FIGURES"
     fi
+    if [ ${#failed[@]} -gt 0 ]; then
+        printf '\n==== why tests failed\n'
+        grep -h -A 6 'panicked at' "$logs"/* | cut -c 1-1000 | tail -n 60 || true
+    fi
+    rm -rf "$logs"
     [ ${#failed[@]} = 0 ] || die "end-to-end tests failed: ${failed[*]}"
 }
 

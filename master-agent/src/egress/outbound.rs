@@ -21,7 +21,7 @@ use crate::{
     traces::Span,
 };
 
-/// What all egress listeners have in common: the dialer, the metrics, and the limits on callers.
+/// The parts that all egress listeners share: the dialer, the metrics, and the limits on callers.
 #[derive(Clone)]
 pub struct Outbound {
     pub dialer: Arc<dyn Dialer>,

@@ -28,7 +28,7 @@ static FORWARDING: [HeaderName; 7] = [
     header::FORWARDED,
 ];
 
-/// What the target is told about the origin of a request.
+/// Where a request came from, as the headers for the target state it.
 pub(super) struct Forwarded<'a> {
     /// `http` or `https`.
     pub proto: &'static str,

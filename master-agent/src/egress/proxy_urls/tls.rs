@@ -143,7 +143,7 @@ impl TargetTls {
     }
 }
 
-/// What was read from the files for one kind of target.
+/// The TLS material for one kind of target, as it was last read from its files.
 struct Trust {
     verification: Verification,
     expiries: Vec<Expiry>,
