@@ -22,6 +22,6 @@ pub async fn connect(to: &Target, timeout: Duration) -> Result<TcpStream, Connec
         .await
         .map_err(|_| ConnectError::TimedOut { to: to.clone(), limit: timeout })?
         .map_err(|error| ConnectError::Failed { to: to.clone(), error })?;
-    socket::tune(&socket);
+    socket::tune_link(&socket);
     Ok(socket)
 }

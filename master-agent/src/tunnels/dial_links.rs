@@ -66,7 +66,7 @@ impl Connect for Tcp {
 
     async fn connect(&self, address: &Target) -> io::Result<(TcpStream, Option<SocketAddr>)> {
         let stream = TcpStream::connect((address.host.to_string(), address.port)).await?;
-        socket::tune(&stream);
+        socket::tune_link(&stream);
         let peer = stream.peer_addr().ok();
         Ok((stream, peer))
     }

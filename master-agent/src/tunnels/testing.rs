@@ -11,7 +11,8 @@ use std::{
 use proto::{NodeName, Target, mux::SUBSYSTEM};
 use proto_net::{
     clock::Clock,
-    link::{Gate, Link},
+    gate::Gate,
+    link::Link,
     mux::{Events, Feeder, Mux, Notice},
     ssh,
     stalls::Stalls,

@@ -10,7 +10,7 @@ use proto::{
 };
 use proto_net::{
     channel::WriteHalf,
-    link::Gate,
+    gate::Gate,
     mux::{Events, Feeder, Mux, Notice},
     ssh,
     tasks::Tasks,

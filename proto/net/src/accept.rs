@@ -47,7 +47,7 @@ pub trait Peer: Copy + fmt::Debug + Send + Sync + 'static {
 /// What an accepted TCP socket is set to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tuning {
-    /// [`socket::tune`], for links and administration.
+    /// [`socket::tune_link`], for links and administration.
     Link,
     /// [`socket::tune_caller`], for sockets whose bytes are relayed.
     Caller,
@@ -147,7 +147,7 @@ impl Listener for TcpListener {
 
     fn tune(socket: &TcpStream, tuning: Tuning) {
         match tuning {
-            Tuning::Link => socket::tune(socket),
+            Tuning::Link => socket::tune_link(socket),
             Tuning::Caller => socket::tune_caller(socket),
         }
     }

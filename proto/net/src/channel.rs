@@ -22,7 +22,12 @@ use bytes::BytesMut;
 use russh::{ChannelId, ChannelWriteHalf, client, server};
 use tokio::sync::Notify;
 
-use super::{link::Gate, stalls::Stalls, stream::error::StreamError, tasks::Tasks};
+use super::{
+    gate::{Gate, Turn},
+    stalls::Stalls,
+    stream::error::StreamError,
+    tasks::Tasks,
+};
 
 /// The most bytes buffered for one stream.
 const BUFFER: usize = 2 * 1024 * 1024;
@@ -106,7 +111,8 @@ impl Channels {
         });
         let owner = Arc::new(Owner { id, half: Some(Arc::new(half)), channels: self.clone(), shared });
         let reader = Reader { owner: owner.clone(), current: BytesMut::new() };
-        (reader, Writer { owner, gate: self.gate.clone() })
+        let (gate, turn) = (self.gate.clone(), self.gate.turn());
+        (reader, Writer { owner, gate, turn })
     }
 
     pub fn len(&self) -> usize {
@@ -330,6 +336,27 @@ struct Owner {
     shared: Arc<Shared>,
 }
 
+impl Owner {
+    /// Sends unless the stream fails first: russh waits for a window for ever, even after the channel has been closed.
+    async fn unless_failed(&self, send: impl AsyncFnOnce(&WriteHalf) -> bool) -> Result<(), StreamError> {
+        let shared = &self.shared;
+        let failed = poll_fn(|cx| {
+            let mut state = shared.lock();
+            if let Some(error) = &state.failed {
+                return Poll::Ready(error.clone());
+            }
+            state.writer = Some(cx.waker().clone());
+            Poll::Pending
+        });
+        let Some(half) = &self.half else { return Err(StreamError("closed".to_owned())) };
+        tokio::select! {
+            biased;
+            sent = send(half) => if sent { Ok(()) } else { Err(StreamError("the tunnel was lost".to_owned())) },
+            error = failed => Err(error),
+        }
+    }
+}
+
 impl Drop for Owner {
     fn drop(&mut self) {
         let Some(half) = self.half.take() else { return };
@@ -440,6 +467,7 @@ impl Reader {
 pub struct Writer {
     owner: Arc<Owner>,
     gate: Gate,
+    turn: Turn,
 }
 
 impl std::fmt::Debug for Writer {
@@ -457,45 +485,28 @@ impl Writer {
     }
 
     pub(super) async fn send(&mut self, bytes: BytesMut) -> Result<(), StreamError> {
-        let stalls = &self.owner.channels.stalls;
-        self.unless_failed(async |half| {
-            let Some(reserved) = self.gate.reserve(bytes.len()).await else { return false };
-            let sent = half.data_counted(bytes, stalls).await;
-            if sent {
-                reserved.used();
-            }
-            sent
-        })
-        .await
+        let Self { owner, gate, turn } = self;
+        let stalls = &owner.channels.stalls;
+        owner
+            .unless_failed(async |half| {
+                let Some(reserved) = gate.reserve(turn, bytes.len()).await else { return false };
+                let sent = half.data_counted(bytes, stalls).await;
+                if sent {
+                    reserved.used();
+                }
+                sent
+            })
+            .await
     }
 
     pub(super) async fn finish(&mut self) -> Result<(), StreamError> {
-        self.unless_failed(async |half| half.eof().await).await?;
+        self.owner.unless_failed(async |half| half.eof().await).await?;
         self.owner.shared.lock().sent_eof = true;
         Ok(())
     }
 
     pub(super) fn reset(&mut self) {
         self.owner.shared.lock().aborted = true;
-    }
-
-    /// Sends unless the stream fails first: russh waits for a window for ever, even after the channel has been closed.
-    async fn unless_failed(&self, send: impl AsyncFnOnce(&WriteHalf) -> bool) -> Result<(), StreamError> {
-        let shared = &self.owner.shared;
-        let failed = poll_fn(|cx| {
-            let mut state = shared.lock();
-            if let Some(error) = &state.failed {
-                return Poll::Ready(error.clone());
-            }
-            state.writer = Some(cx.waker().clone());
-            Poll::Pending
-        });
-        let Some(half) = &self.owner.half else { return Err(StreamError("closed".to_owned())) };
-        tokio::select! {
-            biased;
-            sent = send(half) => if sent { Ok(()) } else { Err(StreamError("the tunnel was lost".to_owned())) },
-            error = failed => Err(error),
-        }
     }
 }
 

@@ -9,6 +9,7 @@ pub mod clock;
 pub mod dialer;
 pub mod exposition;
 pub mod file_watcher;
+pub mod gate;
 pub mod handshake;
 pub mod https_client;
 pub mod link;

@@ -19,116 +19,18 @@ use std::{
 use bytes::{Buf, BytesMut};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    sync::{Semaphore, TryAcquireError},
     time::Sleep,
 };
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-/// The most bytes of data between the streams and the socket.
-const ROOM: usize = 512 * 1024;
-/// The least that a stream may send at once, however many wait for room.
-const LEAST_SHARE: usize = 4 * 1024;
+use super::gate::Gate;
+
 /// How long a link that is being closed waits for the socket to take more of the backlog.
 const CLOSING: Duration = Duration::from_secs(1);
 /// The largest backlog, which is only reached by a fault. The link then fails.
 const LIMIT: usize = 64 * 1024 * 1024;
 /// The size of the buffer that serves small reads, such as that of an SSH packet's length.
 const READ_BUFFER: usize = 8 * 1024;
-
-/// Admits data to a link: hands out the room in its backlog, in the order in which it was asked for.
-#[derive(Clone, Debug)]
-pub struct Gate(Arc<GateState>);
-
-#[derive(Debug)]
-struct GateState {
-    room: Semaphore,
-    reserved: AtomicUsize,
-    waiting: AtomicUsize,
-}
-
-impl Default for Gate {
-    fn default() -> Self {
-        Self(Arc::new(GateState {
-            room: Semaphore::new(ROOM),
-            reserved: AtomicUsize::new(0),
-            waiting: AtomicUsize::new(0),
-        }))
-    }
-}
-
-impl Gate {
-    /// How many bytes one stream should send at once, so that the streams that wait for room hold little together.
-    pub fn share(&self) -> usize {
-        (ROOM / (1 + self.0.waiting.load(Ordering::Relaxed))).max(LEAST_SHARE)
-    }
-
-    /// Waits until there is room for `bytes` bytes, and reserves it; `None` once the link is gone. Cancel-safe.
-    pub async fn reserve(&self, bytes: usize) -> Option<Reservation> {
-        let permits = u32::try_from(bytes.min(ROOM)).unwrap_or_default();
-        let permit = match self.0.room.try_acquire_many(permits) {
-            Ok(permit) => permit,
-            Err(TryAcquireError::Closed) => return None,
-            Err(TryAcquireError::NoPermits) => {
-                let _waiting = Waiting::new(&self.0.waiting);
-                match self.0.room.acquire_many(permits).await {
-                    Ok(permit) => permit,
-                    Err(_) => return None,
-                }
-            }
-        };
-        permit.forget();
-        let bytes = bytes.min(ROOM);
-        self.0.reserved.fetch_add(bytes, Ordering::AcqRel);
-        Some(Reservation { gate: self.clone(), bytes })
-    }
-
-    /// Gives back the room of bytes that have left. SSH makes them a little more than was reserved.
-    pub(super) fn release(&self, bytes: usize) {
-        let all = |reserved: usize| Some(reserved.saturating_sub(bytes));
-        let reserved = self.0.reserved.fetch_update(Ordering::AcqRel, Ordering::Acquire, all);
-        let freed = reserved.unwrap_or_else(|reserved| reserved).min(bytes);
-        if freed > 0 {
-            self.0.room.add_permits(freed);
-        }
-    }
-}
-
-/// Room for bytes that are about to be sent. Dropping it without [`Self::used`] gives the room back, as when the stream
-/// has failed in the meantime or its sender has left.
-#[derive(Debug)]
-#[must_use]
-pub struct Reservation {
-    gate: Gate,
-    bytes: usize,
-}
-
-impl Reservation {
-    /// Leaves the room to the bytes, which have been sent and give it back as they leave the link.
-    pub fn used(mut self) {
-        self.bytes = 0;
-    }
-}
-
-impl Drop for Reservation {
-    fn drop(&mut self) {
-        self.gate.release(self.bytes);
-    }
-}
-
-struct Waiting<'a>(&'a AtomicUsize);
-
-impl<'a> Waiting<'a> {
-    fn new(count: &'a AtomicUsize) -> Self {
-        count.fetch_add(1, Ordering::Relaxed);
-        Self(count)
-    }
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
 
 /// A byte stream between the agents on which writing never waits.
 pub struct Link<T: AsyncRead + AsyncWrite + Unpin> {
@@ -197,7 +99,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Drop for Link<T> {
     fn drop(&mut self) {
         // The backlog may end with SSH_MSG_DISCONNECT, which says why.
         let _ = self.drain(&mut Context::from_waker(Waker::noop()));
-        self.gate.0.room.close();
+        self.gate.close();
     }
 }
 
@@ -264,16 +166,18 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
+    use crate::gate::ROOM;
 
     #[tokio::test]
     async fn takes_writes_that_the_socket_does_not_and_delivers_them_while_reading() {
         let (near, mut far) = tokio::io::duplex(1000);
         let (mut link, gate) = Link::new(near, CancellationToken::new(), Arc::default());
         let sent: Vec<u8> = (0..1_000_000u32).map(|i| (i / 7) as u8).collect();
-        gate.reserve(ROOM).await.unwrap().used();
+        let mut turn = gate.turn();
+        gate.reserve(&mut turn, ROOM).await.unwrap().used();
         link.write_all(&sent).await.unwrap();
         link.flush().await.unwrap();
-        assert!(tokio::time::timeout(Duration::from_millis(1), gate.reserve(ROOM)).await.is_err());
+        assert!(tokio::time::timeout(Duration::from_millis(1), gate.reserve(&mut turn, ROOM)).await.is_err());
 
         let reader = async {
             let mut got = vec![0; sent.len()];
@@ -286,7 +190,7 @@ mod tests {
             link.read_exact(&mut answer).await.unwrap();
             answer
         };
-        let (got, answer, reserved) = tokio::join!(reader, driver, gate.reserve(ROOM));
+        let (got, answer, reserved) = tokio::join!(reader, driver, gate.reserve(&mut turn, ROOM));
         assert!(got == sent && reserved.is_some());
         assert_eq!(&answer, b"done");
     }
@@ -320,47 +224,5 @@ mod tests {
         closed.unwrap();
         assert_eq!(got, 50);
         assert!(began.elapsed() >= CLOSING * 25 && began.elapsed() < CLOSING * 28, "{:?}", began.elapsed());
-    }
-
-    #[tokio::test]
-    async fn room_is_bounded_shared_and_gone_with_the_link() {
-        let (near, _far) = tokio::io::duplex(1000);
-        let (link, gate) = Link::new(near, CancellationToken::new(), Arc::default());
-        assert_eq!(gate.share(), ROOM);
-        gate.reserve(ROOM - 10).await.unwrap().used();
-        let waiting = (0..3).map(|_| {
-            let gate = gate.clone();
-            Box::pin(async move { gate.reserve(20).await.map(Reservation::used).is_some() })
-        });
-        let mut waiting: Vec<_> = waiting.collect();
-        for future in &mut waiting {
-            assert!(tokio::time::timeout(Duration::from_millis(1), future.as_mut()).await.is_err());
-        }
-        assert_eq!(gate.share(), ROOM / 4);
-        gate.release(30);
-        assert!(waiting.remove(0).await, "in the order of asking");
-        drop(waiting.remove(0));
-        assert_eq!(gate.share(), ROOM / 2);
-        drop(link);
-        assert!(!waiting.remove(0).await && gate.reserve(1).await.is_none());
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn room_that_is_not_used_is_given_back() {
-        let gate = Gate::default();
-        for _ in 0..1000 {
-            drop(gate.reserve(64 * 1024).await.unwrap());
-        }
-        let all = gate.reserve(ROOM).await.unwrap();
-        // Whoever leaves while the bytes are handed over.
-        let leaving = async {
-            let _reserved = gate.reserve(ROOM).await;
-            std::future::pending::<()>().await;
-        };
-        let left = tokio::time::timeout(Duration::from_millis(10), async {
-            tokio::join!(leaving, async { drop(all) })
-        });
-        assert!(left.await.is_err());
-        assert!(tokio::time::timeout(Duration::from_millis(10), gate.reserve(ROOM)).await.is_ok());
     }
 }

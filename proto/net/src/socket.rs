@@ -8,6 +8,8 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 /// The most unsent bytes in a caller's socket. With more, a slow caller would seem to take nothing for a long time and then
 /// very much at once.
 const UNSENT: u32 = 256 * 1024;
+/// The most unsent bytes in the socket of a link. What is there can't be overtaken any more.
+const UNSENT_ON_LINK: u32 = 128 * 1024;
 
 /// The most connections that wait to be accepted, if the kernel allows as many (`net.core.somaxconn`). It drops
 /// connections of a larger burst, and their peers learn of it only when they send something.
@@ -34,6 +36,12 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 pub fn tune_caller(socket: &TcpStream) {
     tune(socket);
     let _ = SockRef::from(socket).set_tcp_notsent_lowat(UNSENT);
+}
+
+/// Sets what [`tune`] sets, and a limit on unsent bytes: for links.
+pub fn tune_link(socket: &TcpStream) {
+    tune(socket);
+    let _ = SockRef::from(socket).set_tcp_notsent_lowat(UNSENT_ON_LINK);
 }
 
 /// Makes the socket send small messages at once, and detect within two minutes that an idle peer is gone.

@@ -9,9 +9,10 @@
 //! which the roles are reversed (subsystem [`FRONT_END_SUBSYSTEM`]): there the node opens streams, all to [`FRONT_END`]. A
 //! peer without a use for a subsystem refuses it.
 //!
-//! [`frame`] is the codec, [`window`] is the flow control, and [`ids`] knows which streams there have been. None of them
-//! does I/O or reads a clock; `proto_net::mux` moves the bytes.
+//! [`frame`] is the codec, [`window`] is the flow control of streams, [`flow`] limits what is under way on a connection, and
+//! [`ids`] knows which streams there have been. None of them does I/O or reads a clock; `proto_net::mux` moves the bytes.
 
+pub mod flow;
 pub mod frame;
 pub mod ids;
 pub mod window;

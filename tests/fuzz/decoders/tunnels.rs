@@ -15,7 +15,7 @@ use proto::{
     target::Target,
 };
 use proto_net::{
-    link::Gate,
+    gate::Gate,
     mux::{Mux, SendFrame},
     stalls::Stalls,
     tasks::Tasks,

@@ -8,8 +8,9 @@ use std::{
 use proto::refusal;
 use proto_net::{
     channel::Channels,
+    gate::Gate,
     handshake::{BEGUN, HandshakePermit},
-    link::{Gate, Link},
+    link::Link,
     ssh, stalls,
     tasks::Tasks,
 };

@@ -15,8 +15,9 @@ use proto::{
 };
 use proto_net::{
     clock::Clock,
+    gate::Gate,
     handshake::HandshakePermit,
-    link::{Gate, Link},
+    link::Link,
     log_throttle::LogThrottle,
     mux::{Events, Feeder, Mux},
     ssh,

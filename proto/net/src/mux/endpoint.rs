@@ -14,6 +14,7 @@ use bytes::Bytes;
 use proto::{
     DialError,
     mux::{
+        flow::PingId,
         frame::{self, Frame},
         ids::Ids,
     },
@@ -21,11 +22,11 @@ use proto::{
 use tokio::sync::mpsc;
 
 use super::{
-    error::Violation,
+    error::{ProtocolError, Violation},
     round_trip::RoundTrip,
     state::{Shared, State},
 };
-use crate::{link::Gate, stalls::Stalls, stream::error::StreamError};
+use crate::{gate::Gate, stalls::Stalls, stream::error::StreamError};
 
 /// Bytes by which all windows of a tunnel together may exceed their initial size.
 pub(super) const GROWTH_BUDGET: i64 = 32 * 1024 * 1024;
@@ -191,6 +192,17 @@ impl Mux {
             None => {
                 streams.ids.take(stream);
             }
+        }
+        Ok(())
+    }
+
+    pub(super) fn on_pong(&self, id: PingId) -> Result<(), ProtocolError> {
+        let measured = self.0.round_trip.on_pong(id);
+        if !self.0.gate.on_pong(id) && !measured {
+            return Err(ProtocolError::Pong);
+        }
+        if let Some(id) = self.0.gate.mark_wanted(0) {
+            self.answer(&Frame::Ping(id));
         }
         Ok(())
     }

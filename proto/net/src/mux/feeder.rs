@@ -18,7 +18,7 @@ use super::{
     open::{Incoming, on_open},
     state::{Shared, State},
 };
-use crate::{link::Gate, stalls::Stalls, tasks::Tasks};
+use crate::{gate::Gate, stalls::Stalls, tasks::Tasks};
 
 /// Answers (PONG, REFUSED, RESET) that may wait to be sent, in addition to one for each stream.
 pub(super) const ANSWERS: usize = 4096;
@@ -59,6 +59,7 @@ impl Mux {
         send: SendFrame,
         tasks: &Tasks,
     ) -> (Self, Feeder, Events) {
+        gate.measure();
         let (answers, answer_queue) = mpsc::unbounded_channel();
         let (incoming_tx, incoming) = mpsc::channel(max_streams.max(1));
         let (notices_tx, notices) = mpsc::channel(16);
@@ -111,7 +112,7 @@ impl Feeder {
                     on_open(mux, incoming, stream, timeout_ms, &target, origin).map_err(on(stream))?;
                 }
                 Frame::Ping(id) => mux.answer(&Frame::Pong(id)),
-                Frame::Pong(id) => mux.0.round_trip.on_pong(id)?,
+                Frame::Pong(id) => mux.on_pong(id)?,
                 Frame::GoAway { reason } => {
                     let reason = printable(&reason);
                     mux.streams().going_away = Some(reason.clone());
@@ -150,6 +151,7 @@ async fn housekeeping(mux: Weak<Inner>, mut answers: mpsc::UnboundedReceiver<Byt
             _ = ping.tick() => {
                 let Some(mux) = mux.upgrade() else { return };
                 let Some(id) = mux.round_trip.next_ping() else { continue };
+                mux.gate.mark(id);
                 frame::encode(&Frame::Ping(id))
             }
         };

@@ -17,7 +17,7 @@ use super::{
     endpoint::{Mux, Streams},
     state::{Answer, Shared, State},
 };
-use crate::stream::error::StreamError;
+use crate::{gate::Turn, stream::error::StreamError};
 
 /// See [`stream::Watch`](crate::stream::Watch).
 pub struct Watch(Arc<Shared>);
@@ -97,6 +97,7 @@ impl Reader {
 /// See [`stream::Writer`](crate::stream::Writer).
 pub struct Writer {
     entry: Arc<Entry>,
+    turn: Turn,
     finished: bool,
 }
 
@@ -126,21 +127,29 @@ impl Writer {
 
     pub(crate) async fn send(&mut self, buffer: BytesMut) -> Result<(), StreamError> {
         let payload = buffer.len().saturating_sub(frame::HEADER);
-        let reserved = self.entry.mux.0.gate.reserve(buffer.len()).await;
+        let Self { entry, turn, .. } = self;
+        let (mux, gate) = (&entry.mux, &entry.mux.0.gate);
+        if let Some(id) = gate.mark_wanted(buffer.len()) {
+            mux.send(frame::encode(&Frame::Ping(id))).await;
+        }
+        let reserved = gate.reserve(turn, buffer.len()).await;
         {
-            let mut state = self.entry.shared.lock();
+            let mut state = entry.shared.lock();
             if let Some(error) = &state.failed {
                 return Err(error.clone());
             }
             state.credit = state.credit.saturating_sub(payload);
         }
         if let Some(reserved) = reserved
-            && self.entry.mux.send(frame::finish_data(buffer, self.entry.id)).await
+            && mux.send(frame::finish_data(buffer, entry.id)).await
         {
             reserved.used();
+            if let Some(id) = gate.mark_due() {
+                mux.send(frame::encode(&Frame::Ping(id))).await;
+            }
             return Ok(());
         }
-        Err(StreamError(self.entry.mux.closed_reason()))
+        Err(StreamError(mux.closed_reason()))
     }
 
     pub(crate) async fn finish(&mut self) -> Result<(), StreamError> {
@@ -190,7 +199,8 @@ impl Entry {
     pub(super) fn into_halves(self) -> (Reader, Writer) {
         let entry = Arc::new(self);
         let reader = Reader { entry: entry.clone(), current: BytesMut::new() };
-        (reader, Writer { entry, finished: false })
+        let turn = entry.mux.0.gate.turn();
+        (reader, Writer { entry, turn, finished: false })
     }
 }
 

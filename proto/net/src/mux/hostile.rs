@@ -14,7 +14,7 @@ use super::{
     Events, Feeder, Mux, ProtocolError, SendFrame,
     feeder::{ANSWERS, PING_INTERVAL},
 };
-use crate::{link::Gate, stalls::Stalls, stream::Stream, tasks::Tasks};
+use crate::{gate::Gate, stalls::Stalls, stream::Stream, tasks::Tasks};
 
 const LIMIT: usize = 10;
 /// Streams of the table below: one that is open, one that the peer has ended, one that has ended here, one that the

@@ -8,10 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::error::ProtocolError;
-
-/// The identifier that a PING carries and its PONG repeats.
-type PingId = [u8; 8];
+use proto::mux::flow::PingId;
 
 #[derive(Default)]
 pub(super) struct RoundTrip {
@@ -41,14 +38,15 @@ impl RoundTrip {
         Some(id)
     }
 
-    pub(super) fn on_pong(&self, id: PingId) -> Result<(), ProtocolError> {
-        let (_, sent) = self.ping().take_if(|(asked, _)| *asked == id).ok_or(ProtocolError::Pong)?;
+    /// Takes the answer to that PING. Returns `false` if `id` is of another.
+    pub(super) fn on_pong(&self, id: PingId) -> bool {
+        let Some((_, sent)) = self.ping().take_if(|(asked, _)| *asked == id) else { return false };
         let sample = nanoseconds(sent.elapsed());
         let old = self.nanoseconds.load(Ordering::Relaxed);
         // A shorter time is the better measurement; a longer one may be a busy moment, or a new path.
         let new = if old == 0 || sample < old { sample } else { old - old / 8 + sample / 8 };
         self.nanoseconds.store(new, Ordering::Relaxed);
-        Ok(())
+        true
     }
 
     fn ping(&self) -> MutexGuard<'_, Option<(PingId, Instant)>> {

@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 
 use super::{Incoming, Mux, Notice, SendFrame, endpoint::GROWTH_BUDGET};
 use crate::{
-    link::Gate,
+    gate::Gate,
     stalls::Stalls,
     stream::{Stream, StreamError},
     tasks::Tasks,

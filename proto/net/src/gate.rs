@@ -1,0 +1,493 @@
+//! Admits data to a link: how much may be ahead of the next message, and whose turn it is.
+//!
+//! Two things bound what is ahead. What was admitted and has not left for the socket can't be overtaken any more, since
+//! russh sends in order, so it is little. And where a multiplexer measures the path with PINGs ([`Flow`]), what has left
+//! for the socket and has not arrived is little more than the path needs.
+//!
+//! While there is no room, streams wait in two queues. A stream that has sent little lately goes ahead of those that
+//! send without end, and those take turns: this is what fq_codel (RFC 8290, §4.1) does with packets. So a small answer waits
+//! for what is under way and for nothing else.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use proto::mux::flow::{Flow, PingId, Use};
+use tokio::sync::oneshot;
+
+/// The least and the most bytes between the streams and the socket. In between, it is what the path carries in [`QUEUE`].
+const LEAST_ROOM: usize = 32 * 1024;
+pub(crate) const ROOM: usize = 256 * 1024;
+const QUEUE: Duration = Duration::from_millis(2);
+/// The least that a stream may send at once, however many wait for room.
+const LEAST_SHARE: usize = 4 * 1024;
+/// What a stream may send ahead of others before it has to wait for its turn.
+const QUANTUM: usize = 64 * 1024;
+/// What may go ahead of those that wait for their turn before one of them is served.
+const AHEAD: usize = 4 * QUANTUM;
+/// For how long a connection counts as shared after two streams have sent on it by turns.
+const SHARED: Duration = Duration::from_secs(1);
+
+/// Admits data to one link. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Gate(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    streams: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Bytes that were admitted and that the socket has not taken, and those of them that have not been sent.
+    queued: usize,
+    unsent: usize,
+    /// Absent where nobody measures the path.
+    flow: Option<Flow>,
+    /// Those who send little, and those who wait for their turn.
+    ahead: VecDeque<Waiter>,
+    turns: VecDeque<Waiter>,
+    /// Bytes that went ahead since a turn was last taken.
+    went_ahead: usize,
+    /// Grows by one when everyone who waits for a turn has had one.
+    round: u64,
+    left_in_round: usize,
+    /// Somebody had to wait since the last PING.
+    held_back: bool,
+    /// The stream that was admitted last, and until when the connection counts as shared.
+    last_stream: u64,
+    shared_until: Option<Instant>,
+    closed: bool,
+}
+
+#[derive(Debug)]
+struct Waiter {
+    bytes: usize,
+    admit: oneshot::Sender<Reservation>,
+}
+
+/// What a gate knows of one stream.
+#[derive(Debug)]
+pub struct Turn {
+    stream: u64,
+    /// Bytes that may go ahead, and the round in which they were allowed.
+    allowance: usize,
+    round: u64,
+}
+
+/// Room for bytes that are about to be sent. Dropping it without [`Self::used`] gives the room back, as when the stream
+/// has failed in the meantime or its sender has left.
+#[derive(Debug)]
+#[must_use]
+pub struct Reservation {
+    gate: Gate,
+    bytes: usize,
+    round: u64,
+}
+
+impl Gate {
+    /// What the gate has to know of a new stream.
+    pub fn turn(&self) -> Turn {
+        Turn { stream: self.0.streams.fetch_add(1, Ordering::Relaxed) + 1, allowance: QUANTUM, round: 0 }
+    }
+
+    /// From now on the path is measured: PINGs are sent when [`Self::mark_due`] or [`Self::mark_wanted`] says so.
+    pub(crate) fn measure(&self) {
+        self.lock().flow.get_or_insert_with(|| Flow::new(Instant::now()));
+    }
+
+    /// How many bytes one stream should send at once, so that little is ahead of the others and the streams that wait for
+    /// room hold little together.
+    pub fn share(&self) -> usize {
+        let state = self.lock();
+        let waiting = state.ahead.len() + state.turns.len();
+        (state.room() / (1 + waiting)).min(state.limit() / 4).max(LEAST_SHARE)
+    }
+
+    /// Waits until there is room for `bytes` bytes, and reserves it; `None` once the link is gone. Cancel-safe.
+    pub async fn reserve(&self, turn: &mut Turn, bytes: usize) -> Option<Reservation> {
+        let admitted = {
+            let mut state = self.lock();
+            if state.closed {
+                return None;
+            }
+            state.note_use(turn.stream);
+            let ahead = state.goes_ahead(turn, bytes);
+            let nobody_first = state.ahead.is_empty() && (ahead || state.turns.is_empty());
+            if nobody_first && state.has_room(bytes) {
+                turn.round = state.admit(bytes, ahead);
+                return Some(Reservation { gate: self.clone(), bytes, round: turn.round });
+            }
+            state.held_back = true;
+            let (admit, admitted) = oneshot::channel();
+            let queue = if ahead { &mut state.ahead } else { &mut state.turns };
+            queue.push_back(Waiter { bytes, admit });
+            admitted
+        };
+        let reservation = admitted.await.ok()?;
+        turn.round = reservation.round;
+        Some(reservation)
+    }
+
+    /// The PING that has to follow what was just sent, if one is due.
+    pub(crate) fn mark_due(&self) -> Option<PingId> {
+        let mut state = self.lock();
+        let used = state.used();
+        state.flow.as_ref()?.mark_due(used).then(|| state.mark())?
+    }
+
+    /// The PING that has to be sent since `bytes` would wait for what is under way, and nothing will tell when it has
+    /// arrived.
+    pub(crate) fn mark_wanted(&self, bytes: usize) -> Option<PingId> {
+        let mut state = self.lock();
+        let waits = !state.ahead.is_empty() || !state.turns.is_empty() || !state.has_room(bytes);
+        (waits && state.flow.as_ref()?.is_unmarked()).then(|| state.mark())?
+    }
+
+    /// A PING is about to be sent for another reason. It measures the path as well.
+    pub(crate) fn mark(&self, id: PingId) {
+        let mut state = self.lock();
+        if let Some(flow) = &mut state.flow {
+            flow.mark(id, Instant::now(), false);
+        }
+    }
+
+    /// A PONG has come. Returns `false` if it answers no PING of this link.
+    pub(crate) fn on_pong(&self, id: PingId) -> bool {
+        let answered = self.lock().flow.as_mut().is_some_and(|flow| flow.on_answer(id, Instant::now()));
+        self.serve();
+        answered
+    }
+
+    /// Gives back the room of bytes that have left. SSH makes them a little more than was reserved.
+    pub(super) fn release(&self, bytes: usize) {
+        let mut state = self.lock();
+        state.queued = state.queued.saturating_sub(bytes);
+        drop(state);
+        self.serve();
+    }
+
+    /// Refuses everyone who waits, and everyone who comes.
+    pub(super) fn close(&self) {
+        let waiting = {
+            let mut state = self.lock();
+            state.closed = true;
+            (std::mem::take(&mut state.ahead), std::mem::take(&mut state.turns))
+        };
+        drop(waiting);
+    }
+
+    /// Admits those for whom there is room now.
+    fn serve(&self) {
+        loop {
+            // Whoever has left gives the room back, which takes the lock.
+            let Some((waiter, round)) = self.lock().next() else { return };
+            let reservation = Reservation { gate: self.clone(), bytes: waiter.bytes, round };
+            let _ = waiter.admit.send(reservation);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn used(&self) -> Use {
+        if self.shared_until.is_some() { Use::Shared } else { Use::Alone }
+    }
+
+    fn note_use(&mut self, stream: u64) {
+        let now = Instant::now();
+        if self.last_stream != stream && self.last_stream != 0 {
+            self.shared_until = Some(now + SHARED);
+        } else if self.shared_until.is_some_and(|until| until < now) {
+            self.shared_until = None;
+        }
+        self.last_stream = stream;
+    }
+
+    /// The bytes that may be between the streams and the socket.
+    fn room(&self) -> usize {
+        let carried = self.flow.as_ref().and_then(|flow| flow.carries(QUEUE));
+        carried.map_or(ROOM, |bytes| usize::try_from(bytes).unwrap_or(ROOM).clamp(LEAST_ROOM, ROOM))
+    }
+
+    /// The bytes that may be under way.
+    fn limit(&self) -> usize {
+        let limit = self.flow.as_ref().map(|flow| flow.limit(self.used()));
+        limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX)
+    }
+
+    fn has_room(&self, bytes: usize) -> bool {
+        let under_way = self.flow.as_ref().map_or(0, Flow::under_way);
+        let ahead = usize::try_from(under_way).unwrap_or(usize::MAX).saturating_add(self.unsent);
+        (self.queued == 0 || self.queued + bytes <= self.room())
+            && (ahead == 0 || ahead.saturating_add(bytes) <= self.limit())
+    }
+
+    /// Whether a stream may go ahead of those that wait for their turn. Its allowance is whole again once a round has
+    /// passed without it.
+    fn goes_ahead(&self, turn: &mut Turn, bytes: usize) -> bool {
+        if self.round > turn.round + 1 {
+            turn.allowance = QUANTUM;
+        }
+        let ahead = bytes <= turn.allowance;
+        turn.allowance = if ahead { turn.allowance - bytes } else { QUANTUM.saturating_sub(bytes) };
+        ahead
+    }
+
+    /// Takes room for bytes. Returns the present round.
+    fn admit(&mut self, bytes: usize, ahead: bool) -> u64 {
+        self.queued += bytes;
+        self.unsent += bytes;
+        if ahead {
+            self.went_ahead += bytes;
+        } else {
+            self.went_ahead = 0;
+            self.left_in_round = self.left_in_round.saturating_sub(1);
+            if self.left_in_round == 0 {
+                self.round += 1;
+                self.left_in_round = self.turns.len();
+            }
+        }
+        self.round
+    }
+
+    /// Takes the next one for whom there is room out of the queues.
+    fn next(&mut self) -> Option<(Waiter, u64)> {
+        loop {
+            let ahead = !self.ahead.is_empty() && (self.went_ahead < AHEAD || self.turns.is_empty());
+            let queue = if ahead { &mut self.ahead } else { &mut self.turns };
+            let waiter = queue.pop_front()?;
+            if waiter.admit.is_closed() {
+                continue;
+            }
+            if !self.has_room(waiter.bytes) {
+                let queue = if ahead { &mut self.ahead } else { &mut self.turns };
+                queue.push_front(waiter);
+                return None;
+            }
+            let round = self.admit(waiter.bytes, ahead);
+            return Some((waiter, round));
+        }
+    }
+
+    fn mark(&mut self) -> Option<PingId> {
+        let waiting = !self.ahead.is_empty() || !self.turns.is_empty();
+        let limited = std::mem::replace(&mut self.held_back, waiting);
+        let id = rand::random();
+        self.flow.as_mut()?.mark(id, Instant::now(), limited);
+        Some(id)
+    }
+}
+
+impl Reservation {
+    /// Leaves the room to the bytes, which have been sent and give it back as they leave the link.
+    pub fn used(mut self) {
+        let bytes = std::mem::take(&mut self.bytes);
+        let mut state = self.gate.lock();
+        state.unsent = state.unsent.saturating_sub(bytes);
+        if let Some(flow) = &mut state.flow {
+            flow.on_sent(bytes);
+        }
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if self.bytes > 0 {
+            let mut state = self.gate.lock();
+            state.unsent = state.unsent.saturating_sub(self.bytes);
+            drop(state);
+            self.gate.release(self.bytes);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{future::poll_fn, pin::pin, task::Poll};
+
+    use super::*;
+
+    /// Whether a future waits, and what it gives if not.
+    async fn now<T>(future: impl Future<Output = T>) -> Option<T> {
+        let mut future = pin!(future);
+        poll_fn(|cx| match future.as_mut().poll(cx) {
+            Poll::Ready(value) => Poll::Ready(Some(value)),
+            Poll::Pending => Poll::Ready(None),
+        })
+        .await
+    }
+
+    /// Fills the room with one stream's bytes.
+    async fn fill(gate: &Gate) {
+        gate.reserve(&mut gate.turn(), ROOM).await.unwrap().used();
+    }
+
+    /// Streams that wait with `bytes` each, and say so in `order` when they are admitted; each keeps sending `times`.
+    fn senders(
+        gate: &Gate,
+        order: &Arc<Mutex<Vec<&'static str>>>,
+        name: &'static str,
+        bytes: usize,
+        times: usize,
+    ) -> impl Future<Output = ()> + use<> {
+        let (gate, order) = (gate.clone(), order.clone());
+        async move {
+            let mut turn = gate.turn();
+            for _ in 0..times {
+                gate.reserve(&mut turn, bytes).await.unwrap().used();
+                order.lock().unwrap().push(name);
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn room_is_bounded_and_shared() {
+        let gate = Gate::default();
+        assert_eq!(gate.share(), ROOM);
+        fill(&gate).await;
+        let (mut a, mut b) = (gate.turn(), gate.turn());
+        let mut first = pin!(gate.reserve(&mut a, 20));
+        assert!(now(first.as_mut()).await.is_none());
+        {
+            let mut second = pin!(gate.reserve(&mut b, 20));
+            assert!(now(second.as_mut()).await.is_none());
+            assert_eq!(gate.share(), ROOM / 3);
+        }
+        gate.release(20);
+        assert!(now(first.as_mut()).await.unwrap().is_some(), "in the order of asking");
+        // The one that left has no room.
+        gate.release(20);
+        let mut c = gate.turn();
+        assert!(now(gate.reserve(&mut c, 20)).await.unwrap().is_some());
+    }
+
+    #[tokio::test]
+    async fn a_link_that_is_gone_admits_nobody() {
+        let gate = Gate::default();
+        fill(&gate).await;
+        let mut turn = gate.turn();
+        let mut waiting = pin!(gate.reserve(&mut turn, 20));
+        assert!(now(waiting.as_mut()).await.is_none());
+        gate.close();
+        assert!(waiting.await.is_none());
+        assert!(gate.reserve(&mut gate.turn(), 1).await.is_none());
+    }
+
+    #[tokio::test]
+    async fn room_that_is_not_used_is_given_back() {
+        let gate = Gate::default();
+        let mut turn = gate.turn();
+        for _ in 0..1000 {
+            drop(gate.reserve(&mut turn, 64 * 1024).await.unwrap());
+        }
+        let all = gate.reserve(&mut turn, ROOM).await.unwrap();
+        let mut waiting = gate.turn();
+        {
+            // Whoever leaves after having been admitted.
+            let mut leaving = pin!(gate.reserve(&mut waiting, ROOM));
+            assert!(now(leaving.as_mut()).await.is_none());
+            drop(all);
+        }
+        assert!(now(gate.reserve(&mut turn, ROOM)).await.unwrap().is_some());
+    }
+
+    #[tokio::test]
+    async fn who_sends_little_goes_ahead_and_the_others_take_turns() {
+        let gate = Gate::default();
+        fill(&gate).await;
+        let order = Arc::default();
+        let mut all = pin!(async {
+            tokio::join!(
+                senders(&gate, &order, "bulk 1", QUANTUM, 6),
+                senders(&gate, &order, "bulk 2", QUANTUM, 6),
+                async {
+                    // It comes when the others have long been sending.
+                    while order.lock().unwrap().len() < 6 {
+                        tokio::task::yield_now().await;
+                    }
+                    senders(&gate, &order, "small", 100, 3).await;
+                },
+            );
+        });
+        while now(all.as_mut()).await.is_none() {
+            gate.release(QUANTUM);
+        }
+        let order = order.lock().unwrap().clone();
+        let small: Vec<_> = (0..order.len()).filter(|i| order[*i] == "small").collect();
+        assert_eq!(small.len(), 3);
+        assert!(small.windows(2).all(|w| w[1] - w[0] <= 3) && small[0] <= 9, "{order:?}");
+        let bulk: Vec<_> = order.iter().filter(|name| **name != "small").collect();
+        assert!(bulk[2..].windows(2).filter(|w| w[0] == w[1]).count() <= 1, "by turns: {order:?}");
+    }
+
+    #[tokio::test]
+    async fn those_who_come_anew_do_not_starve_the_others() {
+        let gate = Gate::default();
+        fill(&gate).await;
+        let order: Arc<Mutex<Vec<&'static str>>> = Arc::default();
+        let mut bulk = pin!(senders(&gate, &order, "bulk", QUANTUM, 4));
+        let mut crowd: Vec<_> =
+            (0..200).map(|_| Box::pin(senders(&gate, &order, "new", QUANTUM, 1))).collect();
+        assert!(now(bulk.as_mut()).await.is_none());
+        for new in &mut crowd {
+            assert!(now(new.as_mut()).await.is_none());
+        }
+        let mut served = 0;
+        while now(bulk.as_mut()).await.is_none() {
+            gate.release(QUANTUM);
+            crowd.retain_mut(|new| {
+                new.as_mut().poll(&mut std::task::Context::from_waker(std::task::Waker::noop())).is_pending()
+            });
+            served += 1;
+            assert!(served < 40, "{served} were served first");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_under_way_is_bounded_until_it_is_known_to_have_arrived() {
+        let gate = Gate::default();
+        gate.measure();
+        let mut turn = gate.turn();
+        let mut marks = Vec::new();
+        // The socket takes everything.
+        let mut sent = 0;
+        while let Some(Some(reserved)) = now(gate.reserve(&mut turn, QUANTUM)).await {
+            reserved.used();
+            gate.release(QUANTUM);
+            sent += QUANTUM;
+            marks.extend(gate.mark_due());
+        }
+        assert!((256 * 1024..=512 * 1024).contains(&sent), "{sent}");
+        assert!(!marks.is_empty());
+        assert!(!gate.on_pong([0; 8]));
+        assert!(marks.iter().all(|id| gate.on_pong(*id)));
+        assert!(!gate.on_pong(marks[0]), "once");
+        assert!(now(gate.reserve(&mut turn, QUANTUM)).await.unwrap().is_some());
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_for_what_was_never_asked() {
+        let gate = Gate::default();
+        gate.measure();
+        let mut turn = gate.turn();
+        gate.reserve(&mut turn, QUANTUM).await.unwrap().used();
+        gate.release(QUANTUM);
+        assert_eq!(gate.mark_due(), None, "there is room for more");
+        assert_eq!(gate.mark_wanted(QUANTUM), None, "it does not wait");
+        let asked = gate.mark_wanted(ROOM * 8).expect("it would wait for ever");
+        let mut waiting = pin!(gate.reserve(&mut turn, ROOM * 8));
+        assert!(now(waiting.as_mut()).await.is_none());
+        assert!(gate.on_pong(asked));
+        assert!(waiting.await.is_some());
+    }
+}

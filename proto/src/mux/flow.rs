@@ -1,0 +1,365 @@
+//! How much may be under way to the peer on one connection.
+//!
+//! Whatever is under way is ahead of the next small message. More of it than the path needs makes no byte arrive
+//! earlier: it only waits in the sockets and in the peer, where nothing can overtake it. This measures the path as BBR
+//! does. From time to time the sender marks a place in what it sends, with a PING. The PONG says that everything before
+//! that place has been taken in by the peer's multiplexer, which gives the rate and the round trip, and the limit is the
+//! product of both, times a little. The time is an argument.
+
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
+
+/// The limit before anything has been measured, in bytes.
+const START: u64 = 512 * 1024;
+/// The least and the greatest limit in bytes.
+const LEAST: u64 = 64 * 1024;
+const MOST: u64 = 256 * 1024 * 1024;
+/// What the agents' threads may need to take their turns, in addition to the round trip.
+const SLACK: Duration = Duration::from_micros(200);
+/// How often the round trip is measured again while the limit is what holds the sender back, and how often at most,
+/// in round trips. For this, less than the path needs is under way for a moment.
+const REMEASURE: Duration = Duration::from_secs(2);
+const REMEASURE_ROUND_TRIPS: u32 = 50;
+
+/// The identifier that a PING carries and its PONG repeats.
+pub type PingId = [u8; 8];
+
+/// Who uses the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// One stream alone, which nobody waits behind: more may be under way, for fewer PINGs and idle moments.
+    Alone,
+    /// Several streams, which wait behind each other.
+    Shared,
+}
+
+impl Use {
+    /// How many times what the path holds may be under way.
+    fn gain(self) -> u32 {
+        match self {
+            Self::Alone => 6,
+            Self::Shared => 2,
+        }
+    }
+}
+
+/// What is under way, and how much may be. All sizes are in bytes.
+#[derive(Debug)]
+pub struct Flow {
+    /// The bytes that were ever sent, and those of them that have arrived as far as is known.
+    sent: u64,
+    delivered: u64,
+    delivered_at: Instant,
+    marks: VecDeque<Mark>,
+    /// Bytes a second, zero until measured.
+    rate: f64,
+    /// The shortest round trip, and when it was measured.
+    round_trip: Option<(Duration, Instant)>,
+    probe: Probe,
+}
+
+/// A PING that has not been answered, and how things stood when it was sent.
+#[derive(Debug)]
+struct Mark {
+    id: PingId,
+    sent_at: Instant,
+    sent: u64,
+    delivered: u64,
+    delivered_at: Instant,
+    /// The sender had something to send that the limit did not allow, so the rate is the path's and not the sender's.
+    limited: bool,
+}
+
+/// Where the next measurement of the round trip stands.
+#[derive(Debug, PartialEq, Eq)]
+enum Probe {
+    None,
+    /// The path gets empty.
+    Draining,
+    /// This PING has found it empty.
+    Marked(PingId),
+}
+
+impl Flow {
+    pub fn new(now: Instant) -> Self {
+        Self {
+            sent: 0,
+            delivered: 0,
+            delivered_at: now,
+            marks: VecDeque::new(),
+            rate: 0.0,
+            round_trip: None,
+            probe: Probe::None,
+        }
+    }
+
+    pub fn on_sent(&mut self, bytes: usize) {
+        self.sent = self.sent.saturating_add(bytes as u64);
+    }
+
+    /// The bytes that were sent and are not known to have arrived.
+    pub fn under_way(&self) -> u64 {
+        self.sent - self.delivered
+    }
+
+    /// How many bytes may be under way.
+    pub fn limit(&self, used: Use) -> u64 {
+        let Some((round_trip, _)) = self.round_trip.filter(|_| self.rate > 0.0) else { return START };
+        if self.probe != Probe::None {
+            return self.drained(round_trip);
+        }
+        self.holds(round_trip + SLACK, f64::from(used.gain()))
+    }
+
+    /// The bytes that the path carries in `time`, once its rate has been measured.
+    pub fn carries(&self, time: Duration) -> Option<u64> {
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate is positive")]
+        let bytes = (self.rate * time.as_secs_f64()) as u64;
+        (self.rate > 0.0).then_some(bytes)
+    }
+
+    /// Whether a PING should follow what has been sent. Without one, nothing is known to arrive.
+    pub fn mark_due(&self, used: Use) -> bool {
+        let unmarked = self.sent - self.marks.back().map_or(self.delivered, |mark| mark.sent);
+        unmarked >= self.limit(used) / 4
+    }
+
+    /// Whether nothing will be known to arrive unless a PING is sent now.
+    pub fn is_unmarked(&self) -> bool {
+        self.marks.is_empty() && self.under_way() > 0
+    }
+
+    /// A PING has been sent behind everything else. `limited` says whether more would have been sent if the limit had
+    /// allowed it.
+    pub fn mark(&mut self, id: PingId, now: Instant, limited: bool) {
+        if self.probe == Probe::Draining
+            && let Some((round_trip, _)) = self.round_trip
+            && self.under_way() <= self.drained(round_trip)
+        {
+            self.probe = Probe::Marked(id);
+        }
+        self.marks.push_back(Mark {
+            id,
+            sent_at: now,
+            sent: self.sent,
+            delivered: self.delivered,
+            delivered_at: if self.marks.is_empty() { now } else { self.delivered_at },
+            limited: limited && self.probe == Probe::None,
+        });
+    }
+
+    /// A PONG has come. Returns `false` if it answers no PING of this connection, or one that was answered before.
+    pub fn on_answer(&mut self, id: PingId, now: Instant) -> bool {
+        // Two multiplexers of one connection may answer a little out of order.
+        let Some(index) = self.marks.iter().position(|mark| mark.id == id) else { return false };
+        let Some(mark) = self.marks.remove(index) else { return false };
+        let round_trip = now.saturating_duration_since(mark.sent_at).max(Duration::from_nanos(1));
+        self.measure_rate(&mark, now, round_trip);
+        if mark.sent > self.delivered {
+            self.delivered = mark.sent;
+            self.delivered_at = now;
+        }
+        let shorter = self.round_trip.is_none_or(|(least, _)| round_trip <= least);
+        if shorter || self.probe == Probe::Marked(id) {
+            self.round_trip = Some((round_trip, now));
+            self.probe = Probe::None;
+        } else if mark.limited
+            && self.probe == Probe::None
+            && let Some((least, measured)) = self.round_trip
+            && now.saturating_duration_since(measured) > REMEASURE.max(least * REMEASURE_ROUND_TRIPS)
+        {
+            self.probe = Probe::Draining;
+        }
+        true
+    }
+
+    /// The rate rises at once, and falls slowly, by an eighth with each PONG.
+    fn measure_rate(&mut self, mark: &Mark, now: Instant, round_trip: Duration) {
+        let interval = now.saturating_duration_since(mark.delivered_at).max(round_trip);
+        let arrived = mark.sent.saturating_sub(mark.delivered);
+        #[allow(clippy::cast_precision_loss, reason = "a rate needs no more than 52 bits")]
+        let sample = arrived as f64 / interval.as_secs_f64();
+        if sample > self.rate {
+            self.rate = sample;
+        } else if mark.limited {
+            self.rate += (sample - self.rate) / 8.0;
+        }
+    }
+
+    /// What is under way when the path counts as empty: half of what it holds.
+    fn drained(&self, round_trip: Duration) -> u64 {
+        self.holds(round_trip, 0.5)
+    }
+
+    /// `times` what the path carries in `time`.
+    fn holds(&self, time: Duration, times: f64) -> u64 {
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is clamped")]
+        let bytes = (self.rate * time.as_secs_f64() * times) as u64;
+        bytes.clamp(LEAST, MOST)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FRAME: u64 = 63 * 1024;
+
+    /// A path that takes `rate` bytes a second, and hands each on after half of `round_trip`.
+    struct Path {
+        flow: Flow,
+        now: Instant,
+        rate: f64,
+        round_trip: Duration,
+        /// When the path has taken everything that was sent.
+        free: Instant,
+        /// When PONGs come, in order.
+        pongs: VecDeque<(Instant, PingId)>,
+        pings: u64,
+        /// The longest time that anything waited for the path, and what has arrived, since the last look.
+        waited: Duration,
+        arrived: u64,
+    }
+
+    impl Path {
+        fn new(rate: f64, round_trip: Duration) -> Self {
+            let now = Instant::now();
+            let mut path = Self {
+                flow: Flow::new(now),
+                now,
+                rate,
+                round_trip,
+                free: now,
+                pongs: VecDeque::new(),
+                pings: 0,
+                waited: Duration::ZERO,
+                arrived: 0,
+            };
+            // The first PING finds the path empty.
+            path.ping(false);
+            path
+        }
+
+        fn ping(&mut self, limited: bool) {
+            self.pings += 1;
+            let id = self.pings.to_be_bytes();
+            self.flow.mark(id, self.now, limited);
+            self.pongs.push_back((self.free.max(self.now) + self.round_trip, id));
+        }
+
+        fn send(&mut self, bytes: u64, used: Use, limited: bool) {
+            self.flow.on_sent(bytes as usize);
+            self.free = self.free.max(self.now) + Duration::from_secs_f64(bytes as f64 / self.rate);
+            self.waited = self.waited.max(self.free - self.now);
+            if self.flow.mark_due(used) {
+                self.ping(limited);
+            }
+        }
+
+        /// Sends whatever the limit allows, for `time`.
+        fn run(&mut self, time: Duration, used: Use) {
+            let end = self.now + time;
+            while self.now < end {
+                while self.flow.under_way() + FRAME <= self.flow.limit(used) {
+                    self.send(FRAME, used, true);
+                    self.arrived += FRAME;
+                }
+                if self.flow.is_unmarked() {
+                    self.ping(true);
+                }
+                let (at, id) = self.pongs.pop_front().unwrap();
+                self.now = at;
+                assert!(self.flow.on_answer(id, self.now));
+            }
+        }
+
+        /// The longest wait, and the share of the path's rate that was used, in the last `time` of a run of ten times that.
+        fn settles(&mut self, time: Duration, used: Use) -> (Duration, f64) {
+            self.run(time * 9, used);
+            (self.waited, self.arrived) = (Duration::ZERO, 0);
+            self.run(time, used);
+            (self.waited, self.arrived as f64 / self.rate / time.as_secs_f64())
+        }
+    }
+
+    #[test]
+    fn paths_are_full_and_little_waits_for_them() {
+        for (rate, round_trip) in [
+            (500e6, Duration::from_micros(150)),
+            (100e6, Duration::from_millis(1)),
+            (125e6, Duration::from_millis(50)),
+            (125e6, Duration::from_millis(300)),
+            (12.5e6, Duration::from_millis(20)),
+        ] {
+            let least = Duration::from_secs_f64(LEAST as f64 / rate);
+            for (used, most) in [(Use::Shared, 2), (Use::Alone, 6)] {
+                let mut path = Path::new(rate, round_trip);
+                let (waited, share) = path.settles(round_trip.max(Duration::from_millis(10)) * 20, used);
+                let most = (round_trip + SLACK) * most * 11 / 10 + least;
+                assert!(waited <= most, "{rate} B/s, {round_trip:?}, {used:?}: {waited:?} of {most:?}");
+                assert!(share > 0.95, "{rate} B/s, {round_trip:?}, {used:?}: {share}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_queue_that_lasts_is_not_taken_for_the_path() {
+        // Ten times as long as a measurement is good for.
+        let mut path = Path::new(100e6, Duration::from_millis(5));
+        let (waited, share) = path.settles(REMEASURE, Use::Shared);
+        assert!(waited < Duration::from_millis(25), "{waited:?}");
+        assert!(share > 0.95, "{share}");
+    }
+
+    #[test]
+    fn a_path_that_changes_is_measured_again() {
+        let mut path = Path::new(100e6, Duration::from_millis(2));
+        path.run(REMEASURE, Use::Shared);
+        // Longer and slower.
+        (path.rate, path.round_trip) = (20e6, Duration::from_millis(40));
+        let (waited, share) = path.settles(REMEASURE, Use::Shared);
+        assert!(waited < Duration::from_millis(100) && share > 0.9, "{waited:?}, {share}");
+        // And back.
+        (path.rate, path.round_trip) = (100e6, Duration::from_millis(2));
+        let (waited, share) = path.settles(REMEASURE, Use::Shared);
+        assert!(waited < Duration::from_millis(10) && share > 0.9, "{waited:?}, {share}");
+    }
+
+    #[test]
+    fn small_exchanges_do_not_lower_the_rate() {
+        let mut path = Path::new(100e6, Duration::from_millis(10));
+        path.run(Duration::from_secs(1), Use::Shared);
+        let limit = path.flow.limit(Use::Shared);
+        for _ in 0..2000 {
+            path.now += Duration::from_millis(10);
+            path.send(300, Use::Shared, false);
+            while path.pongs.front().is_some_and(|(at, _)| *at <= path.now) {
+                let (at, id) = path.pongs.pop_front().unwrap();
+                assert!(path.flow.on_answer(id, at));
+            }
+        }
+        assert!(path.flow.limit(Use::Shared) >= limit / 2, "{} of {limit}", path.flow.limit(Use::Shared));
+        assert!(path.pings < 300, "{} PINGs", path.pings);
+    }
+
+    #[test]
+    fn an_answer_counts_once_and_only_if_it_was_asked_for() {
+        let now = Instant::now();
+        let mut flow = Flow::new(now);
+        flow.on_sent(1000);
+        assert!(flow.is_unmarked() && !flow.mark_due(Use::Shared));
+        flow.mark(*b"11111111", now, false);
+        flow.on_sent(500);
+        flow.mark(*b"22222222", now, false);
+        assert!(!flow.on_answer(*b"33333333", now));
+        assert_eq!(flow.under_way(), 1500);
+        // The later one says what the earlier one would.
+        assert!(flow.on_answer(*b"22222222", now + Duration::from_millis(1)));
+        assert_eq!(flow.under_way(), 0);
+        assert!(flow.on_answer(*b"11111111", now + Duration::from_millis(2)));
+        assert!(!flow.on_answer(*b"11111111", now + Duration::from_millis(3)));
+        assert_eq!(flow.under_way(), 0);
+    }
+}
