@@ -21,7 +21,7 @@ use proto::{
     call_home::Master,
     revocation::krl::{Entry, Krl},
 };
-use proto_net::{stdout, telemetry};
+use proto_net::{descriptors, stdout, telemetry};
 use russh::keys::PublicKey;
 
 /// sysexits.h: the configuration has errors.
@@ -98,6 +98,7 @@ async fn command(cli: Cli, config: Config) -> anyhow::Result<()> {
     match cli.command {
         Command::Run => {
             telemetry::init(config.log.format, &config.log.level);
+            descriptors::raise_limit();
             app::run(config).await
         }
         Command::CheckConfig { .. } => {

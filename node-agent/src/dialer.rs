@@ -6,11 +6,12 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr, ToSocketAddrs},
+    net::{IpAddr, SocketAddr},
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
 
+use dns_lookup::{AddrInfoHints, LookupError, LookupErrorKind, SockType, getaddrinfo};
 use proto::{DialError, Host, Target, policy::Verdict};
 use tokio::{net::TcpStream, sync::Semaphore};
 
@@ -20,6 +21,8 @@ use crate::{
     policy::{Scope, is_of_this_host},
 };
 
+/// What Go's resolver says of a name that does not exist, or has no address.
+const NO_SUCH_HOST: &str = "no such host";
 /// Names that are looked up at once for masters and for people. Each takes a thread while its name servers are silent.
 const LOOKUPS: usize = 64;
 const LOOKUPS_OF_PEOPLE: usize = 16;
@@ -119,7 +122,7 @@ async fn dial(scope: &Scope, target: &Target, lookups: &Arc<Semaphore>) -> Resul
     }
     Err(failure
         .or(refusal)
-        .unwrap_or_else(|| DialError::Resolve(format!("lookup {}: the name has no address", target.host))))
+        .unwrap_or_else(|| DialError::Resolve(format!("lookup {}: {NO_SUCH_HOST}", target.host))))
 }
 
 async fn resolve(scope: &Scope, target: &Target, lookups: &Arc<Semaphore>) -> Result<Vec<IpAddr>, DialError> {
@@ -132,15 +135,23 @@ async fn resolve(scope: &Scope, target: &Target, lookups: &Arc<Semaphore>) -> Re
     }
     let failed = |e: &dyn std::fmt::Display| DialError::Resolve(format!("lookup {name}: {e}"));
     let permit = lookups.clone().acquire_owned().await.map_err(|e| failed(&e))?;
-    let (asked, port) = (name.clone(), target.port);
+    let asked = name.clone();
     // A lookup can't be cancelled, so it keeps its permit until it ends, also when its caller has left.
     let lookup = tokio::task::spawn_blocking(move || {
         let _permit = permit;
-        Ok::<_, io::Error>(
-            (asked.as_str(), port).to_socket_addrs()?.map(|addr| addr.ip().to_canonical()).collect(),
-        )
+        let hints = AddrInfoHints { socktype: SockType::Stream.into(), ..AddrInfoHints::default() };
+        let found = getaddrinfo(Some(&asked), None, Some(hints))?;
+        found.map(|found| Ok(found?.sockaddr.ip().to_canonical())).collect::<Result<_, LookupError>>()
     });
-    lookup.await.map_err(|e| failed(&e))?.map_err(|e| failed(&e))
+    lookup.await.map_err(|e| failed(&e))?.map_err(|error| failed(&lookup_error(error)))
+}
+
+/// What a failed lookup says. Programs in Go look for the text [`NO_SUCH_HOST`].
+fn lookup_error(error: LookupError) -> String {
+    if matches!(error.kind(), LookupErrorKind::NoName | LookupErrorKind::NoData) {
+        return NO_SUCH_HOST.to_owned();
+    }
+    io::Error::from(error).to_string()
 }
 
 fn connect_error(target: &Target, error: &io::Error) -> DialError {
@@ -222,6 +233,18 @@ mod tests {
             Err(DialError::Refused(format!("dial tcp 127.0.0.1:{port}: connection refused")))
         );
         assert!(matches!(try_dial(&dialer, "no-such-name.invalid:1").await, Err(DialError::Resolve(_))));
+    }
+
+    #[test]
+    fn a_name_that_does_not_exist_is_no_such_host() {
+        for (code, says) in [
+            (libc::EAI_NONAME, "no such host"),
+            (libc::EAI_NODATA, "no such host"),
+            (libc::EAI_AGAIN, "Temporary failure in name resolution"),
+        ] {
+            let error = lookup_error(LookupError::new(code));
+            assert!(error.contains(says), "{error}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

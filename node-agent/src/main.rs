@@ -12,7 +12,7 @@ use node_agent::{
     join::{JoinOptions, join},
 };
 use proto::call_home::Master;
-use proto_net::{stdout, telemetry};
+use proto_net::{descriptors, stdout, telemetry};
 
 /// sysexits.h: the configuration has errors.
 const EX_CONFIG: u8 = 78;
@@ -50,6 +50,7 @@ fn main() -> ExitCode {
                 Err(errors) => return bad_config(&errors),
             };
             telemetry::init(config.log.format, &config.log.level);
+            descriptors::raise_limit();
             let result = runtime.block_on(app::run(config));
             // A lookup that is still under way must not delay the exit.
             runtime.shutdown_background();

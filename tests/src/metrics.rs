@@ -78,6 +78,8 @@ impl Scraped {
                     ("histogram", Some("_bucket" | "_sum" | "_count")) => family,
                     _ => panic!("{line} is not of {family}, a {kind}"),
                 };
+                // A counter with another program's name, which the text format says.
+                let kind = if kind == "unknown" { "counter" } else { kind };
                 let fresh = || Metric { kind: kind.to_owned(), help: help.to_owned(), ..Metric::default() };
                 let metric = all.entry(shown.to_owned()).or_insert_with(fresh);
                 assert_eq!(metric.help, help, "{shown} twice");

@@ -168,7 +168,8 @@ impl Egress<'_> {
             half_closed_timeout: Duration::ZERO,
             max_connections: config.max_connections,
         });
-        let listener = Arc::new(Konnectivity { outbound, draining: self.draining.clone() });
+        let (draining, max_dials) = (self.draining.clone(), config.max_dials);
+        let listener = Arc::new(Konnectivity { outbound, draining, max_dials });
         if let Some(socket) = unix {
             self.spawn(accept::plain(listener.clone(), "konnectivity-unix", socket));
         }

@@ -2,6 +2,7 @@
 
 use std::{net::SocketAddr, sync::Arc};
 
+use futures_util::FutureExt;
 use proto_net::{
     accept::{Acceptor, Listener, Peer, Tuning},
     dialer::Origin,
@@ -16,8 +17,9 @@ use tokio::{
 use super::{listener::EgressListener, socket::CallerSocket, tls::CallerTls};
 use crate::stream::caller::Caller;
 
-/// The maximum number of concurrent TLS handshakes.
-const HANDSHAKES: usize = 256;
+/// The maximum number of concurrent TLS handshakes. It is far above a burst of kube-apiserver's, so that strangers hardly
+/// ever make it wait; each takes a descriptor, and some 20 KB once the caller has begun.
+const HANDSHAKES: usize = 4096;
 
 /// Accepts plain connections until the callers' tasks are cancelled. On a Unix socket, the mode and owner of the socket
 /// file decide who may connect; on TCP, everybody who can reach the address.
@@ -40,8 +42,8 @@ where
 }
 
 /// Accepts TLS connections with client certificates until the callers' tasks are cancelled. Until its certificate has been
-/// verified, a caller holds one of a few handshake permits, and nothing of its request is read. Unauthenticated callers
-/// therefore can't exhaust `max_connections`.
+/// verified, a caller holds one of the handshake permits, and nothing of its request is read. Unauthenticated callers
+/// therefore can't exhaust `max_connections`, and a burst of callers waits for permits rather than being turned away.
 pub async fn tls<E>(egress: Arc<E>, name: &'static str, listener: TcpListener, tls: Arc<CallerTls>)
 where
     E: EgressListener,
@@ -49,13 +51,14 @@ where
     let permits = Arc::new(Permits::new(&*egress, name));
     let handshakes = HandshakePermits::new(HANDSHAKES);
     let tasks = egress.outbound().tasks.clone();
-    let admit = |peer: SocketAddr| Some(handshakes.take(peer.ip()));
+    let admit = |peer: SocketAddr| handshakes.acquire(peer.ip()).map(Some);
     Acceptor::new(listener, Tuning::Caller)
-        .serve(tasks, admit, |socket, peer, handshake_permit| {
+        .serve_in_turn(tasks, admit, |socket, peer, handshake_permit| {
             let (served, tls, permits) = (egress.clone(), tls.clone(), permits.clone());
             async move {
                 let outbound = served.outbound();
-                let handshake = tokio::time::timeout(outbound.limits.head_timeout, tls.handshake(socket));
+                let handshake = tls.handshake(socket, || handshake_permit.begun());
+                let handshake = tokio::time::timeout(outbound.limits.head_timeout, handshake);
                 let (stream, caller) = tokio::select! {
                     handshake = Box::pin(handshake) => match handshake {
                         Ok(Ok(accepted)) => accepted,
@@ -63,7 +66,9 @@ where
                         Err(_) => return outbound.bad_request(name, &peer, &"no TLS handshake in time"),
                     },
                     () = handshake_permit.evicted.cancelled() => {
-                        return outbound.bad_request(name, &peer, &"evicted by a newer handshake");
+                        // Strangers can cause any number of these.
+                        outbound.metrics.bad_request(name);
+                        return tracing::debug!(egress = name, %peer, "evicted by a newer handshake");
                     }
                 };
                 drop(handshake_permit);

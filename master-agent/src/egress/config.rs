@@ -47,6 +47,8 @@ pub struct KonnectivityConfig {
     pub head_timeout: Duration,
     /// The number of HTTP/2 connections at once on each of the two.
     pub max_connections: usize,
+    /// The number of dials and connections to targets at once on one HTTP/2 connection.
+    pub max_dials: usize,
 }
 
 const KONNECTIVITY_FIELDS: Meanings = &[
@@ -54,6 +56,10 @@ const KONNECTIVITY_FIELDS: Meanings = &[
     ("tls", "The TCP address to listen on, with TLS that requires a certificate of every caller."),
     ("head_timeout", "Time for a caller to make its first gRPC call."),
     ("max_connections", "HTTP/2 connections at once on each of the two listeners."),
+    (
+        "max_dials",
+        "Dials and connections to targets at once on one HTTP/2 connection. Further dials fail with an error that says so.",
+    ),
 ];
 
 impl KonnectivityConfig {
@@ -65,6 +71,7 @@ impl KonnectivityConfig {
             tls: s.section("tls", |s| TlsConfig::read(s, 8132)),
             head_timeout: s.duration("head_timeout", secs(10), WAIT),
             max_connections: s.number("max_connections", 16384, COUNT),
+            max_dials: s.number("max_dials", 8192, COUNT),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! HTTP CONNECT, as kube-apiserver speaks it to its egress proxy.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bytes::{Buf, BytesMut};
 use proto::{
@@ -17,6 +17,11 @@ use super::{
     socket::CallerSocket,
 };
 use crate::stream::caller::Caller;
+
+/// How long the target's first bytes are kept back for a caller that has not spoken. kube-apiserver refuses an answer that
+/// it reads together with them, and itself speaks first; callers who let the target speak first, as SSH does, wait this
+/// long. A process that the kernel throttles (cgroup v2 `cpu.max`, periods of 100 ms) still reads the answer alone.
+const HEAD_START: Duration = Duration::from_millis(250);
 
 /// The egress listener.
 pub struct HttpConnect(pub Outbound);
@@ -47,10 +52,17 @@ impl Call<'_> {
     async fn open<S: CallerSocket>(self, socket: &mut S) -> Option<(Dialled, BytesMut)> {
         let (target, early) = self.read_head(socket).await?;
         match early_data::dial(self.outbound, socket, &target, &self.caller, early).await {
-            Ok(opened) => {
+            Ok((dialled, mut early)) => {
                 socket.write_all(connect::ESTABLISHED).await.ok()?;
                 socket.flush().await.ok()?;
-                Some(opened)
+                if early.is_empty() {
+                    // An error shows again when the socket is next read.
+                    let _ = tokio::time::timeout(HEAD_START, socket.read_buf(&mut early)).await;
+                }
+                if early.is_empty() {
+                    early = BytesMut::new();
+                }
+                Some((dialled, early))
             }
             Err(error) => {
                 self.outbound.dial_failed(&target, &self.caller, &error);
@@ -92,5 +104,96 @@ impl Call<'_> {
         let refusal = connect::refusal(connect::head_status(&error), &error.to_string());
         lingering_close::refuse(socket, &refusal).await;
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use proto_net::{
+        dialer::{Connection, DialFuture, Dialer, Origin},
+        tasks::Tasks,
+    };
+    use tokio::{
+        io::DuplexStream,
+        net::{TcpListener, TcpStream},
+        time::Instant,
+    };
+
+    use super::*;
+    use crate::{
+        egress::outbound::CallerLimits, stream::metrics::StreamMetrics, tunnels::registry::Registry,
+    };
+
+    const GREETING: &[u8] = b"SSH-2.0-target\r\n";
+    const LIMIT: Duration = Duration::from_secs(600);
+
+    /// Dials a connection that there is already.
+    struct Ready(Mutex<Option<TcpStream>>);
+
+    impl Dialer for Ready {
+        fn dial<'a>(&'a self, _: &'a Target, _: &'a Origin) -> DialFuture<'a> {
+            let stream = self.0.lock().unwrap().take().unwrap().into();
+            Box::pin(async { Ok(Connection { stream, node: None, reason: "test".to_owned(), permit: None }) })
+        }
+    }
+
+    /// A caller whose request leads to a target that has sent [`GREETING`].
+    async fn call(request: &[u8]) -> (DuplexStream, TcpStream, Tasks) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (mut target, _) = listener.accept().await.unwrap();
+        target.write_all(GREETING).await.unwrap();
+        near.readable().await.unwrap();
+        let tasks = Tasks::new();
+        let outbound = Outbound {
+            dialer: Arc::new(Ready(Mutex::new(Some(near)))),
+            metrics: StreamMetrics::new(Arc::new(Registry::new(1))),
+            limits: CallerLimits { head_timeout: LIMIT, half_closed_timeout: LIMIT, max_connections: 1 },
+            tasks: tasks.clone(),
+        };
+        let (mut caller, far) = tokio::io::duplex(64 * 1024);
+        caller.write_all(request).await.unwrap();
+        let who = Caller::new("connect-test", Origin("test".to_owned()));
+        tasks.spawn(Arc::new(HttpConnect(outbound)).serve(far, who));
+        (caller, target, tasks)
+    }
+
+    /// What is there to read after everything has had its turn, without any time passing.
+    async fn read_at_once(caller: &mut DuplexStream) -> Vec<u8> {
+        for _ in 0..10_000 {
+            tokio::task::yield_now().await;
+        }
+        let mut bytes = vec![0; 4096];
+        let n = caller.read(&mut bytes).await.unwrap();
+        bytes.truncate(n);
+        bytes
+    }
+
+    const REQUEST: &[u8] = b"CONNECT n1:22 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n";
+
+    #[tokio::test(start_paused = true)]
+    async fn a_target_that_speaks_first_is_heard_after_the_answer_and_never_with_it() {
+        // The caller speaks, waits for the target, or has sent early data.
+        for speaks in [true, false] {
+            let (mut caller, mut target, _tasks) = call(REQUEST).await;
+            assert_eq!(read_at_once(&mut caller).await, connect::ESTABLISHED, "{speaks}");
+            let began = Instant::now();
+            if speaks {
+                caller.write_all(b"x").await.unwrap();
+                assert_eq!(target.read_u8().await.unwrap(), b'x');
+            }
+            let mut greeting = [0; GREETING.len()];
+            caller.read_exact(&mut greeting).await.unwrap();
+            assert_eq!(greeting, GREETING);
+            assert_eq!(began.elapsed() >= HEAD_START, !speaks, "{:?}", began.elapsed());
+        }
+        let (mut caller, mut target, _tasks) = call(&[REQUEST, b"early"].concat()).await;
+        let mut early = [0; 5];
+        target.read_exact(&mut early).await.unwrap();
+        let mut heard = vec![0; connect::ESTABLISHED.len() + GREETING.len()];
+        caller.read_exact(&mut heard).await.unwrap();
+        assert_eq!((&early, heard), (b"early", [connect::ESTABLISHED, GREETING].concat()));
     }
 }

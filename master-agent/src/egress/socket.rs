@@ -66,3 +66,16 @@ impl CallerSocket for TcpStream {
         self.peer_addr().ok().map(|peer| peer.ip().to_canonical())
     }
 }
+
+#[cfg(test)]
+impl CallerSocket for tokio::io::DuplexStream {
+    fn halves(self) -> (impl AsyncRead + Unpin + Send, impl AsyncWrite + Unpin + Send) {
+        tokio::io::split(self)
+    }
+
+    async fn closed_after_eof(&self) {}
+
+    fn peer(&self) -> Option<IpAddr> {
+        None
+    }
+}

@@ -5,10 +5,10 @@ use std::{sync::Arc, time::SystemTime};
 
 use anyhow::Context;
 use proto::refusal::printable;
-use proto_net::tls::{Possession, chain, private_key};
+use proto_net::tls::{self, Possession, chain, private_key};
 use rustls::{ServerConfig, crypto::aws_lc_rs, pki_types::CertificateDer};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_rustls::server::TlsStream;
 
 use crate::{fields::TlsConfig, metrics::Expiry};
 use access::{
@@ -73,13 +73,18 @@ impl CallerTls {
     }
 
     /// Performs the handshake and verifies the caller's certificate. Returns the caller's name for the records. Whoever
-    /// requested the certificate may have chosen any characters for the name, so only printable ones are kept.
-    pub async fn handshake<S>(&self, socket: S) -> Result<(TlsStream<S>, String), String>
+    /// requested the certificate may have chosen any characters for the name, so only printable ones are kept. `begun` is
+    /// called once the caller's part of the handshake has begun.
+    pub async fn handshake<S>(
+        &self,
+        socket: S,
+        begun: impl FnOnce(),
+    ) -> Result<(TlsStream<S>, String), String>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let acceptor = TlsAcceptor::from(self.serving.get().config.clone());
-        let stream = acceptor.accept(socket).await.map_err(|error| error.to_string())?;
+        let config = self.serving.get().config.clone();
+        let stream = tls::accept(socket, config, begun).await.map_err(|error| error.to_string())?;
         let caller = self.check(stream.get_ref().1.peer_certificates()).await?;
         Ok((stream, caller))
     }
@@ -257,7 +262,7 @@ mod tests {
         let name = "master.example".try_into().unwrap();
         let connect = TlsConnector::from(Arc::new(config)).connect(name, near);
         // The caller's socket stays open until the listener is done, too.
-        let (connected, accepted) = tokio::join!(connect, tls.handshake(far));
+        let (connected, accepted) = tokio::join!(connect, tls.handshake(far, || ()));
         (connected.is_ok(), accepted.map(|(_, name)| name))
     }
 

@@ -1,6 +1,6 @@
 //! The admission of a caller's connection, which counts against the limits of connections.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use proto_net::handshake::HandshakePermit;
 use tokio::sync::OwnedSemaphorePermit;
@@ -34,12 +34,23 @@ impl Admission {
         Self { unauthenticated, evicted, _permit: permit, _counted: counted, load: None }
     }
 
+    /// Says that the peer has begun its TLS handshake, so that those who have not are evicted before it.
+    pub(super) fn begun(&self) {
+        if let Some(permit) = &*self.unauthenticated() {
+            permit.begun();
+        }
+    }
+
     /// Whether nobody has authenticated on the connection.
     pub(super) fn is_unauthenticated(&self) -> bool {
-        self.unauthenticated.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+        self.unauthenticated().is_some()
     }
 
     pub(super) fn authenticated(&self) {
-        drop(self.unauthenticated.lock().unwrap_or_else(PoisonError::into_inner).take());
+        drop(self.unauthenticated().take());
+    }
+
+    fn unauthenticated(&self) -> MutexGuard<'_, Option<HandshakePermit>> {
+        self.unauthenticated.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

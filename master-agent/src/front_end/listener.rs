@@ -10,13 +10,13 @@ use hyper::{
 use hyper_util::rt::{TokioIo, TokioTimer};
 use proto_net::{
     accept::{Acceptor, Tuning},
+    tls,
     write_timeout::WriteTimeout,
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,
 };
-use tokio_rustls::TlsAcceptor;
 
 use super::{
     admission::Admission, connection::Connection, counters::Handshake, server::FrontEnd, streams::Streams,
@@ -61,8 +61,8 @@ impl FrontEnd {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let acceptor = TlsAcceptor::from(self.tls.get().config.clone());
-        let handshake = Box::pin(tokio::time::timeout(self.config.head_timeout, acceptor.accept(socket)));
+        let handshake = tls::accept(socket, self.tls.get().config.clone(), || admission.begun());
+        let handshake = Box::pin(tokio::time::timeout(self.config.head_timeout, handshake));
         let tls = tokio::select! {
             handshake = handshake => match handshake {
                 Ok(Ok(tls)) => tls,

@@ -9,7 +9,7 @@ use prometheus_client::{
     encoding::{DescriptorEncoder, EncodeMetric},
     metrics::{
         MetricType,
-        counter::Counter,
+        counter::{ConstCounter, Counter},
         gauge::{ConstGauge, Gauge},
     },
 };
@@ -22,6 +22,10 @@ use crate::{
     stream::metrics::{LISTENERS, ListenerLabels, StreamMetrics},
     tunnels::{counters::TunnelMetrics, registry::Registry},
 };
+
+/// The type of counters with the names of other programs. In OpenMetrics, the name of a counter's samples ends in `_total`,
+/// so these are of unknown type there; [`proto_net::exposition`] makes them counters in the text format.
+const COUNTER: MetricType = MetricType::Unknown;
 
 /// Registers the metrics of the SSH tunneler.
 pub fn register_legacy(
@@ -67,18 +71,23 @@ impl Collector for LegacyNames {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let nodes = self.watches.status().into_iter().next();
         let stale = nodes.and_then(|nodes| nodes.stale_seconds).unwrap_or_default();
-        for (name, help, value) in [
-            ("ssh_tunnel_open_count", "Attempts to dial a node.", self.dials.get()),
-            ("ssh_tunnel_open_fail_count", "Attempts to dial a node that gave no tunnel.", self.failed.get()),
+        for (name, help, kind, value) in [
+            ("ssh_tunnel_open_count", "Attempts to dial a node.", COUNTER, self.dials.get()),
+            (
+                "ssh_tunnel_open_fail_count",
+                "Attempts to dial a node that gave no tunnel.",
+                COUNTER,
+                self.failed.get(),
+            ),
             (
                 "apiserver_proxy_tunnel_sync_latency_secs",
                 "For how long the API server has not been heard about nodes.",
+                MetricType::Gauge,
                 stale,
             ),
         ] {
-            // They are gauges because the library appends `_total` to the names of counters.
             let gauge = ConstGauge::new(signed(value));
-            gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
+            gauge.encode(encoder.encode_descriptor(name, help, None, kind)?)?;
         }
         Ok(())
     }
@@ -116,14 +125,18 @@ impl Collector for KonnectivityNames {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let StreamMetrics { konnectivity: counts, dials_pending, .. } = &self.streams;
         for (name, help, histogram) in [
+            (
+                name!("frontend_write_duration_seconds"),
+                "Time until a gRPC client had room for a packet.",
+                &counts.write_seconds,
+            ),
             (name!("dial_duration_seconds"), "Time to a successful dial.", &counts.dial_seconds),
             (name!("connection_duration_seconds"), "How long ended streams lasted.", &counts.stream_seconds),
         ] {
             histogram.encode(encoder.encode_descriptor(name, help, None, MetricType::Histogram)?)?;
         }
-        // It is not a counter because the library appends `_total` to the names of counters.
         let (name, help) = (name!("dial_failure_count"), "Dials that failed, by reason.");
-        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Unknown)?;
+        let mut family = encoder.encode_descriptor(name, help, None, COUNTER)?;
         for (reason, times) in counts.failures() {
             ConstGauge::new(signed(times)).encode(family.encode_family(&[("reason", reason)])?)?;
         }
@@ -141,9 +154,37 @@ impl Collector for KonnectivityNames {
             let gauge = ConstGauge::new(value);
             gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
         }
-        let (name, help) = (name!("full_receive_channels"), "Streams that wait for a node to have room.");
-        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-        let waiting = ConstGauge::new(signed(self.stalls.up.now()));
-        waiting.encode(family.encode_family(&[("service_method", "Proxy")])?)
+        for (name, help, values) in [
+            (
+                name!("ready_backends"),
+                "Nodes with a tunnel, as backends of the default strategy.",
+                &[("proxy_strategy", "default", connected)][..],
+            ),
+            (
+                name!("grpc_connections"),
+                "Calls of gRPC clients, and nodes with a tunnel in place of agents.",
+                &[("service_method", "Proxy", counts.calls.get()), ("service_method", "Connect", connected)],
+            ),
+            (
+                name!("full_receive_channels"),
+                "Streams that wait for a node to have room.",
+                &[("service_method", "Proxy", signed(self.stalls.up.now()))],
+            ),
+        ] {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            for (label, of, value) in values {
+                ConstGauge::new(*value).encode(family.encode_family(&[(*label, *of)])?)?;
+            }
+        }
+        let (name, help) = (name!("stream_packets"), "Packets of gRPC clients, by direction and type.");
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for (segment, packets) in [("from_client", &counts.from_client), ("to_client", &counts.to_client)] {
+            for (kind, times) in packets.by_type() {
+                let labels = [("segment", segment), ("packet_type", kind)];
+                ConstCounter::new(times).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        let (name, help) = (name!("stream_errors"), "Calls of gRPC clients that failed, by status code.");
+        counts.errors.encode(encoder.encode_descriptor(name, help, None, MetricType::Counter)?)
     }
 }

@@ -1,11 +1,13 @@
 //! Accepting connections: the one loop that all listeners of both agents use.
 //!
-//! Whoever is accepted is admitted or closed at once, without being read: a connection that waits in the kernel's queue
-//! for a permit would make honest callers behind it wait, too. What the limit is, and whether a newcomer is closed or
-//! takes the permit of somebody who has not authenticated ([`handshake`](super::handshake)), is for the owner to say.
+//! The owner says what the limit is, and whether a newcomer beyond it is closed, takes the permit of somebody who has not
+//! authenticated ([`handshake`](super::handshake)), or waits. While one waits, nothing is accepted, and a burst stays in
+//! the kernel's queue. Honest callers there wait, too, so no stranger may be able to make that last.
 
 use std::{
-    fmt, io,
+    fmt,
+    future::ready,
+    io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     time::Duration,
 };
@@ -76,19 +78,36 @@ impl<L: Listener> Acceptor<L> {
     /// `admit` takes what the connection counts against, or refuses it with `None`, which closes the connection. It is
     /// called for one connection after the other and must not block.
     pub async fn serve<A, F>(
-        mut self,
+        self,
         tasks: Tasks,
         admit: impl Fn(L::Peer) -> Option<A>,
         serve: impl Fn(L::Socket, L::Peer, A) -> F,
     ) where
         F: Future<Output = ()> + Send + 'static,
     {
+        self.serve_in_turn(tasks, |peer| ready(admit(peer)), serve).await;
+    }
+
+    /// Serves as [`Self::serve`] does, and accepts nothing while `admit` waits.
+    pub async fn serve_in_turn<A, W, F>(
+        mut self,
+        tasks: Tasks,
+        admit: impl Fn(L::Peer) -> W,
+        serve: impl Fn(L::Socket, L::Peer, A) -> F,
+    ) where
+        W: Future<Output = Option<A>>,
+        F: Future<Output = ()> + Send + 'static,
+    {
         loop {
-            let (socket, peer) = tokio::select! {
-                accepted = self.next() => accepted,
+            let admitted = async {
+                let (socket, peer) = self.next().await;
+                (socket, peer, admit(peer).await)
+            };
+            let (socket, peer, admission) = tokio::select! {
+                admitted = admitted => admitted,
                 () = tasks.cancelled() => return,
             };
-            if let Some(admission) = admit(peer) {
+            if let Some(admission) = admission {
                 tasks.spawn(serve(socket, peer, admission));
             }
         }

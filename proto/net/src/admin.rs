@@ -13,7 +13,7 @@ use std::{
     convert::Infallible,
     net::IpAddr,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -32,7 +32,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     accept::{Acceptor, Listener, Peer, Tuning},
     exposition::Exposition,
-    handshake::{BEGUN, HandshakePermit, HandshakePermits},
+    handshake::{HandshakePermit, HandshakePermits},
     tasks::Tasks,
     write_timeout::WriteTimeout,
 };
@@ -133,7 +133,7 @@ impl Standing {
     /// A whole head has arrived, so connections without one are evicted before this one.
     fn has_sent_a_head(&self) {
         if let Counted::Unauthenticated(permit) = &*self.counted() {
-            permit.received.store(BEGUN, Ordering::Relaxed);
+            permit.begun();
         }
     }
 

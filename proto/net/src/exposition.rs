@@ -1,5 +1,6 @@
 //! Metrics as text: OpenMetrics 1.0 for scrapers that ask for it, and otherwise Prometheus' text format 0.0.4, in which a
-//! counter has the name of its samples in `# TYPE`, too.
+//! counter has the name of its samples in `# TYPE`, too. A counter whose name does not end in `_total`, since another
+//! program has chosen it, is of unknown type in OpenMetrics, and nothing else is.
 
 use std::{fmt, sync::Arc};
 
@@ -81,7 +82,7 @@ fn plain(open_metrics: &str) -> String {
                 let (name, kind) = rest.split_once(' ').unwrap_or((rest, "unknown"));
                 let (ending, kind) = match kind {
                     "counter" => ("_total", kind),
-                    "unknown" => ("", "untyped"),
+                    "unknown" => ("", "counter"),
                     _ => ("", kind),
                 };
                 if let Some((_, help)) = help.take().filter(|(helped, _)| *helped == name) {
@@ -203,7 +204,7 @@ mod tests {
             "# HELP x_dials_total Dials.\n# TYPE x_dials_total counter\nx_dials_total{a=\"# TYPE \\\"\\n\"} 1\n\
              # HELP x_seconds Time.\n# TYPE x_seconds histogram\nx_seconds_sum 0.5\nx_seconds_count 1\n\
              x_seconds_bucket{le=\"1.0\"} 1\nx_seconds_bucket{le=\"+Inf\"} 1\n\
-             # HELP x_old_count An old name.\n# TYPE x_old_count untyped\nx_old_count 3\n"
+             # HELP x_old_count An old name.\n# TYPE x_old_count counter\nx_old_count 3\n"
         );
     }
 }

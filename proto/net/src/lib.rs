@@ -6,6 +6,7 @@ pub mod admin;
 pub mod causes;
 pub mod channel;
 pub mod clock;
+pub mod descriptors;
 pub mod dialer;
 pub mod exposition;
 pub mod file_watcher;

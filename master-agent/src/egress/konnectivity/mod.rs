@@ -22,34 +22,45 @@ use futures_util::Stream;
 use hyper::{Request, Response, body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::TokioIo;
 use proto::konnectivity::{PROXY, Packet};
+use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{
-    Status, Streaming,
+    Code, Status, Streaming,
     body::Body,
     server::{Grpc, StreamingService},
 };
 use tonic_prost::ProstCodec;
 
 use super::{listener::EgressListener, outbound::Outbound, socket::CallerSocket};
-use crate::{http::Executor, stream::caller::Caller};
+use crate::{
+    http::Executor,
+    stream::{caller::Caller, metrics::KonnectivityCounts},
+};
+use access::rates::Rates;
 use authority::WithAuthority;
-use session::{Answers, Session};
+use session::{Answers, Session, Slots};
 
-/// Concurrent gRPC streams on one HTTP/2 connection.
-const STREAMS: u32 = 1024;
+/// Concurrent gRPC streams on one HTTP/2 connection in addition to one for each of its dials. A client with more of them
+/// waits in silence (RFC 9113 §5.1.2), so there must be streams left on which it is told that there are too many dials.
+const SPARE_STREAMS: u32 = 1024;
 /// Bytes that a client may send on a gRPC stream before they are read.
 const STREAM_WINDOW: u32 = 256 * 1024;
-/// Bytes that a client may send on an HTTP/2 connection: streams with slow targets leave room for all others.
-const CONNECTION_WINDOW: u32 = STREAMS * STREAM_WINDOW;
+/// Bytes that a client may send on an HTTP/2 connection, which is the largest window (RFC 9113 §6.9.1): 8191 streams with
+/// slow targets leave room for all others.
+const CONNECTION_WINDOW: u32 = i32::MAX as u32;
 /// Uncompressed bytes of a request's header fields.
 const HEADER_LIST: u32 = 16 * 1024;
 /// Bytes of a packet: the default limit of gRPC libraries.
 const MESSAGE: usize = 4 * 1024 * 1024;
 /// Bytes that wait for the client on one gRPC stream, beside the session's own queue.
 const SEND_BUFFER: usize = 64 * 1024;
-/// Streams that a client may reset before they are accepted, and streams that it may make this side reset
-/// (CVE-2023-44487, CVE-2025-8671).
-const PENDING_RESETS: usize = 20;
+/// Streams that a client may reset before they are accepted. The library reads all that has arrived before it accepts the
+/// first of it, so these are the dials that a client may cancel at once. Each takes some KB until it is accepted.
+const PENDING_RESETS: usize = 4096;
+/// Calls that a client may give up before any answer, at once and then in each second. Hardly any honest client can make
+/// and cancel as many. A client that gives up more is a flood (CVE-2023-44487) and loses its connection.
+const GIVEN_UP: u32 = 10_000;
+/// Streams that a client may make this side reset by errors (CVE-2025-8671).
 const OWN_RESETS: usize = 1024;
 
 /// The egress listener.
@@ -57,6 +68,20 @@ pub struct Konnectivity {
     pub outbound: Outbound,
     /// Once cancelled, HTTP/2 connections accept no new streams and end with their last one.
     pub draining: CancellationToken,
+    /// Dials and connections at once on one HTTP/2 connection.
+    pub max_dials: usize,
+}
+
+/// A client's HTTP/2 connection, as all of its calls see it.
+struct Client {
+    outbound: Outbound,
+    caller: Caller,
+    slots: Slots,
+    /// Whether the client has ever made a call.
+    called: AtomicBool,
+    given_up: Rates<()>,
+    /// Cancelled when the client has given up too many calls.
+    flooding: CancellationToken,
 }
 
 impl EgressListener for Konnectivity {
@@ -65,17 +90,21 @@ impl EgressListener for Konnectivity {
     }
 
     async fn serve<S: CallerSocket>(self: Arc<Self>, socket: S, caller: Caller) {
-        let called = Arc::new(AtomicBool::new(false));
-        let service = {
-            let (outbound, caller, called) = (self.outbound.clone(), caller.clone(), called.clone());
-            service_fn(move |request| {
-                let call = Call { outbound: outbound.clone(), caller: caller.clone() };
-                let called = called.clone();
-                async move { Ok::<_, Infallible>(call.answer(request, &called).await) }
-            })
-        };
+        let client = Arc::new(Client {
+            outbound: self.outbound.clone(),
+            caller,
+            slots: Slots::new(self.max_dials),
+            called: AtomicBool::new(false),
+            given_up: Rates::new(GIVEN_UP, GIVEN_UP, Instant::now().into_std()),
+            flooding: CancellationToken::new(),
+        });
+        let service = service_fn(|request| {
+            let client = client.clone();
+            async move { Ok::<_, Infallible>(client.answer(request).await) }
+        });
+        let streams = u32::try_from(self.max_dials).unwrap_or(u32::MAX).saturating_add(SPARE_STREAMS);
         let connection = http2::Builder::new(Executor(self.outbound.tasks.clone()))
-            .max_concurrent_streams(STREAMS)
+            .max_concurrent_streams(streams)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_frame_size(authority::MAX_FRAME)
@@ -90,15 +119,16 @@ impl EgressListener for Konnectivity {
         let error = loop {
             tokio::select! {
                 ended = connection.as_mut() => match ended {
-                    Err(error) if !called.load(Ordering::Relaxed) => break cause(&error),
+                    Err(error) if !client.called.load(Ordering::Relaxed) => break cause(&error),
                     Err(error) => {
                         let error = cause(&error);
-                        return tracing::debug!(origin = %caller.origin, error, "HTTP/2 connection failed");
+                        return tracing::debug!(origin = %client.caller.origin, error, "HTTP/2 connection failed");
                     }
                     Ok(()) => return,
                 },
+                () = client.flooding.cancelled() => break "too many calls given up before their answer".to_owned(),
                 () = &mut late, if waiting => {
-                    if !called.load(Ordering::Relaxed) {
+                    if !client.called.load(Ordering::Relaxed) {
                         break "no gRPC call in time".to_owned();
                     }
                     waiting = false;
@@ -109,7 +139,7 @@ impl EgressListener for Konnectivity {
                 }
             }
         };
-        self.outbound.bad_request(caller.listener, &caller.origin, &error);
+        self.outbound.bad_request(client.caller.listener, &client.caller.origin, &error);
     }
 }
 
@@ -122,28 +152,33 @@ fn cause(error: &hyper::Error) -> String {
     cause.to_string()
 }
 
-/// One request.
-struct Call {
-    outbound: Outbound,
-    caller: Caller,
-}
-
-impl Call {
-    async fn answer(self, request: Request<Incoming>, called: &AtomicBool) -> Response<Body> {
+impl Client {
+    async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
         let path = request.uri().path();
         if path != PROXY {
             let error = format!("{path:?} is not served; only {PROXY} is");
             self.outbound.bad_request(self.caller.listener, &self.caller.origin, &error);
             return Status::unimplemented(error).into_http();
         }
-        called.store(true, Ordering::Relaxed);
+        self.called.store(true, Ordering::Relaxed);
         let mut grpc = Grpc::new(ProstCodec::<Packet, Packet>::default()).max_decoding_message_size(MESSAGE);
         grpc.streaming(Proxy(self), request).await
+    }
+
+    fn counts(&self) -> &KonnectivityCounts {
+        &self.outbound.metrics.konnectivity
+    }
+
+    /// Counts a call that the client has given up before any answer.
+    fn gave_up(&self) {
+        if self.given_up.take((), Instant::now().into_std()).is_err() {
+            self.flooding.cancel();
+        }
     }
 }
 
 /// The method. Its response begins at once, so that the client learns that the method is served.
-struct Proxy(Call);
+struct Proxy(Arc<Client>);
 
 impl StreamingService<Packet> for Proxy {
     type Response = Packet;
@@ -151,17 +186,25 @@ impl StreamingService<Packet> for Proxy {
     type Future = Ready<Result<tonic::Response<Outgoing>, Status>>;
 
     fn call(&mut self, request: tonic::Request<Streaming<Packet>>) -> Self::Future {
-        let Call { outbound, caller } = &self.0;
+        let client = self.0.clone();
         let gone = CancellationToken::new();
-        let (session, answers) = Session::new(outbound.clone(), caller.clone(), gone.clone());
-        outbound.tasks.spawn(session.run(request.into_inner()));
-        ready(Ok(tonic::Response::new(Outgoing { answers, _gone: gone.drop_guard() })))
+        let (outbound, caller) = (client.outbound.clone(), client.caller.clone());
+        let (session, answers) = Session::new(outbound, caller, client.slots.clone(), gone.clone());
+        client.outbound.tasks.spawn(session.run(request.into_inner()));
+        client.counts().calls.inc();
+        let outgoing = Outgoing { answers, client, answered: false, ended: false, _gone: gone.drop_guard() };
+        ready(Ok(tonic::Response::new(outgoing)))
     }
 }
 
 /// The packets for the client. Dropping them, as happens when the client leaves, ends the session.
 struct Outgoing {
     answers: Answers,
+    client: Arc<Client>,
+    /// Whether there has been any answer, or the end.
+    answered: bool,
+    /// Whether the session has ended before the client has left.
+    ended: bool,
     _gone: DropGuard,
 }
 
@@ -169,6 +212,27 @@ impl Stream for Outgoing {
     type Item = Result<Packet, Status>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.answers.poll_recv(cx)
+        let polled = self.answers.poll_recv(cx);
+        if let Poll::Ready(Some(Ok(packet))) = &polled {
+            self.client.counts().to_client.count(packet.r#type);
+        }
+        self.answered |= polled.is_ready();
+        self.ended |= matches!(&polled, Poll::Ready(None | Some(Err(_))));
+        polled
     }
 }
+
+impl Drop for Outgoing {
+    fn drop(&mut self) {
+        self.client.counts().calls.dec();
+        if !self.ended {
+            self.client.counts().call_failed(Code::Cancelled);
+        }
+        if !self.answered {
+            self.client.gave_up();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -14,7 +14,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -41,8 +41,6 @@ use crate::{
     },
 };
 
-/// Concurrent dials and connections on one gRPC stream, including those that are being closed.
-const CONNECTIONS: usize = 4096;
 /// Packets that wait until the client reads them.
 const ANSWERS: usize = 4;
 /// The most bytes in one DATA packet.
@@ -61,15 +59,59 @@ pub(super) struct Session {
     caller: Caller,
     answers: mpsc::Sender<Result<Packet, Status>>,
     gone: CancellationToken,
-    slots: Arc<Semaphore>,
+    slots: Slots,
     table: Mutex<Table>,
+}
+
+/// The dials and connections that may exist at once on all gRPC streams of a client's HTTP/2 connection, including those
+/// that are being closed.
+#[derive(Clone)]
+pub(super) struct Slots {
+    free: Arc<Semaphore>,
+    max: usize,
+}
+
+impl Slots {
+    pub(super) fn new(max: usize) -> Self {
+        Self { free: Arc::new(Semaphore::new(max)), max }
+    }
+
+    fn take(&self) -> Result<OwnedSemaphorePermit, DialError> {
+        self.free.clone().try_acquire_owned().map_err(|_| {
+            let max = self.max;
+            let error = format!(
+                "this HTTP/2 connection has {max} dials and connections already (konnectivity.max_dials)"
+            );
+            DialError::TooManyStreams(error)
+        })
+    }
 }
 
 #[derive(Default)]
 struct Table {
     dials: HashMap<i64, CancellationToken>,
     open: HashMap<i64, Arc<Inbox>>,
+    /// The number of the latest connection that began with a dial of this number.
+    dialled: HashMap<i64, i64>,
     last_id: i64,
+}
+
+impl Table {
+    fn open(&mut self, random: i64) -> (i64, Arc<Inbox>) {
+        self.last_id += 1;
+        let (id, inbox) = (self.last_id, Arc::new(Inbox::new(random)));
+        self.open.insert(id, inbox.clone());
+        self.dialled.insert(random, id);
+        (id, inbox)
+    }
+
+    fn close(&mut self, id: i64) {
+        if let Some(inbox) = self.open.remove(&id)
+            && self.dialled.get(&inbox.random) == Some(&id)
+        {
+            self.dialled.remove(&inbox.random);
+        }
+    }
 }
 
 /// A dial that is under way.
@@ -93,10 +135,14 @@ enum End {
 
 impl Session {
     /// The owner of `gone` cancels it when the client has left.
-    pub(super) fn new(outbound: Outbound, caller: Caller, gone: CancellationToken) -> (Arc<Self>, Answers) {
+    pub(super) fn new(
+        outbound: Outbound,
+        caller: Caller,
+        slots: Slots,
+        gone: CancellationToken,
+    ) -> (Arc<Self>, Answers) {
         let (answers, queue) = mpsc::channel(ANSWERS);
-        let (slots, table) = (Arc::new(Semaphore::new(CONNECTIONS)), Mutex::default());
-        (Arc::new(Self { outbound, caller, answers, gone, slots, table }), queue)
+        (Arc::new(Self { outbound, caller, answers, gone, slots, table: Mutex::default() }), queue)
     }
 
     /// Serves the client's packets to their end. The queue of answers ends with the last connection.
@@ -120,6 +166,7 @@ impl Session {
             Ok(()) => self.close_all(),
             Err(status) => {
                 tracing::debug!(origin = %self.caller.origin, %status, "gRPC stream failed");
+                self.outbound.metrics.konnectivity.call_failed(status.code());
                 self.answer(Err(status)).await;
                 self.gone.cancel();
             }
@@ -127,6 +174,7 @@ impl Session {
     }
 
     async fn on_packet(self: &Arc<Self>, packet: Packet) {
+        self.outbound.metrics.konnectivity.from_client.count(packet.r#type);
         match packet.into_payload() {
             Some(Payload::DialRequest(request)) => self.on_dial(request).await,
             Some(Payload::CloseDial(dial)) => self.on_close_dial(dial.random),
@@ -173,9 +221,7 @@ impl Session {
     }
 
     fn begin_dial(&self, random: i64) -> Result<Dial, DialError> {
-        let slot = self.slots.clone().try_acquire_owned().map_err(|_| {
-            DialError::TooManyStreams(format!("this gRPC stream has {CONNECTIONS} connections already"))
-        })?;
+        let slot = self.slots.take()?;
         let given_up = CancellationToken::new();
         let mut table = self.table();
         if table.dials.contains_key(&random) {
@@ -189,7 +235,7 @@ impl Session {
         let mut table = self.table();
         if let Some(given_up) = table.dials.remove(&random) {
             given_up.cancel();
-        } else if let Some(late) = table.open.values().find(|inbox| inbox.random == random) {
+        } else if let Some(late) = table.dialled.get(&random).and_then(|id| table.open.get(id)) {
             late.advance(Phase::Aborted("the dial was given up"));
         }
     }
@@ -207,7 +253,7 @@ impl Session {
                 "the target is too slow: it holds up the other connections of its gRPC stream",
             ));
             // Data that follows is answered as that of an unknown connection.
-            self.table().open.remove(&id);
+            self.table().close(id);
         }
     }
 
@@ -228,7 +274,17 @@ impl Session {
 
     /// Sends an answer, and waits while the queue is full. If the client has left, another part ends the session.
     async fn answer(&self, answer: Result<Packet, Status>) {
-        let _ = self.answers.send(answer).await;
+        if let Some(room) = self.room().await {
+            room.send(answer);
+        }
+    }
+
+    /// Waits until the client has room for an answer; `None` if it has left.
+    async fn room(&self) -> Option<mpsc::Permit<'_, Result<Packet, Status>>> {
+        let began = Instant::now();
+        let room = self.answers.reserve().await.ok();
+        self.outbound.metrics.konnectivity.write_seconds.observe(began.elapsed().as_secs_f64());
+        room
     }
 
     /// Runs a dial and then its connection to its end.
@@ -263,13 +319,7 @@ impl Session {
             return None;
         }
         table.dials.remove(&dial.random);
-        if !succeeded {
-            return None;
-        }
-        table.last_id += 1;
-        let (id, inbox) = (table.last_id, Arc::new(Inbox::new(dial.random)));
-        table.open.insert(id, inbox.clone());
-        Some((id, inbox))
+        succeeded.then(|| table.open(dial.random))
     }
 
     async fn carry(&self, id: i64, inbox: &Inbox, dialled: Dialled) {
@@ -336,7 +386,7 @@ impl Session {
             () = client_gone => End::ClientGone,
             () = not_flushed => End::NotFlushed,
         };
-        self.table().open.remove(&id);
+        self.table().close(id);
         inbox.advance(Phase::Closing);
         let answer = self.answer(Ok(Packet::close_response(id, String::new())));
         let rest = match &end {
@@ -368,14 +418,14 @@ impl Session {
                 tokio::select! {
                     biased;
                     _ = inbox.reached(|phase| *phase == Phase::Flushed) => closed = true,
-                    room = self.answers.reserve() => match room {
-                        Ok(room) => {
+                    room = self.room() => match room {
+                        Some(room) => {
                             room.send(Ok(Packet::data(id, Bytes::copy_from_slice(chunk))));
                             carried.fetch_add(chunk.len() as u64, Ordering::Relaxed);
                             // The next task in the queue is woken, but would find its room taken without this.
                             tokio::task::yield_now().await;
                         }
-                        Err(_) => std::future::pending().await,
+                        None => std::future::pending().await,
                     },
                 }
             }

@@ -15,12 +15,16 @@ use super::{
     state::Answer,
 };
 
+/// The longest time before the end of a dial at which the peer gives it up, so that its answer, which has the cause, still
+/// arrives.
+const ANSWER_TIME: Duration = Duration::from_secs(1);
+
 /// A stream that the peer asks for. Dropping it refuses the stream.
 pub struct Incoming {
     pub(super) entry: Option<Entry>,
     pub target: Target,
     pub origin: String,
-    /// How long the caller is going to wait.
+    /// How long the dial may take. The caller waits a little longer for the answer.
     pub timeout: Duration,
 }
 
@@ -80,7 +84,8 @@ impl Mux {
         origin: &str,
         timeout: Duration,
     ) -> Result<(Reader, Writer), DialError> {
-        let timeout_ms = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
+        let for_peer = timeout.saturating_sub(ANSWER_TIME.min(timeout / 8));
+        let timeout_ms = u32::try_from(for_peer.as_millis()).unwrap_or(u32::MAX);
         let (sender, answer) = oneshot::channel();
         let lost = || DialError::TunnelLost { node: String::new(), reason: self.closed_reason() };
         let dial = async {

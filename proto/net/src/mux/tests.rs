@@ -93,6 +93,29 @@ async fn receive(stream: &mut Stream) -> Result<Vec<u8>, StreamError> {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_target_that_never_answers_is_the_peers_to_report() {
+    let mut pair = pair(8);
+    let target: Target = "n1:1".parse().unwrap();
+    for (timeout, for_peer) in [(9000, 8000), (60_000, 59_000), (800, 700), (10, 8)]
+        .map(|(a, b)| (Duration::from_millis(a), Duration::from_millis(b)))
+    {
+        let refuse = async {
+            let incoming = pair.incoming.recv().await.unwrap();
+            assert_eq!(incoming.timeout, for_peer);
+            tokio::time::sleep(incoming.timeout).await;
+            incoming.refuse(DialError::TimedOut("dial tcp n1:1: no answer".into())).await;
+        };
+        let (opened, ()) = tokio::join!(pair.master.open(&target, "test", timeout), refuse);
+        assert_eq!(opened.err(), Some(DialError::TimedOut("dial tcp n1:1: no answer".into())));
+    }
+    // A peer that says nothing is reported here.
+    let opened = pair.master.open(&target, "test", Duration::from_secs(9)).await;
+    assert!(
+        opened.is_err_and(|error| error.to_string().contains("the other agent gave no answer within 9s"))
+    );
+}
+
 #[tokio::test]
 async fn carries_both_directions_and_closes_each_alone() {
     let mut pair = pair(10);

@@ -1,6 +1,7 @@
 //! Tests that measure what other work on the machine would change: memory over very many streams, CPU time, throughput.
 //! `tests/run.sh` runs them one at a time, and all other tests several at once.
 
+mod bursts;
 mod client_chains;
 mod compare;
 mod front_end_hostile;

@@ -3,6 +3,7 @@
 mod certificates;
 mod hostile;
 mod konnectivity;
+mod konnectivity_dials;
 mod konnectivity_recorded;
 mod kubectl;
 mod proxy_url_bodies;

@@ -199,7 +199,13 @@ async fn an_upgrade_is_carried_and_recorded() {
     );
     // The stream's own record names the request.
     let id = record["id"].as_str().unwrap();
-    let log = front_end.log();
-    let ended = log.lines().find(|line| line.contains("stream ended") && line.contains(id));
-    assert!(ended.is_some_and(|line| line.contains("node=\"n1\"")), "{log}");
+    let ended = eventually("the end of the stream is logged", SOON, async || {
+        front_end
+            .log()
+            .lines()
+            .find(|line| line.contains("stream ended") && line.contains(id))
+            .map(str::to_owned)
+    })
+    .await;
+    assert!(ended.contains("node=\"n1\""), "{ended}");
 }

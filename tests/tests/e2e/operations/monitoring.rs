@@ -14,10 +14,11 @@ use hyper::Request;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::Value;
 use tests::{
-    client::http_get,
+    client::{Door, http_get},
     cluster::{Cluster, Kind, Options, SOON},
     front_end::{Credential, FrontEnd, Http, Setup},
     http::Base,
+    konnectivity::Connection,
     metrics::{ANYTHING, Metrics, OPEN_METRICS, Scraped, assert_golden, documented, golden, root, scrape},
     openssh,
     process::{Process, TempDir, eventually, free_port},
@@ -62,7 +63,10 @@ async fn other_names_are_served_where_they_are_asked_for() {
     let cluster = Cluster::start(Options {
         nodes: one(Kind::Dialled),
         ports: vec![port],
-        master_config: format!("{kubernetes}\nmetrics: {{per_node: false, konnectivity_names: true}}\n"),
+        master_config: format!(
+            "{kubernetes}\nkonnectivity: {{unix: {{path: konnectivity.sock}}}}\n\
+             metrics: {{per_node: false, konnectivity_names: true}}\n"
+        ),
         ..Options::default()
     })
     .await
@@ -72,14 +76,27 @@ async fn other_names_are_served_where_they_are_asked_for() {
     for target in ["192.0.2.1:1", "n1:1"] {
         cluster.unix.connect(target).await.unwrap().err().expect("a refusal");
     }
-    let open = metrics(&cluster).await;
+    let grpc = Connection::open(&Door::Unix(cluster.path().join("konnectivity.sock"))).await.unwrap();
+    drop(grpc.dial(&format!("n1:{port}")).await.unwrap());
+    let open = eventually("the gRPC call has ended", SOON, async || {
+        let open = metrics(&cluster).await;
+        let streams = open.total("konnectivity_network_proxy_server_established_connections");
+        (open.text.contains("code=\"Canceled\"") && streams == 1.0).then_some(open)
+    })
+    .await;
     let konnectivity = |name: &str| open.total(&format!("konnectivity_network_proxy_server_{name}"));
     for (name, value) in [
         ("ready_backend_connections", 1.0),
+        ("ready_backends", 1.0),
+        // The node.
+        ("grpc_connections", 1.0),
+        ("stream_packets_total", 2.0),
+        ("stream_errors_total", 1.0),
+        ("frontend_write_duration_seconds_count", 1.0),
         ("established_connections", 1.0),
         ("http_connections", 1.0),
         ("pending_backend_dials", 0.0),
-        ("dial_duration_seconds_count", 1.0),
+        ("dial_duration_seconds_count", 2.0),
         ("dial_failure_count", 2.0),
         ("full_receive_channels", 0.0),
     ] {
@@ -88,6 +105,11 @@ async fn other_names_are_served_where_they_are_asked_for() {
     for line in ["{reason=\"no_agent\"} 1\n", "{reason=\"error_response\"} 1\n"] {
         assert!(open.text.contains(&format!("dial_failure_count{line}")), "{}", open.text);
     }
+    let plain = scrape(cluster.admin, ANYTHING).await.unwrap().text;
+    assert!(
+        plain.contains("# TYPE konnectivity_network_proxy_server_dial_failure_count counter\n"),
+        "{plain}"
+    );
     let (own, others): (Metrics, Metrics) =
         open.metrics().into_iter().partition(|(name, _)| name.starts_with("master_agent_"));
     assert_golden(&others, "compatibility");

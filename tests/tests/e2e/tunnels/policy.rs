@@ -496,6 +496,10 @@ async fn a_name_is_resolved_once(kind: Kind) {
     assert_eq!(tally, Tally { reached: 300, refused: 0 });
     assert_eq!((site.forbidden.count(), site.allowed.count()), (0, before + 300));
 
+    // A name that does not exist is the node's to report.
+    let refused = site.cluster.unix.connect(&format!("missing.test:{port}")).await.unwrap().err().unwrap();
+    assert_eq!((refused.status, refused.reason.as_str()), (502, "lookup missing.test: no such host"));
+
     // The node's own name is not asked for.
     let mut stream = site.cluster.unix.stream(&format!("n1:{port}")).await.unwrap();
     assert_eq!((greeting(&mut stream).await.as_str(), dns.asked("n1")), ("allowed", 0));

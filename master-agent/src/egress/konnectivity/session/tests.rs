@@ -26,6 +26,8 @@ use crate::{
 
 const DOOR: &str = "konnectivity-test";
 const HANGS: Duration = Duration::from_secs(60);
+/// Dials and connections of a client at once.
+const SLOTS: usize = 4096;
 
 /// Dials addresses; the names `refused.test`, `never.test` and `held.test` are special.
 #[derive(Default)]
@@ -87,7 +89,7 @@ impl Client {
         };
         let caller = Caller::new(DOOR, Origin("test".to_owned()));
         let gone = CancellationToken::new();
-        let (session, answers) = Session::new(outbound.clone(), caller, gone.clone());
+        let (session, answers) = Session::new(outbound.clone(), caller, Slots::new(SLOTS), gone.clone());
         let (packets, mut queue) = mpsc::unbounded_channel();
         outbound.tasks.spawn(session.run(futures_util::stream::poll_fn(move |cx| queue.poll_recv(cx))));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -398,10 +400,11 @@ async fn a_stuck_target_among_several_is_ended_alone() {
 #[tokio::test]
 async fn connections_are_limited() {
     let mut client = Client::new().await;
-    for random in 0..=CONNECTIONS as i64 {
+    for random in 0..=SLOTS as i64 {
         client.send(Packet::dial_request(random, "never.test:1"));
     }
-    client.expect_dial_error(CONNECTIONS as i64, "too many streams: this gRPC stream has 4096").await;
+    let error = "too many streams: this HTTP/2 connection has 4096 dials and connections already";
+    client.expect_dial_error(SLOTS as i64, error).await;
     assert_eq!(client.dials("too_many_streams", "caller"), 1);
     client.send(Packet::close_dial(0));
     while client.dials("cancelled", "caller") == 0 {
