@@ -26,6 +26,8 @@ use crate::{
 };
 
 const MB: u64 = 1024 * 1024;
+/// A flood of which nothing has been taken for so long is over.
+const TAKES_NO_MORE: Duration = Duration::from_secs(30);
 
 fn sample_frames(stream: u32, target: &str) -> Vec<Bytes> {
     let text = |s: &str| s.to_owned();
@@ -217,12 +219,13 @@ impl Attack {
         Some(answers)
     }
 
-    /// Goes on sending `bytes` until the node closes the session; `more` is asked before each time.
+    /// Goes on sending `bytes` until the node closes the session or takes no more; `more` is asked before each time.
     pub async fn flood(&self, bytes: &Bytes, mut more: impl FnMut() -> bool) {
         while more() {
-            // A session of which neither side reads any more is closed by the node's keepalive.
-            if !completes("a flood is taken", self.send(bytes.clone())).await {
-                return;
+            // A master that doesn't read hears of no window and, unless it is sending, of no end.
+            match tokio::time::timeout(TAKES_NO_MORE, self.send(bytes.clone())).await {
+                Ok(true) => {}
+                Ok(false) | Err(_) => return,
             }
         }
     }
