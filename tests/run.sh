@@ -37,7 +37,7 @@ needs() {
             ;;
         bench)
             echo cc:build-essential sshd:openssh-server ssh:openssh-client setpriv:util-linux useradd:passwd \
-                python3:python3 nginx:nginx-light tmux:tmux
+                python3:python3 nginx:nginx-light tmux:tmux ip:iproute2
             ;;
         *) die "there is no step $1" ;;
     esac
@@ -166,21 +166,34 @@ bench() {
     "$CARGO_TARGET_DIR/quick/bench" --quick --json >"$CARGO_TARGET_DIR/bench.json"
     python3 - "$CARGO_TARGET_DIR/bench.json" <<'END'
 import json, sys
-figures = json.load(open(sys.argv[1]))
+report = json.load(open(sys.argv[1]))
+machine, figures = report["machine"], report["figures"]
 wanted = {
-    "download_throughput", "upload_throughput", "cpu_per_gb", "new_connection_get_p50", "new_connection_rate_32",
-    "kept_get_p50", "kept_get_rate_32", "idle_stream_memory", "download_100ms_rtt", "isolation_rate",
-    "isolation_throughput", "isolation_memory", "route_lookup_p99", "route_update_p99", "route_memory",
-    "dial_p99_100_updates", "watch_memory", "konnectivity_isolation_rate", "konnectivity_isolation_throughput",
-    "konnectivity_isolation_memory", "front_end_rate_32_by_nginx", "front_end_added_p50_by_nginx",
-    "front_end_rate_32_by_anonymous", "front_end_cpu_by_nginx", "call_home_https_download",
-    "call_home_https_upload", "call_home_https_cpu_per_gb", "call_home_https_kept_get_p50", "call_home_https_rate_32",
-    "watching_throughput", "watching_rate_32",
+    "download_throughput", "download_throughput_4", "upload_throughput", "upload_throughput_4", "cpu_per_gb",
+    "new_connection_get_p50", "new_connection_rate_32", "kept_get_p50", "kept_get_rate_32", "mixed_get_p50",
+    "mixed_get_p99", "mixed_download", "mixed_download_kept", "idle_stream_memory", "idle_tunnel_memory",
+    "idle_tunnel_cpu", "download_100ms_rtt", "second_stream_100ms_rtt", "packets_capacity", "packets_capacity_hop_cpu",
+    "packets_50ms_loss_download", "packets_50ms_loss_download_4", "packets_50ms_loss_hop_cpu",
+    "packets_300ms_download", "packets_300ms_download_4", "packets_300ms_hop_cpu", "packets_20ms_get_p50",
+    "packets_20ms_get_p99", "packets_20ms_download", "isolation_rate", "isolation_throughput", "isolation_memory",
+    "route_lookup_p99", "route_update_p99", "route_memory", "dial_p99_100_updates", "watch_memory",
+    "konnectivity_isolation_rate", "konnectivity_isolation_throughput", "konnectivity_isolation_memory",
+    "front_end_rate_32_by_nginx", "front_end_added_p50_by_nginx", "front_end_rate_32_by_anonymous",
+    "front_end_cpu_by_nginx", "call_home_https_download", "call_home_https_upload", "call_home_https_cpu_per_gb",
+    "call_home_https_kept_get_p50", "call_home_https_rate_32", "watching_throughput", "watching_rate_32",
 }
+columns = {
+    "unit", "direct", "openssh", "openssh_default", "ours", "konnectivity", "ratio", "ratio_default",
+}
+# How fast the path of packets itself is.
+without_ours = {"packets_capacity", "packets_capacity_hop_cpu"}
 assert set(figures) == wanted, set(figures) ^ wanted
 for name, figure in figures.items():
-    assert set(figure) == {"unit", "direct", "openssh", "ours", "ratio"} and figure["ours"] is not None, (name, figure)
+    assert set(figure) == columns, (name, figure)
+    assert figure["direct" if name in without_ours else "ours"] is not None, (name, figure)
     print(f"{name}: {figure}")
+for name in ["cipher", "openssh default cipher", "cpu", "kernel", "net.ipv4.tcp_congestion_control"]:
+    print(f"{name}: {machine[name]}")
 END
 }
 

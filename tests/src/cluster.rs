@@ -55,6 +55,8 @@ pub struct Options {
     pub dial: Vec<(String, SocketAddr)>,
     /// Ports of the nodes' SSH servers, in order; free ones where it ends.
     pub node_ports: Vec<u16>,
+    /// Where the nodes' SSH servers listen in place of 127.0.0.1.
+    pub node_listen: Option<IpAddr>,
     /// Where nodes call home in place of the master's own port.
     pub call_home: Option<SocketAddr>,
     /// The master's own port for nodes that call home; a free one without.
@@ -267,7 +269,10 @@ impl Cluster {
                     write!(policy, "{{name: target-{port}, to: '{address}', ports: '{port}'}}, ")?;
                 }
                 let link = match node.kind {
-                    Kind::Dialled => format!("listen: '127.0.0.1:{}'", node.port),
+                    Kind::Dialled => {
+                        let address = self.options.node_listen.unwrap_or(local(0).ip());
+                        format!("listen: '{}'", SocketAddr::new(address, node.port))
+                    }
                     Kind::CallHomeHttps => {
                         let user = format!("system:node:{}", node.name);
                         self.pki.client_in(&node.dir, "client", &user, ["system:nodes", "agents"])?;

@@ -21,6 +21,7 @@ pub mod load;
 pub mod metrics;
 pub mod netns;
 pub mod openssh;
+pub mod packet_path;
 pub mod pattern;
 pub mod person;
 pub mod pki;

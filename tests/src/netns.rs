@@ -1,13 +1,18 @@
-//! A network namespace with one veth pair to it. It stands for a host that can lose its link.
+//! Network namespaces. One with a veth pair to it stands for a host that can lose its link, and one without for a host
+//! whose links a test makes.
 
 use std::{
     ffi::OsStr,
+    fs::File,
     io::Write,
+    marker::PhantomData,
     net::Ipv4Addr,
+    os::fd::AsFd,
     process::{Command, Stdio},
 };
 
 use anyhow::{Context, bail};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::openssh::run;
 
@@ -109,6 +114,60 @@ impl Namespace {
 impl Drop for Namespace {
     fn drop(&mut self) {
         let _ = self.remove();
+    }
+}
+
+/// A namespace that has its loopback interface and no link. It exists until it is dropped.
+#[derive(Debug)]
+pub struct Island {
+    pub name: String,
+}
+
+impl Island {
+    pub fn new() -> anyhow::Result<Self> {
+        let island = Self { name: format!("test-{:08x}", rand::random::<u32>()) };
+        ip(&["netns", "add", &island.name])?;
+        island.ip(&["link", "set", "lo", "up"])?;
+        Ok(island)
+    }
+
+    /// Runs ip(8) on the namespace.
+    pub fn ip(&self, args: &[&str]) -> anyhow::Result<()> {
+        ip(&[&["-n", &self.name], args].concat())
+    }
+
+    /// Moves this thread into the namespace.
+    pub fn enter(&self) -> anyhow::Result<Entered> {
+        enter(&self.name)
+    }
+}
+
+/// Moves this thread into a namespace, with all threads and processes that it starts from now on.
+pub fn enter(name: &str) -> anyhow::Result<Entered> {
+    let before = File::open("/proc/thread-self/ns/net").context("this thread's namespace")?;
+    let there = File::open(format!("/run/netns/{name}")).context("the namespace")?;
+    move_into_link_name_space(there.as_fd(), Some(LinkNameSpaceType::Network))?;
+    Ok(Entered { before, of_this_thread: PhantomData })
+}
+
+impl Drop for Island {
+    fn drop(&mut self) {
+        let _ = ip(&["netns", "delete", &self.name]);
+    }
+}
+
+/// A thread's stay in a namespace. Dropping it takes the thread back to where it was before.
+#[derive(Debug)]
+#[must_use]
+pub struct Entered {
+    before: File,
+    of_this_thread: PhantomData<*const ()>,
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        let back = move_into_link_name_space(self.before.as_fd(), Some(LinkNameSpaceType::Network));
+        back.expect("a thread may go back to its namespace");
     }
 }
 

@@ -74,6 +74,25 @@ impl Process {
     pub fn usage(&self) -> Usage {
         Usage::of(self.pid())
     }
+
+    /// User and system time of the threads that it has, in seconds. It is finer than that of [`Usage`], which is in
+    /// hundredths.
+    pub fn cpu_of_threads(&self) -> f64 {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.pid())).into_iter().flatten().flatten();
+        threads.filter_map(|thread| cpu_of_task(&thread.path())).sum()
+    }
+}
+
+/// User and system time of a thread by its directory in /proc, in seconds.
+pub fn cpu_of_task(directory: &Path) -> Option<f64> {
+    let text = std::fs::read_to_string(directory.join("schedstat")).ok()?;
+    Some(text.split_whitespace().next()?.parse::<f64>().ok()? / 1e9)
+}
+
+/// What a command prints, on either output; nothing if it can't be run.
+pub fn output_of(command: &mut Command) -> String {
+    let Ok(output) = command.output() else { return String::new() };
+    String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
 }
 
 impl Drop for Process {

@@ -5,6 +5,7 @@
 //! | line | the server |
 //! | --- | --- |
 //! | `source N` | sends N bytes of the pattern, and closes |
+//! | `repeat` | reads a number N a line, and sends N bytes of the pattern for each |
 //! | `sink` | reads the pattern to the end, then answers with the number of bytes and closes |
 //! | `drain` | the same without looking at the bytes |
 //! | `echo` | sends back what comes, and closes after the caller has |
@@ -58,6 +59,7 @@ async fn connection(socket: TcpStream) -> std::io::Result<()> {
     socket.read_line(&mut line).await?;
     match line.trim().split_once(' ').unwrap_or((line.trim(), "")) {
         ("source", n) => source(socket.get_mut(), n.parse().unwrap_or(0)).await,
+        ("repeat", _) => repeat(socket).await,
         ("sink", _) => sink(socket, true).await,
         ("drain", _) => sink(socket, false).await,
         ("echo", _) => echo(socket).await,
@@ -75,7 +77,21 @@ async fn connection(socket: TcpStream) -> std::io::Result<()> {
     }
 }
 
+async fn repeat(mut socket: BufReader<TcpStream>) -> std::io::Result<()> {
+    let mut line = String::new();
+    while socket.read_line(&mut line).await? > 0 {
+        send(socket.get_mut(), line.trim().parse().unwrap_or(0)).await?;
+        line.clear();
+    }
+    Ok(())
+}
+
 async fn source(socket: &mut TcpStream, bytes: u64) -> std::io::Result<()> {
+    send(socket, bytes).await?;
+    socket.shutdown().await
+}
+
+async fn send(socket: &mut TcpStream, bytes: u64) -> std::io::Result<()> {
     let mut buffer = vec![0; 256 * 1024];
     let mut offset = 0;
     while offset < bytes {
@@ -84,7 +100,7 @@ async fn source(socket: &mut TcpStream, bytes: u64) -> std::io::Result<()> {
         socket.write_all(&buffer[..n]).await?;
         offset += n as u64;
     }
-    socket.shutdown().await
+    Ok(())
 }
 
 async fn sink(socket: BufReader<TcpStream>, check: bool) -> std::io::Result<()> {

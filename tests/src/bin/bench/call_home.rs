@@ -1,7 +1,7 @@
 //! Measures what it costs to call home over the front end's HTTPS port in place of plain TCP. One master has a node of
 //! each kind, and both reach the same target in turns. The column `direct` is plain TCP here, and `ours` is HTTPS.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
 
 use tests::{
     client::Stream,
@@ -10,7 +10,9 @@ use tests::{
 };
 
 use super::{
-    Figure, Path, download, figure, kept_get_rate, kept_gets, median, rounds, target_process, upload,
+    paths::target_process,
+    report::{Figures, Path, Samples, rounds},
+    work::{download, kept_get_p50, kept_get_rate, upload},
 };
 
 const BOTH: [Path; 2] = [Path::Direct, Path::Ours];
@@ -50,31 +52,26 @@ impl Homes {
     }
 }
 
-pub async fn figures(
-    n: usize,
-    megabytes: u64,
-    time: Duration,
-) -> anyhow::Result<BTreeMap<&'static str, Figure>> {
+pub async fn figures(n: usize, megabytes: u64, time: Duration) -> anyhow::Result<Figures> {
     let homes = Homes::start().await?;
     let bytes = megabytes << 20;
-    let mut cpu: BTreeMap<Path, Vec<f64>> = BTreeMap::new();
+    let mut cpu = Samples::default();
     let down = rounds(&BOTH, n, async |path| {
         let before = homes.cpu(path);
         let speed = download(homes.connect(path).await?, bytes).await?;
-        cpu.entry(path).or_default().push((homes.cpu(path) - before) / (bytes as f64 / 1e9));
+        cpu.push(path, (homes.cpu(path) - before) / (bytes as f64 / 1e9));
         Ok(speed)
     })
     .await;
-    let cpu = cpu.into_iter().filter_map(|(path, values)| Some((path, median(values)?))).collect();
     let up = rounds(&BOTH, n, async |path| upload(homes.connect(path).await?, bytes).await).await;
-    let p50 = rounds(&BOTH, n, async |path| kept_gets(homes.connect(path).await?, 2000).await).await;
+    let p50 = rounds(&BOTH, n, async |path| kept_get_p50(homes.connect(path).await?, time).await).await;
     let rate =
         rounds(&BOTH, n, async |path| kept_get_rate(async || homes.connect(path).await, time).await).await;
-    Ok(BTreeMap::from([
-        ("call_home_https_download", figure("MB/s", &down)),
-        ("call_home_https_upload", figure("MB/s", &up)),
-        ("call_home_https_cpu_per_gb", figure("s/GB", &cpu)),
-        ("call_home_https_kept_get_p50", figure("us", &p50)),
-        ("call_home_https_rate_32", figure("1/s", &rate)),
+    Ok(Figures::from([
+        ("call_home_https_download", down.figure("MB/s")),
+        ("call_home_https_upload", up.figure("MB/s")),
+        ("call_home_https_cpu_per_gb", cpu.figure("s/GB")),
+        ("call_home_https_kept_get_p50", p50.figure("us")),
+        ("call_home_https_rate_32", rate.figure("1/s")),
     ]))
 }

@@ -26,7 +26,11 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
-use super::{Figure, median, target_process, try_all};
+use super::{
+    paths::target_process,
+    report::{Figure, Figures, by, median},
+    work::try_all,
+};
 
 const CONNECTIONS: usize = 32;
 
@@ -53,11 +57,7 @@ struct Site {
 
 /// Requests a second on kept connections, what one costs, and the time of one on `connections` connections, of all ways
 /// in turn.
-pub async fn figures(
-    n: usize,
-    time: Duration,
-    connections: usize,
-) -> anyhow::Result<BTreeMap<&'static str, Figure>> {
+pub async fn figures(n: usize, time: Duration, connections: usize) -> anyhow::Result<Figures> {
     let site = Site::start().await?;
     let ways = [Way::Plain, Way::Nginx, Way::Ours, Way::Anonymous];
     let mut rates: BTreeMap<Way, Vec<f64>> = BTreeMap::new();
@@ -75,13 +75,12 @@ pub async fn figures(
         }
     }
     let get = |values: &BTreeMap<Way, Vec<f64>>, way| median(values.get(&way).cloned().unwrap_or_default());
-    let by = |a: Option<f64>, b: Option<f64>| a.zip(b).map(|(a, b)| a / b);
-    let figure = |unit, direct, ours, ratio| Figure { unit, direct, openssh: None, ours, ratio };
+    let figure = |unit, direct, ours, ratio| Figure { unit, direct, ours, ratio, ..Figure::default() };
     let (plain, nginx, ours) = (get(&rates, Way::Plain), get(&rates, Way::Nginx), get(&rates, Way::Ours));
     let (anonymous, p50) = (get(&rates, Way::Anonymous), |way| get(&times, way));
     let cost = |way| get(&costs, way);
     let added = |way| p50(way).zip(p50(Way::Plain)).map(|(through, plain)| through - plain);
-    Ok(BTreeMap::from([
+    Ok(Figures::from([
         ("front_end_rate_32_by_nginx", figure("1/s", plain, ours, by(ours, nginx))),
         (
             "front_end_added_p50_by_nginx",

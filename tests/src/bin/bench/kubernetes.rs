@@ -1,9 +1,10 @@
 //! Measures routing at the size of a large cluster, which has 5,000 nodes, 100,000 pods and 10,000 services of ten
-//! endpoints each.
+//! endpoints each, and serves the API of clusters of other sizes.
 
 use std::{
     convert::Infallible,
     net::{Ipv4Addr, SocketAddr},
+    path::Path as File,
     process::Command,
     sync::{
         Arc,
@@ -31,19 +32,48 @@ use tests::{
     target,
 };
 
-use super::{Figure, get, median};
+use super::{
+    report::{Figure, by, median, percentile},
+    work::get,
+};
 
-const NODES: u32 = 5_000;
-const PODS: u32 = 100_000;
-const SERVICES: u32 = 10_000;
-const ENDPOINTS: u32 = 10;
-
-fn pod_address(pod: u32) -> Ipv4Addr {
-    let (node, index) = (pod % NODES, pod / NODES);
-    Ipv4Addr::from(0x0a00_0000 + (node << 8) + index + 2)
+/// How many nodes a cluster has; it has 20 pods and two services for each.
+#[derive(Clone, Copy)]
+pub struct Size {
+    pub nodes: u32,
 }
 
-fn service_address(service: u32) -> Ipv4Addr {
+const LARGE: Size = Size { nodes: 5_000 };
+const ENDPOINTS: u32 = 10;
+
+impl Size {
+    fn pods(self) -> u32 {
+        self.nodes * 20
+    }
+
+    pub fn services(self) -> u32 {
+        self.nodes * 2
+    }
+
+    /// Of any pod; pod `i` below the number of nodes is on node `i`.
+    pub fn pod_address(self, pod: u32) -> Ipv4Addr {
+        let (node, index) = (pod % self.nodes, pod / self.nodes);
+        Ipv4Addr::from(0x0a00_0000 + (node << 8) + index + 2)
+    }
+
+    /// Waits until a master has listed all of it.
+    pub async fn until_listed(self, admin: SocketAddr) {
+        eventually("the cluster is listed", Duration::from_secs(120), async || {
+            let metrics = tests::client::http_get(admin, "/metrics").await.ok()?;
+            let pods = format!("kubernetes_objects{{kind=\"pods\"}} {}", self.pods());
+            let slices = format!("kubernetes_objects{{kind=\"endpointslices\"}} {}", self.services());
+            (metrics.contains(&pods) && metrics.contains(&slices)).then_some(())
+        })
+        .await;
+    }
+}
+
+pub fn service_address(service: u32) -> Ipv4Addr {
     Ipv4Addr::from(0xac10_0000 + service + 1)
 }
 
@@ -57,12 +87,12 @@ fn node(i: u32) -> Object {
     })
 }
 
-fn pod(i: u32) -> Object {
+fn pod(size: Size, i: u32) -> Object {
     Object::Pod(Pod {
         key: format!("default/app-{i}-7d9f8b6c5-x2x4z").into(),
         created: i64::from(i),
-        node: format!("node-{}", i % NODES).parse().ok(),
-        addresses: vec![pod_address(i).into()],
+        node: format!("node-{}", i % size.nodes).parse().ok(),
+        addresses: vec![size.pod_address(i).into()],
         host_network: false,
         ended: false,
         first_port: Some(8080),
@@ -79,11 +109,11 @@ fn service(i: u32) -> Object {
     })
 }
 
-fn slice(i: u32) -> Object {
+fn slice(size: Size, i: u32) -> Object {
     let endpoint = |n: u32| {
-        let pod = (i * ENDPOINTS + n) % PODS;
-        let node = format!("node-{}", pod % NODES).parse().ok();
-        Endpoint { address: pod_address(pod).into(), node, hostname: None, ready: true }
+        let pod = (i * ENDPOINTS + n) % size.pods();
+        let node = format!("node-{}", pod % size.nodes).parse().ok();
+        Endpoint { address: size.pod_address(pod).into(), node, hostname: None, ready: true }
     };
     Object::EndpointSlice(EndpointSlice {
         key: format!("default/service-{i}-abcde").into(),
@@ -97,8 +127,10 @@ fn slice(i: u32) -> Object {
 pub fn table() -> [(&'static str, Figure); 3] {
     let before = Usage::of(std::process::id()).memory;
     let mut routes = Routes { cluster_domain: "cluster.local".to_owned(), ..Routes::default() };
-    let all = (0..NODES).map(node).chain((0..PODS).map(pod));
-    for object in all.chain((0..SERVICES).map(service)).chain((0..SERVICES).map(slice)) {
+    let (nodes, pods, services) = (LARGE.nodes, LARGE.pods(), LARGE.services());
+    let (pod, slice) = (|i| pod(LARGE, i), |i| slice(LARGE, i));
+    let all = (0..nodes).map(node).chain((0..pods).map(pod));
+    for object in all.chain((0..services).map(service)).chain((0..services).map(slice)) {
         routes.cluster.apply(object);
     }
     let memory = Usage::of(std::process::id()).memory.saturating_sub(before) as f64 / 1e6;
@@ -107,10 +139,10 @@ pub fn table() -> [(&'static str, Figure); 3] {
     let mut lookups = Vec::new();
     for i in 0..200_000u32 {
         let text = match i % 5 {
-            0 => format!("node-{}:10250", rng.random_range(0..NODES)),
-            1 => format!("{}:8080", pod_address(rng.random_range(0..PODS))),
-            2 => format!("{}:80", service_address(rng.random_range(0..SERVICES))),
-            3 => format!("service-{}.default.svc.cluster.local:80", rng.random_range(0..SERVICES)),
+            0 => format!("node-{}:10250", rng.random_range(0..nodes)),
+            1 => format!("{}:8080", LARGE.pod_address(rng.random_range(0..pods))),
+            2 => format!("{}:80", service_address(rng.random_range(0..services))),
+            3 => format!("service-{}.default.svc.cluster.local:80", rng.random_range(0..services)),
             _ => format!("10.{}.{}.200:1", rng.random_range(0..19), rng.random_range(0..256)),
         };
         let target = text.parse().expect("a target");
@@ -122,9 +154,9 @@ pub fn table() -> [(&'static str, Figure); 3] {
     let mut updates = Vec::new();
     for i in 0..50_000u32 {
         let object = match i % 3 {
-            0 => pod(rng.random_range(0..PODS)),
-            1 => slice(rng.random_range(0..SERVICES)),
-            _ => node(rng.random_range(0..NODES)),
+            0 => pod(rng.random_range(0..pods)),
+            1 => slice(rng.random_range(0..services)),
+            _ => node(rng.random_range(0..nodes)),
         };
         let began = Instant::now();
         if i % 7 == 0 {
@@ -133,18 +165,12 @@ pub fn table() -> [(&'static str, Figure); 3] {
         routes.cluster.apply(object);
         updates.push(began.elapsed().as_secs_f64() * 1e6);
     }
-    assert_eq!(routes.cluster.count(Kind::Pods), PODS as usize);
-    let ours = |unit, value| Figure { unit, direct: None, openssh: None, ours: value, ratio: None };
+    assert_eq!(routes.cluster.count(Kind::Pods), pods as usize);
     [
-        ("route_lookup_p99", ours("us", percentile(lookups, 0.99))),
-        ("route_update_p99", ours("us", percentile(updates, 0.99))),
-        ("route_memory", ours("MB", Some(memory))),
+        ("route_lookup_p99", Figure::alone("us", percentile(lookups, 0.99))),
+        ("route_update_p99", Figure::alone("us", percentile(updates, 0.99))),
+        ("route_memory", Figure::alone("MB", Some(memory))),
     ]
-}
-
-fn percentile(mut values: Vec<f64>, at: f64) -> Option<f64> {
-    values.sort_by(f64::total_cmp);
-    values.get((values.len() as f64 * at) as usize).copied()
 }
 
 /// The 99th percentile of new connections while the watched cluster is at rest (`direct`) and while a hundred pods
@@ -152,10 +178,7 @@ fn percentile(mut values: Vec<f64>, at: f64) -> Option<f64> {
 pub async fn dials(rounds: usize, count: usize) -> anyhow::Result<[(&'static str, Figure); 2]> {
     let dir = TempDir::new("bench-kubernetes")?;
     let (api, target_port) = (free_port(), free_port());
-    let mut serve = Command::new(std::env::current_exe()?);
-    serve.args(["--apiserver", &api.to_string()]);
-    let _api = Process::start("apiserver", &mut serve, &dir.path().join("apiserver.log"))?;
-    openssh::wait_for_port(api)?;
+    let _api = start_api(api, LARGE, dir.path())?;
     target::serve(SocketAddr::from(([127, 0, 0, 1], target_port))).await?;
     let kubeconfig = dir.path().join("kubeconfig");
     std::fs::write(&kubeconfig, kubeconfig_for(api))?;
@@ -167,13 +190,7 @@ pub async fn dials(rounds: usize, count: usize) -> anyhow::Result<[(&'static str
         ..Options::default()
     })
     .await?;
-    eventually("the cluster is listed", Duration::from_secs(120), async || {
-        let metrics = tests::client::http_get(cluster.admin, "/metrics").await.ok()?;
-        let pods = format!("kubernetes_objects{{kind=\"pods\"}} {PODS}");
-        let slices = format!("kubernetes_objects{{kind=\"endpointslices\"}} {SERVICES}");
-        (metrics.contains(&pods) && metrics.contains(&slices)).then_some(())
-    })
-    .await;
+    LARGE.until_listed(cluster.admin).await;
     let memory = cluster.master.usage().memory as f64 / 1e6;
     let target = SocketAddr::from(([127, 0, 0, 1], target_port)).to_string();
     let (mut rest, mut busy) = (Vec::new(), Vec::new());
@@ -186,11 +203,8 @@ pub async fn dials(rounds: usize, count: usize) -> anyhow::Result<[(&'static str
         values.extend(percentile(latencies(&cluster.unix, &target, count).await?, 0.99));
     }
     let (rest, busy) = (median(rest), median(busy));
-    let ratio = busy.zip(rest).map(|(busy, rest)| busy / rest);
-    Ok([
-        ("dial_p99_100_updates", Figure { unit: "us", direct: rest, openssh: None, ours: busy, ratio }),
-        ("watch_memory", Figure { unit: "MB", direct: None, openssh: None, ours: Some(memory), ratio: None }),
-    ])
+    let dials = Figure { direct: rest, ratio: by(busy, rest), ..Figure::alone("us", busy) };
+    Ok([("dial_p99_100_updates", dials), ("watch_memory", Figure::alone("MB", Some(memory)))])
 }
 
 /// At a steady pace, so that both runs last equally long and see equally many updates.
@@ -207,7 +221,16 @@ async fn latencies(door: &Door, target: &str, count: usize) -> anyhow::Result<Ve
     Ok(times)
 }
 
-fn kubeconfig_for(port: u16) -> String {
+/// A process that serves the API of a cluster of that size.
+pub fn start_api(port: u16, size: Size, directory: &File) -> anyhow::Result<Process> {
+    let mut serve = Command::new(std::env::current_exe()?);
+    serve.args(["--apiserver", &port.to_string(), &size.nodes.to_string()]);
+    let process = Process::start("apiserver", &mut serve, &directory.join("apiserver.log"))?;
+    openssh::wait_for_port(port)?;
+    Ok(process)
+}
+
+pub fn kubeconfig_for(port: u16) -> String {
     format!(
         "apiVersion: v1\nkind: Config\ncurrent-context: c\n\
          clusters: [{{name: c, cluster: {{server: 'http://127.0.0.1:{port}'}}}}]\n\
@@ -216,7 +239,7 @@ fn kubeconfig_for(port: u16) -> String {
 }
 
 /// An API server of that cluster, whose pods change as often as `/rate/N` says.
-pub async fn serve(port: u16) -> anyhow::Result<()> {
+pub async fn serve(port: u16, size: Size) -> anyhow::Result<()> {
     let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await?;
     let rate = Arc::new(AtomicU64::new(0));
     loop {
@@ -225,7 +248,7 @@ pub async fn serve(port: u16) -> anyhow::Result<()> {
         tokio::spawn(async move {
             let service = service_fn(move |request: Request<Incoming>| {
                 let rate = rate.clone();
-                async move { Ok::<_, Infallible>(answer(&request, &rate)) }
+                async move { Ok::<_, Infallible>(answer(size, &request, &rate)) }
             });
             let http = hyper::server::conn::http1::Builder::new();
             let _ = http.serve_connection(TokioIo::new(socket), service).await;
@@ -233,7 +256,11 @@ pub async fn serve(port: u16) -> anyhow::Result<()> {
     }
 }
 
-fn answer(request: &Request<Incoming>, rate: &Arc<AtomicU64>) -> Response<BoxBody<Bytes, Infallible>> {
+fn answer(
+    size: Size,
+    request: &Request<Incoming>,
+    rate: &Arc<AtomicU64>,
+) -> Response<BoxBody<Bytes, Infallible>> {
     let (path, query) = (request.uri().path(), request.uri().query().unwrap_or_default());
     if let Some(wanted) = path.strip_prefix("/rate/") {
         rate.store(wanted.parse().unwrap_or(0), Ordering::Relaxed);
@@ -247,7 +274,7 @@ fn answer(request: &Request<Incoming>, rate: &Arc<AtomicU64>) -> Response<BoxBod
             let mut lines = String::new();
             let count = if changes { rate.load(Ordering::Relaxed) / 100 } else { 0 };
             for i in 0..count as u32 {
-                let mut object = pod_json((sent + i).wrapping_mul(7919) % PODS);
+                let mut object = pod_json(size, (sent + i).wrapping_mul(7919) % size.pods());
                 object["metadata"]["resourceVersion"] = json!((sent + i + 2).to_string());
                 lines += &format!("{}\n", json!({"type": "MODIFIED", "object": object}));
             }
@@ -256,7 +283,7 @@ fn answer(request: &Request<Incoming>, rate: &Arc<AtomicU64>) -> Response<BoxBod
         });
         return Response::new(BodyExt::boxed(StreamBody::new(Box::pin(events))));
     }
-    let page = |all: u32, make: fn(u32) -> Value| -> (Vec<Value>, String) {
+    let page = |all: u32, make: &dyn Fn(u32) -> Value| -> (Vec<Value>, String) {
         let parameter = |name: &str| {
             query.split('&').find_map(|p| p.strip_prefix(name)?.strip_prefix('=')?.parse::<u32>().ok())
         };
@@ -265,10 +292,10 @@ fn answer(request: &Request<Incoming>, rate: &Arc<AtomicU64>) -> Response<BoxBod
         ((from..to).map(make).collect(), if to < all { to.to_string() } else { String::new() })
     };
     let (items, more) = match resource {
-        "nodes" => page(NODES, node_json),
-        "pods" => page(PODS, pod_json),
-        "services" => page(SERVICES, service_json),
-        _ => page(SERVICES, slice_json),
+        "nodes" => page(size.nodes, &node_json),
+        "pods" => page(size.pods(), &|i| pod_json(size, i)),
+        "services" => page(size.services(), &service_json),
+        _ => page(size.services(), &|i| slice_json(size, i)),
     };
     let list = json!({
         "kind": "List", "apiVersion": "v1", "metadata": {"resourceVersion": "1", "continue": more}, "items": items,
@@ -284,7 +311,7 @@ fn node_json(i: u32) -> Value {
     })
 }
 
-fn pod_json(i: u32) -> Value {
+fn pod_json(size: Size, i: u32) -> Value {
     json!({
         "metadata": {
             "name": format!("app-{i}-7d9f8b6c5-x2x4z"), "namespace": "default",
@@ -292,10 +319,10 @@ fn pod_json(i: u32) -> Value {
             "creationTimestamp": "2026-01-01T00:00:00Z",
         },
         "spec": {
-            "nodeName": format!("node-{}", i % NODES),
+            "nodeName": format!("node-{}", i % size.nodes),
             "containers": [{"name": "app", "image": "example/app:1", "ports": [{"containerPort": 8080}]}],
         },
-        "status": {"phase": "Running", "podIP": pod_address(i), "podIPs": [{"ip": pod_address(i)}]},
+        "status": {"phase": "Running", "podIP": size.pod_address(i), "podIPs": [{"ip": size.pod_address(i)}]},
     })
 }
 
@@ -309,13 +336,13 @@ fn service_json(i: u32) -> Value {
     })
 }
 
-fn slice_json(i: u32) -> Value {
+fn slice_json(size: Size, i: u32) -> Value {
     let endpoints: Vec<Value> = (0..ENDPOINTS)
         .map(|n| {
-            let pod = (i * ENDPOINTS + n) % PODS;
+            let pod = (i * ENDPOINTS + n) % size.pods();
             json!({
-                "addresses": [pod_address(pod)], "conditions": {"ready": true},
-                "nodeName": format!("node-{}", pod % NODES),
+                "addresses": [size.pod_address(pod)], "conditions": {"ready": true},
+                "nodeName": format!("node-{}", pod % size.nodes),
             })
         })
         .collect();

@@ -2,7 +2,6 @@
 //! that knows 1,000 nodes. The column `direct` is without observers here, and `ours` is with them.
 
 use std::{
-    collections::BTreeMap,
     net::SocketAddr,
     process::Command,
     sync::{
@@ -25,14 +24,18 @@ use tokio::{
     time::Instant,
 };
 
-use super::{Figure, Path, download, figure, kept_get_rate, rounds, target_process};
+use super::{
+    paths::target_process,
+    report::{Figures, Path, rounds},
+    work::{download, kept_get_rate},
+};
 
 const BOTH: [Path; 2] = [Path::Direct, Path::Ours];
 const NODES: usize = 1000;
 /// Rounds are short, so that both ways meet the same machine.
 const VOLUME: u64 = 512 << 20;
 
-pub async fn figures(n: usize, time: Duration) -> anyhow::Result<BTreeMap<&'static str, Figure>> {
+pub async fn figures(n: usize, time: Duration) -> anyhow::Result<Figures> {
     let dir = TempDir::new("bench")?;
     let port = free_port();
     let _target = target_process(port, &dir.path().join("target.log"))?;
@@ -57,7 +60,7 @@ pub async fn figures(n: usize, time: Duration) -> anyhow::Result<BTreeMap<&'stat
     let connect = async || -> anyhow::Result<Stream> { cluster.unix.stream(&format!("n1:{port}")).await };
     let watched = async |path: Path| match path {
         Path::Ours => Ok::<_, anyhow::Error>(Some(Watchers::start(&cluster).await?)),
-        Path::Direct | Path::OpenSsh => Ok(None),
+        _ => Ok(None),
     };
     let throughput = rounds(&BOTH, n, async |path| {
         let watchers = watched(path).await?;
@@ -73,9 +76,9 @@ pub async fn figures(n: usize, time: Duration) -> anyhow::Result<BTreeMap<&'stat
         Ok(rate)
     })
     .await;
-    Ok(BTreeMap::from([
-        ("watching_throughput", figure("MB/s", &throughput)),
-        ("watching_rate_32", figure("1/s", &rate)),
+    Ok(Figures::from([
+        ("watching_throughput", throughput.figure("MB/s")),
+        ("watching_rate_32", rate.figure("1/s")),
     ]))
 }
 

@@ -7,4 +7,5 @@ mod compare;
 mod front_end_hostile;
 mod isolation;
 mod memory;
+mod packet_path;
 mod traffic;
