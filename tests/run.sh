@@ -64,13 +64,17 @@ install_missing() {
 
 fmt() { cargo fmt --all --check; }
 
-clippy() { cargo clippy --locked --workspace --all-targets -- -D warnings; }
+# Everything is built with the profile of the agents under test, so that each dependency is compiled once.
+profile=quick
+
+clippy() { cargo clippy --locked --profile "$profile" --workspace --all-targets -- -D warnings; }
 
 # Licences, bans and sources, which this tree alone decides. New advisories are no property of a commit: they need
 # the advisory database from the network, and a run of their own (`cargo deny check advisories`).
 deny() {
     if [ ! -x "$tools/bin/cargo-deny" ]; then
-        cargo install --quiet --locked --debug --root "$tools" --target-dir "$tools/target" cargo-deny --version "^0.20"
+        CARGO_PROFILE_DEV_DEBUG=none cargo install --quiet --locked --debug --root "$tools" \
+            --target-dir "$tools/target" cargo-deny --version "^0.20"
         rm -rf "$tools/target"
     fi
     "$tools/bin/cargo-deny" --locked check bans licenses sources
@@ -88,10 +92,13 @@ browser() {
     export BROWSER_PYTHON=$venv/bin/python
 }
 
-unit() { cargo test --locked --workspace --lib --bins --test architecture --test corpora --test documents --test reference; }
+unit() {
+    cargo test --locked --profile "$profile" --workspace --lib --bins \
+        --test architecture --test corpora --test documents --test reference
+}
 
 binaries() {
-    cargo build --locked --profile quick -p master-agent -p node-agent -p tests -p quickstart --bins
+    cargo build --locked --profile "$profile" -p master-agent -p node-agent -p tests -p quickstart --bins
 }
 
 # Most tests wait more than they compute, so several run at once. Those in the folder `alone` measure memory, CPU time
@@ -100,15 +107,16 @@ e2e() {
     [ "$(id -u)" = 0 ] || die "the end-to-end tests need root (network namespaces, accounts, port 53)"
     binaries
     browser
-    export TEST_BIN_DIR=$CARGO_TARGET_DIR/quick TEST_FIGURES=$CARGO_TARGET_DIR/e2e-figures.txt
+    export TEST_BIN_DIR=$CARGO_TARGET_DIR/$profile TEST_FIGURES=$CARGO_TARGET_DIR/e2e-figures.txt
     rm -f "$TEST_FIGURES"
     local failed=() logs
     logs=$(mktemp -d /tmp/e2e-logs.XXXXXX)
     # A page of 5,000 nodes keeps a browser and an agent busy, and its CPU time is measured.
     local busy=ui::page::five_thousand
-    cargo test --locked -p tests --test e2e -- --skip alone:: --skip "$busy" --test-threads="${TEST_THREADS:-4}" |
+    cargo test --locked --profile "$profile" -p tests --test e2e -- --skip alone:: --skip "$busy" --test-threads="${TEST_THREADS:-4}" |
         tee "$logs/parallel" || failed+=(parallel)
-    cargo test --locked -p tests --test e2e -- alone:: "$busy" --test-threads=1 | tee "$logs/alone" || failed+=(alone)
+    cargo test --locked --profile "$profile" -p tests --test e2e -- alone:: "$busy" --test-threads=1 |
+        tee "$logs/alone" || failed+=(alone)
     if [ -e "$TEST_FIGURES" ]; then
         printf '\n==== figures on the way\n'
         cat "$TEST_FIGURES"
@@ -126,7 +134,7 @@ quickstart() {
     local dir
     dir=$(mktemp -d /tmp/quickstart-test.XXXXXX)
     chmod 0755 "$dir"
-    deploy/quickstart.sh --once --dir "$dir" --bin "$CARGO_TARGET_DIR/quick" | tee "$dir.output"
+    deploy/quickstart.sh --once --dir "$dir" --bin "$CARGO_TARGET_DIR/$profile" | tee "$dir.output"
     python3 - "$dir" <<'END'
 import json, os, re, sys
 read = lambda name: open(os.path.join(sys.argv[1], name)).read()
@@ -163,7 +171,7 @@ END
 # That every figure can be taken; what the figures are is for people to read.
 bench() {
     binaries
-    "$CARGO_TARGET_DIR/quick/bench" --quick --json >"$CARGO_TARGET_DIR/bench.json"
+    "$CARGO_TARGET_DIR/$profile/bench" --quick --json >"$CARGO_TARGET_DIR/bench.json"
     python3 - "$CARGO_TARGET_DIR/bench.json" <<'END'
 import json, sys
 report = json.load(open(sys.argv[1]))
@@ -206,6 +214,8 @@ fi
 install_missing "$@"
 for step in "$@"; do
     printf '\n==== %s\n' "$step"
+    began=$SECONDS
     "$step"
+    printf '==== %s passed in %d s\n' "$step" $((SECONDS - began))
 done
 printf '\n%d passed, 0 failed\n' $#
