@@ -109,7 +109,6 @@ pub struct Detail {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StreamStatus {
     pub id: u64,
-    #[serde(alias = "front_door")]
     pub egress: String,
     pub origin: String,
     pub target: String,
@@ -219,12 +218,5 @@ mod tests {
                 explain_path(target).split_once('?').map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
             assert_eq!((path.as_str(), target_of_query(&query).as_str()), (EXPLAIN, target));
         }
-    }
-
-    #[test]
-    fn streams_of_an_agent_before_the_label_was_renamed_are_read() {
-        let json = r#"{"id": 1, "front_door": "connect-unix", "origin": "", "target": "n1:1", "reason": "", "seconds": 1.0,
-            "up": 0, "down": 0}"#;
-        assert_eq!(serde_json::from_str::<StreamStatus>(json).unwrap().egress, "connect-unix");
     }
 }

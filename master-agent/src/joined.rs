@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::SystemTime};
 
 use futures_util::future::BoxFuture;
-use proto::{NodeName, join::JoinToken};
+use proto::{NodeName, join::Admission};
 use tokio::task::spawn_blocking;
 
 use crate::{
@@ -46,10 +46,11 @@ impl ServeLinks for CallHome {
 pub(crate) struct StoredTokens(pub(crate) Arc<dyn Store>);
 
 impl CheckJoinTokens for StoredTokens {
-    fn check(&self, token: JoinToken) -> BoxFuture<'static, Result<Option<NodeName>, TokenError>> {
+    fn check(&self, admission: Admission) -> BoxFuture<'static, Result<Option<NodeName>, TokenError>> {
         let store = self.0.clone();
         Box::pin(async move {
-            let checked = spawn_blocking(move || store.check(&token.id, &token.hash(), SystemTime::now()));
+            let checked =
+                spawn_blocking(move || store.check(&admission.id, &admission.hash, SystemTime::now()));
             checked.await.unwrap_or_else(|error| Err(TokenError::Store(error.to_string())))
         })
     }

@@ -194,6 +194,8 @@ fn print_sshd_config(config: &Config, args: SshdConfigArgs) -> anyhow::Result<()
     if node.dial.is_none() {
         bail!("node {name} has no `dial:` in {}, and an sshd can't call home", path.display());
     }
+    let now = SystemTime::now();
+    sshd_config::valid_until(now, args.ttl)?;
     let authorities = Authorities::load_or_create(&config.state_dir)?;
     let host_key = PublicKey::from_openssh(read_text(&args.host_key)?.trim())
         .with_context(|| format!("{} holds no OpenSSH public key", args.host_key.display()))?;
@@ -206,9 +208,8 @@ fn print_sshd_config(config: &Config, args: SshdConfigArgs) -> anyhow::Result<()
         );
     }
     let revoked = store.revocations()?;
-    let script =
-        sshd_config::generate(&authorities, node, &host_key, revoked.as_deref(), &args, SystemTime::now())?;
-    store.remember_node(name, &host_key, &node.addresses, SystemTime::now(), SystemTime::now() + args.ttl)?;
+    let script = sshd_config::generate(&authorities, node, &host_key, revoked.as_deref(), &args, now)?;
+    store.remember_node(name, &host_key, &node.addresses)?;
     stdout::print(&script);
     Ok(())
 }

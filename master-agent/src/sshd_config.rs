@@ -94,6 +94,12 @@ pub fn generate(
     Ok(out)
 }
 
+/// Returns when a certificate ends that is issued now.
+pub fn valid_until(now: SystemTime, ttl: Duration) -> anyhow::Result<SystemTime> {
+    let end = now.checked_add(ttl);
+    end.with_context(|| format!("--ttl {} is longer than any date allows", humantime::format_duration(ttl)))
+}
+
 /// Rejects names and paths with special characters: a shell of root reads the script, and `Match User` takes patterns, so a
 /// user `*` or `root` would lock everybody out.
 fn check_text(node: &InventoryNode, args: &SshdConfigArgs) -> anyhow::Result<()> {
@@ -140,7 +146,9 @@ fn drop_in(node: &InventoryNode, args: &SshdConfigArgs, revoked: bool) -> anyhow
 Match User {user}
     TrustedUserCAKeys {directory}/user_ca.pub
     AuthorizedPrincipalsFile {directory}/principals
+    AuthorizedPrincipalsCommand none
 {revoked}    AuthorizedKeysFile none
+    AuthorizedKeysCommand none
     AuthenticationMethods publickey
     PubkeyAuthentication yes
     PasswordAuthentication no
@@ -367,6 +375,10 @@ mod tests {
         text
     }
 
+    /// What else the host's configuration says. Commands would admit further keys and principals to every account.
+    const OF_THE_HOST: &str = "X11Forwarding yes\nAuthorizedKeysCommand /bin/true\nAuthorizedKeysCommandUser nobody\n\
+        AuthorizedPrincipalsCommand /bin/true\nAuthorizedPrincipalsCommandUser nobody\n";
+
     #[test]
     fn sshd_accepts_the_drop_in_and_understands_it_as_intended() {
         let dir = TempDir::new();
@@ -387,7 +399,7 @@ mod tests {
         let config = dir.0.join("sshd_config");
         std::fs::write(
             &config,
-            format!("{moved}\nHostKey {}\nX11Forwarding yes\n", dir.0.join("host_key").display()),
+            format!("{moved}\nHostKey {}\n{OF_THE_HOST}", dir.0.join("host_key").display()),
         )
         .unwrap();
         let sshd = |user: &str| {
@@ -410,6 +422,8 @@ mod tests {
             "kbdinteractiveauthentication no",
             "authenticationmethods publickey",
             "authorizedkeysfile none",
+            "authorizedkeyscommand none",
+            "authorizedprincipalscommand none",
             "maxsessions 0",
             "forcecommand /bin/false",
             "permituserrc no",
@@ -434,6 +448,7 @@ mod tests {
         let others = sshd("alice");
         assert!(others.contains("x11forwarding yes") && others.contains("permitopen any"), "{others}");
         assert!(others.contains("trustedusercakeys none"), "{others}");
+        assert!(others.contains("authorizedkeyscommand /bin/true"), "{others}");
         assert!(
             others.contains(
                 &format!("hostcertificate {}", dir.0.join("host-cert.pub").display()).to_lowercase()
@@ -496,6 +511,14 @@ mod tests {
             ]
         );
         assert!(notes.contains("# 169.254.169.254 is no node's own address"), "{notes}");
+    }
+
+    #[test]
+    fn a_certificate_ends_at_a_date() {
+        let (now, year) = (SystemTime::UNIX_EPOCH, Duration::from_secs(365 * 24 * 3600));
+        assert_eq!(valid_until(now, year).unwrap(), now + year);
+        let error = valid_until(now, Duration::MAX).unwrap_err().to_string();
+        assert!(error.starts_with("--ttl ") && error.ends_with(" is longer than any date allows"), "{error}");
     }
 
     #[test]

@@ -10,7 +10,6 @@ use proto_net::{
 use tokio::{
     net::{TcpListener, UnixListener},
     signal::unix::{SignalKind, signal},
-    sync::Semaphore,
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
@@ -26,17 +25,26 @@ use crate::{
         trust::Trust,
     },
     links,
-    local_endpoint::{front_ends::FrontEnds, listener::LocalEndpoint},
+    local_endpoint::{
+        front_ends::FrontEnds,
+        listener::{self, LocalEndpoint},
+    },
     metrics::Metrics,
     policy::{Scope, ScopeConfig},
     readiness::Readiness,
     revocation::Revocations,
-    session::{serve::SessionServer, services::SessionServices, streams::StreamServer},
+    session::{
+        bounds::Bounds, masters::ConnectedMasters, serve::SessionServer, services::SessionServices,
+        streams::StreamServer,
+    },
     shutdown::Shutdown,
 };
 
-/// The number of log lines about peers that do not authenticate in ten seconds.
+/// The number of log lines about handshakes that are refused in ten seconds.
 const LOG_BURST: u32 = 100;
+/// The channels of one session that this node may close before its peer does. Each keeps some 3.5 KB until the session
+/// ends. Clients that close their channels cause next to none.
+const MAX_CLOSED_FIRST: usize = 16_384;
 /// The least time for sessions to say goodbye.
 const MIN_GOODBYE: Duration = Duration::from_secs(2);
 /// How long what has no streams may take to end by itself.
@@ -161,17 +169,22 @@ impl Agent {
             metrics: metrics.clone(),
             dial_timeout: config.limits.dial_timeout,
             half_closed_timeout: config.half_closed_timeout,
-            draining: shutdown.draining.clone(),
+            shutdown: shutdown.clone(),
         };
+        let front_ends =
+            config.front_end.as_ref().map(|local| FrontEnds::new(local, shutdown.draining.clone()));
         let services = SessionServices {
             identity: identity.clone(),
             trust,
             renewals,
             revocations,
             streams: Arc::new(streams),
-            front_ends: config.front_end.as_ref().map(FrontEnds::new).map(Arc::new),
+            front_ends: front_ends.map(Arc::new),
             limits: config.limits.clone(),
-            people: Arc::new(Semaphore::new(config.limits.max_sessions)),
+            bounds_of_masters: Bounds::of_masters(&config.limits),
+            bounds_of_people: Bounds::of_people(&config.limits),
+            connected_masters: ConnectedMasters::default(),
+            max_closed_first: MAX_CLOSED_FIRST,
             log_throttle: LogThrottle::with_burst(LOG_BURST),
             shutdown_grace: config.shutdown_grace,
             metrics: metrics.clone(),
@@ -192,9 +205,11 @@ impl Agent {
             let handshakes = HandshakePermits::new(limits.max_handshakes);
             listeners.spawn(links::accept(server.clone(), handshakes, sessions.clone(), listener));
         }
-        if let Some(front_ends) = &self.services.front_ends {
+        if let (Some(front_ends), Some(config)) = (&self.services.front_ends, &self.config.front_end) {
             let local = Arc::new(LocalEndpoint {
                 front_ends: front_ends.clone(),
+                callers: listener::callers(config),
+                dials: self.shutdown.dials.clone(),
                 metrics: self.metrics.clone(),
                 open_timeout: limits.dial_timeout,
                 half_closed_timeout: self.config.half_closed_timeout,
@@ -256,8 +271,10 @@ impl Agent {
         tracing::info!(cut, "stopped");
     }
 
+    /// The streams that are open or about to be.
     fn streams(&self) -> i64 {
-        self.metrics.streams.get() + self.metrics.front_end_streams.get()
+        let dials = i64::try_from(self.shutdown.dials.len()).unwrap_or(i64::MAX);
+        self.metrics.streams.get() + self.metrics.front_end_streams.get() + dials
     }
 }
 

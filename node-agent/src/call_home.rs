@@ -13,7 +13,7 @@ use proto::{
     backoff::Backoff,
     call_home::{Master, Purpose},
 };
-use proto_net::{clock::Clock, tasks::Tasks};
+use proto_net::{clock::Clock, log_throttle::LogThrottle, tasks::Tasks};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::oneshot,
@@ -28,7 +28,7 @@ use crate::{
     identity::current::CurrentIdentity,
     session::{
         error::SessionError,
-        serve::{Authenticated, SessionServer},
+        serve::{Authenticated, Direction, SessionServer},
     },
     tcp::{self, ConnectError},
 };
@@ -96,7 +96,7 @@ impl CallHome {
             Master::Https(front_end) => {
                 let node = self.dialer.scope().node.clone().ok_or(CallError::Unnamed)?;
                 let (node, purpose) = (Some(&node), Purpose::Link);
-                let request = LinkRequest { front_end, node, purpose, join_token: None };
+                let request = LinkRequest { front_end, node, purpose, admission: None };
                 let link = https::connect(&self.https, request, timeout).await?;
                 self.establish(link.stream, link.peer).await
             }
@@ -109,7 +109,8 @@ impl CallHome {
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let (authenticated, proof) = oneshot::channel();
-        let served = self.tasks.spawn(self.server.clone().serve(link, peer, None, authenticated));
+        let served = self.server.clone().serve(link, peer, Direction::CallHome, authenticated);
+        let served = self.tasks.spawn(served);
         match proof.await {
             Ok(authenticated) => Ok(EstablishedSession { served, authenticated }),
             Err(_) => Err(outcome(served.await).err().unwrap_or(CallError::ClosedEarly)),
@@ -137,9 +138,14 @@ async fn supervise<F, C>(
 {
     let mut backoff = Backoff::new(MIN_BACKOFF, MAX_BACKOFF);
     let mut former: Option<EstablishedSession> = None;
+    let repeats = LogThrottle::default();
     while !draining.is_cancelled() {
         let mut established = None;
-        let ended = match call().await {
+        let called = tokio::select! {
+            called = call() => called,
+            () = draining.cancelled() => return,
+        };
+        let ended = match called {
             Ok(mut session) => {
                 established = Some(Instant::now());
                 tracing::info!(%master, "called home");
@@ -156,13 +162,7 @@ async fn supervise<F, C>(
         };
         match ended {
             Ok(()) => tracing::info!(%master, "the master closed the tunnel"),
-            Err(error) => match expired() {
-                Some(at) => {
-                    let at = humantime::format_rfc3339_seconds(at);
-                    tracing::error!(%master, %error, expired = %at, "no tunnel to the master, and this node's certificate has expired: join it again with a new token");
-                }
-                None => tracing::warn!(%master, %error, "no tunnel to the master"),
-            },
+            Err(error) => log_failure(master, &error, expired(), &repeats),
         }
         if established.is_some_and(|at: Instant| at.elapsed() > USEFUL_SESSION) {
             backoff.reset();
@@ -171,6 +171,21 @@ async fn supervise<F, C>(
             () = tokio::time::sleep(backoff.next_delay(rand::random())) => {}
             () = draining.cancelled() => {}
         }
+    }
+}
+
+/// Logs why there is no tunnel. What only a person can mend comes back with every call until somebody does, so it is not
+/// logged each time. The calls themselves go on, since the node is to be back soon after that.
+fn log_failure(master: &Master, error: &CallError, expired: Option<SystemTime>, repeats: &LogThrottle) {
+    let is_refusal = matches!(error, CallError::Session(SessionError::RefusedByMaster(_)));
+    let times = if is_refusal || expired.is_some() { repeats.count(1) } else { Some(1) };
+    let Some(times) = times else { return };
+    match expired {
+        Some(at) => {
+            let at = humantime::format_rfc3339_seconds(at);
+            tracing::error!(%master, %error, expired = %at, times, "no tunnel to the master, and this node's certificate has expired: join it again with a new token");
+        }
+        None => tracing::warn!(%master, %error, times, "no tunnel to the master"),
     }
 }
 

@@ -13,26 +13,25 @@ use std::{
 
 use dns_lookup::{AddrInfoHints, LookupError, LookupErrorKind, SockType, getaddrinfo};
 use proto::{DialError, Host, Target, policy::Verdict};
-use tokio::{net::TcpStream, sync::Semaphore};
+use tokio::{
+    net::TcpStream,
+    time::{Instant, timeout_at},
+};
 
 use crate::{
-    identity::user::UserRole,
     metrics::{self, Metrics},
     policy::{Scope, is_of_this_host},
+    shares::Share,
+    tcp::{self, NoneAnswered},
 };
 
 /// What Go's resolver says of a name that does not exist, or has no address.
 const NO_SUCH_HOST: &str = "no such host";
-/// Names that are looked up at once for masters and for people. Each takes a thread while its name servers are silent.
-const LOOKUPS: usize = 64;
-const LOOKUPS_OF_PEOPLE: usize = 16;
 
 /// Dials what the policy allows, and counts the outcome.
 #[derive(Debug)]
 pub struct Dialer {
     scope: RwLock<Arc<Scope>>,
-    lookups: Arc<Semaphore>,
-    lookups_of_people: Arc<Semaphore>,
     metrics: Arc<Metrics>,
 }
 
@@ -45,12 +44,7 @@ pub struct Dialled {
 
 impl Dialer {
     pub fn new(scope: Scope, metrics: Arc<Metrics>) -> Self {
-        Self {
-            scope: RwLock::new(Arc::new(scope)),
-            lookups: Arc::new(Semaphore::new(LOOKUPS)),
-            lookups_of_people: Arc::new(Semaphore::new(LOOKUPS_OF_PEOPLE)),
-            metrics,
-        }
+        Self { scope: RwLock::new(Arc::new(scope)), metrics }
     }
 
     pub fn replace_scope(&self, scope: Scope) {
@@ -61,25 +55,15 @@ impl Dialer {
         self.scope.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Connects to `target` on behalf of a user within `timeout`, which includes the resolution of its name.
+    /// Connects to `target` within `timeout`, which includes the resolution of its name. `lookups` bounds the names that
+    /// are looked up for the same user.
     pub async fn dial(
         &self,
         target: &Target,
         timeout: Duration,
-        role: &UserRole,
+        lookups: &Share,
     ) -> Result<Dialled, DialError> {
-        let lookups = match role {
-            UserRole::Master => &self.lookups,
-            UserRole::Person { .. } => &self.lookups_of_people,
-        };
-        let scope = self.scope();
-        let result = match tokio::time::timeout(timeout, dial(&scope, target, lookups)).await {
-            Ok(result) => result,
-            Err(_) => Err(DialError::TimedOut(format!(
-                "dial tcp {target}: no answer within {}",
-                humantime::format_duration(timeout)
-            ))),
-        };
+        let result = dial(&self.scope(), target, timeout, lookups).await;
         match &result {
             Ok(_) => self.count("ok"),
             Err(error) => {
@@ -103,29 +87,41 @@ impl Dialer {
     }
 }
 
-async fn dial(scope: &Scope, target: &Target, lookups: &Arc<Semaphore>) -> Result<Dialled, DialError> {
-    let addresses = resolve(scope, target, lookups).await?;
+async fn dial(
+    scope: &Scope,
+    target: &Target,
+    timeout: Duration,
+    lookups: &Share,
+) -> Result<Dialled, DialError> {
+    let deadline = Instant::now() + timeout;
+    let late = || {
+        let limit = humantime::format_duration(timeout);
+        DialError::TimedOut(format!("dial tcp {target}: no answer within {limit}"))
+    };
+    let addresses = timeout_at(deadline, resolve(scope, target, lookups)).await.map_err(|_| late())??;
+    let mut allowed = Vec::new();
     let mut refusal = None;
-    let mut failure = None;
     for address in addresses {
-        match scope.decide(address, target.port, is_of_this_host) {
-            Verdict::Allow { rule } => {
-                match TcpStream::connect(SocketAddr::new(address, target.port)).await {
-                    Ok(socket) => return Ok(Dialled { socket, rule: rule.to_owned() }),
-                    Err(e) => failure = Some(connect_error(target, &e)),
-                }
-            }
+        let verdict = scope.decide(address, target.port, is_of_this_host);
+        match verdict.map_err(|error| connect_error(target, &error))? {
+            Verdict::Allow { rule } => allowed.push((SocketAddr::new(address, target.port), rule)),
             Verdict::Deny { rule, reason } => {
                 refusal.get_or_insert(DialError::Policy { rule: rule.to_owned(), reason });
             }
         }
     }
-    Err(failure
-        .or(refusal)
-        .unwrap_or_else(|| DialError::Resolve(format!("lookup {}: {NO_SUCH_HOST}", target.host))))
+    if allowed.is_empty() {
+        let no_address = || DialError::Resolve(format!("lookup {}: {NO_SUCH_HOST}", target.host));
+        return Err(refusal.unwrap_or_else(no_address));
+    }
+    match tcp::connect_to_any(allowed, deadline, TcpStream::connect::<SocketAddr>).await {
+        Ok((socket, rule)) => Ok(Dialled { socket, rule: rule.to_owned() }),
+        Err(NoneAnswered::InTime) => Err(late()),
+        Err(NoneAnswered::Failed(error)) => Err(connect_error(target, &error)),
+    }
 }
 
-async fn resolve(scope: &Scope, target: &Target, lookups: &Arc<Semaphore>) -> Result<Vec<IpAddr>, DialError> {
+async fn resolve(scope: &Scope, target: &Target, lookups: &Share) -> Result<Vec<IpAddr>, DialError> {
     let name = match &target.host {
         Host::Addr(addr) => return Ok(vec![*addr]),
         Host::Name(name) => name,
@@ -134,7 +130,7 @@ async fn resolve(scope: &Scope, target: &Target, lookups: &Arc<Semaphore>) -> Re
         return Ok(scope.addresses.clone());
     }
     let failed = |e: &dyn std::fmt::Display| DialError::Resolve(format!("lookup {name}: {e}"));
-    let permit = lookups.clone().acquire_owned().await.map_err(|e| failed(&e))?;
+    let permit = lookups.take().await.ok_or_else(|| failed(&"the agent is stopping"))?;
     let asked = name.clone();
     // A lookup can't be cancelled, so it keeps its permit until it ends, also when its caller has left.
     let lookup = tokio::task::spawn_blocking(move || {
@@ -157,7 +153,9 @@ fn lookup_error(error: LookupError) -> String {
 fn connect_error(target: &Target, error: &io::Error) -> DialError {
     let text = |what: &str| format!("dial tcp {target}: {what}");
     let kind = error.kind();
-    if kind == io::ErrorKind::ConnectionRefused {
+    if tcp::is_out_of_descriptors(error) {
+        DialError::TooManyStreams("this node has no file descriptor left for another one".to_owned())
+    } else if kind == io::ErrorKind::ConnectionRefused {
         DialError::Refused(text("connection refused"))
     } else if kind == io::ErrorKind::ConnectionReset {
         DialError::Refused(text("connection reset"))
@@ -174,6 +172,7 @@ mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
+    use crate::shares::Shares;
 
     fn dialer(net: &str, port: u16) -> Dialer {
         let scope = Scope {
@@ -188,8 +187,12 @@ mod tests {
     }
 
     async fn try_dial(dialer: &Dialer, target: &str) -> Result<String, DialError> {
+        dial_for(dialer, target, &Shares::new(1, 1).of("somebody")).await
+    }
+
+    async fn dial_for(dialer: &Dialer, target: &str, lookups: &Share) -> Result<String, DialError> {
         let target = target.parse().unwrap();
-        dialer.dial(&target, Duration::from_secs(5), &UserRole::Master).await.map(|d| d.rule)
+        dialer.dial(&target, Duration::from_secs(5), lookups).await.map(|d| d.rule)
     }
 
     #[tokio::test]
@@ -248,13 +251,23 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn people_who_wait_for_name_servers_keep_no_master_waiting() {
+    async fn who_waits_for_silent_name_servers_keeps_nobody_else_waiting() {
         let dialer = dialer("127.0.0.1/32", 1);
-        let _all = dialer.lookups_of_people.acquire_many(LOOKUPS_OF_PEOPLE as u32).await.unwrap();
-        let target = "localhost:2".parse().unwrap();
-        let person = UserRole::Person { login: "alice".into(), key_id: "alice".into() };
-        let waits = dialer.dial(&target, Duration::from_secs(5), &person).await;
+        let lookups = Shares::new(3, 2);
+        let (hostile, other) = (lookups.of("hostile"), lookups.of("other"));
+        let _silent = [hostile.take().await, hostile.take().await];
+        let waits = dial_for(&dialer, "localhost:2", &hostile).await;
         assert!(matches!(waits, Err(DialError::TimedOut(_))), "{waits:?}");
-        assert!(matches!(try_dial(&dialer, "localhost:2").await, Err(DialError::Policy { .. })));
+        let answered = dial_for(&dialer, "localhost:2", &other).await;
+        assert!(matches!(answered, Err(DialError::Policy { .. })), "{answered:?}");
+    }
+
+    #[test]
+    fn a_lack_of_descriptors_is_not_the_targets_fault() {
+        let target: Target = "10.0.0.1:80".parse().unwrap();
+        for code in [libc::EMFILE, libc::ENFILE] {
+            let error = connect_error(&target, &io::Error::from_raw_os_error(code));
+            assert!(matches!(error, DialError::TooManyStreams(_)), "{error}");
+        }
     }
 }

@@ -23,6 +23,7 @@ use hyper_util::rt::TokioIo;
 use proto::{
     NodeName, Target,
     call_home::{Purpose, UPGRADE, path},
+    join::Admission,
     refusal::printable,
 };
 use proto_config::{Meanings, Section, secret_file};
@@ -188,7 +189,7 @@ pub struct LinkRequest<'a> {
     pub node: Option<&'a NodeName>,
     pub purpose: Purpose,
     /// The token that is presented if the configuration has no credential.
-    pub join_token: Option<&'a str>,
+    pub admission: Option<&'a Admission>,
 }
 
 /// A connection that has become a link.
@@ -228,7 +229,7 @@ async fn connect_within(
     let (mut tls, configured, authorization) = read.await.map_err(HttpsError::Task)??;
     let token = match configured {
         Some(token) => Some(token),
-        None if config.tls.identity.is_none() => request.join_token.map(str::to_owned),
+        None if config.tls.identity.is_none() => request.admission.map(Admission::to_string),
         None => None,
     };
     tls.alpn_protocols = vec![b"http/1.1".to_vec()];
@@ -293,7 +294,7 @@ pub async fn upgrade<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let LinkRequest { front_end, node, purpose, join_token: _ } = request;
+    let LinkRequest { front_end, node, purpose, admission: _ } = request;
     let failed = |fault| HttpsError::FrontEnd { front_end: front_end.clone(), fault };
     let mut request = Request::builder()
         .method(Method::POST)

@@ -2,7 +2,8 @@
 //!
 //! The host has a key and no certificate, and knows the master by the fingerprint of its user CA alone. The master is the
 //! SSH client, as always. It first signs the session with a key that the pinned CA has certified; a relay in between has
-//! another session and no such key. Only then does this side send the token. The master certifies the host key that this
+//! another session and no such key. Only then does this side send the token. A front end that the session leads through has
+//! seen a hash of it. The master certifies the host key that this
 //! very session has proved.
 
 use std::{
@@ -14,7 +15,7 @@ use std::{
 use proto::{
     NodeName,
     call_home::{Master, Purpose},
-    join::{JoinRequest, JoinResponse, SUBSYSTEM},
+    join::{Admission, JoinRequest, JoinResponse, JoinToken, SUBSYSTEM},
     refusal,
 };
 use proto_net::{link::Link, ssh};
@@ -44,7 +45,7 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 /// How to join, and with what.
 pub struct JoinOptions {
     pub master: Master,
-    /// How the master is reached if it is a front end. Without a credential, the join token is presented there, too.
+    /// How the master is reached if it is a front end. Without a credential, a hash of the join token is presented there.
     pub https: CallHomeHttps,
     pub token: String,
     pub ca_pin: String,
@@ -93,8 +94,9 @@ pub async fn join(identity: &mut NodeIdentity, options: JoinOptions) -> Result<N
         }
         Master::Https(front_end) => {
             let (node, purpose) = (options.node.as_ref(), Purpose::Join);
-            let join_token = Some(options.token.as_str());
-            let request = LinkRequest { front_end, node, purpose, join_token };
+            // A token that is malformed is refused where it would be used.
+            let admission = JoinToken::parse(&options.token).ok().map(|token| Admission::of(&token));
+            let request = LinkRequest { front_end, node, purpose, admission: admission.as_ref() };
             let link = https::connect(&options.https, request, TIMEOUT).await?;
             exchange(identity, &options, link.stream, link.local).await?
         }

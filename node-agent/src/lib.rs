@@ -21,6 +21,7 @@ pub mod policy;
 mod readiness;
 pub mod revocation;
 pub mod session;
+pub mod shares;
 pub mod shutdown;
 pub mod tcp;
 #[cfg(test)]

@@ -13,7 +13,10 @@ use tokio::{
     sync::oneshot,
 };
 
-use crate::session::{error::SessionError, serve::SessionServer};
+use crate::session::{
+    error::SessionError,
+    serve::{Direction, SessionServer},
+};
 
 /// Accepts links, and serves a session on each in a task of `tasks`, until that group is cancelled.
 pub async fn accept(
@@ -29,12 +32,15 @@ pub async fn accept(
 
 async fn serve_link(server: SessionServer, socket: TcpStream, peer: SocketAddr, permit: HandshakePermit) {
     let (authenticated, mut proof) = oneshot::channel();
-    let served = server.clone().serve(socket, Some(peer), Some(permit), authenticated).await;
+    let direction = Direction::Dialled(permit);
+    let served = server.clone().serve(socket, Some(peer), direction, authenticated).await;
     let is_stranger = proof.try_recv().is_err();
     match served {
         Ok(()) => {}
         // Anybody can cause any number of these. They are counted.
-        Err(error @ SessionError::Evicted) => tracing::debug!(%peer, %error, "session ended"),
+        Err(error @ (SessionError::Evicted | SessionError::Stopping)) => {
+            tracing::debug!(%peer, %error, "session ended");
+        }
         Err(error) if is_stranger => {
             if let Some(times) = server.log_throttle().count(1) {
                 tracing::info!(%peer, %error, times, "session ended before its peer had authenticated");

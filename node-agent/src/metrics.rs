@@ -24,11 +24,33 @@ pub struct DirectionLabel {
     pub direction: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RoleLabel {
+    role: &'static str,
+}
+
+/// SSH sessions that have authenticated and have not ended.
+#[derive(Clone, Debug)]
+pub struct Sessions {
+    pub masters: Gauge,
+    pub people: Gauge,
+    by_role: Family<RoleLabel, Gauge>,
+}
+
+impl Default for Sessions {
+    /// Both roles have a sample from the beginning, so that an alert notices that no master has come yet.
+    fn default() -> Self {
+        let by_role = Family::<RoleLabel, Gauge>::default();
+        let [masters, people] =
+            ["master", "person"].map(|role| by_role.get_or_create_owned(&RoleLabel { role }));
+        Self { masters, people, by_role }
+    }
+}
+
 /// The agent's metrics.
 #[derive(Clone, Debug, Default)]
 pub struct Metrics {
-    /// SSH sessions that have authenticated and have not ended.
-    pub sessions: Gauge,
+    pub sessions: Sessions,
     /// SSH handshakes by outcome.
     pub handshakes: Family<ResultLabel, Counter>,
     /// Streams that have not ended.
@@ -61,7 +83,7 @@ impl Metrics {
 
     pub fn register(&self) -> Registry {
         let mut r = Registry::with_prefix("node_agent");
-        r.register("sessions", "SSH sessions that are authenticated", self.sessions.clone());
+        r.register("sessions", "SSH sessions that are authenticated, by role", self.sessions.by_role.clone());
         r.register("handshakes", "SSH handshakes by result", self.handshakes.clone());
         r.register("streams", "Streams that are open", self.streams.clone());
         r.register("dials", "Dials by result", self.dials.clone());

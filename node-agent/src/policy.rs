@@ -1,6 +1,7 @@
 //! What this node lets others reach: the rules of the configuration, and the decision about one address.
 
 use std::{
+    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
     ops::RangeInclusive,
 };
@@ -12,7 +13,7 @@ use proto::{
 };
 use proto_config::{At, Meanings, Ports, Section};
 
-use crate::{fields::unique, identity::host::NodeIdentity};
+use crate::{fields::unique, identity::host::NodeIdentity, tcp};
 
 const KUBELET_RULE: &str = "kubelet";
 const POD_RULE: &str = "pod-cidr";
@@ -174,18 +175,18 @@ pub struct Scope {
 
 impl Scope {
     /// Decides about one resolved address. A certificate opens nothing but a port of this host: an address in a closed
-    /// range stays closed, and so does one that the host does not have.
+    /// range stays closed, and so does one that the host does not have. The error is that of `is_of_this_host`.
     pub(crate) fn decide(
         &self,
         address: IpAddr,
         port: u16,
-        is_of_this_host: impl Fn(IpAddr) -> bool,
-    ) -> Verdict<'_> {
+        is_of_this_host: impl Fn(IpAddr) -> io::Result<bool>,
+    ) -> io::Result<Verdict<'_>> {
         let verdict = self.policy.decide(address, port);
         let certified =
             self.certified_kubelet == Some(port) && self.addresses.contains(&address.to_canonical());
-        match verdict {
-            Verdict::Deny { rule: DEFAULT_DENY, .. } if certified && is_of_this_host(address) => {
+        Ok(match verdict {
+            Verdict::Deny { rule: DEFAULT_DENY, .. } if certified && is_of_this_host(address)? => {
                 Verdict::Allow { rule: KUBELET_RULE }
             }
             Verdict::Deny { rule: DEFAULT_DENY, .. } if certified => Verdict::Deny {
@@ -197,14 +198,14 @@ impl Scope {
                 ),
             },
             Verdict::Allow { .. } | Verdict::Deny { .. } => verdict,
-        }
+        })
     }
 
     /// Logs every rule that applies now.
     pub fn log(&self) {
         if let Some(port) = self.certified_kubelet {
             for address in &self.addresses {
-                if policy::closed_range(*address).is_none() && is_of_this_host(*address) {
+                if policy::closed_range(*address).is_none() && is_of_this_host(*address).unwrap_or(false) {
                     tracing::info!(rule = KUBELET_RULE, %address, port, "policy allows an address of the certificate");
                 } else {
                     tracing::warn!(%address, "an address of the certificate stays closed: no interface of this host has it as the first of its network, or it is in a closed range; `addresses:` in the configuration can list it");
@@ -221,7 +222,9 @@ impl Scope {
 /// without a packet: it connects from the very address that is dialled only if that address is its own. For a further
 /// IPv4 address in a network of which the interface has one already, it connects from that one, and such an address does
 /// not count. Binding to the address would tell as well, but not on hosts with `net.ipv4.ip_nonlocal_bind`.
-pub fn is_of_this_host(address: IpAddr) -> bool {
+///
+/// Without a file descriptor nothing can be told, which is an error.
+pub fn is_of_this_host(address: IpAddr) -> io::Result<bool> {
     let address = address.to_canonical();
     let any = match address {
         IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
@@ -232,7 +235,12 @@ pub fn is_of_this_host(address: IpAddr) -> bool {
         socket.connect((address, 9))?;
         socket.local_addr()
     };
-    source().is_ok_and(|source| source.ip() == address)
+    match source() {
+        Ok(source) => Ok(source.ip() == address),
+        Err(error) if tcp::is_out_of_descriptors(&error) => Err(error),
+        // There is no route to the address, or no such family of addresses.
+        Err(_) => Ok(false),
+    }
 }
 
 #[cfg(test)]
@@ -300,7 +308,7 @@ allow:
             ("255.255.255.255", false),
             ("2001:db8::7", false),
         ] {
-            assert_eq!(is_of_this_host(address.parse().unwrap()), expected, "{address}");
+            assert_eq!(is_of_this_host(address.parse().unwrap()).unwrap(), expected, "{address}");
         }
     }
 
@@ -311,12 +319,14 @@ allow:
         let own = ["10.0.0.5", "fd00::5", "198.51.100.7"];
         let addresses = own.iter().chain(&closed).map(|a| a.parse().unwrap()).collect();
         let scope = Scope { addresses, certified_kubelet: Some(10250), ..Scope::default() };
-        let here = |address: IpAddr| address != "198.51.100.7".parse::<IpAddr>().unwrap();
-        let decide =
-            |scope: &Scope, address: &str, port| match scope.decide(address.parse().unwrap(), port, here) {
-                Verdict::Allow { rule } => Ok(rule.to_owned()),
-                Verdict::Deny { rule, reason } => Err((rule, reason)),
-            };
+        let here = |address: IpAddr| Ok(address != "198.51.100.7".parse::<IpAddr>().unwrap());
+        let decide = |scope: &Scope, address: &str, port| match scope
+            .decide(address.parse().unwrap(), port, here)
+            .unwrap()
+        {
+            Verdict::Allow { rule } => Ok(rule.to_owned()),
+            Verdict::Deny { rule, reason } => Err((rule, reason)),
+        };
         for address in ["10.0.0.5", "::ffff:10.0.0.5", "fd00::5"] {
             assert_eq!(decide(&scope, address, 10250), Ok(KUBELET_RULE.to_owned()), "{address}");
             assert_eq!(decide(&scope, address, 10251).unwrap_err().0, DEFAULT_DENY, "{address}");
@@ -327,6 +337,9 @@ allow:
         assert_eq!(decide(&scope, "10.0.0.6", 10250).unwrap_err().0, DEFAULT_DENY);
         let (rule, reason) = decide(&scope, "198.51.100.7", 10250).unwrap_err();
         assert!(rule == DEFAULT_DENY && reason.contains("`addresses:`"), "{rule}: {reason}");
+        let unknown = |_| Err(io::Error::from_raw_os_error(libc::EMFILE));
+        let own = "10.0.0.5".parse().unwrap();
+        assert!(scope.decide(own, 10250, unknown).is_err(), "it is not refused as another host's");
         let none = Scope { certified_kubelet: None, ..scope };
         assert_eq!(decide(&none, "10.0.0.5", 10250).unwrap_err().0, DEFAULT_DENY);
     }

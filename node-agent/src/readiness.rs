@@ -21,7 +21,7 @@ impl admin::Admin for Readiness {
         if self.draining.is_cancelled() {
             return Err("stopping".to_owned());
         }
-        if !self.listens && self.metrics.sessions.get() == 0 {
+        if !self.listens && self.metrics.sessions.masters.get() == 0 {
             return Err("no master is connected".to_owned());
         }
         Ok(Vec::new())
@@ -44,7 +44,7 @@ mod tests {
             let readiness =
                 Readiness { listens, draining: CancellationToken::new(), metrics: Arc::default() };
             assert_eq!(readiness.ready().is_ok(), listens);
-            readiness.metrics.sessions.inc();
+            readiness.metrics.sessions.masters.inc();
             assert!(readiness.ready().is_ok());
             readiness.draining.cancel();
             assert_eq!(readiness.ready(), Err("stopping".to_owned()));

@@ -16,8 +16,12 @@ use proto::revocation::{
     krl::{Krl, Revoked, blob},
 };
 use proto_config::secret_file;
+use proto_net::log_throttle::LogThrottle;
 use russh::keys::{Certificate, HashAlg, PublicKey, ssh_key::public::KeyData};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
+
+/// The number of log lines in ten seconds about lists that are not taken.
+const LOG_BURST: u32 = 16;
 
 /// Why a list that a master brought was not taken.
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +71,9 @@ pub struct Revocations {
     /// Locked while a list is compared with the one in force, and written.
     installing: Mutex<()>,
     changed: watch::Sender<()>,
+    /// One list is taken after the other, since each may cost a thread, a good deal of memory and a signature's check.
+    pub(crate) turn: Arc<Semaphore>,
+    refused: LogThrottle,
 }
 
 impl Revocations {
@@ -78,6 +85,8 @@ impl Revocations {
             held: RwLock::default(),
             installing: Mutex::default(),
             changed: watch::Sender::new(()),
+            turn: Arc::new(Semaphore::new(1)),
+            refused: LogThrottle::with_burst(LOG_BURST),
         };
         for ca in cas {
             let path = revocations.path(ca);
@@ -90,8 +99,18 @@ impl Revocations {
         Ok(revocations)
     }
 
-    /// Takes a list that a master has brought, and returns what to answer. Blocks while it writes a file.
-    pub fn take(&self, signed: SignedList) -> Report {
+    /// Takes a list that a master has brought, and returns what to answer. Once begun, this goes on to the end, also when
+    /// the list ends the session that it came by and nobody waits any more. `held` is dropped after that.
+    pub async fn take<H: Send + 'static>(self: Arc<Self>, signed: SignedList, held: H) -> Option<Report> {
+        let turn = self.turn.clone().acquire_owned().await.ok()?;
+        let taking = tokio::task::spawn_blocking(move || {
+            let _until_the_end = (turn, held);
+            self.take_now(signed)
+        });
+        taking.await.ok()
+    }
+
+    fn take_now(&self, signed: SignedList) -> Report {
         let refused = match self.install(signed) {
             Ok(new) => {
                 if new {
@@ -99,12 +118,16 @@ impl Revocations {
                 }
                 None
             }
-            Err(error @ RefusedList::NotKept(_)) => {
-                tracing::error!(%error, "can't keep the list of revoked certificates");
-                Some(error.to_string())
-            }
             Err(error) => {
-                tracing::warn!(%error, "refused a list of revoked certificates");
+                match (&error, self.refused.count(1)) {
+                    (_, None) => {}
+                    (RefusedList::NotKept(_), Some(times)) => {
+                        tracing::error!(%error, times, "can't keep the list of revoked certificates");
+                    }
+                    (_, Some(times)) => {
+                        tracing::warn!(%error, times, "refused a list of revoked certificates")
+                    }
+                }
                 Some(error.to_string())
             }
         };
@@ -282,6 +305,20 @@ mod tests {
             let error = Revocations::load(dir.path(), &cas).map(|_| ()).unwrap_err();
             assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
         }
+    }
+
+    #[tokio::test]
+    async fn lists_are_taken_one_after_the_other() {
+        let (dir, ca) = (TempDir::new(), new_key());
+        let revocations = Arc::new(Revocations::load(dir.path(), &[ca.public_key().clone()]).unwrap());
+        let under_way = revocations.turn.clone().acquire_owned().await.unwrap();
+        let (held, released) = tokio::sync::oneshot::channel::<()>();
+        let mut next = std::pin::pin!(revocations.clone().take(list(&ca, 1, "alice"), held));
+        let pending = tokio::time::timeout(std::time::Duration::from_millis(50), next.as_mut()).await;
+        assert!(pending.is_err() && revocations.report(None).held.is_empty());
+        drop(under_way);
+        assert_eq!(next.await.unwrap().held.into_values().next(), Some(1));
+        assert!(released.await.is_err(), "what was held is dropped");
     }
 
     #[tokio::test]

@@ -3,6 +3,7 @@
 
 use std::{fmt, net::IpAddr};
 
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::NodeName;
@@ -32,13 +33,9 @@ impl JoinToken {
 
     /// A new token from two independent random numbers.
     pub fn from_random(id: [u8; 12], secret: [u8; 32]) -> Self {
-        use base64::Engine;
         const LETTERS: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
         let letter = |b: &u8| LETTERS.get(usize::from(b % 32)).map_or('a', |c| char::from(*c));
-        Self {
-            id: id.iter().map(letter).collect(),
-            secret: base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(secret),
-        }
+        Self { id: id.iter().map(letter).collect(), secret: URL_SAFE_NO_PAD.encode(secret) }
     }
 
     pub fn parse(text: &str) -> Result<Self, MalformedToken> {
@@ -63,6 +60,33 @@ impl JoinToken {
     pub fn hash(&self) -> [u8; 32] {
         use sha2::Digest;
         sha2::Sha256::digest(self.secret.as_bytes()).into()
+    }
+}
+
+/// What a joining host presents to a front end's HTTPS port, in the form of a token: the hash of a token's secret. It
+/// admits the host to an SSH session, in which the master proves itself before it is sent the token. Whoever reads it on
+/// the way, such as a proxy whose CA the host trusts, can't join with it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Admission {
+    pub id: String,
+    pub hash: [u8; 32],
+}
+
+impl Admission {
+    pub fn of(token: &JoinToken) -> Self {
+        Self { id: token.id.clone(), hash: token.hash() }
+    }
+
+    pub fn parse(text: &str) -> Result<Self, MalformedToken> {
+        let JoinToken { id, secret } = JoinToken::parse(text)?;
+        let hash = URL_SAFE_NO_PAD.decode(secret).ok().and_then(|hash| hash.try_into().ok());
+        hash.map(|hash| Self { id, hash }).ok_or(MalformedToken)
+    }
+}
+
+impl fmt::Display for Admission {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "mat1.{}.{}", self.id, URL_SAFE_NO_PAD.encode(self.hash))
     }
 }
 
@@ -179,6 +203,19 @@ mod tests {
         for bytes in [&b"\xff\xff\xff\xff"[..], b"\0\0\0\x02{}", b"\0\0\0\x01x", b"\0\0\0\0"] {
             assert!(JoinRequest::decode(bytes).is_err(), "{bytes:?}");
         }
+    }
+
+    #[test]
+    fn an_admission_is_no_token_that_joins() {
+        let token = JoinToken::from_random([1; 12], [2; 32]);
+        let admission = Admission::of(&token);
+        assert_eq!(Admission::parse(&admission.to_string()), Ok(admission.clone()));
+        let as_token = JoinToken::parse(&admission.to_string()).unwrap();
+        assert_eq!(as_token.id, token.id);
+        assert_ne!(as_token.hash(), token.hash());
+        // A token's own secret admits nobody.
+        assert_ne!(Admission::parse(&token.reveal()), Ok(admission));
+        assert_eq!(Admission::parse("mat1.aaaaaaaaaaaa.x"), Err(MalformedToken));
     }
 
     #[test]

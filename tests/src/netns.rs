@@ -65,8 +65,9 @@ impl Namespace {
 
     /// The link goes first: with its namespace alone it would vanish some time later.
     fn remove(&self) -> anyhow::Result<()> {
-        ip(&["link", "delete", &self.outside_link])?;
-        ip(&["netns", "delete", &self.name])
+        let link = ip(&["link", "delete", &self.outside_link]);
+        ip(&["netns", "delete", &self.name])?;
+        link
     }
 
     /// A command that runs inside; the process is the program's own.

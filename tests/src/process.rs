@@ -13,6 +13,8 @@ use std::{
 use anyhow::{Context, bail};
 use socket2::{Domain, Socket, Type};
 
+use crate::kubelet_port;
+
 /// A process that ends with its owner. Its output goes to a file.
 #[derive(Debug)]
 pub struct Process {
@@ -205,7 +207,8 @@ pub fn free_port() -> u16 {
     loop {
         let port = rand::random_range(10_000..32_000);
         // A port that has been given is not even tried: it is somebody's, who may be about to listen on it again.
-        if GIVEN.lock().unwrap_or_else(PoisonError::into_inner).insert(port)
+        if port != kubelet_port::PORT
+            && GIVEN.lock().unwrap_or_else(PoisonError::into_inner).insert(port)
             && is_free(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
             && is_free(SocketAddr::from((Ipv6Addr::LOCALHOST, port)))
         {

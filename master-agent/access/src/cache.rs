@@ -15,8 +15,8 @@ pub(crate) struct Cache<K, V> {
 
 struct Entries<K, V> {
     values: HashMap<K, Entry<V>>,
-    /// The keys with the serial numbers of their entries, oldest first. An entry that has been replaced leaves its old
-    /// serial number here.
+    /// The keys with the serial numbers of their entries, oldest first. An entry that has been replaced or removed
+    /// leaves its serial number here.
     order: VecDeque<(u64, K)>,
     next: u64,
 }
@@ -41,10 +41,7 @@ impl<K: Copy + Eq + Hash, V: Clone> Cache<K, V> {
     }
 
     pub(crate) fn remove(&self, key: &K) {
-        let mut entries = self.lock();
-        if entries.values.remove(key).is_some() {
-            entries.order.retain(|(_, one)| one != key);
-        }
+        self.lock().values.remove(key);
     }
 
     /// Stores a value for this time. A time of zero stores nothing.
@@ -52,22 +49,25 @@ impl<K: Copy + Eq + Hash, V: Clone> Cache<K, V> {
         if self.size == 0 || ttl.is_zero() {
             return;
         }
-        let entries = &mut *self.lock();
-        let serial = entries.next;
-        entries.next += 1;
-        entries.values.insert(key, Entry { value, until: now + ttl, serial });
-        entries.order.push_back((serial, key));
-        while let Some((serial, oldest)) = entries.order.front().copied() {
-            let current = entries.values.get(&oldest).filter(|entry| entry.serial == serial);
-            let (replaced, expired) = (current.is_none(), current.is_some_and(|entry| entry.until <= now));
-            let full = entries.values.len() > self.size || entries.order.len() > 2 * self.size;
-            if !replaced && !expired && !full {
+        let Entries { values, order, next } = &mut *self.lock();
+        let serial = *next;
+        *next += 1;
+        values.insert(key, Entry { value, until: now + ttl, serial });
+        order.push_back((serial, key));
+        while let Some((serial, oldest)) = order.front().copied() {
+            let current = values.get(&oldest).filter(|entry| entry.serial == serial);
+            let (gone, expired) = (current.is_none(), current.is_some_and(|entry| entry.until <= now));
+            if !gone && !expired && values.len() <= self.size {
                 break;
             }
-            entries.order.pop_front();
-            if !replaced {
-                entries.values.remove(&oldest);
+            order.pop_front();
+            if !gone {
+                values.remove(&oldest);
             }
+        }
+        // What is left has at most `size` items, so that as many are stored before this happens again.
+        if order.len() > 2 * self.size {
+            order.retain(|(serial, key)| values.get(key).is_some_and(|entry| entry.serial == *serial));
         }
     }
 
@@ -111,6 +111,20 @@ mod tests {
             cache.put(i, i, TTL, at(4));
             assert!(cache.len() <= 2);
         }
+    }
+
+    #[test]
+    fn a_value_that_is_stored_again_and_again_evicts_no_other() {
+        let now = Instant::now();
+        let cache = Cache::<u32, u32>::new(4);
+        cache.put(1, 10, TTL, now);
+        for value in 0..1000 {
+            cache.put(2, value, TTL, now);
+            cache.remove(&3);
+            cache.put(3, value, TTL, now);
+            assert_eq!((cache.get(&1, now), cache.len()), (Some(10), 3), "{value}");
+        }
+        assert_eq!((cache.get(&2, now), cache.get(&3, now)), (Some(999), Some(999)));
     }
 
     #[test]

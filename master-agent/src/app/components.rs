@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use proto_net::{clock::Clock, handshake::HandshakePermits, log_throttle::LogThrottle, tasks::Tasks};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -20,7 +20,7 @@ use crate::{
         dialer::TunnelDialer,
         expected_nodes::ExpectedNodes,
         explain::Explainer,
-        join::Joining,
+        join::{Joining, MAX_DECISIONS},
         login::MasterLogin,
         refusals::Refusals,
         registry::Registry,
@@ -36,7 +36,7 @@ use crate::{
 /// it.
 const MAX_HANDSHAKES: usize = 256;
 
-/// The number of refused calls home that are logged one by one in ten seconds.
+/// The number of refused calls home and join requests that are logged one by one in ten seconds.
 const LOG_BURST: u32 = 100;
 
 /// Everything that the agent reads before it builds its components.
@@ -108,7 +108,8 @@ pub(super) fn build(
     let nodes = expected.subscribe();
     let dial_timeout = config.tunnels.dial_timeout;
     let dialer = Arc::new(TunnelDialer::new(registry.clone(), routes.clone(), dial_timeout));
-    let login = Arc::new(MasterLogin::new(authorities.clone(), config.certificates.user_ttl)?);
+    let user_ttl = config.certificates.user_ttl;
+    let login = Arc::new(MasterLogin::new(authorities.clone(), user_ttl, Clock::System)?);
     let shared = Shared {
         config,
         registry: registry.clone(),
@@ -191,6 +192,7 @@ impl Shared<'_> {
             refusals: self.refusals.clone(),
             supervisor,
             metrics: self.metrics.clone(),
+            clock: Clock::System,
             draining: self.draining.clone(),
         };
         DialLinks::new(self.nodes.clone(), dialling, self.sessions.clone())
@@ -198,6 +200,7 @@ impl Shared<'_> {
 
     fn call_home(&self, supervisor: Arc<Supervisor>) -> CallHome {
         let max_handshakes = self.config.call_home.as_ref().map(|call_home| call_home.max_handshakes);
+        let log_throttle = Arc::new(LogThrottle::with_burst(LOG_BURST));
         CallHome {
             config: self.config.tunnels.clone(),
             client: self.client.clone(),
@@ -211,13 +214,15 @@ impl Shared<'_> {
                 registry: self.registry.clone(),
                 refusals: self.refusals.clone(),
                 attempts: self.metrics.joins.clone(),
+                decisions: Arc::new(Semaphore::new(MAX_DECISIONS)),
+                log_throttle: log_throttle.clone(),
                 tasks: self.sessions.clone(),
             }),
             registry: self.registry.clone(),
             refusals: self.refusals.clone(),
             supervisor,
             permits: HandshakePermits::new(max_handshakes.unwrap_or(MAX_HANDSHAKES)),
-            log_throttle: LogThrottle::with_burst(LOG_BURST),
+            log_throttle,
             tasks: self.sessions.clone(),
             draining: self.draining.clone(),
         }

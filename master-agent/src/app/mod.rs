@@ -13,7 +13,7 @@ use std::{future::pending, sync::Arc, time::Duration};
 use access::authn::cluster::{Cluster, Objects};
 use anyhow::Context;
 use kube::Client;
-use proto_net::systemd;
+use proto_net::{systemd, tasks::Tasks};
 use tokio::{
     signal::unix::{SignalKind, signal},
     time::{MissedTickBehavior, interval},
@@ -23,7 +23,7 @@ use crate::{
     config::Config,
     front_end::audit::Writer,
     identity::{Authorities, refresh::Refresher, sqlite::SqliteStore},
-    kubernetes::{self, api_server::KubeApiServer},
+    kubernetes::{self, api_server::KubeApiServer, config::KubernetesConfig, thread::FollowerThread},
     page::Page,
     traces::Traces,
     tunnels::{callers::ServeCallers, tunnel::Tunnel},
@@ -40,6 +40,21 @@ const NOTIFY_TIMEOUT: Duration = Duration::from_secs(1);
 /// The longest time for each of the last steps, which end tasks and write records.
 const END_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// What follows the Kubernetes API: a client, and the thread on whose runtime it was made.
+struct Follower {
+    client: Client,
+    thread: FollowerThread,
+}
+
+impl Follower {
+    async fn start(cluster: &KubernetesConfig, tasks: &Tasks) -> anyhow::Result<Self> {
+        let (cluster, thread) = (cluster.clone(), FollowerThread::start()?);
+        let client = tasks.spawn_on(async move { kubernetes::client(&cluster).await }, thread.runtime());
+        let client = client.await?.context("there is no client for the Kubernetes API")??;
+        Ok(Self { client, thread })
+    }
+}
+
 /// Runs the agent until SIGTERM or SIGINT, and then drains it.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let groups = Groups::new();
@@ -51,9 +66,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         authorities: Arc::new(Authorities::load_or_create(&config.state_dir)?),
         store: Arc::new(SqliteStore::open(&config.state_dir)?),
     };
-    let client = match &config.kubernetes {
-        Some(cluster) => Some(kubernetes::client(cluster).await?),
-        None => None,
+    let (client, follower) = match &config.kubernetes {
+        Some(cluster) => (
+            Some(kubernetes::client(cluster).await?),
+            Some(Follower::start(cluster, &groups.background).await?),
+        ),
+        None => (None, None),
     };
 
     // Build the components and bind the sockets.
@@ -76,7 +94,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let front_end = listeners::serve(&config, &components, &page, sockets, cluster.as_ref(), &groups)?;
     let (front_end, audit) = front_end.unzip();
     let callers = front_end.clone().map(|front_end| front_end as Arc<dyn ServeCallers>);
-    start(&components, startable, callers, client.as_ref(), &groups);
+    start(&components, startable, callers, follower.as_ref(), &groups);
     let _refresher = Refresher::start(components.store.clone(), components.store_health.clone())?;
     let runtimes = front_end.map(|front_end| front_end.runtimes());
     groups.background.spawn(systemd::watchdog(runtimes.unwrap_or_default()));
@@ -91,13 +109,13 @@ fn start(
     components: &Components,
     startable: Startable,
     callers: Option<Arc<dyn ServeCallers>>,
-    client: Option<&Client>,
+    follower: Option<&Follower>,
     groups: &Groups,
 ) {
     let Groups { sessions, background, .. } = groups;
     let Startable { dial_links, caller_tunnels } = startable;
-    if let (Some(watches), Some(client)) = (&components.watches, client) {
-        watches.start(client, background);
+    if let (Some(watches), Some(Follower { client, thread })) = (&components.watches, follower) {
+        watches.start(client, background, thread.runtime());
     }
     if let (Some(tunnels), Some(callers)) = (caller_tunnels, callers) {
         sessions.spawn(tunnels.serve(callers, sessions.clone()));

@@ -4,7 +4,7 @@ use std::fmt::{self, Display, Write as _};
 
 use super::{
     print::{count, open, path_line, ratio, title, values},
-    report::{BUCKETS_PER_DECADE, Figure, Name, Report, TargetReport},
+    report::{BUCKETS_PER_DECADE, Figure, Name, Report, Summary, TargetReport},
 };
 
 const STYLE: &str = include_str!("report.css");
@@ -16,6 +16,8 @@ const HEIGHT: f64 = 200.0;
 const AXIS: f64 = 34.0;
 /// The height of a bar.
 const BAR: f64 = 26.0;
+/// The least upper bound of a histogram's buckets, which is the precision of reports.
+const LEAST_END: f64 = 0.1;
 
 /// A text that is escaped for any position in HTML.
 struct Escaped<T>(T);
@@ -170,9 +172,15 @@ fn figures(page: &mut String, target: &TargetReport) -> fmt::Result {
     Ok(())
 }
 
+/// Returns the buckets of a summary that can be plotted. The agent's page shows reports that it was sent, which may hold
+/// any numbers.
+fn buckets(summary: &Summary) -> impl Iterator<Item = &(f64, u64)> {
+    summary.histogram.iter().filter(|(end, _)| end.is_finite() && *end >= LEAST_END)
+}
+
 /// Plots the distribution of times: a line for each path over a logarithmic axis, as high as the share of samples.
 fn distribution(page: &mut String, target: &TargetReport, figure: &Figure) -> fmt::Result {
-    let all = || figure.paths.iter().flatten().flat_map(|summary| summary.histogram.iter());
+    let all = || figure.paths.iter().flatten().flat_map(buckets);
     let low = all().map(|(end, _)| *end).fold(f64::INFINITY, f64::min);
     let high = all().map(|(end, _)| *end).fold(0.0, f64::max);
     if !low.is_finite() || high <= 0.0 {
@@ -184,7 +192,7 @@ fn distribution(page: &mut String, target: &TargetReport, figure: &Figure) -> fm
     let share = |count: u64, samples: usize| count as f64 / samples.max(1) as f64;
     let shares = figure.paths.iter().flatten();
     let top = shares
-        .flat_map(|s| s.histogram.iter().map(|(_, count)| share(*count, s.samples)))
+        .flat_map(|summary| buckets(summary).map(|(_, count)| share(*count, summary.samples)))
         .fold(0.0, f64::max);
     let y = |share: f64| HEIGHT * (1.0 - 0.95 * share / top.max(1e-9));
     let mut spoken = Vec::new();
@@ -222,7 +230,7 @@ fn distribution(page: &mut String, target: &TargetReport, figure: &Figure) -> fm
         let Some(Some(summary)) = figure.paths.get(at) else { continue };
         let mut points = format!("M0 {HEIGHT}");
         let mut last = f64::NEG_INFINITY;
-        for (end, count) in &summary.histogram {
+        for (end, count) in buckets(summary) {
             let end = end.log10();
             let begin = end - step;
             if begin > last + step / 2.0 {
@@ -325,6 +333,22 @@ mod tests {
         assert!(!page.contains("<script"), "{page}");
         assert!(page.contains("&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;&amp;&#39;"));
         assert!(!page.contains("http-equiv=\"refresh\"") && !page.contains("src="));
+    }
+
+    #[test]
+    fn numbers_that_no_comparison_has_are_not_plotted() {
+        let mut report = report("x");
+        let plain = page(&report).len();
+        for figure in &mut report.targets[0].figures {
+            for summary in figure.paths.iter_mut().flatten() {
+                let odd = [0.0, -1.0, 1e-300, 0.09, f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
+                summary.histogram.extend(odd.map(|end| (end, 1)));
+            }
+        }
+        assert_eq!(page(&report).len(), plain);
+        report.targets[0].figures[0].paths[0].as_mut().unwrap().histogram = vec![(0.1, 1), (f64::MAX, 1)];
+        let page = page(&report);
+        assert!(page.len() < 200_000 && !page.contains("NaN") && !page.contains("inf"), "{}", page.len());
     }
 
     #[test]

@@ -1,13 +1,22 @@
 //! The paths to a target: through a tunnel, directly, and through other proxies.
 
-use std::{fmt, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
+use std::{
+    fmt, io,
+    path::PathBuf,
+    pin::Pin,
+    str::FromStr,
+    sync::Arc,
+    task::{self, Poll},
+    time::Duration,
+};
 
 use anyhow::{Context, bail};
+use bytes::BytesMut;
 use proto::Target;
 use proto_net::socket;
 use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::{TcpStream, UnixStream},
     time::Instant,
 };
@@ -15,6 +24,8 @@ use tokio_rustls::TlsConnector;
 
 /// The longest head of a proxy's response to CONNECT, in bytes.
 const MAX_HEAD: usize = 16 * 1024;
+/// The end of a head.
+const END: &[u8] = b"\r\n\r\n";
 
 /// Any kind of connection.
 pub(super) trait Io: AsyncRead + AsyncWrite + Unpin + Send {}
@@ -142,8 +153,8 @@ impl Path {
                         Box::new(tls.with_context(|| format!("TLS with the proxy {proxy}"))?)
                     }
                 };
-                connect(&mut stream, target).await?;
-                stream
+                let begun = connect(&mut stream, target).await?;
+                if begun.is_empty() { stream } else { Box::new(Begun { begun, stream }) }
             }
         };
         Ok((stream, began.elapsed()))
@@ -157,18 +168,65 @@ async fn tcp(address: &Target) -> anyhow::Result<TcpStream> {
     Ok(socket)
 }
 
-/// Asks a proxy for `target`. Nothing beyond the proxy's response is read.
-async fn connect(stream: &mut Stream, target: &Target) -> anyhow::Result<()> {
+/// A connection whose first bytes have been read already.
+struct Begun {
+    begun: BytesMut,
+    stream: Stream,
+}
+
+impl AsyncRead for Begun {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut task::Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.begun.is_empty() {
+            return Pin::new(&mut self.stream).poll_read(cx, buf);
+        }
+        let length = self.begun.len().min(buf.remaining());
+        buf.put_slice(&self.begun.split_to(length));
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Begun {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut task::Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+/// Asks a proxy for `target`. Returns the bytes of the target that have been read with the proxy's response.
+async fn connect(stream: &mut Stream, target: &Target) -> anyhow::Result<BytesMut> {
     let request = format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n");
     stream.write_all(request.as_bytes()).await.context("the proxy closed the connection")?;
     stream.flush().await?;
-    let mut head = Vec::with_capacity(256);
-    while !head.ends_with(b"\r\n\r\n") {
+    let mut head = BytesMut::with_capacity(1024);
+    let length = loop {
+        // Bytes that were searched before are searched again, which is cheap, as a proxy sends its head at once.
+        if let Some(end) = head.windows(END.len()).position(|bytes| bytes == END) {
+            break end + END.len();
+        }
         if head.len() > MAX_HEAD {
             bail!("the proxy's response has no end");
         }
-        head.push(stream.read_u8().await.context("the proxy closed the connection without a response")?);
-    }
+        let read = stream.read_buf(&mut head).await;
+        if read.context("the proxy closed the connection without a response")? == 0 {
+            bail!("the proxy closed the connection without a response");
+        }
+    };
+    let begun = head.split_off(length);
     let head = String::from_utf8_lossy(&head);
     let line = head.lines().next().unwrap_or_default();
     let mut words = line.splitn(3, ' ');
@@ -177,7 +235,7 @@ async fn connect(stream: &mut Stream, target: &Target) -> anyhow::Result<()> {
         bail!("the proxy does not speak HTTP: {:?}", line.chars().take(100).collect::<String>());
     }
     match status {
-        Some("200") => Ok(()),
+        Some("200") => Ok(begun),
         status => bail!("the proxy answers {} {reason}", status.unwrap_or_default()),
     }
 }
@@ -209,38 +267,47 @@ mod tests {
         }
     }
 
-    /// Asks a proxy that responds with `answer`. Returns what follows the response.
-    async fn asked(answer: &'static [u8]) -> Result<Vec<u8>, String> {
+    /// Asks a proxy that responds with the parts of `answer` one after another. Returns what follows the response.
+    async fn asked(answer: &[&'static [u8]]) -> Result<Vec<u8>, String> {
         let (near, mut far) = tokio::io::duplex(64 * 1024);
         let proxy = async {
             far.read_exact(&mut [0; 10]).await.unwrap();
-            let _ = far.write_all(answer).await;
+            for part in answer {
+                let _ = far.write_all(part).await;
+                tokio::task::yield_now().await;
+            }
             let mut rest = Vec::new();
             tokio::time::timeout(Duration::from_millis(200), far.read_to_end(&mut rest)).await.ok();
             drop(far);
         };
         let client = async {
             let mut stream: Stream = Box::new(near);
-            let answer = connect(&mut stream, &"n1:1".parse().unwrap()).await;
+            let begun = connect(&mut stream, &"n1:1".parse().unwrap()).await.map_err(|e| format!("{e:#}"))?;
+            let mut stream = Begun { begun, stream };
             let mut rest = vec![0; 4];
-            if answer.is_ok() {
-                stream.read_exact(&mut rest).await.unwrap();
-            }
-            answer.map(|()| rest).map_err(|e| format!("{e:#}"))
+            stream.read_exact(&mut rest).await.unwrap();
+            Ok(rest)
         };
         tokio::join!(proxy, client).1
     }
 
     #[tokio::test]
     async fn responses_of_proxies_are_understood() {
-        assert_eq!(asked(b"HTTP/1.1 200 OK\r\nX: y\r\n\r\nrest").await.unwrap(), b"rest");
+        let answers: [&[&'static [u8]]; 3] = [
+            &[b"HTTP/1.1 200 OK\r\nX: y\r\n\r\nrest"],
+            &[b"HTTP/1.1 200 OK\r\nX: y\r\n\r", b"\nre", b"st"],
+            &[b"HTTP/1.1 200 OK\r\n\r\n", b"rest"],
+        ];
+        for answer in answers {
+            assert_eq!(asked(answer).await.unwrap(), b"rest", "{answer:?}");
+        }
         for (answer, error) in [
             (&b"HTTP/1.1 403 policy\r\n\r\n"[..], "the proxy answers 403 policy"),
             (b"SSH-2.0-x\r\n\r\n", "the proxy does not speak HTTP: \"SSH-2.0-x\""),
             (b"HTTP/1.1 200 OK\r\n", "without a response"),
             (&[b'x'; 40_000], "has no end"),
         ] {
-            let said = asked(answer).await.unwrap_err();
+            let said = asked(&[answer]).await.unwrap_err();
             assert!(said.contains(error), "{said}");
         }
     }

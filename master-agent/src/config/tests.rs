@@ -156,7 +156,7 @@ fn mistakes_are_shown_with_their_place() {
         ),
         (
             "kubernetes: {nodes: {host_keys: {pins: [x]}}}",
-            "1:40: kubernetes.nodes.host_keys.pins: a key is one node's",
+            "1:34: kubernetes.nodes.host_keys.pins: unknown field; known here: first_use, known_hosts",
         ),
         ("kubernetes: {node: {}}", "1:14: kubernetes.node: unknown field; did you mean nodes?"),
         ("stat_dir: /x", "1:1: stat_dir: unknown field; did you mean state_dir?"),

@@ -43,7 +43,7 @@ impl HttpConnectConfig {
 pub struct KonnectivityConfig {
     pub unix: Option<UnixConfig>,
     pub tls: Option<TlsConfig>,
-    /// How long a caller may take to make its first gRPC call.
+    /// How long a caller may take for its TLS handshake, and then to make its first gRPC call.
     pub head_timeout: Duration,
     /// The number of HTTP/2 connections at once on each of the two.
     pub max_connections: usize,
@@ -54,7 +54,7 @@ pub struct KonnectivityConfig {
 const KONNECTIVITY_FIELDS: Meanings = &[
     ("unix", "The Unix socket to listen on."),
     ("tls", "The TCP address to listen on, with TLS that requires a certificate of every caller."),
-    ("head_timeout", "Time for a caller to make its first gRPC call."),
+    ("head_timeout", "Time for a caller to make its first gRPC call, and for its TLS handshake."),
     ("max_connections", "HTTP/2 connections at once on each of the two listeners."),
     (
         "max_dials",

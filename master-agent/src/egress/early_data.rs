@@ -51,9 +51,10 @@ async fn gone<S: CallerSocket>(socket: &mut S, early: &mut BytesMut) {
     }
 }
 
-/// Reads the early data, then what follows it.
+/// Reads the early data, then what follows it. An error that a caller's socket reported in place of early data is reported
+/// again, since Linux reports each error once, and then the end.
 pub(super) struct WithEarlyData<R> {
-    pub early: BytesMut,
+    pub early: io::Result<BytesMut>,
     pub inner: R,
 }
 
@@ -63,13 +64,14 @@ impl<R: AsyncRead + Unpin> AsyncRead for WithEarlyData<R> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.early.is_empty() {
+        let mut early = std::mem::replace(&mut self.early, Ok(BytesMut::new()))?;
+        if early.is_empty() {
             return Pin::new(&mut self.inner).poll_read(cx, buf);
         }
-        let n = self.early.len().min(buf.remaining());
-        buf.put_slice(&self.early.split_to(n));
-        if self.early.is_empty() {
-            self.early = BytesMut::new();
+        let n = early.len().min(buf.remaining());
+        buf.put_slice(&early.split_to(n));
+        if !early.is_empty() {
+            self.early = Ok(early);
         }
         Poll::Ready(Ok(()))
     }
@@ -81,7 +83,7 @@ mod tests {
 
     #[tokio::test]
     async fn early_data_comes_before_what_follows() {
-        let mut reader = WithEarlyData { early: BytesMut::from(&b"early"[..]), inner: &b" late"[..] };
+        let mut reader = WithEarlyData { early: Ok(BytesMut::from(&b"early"[..])), inner: &b" late"[..] };
         let mut all = String::new();
         reader.read_to_string(&mut all).await.unwrap();
         assert_eq!(all, "early late");

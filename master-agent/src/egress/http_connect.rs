@@ -1,6 +1,6 @@
 //! HTTP CONNECT, as kube-apiserver speaks it to its egress proxy.
 
-use std::{sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use bytes::{Buf, BytesMut};
 use proto::{
@@ -49,20 +49,22 @@ impl EgressListener for HttpConnect {
 
 impl Call<'_> {
     /// Reads the request, dials and answers. Returns the connection and the caller's early data if the answer was 200.
-    async fn open<S: CallerSocket>(self, socket: &mut S) -> Option<(Dialled, BytesMut)> {
+    async fn open<S: CallerSocket>(self, socket: &mut S) -> Option<(Dialled, io::Result<BytesMut>)> {
         let (target, early) = self.read_head(socket).await?;
         match early_data::dial(self.outbound, socket, &target, &self.caller, early).await {
             Ok((dialled, mut early)) => {
                 socket.write_all(connect::ESTABLISHED).await.ok()?;
                 socket.flush().await.ok()?;
                 if early.is_empty() {
-                    // An error shows again when the socket is next read.
-                    let _ = tokio::time::timeout(HEAD_START, socket.read_buf(&mut early)).await;
+                    let read = tokio::time::timeout(HEAD_START, socket.read_buf(&mut early)).await;
+                    if let Ok(Err(error)) = read {
+                        return Some((dialled, Err(error)));
+                    }
                 }
                 if early.is_empty() {
                     early = BytesMut::new();
                 }
-                Some((dialled, early))
+                Some((dialled, Ok(early)))
             }
             Err(error) => {
                 self.outbound.dial_failed(&target, &self.caller, &error);
@@ -109,14 +111,18 @@ impl Call<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
+    use std::{
+        pin::Pin,
+        sync::Mutex,
+        task::{Context, Poll, ready},
+    };
 
     use proto_net::{
         dialer::{Connection, DialFuture, Dialer, Origin},
         tasks::Tasks,
     };
     use tokio::{
-        io::DuplexStream,
+        io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf},
         net::{TcpListener, TcpStream},
         time::Instant,
     };
@@ -139,13 +145,71 @@ mod tests {
         }
     }
 
-    /// A caller whose request leads to a target that has sent [`GREETING`].
-    async fn call(request: &[u8]) -> (DuplexStream, TcpStream, Tasks) {
+    /// A caller's socket that reports once, as on Linux, that its caller has reset it.
+    struct Reset {
+        inner: DuplexStream,
+        reported: bool,
+    }
+
+    impl AsyncRead for Reset {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            let before = buf.filled().len();
+            ready!(Pin::new(&mut self.inner).poll_read(cx, buf))?;
+            let ended = buf.filled().len() == before;
+            if ended && !std::mem::replace(&mut self.reported, true) {
+                return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
+            }
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl AsyncWrite for Reset {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            Pin::new(&mut self.inner).poll_write(cx, bytes)
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.inner).poll_flush(cx)
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.inner).poll_shutdown(cx)
+        }
+    }
+
+    impl CallerSocket for Reset {
+        fn halves(self) -> (impl AsyncRead + Unpin + Send, impl AsyncWrite + Unpin + Send) {
+            tokio::io::split(self)
+        }
+
+        async fn closed_after_eof(&self) {}
+
+        fn peer(&self) -> Option<std::net::IpAddr> {
+            None
+        }
+    }
+
+    /// A caller whose request leads to a target that has sent a greeting.
+    async fn call<S: CallerSocket>(
+        request: &[u8],
+        greeting: &[u8],
+        socket: impl FnOnce(DuplexStream) -> S,
+    ) -> (DuplexStream, TcpStream, Tasks) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let near = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (mut target, _) = listener.accept().await.unwrap();
-        target.write_all(GREETING).await.unwrap();
-        near.readable().await.unwrap();
+        if !greeting.is_empty() {
+            target.write_all(greeting).await.unwrap();
+            near.readable().await.unwrap();
+        }
         let tasks = Tasks::new();
         let outbound = Outbound {
             dialer: Arc::new(Ready(Mutex::new(Some(near)))),
@@ -156,7 +220,7 @@ mod tests {
         let (mut caller, far) = tokio::io::duplex(64 * 1024);
         caller.write_all(request).await.unwrap();
         let who = Caller::new("connect-test", Origin("test".to_owned()));
-        tasks.spawn(Arc::new(HttpConnect(outbound)).serve(far, who));
+        tasks.spawn(Arc::new(HttpConnect(outbound)).serve(socket(far), who));
         (caller, target, tasks)
     }
 
@@ -177,7 +241,7 @@ mod tests {
     async fn a_target_that_speaks_first_is_heard_after_the_answer_and_never_with_it() {
         // The caller speaks, waits for the target, or has sent early data.
         for speaks in [true, false] {
-            let (mut caller, mut target, _tasks) = call(REQUEST).await;
+            let (mut caller, mut target, _tasks) = call(REQUEST, GREETING, |socket| socket).await;
             assert_eq!(read_at_once(&mut caller).await, connect::ESTABLISHED, "{speaks}");
             let began = Instant::now();
             if speaks {
@@ -189,11 +253,24 @@ mod tests {
             assert_eq!(greeting, GREETING);
             assert_eq!(began.elapsed() >= HEAD_START, !speaks, "{:?}", began.elapsed());
         }
-        let (mut caller, mut target, _tasks) = call(&[REQUEST, b"early"].concat()).await;
+        let request = [REQUEST, b"early"].concat();
+        let (mut caller, mut target, _tasks) = call(&request, GREETING, |socket| socket).await;
         let mut early = [0; 5];
         target.read_exact(&mut early).await.unwrap();
         let mut heard = vec![0; connect::ESTABLISHED.len() + GREETING.len()];
         caller.read_exact(&mut heard).await.unwrap();
         assert_eq!((&early, heard), (b"early", [connect::ESTABLISHED, GREETING].concat()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reset_before_the_first_byte_resets_the_stream() {
+        let socket = |inner| Reset { inner, reported: false };
+        let (mut caller, _target, tasks) = call(REQUEST, b"", socket).await;
+        assert_eq!(read_at_once(&mut caller).await, connect::ESTABLISHED);
+        let began = Instant::now();
+        drop(caller);
+        assert_eq!(tasks.drain(LIMIT).await, 0);
+        // Taken for an orderly end, it would leave the target's direction open.
+        assert_eq!(began.elapsed(), Duration::ZERO);
     }
 }

@@ -6,6 +6,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use proto::{DialError, Fault, Target};
 use proto_net::{
     dialer::{Connection, Dialer},
+    log_throttle::LogThrottle,
     relay::{Outcome as Ended, relay},
     tasks::Tasks,
 };
@@ -20,6 +21,11 @@ use crate::{
     },
     traces::Span,
 };
+
+/// The refusals that one [`LogThrottle`] lets through one by one in ten seconds.
+pub(super) const LOG_BURST: u32 = 100;
+/// The most characters of a caller's text in logs and answers.
+const EXCERPT: usize = 100;
 
 /// The parts that all egress listeners share: the dialer, the metrics, and the limits on callers.
 #[derive(Clone)]
@@ -89,6 +95,22 @@ impl Outbound {
         tracing::info!(egress, %caller, %error, "caller refused");
     }
 
+    /// Counts a caller as [`Self::bad_request`] does, but logs at INFO no more than `throttle` allows: for what a stranger, or
+    /// one connection, can cause any number of times.
+    pub fn bad_requests(
+        &self,
+        throttle: &LogThrottle,
+        egress: &'static str,
+        caller: &dyn Display,
+        error: &dyn Display,
+    ) {
+        self.metrics.bad_request(egress);
+        match throttle.count(1) {
+            Some(times) => tracing::info!(egress, %caller, %error, times, "caller refused"),
+            None => tracing::debug!(egress, %caller, %error, "caller refused"),
+        }
+    }
+
     /// Relays between a caller's socket and its connection until both directions have ended.
     pub async fn relay<R, W>(&self, read: R, write: W, dialled: Dialled) -> Ended
     where
@@ -124,6 +146,11 @@ impl Outbound {
         }));
         near
     }
+}
+
+/// What logs and answers say of a caller's text, which may be as long as the caller likes.
+pub(super) fn excerpt(text: &str) -> String {
+    text.chars().take(EXCERPT).collect()
 }
 
 /// Counts a dial that is under way.

@@ -1,7 +1,7 @@
 //! Mutual TLS with the callers of egress listeners. The certificate, its key and the client CA follow their files: changes
 //! take effect for new connections within two seconds, and a file that can't be used leaves the last good one in force.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{fmt::Display, sync::Arc, time::SystemTime};
 
 use anyhow::Context;
 use proto::refusal::printable;
@@ -31,6 +31,22 @@ pub struct CallerTls {
     verifier: ClientVerifier,
     /// The names of the callers that may connect. If it is empty, every certificate of the client CA is accepted.
     allowed_names: Vec<String>,
+}
+
+/// Why a caller is not let in.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TlsRefusal {
+    /// The caller has shown no certificate of the client CA. Whoever reaches the address can cause this.
+    #[error("{0}")]
+    Stranger(String),
+    #[error("the certificate is for {0}, which allowed_names does not list")]
+    NotAllowed(String),
+}
+
+impl TlsRefusal {
+    pub(super) fn stranger(error: impl Display) -> Self {
+        Self::Stranger(error.to_string())
+    }
 }
 
 /// The TLS configuration of new connections, and when its certificate expires.
@@ -79,27 +95,25 @@ impl CallerTls {
         &self,
         socket: S,
         begun: impl FnOnce(),
-    ) -> Result<(TlsStream<S>, String), String>
+    ) -> Result<(TlsStream<S>, String), TlsRefusal>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
         let config = self.serving.get().config.clone();
-        let stream = tls::accept(socket, config, begun).await.map_err(|error| error.to_string())?;
+        let stream = tls::accept(socket, config, begun).await.map_err(TlsRefusal::stranger)?;
         let caller = self.check(stream.get_ref().1.peer_certificates()).await?;
         Ok((stream, caller))
     }
 
-    async fn check(&self, chain: Option<&[CertificateDer<'static>]>) -> Result<String, String> {
+    async fn check(&self, chain: Option<&[CertificateDer<'static>]>) -> Result<String, TlsRefusal> {
         let chain: Arc<[_]> = chain.unwrap_or_default().into();
-        self.verifier.verify(&chain, SystemTime::now()).await.map_err(|error| error.to_string())?;
-        let names = certificate_names(chain.first().ok_or("no client certificate")?)?;
+        self.verifier.verify(&chain, SystemTime::now()).await.map_err(TlsRefusal::stranger)?;
+        let own = chain.first().ok_or_else(|| TlsRefusal::stranger("no client certificate"))?;
+        let names = certificate_names(own).map_err(TlsRefusal::stranger)?;
         if self.allowed_names.is_empty() || names.iter().any(|name| self.allowed_names.contains(name)) {
             return Ok(names.first().map_or_else(|| "without a name".to_owned(), |name| printable(name)));
         }
-        Err(format!(
-            "the certificate is for {}, which allowed_names does not list",
-            printable(&names.join(", "))
-        ))
+        Err(TlsRefusal::NotAllowed(printable(&names.join(", "))))
     }
 }
 
@@ -247,7 +261,7 @@ mod tests {
 
     /// A caller with a certificate, who trusts one CA: whether the handshake succeeds, and what the listener calls the
     /// caller.
-    async fn call(tls: &CallerTls, trusted: &Ca, caller: &Issued) -> (bool, Result<String, String>) {
+    async fn call(tls: &CallerTls, trusted: &Ca, caller: &Issued) -> (bool, Result<String, TlsRefusal>) {
         let mut roots = RootCertStore::empty();
         roots.add(trusted.der().clone()).unwrap();
         let provider = Arc::new(aws_lc_rs::default_provider());
@@ -276,7 +290,7 @@ mod tests {
         let tls = files.load(&[]);
         assert_eq!(call(&tls, &first, &caller).await, (true, Ok("kube-apiserver".to_owned())));
         assert!(!call(&tls, &second, &caller).await.0);
-        assert!(call(&tls, &first, &other).await.1.is_err());
+        assert!(matches!(call(&tls, &first, &other).await.1, Err(TlsRefusal::Stranger(_))));
         let expiries = tls.expiries();
 
         files.serve(&issue(&second, "second"));
@@ -304,9 +318,9 @@ mod tests {
         files.serve(&issue(&authority, "master"));
         files.write("client-ca.crt", &authority.pem());
         let tls = files.load(&["kube-apiserver", "ops.example"]);
-        for (name, allowed) in [("kube-apiserver", true), ("somebody", false)] {
-            let (_, called) = call(&tls, &authority, &issue(&authority, name)).await;
-            assert_eq!(called.is_ok(), allowed, "{name}: {called:?}");
-        }
+        let (_, called) = call(&tls, &authority, &issue(&authority, "kube-apiserver")).await;
+        assert_eq!(called, Ok("kube-apiserver".to_owned()));
+        let (_, called) = call(&tls, &authority, &issue(&authority, "somebody")).await;
+        assert_eq!(called, Err(TlsRefusal::NotAllowed("somebody, master.example".to_owned())));
     }
 }

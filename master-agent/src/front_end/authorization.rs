@@ -28,7 +28,10 @@ impl Connection {
         }
         let reason =
             format!("a credential of node {node:?} can't be used through the tunnel of node {name:?}");
-        tracing::warn!(peer = %self.peer, user = caller.user.name, reason, "refused a node's credential");
+        if let Some(times) = self.front_end.other_nodes.count(1) {
+            let user = &caller.user.name;
+            tracing::warn!(peer = %self.peer, user, reason, times, "refused a node's credential");
+        }
         record.decided(&Verdict {
             allowed: false,
             authorizer: Some("tunnel"),

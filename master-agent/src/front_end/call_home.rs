@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, sync::Arc};
 
 use futures_util::future::BoxFuture;
-use proto::{NodeName, join::JoinToken};
+use proto::{NodeName, join::Admission};
 use proto_net::tasks::Tasks;
 
 use super::link_socket::LinkSocket;
@@ -19,10 +19,10 @@ pub trait ServeLinks: Send + Sync {
     fn count_other_node(&self, claimed: Option<&NodeName>, reason: &str);
 }
 
-/// Checks the join tokens of hosts that have not joined yet.
+/// Checks what hosts that have not joined yet present of their join tokens.
 pub trait CheckJoinTokens: Send + Sync {
     /// Returns the node that the token is bound to, if there is one. The token is not used up.
-    fn check(&self, token: JoinToken) -> BoxFuture<'static, Result<Option<NodeName>, TokenError>>;
+    fn check(&self, admission: Admission) -> BoxFuture<'static, Result<Option<NodeName>, TokenError>>;
 }
 
 /// A call home that the front end has admitted.

@@ -16,11 +16,12 @@ pub trait Page: Send + Sync {
     /// Whether the answer at a path continues for as long as the caller stays.
     fn is_long_running(&self, path: &str) -> bool;
 
-    /// Answers a request. `origin` names the caller in the records of streams that the page opens.
+    /// Answers a request of a user. `origin` names the caller in the records of streams that the page opens.
     fn answer(
         self: Arc<Self>,
         path: String,
         request: Request<RequestBody>,
+        user: String,
         origin: Origin,
     ) -> BoxFuture<'static, Response<admin::Body>>;
 }

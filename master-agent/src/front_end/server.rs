@@ -11,6 +11,7 @@ use anyhow::Context;
 use proto_net::{
     file_watcher::{FileWatcher, Watcher, watch},
     handshake::HandshakePermits,
+    log_throttle::LogThrottle,
     tasks::Tasks,
 };
 use tokio::sync::Semaphore;
@@ -34,6 +35,8 @@ use crate::{metrics::Expiry, stream::metrics::StreamMetrics};
 
 /// The maximum number of concurrent connections on which nobody has authenticated.
 const MAX_UNAUTHENTICATED: usize = 1024;
+/// The number of log lines in ten seconds about credentials that are used for another node than their own.
+const OTHER_NODE_LINES: u32 = 10;
 /// The name of the front end in records and metrics of streams.
 pub(super) const LISTENER: &str = "front-end";
 
@@ -61,6 +64,8 @@ pub struct FrontEnd {
     page: Option<Arc<dyn Page>>,
     permits: Arc<Semaphore>,
     unauthenticated: HandshakePermits,
+    /// Bounds the log lines about credentials that are used for another node than their own.
+    pub(super) other_nodes: LogThrottle,
     pub(super) workers: Workers,
     files: Vec<Arc<dyn Watcher>>,
 }
@@ -108,7 +113,7 @@ impl FrontEnd {
     ) -> anyhow::Result<(Arc<Self>, Writer)> {
         let Dependencies { cluster, proxy_urls, page, call_home, streams, draining } = dependencies;
         let metrics = Arc::<FrontEndMetrics>::default();
-        let (authn, mut files) = Authenticators::load(&config.authn, cluster)?;
+        let (authn, mut files) = Authenticators::load(&config.authn, cluster, background)?;
         let (authz, more) = Authorizers::load(&config.authz)?;
         files.extend(more);
         let tls = tls::load(config.certificates.clone(), config.authn.asks_for_certificates())?;
@@ -135,6 +140,7 @@ impl FrontEnd {
             page: config.serve_page.then_some(page),
             permits: Arc::new(Semaphore::new(config.limits.max_connections)),
             unauthenticated: HandshakePermits::new(MAX_UNAUTHENTICATED),
+            other_nodes: LogThrottle::with_burst(OTHER_NODE_LINES),
             workers: Workers::start().context("no threads for the front end")?,
             files,
         });

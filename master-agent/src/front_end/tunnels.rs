@@ -4,6 +4,9 @@
 //! address on which it was asked to listen. In both cases, a stream always ends at the front end, whatever the node
 //! asks for, and TLS begins at the caller. All callers of a node share the node's limits, and nothing that the node
 //! says about a caller is trusted.
+//!
+//! The runtime of the tunnels only carries a stream's bytes to a pipe. A worker thread (`workers.rs`) serves the other
+//! end of the pipe, since callers who have not authenticated must not delay tunnels by TLS handshakes.
 
 use std::{net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
@@ -70,7 +73,7 @@ async fn serve_mux(front_end: &Arc<FrontEnd>, tunnel: &Arc<Tunnel>, mut events: 
                 front_end.clone().connections.spawn(async move {
                     let origin = incoming.origin.clone();
                     if let Some(stream) = incoming.accept().await {
-                        carry(&front_end, &tunnel, stream, &origin, admission).await;
+                        carry(&front_end, &peer(&tunnel), stream, &origin, admission).await;
                     }
                 });
             }
@@ -115,7 +118,7 @@ async fn serve_forwarded(front_end: &Arc<FrontEnd>, tunnel: &Arc<Tunnel>, addres
                     }
                     let (front_end, tunnel) = (front_end.clone(), tunnel.clone());
                     front_end.clone().connections.spawn(async move {
-                        carry(&front_end, &tunnel, caller.stream, &caller.origin, admission).await;
+                        carry(&front_end, &peer(&tunnel), caller.stream, &caller.origin, admission).await;
                         drop(caller.permit);
                     });
                 }
@@ -132,25 +135,38 @@ async fn serve_forwarded(front_end: &Arc<FrontEnd>, tunnel: &Arc<Tunnel>, addres
     }
 }
 
-/// Carries the bytes of one caller to the front end and back, and writes the record of the stream.
-async fn carry(
+/// Carries the bytes of one caller to the front end and back, and writes the record of the stream. It completes once
+/// the stream and the caller's connection have both ended.
+pub(super) async fn carry(
     front_end: &Arc<FrontEnd>,
-    tunnel: &Tunnel,
+    peer: &Peer,
     stream: Stream,
     origin: &str,
-    admission: Admission,
+    mut admission: Admission,
 ) {
-    let Ok(target) = FRONT_END.parse::<Target>() else { return };
+    let (Ok(target), Peer::Node { name: node, .. }) = (FRONT_END.parse::<Target>(), peer) else { return };
+    let (runtime, load) = match front_end.workers.pick() {
+        Ok(picked) => picked,
+        Err(error) => return front_end.refused(peer, &error),
+    };
+    admission.load = Some(load);
     let origin: String = origin.chars().take(MAX_ORIGIN).collect();
-    let origin = Origin(format!("node {}, which says {origin:?}", tunnel.node));
+    let origin = Origin(format!("node {node}, which says {origin:?}"));
     let caller = Caller::new(LISTENER, origin);
-    let node = Some(tunnel.node.clone());
     // The requests have spans of their own.
-    let opened = Opened { caller, target, node, reason: "tunnel".to_owned(), span: Span::default() };
+    let opened = Opened {
+        caller,
+        target,
+        node: Some(node.clone()),
+        reason: "tunnel".to_owned(),
+        span: Span::default(),
+    };
     let mut record = Record::open(front_end.streams.clone(), opened);
     let (near, far) = target_socket::pair_of(BUFFER);
     let half_closed = front_end.config.half_closed_timeout;
-    let served = front_end.clone().serve_caller(near, peer(tunnel), admission);
+    // Each of the two ends when the other one has dropped its end of the pipe, or their group is cancelled.
+    let served = front_end.clone().serve_caller(near, peer.clone(), admission);
+    let served = front_end.connections.spawn_on(served, &runtime);
     let carried = far.carry(|mut io| async {
         let (read, write) = tokio::io::split(&mut io);
         let counters = record.counters();
@@ -158,7 +174,9 @@ async fn carry(
         record.outcome = ended.kind();
         (io, ended == Outcome::Closed)
     });
-    tokio::join!(Box::pin(served), carried);
+    carried.await;
+    // A connection that has failed has been logged.
+    let _ = served.await;
 }
 
 fn peer(tunnel: &Tunnel) -> Peer {

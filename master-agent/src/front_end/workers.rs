@@ -1,7 +1,7 @@
-//! The worker threads, which serve the HTTPS port. A caller's connection and the connections to API servers that its
-//! requests use stay on one of them, so that a request never changes threads. TLS handshakes of unauthenticated callers
-//! run on these threads and can't delay tunnels, except those of nodes that call home over the HTTPS port, whose links
-//! stay on the thread of their connection.
+//! The worker threads, which serve the callers of the HTTPS port and those that come through tunnels. A caller's
+//! connection and the connections to API servers that its requests use stay on one of them, so that a request never
+//! changes threads. TLS handshakes of unauthenticated callers run on these threads and can't delay tunnels, except those
+//! of nodes that call home over the HTTPS port, whose links stay on the thread of their connection.
 
 use std::{cell::Cell, io, sync::Arc, thread};
 
@@ -72,14 +72,20 @@ impl Workers {
 
     /// Assigns a socket to the thread that has the fewest connections.
     pub fn assign(&self, socket: TcpStream) -> io::Result<Assigned> {
-        let fewest = self.all.iter().min_by_key(|worker| Arc::strong_count(&worker.load));
-        let Worker { runtime, load } = fewest.ok_or_else(|| io::Error::other("no thread serves"))?;
+        let (runtime, load) = self.pick()?;
         let socket = socket.into_std()?;
         let socket = {
             let _entered = runtime.enter();
             TcpStream::from_std(socket)?
         };
-        Ok(Assigned { socket, runtime: runtime.clone(), load: load.clone() })
+        Ok(Assigned { socket, runtime, load })
+    }
+
+    /// Picks the thread that has the fewest connections, for a connection that belongs to no thread yet.
+    pub fn pick(&self) -> io::Result<(Handle, LoadGuard)> {
+        let fewest = self.all.iter().min_by_key(|worker| Arc::strong_count(&worker.load));
+        let Worker { runtime, load } = fewest.ok_or_else(|| io::Error::other("no thread serves"))?;
+        Ok((runtime.clone(), load.clone()))
     }
 }
 
@@ -124,6 +130,12 @@ mod tests {
         let expected: Vec<u64> = (1..=count() as u64).flat_map(|number| [number, number]).collect();
         assert_eq!(numbers, expected);
         assert_eq!(current(), 0);
+        let mut picked: Vec<_> = (0..count()).map(|_| workers.pick().unwrap()).collect();
+        assert!(
+            workers.all.iter().all(|worker| Arc::strong_count(&worker.load) == 4),
+            "each was picked once"
+        );
+        picked.clear();
         drop(callers);
         assert_eq!(tasks.drain(std::time::Duration::from_secs(10)).await, 0);
         assert!(workers.all.iter().all(|worker| Arc::strong_count(&worker.load) == 1));

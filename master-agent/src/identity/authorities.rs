@@ -186,10 +186,10 @@ fn load_or_create(directory: &Path, name: &str) -> anyhow::Result<PrivateKey> {
     }
     let key = PrivateKey::from_openssh(secret_file::read(&path)?)
         .with_context(|| format!("{} is not an OpenSSH private key", path.display()))?;
-    let public = directory.join(format!("{name}.pub"));
-    if !public.exists() {
-        std::fs::write(&public, format!("{}\n", key.public_key().to_openssh()?))
-            .with_context(|| format!("can't write {}", public.display()))?;
+    // A key that was restored from a backup comes without its public half, or beside that of another key.
+    let (public, text) = (directory.join(format!("{name}.pub")), key.public_key().to_openssh()? + "\n");
+    if std::fs::read_to_string(&public).ok().as_ref() != Some(&text) {
+        std::fs::write(&public, text).with_context(|| format!("can't write {}", public.display()))?;
     }
     Ok(key)
 }

@@ -1,4 +1,4 @@
-//! Decides whose host key it is. Keys, trust and the time are arguments; there is no I/O.
+//! Decides which node a host key belongs to. Keys, trust and the time are arguments; there is no I/O.
 //!
 //! The SSH handshake has proved that the peer holds the private key. A name is never taken from what the peer claims,
 //! only from a certificate of the host CA, a pin, a known_hosts file or the key recorded on first use.

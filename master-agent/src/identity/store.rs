@@ -57,9 +57,10 @@ pub trait Store: Send + Sync {
     /// The fingerprint that was trusted on first use. Never blocks.
     fn first_use_key(&self, node: &NodeName) -> Option<String>;
 
-    /// Returns a receiver that changes when this or another process has changed the store. Changes by other processes
-    /// are noticed by [`Store::refresh`]. The first key that this process records for a node changes nothing for
-    /// anybody else and is left out.
+    /// Returns a receiver that changes when this or another process has replaced or forgotten the key of a node, or has
+    /// changed the list of revoked certificates. Changes by other processes are noticed by [`Store::refresh`]. The first
+    /// key of a node is left out, since there is no tunnel that it could concern: with many nodes, each join would
+    /// otherwise have all tunnels checked.
     fn changes(&self) -> watch::Receiver<()>;
 
     /// Reads what other processes have changed since the last call. Returns whether there was a change.
@@ -79,17 +80,22 @@ pub trait Store: Send + Sync {
     /// Returns `false` if there was no such token.
     fn remove_token(&self, id: &str) -> anyhow::Result<bool>;
 
-    /// Returns the node that a token is bound to, if there is one, or an error if the token could not be used now. The
-    /// token stays unused.
+    /// Returns the node that a token is bound to, if there is one, or an error if no host could use the token now. One
+    /// that a node has used passes until it expires, bound to that node: the host may have to ask again, and only
+    /// [`Store::redeem`] can tell whether it is that host. The token is not used up.
     fn check(&self, id: &str, hash: &[u8; 32], now: SystemTime) -> Result<Option<NodeName>, TokenError>;
 
     /// Uses a token up and returns the node's name. This is one transaction, so of any number of hosts that try at the
     /// same time, one succeeds. `listed` decides for which names a token is valid that is bound to no node.
+    ///
+    /// `key` is the fingerprint of the host key that the host has proved. Until the token expires, a node that has used
+    /// it may do so again with the key for which it was certified last, since the first answer may have been lost.
     fn redeem(
         &self,
         id: &str,
         hash: &[u8; 32],
         asked: Option<&NodeName>,
+        key: &str,
         now: SystemTime,
         listed: &dyn Fn(&NodeName) -> bool,
     ) -> Result<NodeName, TokenError>;
@@ -98,14 +104,7 @@ pub trait Store: Send + Sync {
     fn address_owner(&self, address: &IpAddr) -> anyhow::Result<Option<NodeName>>;
 
     /// Records what was certified, in place of what was known of the node.
-    fn remember_node(
-        &self,
-        node: &NodeName,
-        key: &PublicKey,
-        addresses: &[IpAddr],
-        now: SystemTime,
-        not_after: SystemTime,
-    ) -> anyhow::Result<()>;
+    fn remember_node(&self, node: &NodeName, key: &PublicKey, addresses: &[IpAddr]) -> anyhow::Result<()>;
 
     /// Records the key of a first use unless one is recorded already. Returns the fingerprint that is recorded now.
     fn remember_first_use(&self, node: &NodeName, fingerprint: &str) -> anyhow::Result<String>;

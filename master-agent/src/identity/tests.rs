@@ -356,6 +356,13 @@ fn the_authorities_keys_are_made_once_and_only_for_their_owner() {
     }
     assert_eq!(std::fs::read_dir(&state).unwrap().count(), 4, "no temporary file is left");
 
+    // A key that was put there later has its own public half beside it.
+    let other = new_key().to_openssh(LineEnding::LF).unwrap();
+    proto_config::secret_file::replace(&state.join("host_ca"), other.as_bytes()).unwrap();
+    let restored = Authorities::load_or_create(&state).unwrap();
+    let public = std::fs::read_to_string(state.join("host_ca.pub")).unwrap();
+    assert_eq!(PublicKey::from_openssh(public.trim()).unwrap().key_data(), restored.host_ca().key_data());
+
     std::fs::set_permissions(state.join("host_ca"), std::fs::Permissions::from_mode(0o640)).unwrap();
     let error = format!("{:#}", Authorities::load_or_create(&state).unwrap_err());
     assert!(error.contains(&format!("chmod 600 {}", state.join("host_ca").display())), "{error}");

@@ -15,6 +15,7 @@ use russh::keys::PublicKey;
 
 use super::{
     authorities::Authorities,
+    host_key::fingerprint,
     store::{Store, TokenError, TokenRecord},
 };
 
@@ -99,12 +100,15 @@ impl Admission<'_> {
         applicant: Applicant<'_>,
         now: SystemTime,
     ) -> Result<JoinResponse, Refusal> {
-        // What can be refused without using the token up comes first.
+        // What can be refused without using the token up comes first. A stranger's token makes nobody wait.
         let token = acceptable(request)?;
+        let refusal = |error: TokenError| (error.to_string(), hint(&error).to_owned());
+        self.store.check(&token.id, &token.hash(), now).map_err(refusal)?;
         let _one_at_a_time = JOINING.lock().unwrap_or_else(PoisonError::into_inner);
         let is_listed = |node: &NodeName| self.listed.addresses(node).is_some();
-        let redeemed = self.store.redeem(&token.id, &token.hash(), request.node.as_ref(), now, &is_listed);
-        let node = redeemed.map_err(|error| (error.to_string(), hint(&error).to_owned()))?;
+        let (asked, key) = (request.node.as_ref(), fingerprint(applicant.host_key));
+        let redeemed = self.store.redeem(&token.id, &token.hash(), asked, &key, now, &is_listed);
+        let node = redeemed.map_err(refusal)?;
         self.certify(&node, request, applicant, now).map_err(|error| {
             tracing::error!(%error, "joining failed");
             ("the master failed".to_owned(), "Its log says why.".to_owned())
@@ -123,7 +127,7 @@ impl Admission<'_> {
             Some(_) | None => self.unclaimed(&request.addresses, peer, node)?,
         };
         let certificate = self.authorities.sign_host(host_key, node, &addresses, now, self.host_ttl)?;
-        self.store.remember_node(node, host_key, &addresses, now, now + self.host_ttl)?;
+        self.store.remember_node(node, host_key, &addresses)?;
         Ok(JoinResponse::Accepted {
             node: node.clone(),
             host_certificate: certificate.to_openssh()?,
@@ -200,7 +204,7 @@ fn offerable(address: &IpAddr) -> bool {
 mod tests {
     use std::collections::HashMap;
 
-    use russh::keys::Certificate;
+    use russh::keys::{Certificate, PrivateKey};
 
     use super::*;
     use crate::identity::{
@@ -266,13 +270,23 @@ mod tests {
             addresses: &[&str],
             now: SystemTime,
         ) -> Result<Vec<String>, String> {
+            self.join_with(&new_key(), token, name, addresses, now)
+        }
+
+        fn join_with(
+            &self,
+            key: &PrivateKey,
+            token: &str,
+            name: Option<&str>,
+            addresses: &[&str],
+            now: SystemTime,
+        ) -> Result<Vec<String>, String> {
             let request = JoinRequest {
                 version: 1,
                 token: token.to_owned(),
                 node: name.map(node),
                 addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),
             };
-            let key = new_key();
             // Seen at the last address that it asks for.
             let peer = addresses.last().map_or([192, 0, 2, 1].into(), |a| a.parse().unwrap());
             let admission = Admission {
@@ -331,6 +345,33 @@ mod tests {
             refused(master.join(malformed, Some("n3"), &[]), "token create");
         }
         assert!(revoke(&master.store, "nonesuch").unwrap_err().to_string().contains("token list"));
+    }
+
+    #[test]
+    fn a_host_that_asks_again_gets_another_certificate_for_its_key() {
+        let master = Master::new();
+        let (key, other) = (new_key(), new_key());
+        for (token, name) in [(master.token(Some("n1")), None), (master.token(None), Some("n2"))] {
+            let join = |key, now| master.join_with(key, &token, name, &[], now);
+            let principals = join(&key, now()).unwrap();
+            assert_eq!(join(&key, now() + HOUR / 2), Ok(principals));
+            refused(join(&other, now() + HOUR / 2), "has been used before");
+            refused(join(&key, now() + HOUR), "has expired");
+        }
+    }
+
+    #[test]
+    fn strangers_do_not_wait_for_hosts_that_join() {
+        let master = Master::new();
+        let used = master.token(None);
+        let _joining = JOINING.lock().unwrap_or_else(PoisonError::into_inner);
+        for (token, part) in [
+            (format!("mat1.aaaaaaaaaaaa.{}", used.rsplit('.').next().unwrap()), "not known here"),
+            ("nonsense".to_owned(), "token create"),
+        ] {
+            refused(master.join(&token, Some("n3"), &[]), part);
+        }
+        refused(master.join_at(&used, Some("n3"), &[], now() + HOUR), "has expired");
     }
 
     #[test]

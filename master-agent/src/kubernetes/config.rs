@@ -29,7 +29,11 @@ pub struct KubernetesConfig {
 }
 
 const FIELDS: Meanings = &[
-    ("kubeconfig", "The kubeconfig file. By default, the service account of the pod that the agent runs in."),
+    (
+        "kubeconfig",
+        "The kubeconfig file, with mode 0600 or 0640. By default, the service account of the pod that the agent \
+         runs in.",
+    ),
     (
         "cluster_domain",
         "What cluster DNS appends to the names of services. Services are known as NAME.NAMESPACE.svc, and \
@@ -44,7 +48,7 @@ impl KubernetesConfig {
     pub(crate) fn read(s: &Section<'_>) -> Self {
         s.document(FIELDS);
         Self {
-            kubeconfig: s.file("kubeconfig"),
+            kubeconfig: s.private_file("kubeconfig"),
             cluster_domain: s.or("cluster_domain", "cluster.local".to_owned()),
             stale_after: s.duration("stale_after", secs(600), WAIT),
             legacy_names: s.or("legacy_names", false),
@@ -68,7 +72,11 @@ pub struct WatchedNodes {
 }
 
 const NODES_FIELDS: Meanings = &[
-    ("dial_port", "The port of their SSH server, at their InternalIP. 0 means that they call home."),
+    (
+        "dial_port",
+        "The port of their SSH server, at their first InternalIP or, if they have none, ExternalIP. 0 means that \
+         they call home.",
+    ),
     ("user", "The SSH user to log in as."),
     (
         "key_file",

@@ -17,6 +17,8 @@ use crate::routing::cluster::{self, Key};
 /// The seconds for which an object still counts as existing after its `deletionTimestamp`, as in kube-apiserver
 /// (`pkg/serviceaccount/claims.go`).
 const LEEWAY: i64 = 60;
+/// The number of objects that are forgotten at once. Authentication waits meanwhile.
+const BATCH: usize = 256;
 
 /// The objects that exist, as the watches say.
 #[derive(Debug, Default)]
@@ -91,10 +93,20 @@ impl ExistingObjects {
 
     /// Forgets the objects that are not in a whole list.
     pub(super) fn retain(&self, kind: Followed, listed: &HashSet<Key>) {
-        self.change(kind, |known| {
-            known.seen.retain(|key, _| listed.contains(key));
-            known.listed = true;
-        });
+        for batch in self.unlisted(kind, listed).chunks(BATCH) {
+            self.change(kind, |known| {
+                for key in batch {
+                    known.seen.remove(key);
+                }
+            });
+        }
+        self.change(kind, |known| known.listed = true);
+    }
+
+    fn unlisted(&self, kind: Followed, listed: &HashSet<Key>) -> Vec<Key> {
+        let Some(kind) = bound(kind) else { return Vec::new() };
+        let kinds = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        kinds.of(kind).seen.keys().filter(|key| !listed.contains(*key)).cloned().collect()
     }
 
     pub(super) fn heard(&self, kind: Followed, heard: bool) {

@@ -15,6 +15,7 @@ mod reflector;
 mod state;
 #[cfg(test)]
 mod tests;
+pub mod thread;
 mod watched;
 
 use std::{sync::Arc, time::Duration};
@@ -26,7 +27,7 @@ use kube::{
     config::{KubeConfigOptions, Kubeconfig},
 };
 use proto_net::tasks::Tasks;
-use tokio::sync::watch;
+use tokio::{runtime::Handle, sync::watch};
 
 use crate::routing::shared::SharedRoutes;
 use config::KubernetesConfig;
@@ -72,15 +73,16 @@ impl Watches {
         self.state.existing().cloned()
     }
 
-    /// Follows all kinds until the group is cancelled.
-    pub fn start(&self, client: &Client, tasks: &Tasks) {
+    /// Follows all kinds until the group is cancelled. All that the API server says is decoded on `runtime`, where the
+    /// client must have been made.
+    pub fn start(&self, client: &Client, tasks: &Tasks, runtime: &Handle) {
         let (client, state) = (|| client.clone(), || self.state.clone());
-        tasks.spawn(Reflector::<core::Node>::new(client(), state()).run());
-        tasks.spawn(Reflector::<core::Pod>::new(client(), state()).run());
-        tasks.spawn(Reflector::<core::Service>::new(client(), state()).run());
-        tasks.spawn(Reflector::<discovery::EndpointSlice>::new(client(), state()).run());
+        tasks.spawn_on(Reflector::<core::Node>::new(client(), state()).run(), runtime);
+        tasks.spawn_on(Reflector::<core::Pod>::new(client(), state()).run(), runtime);
+        tasks.spawn_on(Reflector::<core::Service>::new(client(), state()).run(), runtime);
+        tasks.spawn_on(Reflector::<discovery::EndpointSlice>::new(client(), state()).run(), runtime);
         if self.state.existing().is_some() {
-            tasks.spawn(Reflector::<core::ServiceAccount>::new(client(), state()).run());
+            tasks.spawn_on(Reflector::<core::ServiceAccount>::new(client(), state()).run(), runtime);
         }
     }
 

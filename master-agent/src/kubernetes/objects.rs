@@ -1,7 +1,7 @@
 //! Converts the API's objects to what routing knows of them. Unusable parts, such as malformed addresses and ports of
 //! other protocols, are left out; an object without any usable part becomes `None`.
 
-use std::net::IpAddr;
+use std::{collections::HashSet, hash::Hash, net::IpAddr};
 
 use ipnet::IpNet;
 use k8s_openapi::{
@@ -36,8 +36,8 @@ pub(super) fn node(node: core::Node) -> Option<Object> {
     Some(Object::Node(Node {
         name: node.metadata.name?.parse().ok()?,
         created,
-        addresses: addresses.into_iter().map(|(_, address)| address).collect(),
-        cidrs: cidrs.iter().filter_map(|net| pod_cidr(net)).collect(),
+        addresses: unique(addresses.into_iter().map(|(_, address)| address)),
+        cidrs: unique(cidrs.iter().filter_map(|net| pod_cidr(net))),
         kubelet_port: kubelet.and_then(port).unwrap_or(KUBELET_PORT),
     }))
 }
@@ -45,12 +45,8 @@ pub(super) fn node(node: core::Node) -> Option<Object> {
 pub(super) fn pod(pod: core::Pod) -> Option<Object> {
     let status = pod.status.unwrap_or_default();
     let spec = pod.spec.unwrap_or_default();
-    let mut addresses: Vec<IpAddr> = status.pod_ip.iter().filter_map(|ip| address(ip)).collect();
-    for ip in status.pod_ips.unwrap_or_default().iter().filter_map(|ip| address(&ip.ip)) {
-        if !addresses.contains(&ip) {
-            addresses.push(ip);
-        }
-    }
+    let (first, all) = (status.pod_ip, status.pod_ips.unwrap_or_default());
+    let addresses = unique(first.iter().chain(all.iter().map(|ip| &ip.ip)).filter_map(|ip| address(ip)));
     let ports = spec.containers.iter().flat_map(|c| c.ports.iter().flatten());
     let mut tcp = ports.filter(|p| is_tcp(p.protocol.as_deref()));
     Some(Object::Pod(Pod {
@@ -75,7 +71,7 @@ pub(super) fn service(service: core::Service) -> Option<Object> {
     Some(Object::Service(Service {
         key: key(&service.metadata)?,
         created: age(&service.metadata),
-        addresses: cluster_ips.iter().filter_map(|ip| address(ip)).collect(),
+        addresses: unique(cluster_ips.iter().filter_map(|ip| address(ip))),
         ports: ports
             .into_iter()
             .filter(|p| is_tcp(p.protocol.as_deref()))
@@ -115,6 +111,12 @@ pub(super) fn key(metadata: &ObjectMeta) -> Option<Key> {
         Some(namespace) => format!("{namespace}/{name}").into(),
         None => name.into(),
     })
+}
+
+/// Leaves out what comes again.
+fn unique<T: Copy + Eq + Hash>(items: impl Iterator<Item = T>) -> Vec<T> {
+    let mut seen = HashSet::new();
+    items.filter(|item| seen.insert(*item)).collect()
 }
 
 fn age(metadata: &ObjectMeta) -> i64 {

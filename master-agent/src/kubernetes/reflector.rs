@@ -106,7 +106,7 @@ impl<K: Watched> Reflector<K> {
             if version.is_empty() {
                 return Err("the answer has no resourceVersion, so it is not a list".to_owned());
             }
-            self.state.finish_list(K::KIND, &listing, &version)?;
+            self.state.finish_list(K::KIND, &listing, &version).await?;
             return Ok(version);
         }
         Err("the list does not end".to_owned())
@@ -179,7 +179,7 @@ impl Interruption {
     }
 
     fn at(version: &str, error: &str) -> Self {
-        Self { version: Some(version.to_owned()), error: error.to_owned() }
+        Self { version: Some(version.to_owned()), error: cut(error) }
     }
 
     fn by(error: &kube::Error, version: &str) -> Self {
@@ -209,5 +209,9 @@ fn show(error: &kube::Error) -> String {
         }
         cause = e.source();
     }
-    text.chars().take(MAX_ERROR).collect()
+    cut(&text)
+}
+
+fn cut(error: &str) -> String {
+    error.chars().take(MAX_ERROR).collect()
 }

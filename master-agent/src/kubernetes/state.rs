@@ -8,7 +8,7 @@ use std::{
 use access::authn::cluster::BoundKind;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Serialize;
-use tokio::{sync::watch, time::Instant};
+use tokio::{sync::watch, task::yield_now, time::Instant};
 
 use super::{existing::ExistingObjects, followed::Followed, lenient::Lenient, objects, watched::Watched};
 use crate::routing::{
@@ -18,6 +18,8 @@ use crate::routing::{
 
 /// Characters of an error about one object that are shown.
 const MAX_SHOWN: usize = 200;
+/// The number of objects that are removed at once. Dials wait meanwhile, for some ten microseconds.
+const BATCH: usize = 32;
 
 /// How one kind of object is followed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -105,13 +107,23 @@ impl State {
     }
 
     /// Puts a list that has arrived whole in the place of what is known.
-    pub(super) fn finish_list(&self, kind: Followed, listing: &Listing, version: &str) -> Result<(), String> {
+    pub(super) async fn finish_list(
+        &self,
+        kind: Followed,
+        listing: &Listing,
+        version: &str,
+    ) -> Result<(), String> {
         if let Followed::Routed(routed) = kind {
             // Without a node nothing could be reached. Nodes that really go are deleted one by one.
             if routed == Kind::Nodes && listing.routed.is_empty() && self.count(kind) > 0 {
                 return Err("the list has no nodes any more; the last ones stay until a restart".to_owned());
             }
-            self.routes.change(|routes| routes.cluster.retain(routed, &listing.routed));
+            self.routes.change(|routes| routes.cluster.settle(routed));
+            let unlisted = self.routes.read(|routes| routes.cluster.unlisted(routed, &listing.routed));
+            for batch in unlisted.chunks(BATCH) {
+                self.routes.change(|routes| batch.iter().for_each(|key| routes.cluster.remove(routed, key)));
+                yield_now().await;
+            }
         }
         if let Some(existing) = &self.existing {
             existing.retain(kind, &listing.existing);
@@ -221,7 +233,7 @@ impl State {
             let count = fresh.unreadable.as_ref().map_or(0, |(count, _)| *count);
             if count == 0 {
                 let kind = kind.name();
-                tracing::warn!(kind, key, error, "an object can't be read; its former version stays");
+                tracing::warn!(kind, object = shown, "an object can't be read; its former version stays");
             }
             fresh.unreadable = Some((count + 1, shown));
         });

@@ -37,7 +37,7 @@ impl World {
         let routes = Arc::new(SharedRoutes::new("cluster.local".to_owned()));
         let watches = Watches::new(routes.clone(), STALE_AFTER, accounts);
         let tasks = Tasks::new();
-        watches.start(&client, &tasks);
+        watches.start(&client, &tasks, &Handle::current());
         Self { api, routes, watches, tasks }
     }
 
@@ -221,6 +221,67 @@ async fn an_object_that_cannot_be_read_leaves_its_former_version() {
     let unreadable = status.unreadable.unwrap();
     assert!(unreadable.starts_with("2 can't be read, the last: "), "{unreadable}");
     assert_eq!(world.watches.ready().unwrap().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_api_server_says_is_cut_short() {
+    let (world, events) = World::with_a_node().await;
+    let long = "x".repeat(100_000);
+    events.send("MODIFIED", json!({"metadata": {"name": "n1"}, "status": {"addresses": long}}));
+    settle().await;
+    assert!(world.status("nodes").unreadable.unwrap().len() < 1000);
+    events.send("ERROR", json!({"kind": "Status", "apiVersion": "v1", "code": 500, "message": long}));
+    settle().await;
+    let error = world.status("nodes").error.unwrap();
+    assert!(error.starts_with("xxx") && error.len() < 1000, "{} bytes", error.len());
+}
+
+/// Many objects that are gone take several steps, between which dials go on.
+#[tokio::test(start_paused = true)]
+async fn a_list_without_many_objects_removes_all_of_them() {
+    let (mut world, events) = World::with_a_node().await;
+    let name = |i: u32| format!("m{i}");
+    let many = (0..500).map(|i| node(&name(i), &format!("10.78.{}.{}", i / 200, i % 200 + 1)));
+    let many: Vec<Value> = many.chain([node("n1", "10.77.1.2")]).collect();
+    events.send("ERROR", json!({"code": 410}));
+    world.api.list("nodes").await.list("20", &many);
+    world.api.watch("nodes", "20").await.begin().send("ERROR", json!({"code": 410}));
+    settle().await;
+    assert_eq!(world.status("nodes").objects, 501);
+    world.api.list("nodes").await.list("30", &many[450..]);
+    world.api.watch("nodes", "30").await.stay();
+    settle().await;
+    assert_eq!(world.status("nodes").objects, 51);
+    world.leads("the list", &[("m449:1", NOWHERE), ("10.78.0.1:1", NOWHERE), ("m450:1", "node name m450")]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_address_that_is_listed_twice_belongs_to_nobody_once_it_is_gone() {
+    let (world, events) = World::with_a_node().await;
+    let with = |addresses: &[&str]| {
+        let kinds = ["InternalIP", "ExternalIP"];
+        let addresses: Vec<Value> = addresses
+            .iter()
+            .zip(kinds)
+            .map(|(address, kind)| json!({"type": kind, "address": address}))
+            .collect();
+        json!({"metadata": {"name": "n1"}, "status": {"addresses": addresses}})
+    };
+    let (a, b) = ("10.77.5.1", "10.77.5.2");
+    let (at_a, at_b) = (format!("{a}:1"), format!("{b}:1"));
+    let owned = "address of node n1";
+    for (addresses, of_a, of_b) in
+        [(&[a, a][..], owned, NOWHERE), (&[a], owned, NOWHERE), (&[b], NOWHERE, owned)]
+    {
+        events.send("MODIFIED", with(addresses));
+        settle().await;
+        world.leads(&format!("{addresses:?}"), &[(at_a.as_str(), of_a), (at_b.as_str(), of_b)]);
+    }
+    events.send("ADDED", node("n2", a));
+    events.send("MODIFIED", with(&[b, b]));
+    events.send("DELETED", with(&[b, b]));
+    settle().await;
+    world.leads("the end", &[(at_a.as_str(), "address of node n2"), (at_b.as_str(), NOWHERE)]);
 }
 
 #[tokio::test(start_paused = true)]

@@ -14,13 +14,10 @@ use tokio::time::Instant;
 
 use super::{
     paths::{EVENTS, Site, WITHOUT_SLASH},
-    response::{HTML, POLICY, REPORT_POLICY, asset, guarded, json, redirect, refusal},
+    response::{HTML, JSON, POLICY, REPORT_POLICY, asset, guarded, json, redirect, refusal},
     state::Page,
 };
-use crate::{
-    compare::{html, report::Overview},
-    tunnels::explain::Explainer,
-};
+use crate::tunnels::explain::Explainer;
 
 /// The longest target that is explained, in bytes.
 const MAX_TARGET: usize = 1024;
@@ -64,7 +61,7 @@ where
         "page.css" => asset("text/css; charset=utf-8", include_str!("assets/page.css")),
         "page.js" => asset("text/javascript; charset=utf-8", include_str!("assets/page.js")),
         "icon.svg" => asset("image/svg+xml", include_str!("assets/icon.svg")),
-        EVENTS => match page.live.watch(page.draining.clone(), viewer.end, viewer.site) {
+        EVENTS => match page.live.watch(page.draining.clone(), viewer.end, &viewer.site) {
             Some(body) => {
                 let mut response = Response::new(body);
                 let stream = HeaderValue::from_static("text/event-stream");
@@ -78,18 +75,12 @@ where
             Err(reason) => refusal(StatusCode::FORBIDDEN, reason),
         },
         "comparison.json" => match page.comparison() {
-            Some(comparison) => json(&Summary {
-                unix_milliseconds: comparison.unix_milliseconds,
-                started: &comparison.report.started,
-                seconds: comparison.report.seconds,
-                rounds: comparison.report.rounds,
-                overview: comparison.report.overview(),
-            }),
+            Some(comparison) => asset(JSON, comparison.summary.clone()),
             None => refusal(StatusCode::NOT_FOUND, NO_COMPARISON),
         },
         "comparison.html" => match page.comparison() {
             Some(comparison) => {
-                guarded(admin::respond((StatusCode::OK, HTML, html::page(&comparison.report))), REPORT_POLICY)
+                guarded(admin::respond((StatusCode::OK, HTML, comparison.page.clone())), REPORT_POLICY)
             }
             None => refusal(StatusCode::NOT_FOUND, NO_COMPARISON),
         },
@@ -104,16 +95,6 @@ where
 }
 
 const NO_COMPARISON: &str = "nothing has been compared since the agent was started";
-
-#[derive(serde::Serialize)]
-struct Summary<'a> {
-    unix_milliseconds: u64,
-    started: &'a str,
-    seconds: f64,
-    rounds: usize,
-    #[serde(flatten)]
-    overview: Overview,
-}
 
 async fn explain_target<B>(explainer: &Explainer, body: B, origin: Origin) -> Response<admin::Body>
 where

@@ -32,6 +32,7 @@ impl page::Page for Page {
         self: Arc<Self>,
         path: String,
         request: Request<RequestBody>,
+        user: String,
         origin: Origin,
     ) -> BoxFuture<'static, Response<admin::Body>> {
         Box::pin(async move {
@@ -39,7 +40,7 @@ impl page::Page for Page {
                 return refusal(StatusCode::NOT_FOUND, "no such page");
             };
             let own = guard::own_page_through_proxies(&request);
-            let viewer = Viewer { origin, end: Instant::now() + AUTHORIZED, site: Site::FrontEnd };
+            let viewer = Viewer { origin, end: Instant::now() + AUTHORIZED, site: Site::FrontEnd { user } };
             answer(&self, path, request, own, viewer).await
         })
     }

@@ -15,6 +15,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use access::limits::{Counted, Counts};
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 use http_body_util::{BodyExt, StreamBody};
@@ -36,8 +37,12 @@ use crate::{
     tunnels::registry::Registry,
 };
 
-/// The maximum number of pages that are open at once on the admin address. The front end has the same maximum.
-const WATCHERS: usize = 16;
+/// The maximum number of pages that are open at once on the admin address, whose viewers may use the admin socket.
+const ADMIN_WATCHERS: usize = 16;
+/// The maximum number of pages that are open at once on the front end.
+const FRONT_END_WATCHERS: usize = 64;
+/// The maximum number of pages that one user has open on the front end, so that a few users leave room for others.
+const USER_WATCHERS: usize = 4;
 /// The time between two snapshots.
 const EVERY: Duration = Duration::from_secs(1);
 /// Something is sent at least this often, so that the page can tell a silent agent from one that is gone.
@@ -121,17 +126,19 @@ pub(super) struct Live {
     /// The permits of the watchers at each site.
     admin: Arc<Semaphore>,
     front_end: Arc<Semaphore>,
+    /// The watchers of each user on the front end.
+    users: Counts<String>,
 }
 
 impl Live {
     pub(super) fn new(registry: Arc<Registry>) -> Arc<Self> {
-        let permits = || Arc::new(Semaphore::new(WATCHERS));
         Arc::new(Self {
             registry,
             last: Arc::default(),
             compared: AtomicU64::new(0),
-            admin: permits(),
-            front_end: permits(),
+            admin: Arc::new(Semaphore::new(ADMIN_WATCHERS)),
+            front_end: Arc::new(Semaphore::new(FRONT_END_WATCHERS)),
+            users: Counts::new(USER_WATCHERS),
         })
     }
 
@@ -146,13 +153,14 @@ impl Live {
         self: &Arc<Self>,
         draining: CancellationToken,
         end: Instant,
-        site: Site,
+        site: &Site,
     ) -> Option<Body> {
-        let permits = match site {
-            Site::Admin => &self.admin,
-            Site::FrontEnd => &self.front_end,
+        let (permits, of_user) = match site {
+            Site::Admin => (&self.admin, None),
+            Site::FrontEnd { user } => (&self.front_end, Some(self.users.take(user.clone())?)),
         };
-        let permit = permits.clone().try_acquire_owned().ok()?;
+        let of_all = permits.clone().try_acquire_owned().ok()?;
+        let permit = Permit { _of_all: of_all, _of_user: of_user };
         let watcher = Watcher { live: self.clone(), seen: None, sent: Instant::now(), permit: Some(permit) };
         let events = stream::unfold(watcher, move |mut watcher| {
             let draining = draining.clone();
@@ -215,7 +223,13 @@ struct Watcher {
     live: Arc<Live>,
     seen: Option<Arc<Snapshot>>,
     sent: Instant,
-    permit: Option<OwnedSemaphorePermit>,
+    permit: Option<Permit>,
+}
+
+/// Counts as one of the watchers of a site, and of a user.
+struct Permit {
+    _of_all: OwnedSemaphorePermit,
+    _of_user: Option<Counted<String>>,
 }
 
 impl Watcher {
@@ -240,7 +254,8 @@ impl Drop for Watcher {
     fn drop(&mut self) {
         drop(self.permit.take());
         let Live { admin, front_end, .. } = &*self.live;
-        let nobody = [admin, front_end].iter().all(|permits| permits.available_permits() == WATCHERS);
+        let nobody = admin.available_permits() == ADMIN_WATCHERS
+            && front_end.available_permits() == FRONT_END_WATCHERS;
         if nobody && let Ok(mut last) = self.live.last.try_lock() {
             *last = None;
         }
@@ -426,8 +441,8 @@ mod tests {
         let live = Live::new(registry.clone());
         let (draining, end) = (CancellationToken::new(), Instant::now() + Duration::from_secs(100));
         let long = end + Duration::from_secs(1000);
-        let mut one = live.watch(draining.clone(), end, Site::Admin).unwrap();
-        let mut other = live.watch(draining.clone(), long, Site::Admin).unwrap();
+        let mut one = live.watch(draining.clone(), end, &Site::Admin).unwrap();
+        let mut other = live.watch(draining.clone(), long, &Site::Admin).unwrap();
         for body in [&mut one, &mut other] {
             let frame = body.frame().await.unwrap().unwrap().into_data().unwrap();
             assert_eq!(frame, RETRY);
@@ -463,19 +478,25 @@ mod tests {
         next(&mut other).await.unwrap();
         let word = next(&mut other).await.unwrap();
         assert!(word.get("rows").is_none() && began.elapsed() <= 2 * HEARTBEAT + EVERY, "{word}");
-        let more: Vec<Body> =
-            (2..WATCHERS).map(|_| live.watch(draining.clone(), long, Site::Admin).unwrap()).collect();
-        assert!(live.watch(draining.clone(), long, Site::Admin).is_none());
-        assert!(
-            live.watch(draining.clone(), long, Site::FrontEnd).is_some(),
-            "the front end has permits of its own"
-        );
+        let watch = |site: &Site| live.watch(draining.clone(), long, site);
+        let mut more: Vec<Body> = (2..ADMIN_WATCHERS).map(|_| watch(&Site::Admin).unwrap()).collect();
+        assert!(watch(&Site::Admin).is_none());
+        let user = |number: usize| Site::FrontEnd { user: format!("user-{number}") };
+        for number in 0..FRONT_END_WATCHERS / USER_WATCHERS {
+            more.extend((0..USER_WATCHERS).map(|_| watch(&user(number)).unwrap()));
+            assert!(watch(&user(number)).is_none(), "one user has so many");
+        }
+        assert!(watch(&user(1000)).is_none(), "all users together have so many");
+        more.pop();
+        assert!(watch(&user(1000)).is_some());
         drop(more);
         tokio::time::sleep_until(end).await;
         assert!(next(&mut one).await.is_none(), "its session has ended");
         draining.cancel();
         assert!(next(&mut other).await.is_none());
         drop((one, other));
-        assert!(live.last.try_lock().unwrap().is_none() && live.watch(draining, long, Site::Admin).is_some());
+        assert!(
+            live.last.try_lock().unwrap().is_none() && live.watch(draining, long, &Site::Admin).is_some()
+        );
     }
 }

@@ -6,10 +6,13 @@ pub const ADMIN: &str = "/page/";
 pub const FRONT_END: &str = "/agent/page/";
 
 /// A site at which the page is served.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Site {
     Admin,
-    FrontEnd,
+    /// The front end, whose callers are many users.
+    FrontEnd {
+        user: String,
+    },
 }
 
 /// The path of the live events, below either prefix.

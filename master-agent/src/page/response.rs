@@ -1,5 +1,6 @@
 //! The responses of the page, with the headers that restrict what a browser does with them.
 
+use bytes::Bytes;
 use hyper::{
     Response, StatusCode,
     header::{self, HeaderName, HeaderValue},
@@ -7,7 +8,7 @@ use hyper::{
 use proto_net::admin;
 
 pub(super) const HTML: &str = "text/html; charset=utf-8";
-const JSON: &str = "application/json";
+pub(super) const JSON: &str = "application/json";
 pub(super) const TEXT: &str = "text/plain; charset=utf-8";
 pub(super) const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; \
      frame-ancestors 'none'; base-uri 'none'; form-action 'none'";
@@ -17,13 +18,13 @@ pub(super) const REPORT_POLICY: &str = "default-src 'none'; style-src 'unsafe-in
 
 pub(super) fn json(value: &impl serde::Serialize) -> Response<admin::Body> {
     match serde_json::to_string(value) {
-        Ok(text) => asset(JSON, &text),
+        Ok(text) => asset(JSON, text),
         Err(error) => refusal(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
     }
 }
 
-pub(super) fn asset(content_type: &'static str, text: &str) -> Response<admin::Body> {
-    guarded(admin::respond((StatusCode::OK, content_type, text.to_owned())), POLICY)
+pub(super) fn asset(content_type: &'static str, text: impl Into<Bytes>) -> Response<admin::Body> {
+    guarded(admin::respond((StatusCode::OK, content_type, text)), POLICY)
 }
 
 pub(super) fn refusal(status: StatusCode, message: &str) -> Response<admin::Body> {

@@ -10,12 +10,17 @@ use bytes::Bytes;
 use http_body_util::{BodyExt, Limited};
 use hyper::{StatusCode, body::Body};
 use proto_net::admin::Answer;
+use serde::Serialize;
+use tokio::task::spawn_blocking;
 use tokio_util::sync::CancellationToken;
 
 use super::{live::Live, response::TEXT, sessions::Sessions};
 use crate::{
     activity::unix_milliseconds,
-    compare::report::Report,
+    compare::{
+        html,
+        report::{Overview, Report},
+    },
     tunnels::{explain::Explainer, registry::Registry},
 };
 
@@ -35,10 +40,42 @@ pub struct Page {
     comparison: Mutex<Option<Arc<Comparison>>>,
 }
 
-/// A report that `compare` has handed over.
+/// A report that `compare` has handed over. It is rendered once, for all who will look at it.
 pub(super) struct Comparison {
-    pub unix_milliseconds: u64,
-    pub report: Report,
+    /// The overview in JSON.
+    pub summary: Bytes,
+    /// The report as a page of its own.
+    pub page: Bytes,
+}
+
+#[derive(Serialize)]
+struct Summary<'a> {
+    unix_milliseconds: u64,
+    started: &'a str,
+    seconds: f64,
+    rounds: usize,
+    #[serde(flatten)]
+    overview: Overview,
+}
+
+impl Comparison {
+    /// Reads and renders a report, which takes a while if it is large.
+    fn read(report: &[u8], unix_milliseconds: u64) -> Result<Self, String> {
+        let report: Report =
+            serde_json::from_slice(report).map_err(|error| format!("no comparison: {error}\n"))?;
+        if report.version != 1 {
+            return Err(format!("a comparison of version {} is not known here\n", report.version));
+        }
+        let summary = serde_json::to_vec(&Summary {
+            unix_milliseconds,
+            started: &report.started,
+            seconds: report.seconds,
+            rounds: report.rounds,
+            overview: report.overview(),
+        });
+        let summary = summary.map_err(|error| format!("the comparison can't be summarised: {error}\n"))?;
+        Ok(Self { summary: summary.into(), page: html::page(&report).into() })
+    }
 }
 
 impl Page {
@@ -77,17 +114,14 @@ impl Page {
                 return (StatusCode::PAYLOAD_TOO_LARGE, TEXT, message);
             }
         };
-        let report = match serde_json::from_slice::<Report>(&body) {
-            Ok(report) if report.version == 1 => report,
-            Ok(Report { version, .. }) => {
-                let message = format!("a comparison of version {version} is not known here\n");
-                return (StatusCode::BAD_REQUEST, TEXT, message);
-            }
-            Err(error) => return (StatusCode::BAD_REQUEST, TEXT, format!("no comparison: {error}\n")),
+        let now = unix_milliseconds(SystemTime::now());
+        let comparison = match spawn_blocking(move || Comparison::read(&body, now)).await {
+            Ok(Ok(comparison)) => comparison,
+            Ok(Err(message)) => return (StatusCode::BAD_REQUEST, TEXT, message),
+            Err(error) => return (StatusCode::INTERNAL_SERVER_ERROR, TEXT, format!("{error}\n")),
         };
-        let comparison = Comparison { unix_milliseconds: unix_milliseconds(SystemTime::now()), report };
-        self.live.compared(comparison.unix_milliseconds);
         *self.comparison.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(comparison));
+        self.live.compared(now);
         (StatusCode::OK, TEXT, "ok\n".to_owned())
     }
 }

@@ -59,13 +59,14 @@ impl<K: Hash + Eq + Clone, O: Eq + Ord + Clone> Claims<K, O> {
     }
 
     /// Claims a key. Returns `false` if it stays with another owner: with an older one, or, once `settled`, with whoever
-    /// has it.
+    /// has it. A second claim of the same owner changes nothing.
     pub(super) fn claim(&mut self, key: K, since: Since, owner: O, settled: bool) -> bool {
         match self.owners.entry(key) {
             Entry::Vacant(free) => {
                 free.insert((since, owner));
                 true
             }
+            Entry::Occupied(taken) if taken.get().1 == owner => true,
             Entry::Occupied(mut taken) if !settled && (since, &owner) < (taken.get().0, &taken.get().1) => {
                 let key = taken.key().clone();
                 let (since, loser) = taken.insert((since, owner));
@@ -73,8 +74,11 @@ impl<K: Hash + Eq + Clone, O: Eq + Ord + Clone> Claims<K, O> {
                 true
             }
             Entry::Occupied(taken) => {
-                let key = taken.key().clone();
-                self.waiting.entry(key).or_default().insert((owner, since));
+                let waiting = self.waiting.entry(taken.key().clone()).or_default();
+                let first = waiting.range((owner.clone(), Since::default())..).next();
+                if first.is_none_or(|(first, _)| *first != owner) {
+                    waiting.insert((owner, since));
+                }
                 false
             }
         }
@@ -199,6 +203,18 @@ mod tests {
         claims.release(&"a", &"five");
         assert_eq!(claims.get(&"a"), Some(&"nine"));
         claims.release(&"a", &"nine");
+        assert_eq!((claims.get(&"a"), claims.len(), claims.waiting.len()), (None, 0, 0));
+    }
+
+    #[test]
+    fn who_claims_a_key_twice_gives_it_up_at_once() {
+        let mut claims = Claims::default();
+        for (created, owner) in [(1, "one"), (1, "one"), (2, "two"), (3, "two")] {
+            assert_eq!(claims.claim("a", Since::new(created, created as u32), owner, true), owner == "one");
+        }
+        claims.release(&"a", &"one");
+        assert_eq!(claims.get(&"a"), Some(&"two"));
+        claims.release(&"a", &"two");
         assert_eq!((claims.get(&"a"), claims.len(), claims.waiting.len()), (None, 0, 0));
     }
 

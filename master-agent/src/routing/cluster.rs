@@ -207,7 +207,9 @@ impl ClusterIndex {
                 }
                 self.services.insert(service.key.clone(), service);
             }
-            Object::EndpointSlice(slice) => {
+            Object::EndpointSlice(mut slice) => {
+                // Nothing else is dialled, and a dial that draws one must not have to pass over the others.
+                slice.endpoints.retain(|endpoint| endpoint.ready);
                 self.remove(Kind::EndpointSlices, &slice.key);
                 self.slices_of.entry(slice.service.clone()).or_default().insert(slice.key.clone());
                 self.slices.insert(slice.key.clone(), slice);
@@ -251,18 +253,22 @@ impl ClusterIndex {
         }
     }
 
-    /// Removes the objects of a kind that are not in a whole list, all objects of which have been applied. From now on
-    /// nobody can take an address or a network from its owner.
-    pub fn retain(&mut self, kind: Kind, listed: &HashSet<Key>) {
+    /// Notes that all objects of a whole list have been applied. From now on nobody can take an address or a network from
+    /// its owner.
+    pub fn settle(&mut self, kind: Kind) {
         self.settled.insert(kind);
-        let keys: Vec<Key> = match kind {
-            Kind::Nodes => self.nodes.keys().cloned().collect(),
-            Kind::Pods => self.pods.keys().cloned().collect(),
-            Kind::Services => self.services.keys().cloned().collect(),
-            Kind::EndpointSlices => self.slices.keys().cloned().collect(),
-        };
-        for key in keys.iter().filter(|key| !listed.contains(*key)) {
-            self.remove(kind, key);
+    }
+
+    /// The objects of a kind that are not in a whole list, and have to be removed.
+    pub fn unlisted(&self, kind: Kind, listed: &HashSet<Key>) -> Vec<Key> {
+        fn keys<V>(of: &HashMap<Key, V>, listed: &HashSet<Key>) -> Vec<Key> {
+            of.keys().filter(|key| !listed.contains(*key)).cloned().collect()
+        }
+        match kind {
+            Kind::Nodes => keys(&self.nodes, listed),
+            Kind::Pods => keys(&self.pods, listed),
+            Kind::Services => keys(&self.services, listed),
+            Kind::EndpointSlices => keys(&self.slices, listed),
         }
     }
 
@@ -347,7 +353,7 @@ impl ClusterIndex {
     }
 
     /// The slices of a service, in a fixed order.
-    pub fn slices(&self, service: &str) -> impl Iterator<Item = &EndpointSlice> + Clone {
+    pub fn slices(&self, service: &str) -> impl Iterator<Item = &EndpointSlice> {
         let keys = self.slices_of.get(service);
         keys.into_iter().flatten().filter_map(|key| self.slices.get(key))
     }

@@ -90,8 +90,13 @@ const NODE_FIELDS: Meanings = &[
 
 const HOST_KEYS_FIELDS: Meanings = &[
     ("pins", "Fingerprints of host keys that are accepted, as `ssh-keygen -l` prints them."),
-    ("known_hosts", "A file as ssh(1) keeps it."),
+    ("known_hosts", "A file as ssh(1) keeps it. This needs dial."),
     ("first_use", "Remembers the first key that is seen, and refuses every other one. This needs dial."),
+];
+
+const HOST_KEYS_FOR_ALL_FIELDS: Meanings = &[
+    ("known_hosts", "A file as ssh(1) keeps it. This needs dial_port."),
+    ("first_use", "Remembers the first key that is seen, and refuses every other one. This needs dial_port."),
 ];
 
 impl Inventory {
@@ -227,12 +232,24 @@ impl HostTrust {
             }
             items.iter().filter_map(|at| claims.pin(at, owner)).collect()
         });
+        Self::read_rest(s, pins, (!dialled).then_some("dial"))
+    }
+
+    /// Reads what holds for all nodes of a cluster, which can't share a pin.
+    pub fn read_for_all(s: &Section<'_>, dialled: bool) -> Option<Self> {
+        s.document(HOST_KEYS_FOR_ALL_FIELDS);
+        Self::read_rest(s, None, (!dialled).then_some("dial_port"))
+    }
+
+    /// `missing` is the field that says how to dial, where nodes call home.
+    fn read_rest(s: &Section<'_>, pins: Option<Vec<String>>, missing: Option<&str>) -> Option<Self> {
         let known_hosts = s.at("known_hosts").map(|_| s.file("known_hosts"));
         let first_use = s.or("first_use", false);
-        if first_use && !dialled {
-            let message =
-                "needs dial: a node that calls home is recognised by its key, so the key must be known";
-            s.error("first_use", message);
+        for (field, given) in [("known_hosts", known_hosts.is_some()), ("first_use", first_use)] {
+            if let Some(missing) = missing.filter(|_| given) {
+                let why = "a node that calls home is recognised by a certificate or by a pin";
+                s.error(field, format!("needs {missing}: {why}"));
+            }
         }
         match (pins, known_hosts, first_use) {
             (None, None, false) => Some(Self::HostCa),
@@ -244,16 +261,6 @@ impl HostTrust {
                 None
             }
         }
-    }
-}
-
-impl HostTrust {
-    /// Reads what holds for all nodes of a cluster, which can't share a pin.
-    pub fn read_for_all(s: &Section<'_>, dialled: bool) -> Option<Self> {
-        if s.at("pins").is_some() {
-            s.error("pins", "a key is one node's: pins belong into the inventory");
-        }
-        Self::read(s, dialled, "every node", &mut Claims::default())
     }
 }
 
@@ -520,7 +527,11 @@ mod tests {
             ("nodes:\n- name: a\n  host_keys: {pins: []}", "3:21: nodes[0].host_keys.pins: is empty"),
             (
                 "nodes:\n- name: a\n  host_keys: {first_use: true}",
-                "3:26: nodes[0].host_keys.first_use: needs dial",
+                "3:26: nodes[0].host_keys.first_use: needs dial:",
+            ),
+            (
+                "nodes:\n- name: a\n  host_keys: {known_hosts: kh}",
+                "3:28: nodes[0].host_keys.known_hosts: needs dial:",
             ),
             (
                 "nodes:\n- name: a\n  host_keys: {pin: x}",

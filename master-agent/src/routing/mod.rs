@@ -19,7 +19,7 @@ use ipnet::IpNet;
 use proto::{DialError, Host, NodeName, Target};
 
 use claims::{Prefixes, Since};
-use cluster::{ClusterIndex, Endpoint, Pod, Service};
+use cluster::{ClusterIndex, Endpoint, Pod, Service, ServicePort};
 use inventory::Inventory;
 
 /// The most endpoints of a service that are considered for one dial.
@@ -237,7 +237,7 @@ impl Routes {
         Some(one(format!("default route {node}"), Via::Node(node), target))
     }
 
-    /// The ready endpoints of a service (those named `hostname`, if given), beginning at a random one.
+    /// The way to a service, by its ready endpoints (those named `hostname`, if given).
     fn by_service(
         &self,
         service: &Service,
@@ -257,27 +257,12 @@ impl Routes {
             None if headless => format!("headless service {key}"),
             None => return Err(DialError::NoRoute(format!("{target}: service {key} has no such TCP port"))),
         };
-        let ready = self.cluster.slices(key).flat_map(|slice| {
-            let number = match port {
-                Some(port) => {
-                    slice.ports.iter().find(|(name, _)| *name == port.name).map(|(_, number)| *number)
-                }
-                None => Some(None),
-            };
-            let endpoints = slice.endpoints.iter().filter(move |endpoint| {
-                endpoint.ready && (hostname.is_none() || endpoint.hostname.as_deref() == hostname)
-            });
-            number.into_iter().flat_map(move |number| {
-                endpoints.clone().map(move |endpoint| (endpoint, number.unwrap_or(target.port)))
-            })
-        });
-        let count = ready.clone().count();
-        if count == 0 {
+        let endpoints = self.endpoints(key, port, hostname, target.port);
+        if endpoints.is_empty() {
             return Err(DialError::Unreachable(format!("{target}: service {key} has no ready endpoint")));
         }
-        let start = if count > ENDPOINTS { rand::random_range(0..count) } else { 0 };
-        let hops = ready.clone().chain(ready).skip(start).take(count.min(ENDPOINTS));
-        let hops: Vec<Hop> = hops.filter_map(|(endpoint, port)| self.endpoint_hop(endpoint, port)).collect();
+        let hops = endpoints.into_iter().filter_map(|(endpoint, port)| self.endpoint_hop(endpoint, port));
+        let hops: Vec<Hop> = hops.collect();
         // A node that forwards to services itself also reaches endpoints that are on no node.
         let last = service.addresses.first().map(|address| Hop {
             via: Via::AnyNode,
@@ -296,6 +281,43 @@ impl Routes {
                 Err(DialError::NoRoute(format!("{target}: the endpoints of service {key} are on no node")))
             }
         }
+    }
+
+    /// Up to [`ENDPOINTS`] ready endpoints of a service, each with the port to dial, beginning at a random one of all. The
+    /// work does not grow with their number, but with that of the slices, unless a `hostname` has to be found.
+    fn endpoints(
+        &self,
+        service: &str,
+        port: Option<&ServicePort>,
+        hostname: Option<&str>,
+        asked: u16,
+    ) -> Vec<(&Endpoint, u16)> {
+        let slices = self.cluster.slices(service).filter_map(|slice| {
+            let number = match port {
+                Some(port) => slice.ports.iter().find(|(name, _)| *name == port.name)?.1,
+                None => None,
+            };
+            Some((slice.endpoints.as_slice(), number.unwrap_or(asked)))
+        });
+        let slices: Vec<(&[Endpoint], u16)> = slices.collect();
+        let count: usize = slices.iter().map(|(endpoints, _)| endpoints.len()).sum();
+        // The slice in which the first endpoint is, and its place there.
+        let (mut at, mut first) = (0, if count > ENDPOINTS { rand::random_range(0..count) } else { 0 });
+        while let Some((endpoints, _)) = slices.get(at)
+            && first >= endpoints.len()
+        {
+            first -= endpoints.len();
+            at += 1;
+        }
+        let (before, after) = slices.split_at(at.min(slices.len()));
+        let all = after
+            .iter()
+            .chain(before)
+            .flat_map(|&(endpoints, port)| endpoints.iter().map(move |endpoint| (endpoint, port)));
+        let from_first = all.clone().chain(all).skip(first).take(count);
+        let named =
+            from_first.filter(|(endpoint, _)| hostname.is_none() || endpoint.hostname.as_deref() == hostname);
+        named.take(ENDPOINTS).collect()
     }
 
     fn endpoint_hop(&self, endpoint: &Endpoint, port: u16) -> Option<Hop> {

@@ -138,6 +138,14 @@ fn routes(inventory: &str, objects: Vec<Object>) -> Routes {
     routes
 }
 
+/// Puts a whole list in the place of what is known.
+fn listed(routes: &mut Routes, kind: cluster::Kind, keys: &std::collections::HashSet<cluster::Key>) {
+    routes.cluster.settle(kind);
+    for key in routes.cluster.unlisted(kind, keys) {
+        routes.cluster.remove(kind, &key);
+    }
+}
+
 /// `NODE: REASON`, or `NODE TARGET: REASON` where the node is asked for something else; `!` and what is wrong.
 fn show(routes: &Routes, target: &str) -> String {
     let target: Target = target.parse().unwrap();
@@ -350,7 +358,7 @@ fn an_object_can_change_and_go() {
     assert_eq!(show(&routes, "10.77.2.2:1"), "evil: address of node evil");
     // A list that no longer has them removes all.
     for kind in cluster::Kind::ALL {
-        routes.cluster.retain(kind, &Default::default());
+        listed(&mut routes, kind, &Default::default());
         assert_eq!(routes.cluster.count(kind), 0);
     }
     for target in ["n1:1", "10.244.1.5:1", "10.244.1.77:1", "10.96.0.10:80", "web.default.svc:80"] {
@@ -364,9 +372,9 @@ fn a_claim_of_later_takes_nothing() {
     let mut routes = routes("", vec![]);
     let settle = |routes: &mut Routes| {
         let nodes = ["n1", "evil"].map(cluster::Key::from).into_iter().collect();
-        routes.cluster.retain(cluster::Kind::Nodes, &nodes);
+        listed(routes, cluster::Kind::Nodes, &nodes);
         let pods = ["a/web", "a/old"].map(cluster::Key::from).into_iter().collect();
-        routes.cluster.retain(cluster::Kind::Pods, &pods);
+        listed(routes, cluster::Kind::Pods, &pods);
     };
     routes.cluster.apply(node("evil", 1, &["10.77.6.6"], &[]));
     routes.cluster.apply(node("n1", 50, &["10.77.1.2"], &["10.1.0.0/24"]));
@@ -393,9 +401,9 @@ fn a_claim_of_later_takes_nothing() {
 fn settled(routes: &mut Routes) {
     let names = |of: Vec<cluster::Key>| of.into_iter().collect::<std::collections::HashSet<_>>();
     let nodes = names(routes.cluster.nodes().map(|node| node.name.as_str().into()).collect());
-    routes.cluster.retain(cluster::Kind::Nodes, &nodes);
+    listed(routes, cluster::Kind::Nodes, &nodes);
     let pods = ["a/web", "a/squatter", "a/roamer"].map(cluster::Key::from);
-    routes.cluster.retain(cluster::Kind::Pods, &names(pods.to_vec()));
+    listed(routes, cluster::Kind::Pods, &names(pods.to_vec()));
 }
 
 /// Kubelets write what they like into the status of their pods.
@@ -520,6 +528,58 @@ fn many_endpoints_all_get_their_turn() {
         seen.extend(route.hops.into_iter().map(|hop| hop.target.to_string()));
     }
     assert_eq!(seen.len(), 100);
+}
+
+/// Slices are of any size, and a service that is rolled out has many endpoints that are not ready in a row.
+#[test]
+fn ready_endpoints_are_equally_likely_wherever_they_are() {
+    let text = |i: usize| {
+        let ready = if (100..400).contains(&i) { " !" } else { "" };
+        format!("10.{}.{}.1 n1{ready}", i / 200, i % 200)
+    };
+    let texts: Vec<String> = (0..500).map(text).collect();
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    let mut objects = vec![Object::Service(service("a/b", &["10.96.0.1"], &[("", 80)]))];
+    for (number, range) in [0..1, 1..50, 50..150, 150..350, 350..495, 495..500].into_iter().enumerate() {
+        objects.push(slice(&format!("a/b-{number}"), "a/b", &[("", 80)], &texts[range]));
+    }
+    objects.push(slice("a/b-empty", "a/b", &[("", 80)], &[]));
+    // What has another port is no endpoint of this one.
+    objects.push(slice("a/b-other", "a/b", &[("other", 81)], &["10.9.9.9 n1"]));
+    let routes = routes("", objects);
+    let (draws, mut drawn) = (20_000_u32, HashMap::<String, u32>::new());
+    for _ in 0..draws {
+        let route = routes.find(&"b.a.svc:80".parse().unwrap()).unwrap();
+        assert_eq!(route.hops.len(), ENDPOINTS);
+        for hop in route.hops {
+            *drawn.entry(hop.target.to_string()).or_default() += 1;
+        }
+    }
+    assert_eq!(drawn.len(), 200, "all that are ready");
+    let expected = f64::from(draws) * ENDPOINTS as f64 / 200.0;
+    for (target, times) in drawn {
+        let share = f64::from(times) / expected;
+        // More than five times the standard deviation.
+        assert!((0.86..1.14).contains(&share), "{target} comes {times} times, not about {expected}");
+    }
+}
+
+/// A Node may report an address as its InternalIP and as its ExternalIP.
+#[test]
+fn an_address_that_is_reported_twice_is_given_up_at_once() {
+    let mut routes =
+        routes("", vec![node("n1", 50, &["10.77.1.2", "10.77.1.2"], &["10.1.0.0/24", "10.1.0.0/24"])]);
+    listed(&mut routes, cluster::Kind::Nodes, &[cluster::Key::from("n1")].into_iter().collect());
+    routes.cluster.apply(node("n1", 50, &["10.77.1.2"], &["10.1.0.0/24"]));
+    assert_eq!(show(&routes, "10.77.1.2:1"), "n1: address of node n1");
+    routes.cluster.apply(node("n1", 50, &["10.77.1.3"], &[]));
+    assert!(show(&routes, "10.77.1.2:1").starts_with("!route"));
+    assert!(show(&routes, "10.1.0.9:1").starts_with("!route"));
+    routes.cluster.apply(node("n2", 60, &["10.77.1.2"], &["10.1.0.0/24"]));
+    assert_eq!(show(&routes, "10.77.1.2:1"), "n2: address of node n2");
+    assert_eq!(show(&routes, "10.1.0.9:1"), "n2: CIDR 10.1.0.0/24 of node n2");
+    routes.cluster.remove(cluster::Kind::Nodes, "n2");
+    assert!(show(&routes, "10.77.1.2:1").starts_with("!route"));
 }
 
 /// Whatever the cluster, the node found has the longest of all prefixes that hold the address, and an address that

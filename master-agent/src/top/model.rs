@@ -200,6 +200,7 @@ impl Model {
         self.rates = detail.detail.streams.iter().map(|s| (s.id, (s.up, s.down))).collect();
         self.detail_taken = Some(now);
         self.detail = Some(detail);
+        self.scrolled = self.scrolled.min(self.last_stream());
     }
 
     fn sort_rows(&mut self) {
@@ -234,6 +235,11 @@ impl Model {
         rows.iter().position(|row| Some(&row.name) == selected).unwrap_or_default()
     }
 
+    /// Returns the index of the last stream of the node that is open.
+    fn last_stream(&self) -> usize {
+        self.detail.as_ref().map_or(0, |detail| detail.detail.streams.len().saturating_sub(1))
+    }
+
     fn select(&mut self, to: usize) {
         let rows = self.rows();
         let name = rows.get(to.min(rows.len().saturating_sub(1))).map(|row| row.name.clone());
@@ -259,9 +265,9 @@ impl Model {
             }
             return true;
         }
-        let down = |model: &mut Self, by| match model.opened {
-            Some(_) => model.scrolled += by,
-            None => model.select(model.selected() + by),
+        let down = |model: &mut Self, by: usize| match model.opened {
+            Some(_) => model.scrolled = model.scrolled.saturating_add(by).min(model.last_stream()),
+            None => model.select(model.selected().saturating_add(by)),
         };
         let up = |model: &mut Self, by| match model.opened {
             Some(_) => model.scrolled = model.scrolled.saturating_sub(by),
@@ -280,8 +286,8 @@ impl Model {
             Key::Down(by) => down(self, by),
             Key::Char('k') => up(self, 1),
             Key::Char('j') => down(self, 1),
-            Key::First => up(self, usize::MAX / 4),
-            Key::Last => down(self, usize::MAX / 4),
+            Key::First => up(self, usize::MAX),
+            Key::Last => down(self, usize::MAX),
             Key::Char('/') => self.typing = true,
             Key::Char('?' | 'h') => self.help = true,
             Key::Char('s') => {
@@ -351,7 +357,7 @@ pub(crate) fn show_age(since_unix_milliseconds: Option<u64>, now_unix_millisecon
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::admin_api::Totals;
+    use crate::admin_api::{Detail, StreamStatus, Totals};
 
     pub(crate) fn node(name: &str, state: &str, up: u64) -> NodeStatus {
         NodeStatus {
@@ -388,6 +394,39 @@ pub(crate) mod tests {
         assert!(model.press(Key::Back) && model.opened.is_none());
         assert!(model.press(Key::Back) && names(&model).len() == 3);
         assert!(!model.press(Key::Back) && !model.press(Key::Char('q')));
+    }
+
+    #[test]
+    fn streams_scroll_to_the_last_one_and_no_further() {
+        let now = Instant::now();
+        let detail = |streams: u64| {
+            let stream = |id| StreamStatus {
+                id,
+                egress: String::new(),
+                origin: String::new(),
+                target: String::new(),
+                reason: String::new(),
+                seconds: 0.0,
+                up: 0,
+                down: 0,
+            };
+            let detail = Detail { streams: (0..streams).map(stream).collect(), ..Detail::default() };
+            NodeDetail { status: node("n1", "connected", 0), detail }
+        };
+        let mut model = Model::new(Sort::Name, String::new());
+        model.take(vec![node("n1", "connected", 0)], now);
+        assert!(model.press(Key::Enter) && model.press(Key::Last) && model.scrolled == 0, "nothing is known");
+        model.take_detail(detail(10), now);
+        for _ in 0..10 {
+            assert!(model.press(Key::Last) && model.scrolled == 9);
+        }
+        assert!(model.press(Key::Down(usize::MAX)) && model.scrolled == 9);
+        assert!(model.press(Key::Up(1)) && model.scrolled == 8, "one key leads back");
+        model.take_detail(detail(5), now);
+        assert_eq!(model.scrolled, 4, "streams have ended");
+        model.take_detail(detail(0), now);
+        assert!(model.press(Key::Down(1)) && model.scrolled == 0);
+        assert!(model.press(Key::First) && model.scrolled == 0);
     }
 
     #[test]

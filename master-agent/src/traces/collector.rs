@@ -18,7 +18,7 @@ use hyper_util::{
 };
 use opentelemetry_http::{HttpClient, HttpError};
 use opentelemetry_otlp::{SpanExporter, WithExportConfig, WithHttpConfig};
-use proto_net::causes::causes;
+use proto_net::{causes::causes, tasks::Tasks};
 use tokio::runtime::Handle;
 
 use super::config::TracesConfig;
@@ -26,7 +26,8 @@ use super::config::TracesConfig;
 /// Bytes of a response that are read.
 const MAX_ANSWER: usize = 64 * 1024;
 
-pub(super) fn exporter(config: &TracesConfig) -> anyhow::Result<SpanExporter> {
+/// Returns the exporter, whose requests belong to `tasks`.
+pub(super) fn exporter(config: &TracesConfig, tasks: Tasks) -> anyhow::Result<SpanExporter> {
     let connector = HttpsConnectorBuilder::new().with_tls_config(config.tls.config()?);
     let connector = match config.endpoint.scheme_str() {
         Some("http") => connector.https_or_http().enable_http1().build(),
@@ -42,6 +43,7 @@ pub(super) fn exporter(config: &TracesConfig) -> anyhow::Result<SpanExporter> {
         endpoint: config.endpoint.clone(),
         timeout: config.timeout,
         runtime: Handle::try_current().context("there is no tokio runtime")?,
+        tasks,
         failing: AtomicBool::new(false),
     };
     SpanExporter::builder()
@@ -59,6 +61,7 @@ struct Collector {
     endpoint: Uri,
     timeout: Duration,
     runtime: Handle,
+    tasks: Tasks,
     failing: AtomicBool,
 }
 
@@ -106,11 +109,13 @@ impl HttpClient for Collector {
             let body = Limited::new(body, MAX_ANSWER).collect().await?.to_bytes();
             Ok::<_, HttpError>(Response::from_parts(head, body))
         };
-        let exchange = self.runtime.spawn(async move { tokio::time::timeout(timeout, exchange).await });
+        let exchange = async move { tokio::time::timeout(timeout, exchange).await };
+        let exchange = self.tasks.spawn_on(exchange, &self.runtime);
         Box::pin(async move {
             let sent = match exchange.await {
-                Ok(Ok(sent)) => sent,
-                Ok(Err(_)) => Err("the collector does not answer in time".into()),
+                Ok(Some(Ok(sent))) => sent,
+                Ok(Some(Err(_))) => Err("the collector does not answer in time".into()),
+                Ok(None) => Err("the agent has stopped".into()),
                 Err(error) => Err(error.into()),
             };
             self.log_change(&sent);

@@ -33,6 +33,7 @@ use opentelemetry_sdk::{
     Resource,
     trace::{BatchConfigBuilder, BatchSpanProcessor, SdkTracer, SdkTracerProvider, SpanLimits},
 };
+use proto_net::tasks::Tasks;
 
 use collector::exporter;
 pub use config::TracesConfig;
@@ -49,12 +50,17 @@ const TEXT: usize = 1024;
 static TRACER: OnceLock<SdkTracer> = OnceLock::new();
 
 /// Sends spans until closed.
-pub struct Traces(SdkTracerProvider);
+pub struct Traces {
+    provider: SdkTracerProvider,
+    /// The group of the requests to the collector.
+    requests: Tasks,
+}
 
 impl Traces {
     /// Starts traces for the process. Called in a tokio runtime.
     pub fn start(config: &TracesConfig) -> anyhow::Result<Self> {
-        let exporter = exporter(config)?;
+        let requests = Tasks::new();
+        let exporter = exporter(config, requests.clone())?;
         let batches = BatchConfigBuilder::default()
             .with_max_queue_size(config.queue)
             .with_max_export_batch_size(BATCH.min(config.queue))
@@ -71,17 +77,19 @@ impl Traces {
             .with_span_processor(BatchSpanProcessor::builder(exporter).with_batch_config(batches).build())
             .build();
         TRACER.set(provider.tracer("master-agent")).ok().context("traces have already been started")?;
-        Ok(Self(provider))
+        Ok(Self { provider, requests })
     }
 
     /// Sends the remaining spans within `timeout`.
     pub async fn close(self, timeout: Duration) {
-        let closing = tokio::task::spawn_blocking(move || self.0.shutdown_with_timeout(timeout));
+        let Self { provider, requests } = self;
+        let closing = tokio::task::spawn_blocking(move || provider.shutdown_with_timeout(timeout));
         match tokio::time::timeout(timeout, closing).await {
             Ok(Ok(Ok(()))) => {}
             Ok(Ok(Err(error))) => tracing::warn!(%error, "the last spans were not sent"),
             Ok(Err(_)) | Err(_) => tracing::warn!("the last spans were not sent in time"),
         }
+        requests.drain(Duration::ZERO).await;
     }
 }
 

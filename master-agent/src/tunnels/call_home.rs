@@ -69,7 +69,7 @@ pub struct CallHome {
     /// Bounds the calls that have not authenticated yet.
     pub permits: HandshakePermits,
     /// Bounds the log lines that strangers cause.
-    pub log_throttle: LogThrottle,
+    pub log_throttle: Arc<LogThrottle>,
     /// The group that owns the calls and their sessions.
     pub tasks: Tasks,
     /// Cancelled when the agent stops and must not establish new tunnels.
@@ -217,7 +217,7 @@ mod tests {
     use std::{net::IpAddr, time::Duration};
 
     use russh::keys::{PrivateKey, PublicKeyOrCertificate};
-    use tokio::sync::mpsc;
+    use tokio::sync::{Semaphore, mpsc};
 
     use super::*;
     use crate::{
@@ -225,6 +225,7 @@ mod tests {
         metrics::ReasonLabel,
         tunnels::{
             absent::Absent,
+            join::MAX_DECISIONS,
             testing::{Master, n1},
         },
     };
@@ -232,6 +233,7 @@ mod tests {
     const HOUR: Duration = Duration::from_secs(3600);
 
     fn call_home(master: &Master, permits: usize) -> CallHome {
+        let log_throttle = Arc::<LogThrottle>::default();
         CallHome {
             config: master.config.clone(),
             client: master.client.clone(),
@@ -245,13 +247,15 @@ mod tests {
                 registry: master.registry.clone(),
                 refusals: master.refusals.clone(),
                 attempts: Default::default(),
+                decisions: Arc::new(Semaphore::new(MAX_DECISIONS)),
+                log_throttle: log_throttle.clone(),
                 tasks: master.tasks.clone(),
             }),
             registry: master.registry.clone(),
             refusals: master.refusals.clone(),
             supervisor: master.supervisor.clone(),
             permits: HandshakePermits::new(permits),
-            log_throttle: LogThrottle::default(),
+            log_throttle,
             tasks: master.tasks.clone(),
             draining: CancellationToken::new(),
         }

@@ -81,7 +81,7 @@ impl Collector for LegacyNames {
             ),
             (
                 "apiserver_proxy_tunnel_sync_latency_secs",
-                "For how long the API server has not been heard about nodes.",
+                "Seconds since the API server last sent news of nodes.",
                 MetricType::Gauge,
                 stale,
             ),

@@ -34,6 +34,8 @@ pub struct TunnelDialer {
 pub struct Candidate {
     pub node: NodeName,
     pub target: Target,
+    /// Whether it is tried only when all others have failed.
+    pub is_last_resort: bool,
 }
 
 impl TunnelDialer {
@@ -50,7 +52,8 @@ impl TunnelDialer {
         }
         found.truncate(ATTEMPTS);
         if let Some(last) = &route.last {
-            found.extend(self.expand(last).into_iter().take(1));
+            let last = self.expand(last).into_iter().take(1);
+            found.extend(last.map(|candidate| Candidate { is_last_resort: true, ..candidate }));
         }
         if found.is_empty() {
             let state = "no node with a node-agent is connected".to_owned();
@@ -60,7 +63,7 @@ impl TunnelDialer {
     }
 
     fn expand(&self, hop: &Hop) -> Vec<Candidate> {
-        let candidate = |node| Candidate { node, target: hop.target.clone() };
+        let candidate = |node| Candidate { node, target: hop.target.clone(), is_last_resort: false };
         match &hop.via {
             Via::Node(node) => vec![candidate(node.clone())],
             Via::AnyNode => self.registry.least_busy_agents(ATTEMPTS).into_iter().map(candidate).collect(),
@@ -81,7 +84,8 @@ impl TunnelDialer {
         let mut failed = None;
         let candidates = self.candidates(&route)?;
         let mut untried = candidates.len();
-        for Candidate { node, target: asked } in candidates {
+        let has_last_resort = candidates.iter().any(|candidate| candidate.is_last_resort);
+        for Candidate { node, target: asked, .. } in candidates {
             // A silent endpoint must leave time for the next one.
             let left = match failed {
                 None => self.timeout,
@@ -100,9 +104,10 @@ impl TunnelDialer {
                 }
                 Err(error) => error,
             };
-            // Another node's policy may allow what this one's refuses, and another endpoint may answer.
+            // Another node's policy may allow what this one's refuses, and another endpoint may answer. The last resort is
+            // no way around a policy.
             let elsewhere = match error.fault() {
-                Fault::Policy => untried > 1 || route.last.is_none(),
+                Fault::Policy => untried > 1 || !has_last_resort,
                 Fault::Target => several,
                 Fault::Caller | Fault::Route | Fault::Tunnel => error.retry_elsewhere(),
             };
@@ -206,4 +211,68 @@ fn unknown(kind: &str, key: &str) -> DialError {
     DialError::NoRoute(format!(
         "{kind} {key} is not known; pods and services come from the Kubernetes API (kubernetes:)"
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        routing::cluster::{Endpoint, EndpointSlice, Object, Service, ServicePort},
+        tunnels::{
+            absent::Absent,
+            testing::{Master, n1},
+        },
+    };
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    /// A service whose two endpoints are on n1.
+    fn routes() -> SharedRoutes {
+        let endpoint = |address: &str| Endpoint {
+            address: address.parse().unwrap(),
+            node: Some(n1()),
+            hostname: None,
+            ready: true,
+        };
+        let service = Service {
+            key: "a/b".into(),
+            created: 1,
+            addresses: vec!["10.96.0.1".parse().unwrap()],
+            ports: vec![ServicePort { name: String::new(), port: 80 }],
+            external_name: None,
+        };
+        let slice = EndpointSlice {
+            key: "a/b-1".into(),
+            service: "a/b".into(),
+            ports: vec![(String::new(), Some(8080))],
+            endpoints: vec![endpoint("10.1.0.1"), endpoint("10.1.0.2")],
+        };
+        let routes = SharedRoutes::new(String::new());
+        routes.change(|routes| {
+            routes.cluster.apply(Object::Service(service));
+            routes.cluster.apply(Object::EndpointSlice(slice));
+        });
+        routes
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn all_endpoints_are_tried_after_a_refusal_where_no_node_can_be_the_last_resort() {
+        let master = Master::new(HOUR, 64);
+        *master.node.sshd_forbids.lock().unwrap() = Some(vec!["10.1.0.1".to_owned()]);
+        master.registry.expect(&[(n1(), (1, Absent::New))].into_iter().collect());
+        let (tunnel, events) = master.tunnel_in(&master.tasks).await;
+        assert!(events.is_none() && !tunnel.is_node_agent());
+        let _registered = master.registry.register(Arc::new(tunnel)).unwrap();
+        let (routes, registry) = (Arc::new(routes()), master.registry.clone());
+        let dialer = TunnelDialer::new(registry, routes, Duration::from_secs(9));
+        let (target, origin) = ("10.96.0.1:80".parse().unwrap(), Origin("test".to_owned()));
+        // The order is drawn at random.
+        for _ in 0..32 {
+            let connection = dialer.dial(&target, &origin).await.unwrap();
+            assert_eq!(connection.reason, "service a/b, endpoint 10.1.0.2:8080");
+        }
+        *master.node.sshd_forbids.lock().unwrap() = Some(vec!["10.1.0.1".to_owned(), "10.1.0.2".to_owned()]);
+        let refused = dialer.dial(&target, &origin).await.err().unwrap();
+        assert_eq!(refused.fault(), Fault::Policy, "{refused}");
+    }
 }

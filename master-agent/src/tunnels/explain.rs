@@ -63,7 +63,7 @@ impl Explainer {
     }
 
     fn explained(&self, candidate: Candidate) -> ExplainedCandidate {
-        let Candidate { node, target } = candidate;
+        let Candidate { node, target, .. } = candidate;
         ExplainedCandidate {
             addresses: self.addresses(&node),
             target: target.to_string(),

@@ -15,9 +15,9 @@ use proto::{
     NodeName,
     join::{JoinRequest, JoinResponse, SUBSYSTEM},
 };
-use proto_net::tasks::Tasks;
+use proto_net::{log_throttle::LogThrottle, tasks::Tasks};
 use russh::{Channel, ChannelMsg, client::Msg, keys::PublicKey};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use super::{refusals::Refusals, registry::Registry, session::handshake::Session};
 use crate::{
@@ -32,6 +32,9 @@ use crate::{
 
 /// The type of extended data for text that people read (RFC 4254, section 5.2).
 const STDERR: u32 = 1;
+/// The number of requests that are decided at once. They wait for each other anyway, and must leave threads for other work
+/// that blocks.
+pub const MAX_DECISIONS: usize = 4;
 
 /// Lets hosts join.
 pub struct Joining {
@@ -44,6 +47,10 @@ pub struct Joining {
     pub refusals: Refusals,
     /// Counts attempts by result.
     pub attempts: Family<ReasonLabel, Counter>,
+    /// Has one permit for each request that may be decided at once.
+    pub decisions: Arc<Semaphore>,
+    /// Bounds the log lines that strangers cause.
+    pub log_throttle: Arc<LogThrottle>,
     /// The group of the tasks that close the tunnels of replaced keys.
     pub tasks: Tasks,
 }
@@ -78,7 +85,7 @@ impl Joining {
         // The messages are read from the channel itself. Otherwise, they would also wait for a stream that nobody opens.
         session.channels.forget(channel.id());
         channel.request_subsystem(true, SUBSYSTEM).await?;
-        let request = match receive(&mut channel, host.peer).await {
+        let request = match self.receive(&mut channel, host.peer).await {
             Received::Request(request) => request,
             Received::Nothing => return Ok(false),
             Received::Refused => {
@@ -106,7 +113,12 @@ impl Joining {
             (None, _) => {}
         }
         let (joining, key, peer) = (self.clone(), host.key.clone(), host.peer);
-        let decided = tokio::task::spawn_blocking(move || joining.decide(&request, &key, peer));
+        let permit = self.decisions.clone().acquire_owned().await;
+        let decided = tokio::task::spawn_blocking(move || {
+            // A host that gives up does not end what has begun.
+            let _permit = permit;
+            joining.decide(&request, &key, peer)
+        });
         decided.await.unwrap_or_else(|_| JoinResponse::Refused {
             reason: "the master failed".to_owned(),
             hint: "Its log says why.".to_owned(),
@@ -116,9 +128,8 @@ impl Joining {
     fn refuse_name(&self, admitted: &NodeName, asked: &NodeName, peer: SocketAddr) -> JoinResponse {
         let reason =
             format!("the call was admitted for node {admitted}, but the host asks to join as {asked}");
-        tracing::warn!(%peer, reason, "refused to let a host join");
         self.refusals.count("other_node");
-        self.count("refused");
+        self.refused(peer, &reason);
         JoinResponse::Refused { reason, hint: "The token was not used up.".to_owned() }
     }
 
@@ -140,11 +151,41 @@ impl Joining {
                 self.count("ok");
             }
             JoinResponse::Refused { reason, .. } => {
-                tracing::warn!(%peer, reason, "refused to let a host join");
-                self.count("refused");
+                self.refused(peer, reason);
             }
         }
         response
+    }
+
+    fn refused(&self, peer: SocketAddr, reason: &str) {
+        self.count("refused");
+        if let Some(times) = self.log_throttle.count(1) {
+            tracing::warn!(%peer, reason, times, "refused to let a host join");
+        }
+    }
+
+    async fn receive(&self, channel: &mut Channel<Msg>, peer: SocketAddr) -> Received {
+        let mut bytes = Vec::new();
+        loop {
+            match channel.wait().await {
+                Some(ChannelMsg::Data { data }) => {
+                    bytes.extend_from_slice(&data);
+                    match JoinRequest::decode(&bytes) {
+                        Ok(Some(request)) => return Received::Request(request),
+                        Ok(None) => {}
+                        Err(error) => {
+                            if let Some(times) = self.log_throttle.count(1) {
+                                tracing::warn!(%peer, %error, times, "refused a join request that can't be read");
+                            }
+                            return Received::Nothing;
+                        }
+                    }
+                }
+                Some(ChannelMsg::Failure) => return Received::Refused,
+                Some(ChannelMsg::Eof | ChannelMsg::Close) | None => return Received::Nothing,
+                Some(_) => {}
+            }
+        }
     }
 
     fn close_tunnels_of_other_keys(&self, node: &NodeName, key: &PublicKey) {
@@ -177,26 +218,4 @@ enum Received {
     Refused,
     /// The host sent nothing that can be read.
     Nothing,
-}
-
-async fn receive(channel: &mut Channel<Msg>, peer: SocketAddr) -> Received {
-    let mut bytes = Vec::new();
-    loop {
-        match channel.wait().await {
-            Some(ChannelMsg::Data { data }) => {
-                bytes.extend_from_slice(&data);
-                match JoinRequest::decode(&bytes) {
-                    Ok(Some(request)) => return Received::Request(request),
-                    Ok(None) => {}
-                    Err(error) => {
-                        tracing::warn!(%peer, %error, "refused a join request that can't be read");
-                        return Received::Nothing;
-                    }
-                }
-            }
-            Some(ChannelMsg::Failure) => return Received::Refused,
-            Some(ChannelMsg::Eof | ChannelMsg::Close) | None => return Received::Nothing,
-            Some(_) => {}
-        }
-    }
 }

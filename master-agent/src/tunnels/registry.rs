@@ -10,7 +10,10 @@
 use std::{
     collections::BTreeMap,
     fmt::Display,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -44,6 +47,8 @@ pub struct Registry {
     nodes: RwLock<Arc<Nodes>>,
     /// The nodes that have a tunnel to a node-agent.
     agents: Mutex<SampledSet<NodeName, Arc<Node>>>,
+    /// The number of nodes that have a tunnel. It changes only while the node is locked.
+    connected: AtomicUsize,
     max_streams_per_node: usize,
 }
 
@@ -81,7 +86,12 @@ pub struct Registration {
 
 impl Registry {
     pub fn new(max_streams_per_node: usize) -> Self {
-        Self { nodes: RwLock::default(), agents: Mutex::default(), max_streams_per_node }
+        Self {
+            nodes: RwLock::default(),
+            agents: Mutex::default(),
+            connected: AtomicUsize::new(0),
+            max_streams_per_node,
+        }
     }
 
     /// Replaces the set of expected nodes. Each node comes with the number of tunnels that it may have active, and with
@@ -101,6 +111,9 @@ impl Registry {
         for node in gone {
             let mut state = node.state();
             state.gone = true;
+            if !state.tunnels.is_empty() {
+                self.connected.fetch_sub(1, Ordering::Relaxed);
+            }
             tunnels.append(&mut state.tunnels);
             self.forget_agent(&node);
         }
@@ -135,6 +148,7 @@ impl Registry {
         if state.gone {
             return Err(unknown());
         }
+        let was_connected = !state.tunnels.is_empty();
         state.remove(|other| other.has_ended());
         // Tunnels that take no new streams do not count.
         if state.tunnels.iter().filter(|t| t.is_usable()).count() >= state.connections + STANDBY {
@@ -142,6 +156,9 @@ impl Registry {
         }
         let others = state.tunnels.clone();
         state.tunnels.push(tunnel.clone());
+        if !was_connected {
+            self.connected.fetch_add(1, Ordering::Relaxed);
+        }
         let absence = state.away_since.take().map(|since| since.elapsed());
         if tunnel.is_node_agent() {
             self.agents().insert(node.name.clone(), node.clone());
@@ -277,9 +294,7 @@ impl Registry {
 
     /// Returns the number of nodes with a tunnel, and the number of all nodes.
     pub fn count(&self) -> (usize, usize) {
-        let nodes = self.nodes();
-        let connected = |node: &&Arc<Node>| node.state().tunnels.iter().any(|t| !t.has_ended());
-        (nodes.values().filter(connected).count(), nodes.len())
+        (self.connected.load(Ordering::Relaxed), self.nodes().len())
     }
 
     /// Returns when the first of the host certificates in use expires, in seconds since 1970.
@@ -361,7 +376,11 @@ impl Registration {
 impl Drop for Registration {
     fn drop(&mut self) {
         let mut state = self.node.state();
+        let was_connected = !state.tunnels.is_empty();
         state.remove(|tunnel| tunnel.id == self.tunnel.id);
+        if was_connected && state.tunnels.is_empty() {
+            self.registry.connected.fetch_sub(1, Ordering::Relaxed);
+        }
         if !state.tunnels.iter().any(|tunnel| tunnel.is_node_agent()) {
             self.registry.forget_agent(&self.node);
         }

@@ -157,7 +157,7 @@ mod tests {
     use std::time::SystemTime;
 
     use proto::revocation::krl::Entry;
-    use proto_net::tasks::Tasks;
+    use proto_net::{clock::Clock, tasks::Tasks};
     use tokio::time::timeout;
 
     use super::*;
@@ -179,7 +179,7 @@ mod tests {
         let (dir, tasks) = (TempDir::new(), Tasks::new());
         let authorities = Arc::new(Authorities::load_or_create(&dir.0).unwrap());
         let store = Arc::new(SqliteStore::open(&dir.0).unwrap());
-        let login = Arc::new(MasterLogin::new(authorities.clone(), HOUR).unwrap());
+        let login = Arc::new(MasterLogin::new(authorities.clone(), HOUR, Clock::System).unwrap());
         let list = Arc::new(RevocationList::new(store.clone(), authorities.clone(), login));
         let mut published = list.published.subscribe();
         tasks.spawn(list.follow());
@@ -188,8 +188,10 @@ mod tests {
         revoke(&store, &authorities, "alice");
         published.changed().await.unwrap();
         let first = published.borrow_and_update().as_ref().unwrap().version;
-        let (node, key, now) = ("n1".parse().unwrap(), new_key(), SystemTime::now());
-        store.remember_node(&node, key.public_key(), &[], now, now + HOUR).unwrap();
+        let node = "n1".parse().unwrap();
+        for key in [new_key(), new_key()] {
+            store.remember_node(&node, key.public_key(), &[]).unwrap();
+        }
         assert!(timeout(HOUR, published.changed()).await.is_err(), "another part of the store has changed");
 
         revoke(&SqliteStore::open(&dir.0).unwrap(), &authorities, "bob");

@@ -1,7 +1,12 @@
 //! Admits tunnels to the registry and supervises each to its end.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
+use proto::relink::GRACE;
 use proto_net::{
     mux::{Events, Notice},
     tasks::Tasks,
@@ -141,7 +146,8 @@ impl Supervisor {
         reason
     }
 
-    /// Verifies the host key again and again, and closes the tunnel when it is no longer the node's.
+    /// Verifies the host key again and again, and closes the tunnel when it is no longer the node's, or when the
+    /// certificates that established it have expired.
     async fn recheck(&self, tunnel: &Tunnel) -> Infallible {
         let mut interval = tokio::time::interval(RECHECK_INTERVAL);
         let mut key_changes = self.trust.key_changes();
@@ -152,6 +158,9 @@ impl Supervisor {
             }
             if let Err(why) = self.trust.still_good(&tunnel.host) {
                 tunnel.close(&self.refusals.host_key(&why).to_string()).await;
+            }
+            if let Some(reason) = outlived(tunnel, self.renewal.clock.now()) {
+                tunnel.close(reason).await;
             }
         }
     }
@@ -164,6 +173,23 @@ impl Supervisor {
         };
         callers.send(tunnel.clone(), listen).await;
     }
+}
+
+/// Returns why a tunnel has lasted for too long, if it has. An honest node has its host certificate renewed over the tunnel,
+/// and another link before the master's certificate expires. A link that another one has replaced keeps its streams, and a
+/// plain sshd checks certificates in handshakes only.
+fn outlived(tunnel: &Tunnel, now: SystemTime) -> Option<&'static str> {
+    let expired =
+        |at: Option<SystemTime>| at.and_then(|at| at.checked_add(GRACE)).is_some_and(|end| end < now);
+    if !tunnel.is_node_agent() {
+        return None;
+    }
+    if expired(tunnel.certificate_expires()) {
+        return Some("the node's host certificate has expired");
+    }
+    let is_replaced = tunnel.is_going_away() && !tunnel.is_idle();
+    (expired(tunnel.user_expires()) && !is_replaced)
+        .then_some("the master's certificate that established this link has expired")
 }
 
 /// Makes a tunnel the last choice while it leaves a ping unanswered, and closes it if it does not answer in time.
@@ -247,6 +273,45 @@ mod tests {
         let (reason, ()) = tokio::join!(supervised, forgotten);
         assert!(reason.contains("n1"), "{reason}");
         assert_eq!((lost(&master, Loss::ByMaster), master.registry.count()), (1, (0, 1)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_link_ends_with_the_certificates_that_established_it_unless_it_is_replaced() {
+        let life = Duration::from_secs(600);
+        let mut master = Master::new(life, 8);
+        expect_n1(&master.registry);
+        let (mut supervised, mut tunnels, mut nodes) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..3 {
+            let (tunnel, events, node) = master.tunnel().await;
+            let registration = master.supervisor.register(tunnel).await.unwrap();
+            tunnels.push(registration.tunnel().clone());
+            supervised
+                .push(master.tasks.spawn(master.supervisor.clone().supervise((registration, Some(events)))));
+            nodes.push(node);
+        }
+        let [left_over, replaced, unrenewed] = [0, 1, 2].map(|i| tunnels[i].clone());
+        let stream = replaced.open(&"10.0.0.1:80".parse().unwrap(), "test", HOUR).await.unwrap();
+        replaced.retire("another link has taken its place").await;
+        // None of them has a host certificate, which is no reason to end them.
+        sleep(Duration::from_secs(60)).await;
+        assert!(tunnels.iter().all(|tunnel| !tunnel.has_ended()));
+        let expires = master.clock.now() + Duration::from_secs(60);
+        unrenewed.set_certificate_expires(expires);
+        assert_eq!(unrenewed.ended().await, "the node's host certificate has expired");
+        let late = |expired: SystemTime| master.clock.now().duration_since(expired).unwrap();
+        let bounds = GRACE..=GRACE + RECHECK_INTERVAL + Duration::from_secs(1);
+        assert!(bounds.contains(&late(expires)), "{:?}", late(expires));
+        let expires = left_over.user_expires().unwrap();
+        let reason = left_over.ended().await;
+        assert_eq!(reason, "the master's certificate that established this link has expired");
+        assert!(bounds.contains(&late(expires)), "{:?}", late(expires));
+        sleep(2 * life).await;
+        assert!(!replaced.has_ended());
+        drop(stream);
+        tokio::time::timeout(Duration::from_secs(60), replaced.ended()).await.unwrap();
+        for supervised in supervised {
+            supervised.await.unwrap().unwrap();
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -19,7 +19,7 @@ use proto_net::{
     tasks::Tasks,
 };
 use russh::{
-    Channel, ChannelId, MethodKind, MethodSet,
+    Channel, ChannelId, ChannelOpenFailure, MethodKind, MethodSet,
     keys::{Certificate, PrivateKey},
     server::{self, Auth, ChannelOpenHandle, Msg, PublicKeyOffer, VerifiedPublicKey},
 };
@@ -79,6 +79,8 @@ pub(super) struct MemoryNode {
     pub(super) failures: Arc<Mutex<usize>>,
     /// Takes the requests to open a channel, if the node is not to answer them.
     pub(super) unanswered: Arc<Mutex<Option<mpsc::UnboundedSender<ChannelOpenHandle>>>>,
+    /// The hosts to which it does not forward, if it is a plain sshd.
+    pub(super) sshd_forbids: Arc<Mutex<Option<Vec<String>>>>,
 }
 
 impl MemoryNode {
@@ -91,6 +93,7 @@ impl MemoryNode {
             dials: Arc::default(),
             failures: Arc::default(),
             unanswered: Arc::default(),
+            sshd_forbids: Arc::default(),
         };
         (node, tunnels)
     }
@@ -169,13 +172,32 @@ impl server::Handler for NodeHandler {
         Ok(())
     }
 
+    async fn channel_open_direct_tcpip(
+        &mut self,
+        _: Channel<Msg>,
+        host: &str,
+        _: u32,
+        _: &str,
+        _: u32,
+        reply: ChannelOpenHandle,
+        _: &mut server::Session,
+    ) -> Result<(), russh::Error> {
+        let forbids = self.node.sshd_forbids.lock().unwrap().clone();
+        if forbids.is_some_and(|hosts| hosts.iter().any(|forbidden| forbidden == host)) {
+            reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
+        } else {
+            reply.accept().await;
+        }
+        Ok(())
+    }
+
     async fn subsystem_request(
         &mut self,
         channel: ChannelId,
         name: &str,
         session: &mut server::Session,
     ) -> Result<(), russh::Error> {
-        if name != SUBSYSTEM {
+        if name != SUBSYSTEM || self.node.sshd_forbids.lock().unwrap().is_some() {
             return session.channel_failure(channel);
         }
         let handle = session.handle();
@@ -211,6 +233,7 @@ pub(super) struct Master {
     /// Receives the node's side of each tunnel.
     pub(super) tunnels: mpsc::UnboundedReceiver<NodeSide>,
     pub(super) nodes: watch::Sender<Arc<Inventory>>,
+    pub(super) clock: Clock,
     pub(super) registry: Arc<Registry>,
     pub(super) metrics: TunnelMetrics,
     pub(super) refusals: Refusals,
@@ -239,7 +262,8 @@ impl Master {
         let metrics = TunnelMetrics::default();
         let refusals = Refusals::new(registry.clone(), metrics.refused.clone());
         let trust = Arc::new(Trust::new(nodes.subscribe(), store.clone(), authorities.clone()));
-        let login = Arc::new(MasterLogin::new(authorities.clone(), user_ttl).unwrap());
+        let clock = Clock::new_virtual();
+        let login = Arc::new(MasterLogin::new(authorities.clone(), user_ttl, clock).unwrap());
         let supervisor = Arc::new(Supervisor {
             config: config.clone(),
             nodes: nodes.subscribe(),
@@ -252,7 +276,7 @@ impl Master {
                 authorities: authorities.clone(),
                 host_ttl: Duration::from_secs(3600),
                 renewed: metrics.certificates_renewed.clone(),
-                clock: Clock::System,
+                clock,
             },
             revocations: Arc::new(RevocationList::new(store.clone(), authorities.clone(), login.clone())),
             callers: None,
@@ -266,6 +290,7 @@ impl Master {
             node,
             tunnels,
             nodes,
+            clock,
             registry,
             metrics,
             refusals,
@@ -287,6 +312,12 @@ impl Master {
 
     /// Establishes a tunnel, and also returns the node's side of it.
     pub(super) async fn tunnel(&mut self) -> (Tunnel, Events, NodeSide) {
+        let (tunnel, events) = self.tunnel_in(&self.tasks).await;
+        (tunnel, events.unwrap(), self.tunnels.recv().await.unwrap())
+    }
+
+    /// Establishes a tunnel whose session belongs to `tasks`. Without events, the node is a plain sshd.
+    pub(super) async fn tunnel_in(&self, tasks: &Tasks) -> (Tunnel, Option<Events>) {
         let (entry, user) = (self.entry(), self.login.current());
         let address = entry.dial.clone().unwrap();
         let credentials = Credentials {
@@ -295,11 +326,9 @@ impl Master {
             user: &user,
             permit: None,
         };
-        let session = self.client.authenticate(self.node.link(), credentials, &self.tasks).await.unwrap();
+        let session = self.client.authenticate(self.node.link(), credentials, tasks).await.unwrap();
         let HostIdentity::Verified(host) = session.identity.clone() else { panic!("the key is pinned") };
-        let established = Tunnel::establish(session, host, Direction::Dialled, None, &self.config).await;
-        let (tunnel, events) = established.unwrap();
-        (tunnel, events.unwrap(), self.tunnels.recv().await.unwrap())
+        Tunnel::establish(session, host, Direction::Dialled, None, &self.config).await.unwrap()
     }
 }
 

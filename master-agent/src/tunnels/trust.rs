@@ -210,12 +210,11 @@ mod tests {
             "nodes:
 - {{name: ca}}
 - {{name: pinned, host_keys: {{pins: [\"{pin}\"]}}}}
-- {{name: known, host_keys: {{known_hosts: kh}}}}
+- {{name: known, dial: \"k:22\", host_keys: {{known_hosts: kh}}}}
 - {{name: first, dial: \"f:22\", host_keys: {{first_use: true}}}}
 "
         );
         let trust = trust(&dir, &inventory);
-        let now = SystemTime::now();
         for (name, want) in [
             ("ca", Ok("ca".to_owned())),
             ("pinned", Err("other_trust")),
@@ -224,7 +223,7 @@ mod tests {
             ("unlisted", Err("unknown_node")),
         ] {
             let (name, key): (NodeName, _) = (name.parse().unwrap(), new_key());
-            trust.store.remember_node(&name, key.public_key(), &[], now, now + HOUR).unwrap();
+            trust.store.remember_node(&name, key.public_key(), &[]).unwrap();
             let shown = certificate(&trust, &name, key.public_key());
             assert_eq!(outcome(trust.call_home()(&shown).await), want, "{name}");
         }
@@ -239,9 +238,8 @@ mod tests {
         let trust = trust(&dir, "nodes: [{name: n1, dial: \"a:22\"}]");
         let name: NodeName = "n1".parse().unwrap();
         let (old, new) = (new_key(), new_key());
-        let now = SystemTime::now();
         for key in [&old, &new] {
-            trust.store.remember_node(&name, key.public_key(), &[], now, now + HOUR).unwrap();
+            trust.store.remember_node(&name, key.public_key(), &[]).unwrap();
         }
         let node = node(&trust, "n1");
         for verify in [trust.dialled(&node, node.dial.as_ref().unwrap()), trust.call_home()] {

@@ -159,6 +159,21 @@ async fn a_master_that_refuses_does_not_delay_another() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_call_under_way_ends_when_the_agent_drains() {
+    let draining = CancellationToken::new();
+    let master = "master.example:2222".parse().unwrap();
+    let unreachable = || std::future::pending::<Result<EstablishedSession, CallError>>();
+    let supervised = supervise(&master, &draining, || None, unreachable);
+    let drain = async {
+        tokio::time::sleep(MINUTE).await;
+        draining.cancel();
+        Instant::now()
+    };
+    let ((), began) = tokio::join!(supervised, drain);
+    assert_eq!(began.elapsed(), Duration::ZERO);
+}
+
+#[tokio::test(start_paused = true)]
 async fn no_call_is_made_once_the_agent_drains() {
     let mut with_session = TestMaster::call(|_| Some(None));
     let session = with_session.next_session().await;

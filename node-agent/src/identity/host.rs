@@ -40,6 +40,8 @@ pub enum IdentityError {
     Content { path: PathBuf, expected: &'static str, error: ssh_key::Error },
     #[error("{} is for another key than host_key", .0.display())]
     CertificateOfAnotherKey(PathBuf),
+    #[error("{} is not signed by the CA in host_ca.pub: join this host again (`node-agent join`)", .0.display())]
+    CertificateOfAnotherCa(PathBuf),
     #[error("SSH keys can't be generated or encoded: {0}")]
     Encoding(ssh_key::Error),
     #[error("the master refused")]
@@ -56,6 +58,8 @@ pub enum IdentityError {
     NotForNode(NodeName),
     #[error("there is no certificate to renew: run `node-agent join`")]
     NothingToRenew,
+    #[error("this host has joined again since this agent started: restart the agent")]
+    JoinedAgain,
     #[error("it is for another node than the present one")]
     AnotherNode,
     #[error("it does not last longer than the present one")]
@@ -92,6 +96,11 @@ impl NodeIdentity {
                 })?),
                 None => None,
             };
+        if let (Some(certificate), Some(ca)) = (&certificate, &host_ca)
+            && !is_signed_by(certificate, ca)
+        {
+            return Err(IdentityError::CertificateOfAnotherCa(directory.join(CERTIFICATE)));
+        }
         let user_cas = read_user_cas(&directory.join(USER_CAS))?;
         Ok(Self { directory: directory.to_owned(), key, certificate, host_ca, user_cas })
     }
@@ -138,9 +147,10 @@ impl NodeIdentity {
         if node_of(&certificate).as_ref() != Some(node) {
             return Err(IdentityError::NotForNode(node.clone()));
         }
+        // The certificate goes first and comes last, so that there is never one beside the CAs of another master.
+        self.remove_certificate()?;
         self.write(HOST_CA, ca.to_openssh())?;
         self.write(USER_CAS, user_ca.to_openssh())?;
-        // The certificate comes last, since it makes the identity complete.
         self.write(CERTIFICATE, certificate.to_openssh())?;
         (self.certificate, self.host_ca, self.user_cas) = (Some(certificate), Some(ca), vec![user_ca]);
         Ok(())
@@ -148,7 +158,8 @@ impl NodeIdentity {
 
     /// Checks a renewed certificate, writes it to its file, and returns the identity that has it. It must come from the
     /// same CA, name the same node, last longer, and have no principal that the present certificate lacks: a
-    /// compromised master must not give a node further addresses or names. Blocks while it writes.
+    /// compromised master must not give a node further addresses or names. It does not replace what `node-agent join` has
+    /// installed since. Blocks while it writes.
     pub fn renew(&self, text: &str) -> Result<Self, IdentityError> {
         let (Some(ca), Some(present)) = (&self.host_ca, &self.certificate) else {
             return Err(IdentityError::NothingToRenew);
@@ -164,6 +175,11 @@ impl NodeIdentity {
         if let Some(added) = renewed.valid_principals().iter().find(|p| !present_principals.contains(p)) {
             return Err(IdentityError::AddedPrincipal(added.clone()));
         }
+        match read_certificate(&self.directory, &self.key) {
+            Ok(Some(on_disk)) if on_disk == *present => {}
+            Ok(_) | Err(IdentityError::CertificateOfAnotherKey(_)) => return Err(IdentityError::JoinedAgain),
+            Err(error) => return Err(error),
+        }
         self.write(CERTIFICATE, renewed.to_openssh())?;
         Ok(Self { certificate: Some(renewed), ..self.clone() })
     }
@@ -177,10 +193,18 @@ impl NodeIdentity {
         if certificate.cert_type() != CertType::Host || node_of(&certificate).is_none() {
             return Err(IdentityError::NoHostCertificate);
         }
-        if certificate.signature_key() != ca.key_data() || certificate.verify_signature().is_err() {
+        if !is_signed_by(&certificate, ca) {
             return Err(IdentityError::AnotherCa);
         }
         Ok(certificate)
+    }
+
+    fn remove_certificate(&self) -> Result<(), IdentityError> {
+        let path = self.directory.join(CERTIFICATE);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(IdentityError::Write { path, error }),
+            Ok(()) | Err(_) => Ok(()),
+        }
     }
 
     fn write(&self, name: &str, encoded: Result<String, ssh_key::Error>) -> Result<(), IdentityError> {
@@ -195,6 +219,10 @@ impl NodeIdentity {
 fn node_of(certificate: &Certificate) -> Option<NodeName> {
     let name: NodeName = certificate.key_id().strip_prefix("node:")?.parse().ok()?;
     certificate.valid_principals().iter().any(|p| p == name.as_str()).then_some(name)
+}
+
+fn is_signed_by(certificate: &Certificate, ca: &PublicKey) -> bool {
+    certificate.signature_key() == ca.key_data() && certificate.verify_signature().is_ok()
 }
 
 fn create_key(path: &Path) -> Result<(), IdentityError> {
@@ -322,6 +350,30 @@ mod tests {
     }
 
     #[test]
+    fn a_running_agent_leaves_what_the_host_has_joined_since() {
+        let dir = TempDir::new();
+        let (host_ca, other_ca, user_ca) = (new_key(), new_key(), new_key());
+        let mut running = NodeIdentity::load_or_create(dir.path()).unwrap();
+        let key = running.host_key().public_key().clone();
+        let ours = CertificateSpec::host(&host_ca, &key);
+        running.install(&accepted(&ours.text(), &host_ca, &user_ca)).unwrap();
+        let renewed = CertificateSpec { valid: (NOW, NOW + 7200), ..ours }.text();
+
+        let mut joining = NodeIdentity::load_or_create(dir.path()).unwrap();
+        let theirs = CertificateSpec { ca: &other_ca, ..ours }.text();
+        joining.install(&accepted(&theirs, &other_ca, &user_ca)).unwrap();
+        let read = || std::fs::read_to_string(dir.path().join(CERTIFICATE)).ok();
+        let joined = read();
+        assert!(matches!(running.renew(&renewed), Err(IdentityError::JoinedAgain)));
+        assert_eq!(read(), joined);
+        assert!(NodeIdentity::load_or_create(dir.path()).is_ok());
+        // Also while the host is joining, when there is no certificate.
+        joining.remove_certificate().unwrap();
+        assert!(matches!(running.renew(&renewed), Err(IdentityError::JoinedAgain)));
+        assert_eq!(read(), None);
+    }
+
+    #[test]
     fn files_that_do_not_fit_are_named() {
         let dir = TempDir::new();
         let (host_ca, user_ca) = (new_key(), new_key());
@@ -343,6 +395,7 @@ mod tests {
             (HOST_CA, "x"),
             (USER_CAS, "x"),
             (CERTIFICATE, &CertificateSpec::host(&host_ca, new_key().public_key()).text()),
+            (CERTIFICATE, &CertificateSpec::host(&new_key(), &key).text()),
         ] {
             assert!(error(name, text).contains(name), "{name}");
         }

@@ -19,6 +19,8 @@ use crate::metrics::{self, Metrics};
 
 /// Certificates of one session that may wait to be installed.
 const MAX_WAITING: usize = 16;
+/// The number of log lines in ten seconds about certificates that are refused.
+const LOG_BURST: u32 = 16;
 
 /// Where sessions get their queues. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -66,6 +68,7 @@ pub struct Installer {
     sessions: mpsc::UnboundedReceiver<mpsc::Receiver<String>>,
     identity: CurrentIdentity,
     metrics: Arc<Metrics>,
+    refused: LogThrottle,
     /// Called with each new identity.
     on_renewal: Box<dyn Fn(&NodeIdentity) + Send + Sync>,
 }
@@ -78,7 +81,8 @@ pub fn queue(
 ) -> (Renewals, Installer) {
     let (submit, sessions) = mpsc::unbounded_channel();
     let renewals = Renewals { sessions: submit, metrics: metrics.clone() };
-    (renewals, Installer { sessions, identity, metrics, on_renewal: Box::new(on_renewal) })
+    let refused = LogThrottle::with_burst(LOG_BURST);
+    (renewals, Installer { sessions, identity, metrics, refused, on_renewal: Box::new(on_renewal) })
 }
 
 impl Installer {
@@ -111,7 +115,9 @@ impl Installer {
                 "ok"
             }
             Ok(Err(error)) => {
-                tracing::warn!(%error, "refused a renewed host certificate; the present one stays");
+                if let Some(times) = self.refused.count(1) {
+                    tracing::warn!(%error, times, "refused a renewed host certificate; the present one stays");
+                }
                 "refused"
             }
             Err(error) => {

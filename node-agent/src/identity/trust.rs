@@ -7,6 +7,14 @@ use russh::keys::{Certificate, PublicKey};
 use super::user::{self, UserCertError, UserRole};
 use crate::revocation::Revocations;
 
+/// Who may open a session on a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expected {
+    /// A master or a person.
+    Anybody,
+    Master,
+}
+
 /// The user CAs that are trusted, what they have revoked, and which people may come.
 pub struct Trust {
     cas: Vec<PublicKey>,
@@ -23,6 +31,7 @@ impl Trust {
     /// Decides about a user certificate whose key the session has proved.
     pub fn verify(
         &self,
+        expected: Expected,
         login: &str,
         certificate: &Certificate,
         peer: Option<IpAddr>,
@@ -33,6 +42,9 @@ impl Trust {
             return Err(UserCertError::Revoked(by));
         }
         match &role {
+            UserRole::Person { login, .. } if expected == Expected::Master => {
+                Err(UserCertError::NotAMaster(login.clone()))
+            }
             UserRole::Person { login, .. } if !self.people.is_empty() && !self.people.contains(login) => {
                 Err(UserCertError::NotAllowed(login.clone()))
             }
@@ -63,13 +75,20 @@ mod tests {
         let spec = CertificateSpec::user(&ca, key.public_key());
         let alice = CertificateSpec { key_id: "alice", principals: &["alice"], ..spec }.sign();
         let master = CertificateSpec { principals: &[user::MASTER], ..spec }.sign();
-        let verify = |trust: Trust, login, certificate| trust.verify(login, certificate, None, now());
+        let verify = |trust: Trust, login, certificate| {
+            trust.verify(Expected::Anybody, login, certificate, None, now())
+        };
 
         assert!(verify(trust(&[]), "alice", &alice).is_ok());
         assert!(verify(trust(&["bob", "alice"]), "alice", &alice).is_ok());
         let refused = verify(trust(&["bob"]), "alice", &alice);
         assert_eq!(refused, Err(UserCertError::NotAllowed("alice".into())));
         assert_eq!(verify(trust(&["bob"]), user::MASTER, &master), Ok(UserRole::Master));
+
+        let called =
+            |login, certificate| trust(&[]).verify(Expected::Master, login, certificate, None, now());
+        assert_eq!(called("alice", &alice), Err(UserCertError::NotAMaster("alice".into())));
+        assert_eq!(called(user::MASTER, &master), Ok(UserRole::Master));
 
         let mut list = Krl::new(1);
         list.add(ca.public_key(), Entry::KeyId(b"alice".to_vec())).unwrap();

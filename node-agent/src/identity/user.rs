@@ -48,6 +48,8 @@ pub enum UserCertError {
     Revoked(Revoked),
     #[error("the login {0:?} is not in `users:`")]
     NotAllowed(String),
+    #[error("the login {0:?} is a person's, and only a master may answer where this node calls home")]
+    NotAMaster(String),
 }
 
 /// Decides what a user certificate, whose key the peer has proved, entitles to under these CAs.

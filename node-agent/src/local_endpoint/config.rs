@@ -30,7 +30,10 @@ const FIELDS: Meanings = &[
          all addresses. This or unix is required.",
     ),
     ("unix", "The Unix socket for callers."),
-    ("max_connections", "Callers at once, over both listeners."),
+    (
+        "max_connections",
+        "Callers at once, over both listeners. One address or local user has at most half of them.",
+    ),
     ("wait", "How long a caller waits while there is no tunnel, before its connection is closed."),
 ];
 

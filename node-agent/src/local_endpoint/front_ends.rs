@@ -1,10 +1,7 @@
 //! The front ends that masters offer through their tunnels, and the streams to them.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
-    },
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
     time::Duration,
 };
 
@@ -13,7 +10,8 @@ use proto_net::{
     mux::{Events, Mux, Notice},
     stream::Stream,
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use super::config::LocalEndpointConfig;
 
@@ -27,9 +25,9 @@ pub struct FrontEnds {
     /// The turn of the next caller.
     next: AtomicUsize,
     ids: AtomicU64,
-    /// One permit for each caller.
-    callers: Arc<Semaphore>,
     wait: Duration,
+    /// Cancelled when nobody waits for a front end any more.
+    draining: CancellationToken,
 }
 
 #[derive(Clone)]
@@ -39,13 +37,13 @@ struct Offer {
 }
 
 impl FrontEnds {
-    pub fn new(config: &LocalEndpointConfig) -> Self {
+    pub fn new(config: &LocalEndpointConfig, draining: CancellationToken) -> Self {
         Self {
             offers: watch::Sender::new(Vec::new()),
             next: AtomicUsize::new(0),
             ids: AtomicU64::new(0),
-            callers: Arc::new(Semaphore::new(config.max_connections)),
             wait: config.wait,
+            draining,
         }
     }
 
@@ -77,11 +75,6 @@ impl FrontEnds {
         }
     }
 
-    /// The permit of one more caller, unless there are too many.
-    pub fn caller_permit(&self) -> Option<OwnedSemaphorePermit> {
-        self.callers.clone().try_acquire_owned().ok()
-    }
-
     /// Opens a stream to one of the front ends in turn. Waits a short time for one to be offered.
     pub async fn open(&self, origin: &str, timeout: Duration) -> Result<Stream, DialError> {
         let target: Target = FRONT_END.parse().map_err(|_| DialError::BadTarget(FRONT_END.to_owned()))?;
@@ -102,8 +95,11 @@ impl FrontEnds {
             if let Some(error @ DialError::TooManyStreams(_)) = failed {
                 return Err(error);
             }
-            let changed = tokio::time::timeout_at(deadline, offers.changed()).await;
-            if !matches!(changed, Ok(Ok(()))) {
+            let changed = tokio::select! {
+                changed = tokio::time::timeout_at(deadline, offers.changed()) => matches!(changed, Ok(Ok(()))),
+                () = self.draining.cancelled() => false,
+            };
+            if !changed {
                 return Err(failed.unwrap_or_else(|| self.none_offered()));
             }
         }

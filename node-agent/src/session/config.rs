@@ -29,7 +29,7 @@ const FIELDS: Meanings = &[
     (
         "max_streams",
         "Streams at once of one session. Those of its multiplexer and those that are SSH channels of their own are \
-         counted apart.",
+         counted apart. All sessions of one user have at most twice as many.",
     ),
     ("handshake_timeout", "Time for an SSH handshake."),
     ("dial_timeout", "Time to resolve a target and to connect to it."),

@@ -11,6 +11,8 @@ pub enum SessionError {
     HandshakeTimeout(Duration),
     #[error("evicted to make room for a newer handshake")]
     Evicted,
+    #[error("this node-agent is stopping")]
+    Stopping,
     #[error("the master refused the link: {0}")]
     RefusedByMaster(String),
     #[error("refused the certificate of a master: {0}")]

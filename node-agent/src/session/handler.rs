@@ -26,12 +26,16 @@ use super::{
     error::SessionError,
     services::SessionServices,
     state::SessionState,
-    streams::{EXPIRED, RequestedChannel},
+    streams::{EXPIRED, RequestedChannel, STOPPING, TOO_MANY_STREAMS},
     user::AuthenticatedUser,
 };
-use crate::identity::{
-    renewal::SessionRenewals,
-    user::{MASTER, UserRole},
+use crate::{
+    identity::{
+        renewal::SessionRenewals,
+        trust::Expected,
+        user::{MASTER, UserRole},
+    },
+    shares::Permit,
 };
 
 /// Session channels that a master may have open at once: one for each subsystem, and one to spare.
@@ -40,6 +44,11 @@ const MAX_SESSION_CHANNELS: usize = 4;
 /// The number of a master's notices that a session logs. An honest master sends a few, and a hostile one can send any
 /// number.
 const MAX_LOGGED_NOTICES: usize = 16;
+
+const TOO_MANY_SESSIONS: &str = "this node has too many sessions of this master, or of all masters, already";
+/// Said for new channels of a session that is [worn out](proto_net::channel::Channels::worn_out), and when it ends.
+pub(super) const WORN_OUT: &str =
+    "this session has had too many channels that its client did not close: connect again";
 
 /// How authentication ended.
 pub(super) type Proof = Result<Arc<AuthenticatedUser>, SessionError>;
@@ -51,9 +60,11 @@ pub(super) struct Handler {
     /// The session's tasks.
     tasks: Tasks,
     peer: Option<IpAddr>,
+    /// Who may authenticate on this link.
+    expected: Expected,
     user: Option<Arc<AuthenticatedUser>>,
-    /// The permit of a person's session.
-    person: Option<OwnedSemaphorePermit>,
+    /// The permit of the session.
+    _session: Option<Permit>,
     /// Where the end of authentication is reported, once.
     proof: Option<oneshot::Sender<Proof>>,
     /// One permit for each stream that is a channel of its own, until its socket is closed.
@@ -64,6 +75,8 @@ pub(super) struct Handler {
     /// The channel of the multiplexer on which this node opens streams to the master's front end.
     node_mux: Option<(ChannelId, Feeder)>,
     revocation_list: Option<RevocationList>,
+    /// The permit of the one exchange of a list that a session may have at a time.
+    revocation_exchange: Arc<Semaphore>,
     /// Made with the first certificate that the master sends.
     renewals: Option<SessionRenewals>,
     /// How many more of the master's notices are logged.
@@ -79,8 +92,8 @@ struct MasterMux {
 /// The channel on which a list of revoked certificates comes.
 struct RevocationList {
     channel: ChannelId,
-    /// The part of the list that has come; `None` once it is complete.
-    received: Option<Vec<u8>>,
+    /// The part of the list that has come, and the permit of the exchange; `None` once the list is complete.
+    received: Option<(Vec<u8>, OwnedSemaphorePermit)>,
 }
 
 impl Handler {
@@ -90,6 +103,7 @@ impl Handler {
         gate: Gate,
         tasks: Tasks,
         peer: Option<IpAddr>,
+        expected: Expected,
     ) -> (Self, oneshot::Receiver<Proof>) {
         let (proof, proved) = oneshot::channel();
         let stream_permits = Arc::new(Semaphore::new(services.limits.max_streams));
@@ -99,14 +113,16 @@ impl Handler {
             gate,
             tasks,
             peer,
+            expected,
             user: None,
-            person: None,
+            _session: None,
             proof: Some(proof),
             stream_permits,
             session_channels: Vec::new(),
             master_mux: None,
             node_mux: None,
             revocation_list: None,
+            revocation_exchange: Arc::new(Semaphore::new(1)),
             renewals: None,
             notices_to_log: MAX_LOGGED_NOTICES,
         };
@@ -123,27 +139,35 @@ impl Handler {
         self.user.clone().filter(|user| user.is_master())
     }
 
-    /// Lets a user in whose certificate is accepted, unless too many people are connected.
+    /// Lets a user in whose certificate is accepted, unless there are too many sessions.
     fn admit(&mut self, role: UserRole, certificate: &Certificate) -> Auth {
-        let (key_id, serial) = (certificate.key_id(), certificate.serial());
-        if let UserRole::Person { login, .. } = &role {
-            let Ok(permit) = self.services.people.clone().try_acquire_owned() else {
-                tracing::warn!(
-                    user = login,
-                    peer = self.peer.map(tracing::field::display),
-                    "refused a person: limits.max_sessions reached"
-                );
-                return Auth::reject();
-            };
-            self.person = Some(permit);
-        }
-        let user = match &role {
-            UserRole::Master => MASTER,
-            UserRole::Person { login, .. } => login,
+        let services = self.services.clone();
+        let (user, bounds, reason) = match &role {
+            UserRole::Master => (MASTER, &services.bounds_of_masters, TOO_MANY_SESSIONS),
+            UserRole::Person { login, .. } => {
+                (login.as_str(), &services.bounds_of_people, "limits.max_sessions reached")
+            }
         };
-        tracing::info!(user, key_id, serial, peer = self.peer.map(tracing::field::display), "authenticated");
-        let clock = self.services.clock;
-        self.user = Some(Arc::new(AuthenticatedUser { role, certificate: certificate.clone(), clock }));
+        let (key, key_id, serial) = (certificate.public_key(), certificate.key_id(), certificate.serial());
+        let peer = self.peer.map(tracing::field::display);
+        let Some(session) = bounds.sessions.of(key.clone()).try_take() else {
+            if let Some(times) = services.log_throttle.count(1) {
+                tracing::warn!(user, key_id, serial, peer, reason, times, "refused a session");
+            }
+            if role == UserRole::Master {
+                self.report_proof(Err(SessionError::MasterCertificate(reason.to_owned())));
+            }
+            return Auth::reject();
+        };
+        self._session = Some(session);
+        tracing::info!(user, key_id, serial, peer, "authenticated");
+        let (streams, lookups) = (bounds.streams.of(key.clone()), bounds.lookups.of(key.clone()));
+        let (certificate, clock) = (certificate.clone(), services.clock);
+        let user = Arc::new(AuthenticatedUser { role, certificate, clock, streams, lookups });
+        if user.is_master() {
+            services.connected_masters.add(&user);
+        }
+        self.user = Some(user);
         Auth::Accept
     }
 
@@ -229,6 +253,21 @@ impl Handler {
         }
     }
 
+    /// Why the session takes no new channels for streams, if it does not.
+    fn takes_no_channels(&self, user: &AuthenticatedUser) -> Option<ChannelOpenFailure> {
+        if user.has_expired() {
+            Some(prohibited(EXPIRED))
+        } else if self.services.shutdown.draining.is_cancelled() {
+            Some(prohibited(STOPPING))
+        } else if self.state.is_replaced() {
+            Some(prohibited("another link has taken the place of this session"))
+        } else if self.state.channels.is_worn_out() {
+            Some(shortage(WORN_OUT))
+        } else {
+            None
+        }
+    }
+
     /// Takes bytes of a list of revoked certificates, and answers once it is complete.
     fn take_revocation_list(
         &mut self,
@@ -237,15 +276,15 @@ impl Handler {
         session: &server::Session,
     ) -> Result<(), SessionError> {
         let list = self.revocation_list.as_mut().ok_or(SessionError::UnaskedRevocationList)?;
-        let received = list.received.as_mut().ok_or(SessionError::UnaskedRevocationList)?;
+        let (mut received, exchange) = list.received.take().ok_or(SessionError::UnaskedRevocationList)?;
         received.extend_from_slice(data);
-        let Some(signed) = SignedList::decode(received)? else { return Ok(()) };
-        list.received = None;
+        let Some(signed) = SignedList::decode(&received)? else {
+            list.received = Some((received, exchange));
+            return Ok(());
+        };
         let (revocations, handle) = (self.services.revocations.clone(), session.handle());
         self.tasks.spawn(async move {
-            // The list is installed to the end, also when it ends the session that it came by.
-            let taken = tokio::task::spawn_blocking(move || revocations.take(signed));
-            if let Ok(report) = taken.await {
+            if let Some(report) = revocations.take(signed, exchange).await {
                 let _ = handle.data(channel, report.encode()).await;
             }
         });
@@ -290,7 +329,7 @@ impl server::Handler for Handler {
         certificate: &Certificate,
     ) -> Result<Auth, SessionError> {
         let now = self.services.clock.now();
-        match self.services.trust.verify(user, certificate, self.peer, now) {
+        match self.services.trust.verify(self.expected, user, certificate, self.peer, now) {
             Ok(role) => Ok(self.admit(role, certificate)),
             Err(error) => {
                 let why = refusal::printable(&error.to_string());
@@ -345,9 +384,12 @@ impl server::Handler for Handler {
         {
             session.channel_success(channel)?;
             self.start_node_mux(master, channel, session);
-        } else if name == revocation::SUBSYSTEM && self.revocation_list.is_none() {
+        } else if name == revocation::SUBSYSTEM
+            && self.revocation_list.is_none()
+            && let Ok(exchange) = self.revocation_exchange.clone().try_acquire_owned()
+        {
             session.channel_success(channel)?;
-            self.revocation_list = Some(RevocationList { channel, received: Some(Vec::new()) });
+            self.revocation_list = Some(RevocationList { channel, received: Some((Vec::new(), exchange)) });
             session.data(channel, self.services.revocations.report(None).encode())?;
         } else {
             session.channel_failure(channel)?;
@@ -383,24 +425,25 @@ impl server::Handler for Handler {
         _session: &mut server::Session,
     ) -> Result<(), SessionError> {
         let Some(user) = self.user.clone() else { return Ok(()) };
-        if user.has_expired() {
-            reply.reject(prohibited(EXPIRED)).await;
+        if let Some(failure) = self.takes_no_channels(&user) {
+            reply.reject(failure).await;
             return Ok(());
         }
         let Some(target) = parse_target(host, port) else {
             reply.reject(prohibited("the target is not HOST:PORT")).await;
             return Ok(());
         };
-        let Ok(permit) = self.stream_permits.clone().try_acquire_owned() else {
-            reply.reject(ChannelOpenFailure::ResourceShortage).await;
+        let streams = self.services.streams.clone();
+        let permit = self.stream_permits.clone().try_acquire_owned().ok();
+        let Some((permit, room)) = permit.and_then(|permit| Some((permit, streams.room(&user)?))) else {
+            reply.reject(shortage(TOO_MANY_STREAMS)).await;
             return Ok(());
         };
         let channels = self.state.channels.clone();
         channels.on_open(channel.id());
         let requested = RequestedChannel { half: WriteHalf::Server(channel.split().1), reply, target };
-        let streams = self.services.streams.clone();
         self.tasks.spawn(async move {
-            streams.serve_channel(requested, user, channels).await;
+            streams.serve_channel(requested, user, channels, room).await;
             drop(permit);
         });
         Ok(())
@@ -436,7 +479,9 @@ impl server::Handler for Handler {
     }
 
     fn adjust_window(&mut self, _channel: ChannelId, current: u32) -> u32 {
-        // The multiplexer drains its channel at once and bounds what is on the way itself.
+        // The multiplexer drains its channel at once and bounds what is on the way itself. russh has one size for all
+        // channels of a session, so this also holds for direct-tcpip channels beside the multiplexer. What these may have
+        // in memory is bounded by `Channels`, which makes the whole session wait.
         if self.master_mux.is_some() { ssh::TUNNEL_WINDOW } else { current }
     }
 
@@ -472,8 +517,13 @@ impl Drop for Handler {
     }
 }
 
+/// The reason codes are those of RFC 4254 §5.1.
 fn prohibited(reason: &str) -> ChannelOpenFailure {
     ChannelOpenFailure::Other { code: 1, reason: reason.to_owned() }
+}
+
+fn shortage(reason: &str) -> ChannelOpenFailure {
+    ChannelOpenFailure::Other { code: 4, reason: reason.to_owned() }
 }
 
 fn parse_target(host: &str, port: u32) -> Option<Target> {

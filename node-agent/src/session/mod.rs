@@ -6,12 +6,14 @@
 //!
 //! A session accepts new streams until [`proto::relink::GRACE`] after the end of its certificate. Streams that run then
 //! go on, and the session ends with the last of them. A master makes another link before that and says goodbye on the old
-//! one. A session whose master has not done so is closed after `shutdown_grace`, so that the master connects again. A
-//! session whose certificate is revoked is cut at once.
+//! one. A session whose master has not done so, or has no other session by then, is closed after `shutdown_grace`, so that
+//! the master connects again. A session whose certificate is revoked is cut at once.
 
+pub mod bounds;
 pub mod config;
 pub mod error;
 mod handler;
+pub mod masters;
 pub mod serve;
 pub mod services;
 mod state;

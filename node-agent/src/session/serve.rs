@@ -2,6 +2,7 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
+use prometheus_client::metrics::gauge::Gauge;
 use proto::refusal;
 use proto_net::{
     channel::Channels, handshake::HandshakePermit, link::Link, log_throttle::LogThrottle, ssh, tasks::Tasks,
@@ -13,18 +14,22 @@ use russh::{
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::oneshot,
+    time::Instant,
 };
 use tokio_util::sync::CancellationToken;
 
 use super::{
     error::SessionError,
-    handler::{Handler, Proof},
+    handler::{Handler, Proof, WORN_OUT},
     services::SessionServices,
     state::SessionState,
     streams::EXPIRED,
     user::AuthenticatedUser,
 };
-use crate::metrics::{self, Metrics};
+use crate::{
+    identity::trust::Expected,
+    metrics::{self, Sessions},
+};
 
 /// How long one stream of a stock SSH client may hold up that client's other streams.
 const CLIENT_PATIENCE: Duration = Duration::from_secs(30);
@@ -44,6 +49,16 @@ const REPLACED: &str = "another link has taken its place, and its streams have e
 pub struct SessionServer {
     services: Arc<SessionServices>,
     tasks: Tasks,
+}
+
+/// Who made a link.
+#[derive(Debug)]
+pub enum Direction {
+    /// A master or a person has dialled this node. A newer handshake may take the permit away until the peer has
+    /// authenticated.
+    Dialled(HandshakePermit),
+    /// This node has called a master home, so nobody but a master may answer.
+    CallHome,
 }
 
 /// A session whose peer has proved who it is.
@@ -67,18 +82,22 @@ impl SessionServer {
     }
 
     /// Serves one session on an established link, until it ends. `authenticated` is told once the peer has proved who it
-    /// is. Until then the session has a `permit`, which a newer handshake may take away.
+    /// is. A peer that has not done so when the agent drains is cut.
     pub async fn serve<T>(
         self,
         link: T,
         peer: Option<SocketAddr>,
-        permit: Option<HandshakePermit>,
+        direction: Direction,
         authenticated: oneshot::Sender<Authenticated>,
     ) -> Result<(), SessionError>
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let services = &self.services;
+        let (permit, expected) = match direction {
+            Direction::Dialled(permit) => (Some(permit), Expected::Anybody),
+            Direction::CallHome => (None, Expected::Master),
+        };
         let tasks = self.tasks.child();
         let _cancel_on_exit = CancelOnDrop(tasks.clone());
         let cut = CancellationToken::new();
@@ -86,10 +105,12 @@ impl SessionServer {
         let received = permit.as_ref().map(|permit| permit.received.clone()).unwrap_or_default();
         let (link, gate) = Link::new(link, cut.clone(), received);
         let stalls = services.metrics.stalls.down.clone();
-        let channels = Channels::new(gate.clone(), tasks.clone(), CLIENT_PATIENCE, stalls);
+        let channels = Channels::new(gate.clone(), tasks.clone(), CLIENT_PATIENCE, stalls)
+            .closing_first_at_most(services.max_closed_first);
         let state = Arc::new(SessionState::new(channels));
         let peer_ip = peer.map(|peer| peer.ip());
-        let (handler, proof) = Handler::new(services.clone(), state.clone(), gate, tasks.clone(), peer_ip);
+        let (handler, proof) =
+            Handler::new(services.clone(), state.clone(), gate, tasks.clone(), peer_ip, expected);
 
         let limit = services.limits.handshake_timeout;
         let handshake = authenticate(server_config(services), link, handler, proof);
@@ -98,6 +119,7 @@ impl SessionServer {
                 outcome.unwrap_or(Err(SessionError::HandshakeTimeout(limit)))
             }
             () = evicted(permit.as_ref()) => Err(SessionError::Evicted),
+            () = services.shutdown.draining.cancelled() => Err(SessionError::Stopping),
         };
         drop(permit);
         let result = if matches!(&outcome, Ok(Some(_))) { "ok" } else { "failed" };
@@ -106,7 +128,7 @@ impl SessionServer {
 
         let retire = CancellationToken::new();
         let _ = authenticated.send(Authenticated { relink: user.relink_after(), retire: retire.clone() });
-        let _counted = CountedSession::new(services.metrics.clone());
+        let _counted = CountedSession::new(&services.metrics.sessions, &user);
         let session = AuthenticatedSession { services: services.clone(), state, user, tasks, peer, session };
         session.run(&retire).await
     }
@@ -218,34 +240,55 @@ async fn say_goodbye(session: RunningSession<Handler>, reason: &str) -> Result<(
 /// reason.
 async fn retired(
     services: &SessionServices,
-    user: &AuthenticatedUser,
+    user: &Arc<AuthenticatedUser>,
     state: &SessionState,
     retire: &CancellationToken,
 ) -> &'static str {
-    tokio::select! {
-        () = user.expired() => {}
+    let reason = tokio::select! {
+        () = user.expired() => EXPIRED,
         () = retire.cancelled() => {
             state.set_replaced();
             state.go_away("the node has made another link to this master").await;
+            REPLACED
         }
-    }
-    let (reason, limit) = if state.is_replaced() {
-        (REPLACED, None)
-    } else {
-        (EXPIRED, user.is_master().then_some(services.shutdown_grace))
+        () = state.channels.worn_out() => {
+            state.go_away(WORN_OUT).await;
+            WORN_OUT
+        }
     };
     let idle = async {
         while state.streams_open() > 0 {
             tokio::time::sleep(IDLE_CHECK_INTERVAL).await;
         }
     };
-    match limit {
-        Some(limit) => {
-            let _ = tokio::time::timeout(limit, idle).await;
-        }
-        None => idle.await,
+    tokio::select! {
+        () = idle => if state.is_replaced() { REPLACED } else { reason },
+        () = overdue(services, user, state, retire) => EXPIRED,
     }
-    reason
+}
+
+/// Waits until a master has had `shutdown_grace` after the end of its certificate to make another link, and has made
+/// none. If this node has made the other link, it knows that. If the master says that it has, there must be a session.
+async fn overdue(
+    services: &SessionServices,
+    user: &Arc<AuthenticatedUser>,
+    state: &SessionState,
+    retire: &CancellationToken,
+) {
+    if !user.is_master() {
+        return std::future::pending().await;
+    }
+    user.expired().await;
+    let mut deadline = Instant::now() + services.shutdown_grace;
+    loop {
+        let has_another = || state.is_replaced() && services.connected_masters.has_another(user);
+        if retire.is_cancelled() || has_another() {
+            deadline = Instant::now() + services.shutdown_grace;
+        } else if Instant::now() >= deadline {
+            return;
+        }
+        tokio::time::sleep(IDLE_CHECK_INTERVAL).await;
+    }
 }
 
 struct CancelOnDrop(Tasks);
@@ -257,17 +300,18 @@ impl Drop for CancelOnDrop {
 }
 
 /// Counts a session for as long as it lasts.
-struct CountedSession(Arc<Metrics>);
+struct CountedSession(Gauge);
 
 impl CountedSession {
-    fn new(metrics: Arc<Metrics>) -> Self {
-        metrics.sessions.inc();
-        Self(metrics)
+    fn new(sessions: &Sessions, user: &AuthenticatedUser) -> Self {
+        let gauge = if user.is_master() { &sessions.masters } else { &sessions.people };
+        gauge.inc();
+        Self(gauge.clone())
     }
 }
 
 impl Drop for CountedSession {
     fn drop(&mut self) {
-        self.0.sessions.dec();
+        self.0.dec();
     }
 }

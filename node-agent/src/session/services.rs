@@ -3,9 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use proto_net::{clock::Clock, log_throttle::LogThrottle};
-use tokio::sync::Semaphore;
 
-use super::{config::LimitsConfig, streams::StreamServer};
+use super::{bounds::Bounds, config::LimitsConfig, masters::ConnectedMasters, streams::StreamServer};
 use crate::{
     identity::{current::CurrentIdentity, renewal::Renewals, trust::Trust},
     local_endpoint::front_ends::FrontEnds,
@@ -23,9 +22,12 @@ pub struct SessionServices {
     /// Where callers of the local endpoint go, if there is one.
     pub front_ends: Option<Arc<FrontEnds>>,
     pub limits: LimitsConfig,
-    /// Permits of people's sessions. Masters need none, so that people can't keep them out.
-    pub people: Arc<Semaphore>,
-    /// Bounds the log lines that peers cause before they have authenticated.
+    pub bounds_of_masters: Bounds,
+    pub bounds_of_people: Bounds,
+    pub connected_masters: ConnectedMasters,
+    /// The channels of one session that this node may close before its peer does. Each leaves some memory behind.
+    pub max_closed_first: usize,
+    /// Bounds the log lines that peers cause with handshakes.
     pub log_throttle: LogThrottle,
     /// How long a session may outlive its certificate if its master makes no other link.
     pub shutdown_grace: Duration,

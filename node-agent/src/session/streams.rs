@@ -16,18 +16,22 @@ use proto_net::{
 };
 use russh::{ChannelOpenFailure, server::ChannelOpenHandle};
 use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::Instrument;
 
 use super::{state::SessionState, user::AuthenticatedUser};
 use crate::{
     dialer::{Dialer, Dialled},
-    identity::user::UserRole,
     metrics::{self, Metrics},
+    shares::Permit,
+    shutdown::Shutdown,
 };
 
 /// Why a session accepts no new streams after the end of its certificate.
 pub(super) const EXPIRED: &str = "the certificate of this session has expired";
+pub(super) const STOPPING: &str = "the node-agent is stopping";
+pub(super) const TOO_MANY_STREAMS: &str =
+    "this node carries too many streams of this user, or of all, already";
 
 /// Dials and relays the streams of all sessions.
 pub struct StreamServer {
@@ -37,8 +41,15 @@ pub struct StreamServer {
     pub dial_timeout: Duration,
     /// After one direction of a stream has ended, how long the other may be silent.
     pub half_closed_timeout: Duration,
-    /// Cancelled when no new streams are accepted.
-    pub draining: CancellationToken,
+    pub shutdown: Shutdown,
+}
+
+/// Room for one more stream.
+pub(super) struct Room {
+    /// Held until the stream's socket is closed.
+    permit: Permit,
+    /// Held until the stream is counted as open.
+    dialling: TaskTrackerToken,
 }
 
 /// A direct-tcpip channel that a peer asks for.
@@ -49,6 +60,11 @@ pub(super) struct RequestedChannel {
 }
 
 impl StreamServer {
+    /// Room for one more stream of a user, unless they or all have too many.
+    pub(super) fn room(&self, user: &AuthenticatedUser) -> Option<Room> {
+        Some(Room { permit: user.streams.try_take()?, dialling: self.shutdown.dials.token() })
+    }
+
     /// Serves the streams that a master opens on its multiplexer, each in a task of its own, until its certificate has
     /// expired or the agent drains. The master is told then.
     pub(super) async fn serve_mux(
@@ -62,11 +78,19 @@ impl StreamServer {
         let reason = loop {
             tokio::select! {
                 requested = incoming.recv() => match requested {
-                    Some(_) if user.has_expired() => break EXPIRED,
-                    Some(requested) => { tasks.spawn(self.clone().serve_incoming(requested)); }
+                    Some(requested) if user.has_expired() => {
+                        requested.reject(takes_no_more(EXPIRED));
+                        break EXPIRED;
+                    }
+                    Some(requested) => match self.room(&user) {
+                        Some(room) => {
+                            tasks.spawn(self.clone().serve_incoming(requested, user.clone(), room));
+                        }
+                        None => requested.reject(DialError::TooManyStreams(TOO_MANY_STREAMS.to_owned())),
+                    },
                     None => return,
                 },
-                () = self.draining.cancelled() => break "the node-agent is stopping",
+                () = self.shutdown.draining.cancelled() => break STOPPING,
                 () = user.expired() => break EXPIRED,
             }
         };
@@ -79,15 +103,18 @@ impl StreamServer {
             );
         }
         mux.go_away(reason).await;
-        // Streams that were requested before the master could know are refused when `incoming` is dropped.
+        // These were requested before the master could know. The multiplexer itself refuses what it asks for from now on.
+        while let Ok(requested) = incoming.try_recv() {
+            requested.reject(takes_no_more(reason));
+        }
     }
 
-    async fn serve_incoming(self: Arc<Self>, incoming: Incoming) {
+    async fn serve_incoming(self: Arc<Self>, incoming: Incoming, user: Arc<AuthenticatedUser>, room: Room) {
         let target = incoming.target.clone();
         let origin = incoming.origin.clone();
         let timeout = incoming.timeout.min(self.dial_timeout);
         let dialled = tokio::select! {
-            dialled = self.dialer.dial(&target, timeout, &UserRole::Master) => dialled,
+            dialled = self.dialer.dial(&target, timeout, &user.lookups) => dialled,
             () = incoming.cancelled() => {
                 self.dialer.count_cancelled();
                 return incoming.refuse(DialError::Cancelled).await;
@@ -96,7 +123,7 @@ impl StreamServer {
         match dialled {
             Ok(dialled) => {
                 if let Some(stream) = incoming.accept().await {
-                    self.relay(dialled, stream, &target, &origin).await;
+                    self.relay(dialled, stream, &target, &origin, room).await;
                 }
             }
             Err(error) => incoming.refuse(error).await,
@@ -109,12 +136,13 @@ impl StreamServer {
         requested: RequestedChannel,
         user: Arc<AuthenticatedUser>,
         channels: Channels,
+        room: Room,
     ) {
         let RequestedChannel { half, reply, target } = requested;
-        match self.dialer.dial(&target, self.dial_timeout, &user.role).await {
+        match self.dialer.dial(&target, self.dial_timeout, &user.lookups).await {
             Ok(dialled) => {
                 reply.accept().await;
-                self.relay(dialled, channels.stream(half), &target, &user.origin()).await;
+                self.relay(dialled, channels.stream(half), &target, &user.origin(), room).await;
             }
             Err(error) => {
                 channels.forget(half.id());
@@ -123,12 +151,14 @@ impl StreamServer {
         }
     }
 
-    async fn relay(&self, dialled: Dialled, stream: Stream, target: &Target, origin: &str) {
+    async fn relay(&self, dialled: Dialled, stream: Stream, target: &Target, origin: &str, room: Room) {
+        let Room { permit: _until_the_end, dialling } = room;
         let span = tracing::info_span!("stream", %target, origin);
         async {
             // After the answer, so that the caller does not wait for it.
             socket::tune(&dialled.socket);
             let mut record = StreamRecord::new(self.metrics.clone(), dialled.rule);
+            drop(dialling);
             let (read, write) = dialled.socket.into_split();
             let (down, up) = (&record.counters.down, &record.counters.up);
             let outcome = relay(read, write, stream, down, up, self.half_closed_timeout).await;
@@ -137,6 +167,11 @@ impl StreamServer {
         .instrument(span)
         .await;
     }
+}
+
+/// What the master makes of it: another tunnel may take the stream.
+fn takes_no_more(reason: &str) -> DialError {
+    DialError::TunnelLost { node: String::new(), reason: reason.to_owned() }
 }
 
 /// The reason codes of RFC 4254 §5.1: 1 administratively prohibited, 2 connect failed, 4 resource shortage.

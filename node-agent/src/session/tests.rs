@@ -1,28 +1,37 @@
 //! Sessions over links in memory, with an SSH client of russh at the other end.
 
-use std::{net::IpAddr, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use proto::{
     DialError, Target,
-    mux::frame::Frame,
+    mux::frame::{self, Decoder, Frame},
     relink::GRACE,
     revocation::{
         SignedList,
         krl::{Entry, Krl},
     },
 };
-use proto_net::{handshake::HandshakePermits, mux::Notice};
+use proto_net::{
+    channel::Channels,
+    clock::Clock,
+    gate::Gate,
+    handshake::HandshakePermits,
+    mux::{Mux, Notice},
+    stalls::Stalls,
+};
 use russh::{Channel, ChannelMsg, ChannelOpenFailure, client};
-use tokio::time::Instant;
+use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use self::peer::{
-    HANDSHAKE_TIMEOUT, MAX_PEOPLE, MAX_STREAMS, Peer, SHUTDOWN_GRACE, TestNode, VALID, assert_echoes,
-    echo_server,
+    HANDSHAKE_TIMEOUT, MAX_CLOSED_FIRST, MAX_PEOPLE, MAX_STREAMS, Peer, SHUTDOWN_GRACE, TestNode, VALID,
+    assert_echoes, echo_server,
 };
-use super::error::SessionError;
+use super::{error::SessionError, state::SessionState, streams::EXPIRED, user::AuthenticatedUser};
 use crate::{
-    identity::user::MASTER,
+    identity::user::{MASTER, UserRole},
+    shares::Shares,
     testing::{CertificateSpec, NOW, new_key, now, valid_for},
 };
 
@@ -86,6 +95,67 @@ async fn streams_beyond_the_limit_are_refused_and_the_others_go_on() {
     }
     let beyond = open_channel(&master, port).await;
     assert!(matches!(beyond, Err(russh::Error::ChannelOpenFailure(ChannelOpenFailure::ResourceShortage))));
+}
+
+#[tokio::test]
+async fn a_master_gets_no_more_with_further_sessions_and_takes_nothing_from_another() {
+    let node = TestNode::new();
+    let port = echo_server(&node.tasks).await;
+    let target = target(port);
+    let (key, mut sessions, mut streams) = (new_key(), Vec::new(), Vec::new());
+    let mut beyond = None;
+    for _ in 0..3 {
+        let session = node.connect_with(MASTER, key.clone(), VALID).await;
+        let (mux, events) = session.start_mux(true).await;
+        for _ in 0..MAX_STREAMS {
+            match mux.open(&target, "test", OPEN_TIMEOUT).await {
+                Ok(stream) => streams.push(stream),
+                Err(error) => beyond = Some(error),
+            }
+        }
+        sessions.push((session, events));
+    }
+    assert_eq!(
+        streams.len(),
+        2 * MAX_STREAMS,
+        "as many as on the multiplexer and the channels of one session"
+    );
+    assert!(matches!(beyond, Some(DialError::TooManyStreams(_))), "{beyond:?}");
+    let channel = open_channel(&sessions[0].0, port).await;
+    assert!(matches!(channel, Err(russh::Error::ChannelOpenFailure(ChannelOpenFailure::ResourceShortage))));
+    let (_other, mux, _events) = node.connect_master().await;
+    assert_echoes(&mut mux.open(&target, "test", OPEN_TIMEOUT).await.unwrap()).await;
+    assert_echoes(&mut streams[0]).await;
+}
+
+#[tokio::test]
+async fn a_master_has_so_many_sessions_and_another_has_its_own() {
+    const MOST: usize = 32;
+    let node = TestNode::new();
+    let (key, mut sessions) = (new_key(), Vec::new());
+    for _ in 0..MOST {
+        let session = node.connect_with(MASTER, key.clone(), VALID).await;
+        assert!(session.accepted);
+        sessions.push(session);
+    }
+    let mut beyond = node.connect_with(MASTER, key.clone(), VALID).await;
+    assert!(!beyond.accepted);
+    let said = beyond.farewell().await;
+    assert!(said.contains("too many sessions"), "{said}");
+    assert!(node.connect(MASTER).await.accepted);
+    let left = sessions.pop().unwrap();
+    left.handle.disconnect(russh::Disconnect::ByApplication, "", "").await.unwrap();
+    let _ = left.ended().await;
+    assert!(node.connect_with(MASTER, key, VALID).await.accepted);
+}
+
+#[tokio::test]
+async fn only_a_master_answers_a_call_home() {
+    let node = TestNode::new();
+    let alice = node.answer(node.call_home(), "alice", new_key(), VALID).await;
+    assert!(!alice.accepted);
+    assert!(node.connect("alice").await.accepted);
+    assert!(node.answer(node.call_home(), MASTER, new_key(), VALID).await.accepted);
 }
 
 #[tokio::test]
@@ -161,6 +231,67 @@ async fn after_the_end_of_its_certificate_a_master_opens_nothing_and_its_streams
     assert!(master.ended().await.is_ok());
 }
 
+/// A master's certificate has expired when streams that it has asked for still wait.
+#[tokio::test]
+async fn what_is_asked_for_too_late_is_refused_with_the_reason() {
+    let node = TestNode::new();
+    let key = new_key();
+    let certificate =
+        CertificateSpec { principals: &[MASTER], ..CertificateSpec::user(&node.user_ca, key.public_key()) };
+    let shares = Shares::new(9, 9);
+    let user = AuthenticatedUser {
+        role: UserRole::Master,
+        certificate: CertificateSpec { valid: (1, 2), ..certificate }.sign(),
+        clock: Clock::new_virtual(),
+        streams: shares.of("streams"),
+        lookups: shares.of("lookups"),
+    };
+    let gate = Gate::default();
+    let channels = Channels::new(gate.clone(), node.tasks.clone(), OPEN_TIMEOUT, Stalls::default());
+    let (sent, mut frames) = mpsc::unbounded_channel();
+    let out = move |frame: Bytes| {
+        let sent = sent.clone();
+        Box::pin(async move { sent.send(frame).is_ok() }) as _
+    };
+    let (mux, mut feeder, events) =
+        Mux::new(false, MAX_STREAMS, gate, Stalls::default(), Box::new(out), &node.tasks);
+    for stream in 1..=MAX_STREAMS as u32 {
+        let (target, origin) = (target(1).to_string(), "test".to_owned());
+        feeder.feed(&frame::encode(&Frame::Open { stream, timeout_ms: 9, target, origin })).unwrap();
+    }
+    let state = Arc::new(SessionState::new(channels));
+    let streams = node.streams.clone();
+    streams.serve_mux(Arc::new(user), state, mux, events.incoming, node.tasks.clone()).await;
+    let (mut decoder, mut refused) = (Decoder::default(), 0);
+    while refused < MAX_STREAMS {
+        let bytes = frames.recv().await.unwrap();
+        let mut bytes = &bytes[..];
+        while let Some(frame) = decoder.decode(&mut bytes).unwrap() {
+            let Frame::Refused { error, .. } = frame else { continue };
+            assert!(matches!(&error, DialError::TunnelLost { reason, .. } if reason == EXPIRED), "{error}");
+            refused += 1;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_master_that_only_says_that_it_has_another_link_is_closed_all_the_same() {
+    let node = TestNode::new();
+    let port = echo_server(&node.tasks).await;
+    let (mut master, mux, _events) = node.connect_master().await;
+    let _stream = mux.open(&target(port), "test", OPEN_TIMEOUT).await.unwrap();
+    mux.go_away("another link has taken its place").await;
+    master.sync().await;
+    let began = Instant::now();
+    tokio::time::pause();
+    assert_eq!(master.farewell().await, "the certificate of this session has expired");
+    let (lasted, expected) = (began.elapsed(), VALID + GRACE + SHUTDOWN_GRACE);
+    assert!(
+        lasted + Duration::from_secs(5) > expected && lasted < expected + Duration::from_secs(5),
+        "{lasted:?}"
+    );
+}
+
 #[tokio::test]
 async fn only_a_master_that_makes_no_other_link_is_closed_with_its_streams() {
     let node = TestNode::new();
@@ -170,6 +301,7 @@ async fn only_a_master_that_makes_no_other_link_is_closed_with_its_streams() {
     let (mut relinked, other, _events) = node.connect_master().await;
     let mut kept = other.open(&target(port), "test", OPEN_TIMEOUT).await.unwrap();
     other.go_away("another link has taken its place").await;
+    let _its_place = node.connect_with(MASTER, new_key(), 100 * VALID).await;
     let person = node.connect("alice").await;
     let channel = open_channel(&person, port).await.unwrap();
     let began = Instant::now();
@@ -223,7 +355,66 @@ async fn masters_are_told_that_the_agent_drains_and_then_that_it_stops() {
     node.shutdown.stopping.cancel();
     assert_eq!(master.farewell().await, "node-agent is stopping");
     assert!(master.ended().await.is_ok());
-    assert_eq!(node.metrics.sessions.get(), 0);
+    assert_eq!(node.metrics.sessions.masters.get(), 0);
+}
+
+#[tokio::test]
+async fn an_agent_that_drains_takes_no_channels_and_waits_for_no_handshake() {
+    let node = TestNode::new();
+    let port = echo_server(&node.tasks).await;
+    let person = node.connect("alice").await;
+    let channel = open_channel(&person, port).await.unwrap();
+    let silent = [node.accept(None), node.call_home()];
+    node.shutdown.draining.cancel();
+    for silent in silent {
+        let ended = silent.served.await.unwrap().unwrap();
+        assert!(matches!(ended, Err(SessionError::Stopping)), "{ended:?}");
+    }
+    let prohibited = ChannelOpenFailure::AdministrativelyProhibited;
+    let refused = open_channel(&person, port).await;
+    assert!(matches!(refused, Err(russh::Error::ChannelOpenFailure(failure)) if failure == prohibited));
+    channel.data(&b"hello"[..]).await.unwrap();
+    assert!(!person.served.is_finished());
+    assert_eq!(node.shutdown.dials.len(), 0, "no dial is under way");
+}
+
+#[tokio::test]
+async fn a_session_with_many_channels_that_its_client_does_not_close_is_replaced() {
+    let node = TestNode::new();
+    let port = echo_server(&node.tasks).await;
+    let mut person = node.connect("alice").await;
+    let held = open_channel(&person, port).await.unwrap();
+    for _ in 0..MAX_CLOSED_FIRST {
+        let mut channel = open_channel(&person, port).await.unwrap();
+        channel.eof().await.unwrap();
+        while !matches!(channel.wait().await, Some(ChannelMsg::Close) | None) {}
+    }
+    let refused = open_channel(&person, port).await;
+    assert!(matches!(refused, Err(russh::Error::ChannelOpenFailure(ChannelOpenFailure::ResourceShortage))));
+    assert!(!person.served.is_finished(), "a stream goes on");
+    held.close().await.unwrap();
+    let said = person.farewell().await;
+    assert!(said.contains("connect again"), "{said}");
+}
+
+#[tokio::test]
+async fn one_list_is_brought_at_a_time_also_if_its_channel_is_closed_early() {
+    let node = TestNode::new();
+    let master = node.connect(MASTER).await;
+    let under_way = node.revocations.turn.clone().acquire_owned().await.unwrap();
+    let mut list = Krl::new(1);
+    list.add(node.user_ca.public_key(), Entry::KeyId(b"alice".to_vec())).unwrap();
+    let list = SignedList::sign(&node.user_ca, list.encode().unwrap()).unwrap();
+    let first = master.begin_exchange().await.unwrap();
+    master.handle.data(first.id(), list.encode()).await.unwrap();
+    first.close().await.unwrap();
+    master.sync().await;
+    assert!(master.begin_exchange().await.is_none(), "another one is under way");
+    drop(under_way);
+    while master.begin_exchange().await.is_none() {
+        tokio::task::yield_now().await;
+    }
+    assert!(!node.connect("alice").await.accepted, "the first list is in force");
 }
 
 #[tokio::test]

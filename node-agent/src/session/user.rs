@@ -6,13 +6,17 @@ use proto::relink::{self, GRACE};
 use proto_net::clock::Clock;
 use russh::keys::Certificate;
 
-use crate::identity::user::UserRole;
+use crate::{identity::user::UserRole, shares::Share};
 
 /// A peer that has proved who it is.
 pub(super) struct AuthenticatedUser {
     pub(super) role: UserRole,
     pub(super) certificate: Certificate,
     pub(super) clock: Clock,
+    /// The streams that it may have in all of its sessions.
+    pub(super) streams: Share,
+    /// The names that may be looked up for it at once.
+    pub(super) lookups: Share,
 }
 
 impl AuthenticatedUser {

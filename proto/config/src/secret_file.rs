@@ -29,7 +29,8 @@ pub fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let temporary = write_beside(path, bytes)?;
     let linked = std::fs::hard_link(&temporary, path);
     let _ = std::fs::remove_file(&temporary);
-    linked
+    linked?;
+    sync_directory(path)
 }
 
 /// Replaces `path` atomically by a file with mode 0600.
@@ -37,7 +38,8 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let temporary = write_beside(path, bytes)?;
     std::fs::rename(&temporary, path).inspect_err(|_| {
         let _ = std::fs::remove_file(&temporary);
-    })
+    })?;
+    sync_directory(path)
 }
 
 /// Reads a secret that the agent has made. Like the other functions here, it refuses a file that belongs to neither root
@@ -160,6 +162,13 @@ fn write_beside(path: &Path, bytes: &[u8]) -> io::Result<PathBuf> {
         return Err(named(&temporary, e));
     }
     Ok(temporary)
+}
+
+/// Makes the name of a file last: without this, a loss of power could bring back the file that it has replaced, such as a
+/// list of what is revoked.
+fn sync_directory(path: &Path) -> io::Result<()> {
+    let directory = path.parent().filter(|directory| !directory.as_os_str().is_empty());
+    File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
 }
 
 fn named(path: &Path, error: io::Error) -> io::Error {

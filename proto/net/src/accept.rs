@@ -1,13 +1,12 @@
 //! Accepting connections: the one loop that all listeners of both agents use.
 //!
-//! The owner says what the limit is, and whether a newcomer beyond it is closed, takes the permit of somebody who has not
-//! authenticated ([`handshake`](super::handshake)), or waits. While one waits, nothing is accepted, and a burst stays in
-//! the kernel's queue. Honest callers there wait, too, so no stranger may be able to make that last.
+//! Whoever is accepted is admitted or closed at once, without being read: a connection that waited for a permit here would
+//! make those behind it in the kernel's queue wait, too. What the limit is, and whether a newcomer beyond it is closed,
+//! takes the permit of somebody who has not authenticated ([`handshake`](super::handshake)), or waits in its own task, is
+//! for the owner to say.
 
 use std::{
-    fmt,
-    future::ready,
-    io,
+    fmt, io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     time::Duration,
 };
@@ -78,36 +77,19 @@ impl<L: Listener> Acceptor<L> {
     /// `admit` takes what the connection counts against, or refuses it with `None`, which closes the connection. It is
     /// called for one connection after the other and must not block.
     pub async fn serve<A, F>(
-        self,
+        mut self,
         tasks: Tasks,
         admit: impl Fn(L::Peer) -> Option<A>,
         serve: impl Fn(L::Socket, L::Peer, A) -> F,
     ) where
         F: Future<Output = ()> + Send + 'static,
     {
-        self.serve_in_turn(tasks, |peer| ready(admit(peer)), serve).await;
-    }
-
-    /// Serves as [`Self::serve`] does, and accepts nothing while `admit` waits.
-    pub async fn serve_in_turn<A, W, F>(
-        mut self,
-        tasks: Tasks,
-        admit: impl Fn(L::Peer) -> W,
-        serve: impl Fn(L::Socket, L::Peer, A) -> F,
-    ) where
-        W: Future<Output = Option<A>>,
-        F: Future<Output = ()> + Send + 'static,
-    {
         loop {
-            let admitted = async {
-                let (socket, peer) = self.next().await;
-                (socket, peer, admit(peer).await)
-            };
-            let (socket, peer, admission) = tokio::select! {
-                admitted = admitted => admitted,
+            let (socket, peer) = tokio::select! {
+                accepted = self.next() => accepted,
                 () = tasks.cancelled() => return,
             };
-            if let Some(admission) = admission {
+            if let Some(admission) = admit(peer) {
                 tasks.spawn(serve(socket, peer, admission));
             }
         }

@@ -21,9 +21,10 @@ use std::{
 use bytes::BytesMut;
 use russh::{ChannelId, ChannelWriteHalf, client, server};
 use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
 use super::{
-    gate::{Gate, Turn},
+    gate::{Gate, Reservation, Turn},
     stalls::Stalls,
     stream::error::StreamError,
     tasks::Tasks,
@@ -41,8 +42,8 @@ const CHUNK: usize = 32 * 1024;
 /// The most bytes buffered for all streams of a connection together. Each may hold [`LITTLE`] beyond that.
 const TOTAL: usize = 32 * 1024 * 1024;
 const LITTLE: usize = 64 * 1024;
-/// How long a channel that has ended in both directions waits for the peer to close it first, since russh keeps some
-/// 3.5 KB for every channel that its own side closes first. `ssh -W` waits for the server to close it.
+/// How long a channel that has ended in both directions waits for the peer to close it first, since a server's side of
+/// russh keeps some 3.5 KB for every channel that it closes first. `ssh -W` waits for the server to close it.
 const CLIENT_CLOSE_WAIT: Duration = Duration::from_secs(5);
 const SERVER_CLOSE_WAIT: Duration = Duration::from_millis(500);
 /// How long a channel that is abandoned earlier waits: most peers close it when they learn that nothing more comes.
@@ -58,6 +59,15 @@ pub struct Channels {
     tasks: Tasks,
     patience: Duration,
     stalls: Stalls,
+    closed_first: Arc<ClosedFirst>,
+}
+
+/// The channels that this side has closed before its peer did. russh keeps something for each of them until the session
+/// ends, also if the peer closes it later.
+struct ClosedFirst {
+    count: AtomicUsize,
+    most: usize,
+    worn_out: CancellationToken,
 }
 
 /// The sending half of a channel, of an SSH client or server.
@@ -70,7 +80,23 @@ impl Channels {
     /// `patience` is how long one stream may hold up the connection while it takes less than 256 KiB; a stream that took
     /// more before may do so for up to 250 ms longer. `stalls` counts what waits for the peer's windows.
     pub fn new(gate: Gate, tasks: Tasks, patience: Duration, stalls: Stalls) -> Self {
-        Self { table: Arc::default(), buffered: Arc::default(), gate, tasks, patience, stalls }
+        let closed_first = Arc::new(ClosedFirst::new(usize::MAX));
+        Self { table: Arc::default(), buffered: Arc::default(), gate, tasks, patience, stalls, closed_first }
+    }
+
+    /// The same channels, which are [worn out](Self::worn_out) once this side has closed `most` of them before the peer.
+    #[must_use]
+    pub fn closing_first_at_most(self, most: usize) -> Self {
+        Self { closed_first: Arc::new(ClosedFirst::new(most)), ..self }
+    }
+
+    /// Waits until this side has closed so many channels before its peer that the session should be replaced.
+    pub async fn worn_out(&self) {
+        self.closed_first.worn_out.cancelled().await;
+    }
+
+    pub fn is_worn_out(&self) -> bool {
+        self.closed_first.worn_out.is_cancelled()
     }
 
     /// The same channels, whose streams are counted in `stalls` from now on.
@@ -153,6 +179,7 @@ impl Channels {
                 if state.pace.due <= Instant::now() {
                     state.overrun = true;
                     state.fail("too slow: it holds up the other streams of an SSH connection without flow control per stream");
+                    self.closed_first.note();
                     return false;
                 }
             }
@@ -184,6 +211,18 @@ impl Channels {
         for shared in self.table().values() {
             shared.lock().fail(reason);
             shared.closed.notify_one();
+        }
+    }
+}
+
+impl ClosedFirst {
+    fn new(most: usize) -> Self {
+        Self { count: AtomicUsize::new(0), most, worn_out: CancellationToken::new() }
+    }
+
+    fn note(&self) {
+        if self.count.fetch_add(1, Ordering::Relaxed) + 1 >= self.most {
+            self.worn_out.cancel();
         }
     }
 }
@@ -289,18 +328,24 @@ impl WriteHalf {
         }
     }
 
-    /// Sends as [`Self::data`] does, and counts a stall if it waits for the peer's window.
-    async fn data_counted(&self, bytes: BytesMut, stalls: &Stalls) -> bool {
+    /// Sends as [`Self::data`] does. If it waits for the peer's window, it gives back the room that was reserved, since
+    /// others could not send meanwhile, and counts a stall.
+    async fn data_admitted(&self, bytes: BytesMut, reserved: Reservation, stalls: &Stalls) -> bool {
         let mut sending = pin!(self.data(bytes));
-        let mut stall = None;
-        poll_fn(|cx| {
+        let (mut reserved, mut stall) = (Some(reserved), None);
+        let sent = poll_fn(|cx| {
             let sent = sending.as_mut().poll(cx);
             if sent.is_pending() && stall.is_none() && self.has_no_window() {
                 stall = Some(stalls.begin());
+                reserved = None;
             }
             sent
         })
-        .await
+        .await;
+        if let Some(reserved) = reserved.filter(|_| sent) {
+            reserved.used();
+        }
+        sent
     }
 
     fn has_no_window(&self) -> bool {
@@ -386,6 +431,7 @@ impl Drop for Owner {
                 }
                 let closed = tokio::time::timeout(wait, shared.closed.notified()).await;
                 if closed.is_err() {
+                    channels.closed_first.note();
                     half.close().await;
                 }
             }
@@ -490,11 +536,7 @@ impl Writer {
         owner
             .unless_failed(async |half| {
                 let Some(reserved) = gate.reserve(turn, bytes.len()).await else { return false };
-                let sent = half.data_counted(bytes, stalls).await;
-                if sent {
-                    reserved.used();
-                }
-                sent
+                half.data_admitted(bytes, reserved, stalls).await
             })
             .await
     }
@@ -518,6 +560,17 @@ mod tests {
 
     fn after(ms: u64) -> Duration {
         Duration::from_millis(ms)
+    }
+
+    #[test]
+    fn a_session_is_worn_out_by_the_channels_that_this_side_closes_first() {
+        let channels = Channels::new(Gate::default(), Tasks::new(), PATIENCE, Stalls::default());
+        let channels = channels.closing_first_at_most(2);
+        let same = channels.counted_in(&Stalls::default());
+        for worn_out in [false, true, true] {
+            same.closed_first.note();
+            assert_eq!(channels.is_worn_out(), worn_out);
+        }
     }
 
     #[test]

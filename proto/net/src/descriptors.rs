@@ -15,6 +15,12 @@ pub fn raise_limit() {
     }
 }
 
+/// The number of descriptors that the process may have at once.
+pub fn limit() -> usize {
+    let limit = getrlimit(Resource::Nofile).current;
+    limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -22,7 +28,7 @@ mod tests {
     #[test]
     fn the_soft_limit_becomes_the_hard_one() {
         raise_limit();
-        let limit = getrlimit(Resource::Nofile);
-        assert_eq!(limit.current, limit.maximum);
+        let hard = getrlimit(Resource::Nofile).maximum;
+        assert_eq!(limit(), hard.map_or(usize::MAX, |hard| hard as usize));
     }
 }

@@ -6,7 +6,7 @@
 //!
 //! While there is no room, streams wait in two queues. A stream that has sent little lately goes ahead of those that
 //! send without end, and those take turns: this is what fq_codel (RFC 8290, §4.1) does with packets. So a small answer waits
-//! for what is under way and for nothing else.
+//! for what is under way and for nothing else, and no stream starves.
 
 use std::{
     collections::VecDeque,
@@ -18,7 +18,7 @@ use std::{
 };
 
 use proto::mux::flow::{Flow, PingId, Use};
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, mpsc, oneshot};
 
 /// The least and the most bytes between the streams and the socket. In between, it is what the path carries in [`QUEUE`].
 const LEAST_ROOM: usize = 32 * 1024;
@@ -32,6 +32,9 @@ const QUANTUM: usize = 64 * 1024;
 const AHEAD: usize = 4 * QUANTUM;
 /// For how long a connection counts as shared after two streams have sent on it by turns.
 const SHARED: Duration = Duration::from_secs(1);
+/// The backlog of the link, in bytes, above which answers wait, which are not admitted otherwise. A peer may cause any
+/// number of them and need not read them.
+const ANSWERED_BACKLOG: usize = 1024 * 1024;
 
 /// Admits data to one link. Cheap to clone.
 #[derive(Clone, Debug, Default)]
@@ -41,6 +44,8 @@ pub struct Gate(Arc<Shared>);
 struct Shared {
     state: Mutex<State>,
     streams: AtomicU64,
+    /// Tells those who wait in [`Gate::settled`].
+    settled: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -48,8 +53,10 @@ struct State {
     /// Bytes that were admitted and that the socket has not taken, and those of them that have not been sent.
     queued: usize,
     unsent: usize,
-    /// Absent where nobody measures the path.
-    flow: Option<Flow>,
+    /// What the link holds for the socket, including what was not admitted, such as answers and what SSH adds.
+    backlog: usize,
+    /// Absent until a PING has been answered, and where nobody sends any.
+    path: Option<Path>,
     /// Those who send little, and those who wait for their turn.
     ahead: VecDeque<Waiter>,
     turns: VecDeque<Waiter>,
@@ -64,6 +71,13 @@ struct State {
     last_stream: u64,
     shared_until: Option<Instant>,
     closed: bool,
+}
+
+/// The path to the peer, and who sends PINGs on it.
+#[derive(Debug)]
+struct Path {
+    flow: Flow,
+    pings: mpsc::UnboundedSender<PingId>,
 }
 
 #[derive(Debug)]
@@ -97,9 +111,13 @@ impl Gate {
         Turn { stream: self.0.streams.fetch_add(1, Ordering::Relaxed) + 1, allowance: QUANTUM, round: 0 }
     }
 
-    /// From now on the path is measured: PINGs are sent when [`Self::mark_due`] or [`Self::mark_wanted`] says so.
-    pub(crate) fn measure(&self) {
-        self.lock().flow.get_or_insert_with(|| Flow::new(Instant::now()));
+    /// Measures the path from now on. The peer has answered a PING after `round_trip`. Further ones are to be sent behind
+    /// everything else as they come to `pings`.
+    pub(crate) fn measure(&self, round_trip: Duration, pings: &mpsc::UnboundedSender<PingId>) {
+        self.lock().path.get_or_insert_with(|| Path {
+            flow: Flow::new(Instant::now(), round_trip),
+            pings: pings.clone(),
+        });
     }
 
     /// How many bytes one stream should send at once, so that little is ahead of the others and the streams that wait for
@@ -119,7 +137,8 @@ impl Gate {
             }
             state.note_use(turn.stream);
             let ahead = state.goes_ahead(turn, bytes);
-            let nobody_first = state.ahead.is_empty() && (ahead || state.turns.is_empty());
+            let nobody_first =
+                state.ahead.is_empty() && (state.turns.is_empty() || ahead && state.went_ahead < AHEAD);
             if nobody_first && state.has_room(bytes) {
                 turn.round = state.admit(bytes, ahead);
                 return Some(Reservation { gate: self.clone(), bytes, round: turn.round });
@@ -128,6 +147,7 @@ impl Gate {
             let (admit, admitted) = oneshot::channel();
             let queue = if ahead { &mut state.ahead } else { &mut state.turns };
             queue.push_back(Waiter { bytes, admit });
+            state.ask_if_unmarked();
             admitted
         };
         let reservation = admitted.await.ok()?;
@@ -135,34 +155,40 @@ impl Gate {
         Some(reservation)
     }
 
-    /// The PING that has to follow what was just sent, if one is due.
-    pub(crate) fn mark_due(&self) -> Option<PingId> {
-        let mut state = self.lock();
-        let used = state.used();
-        state.flow.as_ref()?.mark_due(used).then(|| state.mark())?
-    }
-
-    /// The PING that has to be sent since `bytes` would wait for what is under way, and nothing will tell when it has
-    /// arrived.
-    pub(crate) fn mark_wanted(&self, bytes: usize) -> Option<PingId> {
-        let mut state = self.lock();
-        let waits = !state.ahead.is_empty() || !state.turns.is_empty() || !state.has_room(bytes);
-        (waits && state.flow.as_ref()?.is_unmarked()).then(|| state.mark())?
-    }
-
     /// A PING is about to be sent for another reason. It measures the path as well.
     pub(crate) fn mark(&self, id: PingId) {
-        let mut state = self.lock();
-        if let Some(flow) = &mut state.flow {
-            flow.mark(id, Instant::now(), false);
+        if let Some(path) = &mut self.lock().path {
+            path.flow.mark(id, Instant::now(), false);
         }
     }
 
     /// A PONG has come. Returns `false` if it answers no PING of this link.
     pub(crate) fn on_pong(&self, id: PingId) -> bool {
-        let answered = self.lock().flow.as_mut().is_some_and(|flow| flow.on_answer(id, Instant::now()));
+        let answered = self.lock().path.as_mut().is_some_and(|path| path.flow.on_answer(id, Instant::now()));
         self.serve();
+        self.lock().ask_if_unmarked();
         answered
+    }
+
+    /// Waits until the link has handed over most of what it holds, or is gone. Cancel-safe.
+    pub(crate) async fn settled(&self) {
+        let mut settled = std::pin::pin!(self.0.settled.notified());
+        loop {
+            settled.as_mut().enable();
+            if self.lock().is_settled() {
+                return;
+            }
+            settled.as_mut().await;
+            settled.set(self.0.settled.notified());
+        }
+    }
+
+    /// What the link holds for the socket, in bytes.
+    pub(super) fn set_backlog(&self, bytes: usize) {
+        let before = std::mem::replace(&mut self.lock().backlog, bytes);
+        if before > ANSWERED_BACKLOG && bytes <= ANSWERED_BACKLOG {
+            self.0.settled.notify_waiters();
+        }
     }
 
     /// Gives back the room of bytes that have left. SSH makes them a little more than was reserved.
@@ -181,6 +207,7 @@ impl Gate {
             (std::mem::take(&mut state.ahead), std::mem::take(&mut state.turns))
         };
         drop(waiting);
+        self.0.settled.notify_waiters();
     }
 
     /// Admits those for whom there is room now.
@@ -199,6 +226,10 @@ impl Gate {
 }
 
 impl State {
+    fn is_settled(&self) -> bool {
+        self.closed || self.backlog <= ANSWERED_BACKLOG
+    }
+
     fn used(&self) -> Use {
         if self.shared_until.is_some() { Use::Shared } else { Use::Alone }
     }
@@ -215,31 +246,32 @@ impl State {
 
     /// The bytes that may be between the streams and the socket.
     fn room(&self) -> usize {
-        let carried = self.flow.as_ref().and_then(|flow| flow.carries(QUEUE));
+        let carried = self.path.as_ref().and_then(|path| path.flow.carries(QUEUE));
         carried.map_or(ROOM, |bytes| usize::try_from(bytes).unwrap_or(ROOM).clamp(LEAST_ROOM, ROOM))
     }
 
     /// The bytes that may be under way.
     fn limit(&self) -> usize {
-        let limit = self.flow.as_ref().map(|flow| flow.limit(self.used()));
+        let limit = self.path.as_ref().map(|path| path.flow.limit(self.used()));
         limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX)
     }
 
     fn has_room(&self, bytes: usize) -> bool {
-        let under_way = self.flow.as_ref().map_or(0, Flow::under_way);
+        let under_way = self.path.as_ref().map_or(0, |path| path.flow.under_way());
         let ahead = usize::try_from(under_way).unwrap_or(usize::MAX).saturating_add(self.unsent);
-        (self.queued == 0 || self.queued + bytes <= self.room())
+        let queued = self.queued.max(self.backlog);
+        (queued == 0 || queued + bytes <= self.room())
             && (ahead == 0 || ahead.saturating_add(bytes) <= self.limit())
     }
 
-    /// Whether a stream may go ahead of those that wait for their turn. Its allowance is whole again once a round has
-    /// passed without it.
+    /// Whether a stream may go ahead of those that wait for their turn. Whoever has taken a turn may not until a round has
+    /// passed without it, which makes its allowance whole again.
     fn goes_ahead(&self, turn: &mut Turn, bytes: usize) -> bool {
         if self.round > turn.round + 1 {
             turn.allowance = QUANTUM;
         }
         let ahead = bytes <= turn.allowance;
-        turn.allowance = if ahead { turn.allowance - bytes } else { QUANTUM.saturating_sub(bytes) };
+        turn.allowance = if ahead { turn.allowance - bytes } else { 0 };
         ahead
     }
 
@@ -279,12 +311,37 @@ impl State {
         }
     }
 
-    fn mark(&mut self) -> Option<PingId> {
-        let waiting = !self.ahead.is_empty() || !self.turns.is_empty();
+    fn somebody_waits(&self) -> bool {
+        !self.ahead.is_empty() || !self.turns.is_empty()
+    }
+
+    /// Sends a PING if somebody waits for what is under way, and nothing else will tell when it has arrived.
+    fn ask_if_unmarked(&mut self) {
+        if self.somebody_waits() && self.path.as_ref().is_some_and(|path| path.flow.is_unmarked()) {
+            self.ask();
+        }
+    }
+
+    /// Counts what was sent, and sends a PING behind it if one is due.
+    fn on_sent(&mut self, bytes: usize) {
+        let used = self.used();
+        let Some(path) = &mut self.path else { return };
+        path.flow.on_sent(bytes, Instant::now());
+        if path.flow.mark_due(used) {
+            self.ask();
+        } else {
+            self.ask_if_unmarked();
+        }
+    }
+
+    fn ask(&mut self) {
+        let waiting = self.somebody_waits();
         let limited = std::mem::replace(&mut self.held_back, waiting);
         let id = rand::random();
-        self.flow.as_mut()?.mark(id, Instant::now(), limited);
-        Some(id)
+        if let Some(path) = &mut self.path {
+            path.flow.mark(id, Instant::now(), limited);
+            let _ = path.pings.send(id);
+        }
     }
 }
 
@@ -294,9 +351,7 @@ impl Reservation {
         let bytes = std::mem::take(&mut self.bytes);
         let mut state = self.gate.lock();
         state.unsent = state.unsent.saturating_sub(bytes);
-        if let Some(flow) = &mut state.flow {
-            flow.on_sent(bytes);
-        }
+        state.on_sent(bytes);
     }
 }
 
@@ -454,18 +509,75 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_under_way_is_bounded_until_it_is_known_to_have_arrived() {
+    async fn those_who_find_room_do_not_starve_who_needs_more() {
         let gate = Gate::default();
-        gate.measure();
+        fill(&gate).await;
+        let mut bulk = gate.turn();
+        bulk.allowance = 0;
+        let mut waiting = pin!(gate.reserve(&mut bulk, QUANTUM));
+        assert!(now(waiting.as_mut()).await.is_none());
+        let mut passed = 0;
+        while now(waiting.as_mut()).await.is_none() {
+            gate.release(QUANTUM / 16);
+            // A new stream takes what has become free.
+            if let Some(Some(room)) = now(gate.reserve(&mut gate.turn(), QUANTUM / 16)).await {
+                room.used();
+                passed += 1;
+            }
+            assert!(passed < 200);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_was_never_admitted_takes_room_as_well() {
+        let gate = Gate::default();
+        gate.set_backlog(ROOM);
         let mut turn = gate.turn();
-        let mut marks = Vec::new();
+        let mut waiting = pin!(gate.reserve(&mut turn, 1));
+        assert!(now(waiting.as_mut()).await.is_none());
+        gate.set_backlog(0);
+        gate.release(ROOM);
+        assert!(now(waiting.as_mut()).await.is_some());
+    }
+
+    #[tokio::test]
+    async fn answers_wait_while_the_peer_does_not_read() {
+        let gate = Gate::default();
+        assert!(now(gate.settled()).await.is_some());
+        gate.set_backlog(ANSWERED_BACKLOG + 1);
+        let mut answer = pin!(gate.settled());
+        assert!(now(answer.as_mut()).await.is_none());
+        gate.set_backlog(ANSWERED_BACKLOG);
+        answer.await;
+        gate.set_backlog(ANSWERED_BACKLOG + 1);
+        let mut answer = pin!(gate.settled());
+        assert!(now(answer.as_mut()).await.is_none());
+        gate.close();
+        answer.await;
+    }
+
+    /// A gate that measures a path of a millisecond, and the PINGs that it asks for.
+    fn measuring() -> (Gate, mpsc::UnboundedReceiver<PingId>) {
+        let gate = Gate::default();
+        let (pings, asked) = mpsc::unbounded_channel();
+        gate.measure(Duration::from_millis(1), &pings);
+        (gate, asked)
+    }
+
+    #[tokio::test]
+    async fn what_is_under_way_is_bounded_until_it_is_known_to_have_arrived() {
+        let (gate, mut asked) = measuring();
+        let mut turn = gate.turn();
         // The socket takes everything.
         let mut sent = 0;
         while let Some(Some(reserved)) = now(gate.reserve(&mut turn, QUANTUM)).await {
             reserved.used();
             gate.release(QUANTUM);
             sent += QUANTUM;
-            marks.extend(gate.mark_due());
+        }
+        let mut marks = Vec::new();
+        while let Ok(id) = asked.try_recv() {
+            marks.push(id);
         }
         assert!((256 * 1024..=512 * 1024).contains(&sent), "{sent}");
         assert!(!marks.is_empty());
@@ -477,17 +589,29 @@ mod tests {
 
     #[tokio::test]
     async fn nobody_waits_for_what_was_never_asked() {
-        let gate = Gate::default();
-        gate.measure();
+        let (gate, mut asked) = measuring();
         let mut turn = gate.turn();
         gate.reserve(&mut turn, QUANTUM).await.unwrap().used();
         gate.release(QUANTUM);
-        assert_eq!(gate.mark_due(), None, "there is room for more");
-        assert_eq!(gate.mark_wanted(QUANTUM), None, "it does not wait");
-        let asked = gate.mark_wanted(ROOM * 8).expect("it would wait for ever");
+        assert!(asked.try_recv().is_err(), "there is room for more");
         let mut waiting = pin!(gate.reserve(&mut turn, ROOM * 8));
         assert!(now(waiting.as_mut()).await.is_none());
-        assert!(gate.on_pong(asked));
+        assert!(gate.on_pong(asked.try_recv().expect("it would wait for ever")));
+        assert!(waiting.await.is_some());
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_behind_what_is_sent_only_later() {
+        let (gate, mut asked) = measuring();
+        let (mut first, mut second) = (gate.turn(), gate.turn());
+        let admitted = gate.reserve(&mut first, QUANTUM).await.unwrap();
+        // Nothing is under way when the second one begins to wait.
+        let mut waiting = pin!(gate.reserve(&mut second, ROOM * 8));
+        assert!(now(waiting.as_mut()).await.is_none());
+        assert!(asked.try_recv().is_err());
+        admitted.used();
+        gate.release(QUANTUM);
+        assert!(gate.on_pong(asked.try_recv().expect("it would wait for ever")));
         assert!(waiting.await.is_some());
     }
 }

@@ -72,6 +72,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
             if self.backlog.is_empty() {
                 self.backlog = BytesMut::new();
             }
+            self.gate.set_backlog(self.backlog.len());
             self.gate.release(n);
         }
         Poll::Ready(Ok(()))
@@ -134,6 +135,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Link<T> {
             return Poll::Ready(result.inspect(|n| this.gate.release(*n)));
         }
         this.backlog.extend_from_slice(bytes);
+        this.gate.set_backlog(this.backlog.len());
         Poll::Ready(Ok(bytes.len()))
     }
 

@@ -74,6 +74,12 @@ impl Tasks {
         self.cancel.is_cancelled()
     }
 
+    /// A token that is cancelled with this group, or alone, for what ends with the group and is no task of it.
+    #[must_use]
+    pub fn child_token(&self) -> CancellationToken {
+        self.cancel.child_token()
+    }
+
     /// Ends all tasks of this group and of its descendants, those that are yet to be spawned included.
     pub fn cancel(&self) {
         self.cancel.cancel();
@@ -213,6 +219,17 @@ mod tests {
         let polled = child.spawn(async { panic!("a cancelled group has run a task") });
         assert_eq!(polled.await.unwrap(), None::<()>);
         assert_eq!(root.drain(HOUR).await, 0);
+    }
+
+    #[test]
+    fn a_token_is_cancelled_with_its_group_or_alone() {
+        let root = Tasks::new();
+        let child = root.child();
+        let (one, other) = (child.child_token(), child.child_token());
+        one.cancel();
+        assert!(!child.is_cancelled() && !other.is_cancelled());
+        root.cancel();
+        assert!(other.is_cancelled());
     }
 
     #[tokio::test(start_paused = true)]

@@ -11,7 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The limit before anything has been measured, in bytes.
+/// The limit, in bytes, until it has once been what held the sender back: what was sent before then says little about
+/// the path.
 const START: u64 = 512 * 1024;
 /// The least and the greatest limit in bytes.
 const LEAST: u64 = 64 * 1024;
@@ -22,6 +23,10 @@ const SLACK: Duration = Duration::from_micros(200);
 /// in round trips. For this, less than the path needs is under way for a moment.
 const REMEASURE: Duration = Duration::from_secs(2);
 const REMEASURE_ROUND_TRIPS: u32 = 50;
+/// A sender that was silent for so long, or for two round trips, begins anew: its rate is measured from then on.
+const PAUSE: Duration = Duration::from_millis(10);
+/// The PINGs that a peer may leave unanswered. Honest ones owe fewer than ten.
+const MOST_MARKS: usize = 256;
 
 /// The identifier that a PING carries and its PONG repeats.
 pub type PingId = [u8; 8];
@@ -51,13 +56,25 @@ pub struct Flow {
     /// The bytes that were ever sent, and those of them that have arrived as far as is known.
     sent: u64,
     delivered: u64,
-    delivered_at: Instant,
+    sent_at: Instant,
+    since: Since,
     marks: VecDeque<Mark>,
     /// Bytes a second, zero until measured.
     rate: f64,
+    /// Whether the limit has ever held the sender back.
+    full: bool,
     /// The shortest round trip, and when it was measured.
-    round_trip: Option<(Duration, Instant)>,
+    round_trip: (Duration, Instant),
     probe: Probe,
+}
+
+/// Where a measurement of the rate begins: behind these bytes, at the time at which they had arrived, or at which the
+/// first byte behind them was sent after a pause. So a measurement takes a round trip at least, and all the time that
+/// the sending took.
+#[derive(Clone, Copy, Debug)]
+struct Since {
+    bytes: u64,
+    at: Instant,
 }
 
 /// A PING that has not been answered, and how things stood when it was sent.
@@ -66,8 +83,7 @@ struct Mark {
     id: PingId,
     sent_at: Instant,
     sent: u64,
-    delivered: u64,
-    delivered_at: Instant,
+    since: Since,
     /// The sender had something to send that the limit did not allow, so the rate is the path's and not the sender's.
     limited: bool,
 }
@@ -83,19 +99,27 @@ enum Probe {
 }
 
 impl Flow {
-    pub fn new(now: Instant) -> Self {
+    /// `round_trip` is what has been measured before.
+    pub fn new(now: Instant, round_trip: Duration) -> Self {
         Self {
             sent: 0,
             delivered: 0,
-            delivered_at: now,
+            sent_at: now,
+            since: Since { bytes: 0, at: now },
             marks: VecDeque::new(),
             rate: 0.0,
-            round_trip: None,
+            full: false,
+            round_trip: (round_trip, now),
             probe: Probe::None,
         }
     }
 
-    pub fn on_sent(&mut self, bytes: usize) {
+    pub fn on_sent(&mut self, bytes: usize, now: Instant) {
+        let pause = PAUSE.max(self.round_trip.0 * 2);
+        if now.saturating_duration_since(self.sent_at) > pause {
+            self.since = Since { bytes: self.sent, at: now };
+        }
+        self.sent_at = now;
         self.sent = self.sent.saturating_add(bytes as u64);
     }
 
@@ -106,46 +130,53 @@ impl Flow {
 
     /// How many bytes may be under way.
     pub fn limit(&self, used: Use) -> u64 {
-        let Some((round_trip, _)) = self.round_trip.filter(|_| self.rate > 0.0) else { return START };
         if self.probe != Probe::None {
-            return self.drained(round_trip);
+            return self.drained();
         }
-        self.holds(round_trip + SLACK, f64::from(used.gain()))
+        let limit = self.holds(self.round_trip.0 + SLACK, f64::from(used.gain()));
+        if self.full { limit } else { limit.max(START) }
     }
 
-    /// The bytes that the path carries in `time`, once its rate has been measured.
+    /// The bytes that the path carries in `time`, once its rate is known and not only the sender's.
     pub fn carries(&self, time: Duration) -> Option<u64> {
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate is positive")]
         let bytes = (self.rate * time.as_secs_f64()) as u64;
-        (self.rate > 0.0).then_some(bytes)
+        self.full.then_some(bytes)
     }
 
     /// Whether a PING should follow what has been sent. Without one, nothing is known to arrive.
     pub fn mark_due(&self, used: Use) -> bool {
-        let unmarked = self.sent - self.marks.back().map_or(self.delivered, |mark| mark.sent);
-        unmarked >= self.limit(used) / 4
+        self.may_mark() && self.sent - self.marked() >= self.limit(used) / 4
     }
 
     /// Whether nothing will be known to arrive unless a PING is sent now.
     pub fn is_unmarked(&self) -> bool {
-        self.marks.is_empty() && self.under_way() > 0
+        self.may_mark() && self.marked() <= self.delivered && self.under_way() > 0
+    }
+
+    /// The bytes in front of the last PING.
+    fn marked(&self) -> u64 {
+        self.marks.back().map_or(0, |mark| mark.sent).max(self.delivered)
+    }
+
+    fn may_mark(&self) -> bool {
+        self.marks.len() < MOST_MARKS
     }
 
     /// A PING has been sent behind everything else. `limited` says whether more would have been sent if the limit had
     /// allowed it.
     pub fn mark(&mut self, id: PingId, now: Instant, limited: bool) {
-        if self.probe == Probe::Draining
-            && let Some((round_trip, _)) = self.round_trip
-            && self.under_way() <= self.drained(round_trip)
-        {
+        if !self.may_mark() {
+            return;
+        }
+        if self.probe == Probe::Draining && self.under_way() <= self.drained() {
             self.probe = Probe::Marked(id);
         }
         self.marks.push_back(Mark {
             id,
             sent_at: now,
             sent: self.sent,
-            delivered: self.delivered,
-            delivered_at: if self.marks.is_empty() { now } else { self.delivered_at },
+            since: self.since,
             limited: limited && self.probe == Probe::None,
         });
     }
@@ -156,18 +187,18 @@ impl Flow {
         let Some(index) = self.marks.iter().position(|mark| mark.id == id) else { return false };
         let Some(mark) = self.marks.remove(index) else { return false };
         let round_trip = now.saturating_duration_since(mark.sent_at).max(Duration::from_nanos(1));
-        self.measure_rate(&mark, now, round_trip);
-        if mark.sent > self.delivered {
-            self.delivered = mark.sent;
-            self.delivered_at = now;
+        self.measure_rate(&mark, now);
+        self.full |= mark.limited;
+        self.delivered = self.delivered.max(mark.sent);
+        if mark.sent > self.since.bytes {
+            self.since = Since { bytes: mark.sent, at: now };
         }
-        let shorter = self.round_trip.is_none_or(|(least, _)| round_trip <= least);
-        if shorter || self.probe == Probe::Marked(id) {
-            self.round_trip = Some((round_trip, now));
+        let (least, measured) = self.round_trip;
+        if round_trip <= least || self.probe == Probe::Marked(id) {
+            self.round_trip = (round_trip, now);
             self.probe = Probe::None;
         } else if mark.limited
             && self.probe == Probe::None
-            && let Some((least, measured)) = self.round_trip
             && now.saturating_duration_since(measured) > REMEASURE.max(least * REMEASURE_ROUND_TRIPS)
         {
             self.probe = Probe::Draining;
@@ -176,9 +207,9 @@ impl Flow {
     }
 
     /// The rate rises at once, and falls slowly, by an eighth with each PONG.
-    fn measure_rate(&mut self, mark: &Mark, now: Instant, round_trip: Duration) {
-        let interval = now.saturating_duration_since(mark.delivered_at).max(round_trip);
-        let arrived = mark.sent.saturating_sub(mark.delivered);
+    fn measure_rate(&mut self, mark: &Mark, now: Instant) {
+        let interval = now.saturating_duration_since(mark.since.at).max(Duration::from_nanos(1));
+        let arrived = mark.sent.saturating_sub(mark.since.bytes);
         #[allow(clippy::cast_precision_loss, reason = "a rate needs no more than 52 bits")]
         let sample = arrived as f64 / interval.as_secs_f64();
         if sample > self.rate {
@@ -189,8 +220,8 @@ impl Flow {
     }
 
     /// What is under way when the path counts as empty: half of what it holds.
-    fn drained(&self, round_trip: Duration) -> u64 {
-        self.holds(round_trip, 0.5)
+    fn drained(&self) -> u64 {
+        self.holds(self.round_trip.0, 0.5)
     }
 
     /// `times` what the path carries in `time`.
@@ -226,8 +257,8 @@ mod tests {
     impl Path {
         fn new(rate: f64, round_trip: Duration) -> Self {
             let now = Instant::now();
-            let mut path = Self {
-                flow: Flow::new(now),
+            Self {
+                flow: Flow::new(now, round_trip),
                 now,
                 rate,
                 round_trip,
@@ -236,10 +267,7 @@ mod tests {
                 pings: 0,
                 waited: Duration::ZERO,
                 arrived: 0,
-            };
-            // The first PING finds the path empty.
-            path.ping(false);
-            path
+            }
         }
 
         fn ping(&mut self, limited: bool) {
@@ -250,7 +278,7 @@ mod tests {
         }
 
         fn send(&mut self, bytes: u64, used: Use, limited: bool) {
-            self.flow.on_sent(bytes as usize);
+            self.flow.on_sent(bytes as usize, self.now);
             self.free = self.free.max(self.now) + Duration::from_secs_f64(bytes as f64 / self.rate);
             self.waited = self.waited.max(self.free - self.now);
             if self.flow.mark_due(used) {
@@ -272,6 +300,22 @@ mod tests {
                 let (at, id) = self.pongs.pop_front().unwrap();
                 self.now = at;
                 assert!(self.flow.on_answer(id, self.now));
+            }
+        }
+
+        /// Sends 300 bytes now and then.
+        fn trickles(&mut self, times: usize, pause: Duration, used: Use) {
+            for _ in 0..times {
+                self.now += pause;
+                self.send(300, used, false);
+                self.take_answers();
+            }
+        }
+
+        fn take_answers(&mut self) {
+            while self.pongs.front().is_some_and(|(at, _)| *at <= self.now) {
+                let (at, id) = self.pongs.pop_front().unwrap();
+                assert!(self.flow.on_answer(id, at));
             }
         }
 
@@ -332,26 +376,58 @@ mod tests {
         let mut path = Path::new(100e6, Duration::from_millis(10));
         path.run(Duration::from_secs(1), Use::Shared);
         let limit = path.flow.limit(Use::Shared);
-        for _ in 0..2000 {
-            path.now += Duration::from_millis(10);
-            path.send(300, Use::Shared, false);
-            while path.pongs.front().is_some_and(|(at, _)| *at <= path.now) {
-                let (at, id) = path.pongs.pop_front().unwrap();
-                assert!(path.flow.on_answer(id, at));
-            }
-        }
+        path.trickles(2000, Duration::from_millis(10), Use::Shared);
         assert!(path.flow.limit(Use::Shared) >= limit / 2, "{} of {limit}", path.flow.limit(Use::Shared));
         assert!(path.pings < 300, "{} PINGs", path.pings);
     }
 
     #[test]
+    fn small_exchanges_do_not_raise_the_rate() {
+        for (round_trip, pause) in [(200, 10_000), (1000, 10_000), (1000, 30_000), (10_000, 1000)] {
+            for used in [Use::Alone, Use::Shared] {
+                let mut path = Path::new(100e6, Duration::from_micros(round_trip));
+                path.run(Duration::from_secs(1), used);
+                let limit = path.flow.limit(used);
+                path.trickles(500_000, Duration::from_micros(pause), used);
+                assert!(path.flow.limit(used) <= limit * 2, "{} of {limit}", path.flow.limit(used));
+            }
+        }
+    }
+
+    #[test]
+    fn small_exchanges_take_nothing_from_the_first_transfer() {
+        let mut path = Path::new(100e6, Duration::from_millis(100));
+        path.trickles(10, Duration::from_millis(300), Use::Shared);
+        path.ping(false);
+        path.now += Duration::from_millis(100);
+        path.take_answers();
+        assert!(path.flow.limit(Use::Alone) >= START && path.flow.carries(SLACK).is_none());
+    }
+
+    #[test]
+    fn a_peer_that_answers_little_is_asked_little() {
+        let now = Instant::now();
+        let mut flow = Flow::new(now, Duration::from_millis(1));
+        for i in 0..10_000u64 {
+            flow.on_sent(START as usize, now);
+            if flow.mark_due(Use::Shared) {
+                flow.mark(i.to_be_bytes(), now, true);
+            }
+            if i % 4 == 0 {
+                flow.on_answer(i.to_be_bytes(), now);
+            }
+        }
+        assert!(flow.marks.len() <= MOST_MARKS);
+    }
+
+    #[test]
     fn an_answer_counts_once_and_only_if_it_was_asked_for() {
         let now = Instant::now();
-        let mut flow = Flow::new(now);
-        flow.on_sent(1000);
+        let mut flow = Flow::new(now, Duration::from_millis(1));
+        flow.on_sent(1000, now);
         assert!(flow.is_unmarked() && !flow.mark_due(Use::Shared));
         flow.mark(*b"11111111", now, false);
-        flow.on_sent(500);
+        flow.on_sent(500, now);
         flow.mark(*b"22222222", now, false);
         assert!(!flow.on_answer(*b"33333333", now));
         assert_eq!(flow.under_way(), 1500);

@@ -20,7 +20,7 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-use crate::DialError;
+use crate::{DialError, refusal::printable};
 
 /// The length of a frame's header in bytes.
 pub const HEADER: usize = 9;
@@ -216,13 +216,16 @@ impl Reader<'_> {
         self.take().map(u32::from_be_bytes)
     }
 
-    /// Text gets into logs and status lines, so control characters become spaces, line breaks above all.
+    /// Text that gets into logs and status lines.
     fn text(&mut self) -> Option<String> {
+        self.raw_text().map(printable)
+    }
+
+    fn raw_text(&mut self) -> Option<&str> {
         let len = usize::from(u16::from_be_bytes(self.take()?));
         let (text, rest) = self.0.split_at_checked(len)?;
         self.0 = rest;
-        let text = std::str::from_utf8(text).ok()?;
-        Some(text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect())
+        std::str::from_utf8(text).ok()
     }
 }
 
@@ -329,7 +332,7 @@ fn control(kind: u8, stream: u32, payload: &[u8]) -> Result<Frame<'static>, Fram
             PING => Frame::Ping(r.take()?),
             PONG => Frame::Pong(r.take()?),
             GOAWAY => Frame::GoAway { reason: r.text()? },
-            CERTIFICATE => Frame::Certificate { text: r.text()? },
+            CERTIFICATE => Frame::Certificate { text: r.raw_text()?.replace(char::is_control, " ") },
             _ => return None,
         })
     };
@@ -344,6 +347,7 @@ mod tests {
     use rand::{RngExt, SeedableRng, rngs::StdRng};
 
     use super::*;
+    use crate::refusal;
 
     fn samples() -> Vec<Frame<'static>> {
         let errors = [
@@ -439,10 +443,10 @@ mod tests {
     }
 
     #[test]
-    fn text_from_a_peer_has_no_line_breaks() {
-        let bytes = encode(&Frame::Reset { stream: 1, reason: "a\r\nSet-Cookie: x".into() });
+    fn text_from_a_peer_is_printable() {
+        let bytes = encode(&Frame::Reset { stream: 1, reason: "a\r\nSet-Cookie: \u{202e}x".into() });
         let frame = Decoder::default().decode(&mut &bytes[..]).unwrap().unwrap();
-        assert_eq!(frame, Frame::Reset { stream: 1, reason: "a  Set-Cookie: x".into() });
+        assert_eq!(frame, Frame::Reset { stream: 1, reason: "a  Set-Cookie:  x".into() });
     }
 
     #[test]
@@ -455,7 +459,7 @@ mod tests {
             Ok(Some(Frame::Certificate { text: text.clone() }))
         );
         let bytes = encode(&Frame::GoAway { reason: text });
-        let reason = "A".repeat(MAX_TEXT);
+        let reason = "A".repeat(refusal::MOST);
         assert_eq!(Decoder::default().decode(&mut &bytes[..]), Ok(Some(Frame::GoAway { reason })));
     }
 

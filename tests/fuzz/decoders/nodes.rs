@@ -21,7 +21,7 @@ const MAX_SHOWN: usize = 1000;
 /// byte behind the head.
 pub fn front_end_answer(bytes: &[u8]) {
     let front_end = front_end();
-    let request = LinkRequest { front_end: &front_end, node: None, purpose: Purpose::Link, join_token: None };
+    let request = LinkRequest { front_end: &front_end, node: None, purpose: Purpose::Link, admission: None };
     let linked = answered(bytes, |socket| async move {
         let mut link = https::upgrade(socket, request, Some(TOKEN.to_owned())).await?;
         let mut rest = Vec::new();

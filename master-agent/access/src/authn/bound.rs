@@ -7,11 +7,12 @@
 //! key has signed.
 //!
 //! While kube-apiserver can't be asked, a token that was valid before stays valid, unless a watch has shown that an
-//! object is gone. Any other token can't be checked, which is [`FailureReason::Unavailable`].
+//! object is gone. Any other token can't be checked, which is [`FailureReason::Unavailable`]. Access that was granted
+//! before ends if several checks in a row find an object gone.
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -23,6 +24,7 @@ use super::{
     cluster::{ApiError, ApiServer, BoundKind, BoundObject, Cluster, Existence, Objects, Uid},
     guard::Cost,
     jwt::Claims,
+    pause::Pause,
     reason::FailureReason,
 };
 use crate::{
@@ -41,16 +43,20 @@ const REJECTED: Duration = Duration::from_secs(3);
 const MAX_ANSWERS: usize = 10_000;
 /// How long the result of a token's last check is remembered.
 const VERIFIED: Duration = Duration::from_secs(24 * 3600);
+/// The age at which an unchanged result is stored anew, so that a token in use stays known. To store it at every check
+/// would cost more than it gains.
+const RENEWAL: Duration = Duration::from_secs(3600);
 /// The most tokens whose last result is remembered.
 const MAX_VERIFIED: usize = 50_000;
 /// The most questions at once.
 const MAX_QUESTIONS: usize = 16;
 /// The longest time for a question, and for the wait until it can be asked.
 const TIMEOUT: Duration = Duration::from_secs(3);
-/// The time between a failed question and the next one.
-const PAUSE: Duration = Duration::from_secs(2);
 /// How often a token is checked again while access that was granted for it lasts.
 const RECHECK: Duration = Duration::from_secs(5);
+/// The number of checks in a row that find an object missing before access ends although kube-apiserver can't be asked.
+/// The event of an object that has just been created may be a little late.
+const MAX_MISSING: u32 = 3;
 /// The maximum number of characters that are kept of a text from kube-apiserver.
 const MAX_SAID: usize = 200;
 
@@ -62,10 +68,9 @@ pub struct BoundObjects {
     questions: Semaphore,
     accepted: Cache<Digest, ()>,
     rejected: Cache<Digest, FailureReason>,
-    /// Whether a token was valid when it was last checked.
-    verified: Cache<Digest, bool>,
-    /// The time and the reason of the last failed question.
-    failed: Mutex<Option<(Instant, FailureReason)>>,
+    /// Whether a token was valid when it was last checked, and when this was stored.
+    verified: Cache<Digest, (bool, Instant)>,
+    failed: Pause,
     failures: LogThrottle,
 }
 
@@ -80,7 +85,7 @@ impl BoundObjects {
             accepted: Cache::new(MAX_ANSWERS),
             rejected: Cache::new(MAX_ANSWERS),
             verified: Cache::new(MAX_VERIFIED),
-            failed: Mutex::default(),
+            failed: Pause::default(),
             failures: LogThrottle::default(),
         }))
     }
@@ -98,6 +103,7 @@ impl BoundObjects {
             return answer;
         }
         cost.map_or(Ok(()), Cost::incur)?;
+        let began = tokio::time::Instant::now();
         let permit = tokio::time::timeout(TIMEOUT, self.questions.acquire()).await;
         let Ok(Ok(_permit)) = permit else { return Err(unavailable("too many questions are in progress")) };
         // Another request may have asked in the meantime.
@@ -117,8 +123,7 @@ impl BoundObjects {
                 if let Some(times) = self.failures.count(1) {
                     tracing::warn!(times, %reason, "tokens of service accounts can't be checked");
                 }
-                *self.failed.lock().unwrap_or_else(PoisonError::into_inner) =
-                    Some((now.monotonic, reason.clone()));
+                self.failed.begin(now.monotonic + began.elapsed(), reason.clone());
                 Err(reason)
             }
         }
@@ -128,12 +133,8 @@ impl BoundObjects {
         if self.accepted.get(digest, now.monotonic).is_some() {
             return Some(Ok(()));
         }
-        let failed = || {
-            let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            failed.filter(|(at, _)| now.monotonic.saturating_duration_since(*at) < PAUSE)
-        };
         let rejected = self.rejected.get(digest, now.monotonic);
-        rejected.or_else(|| failed().map(|(_, reason)| reason)).map(Err)
+        rejected.or_else(|| self.failed.reason(now.monotonic)).map(Err)
     }
 
     async fn ask(&self, token: &Secret) -> Result<TokenReviewStatus, FailureReason> {
@@ -230,15 +231,16 @@ impl Bound {
         now: Moment,
     ) -> Result<(), FailureReason> {
         let cluster = &self.cluster;
-        let seconds = i64::try_from(now.unix()).unwrap_or(i64::MAX);
-        let existence = cluster.objects.check(&self.objects, seconds);
+        let existence = self.existence(now);
         let checked = match existence {
             Existence::Exist if !self.more => Ok(()),
             Existence::Exist | Existence::Unknown | Existence::Missing => {
                 cluster.review(token, digest, &self.user, cost, now).await
             }
         };
-        let before = cluster.verified.get(&digest, now.monotonic);
+        let stored = cluster.verified.get(&digest, now.monotonic);
+        let before = stored.map(|(valid, _)| valid);
+        let fresh = stored.is_some_and(|(_, at)| now.monotonic.saturating_duration_since(at) < RENEWAL);
         match &checked {
             Err(FailureReason::Unavailable(_)) if before == Some(true) && existence != Existence::Missing => {
                 return Ok(());
@@ -250,10 +252,17 @@ impl Bound {
                 ));
             }
             Err(FailureReason::Unavailable(_) | FailureReason::NotTried(_)) => {}
-            Ok(()) | Err(_) if before == Some(checked.is_ok()) => {}
-            Ok(()) | Err(_) => cluster.verified.put(digest, checked.is_ok(), VERIFIED, now.monotonic),
+            Ok(()) | Err(_) if before == Some(checked.is_ok()) && fresh => {}
+            Ok(()) | Err(_) => {
+                cluster.verified.put(digest, (checked.is_ok(), now.monotonic), VERIFIED, now.monotonic);
+            }
         }
         checked
+    }
+
+    fn existence(&self, now: Moment) -> Existence {
+        let seconds = i64::try_from(now.unix()).unwrap_or(i64::MAX);
+        self.cluster.objects.check(&self.objects, seconds)
     }
 }
 
@@ -279,18 +288,30 @@ pub struct Binding {
 }
 
 impl Binding {
-    /// Completes when the token is no longer valid. It does not complete just because kube-apiserver can't be asked.
+    /// Completes when the token is no longer valid. While kube-apiserver can't be asked, it completes only if the
+    /// watches keep showing that an object is gone.
     pub async fn ended(&self) {
         let digest = Digest::of(&self.token);
+        let mut missing = 0;
         loop {
             tokio::time::sleep(RECHECK).await;
-            match self.bound.check(&self.token, digest, None, Moment::now()).await {
-                Ok(()) | Err(FailureReason::Unavailable(_)) => {}
-                Err(reason) => {
-                    tracing::info!(user = self.bound.user, %reason, "token is no longer valid");
-                    return;
+            let now = Moment::now();
+            let reason = match self.bound.check(&self.token, digest, None, now).await {
+                Ok(()) => {
+                    missing = 0;
+                    continue;
                 }
-            }
+                Err(reason @ FailureReason::Unavailable(_)) => {
+                    missing = if self.bound.existence(now) == Existence::Missing { missing + 1 } else { 0 };
+                    if missing < MAX_MISSING {
+                        continue;
+                    }
+                    reason
+                }
+                Err(reason) => reason,
+            };
+            tracing::info!(user = self.bound.user, %reason, missing, "token is no longer valid");
+            return;
         }
     }
 }

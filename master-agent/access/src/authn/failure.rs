@@ -36,6 +36,12 @@ impl AuthenticationFailure {
     pub fn is_unavailable(&self) -> bool {
         self.reasons().any(|reason| matches!(reason, FailureReason::Unavailable(_)))
     }
+
+    /// Whether nothing but that was in the way. If another authenticator has found the credential wrong, it may be a
+    /// guess.
+    pub fn is_only_unavailable(&self) -> bool {
+        !self.said.is_empty() && self.reasons().all(|reason| matches!(reason, FailureReason::Unavailable(_)))
+    }
 }
 
 impl From<FailureReason> for AuthenticationFailure {
@@ -53,5 +59,31 @@ impl fmt::Display for AuthenticationFailure {
             write!(f, "{separator}{authenticator}: {reason}")?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_credential_is_wrong_whatever_else_is_unavailable() {
+        let (away, wrong) = (FailureReason::Unavailable("away".to_owned()), FailureReason::Signature);
+        for (reasons, unavailable, only) in [
+            (vec![], false, false),
+            (vec![away.clone()], true, true),
+            (vec![away.clone(), away.clone()], true, true),
+            (vec![wrong.clone(), away.clone()], true, false),
+            (vec![away, wrong.clone()], true, false),
+            (vec![wrong], false, false),
+        ] {
+            let said = reasons.into_iter().map(|reason| ("test", reason)).collect();
+            let failure = AuthenticationFailure { said, unchecked: None };
+            assert_eq!(
+                (failure.is_unavailable(), failure.is_only_unavailable()),
+                (unavailable, only),
+                "{failure}"
+            );
+        }
     }
 }

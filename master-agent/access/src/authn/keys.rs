@@ -259,9 +259,14 @@ struct Discovery {
 }
 
 impl RemoteKeys {
-    pub fn new(client: Arc<FileWatcher<JsonClient>>, location: KeysLocation, pause: Duration) -> Self {
-        let (fetched, fetching, fetches) = (RwLock::default(), Arc::default(), Tasks::new());
-        Self { client, location, pause, fetched, fetching, fetches }
+    /// `fetches` is the group of the fetches.
+    pub fn new(
+        client: Arc<FileWatcher<JsonClient>>,
+        location: KeysLocation,
+        pause: Duration,
+        fetches: Tasks,
+    ) -> Self {
+        Self { client, location, pause, fetched: RwLock::default(), fetching: Arc::default(), fetches }
     }
 
     async fn current(self: &Arc<Self>, now: Moment) -> Result<Arc<KeySet>, FailureReason> {

@@ -6,6 +6,7 @@ use anyhow::Context;
 use proto_net::{
     file_watcher::{FileWatcher, Watcher},
     https_client::JsonClient,
+    tasks::Tasks,
     tls::ClientTls,
 };
 
@@ -34,12 +35,14 @@ const FETCH_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Authenticators {
     /// Reads all files for the first time. The returned watchers must be polled from then on. `cluster` provides
-    /// the bootstrap tokens and the objects to which tokens of service accounts are bound.
+    /// the bootstrap tokens and the objects to which tokens of service accounts are bound. `background` owns the tasks
+    /// that fetch keys.
     pub fn load(
         config: &AuthnConfig,
         cluster: Option<&Cluster>,
+        background: &Tasks,
     ) -> anyhow::Result<(Self, Vec<Arc<dyn Watcher>>)> {
-        let mut loader = Loader { cluster, files: Vec::new(), client_ca: None };
+        let mut loader = Loader { cluster, background, files: Vec::new(), client_ca: None };
         let mut chain = Vec::new();
         for one in &config.authenticators {
             let name = one.kind();
@@ -54,6 +57,7 @@ impl Authenticators {
 /// Builds authenticators and collects the watchers of their files.
 struct Loader<'a> {
     cluster: Option<&'a Cluster>,
+    background: &'a Tasks,
     files: Vec<Arc<dyn Watcher>>,
     client_ca: Option<Arc<FileWatcher<ClientCa>>>,
 }
@@ -114,7 +118,8 @@ impl Loader<'_> {
             Some(KeysConfig::Url { url, ca, refresh_pause }) => {
                 let tls = ClientTls { ca, identity: None };
                 let client = self.client("the key set's CA", tls, FETCH_TIMEOUT)?;
-                let remote = RemoteKeys::new(client, KeysLocation::Jwks(url), refresh_pause);
+                let (location, fetches) = (KeysLocation::Jwks(url), self.background.child());
+                let remote = RemoteKeys::new(client, location, refresh_pause, fetches);
                 keys.push(KeySource::Remote(Arc::new(remote)));
             }
             None => {}
@@ -129,7 +134,7 @@ impl Loader<'_> {
         let tls = ClientTls { ca: config.ca.clone(), identity: None };
         let client = self.client("the OIDC provider's CA", tls, FETCH_TIMEOUT)?;
         let location = KeysLocation::Discovery(config.issuer.clone());
-        let keys = RemoteKeys::new(client, location, config.refresh_pause);
+        let keys = RemoteKeys::new(client, location, config.refresh_pause, self.background.child());
         Ok(Oidc::new(config.clone(), KeySource::Remote(Arc::new(keys))))
     }
 

@@ -28,6 +28,7 @@ pub mod jwt;
 mod keys;
 mod load;
 mod oidc;
+mod pause;
 mod reason;
 mod service_account;
 mod token_file;

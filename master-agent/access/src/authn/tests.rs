@@ -1,7 +1,10 @@
 //! The table of credentials and configurations, and what only shows over several requests.
 
 use std::{
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant, SystemTime},
 };
 
@@ -100,7 +103,7 @@ fn load(items: &str, world: &World) -> (Authenticators, Vec<Arc<dyn Watcher>>) {
         items => format!("authentication:\n{}", items.replace("STUB", &world.stub.url)),
     };
     let config = read(&yaml, world).unwrap_or_else(|errors| panic!("{yaml}\n{errors}"));
-    Authenticators::load(&config, Some(&world.cluster(None))).unwrap()
+    Authenticators::load(&config, Some(&world.cluster(None)), &world.tasks).unwrap()
 }
 
 /// `NAME uid=UID [GROUPS] {EXTRA} by KIND`, the UID and the extra where there are any.
@@ -330,6 +333,48 @@ async fn a_webhook_is_asked_once_and_never_too_often() {
 }
 
 #[tokio::test]
+async fn requests_that_present_one_token_at_once_cause_one_call() {
+    let world = World::new().await;
+    let items = "- webhook: {url: STUB/review, ca: stub.pem, max_in_flight: 1}";
+    let (authenticators, _files) = load(items, &world);
+    for (token, good) in [("alice-token", true), ("guess", false)] {
+        let before = world.stub.count("/review");
+        let request = Request::bearer(token);
+        let asking = (0..10).map(|_| request.authenticate(&authenticators, at(0)));
+        for found in futures_util::future::join_all(asking).await {
+            assert_eq!(found.is_ok(), good, "{token}");
+        }
+        assert_eq!(world.stub.count("/review") - before, 1, "{token}");
+    }
+}
+
+#[tokio::test]
+async fn guesses_do_not_each_dial_a_webhook_that_can_t_be_reached() {
+    let world = World::new().await;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("https://{}/review", listener.local_addr().unwrap());
+    let dialled = Arc::<AtomicUsize>::default();
+    let dials = dialled.clone();
+    world.tasks.spawn(async move {
+        // Each connection ends before its TLS handshake.
+        while listener.accept().await.is_ok() {
+            dials.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    let (authenticators, _files) =
+        load(&format!("- webhook: {{url: '{url}', ca: stub.pem, max_in_flight: 1}}"), &world);
+    for (second, expected) in [(0, 1), (1, 1), (3, 2)] {
+        let guesses: Vec<_> = (0..5).map(|i| Request::bearer(&format!("guess-{second}-{i}"))).collect();
+        let asking = guesses.iter().map(|guess| guess.authenticate(&authenticators, at(second)));
+        for failed in futures_util::future::join_all(asking).await {
+            let failure = failed.unwrap_err();
+            assert!(failure.is_unavailable(), "{failure}");
+        }
+        assert_eq!(dialled.load(Ordering::Relaxed), expected, "{second}");
+    }
+}
+
+#[tokio::test]
 async fn a_cluster_is_asked_about_a_bootstrap_token_once_in_a_while() {
     let world = World::new().await;
     let (authenticators, _files) = load("- bootstrap_tokens: {cluster: true}", &world);
@@ -418,7 +463,8 @@ async fn the_configuration_is_strict() {
         let yaml = format!(
             "authentication: [{{service_account: {{issuers: [i], audiences: [a], key_files: [{file}]}}}}]"
         );
-        let shown = format!("{:#}", Authenticators::load(&read(&yaml, &world).unwrap(), None).err().unwrap());
+        let config = read(&yaml, &world).unwrap();
+        let shown = format!("{:#}", Authenticators::load(&config, None, &world.tasks).err().unwrap());
         assert!(shown.contains(error), "{shown}");
     }
 }

@@ -5,13 +5,20 @@ use std::{sync::Arc, time::Duration};
 use futures_util::future::BoxFuture;
 use hyper::Uri;
 use k8s_openapi::api::authentication::v1::UserInfo;
-use proto_net::{file_watcher::FileWatcher, https_client::JsonClient, log_throttle::LogThrottle};
+use proto_net::{
+    file_watcher::FileWatcher,
+    https_client::{CallError, JsonClient},
+    log_throttle::LogThrottle,
+};
 use serde::Deserialize;
-use tokio::sync::Semaphore;
+use tokio::{
+    sync::Semaphore,
+    time::{Instant, timeout_at},
+};
 
 use super::{
     authenticated::Recognized, authenticator::Authenticator, config::TokenReviewConfig,
-    credential::Presented, reason::FailureReason,
+    credential::Presented, pause::Pause, reason::FailureReason,
 };
 use crate::{
     cache::Cache,
@@ -31,6 +38,9 @@ pub struct TokenReviewer {
     /// A cache of its own, so that guesses do not evict known tokens.
     refused: Cache<Digest, FailureReason>,
     refused_ttl: Duration,
+    /// Begins when the webhook can't be reached, so that guesses do not each dial it. An error that it answers may be
+    /// due to the token alone.
+    unreachable: Pause,
     failures: LogThrottle,
 }
 
@@ -46,6 +56,7 @@ impl TokenReviewer {
             known_ttl: config.authenticated_ttl,
             refused: Cache::new(config.cache_size),
             refused_ttl: config.refused_ttl,
+            unreachable: Pause::default(),
             failures: LogThrottle::default(),
         }
     }
@@ -57,49 +68,74 @@ impl TokenReviewer {
     ) -> Result<Option<Recognized>, FailureReason> {
         let Some(token) = &presented.bearer else { return Ok(None) };
         let digest = Digest::of(token);
-        if let Some(user) = self.known.get(&digest, now.monotonic) {
-            return Ok(Some(user.into()));
-        }
-        if let Some(reason) = self.refused.get(&digest, now.monotonic) {
-            return Err(reason);
-        }
-        presented.cost.incur()?;
-        let answer = self.ask(token).await.inspect_err(|reason| {
-            if let Some(times) = self.failures.count(1) {
-                tracing::warn!(times, %reason, "the authentication webhook failed");
+        let answer = match self.answered(&digest, now) {
+            Some(answer) => answer,
+            None => {
+                presented.cost.incur()?;
+                self.ask(token, digest, now).await
             }
-        })?;
-        match self.judge(answer) {
-            Ok(user) => {
-                self.known.put(digest, user.clone(), self.known_ttl, now.monotonic);
-                Ok(Some(user.into()))
-            }
-            Err(reason) => {
-                self.refused.put(digest, reason.clone(), self.refused_ttl, now.monotonic);
-                Err(reason)
-            }
-        }
+        };
+        answer.map(|user| Some(user.into()))
     }
 
-    async fn ask(&self, token: &Secret) -> Result<Status, FailureReason> {
-        let permit = tokio::time::timeout(self.timeout, self.questions.acquire()).await;
-        let Ok(Ok(_permit)) = permit else {
-            return Err(FailureReason::Unavailable(format!("{} has too many calls in progress", self.url)));
+    /// Returns what is known without asking.
+    fn answered(&self, digest: &Digest, now: Moment) -> Option<Result<User, FailureReason>> {
+        if let Some(user) = self.known.get(digest, now.monotonic) {
+            return Some(Ok(user));
+        }
+        let refused = self.refused.get(digest, now.monotonic);
+        refused.or_else(|| self.unreachable.reason(now.monotonic)).map(Err)
+    }
+
+    /// Asks the webhook, unless the answer has become known while other calls were in progress.
+    async fn ask(&self, token: &Secret, digest: Digest, now: Moment) -> Result<User, FailureReason> {
+        let began = Instant::now();
+        let deadline = began + self.timeout;
+        let Ok(Ok(_permit)) = timeout_at(deadline, self.questions.acquire()).await else {
+            return Err(self.failed(format!("{} has too many calls in progress", self.url)));
         };
+        if let Some(answer) = self.answered(&digest, now) {
+            return answer;
+        }
+        let waited = began.elapsed();
+        let called = timeout_at(deadline, self.call(token)).await;
+        let timed_out = |_| Err(CallError::TimedOut { uri: self.url.clone(), timeout: self.timeout });
+        let answer = called.unwrap_or_else(timed_out).map_err(|error| {
+            let reason = self.failed(error.to_string());
+            // A call that got little time says little about the webhook.
+            let hangs = matches!(error, CallError::TimedOut { .. }) && waited < self.timeout / 2;
+            if hangs || matches!(error, CallError::Unreachable { .. }) {
+                self.unreachable.begin(now.monotonic + began.elapsed(), reason.clone());
+            }
+            reason
+        })?;
+        if answer.api_version != "authentication.k8s.io/v1" || answer.kind != "TokenReview" {
+            return Err(self.failed(format!("{} does not answer with a TokenReview", self.url)));
+        }
+        let judged = self.judge(answer.status);
+        match &judged {
+            Ok(user) => self.known.put(digest, user.clone(), self.known_ttl, now.monotonic),
+            Err(reason) => self.refused.put(digest, reason.clone(), self.refused_ttl, now.monotonic),
+        }
+        judged
+    }
+
+    async fn call(&self, token: &Secret) -> Result<Answer, CallError> {
         let review = serde_json::json!({
             "apiVersion": "authentication.k8s.io/v1",
             "kind": "TokenReview",
             "spec": { "token": token.expose(), "audiences": self.audiences },
         });
-        let answer = self.client.get().post(&self.url, &review).await;
-        let answer: Answer = answer.map_err(|error| FailureReason::Unavailable(error.to_string()))?;
-        if answer.api_version != "authentication.k8s.io/v1" || answer.kind != "TokenReview" {
-            return Err(FailureReason::Unavailable(format!(
-                "{} does not answer with a TokenReview",
-                self.url
-            )));
+        self.client.get().post(&self.url, &review).await
+    }
+
+    /// Logs why the webhook gave no answer, and returns it as the reason.
+    fn failed(&self, error: String) -> FailureReason {
+        let reason = FailureReason::Unavailable(error);
+        if let Some(times) = self.failures.count(1) {
+            tracing::warn!(times, %reason, "the authentication webhook failed");
         }
-        Ok(answer.status)
+        reason
     }
 
     fn judge(&self, status: Status) -> Result<User, FailureReason> {

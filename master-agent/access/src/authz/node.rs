@@ -44,8 +44,9 @@ impl NodeAuthorizer {
             ("", "nodes", "proxy") => own(proxied(&request.name) == Some(node), "only proxy URLs of its own"),
             // The legacy form of a proxy URL.
             ("", "nodes", _) if verb == "proxy" => Err("cannot use the legacy proxy URLs"),
+            // Nodes are in no namespace.
             (OWN_GROUP, "nodes", "link" | "join") => own(
-                verb == "create" && request.name == node,
+                verb == "create" && request.name == node && request.namespace.is_empty(),
                 "can only call home and join under its own name",
             ),
             ("", "nodes", "") => match verb {

@@ -73,6 +73,8 @@ async fn a_node_reaches_its_own() {
         ("^GET /apis/master-agent/v1/nodes/m/link", "deny not-its-own", "deny not-its-own"),
         ("POST /apis/master-agent/v1/nodes/m/join", "deny not-its-own", "deny not-its-own"),
         ("GET /apis/master-agent/v1/nodes/n/link", "deny not-its-own", "deny not-its-own"),
+        ("POST /apis/master-agent/v1/namespaces/a/nodes/n/link", "deny not-its-own", "deny not-its-own"),
+        ("POST /apis/master-agent/v1/namespaces/a/nodes/n/join", "deny not-its-own", "deny not-its-own"),
         ("GET /apis/master-agent/v1/status", "-", "-"),
         ("GET /api/v1/nodes/n", "allow own", "allow own"),
         ("GET /api/v1/nodes?watch=1&fieldSelector=metadata.name=n", "allow own", "allow own"),
@@ -149,7 +151,7 @@ async fn a_node_reaches_its_own() {
             assert_eq!(decided(&deferring, other, what).await, "-", "{what}, {other}");
         }
     }
-    assert_eq!(rows.len(), 59);
+    assert_eq!(rows.len(), 61);
 }
 
 #[tokio::test]

@@ -7,7 +7,7 @@ use std::{
 };
 
 /// The number of items that each key holds, with a maximum.
-pub(super) struct Counts<K> {
+pub struct Counts<K> {
     max: usize,
     held: Arc<Mutex<HashMap<K, usize>>>,
 }
@@ -19,12 +19,12 @@ pub struct Counted<K: Hash + Eq> {
 }
 
 impl<K: Hash + Eq + Clone> Counts<K> {
-    pub(super) fn new(max: usize) -> Self {
+    pub fn new(max: usize) -> Self {
         Self { max, held: Arc::default() }
     }
 
     /// Counts an item. Returns `None` if the key already holds the maximum.
-    pub(super) fn take(&self, key: K) -> Option<Counted<K>> {
+    pub fn take(&self, key: K) -> Option<Counted<K>> {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         let count = held.entry(key.clone()).or_default();
         if *count >= self.max {

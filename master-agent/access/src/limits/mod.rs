@@ -19,8 +19,7 @@ use crate::{peer::Peer, rates::Rates};
 
 pub use attempt::Attempt;
 pub use config::LimitsConfig;
-pub use counts::Counted;
-use counts::Counts;
+pub use counts::{Counted, Counts};
 pub use exceeded::{Exceeded, Limit};
 pub use seats::SeatLimits;
 use seats::{Busy, Seat, Seats};

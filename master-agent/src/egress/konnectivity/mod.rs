@@ -22,6 +22,7 @@ use futures_util::Stream;
 use hyper::{Request, Response, body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::TokioIo;
 use proto::konnectivity::{PROXY, Packet};
+use proto_net::log_throttle::LogThrottle;
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{
@@ -31,7 +32,11 @@ use tonic::{
 };
 use tonic_prost::ProstCodec;
 
-use super::{listener::EgressListener, outbound::Outbound, socket::CallerSocket};
+use super::{
+    listener::EgressListener,
+    outbound::{LOG_BURST, Outbound, excerpt},
+    socket::CallerSocket,
+};
 use crate::{
     http::Executor,
     stream::{caller::Caller, metrics::KonnectivityCounts},
@@ -54,11 +59,9 @@ const HEADER_LIST: u32 = 16 * 1024;
 const MESSAGE: usize = 4 * 1024 * 1024;
 /// Bytes that wait for the client on one gRPC stream, beside the session's own queue.
 const SEND_BUFFER: usize = 64 * 1024;
-/// Streams that a client may reset before they are accepted. The library reads all that has arrived before it accepts the
-/// first of it, so these are the dials that a client may cancel at once. Each takes some KB until it is accepted.
-const PENDING_RESETS: usize = 4096;
-/// Calls that a client may give up before any answer, at once and then in each second. Hardly any honest client can make
-/// and cancel as many. A client that gives up more is a flood (CVE-2023-44487) and loses its connection.
+/// Calls that a client may give up before any answer, or that are not for the method: so many at once, and then so many in
+/// each second. Hardly any honest client can make and cancel as many. A client that gives up more is a flood
+/// (CVE-2023-44487) and loses its connection.
 const GIVEN_UP: u32 = 10_000;
 /// Streams that a client may make this side reset by errors (CVE-2025-8671).
 const OWN_RESETS: usize = 1024;
@@ -80,6 +83,8 @@ struct Client {
     /// Whether the client has ever made a call.
     called: AtomicBool,
     given_up: Rates<()>,
+    /// Bounds the log lines about calls of other methods.
+    unserved: LogThrottle,
     /// Cancelled when the client has given up too many calls.
     flooding: CancellationToken,
 }
@@ -96,6 +101,7 @@ impl EgressListener for Konnectivity {
             slots: Slots::new(self.max_dials),
             called: AtomicBool::new(false),
             given_up: Rates::new(GIVEN_UP, GIVEN_UP, Instant::now().into_std()),
+            unserved: LogThrottle::with_burst(LOG_BURST),
             flooding: CancellationToken::new(),
         });
         let service = service_fn(|request| {
@@ -110,7 +116,9 @@ impl EgressListener for Konnectivity {
             .max_frame_size(authority::MAX_FRAME)
             .max_header_list_size(HEADER_LIST)
             .max_send_buf_size(SEND_BUFFER)
-            .max_pending_accept_reset_streams(PENDING_RESETS)
+            // The library reads all that has arrived before it accepts the first of it, so a client may cancel all of its
+            // dials before they are accepted. Each takes some KB until then.
+            .max_pending_accept_reset_streams(streams as usize)
             .max_local_error_reset_streams(OWN_RESETS)
             .serve_connection(TokioIo::new(WithAuthority::new(socket)), service);
         let mut connection = pin!(connection);
@@ -154,14 +162,25 @@ fn cause(error: &hyper::Error) -> String {
 
 impl Client {
     async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
+        let answer = self.clone().call(request).await;
+        // The method's own answers have their status in the trailers.
+        if answer.headers().contains_key("grpc-status") {
+            self.gave_up();
+        }
+        answer
+    }
+
+    async fn call(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
         let path = request.uri().path();
         if path != PROXY {
-            let error = format!("{path:?} is not served; only {PROXY} is");
-            self.outbound.bad_request(self.caller.listener, &self.caller.origin, &error);
+            let error = format!("{:?} is not served; only {PROXY} is", excerpt(path));
+            let Caller { listener, origin, .. } = &self.caller;
+            self.outbound.bad_requests(&self.unserved, listener, origin, &error);
             return Status::unimplemented(error).into_http();
         }
         self.called.store(true, Ordering::Relaxed);
         let mut grpc = Grpc::new(ProstCodec::<Packet, Packet>::default()).max_decoding_message_size(MESSAGE);
+        // It answers by itself what is encoded in a way that it can't read.
         grpc.streaming(Proxy(self), request).await
     }
 
@@ -169,7 +188,7 @@ impl Client {
         &self.outbound.metrics.konnectivity
     }
 
-    /// Counts a call that the client has given up before any answer.
+    /// Counts a call that the client has given up before any answer, or that has none but an error.
     fn gave_up(&self) {
         if self.given_up.take((), Instant::now().into_std()).is_err() {
             self.flooding.cancel();
@@ -213,8 +232,10 @@ impl Stream for Outgoing {
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let polled = self.answers.poll_recv(cx);
-        if let Poll::Ready(Some(Ok(packet))) = &polled {
-            self.client.counts().to_client.count(packet.r#type);
+        match &polled {
+            Poll::Ready(Some(Ok(packet))) => self.client.counts().to_client.count(packet.r#type),
+            Poll::Ready(Some(Err(status))) => self.client.counts().call_failed(status.code()),
+            Poll::Ready(None) | Poll::Pending => {}
         }
         self.answered |= polled.is_ready();
         self.ended |= matches!(&polled, Poll::Ready(None | Some(Err(_))));

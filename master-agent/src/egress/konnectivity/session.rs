@@ -1,8 +1,9 @@
 //! One call of `Proxy`: many dials and connections over one gRPC stream.
 //!
-//! The session reads the client's packets and never waits for a dial or, as long as there are several connections, for a
-//! target. Each dial is a task, which then carries its connection. The tasks share the queue of packets for the client,
-//! which is bounded and fair: a client that does not read makes only its own targets wait.
+//! The session reads the client's packets and never waits for a dial. It waits for a target whose queue is full: without
+//! limit if the connection is the only one of the stream, and otherwise only while the target keeps reading
+//! ([`Inbox`]). Each dial is a task, which then carries its connection. The tasks share the queue of packets
+//! for the client, which is bounded and fair: a client that does not read makes only its own targets wait.
 //!
 //! When a client disappears, all of its connections end at once, except those that it has closed in order: what it sent on
 //! them still reaches their targets.
@@ -34,7 +35,7 @@ use tonic::Status;
 
 use super::inbox::{Inbox, Overrun, Phase};
 use crate::{
-    egress::outbound::{Dialled, Outbound},
+    egress::outbound::{Dialled, Outbound, excerpt},
     stream::{
         caller::Caller,
         record::{Opened, Record},
@@ -166,7 +167,6 @@ impl Session {
             Ok(()) => self.close_all(),
             Err(status) => {
                 tracing::debug!(origin = %self.caller.origin, %status, "gRPC stream failed");
-                self.outbound.metrics.konnectivity.call_failed(status.code());
                 self.answer(Err(status)).await;
                 self.gone.cancel();
             }
@@ -174,7 +174,8 @@ impl Session {
     }
 
     async fn on_packet(self: &Arc<Self>, packet: Packet) {
-        self.outbound.metrics.konnectivity.from_client.count(packet.r#type);
+        let kind = packet.r#type;
+        self.outbound.metrics.konnectivity.from_client.count(kind);
         match packet.into_payload() {
             Some(Payload::DialRequest(request)) => self.on_dial(request).await,
             Some(Payload::CloseDial(dial)) => self.on_close_dial(dial.random),
@@ -186,9 +187,8 @@ impl Session {
                     None => self.answer_unknown(request.connect_id).await,
                 }
             }
-            ignored @ (Some(Payload::DialResponse(_) | Payload::CloseResponse(_) | Payload::Drain(_))
-            | None) => {
-                tracing::debug!(origin = %self.caller.origin, ?ignored, "unexpected packet ignored");
+            Some(Payload::DialResponse(_) | Payload::CloseResponse(_) | Payload::Drain(_)) | None => {
+                tracing::debug!(origin = %self.caller.origin, kind, "unexpected packet ignored");
             }
         }
     }
@@ -200,9 +200,10 @@ impl Session {
             parsed => {
                 let error = match parsed {
                     Ok(_) => {
+                        let protocol = excerpt(&protocol);
                         DialError::BadTarget(format!("protocol {protocol:?} is not served; only {TCP:?} is"))
                     }
-                    Err(error) => DialError::BadTarget(format!("{address:?}: {error}")),
+                    Err(error) => DialError::BadTarget(format!("{:?}: {error}", excerpt(&address))),
                 };
                 self.outbound.bad_request(self.caller.listener, &self.caller.origin, &error);
                 return self.answer(Ok(Packet::dial_failed(random, error.to_string()))).await;

@@ -78,13 +78,18 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
 
 /// The head of a call.
 fn call(stream: u32) -> Vec<u8> {
+    head(stream, PROXY, "identity")
+}
+
+fn head(stream: u32, path: &str, encoding: &str) -> Vec<u8> {
     let mut block = Vec::new();
     for (name, value) in [
         (":method", "POST"),
         (":scheme", "http"),
-        (":path", PROXY),
+        (":path", path),
         (":authority", "localhost"),
         ("content-type", "application/grpc"),
+        ("grpc-encoding", encoding),
         ("te", "trailers"),
     ] {
         block.push(0);
@@ -176,6 +181,18 @@ impl Wire {
         assert!(reached.is_ok(), "{} dials are under way", self.dialer.0.load(Ordering::Relaxed));
     }
 
+    /// The calls that have failed, as they are counted.
+    fn errors(&self) -> Vec<String> {
+        let mut registry = prometheus_client::registry::Registry::default();
+        registry.register("errors", "calls", self.listener.outbound.metrics.konnectivity.errors.clone());
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        let mut lines: Vec<_> =
+            text.lines().filter(|line| !line.starts_with('#')).map(str::to_owned).collect();
+        lines.sort();
+        lines
+    }
+
     /// The error that a dial is answered with.
     async fn dial_error(&mut self, stream: u32) -> String {
         loop {
@@ -213,18 +230,30 @@ async fn dials_that_are_cancelled_at_once_cost_only_themselves() {
     wire.dials(2).await;
 }
 
-/// Sends until the connection ends. Returns the number of calls that were given up.
-async fn flood(buffer: usize, with_dial: bool) -> u32 {
-    let mut wire = Wire::open(buffer, 8192).await;
+#[tokio::test]
+async fn all_dials_of_a_connection_may_be_cancelled_before_they_are_accepted() {
+    let mut wire = Wire::open(4 * 1024 * 1024, 8192).await;
+    // The connection's window is larger from now on.
+    wire.settle().await;
+    wire.send(ids(1, 8192).flat_map(|id| [call(id), dial(id), cancel(id)])).await;
+    wire.settle().await;
+    wire.send([call(100_001), dial(100_001)]).await;
+    wire.dials(1).await;
+}
+
+/// Sends what `frames` makes of each new stream until the connection ends. Returns the number of streams.
+async fn flood(buffer: usize, frames: fn(u32) -> Vec<u8>) -> u32 {
+    let Wire { socket, .. } = Wire::open(buffer, 8192).await;
+    let (mut read, mut write) = tokio::io::split(socket);
+    let mut sink = tokio::io::sink();
+    let mut answers = pin!(tokio::io::copy(&mut read, &mut sink));
     for id in ids(1, 1_000_000) {
-        let frames = match with_dial {
-            true => [call(id), dial(id), cancel(id)].concat(),
-            false => [call(id), cancel(id)].concat(),
-        };
-        if wire.socket.write_all(&frames).await.is_err() {
-            let ended = async { while wire.read().await.is_some() {} };
-            tokio::time::timeout(HANGS, ended).await.expect("the end");
-            return id / 2;
+        let frames = frames(id);
+        tokio::select! {
+            written = write.write_all(&frames) => if written.is_err() {
+                return id / 2;
+            },
+            _ = answers.as_mut() => return id / 2,
         }
     }
     panic!("the flood goes on");
@@ -232,13 +261,42 @@ async fn flood(buffer: usize, with_dial: bool) -> u32 {
 
 #[tokio::test(start_paused = true)]
 async fn a_flood_of_cancelled_calls_ends_the_connection() {
-    for with_dial in [false, true] {
+    let kinds: [fn(u32) -> Vec<u8>; 4] = [
+        |id| [call(id), cancel(id)].concat(),
+        |id| [call(id), dial(id), cancel(id)].concat(),
+        |id| [head(id, "/ProxyService/Other", "identity"), cancel(id)].concat(),
+        |id| [head(id, PROXY, "br"), cancel(id)].concat(),
+    ];
+    for (number, frames) in kinds.into_iter().enumerate() {
         // It comes faster than calls are accepted, or only as fast as that.
         for buffer in [8 * 1024 * 1024, 4096] {
-            let calls = flood(buffer, with_dial).await;
-            assert!(calls < 100_000, "{calls} calls");
+            let began = Instant::now();
+            let calls = flood(buffer, frames).await;
+            assert!(calls < 100_000, "{calls} calls of kind {number}");
+            assert!(began.elapsed() < HANGS, "only a timeout has ended it");
         }
     }
+}
+
+#[tokio::test]
+async fn a_call_that_fails_is_counted_once() {
+    let mut wire = Wire::open(1024 * 1024, 8).await;
+    let counts = wire.listener.outbound.metrics.konnectivity.clone();
+    wire.send([call(1), dial(1)]).await;
+    wire.dials(1).await;
+    wire.send([cancel(1)]).await;
+    wire.dials(0).await;
+    // This is no message of protobuf.
+    wire.send([call(3), frame(DATA, 0, 3, &[0, 0, 0, 0, 1, 0xff])]).await;
+    let counted = async {
+        while wire.errors().len() < 2 || counts.calls.get() > 0 {
+            wire.settle().await;
+        }
+    };
+    tokio::time::timeout(HANGS, counted).await.expect("two failed calls");
+    let line =
+        |code| format!("errors_total{{segment=\"from_client\",code=\"{code}\",packet_type=\"Unknown\"}} 1");
+    assert_eq!(wire.errors(), [line("Canceled"), line("Internal")]);
 }
 
 #[tokio::test]

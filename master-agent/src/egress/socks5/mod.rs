@@ -25,7 +25,7 @@ use fast_socks5::{
     util::target_addr::TargetAddr,
 };
 use proto::{DialError, Host, Target, target::InvalidTarget};
-use proto_net::{dialer::Origin, handshake::HandshakePermits};
+use proto_net::{dialer::Origin, handshake::HandshakePermits, log_throttle::LogThrottle};
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt},
     time::Instant,
@@ -35,7 +35,7 @@ use super::{
     early_data::{self, WithEarlyData},
     lingering_close,
     listener::EgressListener,
-    outbound::{Dialled, Outbound},
+    outbound::{Dialled, LOG_BURST, Outbound, excerpt},
     socket::CallerSocket,
 };
 use crate::stream::caller::Caller;
@@ -52,12 +52,15 @@ pub struct Socks5 {
     outbound: Outbound,
     users: Option<Users>,
     handshakes: HandshakePermits,
+    /// Bounds the log lines about callers who have not logged in.
+    strangers: LogThrottle,
 }
 
 impl Socks5 {
     /// With `users`, every caller must be one of them.
     pub fn new(outbound: Outbound, users: Option<Users>) -> Self {
-        Self { outbound, users, handshakes: HandshakePermits::new(HANDSHAKES) }
+        let strangers = LogThrottle::with_burst(LOG_BURST);
+        Self { outbound, users, handshakes: HandshakePermits::new(HANDSHAKES), strangers }
     }
 }
 
@@ -71,7 +74,7 @@ impl EgressListener for Socks5 {
         let opened = Box::pin(self.open(&mut socket, caller)).await;
         if let Some((dialled, early)) = opened {
             let (read, write) = socket.halves();
-            self.outbound.relay(WithEarlyData { early, inner: read }, write, dialled).await;
+            self.outbound.relay(WithEarlyData { early: Ok(early), inner: read }, write, dialled).await;
         }
     }
 }
@@ -93,6 +96,16 @@ enum Refusal {
     Target { target: String, error: InvalidTarget },
     #[error("the handshake did not end in time")]
     Timeout,
+}
+
+impl Refusal {
+    /// Whether a caller who has not logged in may have caused it.
+    fn is_of_a_stranger(&self) -> bool {
+        match self {
+            Self::Protocol(_) | Self::Io(_) | Self::NoPassword | Self::Login(_) | Self::Timeout => true,
+            Self::Command | Self::Target { .. } => false,
+        }
+    }
 }
 
 impl Socks5 {
@@ -131,7 +144,8 @@ impl Socks5 {
         tokio::select! {
             target = self.answered_handshake(socket, caller) => target,
             () = permit.evicted.cancelled() => {
-                self.outbound.bad_request(listener, &origin, &"evicted by a newer handshake");
+                let error = "evicted by a newer handshake";
+                self.outbound.bad_requests(&self.strangers, listener, &origin, &error);
                 None
             }
         }
@@ -151,7 +165,11 @@ impl Socks5 {
             Err(Refusal::Io(_) | Refusal::Protocol(SocksServerError::Io { .. })) => return None,
             Err(refusal) => refusal,
         };
-        self.outbound.bad_request(caller.listener, &caller.origin, &refusal);
+        if self.users.is_some() && refusal.is_of_a_stranger() {
+            self.outbound.bad_requests(&self.strangers, caller.listener, &caller.origin, &refusal);
+        } else {
+            self.outbound.bad_request(caller.listener, &caller.origin, &refusal);
+        }
         let answer = match refusal {
             Refusal::Command => reply(ReplyError::CommandNotSupported).to_vec(),
             Refusal::Target { .. } => reply(ReplyError::GeneralFailure).to_vec(),
@@ -190,8 +208,7 @@ impl Socks5 {
 
 fn as_target(address: TargetAddr) -> Result<Target, Refusal> {
     let (host, port) = address.into_string_and_port();
-    let refused =
-        |error| Refusal::Target { target: format!("{host}:{port}").chars().take(100).collect(), error };
+    let refused = |error| Refusal::Target { target: excerpt(&format!("{host}:{port}")), error };
     if port == 0 {
         return Err(refused(InvalidTarget::Port));
     }

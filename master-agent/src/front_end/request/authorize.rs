@@ -3,36 +3,46 @@
 //! kube-apiserver authorizes the requests that it answers itself. Requests that the front end answers are authorized
 //! here, and so is every impersonation, since kube-apiserver does not learn of it.
 
-use std::sync::Arc;
-
-use access::{authn::Validity, authz::Verdict, request_info::RequestInfo, user::User};
+use access::{authn::Validity, authz::Verdict};
 
 use super::{
-    join_token::{JOIN_TOKEN, NODE_NAME},
+    call_home::{limited_as, reject_other_node},
+    join_token::JOIN_TOKEN,
     rejection::Rejection,
-    stages::{Authorized, CallHomeRequest, Handler, Reserved, Resolved},
+    stages::{Authorized, Handler, Reserved, Resolved},
 };
-use crate::{
-    front_end::{connection::Connection, recorder::Recorder},
-    tunnels::call_home::Purpose,
-};
+use crate::front_end::{connection::Connection, recorder::Recorder};
 
 pub(super) async fn authorize(
     connection: &Connection,
     request: Reserved,
     record: &mut Recorder,
 ) -> Result<(Handler, Authorized), Rejection> {
-    let Reserved { request, seat } = request;
+    let Reserved { request, mut seat } = request;
     let may_last = request.may_last();
     let Resolved { head, body, mut caller, info, hop, handler, long_running } = request;
     let (authenticated, validity) = (caller.user.clone(), std::mem::take(&mut caller.validity));
-    let joins = caller.authenticator == JOIN_TOKEN;
     let user = match &handler {
-        Handler::CallHome(_) if joins => {
+        Handler::CallHome(_) if caller.authenticator == JOIN_TOKEN => {
             record.decided(&joining());
+            // A token is for one host, whatever name its holder gives.
+            seat = connection
+                .front_end
+                .limits
+                .upgraded(seat, &authenticated.name)
+                .map_err(Rejection::TooMany)?;
             caller.user
         }
-        Handler::CallHome(_) | Handler::ProxyUrl(_) | Handler::Page(_) => {
+        Handler::CallHome(call_home) => {
+            let authorized = connection.authorize(&head, caller, &info, true, record).await;
+            let user = authorized.map_err(Rejection::NotAuthorized)?;
+            // The caller may impersonate a node.
+            reject_other_node(connection, call_home, &user, &info, record)?;
+            let name = limited_as(&authenticated, &info);
+            seat = connection.front_end.limits.upgraded(seat, &name).map_err(Rejection::TooMany)?;
+            user
+        }
+        Handler::ProxyUrl(_) | Handler::Page(_) => {
             let authorized = connection.authorize(&head, caller, &info, true, record).await;
             authorized.map_err(Rejection::NotAuthorized)?
         }
@@ -41,11 +51,6 @@ pub(super) async fn authorize(
             authorized.map_err(Rejection::NotAuthorized)?
         }
     };
-    if let Handler::CallHome(call_home) = &handler
-        && !(joins && call_home.purpose == Purpose::Join(None))
-    {
-        reject_other_node(call_home, &user, &info, record)?;
-    }
     record.allowed();
     let validity = if may_last { validity } else { Validity::default() };
     let request =
@@ -56,52 +61,4 @@ pub(super) async fn authorize(
 /// Returns the verdict for a caller with a join token, which always allows joining.
 fn joining() -> Verdict {
     Verdict { allowed: true, authorizer: Some(JOIN_TOKEN), rule: "joining".to_owned(), reason: String::new() }
-}
-
-/// Rejects a call home whose credential belongs to another node than the one that the call names.
-fn reject_other_node(
-    call_home: &CallHomeRequest,
-    user: &Arc<User>,
-    info: &RequestInfo,
-    record: &mut Recorder,
-) -> Result<(), Rejection> {
-    let Some(node) = node_of(user).filter(|node| *node != info.name) else { return Ok(()) };
-    let reason = format!("a credential of node {node:?} can't call home as {:?}", info.name);
-    tracing::warn!(peer = %call_home.peer, user = user.name, reason, "refused a call home");
-    call_home.services.links.count_other_node(call_home.purpose.node(), &reason);
-    record.decided(&Verdict {
-        allowed: false,
-        authorizer: Some("call-home"),
-        rule: "not-its-own".to_owned(),
-        reason: reason.clone(),
-    });
-    Err(Rejection::Forbidden(reason))
-}
-
-/// Returns the node to which a credential belongs, if it belongs to one.
-fn node_of(user: &User) -> Option<&str> {
-    user.node().or_else(|| user.extra.get(NODE_NAME)?.first().map(String::as_str))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_node_of_a_credential() {
-        let user = |name: &str, groups: &[&str], node: Option<&str>| User {
-            name: name.to_owned(),
-            groups: groups.iter().map(|g| (*g).to_owned()).collect(),
-            extra: node.map(|n| (NODE_NAME.to_owned(), vec![n.to_owned()])).into_iter().collect(),
-            ..User::default()
-        };
-        for (user, node) in [
-            (user("system:node:n1", &["system:nodes"], None), Some("n1")),
-            (user("system:node:n1", &[], None), None),
-            (user("system:serviceaccount:a:b", &["system:serviceaccounts"], Some("n2")), Some("n2")),
-            (user("system:bootstrap:abcdef", &["system:bootstrappers"], None), None),
-        ] {
-            assert_eq!(node_of(&user), node, "{user:?}");
-        }
-    }
 }

@@ -90,16 +90,19 @@ fn unrecognized(
     let Connection { front_end, peer, .. } = connection;
     let limited = match why.not_tried() {
         Some(after) => Some(too_many(after)),
-        None if why.is_unavailable() => {
+        None if why.is_only_unavailable() => {
             attempt.forgive();
-            tracing::debug!(%peer, reason = %why, "a credential can't be checked");
-            return Rejection::CredentialUnchecked("credential");
+            None
         }
         None => attempt.fail().err().map(StatusError::from),
     };
     if let Some(limited) = limited {
         front_end.limits.count("failures_per_address");
         return Rejection::TooMany(limited);
+    }
+    if why.is_unavailable() {
+        tracing::debug!(%peer, reason = %why, "a credential can't be checked");
+        return Rejection::CredentialUnchecked("credential");
     }
     tracing::info!(%peer, reason = %why, "caller not recognized");
     Rejection::Unauthenticated

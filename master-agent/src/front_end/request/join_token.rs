@@ -8,7 +8,7 @@ use access::{
     user::User,
 };
 use hyper::http::request::Parts;
-use proto::join::JoinToken;
+use proto::join::Admission;
 
 use super::rejection::Rejection;
 use crate::{
@@ -32,12 +32,12 @@ pub(super) async fn identify(
     };
     // The authenticators report the fault of a malformed credential.
     let Ok(presented) = Presented::of(head, &connection.certificates) else { return Ok(None) };
-    let token = presented.bearer.as_ref().map(|token| JoinToken::parse(token.expose()));
-    let Some(Ok(token)) = token else { return Ok(None) };
+    let admission = presented.bearer.as_ref().map(|bearer| Admission::parse(bearer.expose()));
+    let Some(Ok(admission)) = admission else { return Ok(None) };
     let attempt = connection.front_end.limits.attempt(&connection.peer);
     attempt.pass().map_err(|after| Rejection::TooMany(too_many(after)))?;
-    let id = token.id.clone();
-    match services.join_tokens.check(token).await {
+    let id = admission.id.clone();
+    match services.join_tokens.check(admission).await {
         Ok(bound) => {
             attempt.forgive();
             let mut user = User { name: format!("master-agent:join-token:{id}"), ..User::default() };

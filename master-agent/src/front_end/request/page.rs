@@ -15,10 +15,11 @@ pub(super) async fn answer(
     request: Authorized,
     record: &Recorder,
 ) -> Handled {
-    let Authorized { head, body, info, seat, user, validity, .. } = request;
+    let Authorized { head, body, info, seat, caller, user, validity, .. } = request;
     let limits = connection.front_end.body_limits();
     let body = RequestBody::new(body, limits, record.received_bytes.clone());
     let origin = record.origin(&user);
-    let response = page.answer(info.path.clone(), Request::from_parts(head, body), origin).await;
+    let (path, request) = (info.path.clone(), Request::from_parts(head, body));
+    let response = page.answer(path, request, caller.name.clone(), origin).await;
     Handled::response(response.map(Content::Page), seat, validity)
 }

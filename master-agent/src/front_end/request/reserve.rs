@@ -1,6 +1,7 @@
 //! Phase 4: reserves room for the request's audit record, and waits for one of its user's seats.
 
 use super::{
+    call_home::{limited_as, node_of},
     rejection::Rejection,
     stages::{Handler, Reserved, Resolved},
 };
@@ -18,14 +19,15 @@ pub(super) async fn reserve(
         limits.count("audit");
         return Err(Rejection::NotRecorded);
     }
-    let user = &request.caller.user.name;
+    let user = &request.caller.user;
     let seat = match &request.handler {
-        // Many nodes may share one user, and each of them has limits of its own.
-        Handler::CallHome(_) => {
-            limits.admit(&format!("{user} calling home as {}", request.info.name), true).await
+        Handler::CallHome(_) if node_of(user).is_some() => {
+            limits.admit(&limited_as(user, &request.info), true).await
         }
+        // The node's name may be an invention. Until it is authorized, the call counts as a short request of its user.
+        Handler::CallHome(_) => limits.admit(&user.name, false).await,
         Handler::ProxyUrl(_) | Handler::Page(_) | Handler::Upstream => {
-            limits.admit(user, request.long_running).await
+            limits.admit(&user.name, request.long_running).await
         }
     };
     Ok(Reserved { seat: seat.map_err(Rejection::TooMany)?, request })

@@ -6,11 +6,12 @@ use access::{
     peer::Peer,
     request_info::{OWN_GROUP, RequestInfo},
 };
-use hyper::Version;
+use hyper::{Version, body::Body};
 use percent_encoding::percent_decode_str;
-use proto::{NodeName, call_home::UNNAMED};
+use proto::{NodeName, call_home::UNNAMED, name::InvalidNodeName};
 
 use super::{
+    call_home,
     rejection::Rejection,
     stages::{CallHomeRequest, Handler, Identified, Resolved},
 };
@@ -35,6 +36,15 @@ pub(super) fn resolve(
     // A stolen credential must be rejected before it takes a seat of the node that it was stolen from.
     connection.reject_credential_of_other_node(&caller, record).map_err(Rejection::NotAuthorized)?;
     let handler = handler(connection, &info)?;
+    if let Handler::CallHome(call_home) = &handler {
+        if !call_home::asks_for_link(&head) || info.verb != "create" {
+            return Err(Rejection::NoLinkRequested);
+        }
+        if !body.is_end_stream() {
+            return Err(Rejection::CallHomeWithBody);
+        }
+        call_home::reject_caller_of_other_node(connection, call_home, &caller, &info, record)?;
+    }
     let long_running = is_long_running(&info, query)
         || match &handler {
             Handler::CallHome(_) => true,
@@ -61,20 +71,26 @@ fn handler(connection: &Connection, info: &RequestInfo) -> Result<Handler, Rejec
 /// Returns the call home that the request makes, if it makes one and the front end takes such calls.
 fn call_home(connection: &Connection, info: &RequestInfo) -> Result<Option<CallHomeRequest>, Rejection> {
     let Some(services) = connection.front_end.call_home() else { return Ok(None) };
-    let kind = (info.group.as_str(), info.version.as_str(), info.resource.as_str());
-    if kind != (OWN_GROUP, "v1", "nodes") || !info.tail.is_empty() {
-        return Ok(None);
-    }
-    let purpose = match info.subresource.as_str() {
-        "link" => Purpose::Link(info.name.parse::<NodeName>()?),
-        "join" if info.name == UNNAMED => Purpose::Join(None),
-        "join" => Purpose::Join(Some(info.name.parse::<NodeName>()?)),
-        _ => return Ok(None),
-    };
+    let Some(purpose) = purpose(info)? else { return Ok(None) };
     match connection.peer {
         Peer::Address(peer) => Ok(Some(CallHomeRequest { services: services.clone(), peer, purpose })),
         Peer::Node { .. } | Peer::Local(_) => Err(Rejection::CallHomeElsewhere),
     }
+}
+
+/// Returns the purpose of a request to the paths for calls home.
+fn purpose(info: &RequestInfo) -> Result<Option<Purpose>, InvalidNodeName> {
+    let kind = (info.group.as_str(), info.version.as_str(), info.resource.as_str());
+    // Nodes are in no namespace, and the rights of one must not suffice for a call home.
+    if kind != (OWN_GROUP, "v1", "nodes") || !info.namespace.is_empty() || !info.tail.is_empty() {
+        return Ok(None);
+    }
+    Ok(match info.subresource.as_str() {
+        "link" => Some(Purpose::Link(info.name.parse::<NodeName>()?)),
+        "join" if info.name == UNNAMED => Some(Purpose::Join(None)),
+        "join" => Some(Purpose::Join(Some(info.name.parse::<NodeName>()?))),
+        _ => None,
+    })
 }
 
 /// Whether a request is for the proxy URL of a node, pod or service.
@@ -126,6 +142,25 @@ mod tests {
         ] {
             assert_eq!(is_long_running(&info(path, query), query), long_running, "{path} {query:?}");
         }
+    }
+
+    #[test]
+    fn calls_home_are_for_nodes_in_no_namespace() {
+        let n1: NodeName = "n1".parse().unwrap();
+        for (path, purpose) in [
+            ("/apis/master-agent/v1/nodes/n1/link", Some(Purpose::Link(n1.clone()))),
+            ("/apis/master-agent/v1/nodes/n1/join", Some(Purpose::Join(Some(n1)))),
+            ("/apis/master-agent/v1/nodes/-/join", Some(Purpose::Join(None))),
+            ("/apis/master-agent/v1/namespaces/a/nodes/n1/link", None),
+            ("/apis/master-agent/v1/namespaces/a/nodes/n1/join", None),
+            ("/apis/master-agent/v1/nodes/n1/link/more", None),
+            ("/apis/master-agent/v1/nodes/n1/status", None),
+            ("/apis/master-agent/v2/nodes/n1/link", None),
+            ("/api/v1/nodes/n1/link", None),
+        ] {
+            assert_eq!(super::purpose(&info(path, None)).unwrap(), purpose, "{path}");
+        }
+        assert!(super::purpose(&info("/apis/master-agent/v1/nodes/-/link", None)).is_err());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::{
     path::PathBuf,
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use access::{authn::Certificates, peer::Peer};
@@ -12,19 +12,23 @@ use futures_util::future::BoxFuture;
 use http_body_util::Full;
 use hyper::{HeaderMap, Request, Response, body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioIo;
-use proto::{NodeName, join::JoinToken};
+use proto::{NodeName, join::Admission};
 use proto_config::{Source, parse};
 use proto_net::{
     admin::{self, respond},
     dialer::Origin,
     tasks::Tasks,
+    tls::ClientTls,
 };
+use rustls::pki_types::ServerName;
 use serde_json::Value;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
     sync::mpsc,
+    task::JoinHandle,
 };
+use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -36,7 +40,9 @@ use crate::{
         connection::Connection,
         page::Page,
         server::{Dependencies, FrontEnd},
+        tunnels::carry,
         upstream::RequestBody,
+        workers,
     },
     identity::store::TokenError,
     stream::metrics::StreamMetrics,
@@ -71,6 +77,11 @@ impl Drop for World {
 impl World {
     /// Starts a front end with these additional lines in its configuration.
     async fn new(lines: &str) -> Self {
+        Self::with("[{token_file: tokens.csv}]", lines).await
+    }
+
+    /// Starts a front end with these authenticators and additional lines.
+    async fn with(authentication: &str, lines: &str) -> Self {
         let (dir, tasks) =
             (std::env::temp_dir().join(format!("pipeline-{:016x}", rand::random::<u64>())), Tasks::new());
         std::fs::create_dir(&dir).unwrap();
@@ -79,6 +90,7 @@ impl World {
             ("tls.crt", certificate.cert.pem()),
             ("tls.key", certificate.signing_key.serialize_pem()),
             ("tokens.csv", TOKENS.to_owned()),
+            ("bootstrap.csv", "abcdef.0123456789abcdef\n".to_owned()),
         ] {
             proto_config::secret_file::replace(&dir.join(name), content.as_bytes()).unwrap();
         }
@@ -87,7 +99,7 @@ impl World {
         let server = listener.local_addr().unwrap();
         tasks.spawn(kube_apiserver(listener, upstream.clone(), tasks.clone()));
         let text = format!(
-            "certificates: [{{cert: tls.crt, key: tls.key}}]\nauthentication: [{{token_file: tokens.csv}}]\n\
+            "certificates: [{{cert: tls.crt, key: tls.key}}]\nauthentication: {authentication}\n\
              authorization: [{{paths: {{rules: [{{name: all, groups: ['system:authenticated'], paths: ['/*'], effect: allow}}]}}}}]\n\
              upstream: {{servers: ['http://{server}']}}\nserve_page: true\n{lines}\n"
         );
@@ -113,13 +125,18 @@ impl World {
 
     /// Opens a connection whose caller has presented no certificate.
     fn connect(&self) -> DuplexStream {
+        self.serve().0
+    }
+
+    /// Does the same, and also returns the task that serves the connection.
+    fn serve(&self) -> (DuplexStream, JoinHandle<Option<()>>) {
         let peer = Peer::Address("192.0.2.1:5000".parse().unwrap());
         let admission = self.front_end.admit(&peer).unwrap();
         let certificates = Certificates::default();
         let connection = Connection::over_tls(self.front_end.clone(), peer, certificates, admission);
         let (near, far) = duplex(1024);
-        self.tasks.spawn(Arc::new(connection).serve_http1(far));
-        near
+        let served = self.tasks.spawn(Arc::new(connection).serve_http1(far));
+        (near, served)
     }
 
     /// Makes one request on a connection of its own, and reads the whole answer.
@@ -146,6 +163,18 @@ async fn exchange(socket: &mut DuplexStream, request: &str) -> String {
     let mut answer = Vec::new();
     socket.read_to_end(&mut answer).await.unwrap();
     String::from_utf8_lossy(&answer).into_owned()
+}
+
+/// Calls home at a path below that of all nodes, and reads the head of the answer.
+async fn call_home(socket: &mut DuplexStream, path: &str, credential: &str) -> String {
+    let path = format!("/apis/master-agent/v1/nodes/{path}");
+    let request = format!("POST {path} HTTP/1.1\r\nHost: localhost\r\n{LINK}{credential}\r\n");
+    socket.write_all(request.as_bytes()).await.unwrap();
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(socket.read_u8().await.unwrap());
+    }
+    String::from_utf8(head).unwrap()
 }
 
 fn status(answer: &str) -> &str {
@@ -179,10 +208,11 @@ struct Home {
 }
 
 impl CheckJoinTokens for Home {
-    fn check(&self, token: JoinToken) -> BoxFuture<'static, Result<Option<NodeName>, TokenError>> {
-        let bound: Result<Option<NodeName>, _> = match token.id == JOIN_TOKEN_ID {
-            true => Ok(Some("n1".parse().unwrap())),
-            false => Err(TokenError::Unknown),
+    fn check(&self, admission: Admission) -> BoxFuture<'static, Result<Option<NodeName>, TokenError>> {
+        let bound: Result<Option<NodeName>, _> = match admission.id.as_str() {
+            JOIN_TOKEN_ID => Ok(Some("n1".parse().unwrap())),
+            UNBOUND_JOIN_TOKEN_ID => Ok(None),
+            _ => Err(TokenError::Unknown),
         };
         Box::pin(std::future::ready(bound))
     }
@@ -202,7 +232,9 @@ impl ServeLinks for Home {
     }
 }
 
+/// The id of a token that is bound to n1.
 const JOIN_TOKEN_ID: &str = "abcdefghijkl";
+const UNBOUND_JOIN_TOKEN_ID: &str = "mnopqrstuvwx";
 
 fn join_token(id: &str) -> String {
     format!("Authorization: Bearer mat1.{id}.{}\r\n", "s".repeat(43))
@@ -223,9 +255,11 @@ impl Page for Greeting {
         self: Arc<Self>,
         _: String,
         _: Request<RequestBody>,
+        _: String,
         origin: Origin,
     ) -> BoxFuture<'static, Response<admin::Body>> {
-        let answer = respond((hyper::StatusCode::OK, "text/plain", format!("hello, {}", origin.0)));
+        let text = format!("hello, {}, served by thread {}", origin.0, workers::current());
+        let answer = respond((hyper::StatusCode::OK, "text/plain", text));
         Box::pin(std::future::ready(answer))
     }
 }
@@ -348,14 +382,7 @@ async fn a_call_home_becomes_a_link_of_the_credentials_own_node() {
         ("join", joining.as_str(), Purpose::Join(Some(node))),
     ] {
         let mut socket = world.connect();
-        let path = format!("/apis/master-agent/v1/nodes/n1/{subresource}");
-        let request = format!("POST {path} HTTP/1.1\r\nHost: localhost\r\n{LINK}{credential}\r\n");
-        socket.write_all(request.as_bytes()).await.unwrap();
-        let mut head = Vec::new();
-        while !head.ends_with(b"\r\n\r\n") {
-            head.push(socket.read_u8().await.unwrap());
-        }
-        let head = String::from_utf8(head).unwrap();
+        let head = call_home(&mut socket, &format!("n1/{subresource}"), credential).await;
         assert_eq!(status(&head), "101", "{head}");
         socket.write_u8(7).await.unwrap();
         assert_eq!(world.calls.recv().await, Some((purpose, 7)));
@@ -371,6 +398,9 @@ async fn a_call_home_that_is_not_as_it_should_be_is_rejected() {
     for (line, headers, code) in [
         (path("n1/link"), N1.to_owned(), "400"),
         (path("N1/link"), format!("{LINK}{N1}"), "400"),
+        (path("n1/link").replace("POST", "GET"), format!("{LINK}{N1}"), "400"),
+        (path("n1/link").replace("POST", "PUT"), format!("{LINK}{N1}"), "400"),
+        (path("n1/link").replace("/nodes", "/watch/nodes"), format!("{LINK}{N1}"), "400"),
         (path("n2/link"), format!("{LINK}{N1}"), "403"),
         (path("n2/join"), format!("{LINK}{known}"), "403"),
         (path("n1/link"), format!("{LINK}{known}"), "401"),
@@ -388,4 +418,121 @@ async fn a_call_home_that_is_not_as_it_should_be_is_rejected() {
     let counted = std::mem::take(&mut *world.home.other_node.lock().unwrap());
     assert_eq!(counted, [Some(other.clone()), Some(other)]);
     assert!(world.calls.try_recv().is_err() && world.upstream_requests().is_empty());
+}
+
+#[tokio::test]
+async fn a_request_for_a_node_in_a_namespace_is_no_call_home() {
+    let mut world = World::new("audit: {file: audit.log}").await;
+    let paths =
+        ["link", "join"].map(|last| format!("/apis/master-agent/v1/namespaces/team-x/nodes/n1/{last}"));
+    for path in &paths {
+        let mut socket = world.connect();
+        let head = format!("POST {path} HTTP/1.1\r\nHost: localhost\r\n{LINK}{N1}Content-Length: 0\r\n\r\n");
+        socket.write_all(head.as_bytes()).await.unwrap();
+        let mut begin = [0; 12];
+        socket.read_exact(&mut begin).await.unwrap();
+        assert_eq!(&begin, b"HTTP/1.1 200", "kube-apiserver answers {path}");
+    }
+    assert_eq!(world.upstream_requests(), paths);
+    assert!(world.calls.try_recv().is_err());
+}
+
+#[tokio::test]
+async fn who_invents_nodes_meets_the_limits_of_their_own_user() {
+    const CALLS: usize = 20;
+    let mut world = World::new("audit: {file: audit.log}\nlimits: {requests_per_second_per_user: 1}").await;
+    let (began, mut links) = (Instant::now(), Vec::new());
+    for i in 0..CALLS {
+        let (mut socket, served) = world.serve();
+        let head = call_home(&mut socket, &format!("invented-{i}/link"), JANE).await;
+        if status(&head) == "101" {
+            links.push(socket);
+            continue;
+        }
+        assert_eq!(status(&head), "429", "{head}");
+        assert!(head.to_lowercase().contains("retry-after: 1\r\n"), "{head}");
+        // The record is written once the connection has ended.
+        drop(socket);
+        served.await.unwrap();
+    }
+    // Two requests are allowed at once, and then one in a second.
+    assert!(links.len() as u64 <= 2 + began.elapsed().as_secs(), "{} links", links.len());
+    let lines = world.audited().await;
+    let limited: Vec<_> = lines.iter().filter(|line| line["code"] == 429).collect();
+    assert_eq!(limited.len(), CALLS - links.len());
+    for line in limited {
+        assert_eq!((&line["decision"], &line["authorizer"]), (&"limited".into(), &Value::Null), "{line}");
+    }
+}
+
+#[tokio::test]
+async fn nodes_that_share_a_user_have_seats_of_their_own() {
+    let limits = "limits: {max_in_flight_per_user: 1, long_running_per_user: 1}";
+    let world = World::new(&format!("audit: {{file: audit.log}}\n{limits}")).await;
+    let mut open = Vec::new();
+    for (node, code) in [("n5", "101"), ("n6", "101"), ("n5", "429"), ("n7", "101")] {
+        let mut socket = world.connect();
+        let head = call_home(&mut socket, &format!("{node}/link"), JANE).await;
+        assert_eq!(status(&head), code, "{node}: {head}");
+        open.push(socket);
+    }
+    assert_eq!(world.front_end.load_now().in_flight, 0, "links take no seats of short requests");
+    // A join token is for one host, whatever names its holder gives.
+    let token = join_token(UNBOUND_JOIN_TOKEN_ID);
+    for (path, code) in [("n8/join", "101"), ("n9/join", "429")] {
+        let mut socket = world.connect();
+        let head = call_home(&mut socket, path, &token).await;
+        assert_eq!(status(&head), code, "{path}: {head}");
+        open.push(socket);
+    }
+}
+
+#[tokio::test]
+async fn a_wrong_credential_counts_as_a_failure_although_another_server_is_away() {
+    // Nothing listens there.
+    let webhook = "{webhook: {url: 'https://127.0.0.1:1/', ca: tls.crt}}";
+    let chain = format!("[{{bootstrap_tokens: {{file: bootstrap.csv}}}}, {webhook}]");
+    let lines = "audit: {file: audit.log}\nlimits: {failures_per_second_per_address: 1}";
+    let world = World::with(&chain, lines).await;
+    for i in 0..5 {
+        let answer = world.ask("GET /api/v1/pods", &format!("Authorization: Bearer opaque-{i}\r\n")).await;
+        assert_eq!(status(&answer), "503", "only the webhook may know it: {answer}");
+    }
+    let mut limited = 0;
+    for i in 0..30 {
+        let guess = format!("Authorization: Bearer abcdef.{i:016}\r\n");
+        match status(&world.ask("GET /api/v1/pods", &guess).await) {
+            "503" => {}
+            "429" => limited += 1,
+            other => panic!("{other}"),
+        }
+    }
+    assert!(limited > 0, "guesses are counted while the webhook is away");
+}
+
+#[tokio::test]
+async fn who_comes_through_a_tunnel_is_served_by_a_worker_thread() {
+    let world = World::new("audit: {file: audit.log}").await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let caller = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    let (stream, _) = listener.accept().await.unwrap();
+    let peer = Peer::Node { name: "n1".parse().unwrap(), address: None };
+    let admission = world.front_end.admit(&peer).unwrap();
+    let front_end = world.front_end.clone();
+    let carried =
+        world.tasks.spawn(async move { carry(&front_end, &peer, stream.into(), "a pod", admission).await });
+    let trust = ClientTls { ca: Some(world.dir.join("tls.crt")), identity: None };
+    let tls = TlsConnector::from(Arc::new(trust.config().unwrap()));
+    let mut caller = tls.connect(ServerName::try_from("localhost").unwrap(), caller).await.unwrap();
+    let request = format!("GET /agent/page/ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{JANE}\r\n");
+    caller.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    caller.read_to_string(&mut answer).await.unwrap();
+    assert!(status(&answer) == "200" && answer.contains("of \"jane\" from node n1"), "{answer}");
+    let thread = answer.trim_end().rsplit(' ').next().unwrap();
+    assert!((1..=workers::count()).contains(&thread.parse().unwrap()), "{answer}");
+    // The stream and the connection end together.
+    drop(caller);
+    assert_eq!(carried.await.unwrap(), Some(()));
+    assert_eq!(world.front_end.load_now().connections, 0);
 }

@@ -359,8 +359,12 @@
     $('#refusals .none').hidden = refusals.length > 0;
   }
 
+  let explaining = 0;
+
   async function explain(event) {
     event.preventDefault();
+    // The answer to an earlier question may arrive after that to a later one.
+    const turn = ++explaining;
     const place = $('#explained');
     place.replaceChildren(element('p', { text: 'Dialling …' }));
     let lines;
@@ -379,9 +383,10 @@
         ['Dial', milliseconds(said.dial_microseconds)],
       ];
     } catch (error) {
-      place.replaceChildren(element('p', { class: 'error', text: error.message }));
+      if (turn === explaining) place.replaceChildren(element('p', { class: 'error', text: error.message }));
       return;
     }
+    if (turn !== explaining) return;
     place.replaceChildren(element('dl', {}, ...lines.flatMap(([term, text]) => [element('dt', { text: term }), element('dd', { text })])));
   }
 

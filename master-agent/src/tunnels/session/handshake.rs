@@ -94,12 +94,13 @@ impl SshClient {
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let Credentials { verify, login, user, permit } = credentials;
-        let cut = CancellationToken::new();
+        let tasks = tasks.child();
+        // The link ends with the group, whoever still holds the session.
+        let cut = tasks.child_token();
         // A failure or a drop of this future must also end the task in which russh runs the session.
         let cut_on_drop = cut.clone().drop_guard();
         let received = permit.map(|permit| permit.received.clone()).unwrap_or_default();
         let (link, gate) = Link::new(link, cut.clone(), received.clone());
-        let tasks = tasks.child();
         let channels = Channels::new(gate.clone(), tasks.clone(), STALL_TIMEOUT, self.stalls.up.clone());
         let state = Arc::<SessionState>::default();
         let handler = ClientHandler {

@@ -1,6 +1,7 @@
 //! A node whose links are in memory, and the SSH client at the other end of one.
 
 use std::{
+    net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -16,7 +17,7 @@ use proto::{
 use proto_net::{
     clock::Clock,
     gate::Gate,
-    handshake::HandshakePermit,
+    handshake::{HandshakePermit, HandshakePermits},
     link::Link,
     log_throttle::LogThrottle,
     mux::{Events, Feeder, Mux},
@@ -26,14 +27,14 @@ use proto_net::{
     tasks::Tasks,
 };
 use russh::{
-    ChannelId, ChannelMsg,
+    Channel, ChannelId, ChannelMsg,
     client::{self, DisconnectReason, Handle},
     keys::{Certificate, PrivateKey, PublicKeyOrCertificate},
 };
 use tokio::{
     io::DuplexStream,
     net::TcpListener,
-    sync::{Semaphore, mpsc, oneshot, watch},
+    sync::{mpsc, oneshot, watch},
     task::JoinHandle,
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -52,9 +53,11 @@ use crate::{
     policy::Scope,
     revocation::Revocations,
     session::{
+        bounds::Bounds,
         config::LimitsConfig,
         error::SessionError,
-        serve::{Authenticated, SessionServer},
+        masters::ConnectedMasters,
+        serve::{Authenticated, Direction, SessionServer},
         services::SessionServices,
         streams::StreamServer,
     },
@@ -68,6 +71,7 @@ pub(super) const MAX_STREAMS: usize = 3;
 pub(super) const MAX_PEOPLE: usize = 2;
 pub(super) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) const SHUTDOWN_GRACE: Duration = Duration::from_secs(30);
+pub(super) const MAX_CLOSED_FIRST: usize = 2;
 
 /// A node that allows every port of 127.0.0.1 but port 1.
 pub(super) struct TestNode {
@@ -77,6 +81,8 @@ pub(super) struct TestNode {
     pub(super) identity: CurrentIdentity,
     pub(super) installer: Option<Installer>,
     pub(super) front_ends: Arc<FrontEnds>,
+    pub(super) revocations: Arc<Revocations>,
+    pub(super) streams: Arc<StreamServer>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) shutdown: Shutdown,
     pub(super) tasks: Tasks,
@@ -98,16 +104,20 @@ impl TestNode {
         let (renewals, installer) = renewal::queue(identity.clone(), metrics.clone(), |_| {});
         let front_ends =
             LocalEndpointConfig { tcp: None, unix: None, max_connections: 10, wait: Duration::from_secs(5) };
-        let front_ends = Arc::new(FrontEnds::new(&front_ends));
+        let front_ends = Arc::new(FrontEnds::new(&front_ends, shutdown.draining.clone()));
+        let streams = Arc::new(streams(&metrics, &shutdown));
         let services = SessionServices {
             identity: identity.clone(),
             trust: Trust::new(cas, revocations.clone(), Vec::new()),
             renewals,
-            revocations,
-            streams: Arc::new(streams(&metrics, &shutdown)),
+            revocations: revocations.clone(),
+            streams: streams.clone(),
             front_ends: Some(front_ends.clone()),
             limits: limits(),
-            people: Arc::new(Semaphore::new(MAX_PEOPLE)),
+            bounds_of_masters: Bounds::of_masters(&limits()),
+            bounds_of_people: Bounds::of_people(&limits()),
+            connected_masters: ConnectedMasters::default(),
+            max_closed_first: MAX_CLOSED_FIRST,
             log_throttle: LogThrottle::default(),
             shutdown_grace: SHUTDOWN_GRACE,
             metrics: metrics.clone(),
@@ -124,6 +134,8 @@ impl TestNode {
             identity,
             installer,
             front_ends,
+            revocations,
+            streams,
             metrics,
             shutdown,
             server,
@@ -131,25 +143,50 @@ impl TestNode {
         }
     }
 
-    /// Begins a session on a new link.
+    /// Begins a session on a new link that a peer has dialled.
     pub(super) fn accept(&self, permit: Option<HandshakePermit>) -> ServedLink {
+        let permit = permit.unwrap_or_else(|| HandshakePermits::new(1).take(IpAddr::from([10, 0, 0, 1])));
+        self.serve(Direction::Dialled(permit))
+    }
+
+    /// Begins a session on a link with which this node has called a master.
+    pub(super) fn call_home(&self) -> ServedLink {
+        self.serve(Direction::CallHome)
+    }
+
+    fn serve(&self, direction: Direction) -> ServedLink {
         let (near, far) = tokio::io::duplex(256 * 1024);
         let (authenticated, proof) = oneshot::channel();
-        let served = self.tasks.spawn(self.server.clone().serve(near, None, permit, authenticated));
+        let served = self.tasks.spawn(self.server.clone().serve(near, None, direction, authenticated));
         ServedLink { link: far, served, proof }
     }
 
     /// Connects with a certificate of the trusted CA that names `login`.
     pub(super) async fn connect(&self, login: &str) -> Peer {
-        let key = new_key();
+        self.connect_with(login, new_key(), VALID).await
+    }
+
+    /// Connects with a key, and with a certificate that is valid for this time.
+    pub(super) async fn connect_with(&self, login: &str, key: PrivateKey, valid: Duration) -> Peer {
+        self.answer(self.accept(None), login, key, valid).await
+    }
+
+    /// Authenticates on a link.
+    pub(super) async fn answer(
+        &self,
+        link: ServedLink,
+        login: &str,
+        key: PrivateKey,
+        valid: Duration,
+    ) -> Peer {
         let certificate = CertificateSpec {
             key_id: login,
             principals: &[login],
-            valid: valid_for(VALID),
+            valid: valid_for(valid),
             ..CertificateSpec::user(&self.user_ca, key.public_key())
         }
         .sign();
-        let mut peer = Peer::on(self.accept(None)).await;
+        let mut peer = Peer::on(link).await;
         peer.authenticate(login, key, certificate).await;
         peer
     }
@@ -186,7 +223,7 @@ fn streams(metrics: &Arc<Metrics>, shutdown: &Shutdown) -> StreamServer {
         metrics: metrics.clone(),
         dial_timeout: Duration::from_secs(10),
         half_closed_timeout: Duration::from_secs(600),
-        draining: shutdown.draining.clone(),
+        shutdown: shutdown.clone(),
     }
 }
 
@@ -295,6 +332,22 @@ impl Peer {
                 if let Some(picked) = pick(frame) {
                     return picked;
                 }
+            }
+        }
+    }
+
+    /// Asks to bring a list of revoked certificates; `None` if the node refuses.
+    pub(super) async fn begin_exchange(&self) -> Option<Channel<client::Msg>> {
+        let mut channel = self.handle.channel_open_session().await.unwrap();
+        channel.request_subsystem(true, proto::revocation::SUBSYSTEM).await.unwrap();
+        loop {
+            let message = channel.wait().await.unwrap();
+            if matches!(message, ChannelMsg::Success) {
+                return Some(channel);
+            }
+            if matches!(message, ChannelMsg::Failure) {
+                channel.close().await.unwrap();
+                return None;
             }
         }
     }

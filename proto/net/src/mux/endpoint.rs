@@ -43,6 +43,8 @@ pub(super) struct Inner {
     pub(super) gate: Gate,
     pub(super) stalls: Stalls,
     answers: mpsc::UnboundedSender<Bytes>,
+    /// PINGs that the gate asks for.
+    pings: mpsc::UnboundedSender<PingId>,
     /// The number of queued answers. It is bounded where the peer causes them, and not here, since a RESET must never
     /// be lost.
     pub(super) waiting_answers: AtomicUsize,
@@ -67,7 +69,7 @@ pub(super) struct Streams {
 }
 
 impl Inner {
-    /// An end without streams, whose queued answers go to `answers`.
+    /// An end without streams, whose queued answers go to `answers`, and PINGs to `pings`.
     pub(super) fn new(
         initiator: bool,
         max_streams: usize,
@@ -75,12 +77,14 @@ impl Inner {
         stalls: Stalls,
         send: SendFrame,
         answers: mpsc::UnboundedSender<Bytes>,
+        pings: mpsc::UnboundedSender<PingId>,
     ) -> Self {
         Self {
             send,
             gate,
             stalls,
             answers,
+            pings,
             waiting_answers: AtomicUsize::new(0),
             initiator,
             streams: Mutex::default(),
@@ -198,13 +202,11 @@ impl Mux {
 
     pub(super) fn on_pong(&self, id: PingId) -> Result<(), ProtocolError> {
         let measured = self.0.round_trip.on_pong(id);
-        if !self.0.gate.on_pong(id) && !measured {
-            return Err(ProtocolError::Pong);
+        if measured && let Some(round_trip) = self.round_trip() {
+            self.0.gate.measure(round_trip, &self.0.pings);
         }
-        if let Some(id) = self.0.gate.mark_wanted(0) {
-            self.answer(&Frame::Ping(id));
-        }
-        Ok(())
+        let marked = self.0.gate.on_pong(id);
+        if measured || marked { Ok(()) } else { Err(ProtocolError::Pong) }
     }
 
     pub(super) fn on_opened(&self, stream: u32) -> Result<(), Violation> {
@@ -225,13 +227,14 @@ impl Mux {
         })
     }
 
-    /// Takes what a window grows by from the tunnel's budget.
+    /// Takes what a window grows by from the tunnel's budget. It is never more than half of what is left, so that one
+    /// stream leaves something for the others.
     pub(super) fn may_grow(&self, bytes: u32) -> bool {
         let bytes = i64::from(bytes);
-        let had = self.0.growth_left.fetch_sub(bytes, Ordering::Relaxed);
-        if had < bytes {
+        let enough = self.0.growth_left.fetch_sub(bytes, Ordering::Relaxed) / 2 >= bytes;
+        if !enough {
             self.0.growth_left.fetch_add(bytes, Ordering::Relaxed);
         }
-        had >= bytes
+        enough
     }
 }

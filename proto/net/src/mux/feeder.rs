@@ -6,9 +6,9 @@ use std::{
 };
 
 use bytes::Bytes;
-use proto::{
-    mux::frame::{self, Decoder, Frame},
-    refusal::printable,
+use proto::mux::{
+    flow::PingId,
+    frame::{self, Decoder, Frame},
 };
 use tokio::sync::mpsc;
 
@@ -59,12 +59,14 @@ impl Mux {
         send: SendFrame,
         tasks: &Tasks,
     ) -> (Self, Feeder, Events) {
-        gate.measure();
         let (answers, answer_queue) = mpsc::unbounded_channel();
+        let (pings, ping_queue) = mpsc::unbounded_channel();
+        let queues = Queues { answers: answer_queue, pings: ping_queue };
         let (incoming_tx, incoming) = mpsc::channel(max_streams.max(1));
         let (notices_tx, notices) = mpsc::channel(16);
-        let mux = Self(Arc::new(Inner::new(initiator, max_streams, gate, stalls, send, answers)));
-        tasks.spawn(housekeeping(Arc::downgrade(&mux.0), answer_queue));
+        let mux =
+            Self(Arc::new(Inner::new(initiator, max_streams, gate.clone(), stalls, send, answers, pings)));
+        tasks.spawn(housekeeping(Arc::downgrade(&mux.0), gate, queues));
         let feeder = Feeder {
             mux: mux.clone(),
             decoder: Decoder::default(),
@@ -114,7 +116,6 @@ impl Feeder {
                 Frame::Ping(id) => mux.answer(&Frame::Pong(id)),
                 Frame::Pong(id) => mux.on_pong(id)?,
                 Frame::GoAway { reason } => {
-                    let reason = printable(&reason);
                     mux.streams().going_away = Some(reason.clone());
                     let _ = notices.try_send(Notice::GoAway(reason));
                 }
@@ -137,13 +138,20 @@ impl Drop for Feeder {
     }
 }
 
-/// Sends queued answers, and a PING now and then, until the multiplexer is gone.
-async fn housekeeping(mux: Weak<Inner>, mut answers: mpsc::UnboundedReceiver<Bytes>) {
+/// What waits to be sent without a stream.
+struct Queues {
+    answers: mpsc::UnboundedReceiver<Bytes>,
+    pings: mpsc::UnboundedReceiver<PingId>,
+}
+
+/// Sends queued answers, the PINGs that measure the path, and a PING now and then, until the multiplexer is gone.
+async fn housekeeping(mux: Weak<Inner>, gate: Gate, mut queues: Queues) {
     let mut ping = tokio::time::interval(PING_INTERVAL);
     ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         let frame = tokio::select! {
-            answer = answers.recv() => {
+            Some(id) = queues.pings.recv() => frame::encode(&Frame::Ping(id)),
+            answer = queues.answers.recv() => {
                 let (Some(answer), Some(mux)) = (answer, mux.upgrade()) else { return };
                 mux.waiting_answers.fetch_sub(1, Ordering::Relaxed);
                 answer
@@ -151,10 +159,14 @@ async fn housekeeping(mux: Weak<Inner>, mut answers: mpsc::UnboundedReceiver<Byt
             _ = ping.tick() => {
                 let Some(mux) = mux.upgrade() else { return };
                 let Some(id) = mux.round_trip.next_ping() else { continue };
-                mux.gate.mark(id);
+                // Before the first answer, the peer may not even have agreed to take frames.
+                if mux.round_trip.is_measured() {
+                    gate.mark(id);
+                }
                 frame::encode(&Frame::Ping(id))
             }
         };
+        gate.settled().await;
         let Some(mux) = mux.upgrade() else { return };
         if !Mux(mux).send(frame).await {
             return;

@@ -129,9 +129,6 @@ impl Writer {
         let payload = buffer.len().saturating_sub(frame::HEADER);
         let Self { entry, turn, .. } = self;
         let (mux, gate) = (&entry.mux, &entry.mux.0.gate);
-        if let Some(id) = gate.mark_wanted(buffer.len()) {
-            mux.send(frame::encode(&Frame::Ping(id))).await;
-        }
         let reserved = gate.reserve(turn, buffer.len()).await;
         {
             let mut state = entry.shared.lock();
@@ -144,9 +141,6 @@ impl Writer {
             && mux.send(frame::finish_data(buffer, entry.id)).await
         {
             reserved.used();
-            if let Some(id) = gate.mark_due() {
-                mux.send(frame::encode(&Frame::Ping(id))).await;
-            }
             return Ok(());
         }
         Err(StreamError(mux.closed_reason()))

@@ -359,6 +359,35 @@ async fn a_peer_that_owes_an_answer_is_asked_nothing_more_and_comes_no_nearer() 
 }
 
 #[tokio::test]
+async fn a_peer_that_agrees_to_no_multiplexer_is_not_measured() {
+    let end = End::new(true);
+    let gate = &end.mux.0.gate;
+    let mut turn = gate.turn();
+    // Such as an sshd, whose channels share the link, and which answers no PING.
+    for _ in 0..1000 {
+        let room = tokio::time::timeout(Duration::from_secs(5), gate.reserve(&mut turn, 64 * 1024)).await;
+        room.expect("nothing waits for a PONG").unwrap().used();
+        gate.release(64 * 1024);
+    }
+}
+
+#[tokio::test]
+async fn answers_to_a_peer_that_does_not_read_wait() {
+    let mut end = End::new(true);
+    end.pinged().await;
+    end.mux.0.gate.set_backlog(16 * 1024 * 1024);
+    for _ in 0..100 {
+        end.feed(&Frame::Ping([0; 8])).unwrap();
+        tokio::task::yield_now().await;
+    }
+    assert!(end.sent.try_recv().is_err());
+    end.mux.0.gate.set_backlog(0);
+    for _ in 0..100 {
+        assert_eq!(end.sent.recv().await.unwrap(), frame::encode(&Frame::Pong([0; 8])));
+    }
+}
+
+#[tokio::test]
 async fn a_peer_that_asks_for_more_answers_than_it_takes_is_found_out() {
     let tasks = Tasks::new();
     let stuck: SendFrame = Box::new(|_| Box::pin(std::future::pending()));

@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -16,6 +16,7 @@ pub(super) struct RoundTrip {
     ping: Mutex<Option<(PingId, Instant)>>,
     /// Zero until measured.
     nanoseconds: AtomicU64,
+    measured: AtomicBool,
 }
 
 impl RoundTrip {
@@ -23,6 +24,11 @@ impl RoundTrip {
     pub(super) fn get(&self) -> Option<Duration> {
         let nanoseconds = self.nanoseconds.load(Ordering::Relaxed);
         (nanoseconds > 0).then(|| Duration::from_nanos(nanoseconds))
+    }
+
+    /// Whether the peer has ever answered.
+    pub(super) fn is_measured(&self) -> bool {
+        self.measured.load(Ordering::Relaxed)
     }
 
     /// The next PING to send. There is none while the one before is not answered, which then takes longer than what was
@@ -46,6 +52,7 @@ impl RoundTrip {
         // A shorter time is the better measurement; a longer one may be a busy moment, or a new path.
         let new = if old == 0 || sample < old { sample } else { old - old / 8 + sample / 8 };
         self.nanoseconds.store(new, Ordering::Relaxed);
+        self.measured.store(true, Ordering::Relaxed);
         true
     }
 

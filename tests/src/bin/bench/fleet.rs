@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use node_agent::{config::Config, identity::host::NodeIdentity};
+use proto_config::secret_file;
 use russh::keys::{HashAlg, PrivateKey};
 use tests::{
     client::http_get,
@@ -45,7 +46,7 @@ impl Fleet {
         let mut api = None;
         if kubernetes {
             let (port, file) = (free_port(), dir.path().join("kubeconfig"));
-            std::fs::write(&file, kubeconfig_for(port))?;
+            secret_file::replace(&file, kubeconfig_for(port).as_bytes())?;
             writeln!(master_config, "kubernetes: {{kubeconfig: {}}}", file.display())?;
             api = Some(start_api(port, size, dir.path())?);
         }

@@ -22,6 +22,7 @@ use master_agent::routing::{
     Routes,
     cluster::{Endpoint, EndpointSlice, Kind, Node, Object, Pod, Service, ServicePort},
 };
+use proto_config::secret_file;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde_json::{Value, json};
 use tests::{
@@ -181,7 +182,7 @@ pub async fn dials(rounds: usize, count: usize) -> anyhow::Result<[(&'static str
     let _api = start_api(api, LARGE, dir.path())?;
     target::serve(SocketAddr::from(([127, 0, 0, 1], target_port))).await?;
     let kubeconfig = dir.path().join("kubeconfig");
-    std::fs::write(&kubeconfig, kubeconfig_for(api))?;
+    secret_file::replace(&kubeconfig, kubeconfig_for(api).as_bytes())?;
     let cluster = Cluster::start(Options {
         nodes: vec![("n1".to_owned(), NodeKind::Dialled)],
         ports: vec![target_port],

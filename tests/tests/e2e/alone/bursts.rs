@@ -3,6 +3,7 @@
 
 use std::{net::SocketAddr, sync::Arc};
 
+use rustls::ClientConnection;
 use tests::{
     client::Door,
     cluster::{Cluster, Kind, Options},
@@ -15,12 +16,14 @@ use tests::{
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    net::{TcpSocket, TcpStream},
     task::JoinSet,
 };
 
 const CALLERS: usize = 2000;
 const STRANGERS: usize = 2000;
+/// More than there are handshakes at once.
+const MANY_STRANGERS: usize = 4200;
 /// The beginning of a ClientHello.
 const BEGINNING: &[u8] = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03";
 
@@ -74,6 +77,23 @@ async fn strangers(door: &Door) -> JoinSet<()> {
     strangers
 }
 
+/// Strangers of another network than the callers, who send a whole ClientHello and nothing else.
+async fn strangers_who_have_begun(door: &Door) -> Vec<TcpStream> {
+    let Door::Tls(address, config) = door else { unreachable!() };
+    let mut hello = Vec::new();
+    let mut client = ClientConnection::new(config.clone(), "localhost".try_into().unwrap()).unwrap();
+    client.write_tls(&mut hello).unwrap();
+    let mut strangers = Vec::new();
+    for _ in 0..MANY_STRANGERS {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.1.1:0".parse().unwrap()).unwrap();
+        let mut stranger = socket.connect(*address).await.unwrap();
+        let _ = stranger.write_all(&hello).await;
+        strangers.push(stranger);
+    }
+    strangers
+}
+
 /// Lets callers call at once, and keeps what each of them gets until all have been served.
 async fn all_are_served<T: Send + 'static>(
     callers: impl Iterator<Item = impl Future<Output = anyhow::Result<T>> + Send + 'static>,
@@ -121,4 +141,15 @@ async fn grpc_tunnels_are_served_in_a_burst_and_beside_strangers() {
     all_are_served(callers()).await;
     let _strangers = strangers(&world.konnectivity).await;
     all_are_served(callers()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn callers_are_served_while_strangers_of_another_network_hold_all_handshakes() {
+    let world = world().await;
+    let _strangers = strangers_who_have_begun(&world.cluster.tls).await;
+    all_are_served((0..CALLERS / 4).map(|_| {
+        let (door, target) = (world.cluster.tls.clone(), world.target.clone());
+        async move { Echo::open(&door, &target).await }
+    }))
+    .await;
 }

@@ -502,7 +502,11 @@ async fn an_impostor_master_that_is_called_is_refused() {
     // n1's own identity, which by mistake or malice is pointed at the impostor.
     let (agent, _) = second_agent(&cluster, "called", &cluster.nodes[0].dir.join("state"), at);
     let said = |says: &str| agent.log_text().matches(says).count();
-    for (name, login, says, identity) in masters(&cluster) {
+    // A person may come to a node that listens, and must not take a master's place here.
+    let args = ["-I", "alice", "-n", "alice", "-V", "-1h:+1d"];
+    let person = papers(&cluster, "called-person", Papers::Ca("user_ca", &args));
+    let person = ("a person", "alice", "only a master may answer where this node calls home", person);
+    for (name, login, says, identity) in masters(&cluster).into_iter().chain([person]) {
         let before = said(says);
         let (socket, _) = completes("the node calls", listener.accept()).await.unwrap();
         let came = completes(name, authenticate(socket, &identity, login, 1 << 20)).await;

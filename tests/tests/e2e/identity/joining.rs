@@ -486,7 +486,8 @@ async fn no_secret_is_in_a_log_or_an_answer_or_an_error() {
         let ran = host.join(&good, &[]);
         ran.joined(name);
         let again = host.join(&good, &[]);
-        again.refused(&["used before"]);
+        // The answer might have been lost, so the same host may ask again.
+        again.joined(name);
         said.extend([ran.out, ran.err, again.out, again.err]);
         host.start();
         cluster.wait_state(name, "connected").await;

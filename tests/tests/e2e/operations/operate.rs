@@ -275,7 +275,7 @@ async fn the_metrics_are_those_of_the_guide() {
         ("node_agent_dials_total{result=\"ok\"}", 2.0),
         ("node_agent_policy_refusals_total{rule=\"", 2.0),
         ("node_agent_streams ", 0.0),
-        ("node_agent_sessions ", 1.0),
+        ("node_agent_sessions{role=\"master\"}", 1.0),
         ("node_agent_handshakes_total{result=\"ok\"}", 1.0),
         ("node_agent_front_end_callers_total{result=\"ok\"}", 1.0),
         ("node_agent_front_end_stream_bytes_total{direction=\"up\"}", 18.0),
@@ -355,7 +355,8 @@ async fn a_changed_inventory_adds_and_takes_out_nodes_and_disturbs_no_other() {
         }
         for node in &cluster.nodes[2..] {
             eventually("the node has no session", SOON, async || {
-                (cluster.metric(node.admin, "node_agent_sessions ").await.ok()? == 0.0).then_some(())
+                (cluster.metric(node.admin, "node_agent_sessions{role=\"master\"}").await.ok()? == 0.0)
+                    .then_some(())
             })
             .await;
         }

@@ -31,9 +31,8 @@ fn samples() -> TempDir {
     {
         std::fs::write(dir.path().join(ca), pki.pem()).unwrap();
     }
-    std::fs::write(dir.path().join("kubeconfig"), "").unwrap();
     openssh::keygen(&dir.path().join("id_ed25519")).unwrap();
-    for secret in ["tokens.csv", "bootstrap-tokens.csv", "collector-headers", "socks5-users"] {
+    for secret in ["tokens.csv", "bootstrap-tokens.csv", "collector-headers", "socks5-users", "kubeconfig"] {
         proto_config::secret_file::write_new(&dir.path().join(secret), b"").unwrap();
     }
     for file in ["service-account.pub", "rbac.yaml", "token"] {

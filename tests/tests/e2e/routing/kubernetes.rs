@@ -8,6 +8,7 @@ use tests::{
     apiserver::{ApiServer, Fault, Kind, Verb},
     client::{Stream, http_get},
     cluster::{Cluster, Options, SOON, binary},
+    load,
     netns::Namespace,
     openssh,
     process::{Process, eventually, free_port},
@@ -329,6 +330,9 @@ async fn nodes_of_the_cluster_are_dialled_with_a_key_of_the_users() {
     assert_eq!(status["tunnels"][0]["kind"], "sshd");
     let mut stream = cluster.unix.stream(&format!("{}:{web}", host.inside)).await.unwrap();
     get(&mut stream).await.unwrap();
+    // Unlike the drop-in of `sshd-config`, this sshd opens a channel for the multiplexer before it refuses the subsystem.
+    let target = format!("{}:{web}", host.inside);
+    load::completes("an upload to a stock sshd", load::upload(&cluster.unix, &target, 8_000_000)).await;
     let text = cluster.command(&["explain", &format!("plain:{web}")]).unwrap();
     assert!(text.contains("the node allows it and the target answers"), "{text}");
     let metrics = http_get(cluster.admin, "/metrics").await.unwrap();

@@ -31,8 +31,8 @@ async fn hostile_requests_are_answered_and_do_not_keep_nodes_out() {
             format!("POST {LINK} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: ssh\r\n\r\n"),
             400,
         ),
-        (format!("GET {LINK} HTTP/1.1\r\nHost: localhost\r\n{line}\r\n"), 403),
-        (format!("PUT {LINK} HTTP/1.1\r\nHost: localhost\r\n{line}\r\n"), 403),
+        (format!("GET {LINK} HTTP/1.1\r\nHost: localhost\r\n{line}\r\n"), 400),
+        (format!("PUT {LINK} HTTP/1.1\r\nHost: localhost\r\n{line}\r\n"), 400),
         (format!("POST {LINK}?a=b HTTP/1.0\r\n{line}\r\n"), 400),
         (format!("POST {LINK} HTTP/1.1\r\n{line}\r\n"), 400),
     ] {

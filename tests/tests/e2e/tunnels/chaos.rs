@@ -151,7 +151,7 @@ async fn node_holds_nothing(cluster: &Cluster, index: usize, since: Instant) {
     let mut last = None;
     let limit = (SOON * 2).saturating_sub(since.elapsed());
     eventually("the node-agent has ended its session and streams", limit, async || {
-        let sessions = cluster.metric(node.admin, "node_agent_sessions").await.ok()?;
+        let sessions = cluster.metric(node.admin, "node_agent_sessions{role=\"master\"}").await.ok()?;
         let streams = cluster.metric(node.admin, "node_agent_streams").await.ok()?;
         if last != Some((sessions, streams)) {
             last = Some((sessions, streams));
@@ -306,7 +306,7 @@ async fn a_node_agent_is_done_with_the_stalled_streams_of_a_killed_master() {
         }
         let admin = cluster.nodes[0].admin;
         eventually("the node-agent has no session", SOON, async || {
-            (cluster.metric(admin, "node_agent_sessions").await.ok()? == 0.0).then_some(())
+            (cluster.metric(admin, "node_agent_sessions{role=\"master\"}").await.ok()? == 0.0).then_some(())
         })
         .await;
         let streams = cluster.metric(admin, "node_agent_streams").await.unwrap();
@@ -427,7 +427,8 @@ async fn flap(kind: Kind) {
     for (i, name) in ["master-agent", "node-agent"].into_iter().enumerate() {
         println!("  {name}: {:.1} MB before, {:.1} MB after", mb(&before[i]), mb(&after[i]));
     }
-    let sessions = cluster.metric(cluster.nodes[0].admin, "node_agent_sessions").await.unwrap();
+    let sessions =
+        cluster.metric(cluster.nodes[0].admin, "node_agent_sessions{role=\"master\"}").await.unwrap();
     assert_eq!(sessions, 1.0);
     let status = cluster.node_status("n1").unwrap();
     assert_eq!(status["tunnels"].as_array().unwrap().len(), 1, "{status}");
@@ -459,7 +460,7 @@ async fn node_agent_freezes(kind: Kind, port: u16) {
     back(&cluster, "n1", &target, since).await;
     let admin = cluster.nodes[0].admin;
     eventually("the node has ended the streams of the old session", SOON, async || {
-        let sessions = cluster.metric(admin, "node_agent_sessions").await.ok()?;
+        let sessions = cluster.metric(admin, "node_agent_sessions{role=\"master\"}").await.ok()?;
         let streams = cluster.metric(admin, "node_agent_streams").await.ok()?;
         ((sessions, streams) == (1.0, 0.0)).then_some(())
     })

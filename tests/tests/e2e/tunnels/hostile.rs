@@ -456,7 +456,8 @@ async fn a_master_that_grants_all_and_never_reads_is_bounded() {
     // Its keepalive tells the node that nobody listens.
     eventually("the node closes the session", Duration::from_secs(60), async || {
         turned.bounded("64 streams that nobody reads");
-        (turned.cluster.metric(admin, "node_agent_sessions").await.ok()? == 1.0).then_some(())
+        (turned.cluster.metric(admin, "node_agent_sessions{role=\"master\"}").await.ok()? == 1.0)
+            .then_some(())
     })
     .await;
     drop(attack);

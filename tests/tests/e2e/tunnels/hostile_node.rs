@@ -22,7 +22,7 @@ use tests::{
     relay::Relay,
     rogue::{Identity, NodeMux, RogueNode},
     rogue_frames::{FromMaster, RogueMaster, open},
-    steady::{Health, Steady, raise_descriptor_limit},
+    steady::{Echo, Health, Steady, raise_descriptor_limit},
     target,
 };
 
@@ -236,10 +236,10 @@ async fn a_master_gets_no_more_sockets_than_max_streams() {
     let health = Health::of(node);
     let master = RogueMaster::new(&cluster);
     let target = format!("127.0.0.1:{port}");
-    // The session itself has one descriptor.
-    let most = node.usage().descriptors + 1 + LIMIT;
-    let bounded = |what: &str| {
-        let now = node.usage().descriptors;
+    let before = node.usage().descriptors;
+    // Each session has one descriptor itself.
+    let bounded = |what: &str, sessions: usize, streams: u64| {
+        let (now, most) = (node.usage().descriptors, before + sessions as u64 + streams);
         assert!(now <= most, "{what}: the node has {now} descriptors of at most {most}");
     };
 
@@ -263,10 +263,25 @@ async fn a_master_gets_no_more_sockets_than_max_streams() {
             }
         })
         .await;
-        bounded("ids that grow");
+        bounded("ids that grow", 1, LIMIT);
         assert!(attack.frame(Frame::Reset { stream, reason: "next".into() }).await);
     }
-    drop(attack);
+
+    // Further sessions with the same certificate, while the first goes on. Together they get as many sockets as one may
+    // have for its multiplexer and for channels, and another master still gets its own.
+    let mut attacks = vec![attack];
+    let opens: Vec<u8> = (1001..=1000 + LIMIT as u32).flat_map(|id| encode(&open(id, &target))).collect();
+    for _ in 0..6 {
+        let mut attack = master.attack(1 << 30).await;
+        assert!(attack.send(opens.clone()).await);
+        attack.answers(LIMIT as usize).await.expect("the session goes on");
+        attacks.push(attack);
+        bounded("many sessions", attacks.len(), 2 * LIMIT);
+    }
+    let honest = Echo::open(&cluster.unix, &format!("n1:{port}")).await.unwrap();
+    drop(honest);
+    let sessions = attacks.len();
+    drop(attacks);
 
     // The master uses one id again and again, whatever the node makes of it.
     let attack = master.attack(1 << 30).await;
@@ -275,7 +290,7 @@ async fn a_master_gets_no_more_sockets_than_max_streams() {
         if !attack.send(again.concat()).await {
             break;
         }
-        bounded("one id again and again");
+        bounded("one id again and again", sessions + 1, 2 * LIMIT);
     }
     attack.closed().await;
     steady.check(&cluster).await;

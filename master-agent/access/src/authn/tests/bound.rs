@@ -1,14 +1,29 @@
 //! Tokens that end with the account, pod or node that they are bound to.
 
-use std::sync::Arc;
+use std::{
+    future::pending,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
+use futures_util::future::BoxFuture;
+use k8s_openapi::api::{authentication::v1::TokenReview, core::v1::Secret};
 use serde_json::{Value, json};
+use tokio::time::timeout;
 
 use super::{
     Request, Shut, at, read,
-    world::{NOW, REVIEWS, Watches, World},
+    world::{self, NOW, REVIEWS, Watches, World},
 };
-use crate::authn::{Authenticators, Certificates, FailureReason, Presented, cluster::BoundKind};
+use crate::authn::{
+    Authenticators, Certificates, FailureReason, Presented,
+    cluster::{ApiError, ApiServer, BoundKind, Cluster},
+};
+
+const POD: (&str, &str) = ("kube-system/node-agent-abcde", "63e91910-dc40-413a-9b46-e6d657d14134");
 
 /// A token that a real kube-apiserver has issued, and what it is bound to.
 fn issued(name: &str) -> Request {
@@ -33,6 +48,10 @@ const ISSUED: i64 = 1_795_826_028 - NOW as i64;
 
 /// Authenticators that know the cluster of those tokens.
 fn bound(world: &World) -> (Authenticators, Arc<Watches>) {
+    bound_with(world, world.stub.clone())
+}
+
+fn bound_with(world: &World, api_server: Arc<dyn ApiServer>) -> (Authenticators, Arc<Watches>) {
     let keys = recorded("jwks.txt");
     world.write("own-jwks.json", keys.split_once("\n\n").unwrap().1);
     let issuer = "https://kubernetes.default.svc";
@@ -45,11 +64,26 @@ fn bound(world: &World) -> (Authenticators, Arc<Watches>) {
         "kube-system/node-agent",
         "8f0e165c-0854-4a02-9eab-d37b8d1dea39",
     );
-    watches.appear(BoundKind::Pod, "kube-system/node-agent-abcde", "63e91910-dc40-413a-9b46-e6d657d14134");
+    watches.appear(BoundKind::Pod, POD.0, POD.1);
     watches.appear(BoundKind::Node, "n1", "a42c3ab2-e6b3-4902-8e44-88252e53754e");
-    let cluster = world.cluster(Some(watches.clone()));
+    let cluster = Cluster { api_server, ..world.cluster(Some(watches.clone())) };
     let config = read(&yaml, world).unwrap();
-    (Authenticators::load(&config, Some(&cluster)).unwrap().0, watches)
+    (Authenticators::load(&config, Some(&cluster), &world.tasks).unwrap().0, watches)
+}
+
+/// An API server that never answers. It counts the reviews.
+#[derive(Default)]
+struct Silent(AtomicUsize);
+
+impl ApiServer for Silent {
+    fn system_secret<'a>(&'a self, _: &'a str) -> BoxFuture<'a, Result<Option<Secret>, ApiError>> {
+        Box::pin(pending())
+    }
+
+    fn review<'a>(&'a self, _: &'a TokenReview) -> BoxFuture<'a, Result<TokenReview, ApiError>> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Box::pin(pending())
+    }
 }
 
 #[tokio::test]
@@ -57,7 +91,7 @@ async fn a_token_ends_with_what_it_is_bound_to_although_it_is_remembered() {
     type Delete = fn(&Watches);
     let cases: [(&str, &str, &str, Delete); 3] = [
         ("bound-to-pod", "3-pod-deleted", "service account token has been invalidated", |watches| {
-            watches.vanish(BoundKind::Pod, "kube-system/node-agent-abcde");
+            watches.vanish(BoundKind::Pod, POD.0);
         }),
         ("bound-to-node", "5-node-deleted", "service account token has been invalidated", |watches| {
             watches.appear(BoundKind::Node, "n1", "another");
@@ -160,4 +194,63 @@ async fn while_the_api_server_is_away_only_what_was_verified_goes_on() {
     assert!(!ask(&pod, 800).await.unwrap_err().is_unavailable());
     let refused = ask(&pod, 900).await.unwrap_err();
     assert!(!refused.is_unavailable() && refused.unchecked().is_none(), "what was refused opens no door");
+}
+
+#[tokio::test(start_paused = true)]
+async fn held_access_ends_once_an_object_stays_missing_although_nobody_can_be_asked() {
+    let world = World::new().await;
+    let (authenticators, watches) = bound(&world);
+    watches.listed(true);
+    let found = issued("bound-to-pod").authenticate(&authenticators, at(ISSUED)).await.unwrap();
+    let binding = found.validity.binding.unwrap();
+    let mut ended = Box::pin(binding.ended());
+    let seconds = Duration::from_secs;
+    watches.listed(false);
+    assert!(timeout(seconds(62), &mut ended).await.is_err(), "nothing is known to be missing");
+    watches.vanish(BoundKind::Pod, POD.0);
+    assert!(timeout(seconds(10), &mut ended).await.is_err(), "two checks");
+    watches.appear(BoundKind::Pod, POD.0, POD.1);
+    assert!(timeout(seconds(5), &mut ended).await.is_err());
+    watches.vanish(BoundKind::Pod, POD.0);
+    assert!(timeout(seconds(10), &mut ended).await.is_err(), "two checks once more");
+    assert!(timeout(seconds(5), &mut ended).await.is_ok(), "three in a row");
+    assert!(world.stub.count(REVIEWS) > 0, "the API server was asked and gave no answer");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_api_server_that_hangs_is_left_alone_for_a_while_after_each_question() {
+    let world = World::new().await;
+    let silent = Arc::<Silent>::default();
+    let (authenticators, _watches) = bound_with(&world, silent.clone());
+    let pod = issued("bound-to-pod");
+    // The first question ends after three seconds.
+    for (second, asked) in [(0, 1), (3, 1), (4, 1), (6, 2)] {
+        let failure = pod.authenticate(&authenticators, at(ISSUED + second)).await.unwrap_err();
+        assert!(failure.is_unavailable(), "{failure}");
+        assert_eq!(silent.0.load(Ordering::Relaxed), asked, "{second}");
+    }
+}
+
+#[tokio::test]
+async fn a_token_in_use_stays_verified() {
+    const HOUR: i64 = 3600;
+    let world = World::new().await;
+    let claims = world::change(world.account_claims(), "exp", json!(NOW + 7 * 24 * 3600));
+    let token = Request::bearer(&world.rsa.token(&claims));
+    let watches = Arc::new(Watches::default());
+    watches.appear(BoundKind::ServiceAccount, "apps/web", "sa-uid");
+    watches.appear(BoundKind::Pod, "apps/web-0", "pod-uid");
+    let yaml = "authentication: [{service_account: {issuers: [https://cluster], audiences: [api], \
+                key_files: [keys.pem]}}]";
+    let config = read(yaml, &world).unwrap();
+    let cluster = world.cluster(Some(watches.clone()));
+    let (authenticators, _) = Authenticators::load(&config, Some(&cluster), &world.tasks).unwrap();
+    watches.listed(true);
+    for hour in [0, 12, 20] {
+        assert!(token.authenticate(&authenticators, at(hour * HOUR)).await.is_ok(), "{hour}");
+    }
+    watches.listed(false);
+    assert!(token.authenticate(&authenticators, at(30 * HOUR)).await.is_ok(), "verified ten hours ago");
+    let failure = token.authenticate(&authenticators, at(60 * HOUR)).await.unwrap_err();
+    assert!(failure.is_unavailable(), "verified more than a day ago: {failure}");
 }

@@ -53,7 +53,7 @@ pub(super) struct World {
     pub ca_pem: String,
     pub other_ca_pem: String,
     pub stub: Arc<Stub>,
-    tasks: Tasks,
+    pub tasks: Tasks,
 }
 
 impl Drop for World {

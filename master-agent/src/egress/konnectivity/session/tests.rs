@@ -215,7 +215,19 @@ async fn failed_dials_are_answered_with_their_cause_and_counted() {
         client.send(Payload::DialRequest(DialRequest { protocol, address, random: 9 }).into());
         client.expect_dial_error(9, "only \"tcp\" is").await;
     }
-    assert_eq!(client.outbound.metrics.bad_requests.get_or_create(&ListenerLabels { egress: DOOR }).get(), 8);
+    let long = "x".repeat(1_000_000);
+    for (protocol, address) in [("tcp", long.as_str()), (long.as_str(), "10.0.0.1:80")] {
+        let (protocol, address) = (protocol.to_owned(), address.to_owned());
+        client.send(Payload::DialRequest(DialRequest { protocol, address, random: 9 }).into());
+        match client.next().await {
+            Some(Payload::DialResponse(answer)) => assert!(answer.error.len() < 200, "{}", answer.error),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(
+        client.outbound.metrics.bad_requests.get_or_create(&ListenerLabels { egress: DOOR }).get(),
+        10
+    );
     client.send(Packet::dial_request(10, "never.test:1"));
     client.send(Packet::dial_request(10, "never.test:1"));
     client.expect_dial_error(10, "is under way already").await;
