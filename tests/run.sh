@@ -113,7 +113,7 @@ e2e() {
     logs=$(mktemp -d /tmp/e2e-logs.XXXXXX)
     # A page of 5,000 nodes keeps a browser and an agent busy, and its CPU time is measured.
     local busy=ui::page::five_thousand
-    cargo test --locked --profile "$profile" -p tests --test e2e -- --skip alone:: --skip "$busy" --test-threads="${TEST_THREADS:-4}" |
+    cargo test --locked --profile "$profile" -p tests --test e2e -- --skip alone:: --skip "$busy" --test-threads="${TEST_THREADS:-6}" |
         tee "$logs/parallel" || failed+=(parallel)
     cargo test --locked --profile "$profile" -p tests --test e2e -- alone:: "$busy" --test-threads=1 |
         tee "$logs/alone" || failed+=(alone)

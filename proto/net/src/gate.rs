@@ -24,14 +24,16 @@ use tokio::sync::{Notify, mpsc, oneshot};
 const LEAST_ROOM: usize = 32 * 1024;
 pub(crate) const ROOM: usize = 256 * 1024;
 const QUEUE: Duration = Duration::from_millis(2);
-/// The least that a stream may send at once, however many wait for room.
+/// The least that a stream may send at once, however many wait for room. Streams that send without end always have more,
+/// so somebody waits for a message that is smaller.
 const LEAST_SHARE: usize = 4 * 1024;
 /// What a stream may send ahead of others before it has to wait for its turn.
 const QUANTUM: usize = 64 * 1024;
 /// What may go ahead of those that wait for their turn before one of them is served.
 const AHEAD: usize = 4 * QUANTUM;
-/// For how long a connection counts as shared after two streams have sent on it by turns.
-const SHARED: Duration = Duration::from_secs(1);
+/// For how long a connection counts as mixed after a small message has been sent beside another stream. Streams that
+/// send without end gain nothing by little being under way.
+const MIXED: Duration = Duration::from_millis(200);
 /// The backlog of the link, in bytes, above which answers wait, which are not admitted otherwise. A peer may cause any
 /// number of them and need not read them.
 const ANSWERED_BACKLOG: usize = 1024 * 1024;
@@ -67,9 +69,9 @@ struct State {
     left_in_round: usize,
     /// Somebody had to wait since the last PING.
     held_back: bool,
-    /// The stream that was admitted last, and until when the connection counts as shared.
+    /// The stream that was admitted last, and until when the connection counts as mixed.
     last_stream: u64,
-    shared_until: Option<Instant>,
+    mixed_until: Option<Instant>,
     closed: bool,
 }
 
@@ -135,8 +137,8 @@ impl Gate {
             if state.closed {
                 return None;
             }
-            state.note_use(turn.stream);
             let ahead = state.goes_ahead(turn, bytes);
+            state.note_use(turn.stream, ahead && bytes < LEAST_SHARE);
             let nobody_first =
                 state.ahead.is_empty() && (state.turns.is_empty() || ahead && state.went_ahead < AHEAD);
             if nobody_first && state.has_room(bytes) {
@@ -231,15 +233,15 @@ impl State {
     }
 
     fn used(&self) -> Use {
-        if self.shared_until.is_some() { Use::Shared } else { Use::Alone }
+        if self.mixed_until.is_some() { Use::Mixed } else { Use::Bulk }
     }
 
-    fn note_use(&mut self, stream: u64) {
+    fn note_use(&mut self, stream: u64, small: bool) {
         let now = Instant::now();
-        if self.last_stream != stream && self.last_stream != 0 {
-            self.shared_until = Some(now + SHARED);
-        } else if self.shared_until.is_some_and(|until| until < now) {
-            self.shared_until = None;
+        if small && self.last_stream != stream && self.last_stream != 0 {
+            self.mixed_until = Some(now + MIXED);
+        } else if self.mixed_until.is_some_and(|until| until < now) {
+            self.mixed_until = None;
         }
         self.last_stream = stream;
     }

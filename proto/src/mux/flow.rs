@@ -18,7 +18,7 @@ const START: u64 = 512 * 1024;
 const LEAST: u64 = 64 * 1024;
 const MOST: u64 = 256 * 1024 * 1024;
 /// What the agents' threads may need to take their turns, in addition to the round trip.
-const SLACK: Duration = Duration::from_micros(200);
+const SLACK: Duration = Duration::from_micros(500);
 /// How often the round trip is measured again while the limit is what holds the sender back, and how often at most,
 /// in round trips. For this, less than the path needs is under way for a moment.
 const REMEASURE: Duration = Duration::from_secs(2);
@@ -34,18 +34,18 @@ pub type PingId = [u8; 8];
 /// Who uses the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Use {
-    /// One stream alone, which nobody waits behind: more may be under way, for fewer PINGs and idle moments.
-    Alone,
-    /// Several streams, which wait behind each other.
-    Shared,
+    /// Streams that send without end, behind which nobody waits: more may be under way, for fewer PINGs and idle moments.
+    Bulk,
+    /// Small messages beside others, which wait for what is under way.
+    Mixed,
 }
 
 impl Use {
     /// How many times what the path holds may be under way.
     fn gain(self) -> u32 {
         match self {
-            Self::Alone => 6,
-            Self::Shared => 2,
+            Self::Bulk => 6,
+            Self::Mixed => 2,
         }
     }
 }
@@ -338,7 +338,7 @@ mod tests {
             (12.5e6, Duration::from_millis(20)),
         ] {
             let least = Duration::from_secs_f64(LEAST as f64 / rate);
-            for (used, most) in [(Use::Shared, 2), (Use::Alone, 6)] {
+            for (used, most) in [(Use::Mixed, 2), (Use::Bulk, 6)] {
                 let mut path = Path::new(rate, round_trip);
                 let (waited, share) = path.settles(round_trip.max(Duration::from_millis(10)) * 20, used);
                 let most = (round_trip + SLACK) * most * 11 / 10 + least;
@@ -352,7 +352,7 @@ mod tests {
     fn a_queue_that_lasts_is_not_taken_for_the_path() {
         // Ten times as long as a measurement is good for.
         let mut path = Path::new(100e6, Duration::from_millis(5));
-        let (waited, share) = path.settles(REMEASURE, Use::Shared);
+        let (waited, share) = path.settles(REMEASURE, Use::Mixed);
         assert!(waited < Duration::from_millis(25), "{waited:?}");
         assert!(share > 0.95, "{share}");
     }
@@ -360,31 +360,31 @@ mod tests {
     #[test]
     fn a_path_that_changes_is_measured_again() {
         let mut path = Path::new(100e6, Duration::from_millis(2));
-        path.run(REMEASURE, Use::Shared);
+        path.run(REMEASURE, Use::Mixed);
         // Longer and slower.
         (path.rate, path.round_trip) = (20e6, Duration::from_millis(40));
-        let (waited, share) = path.settles(REMEASURE, Use::Shared);
+        let (waited, share) = path.settles(REMEASURE, Use::Mixed);
         assert!(waited < Duration::from_millis(100) && share > 0.9, "{waited:?}, {share}");
         // And back.
         (path.rate, path.round_trip) = (100e6, Duration::from_millis(2));
-        let (waited, share) = path.settles(REMEASURE, Use::Shared);
+        let (waited, share) = path.settles(REMEASURE, Use::Mixed);
         assert!(waited < Duration::from_millis(10) && share > 0.9, "{waited:?}, {share}");
     }
 
     #[test]
     fn small_exchanges_do_not_lower_the_rate() {
         let mut path = Path::new(100e6, Duration::from_millis(10));
-        path.run(Duration::from_secs(1), Use::Shared);
-        let limit = path.flow.limit(Use::Shared);
-        path.trickles(2000, Duration::from_millis(10), Use::Shared);
-        assert!(path.flow.limit(Use::Shared) >= limit / 2, "{} of {limit}", path.flow.limit(Use::Shared));
+        path.run(Duration::from_secs(1), Use::Mixed);
+        let limit = path.flow.limit(Use::Mixed);
+        path.trickles(2000, Duration::from_millis(10), Use::Mixed);
+        assert!(path.flow.limit(Use::Mixed) >= limit / 2, "{} of {limit}", path.flow.limit(Use::Mixed));
         assert!(path.pings < 300, "{} PINGs", path.pings);
     }
 
     #[test]
     fn small_exchanges_do_not_raise_the_rate() {
         for (round_trip, pause) in [(200, 10_000), (1000, 10_000), (1000, 30_000), (10_000, 1000)] {
-            for used in [Use::Alone, Use::Shared] {
+            for used in [Use::Bulk, Use::Mixed] {
                 let mut path = Path::new(100e6, Duration::from_micros(round_trip));
                 path.run(Duration::from_secs(1), used);
                 let limit = path.flow.limit(used);
@@ -397,11 +397,11 @@ mod tests {
     #[test]
     fn small_exchanges_take_nothing_from_the_first_transfer() {
         let mut path = Path::new(100e6, Duration::from_millis(100));
-        path.trickles(10, Duration::from_millis(300), Use::Shared);
+        path.trickles(10, Duration::from_millis(300), Use::Mixed);
         path.ping(false);
         path.now += Duration::from_millis(100);
         path.take_answers();
-        assert!(path.flow.limit(Use::Alone) >= START && path.flow.carries(SLACK).is_none());
+        assert!(path.flow.limit(Use::Bulk) >= START && path.flow.carries(Duration::from_millis(1)).is_none());
     }
 
     #[test]
@@ -410,7 +410,7 @@ mod tests {
         let mut flow = Flow::new(now, Duration::from_millis(1));
         for i in 0..10_000u64 {
             flow.on_sent(START as usize, now);
-            if flow.mark_due(Use::Shared) {
+            if flow.mark_due(Use::Mixed) {
                 flow.mark(i.to_be_bytes(), now, true);
             }
             if i % 4 == 0 {
@@ -425,7 +425,7 @@ mod tests {
         let now = Instant::now();
         let mut flow = Flow::new(now, Duration::from_millis(1));
         flow.on_sent(1000, now);
-        assert!(flow.is_unmarked() && !flow.mark_due(Use::Shared));
+        assert!(flow.is_unmarked() && !flow.mark_due(Use::Mixed));
         flow.mark(*b"11111111", now, false);
         flow.on_sent(500, now);
         flow.mark(*b"22222222", now, false);
