@@ -65,7 +65,7 @@ impl<K: Copy + Eq + Hash, V: Clone> Cache<K, V> {
                 values.remove(&oldest);
             }
         }
-        // What is left has at most `size` items, so that as many are stored before this happens again.
+        // At most `size` items are left, so this happens at most once in `size` insertions.
         if order.len() > 2 * self.size {
             order.retain(|(serial, key)| values.get(key).is_some_and(|entry| entry.serial == *serial));
         }

@@ -40,7 +40,7 @@ const NOTIFY_TIMEOUT: Duration = Duration::from_secs(1);
 /// The longest time for each of the last steps, which end tasks and write records.
 const END_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What follows the Kubernetes API: a client, and the thread on whose runtime it was made.
+/// The client of the Kubernetes API, and the thread whose runtime carries its connections.
 struct Follower {
     client: Client,
     thread: FollowerThread,

@@ -148,7 +148,7 @@ impl Outbound {
     }
 }
 
-/// What logs and answers say of a caller's text, which may be as long as the caller likes.
+/// Shortens a caller's text, which may be of any length, for logs and answers.
 pub(super) fn excerpt(text: &str) -> String {
     text.chars().take(EXCERPT).collect()
 }

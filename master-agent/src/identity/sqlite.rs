@@ -618,7 +618,7 @@ mod tests {
             assert!(matches!(redeem(2, Some("n1"), &shown, 1), Err(TokenError::Unknown)));
             assert!(matches!(store.check(id, &[2; 32], at(1)), Err(TokenError::Unknown)));
             assert!(matches!(store.check(id, &[1; 32], at(60)), Err(TokenError::Expired)));
-            // What the token was good for ends when the node joins with another key, and when it is forgotten.
+            // A used token is worth nothing once its node has joined with another key or was forgotten.
             store.remember_node(&node("n1"), other.public_key(), &[]).unwrap();
             assert!(matches!(redeem(1, Some("n1"), &shown, 1), Err(TokenError::Used)));
             assert!(store.forget_node(&node("n1")).unwrap());

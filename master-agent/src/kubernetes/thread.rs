@@ -56,7 +56,7 @@ mod tests {
         assert_eq!(name.as_deref(), Some("kubernetes"));
         tasks.spawn_on(std::future::pending::<()>(), thread.runtime());
         drop(thread);
-        // What was still running has ended with the thread.
+        // Joining the thread ended the task that was still running.
         assert_eq!(tasks.drain(Duration::from_secs(10)).await, 0);
     }
 }

@@ -544,7 +544,7 @@ fn ready_endpoints_are_equally_likely_wherever_they_are() {
         objects.push(slice(&format!("a/b-{number}"), "a/b", &[("", 80)], &texts[range]));
     }
     objects.push(slice("a/b-empty", "a/b", &[("", 80)], &[]));
-    // What has another port is no endpoint of this one.
+    // A slice with another port has no endpoints of this port.
     objects.push(slice("a/b-other", "a/b", &[("other", 81)], &["10.9.9.9 n1"]));
     let routes = routes("", objects);
     let (draws, mut drawn) = (20_000_u32, HashMap::<String, u32>::new());
