@@ -21,7 +21,7 @@ use proto::{
     call_home::Master,
     revocation::krl::{Entry, Krl},
 };
-use proto_net::{descriptors, stdout, telemetry};
+use proto_net::{descriptors, stdout, telemetry::Logs};
 use russh::keys::PublicKey;
 
 /// sysexits.h: the configuration has errors.
@@ -62,16 +62,26 @@ fn main() -> ExitCode {
             return ExitCode::from(EX_CONFIG);
         }
     };
-    let result = match runtime() {
-        Ok(runtime) => {
-            let result = runtime.block_on(command(cli, config));
-            // A lookup or the read of a file that is still under way must not delay the exit.
-            runtime.shutdown_background();
-            result
-        }
-        Err(e) => Err(e.into()),
+    if let Command::Run = cli.command {
+        return run(config);
+    }
+    done(block_on(command(cli, config)))
+}
+
+/// Runs the agent. The error that ends it goes through the log, so that nothing waits for whoever reads it.
+fn run(config: Config) -> ExitCode {
+    let logs = match Logs::start(config.log.format, &config.log.level) {
+        Ok(logs) => logs,
+        Err(e) => return done(Err(e.into())),
     };
-    done(result)
+    descriptors::raise_limit();
+    match block_on(app::run(config, logs.lines_lost())) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            logs.print(format_args!("master-agent: {e:#}"));
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn done(result: anyhow::Result<()>) -> ExitCode {
@@ -82,6 +92,14 @@ fn done(result: anyhow::Result<()>) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn block_on(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let runtime = runtime()?;
+    let result = runtime.block_on(work);
+    // A lookup or the read of a file that is still under way must not delay the exit.
+    runtime.shutdown_background();
+    result
 }
 
 /// The runtime of the tunnels has half of the cores: the others are for kube-apiserver, and the front end has its own
@@ -96,11 +114,6 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 async fn command(cli: Cli, config: Config) -> anyhow::Result<()> {
     let agent = AdminClient::new(&config.admin.socket);
     match cli.command {
-        Command::Run => {
-            telemetry::init(config.log.format, &config.log.level);
-            descriptors::raise_limit();
-            app::run(config).await
-        }
         Command::CheckConfig { .. } => {
             stdout::print_line(format_args!("{}: ok", cli.config.display()));
             for note in config.notes() {
@@ -136,7 +149,7 @@ async fn command(cli: Cli, config: Config) -> anyhow::Result<()> {
         Command::SshdConfig(args) => print_sshd_config(&config, args),
         Command::SignUser(args) => sign_user(&config, args),
         Command::Revoke(args) => revoke(&config, args),
-        Command::HashPassword { .. } | Command::Completions { .. } => Ok(()),
+        Command::Run | Command::HashPassword { .. } | Command::Completions { .. } => Ok(()),
     }
 }
 

@@ -5,7 +5,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use anyhow::Context;
 use proto_net::{
     admin::Endpoints, clock::Clock, exposition::Exposition, handshake::HandshakePermits,
-    log_throttle::LogThrottle, socket, systemd, tasks::Tasks, unix,
+    log_throttle::LogThrottle, socket, systemd, tasks::Tasks, telemetry::LinesLost, unix,
 };
 use tokio::{
     net::{TcpListener, UnixListener},
@@ -53,11 +53,12 @@ const LAST_GRACE: Duration = Duration::from_secs(2);
 const STREAM_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Runs the agent until SIGTERM or SIGINT, then drains it.
-pub async fn run(config: Config) -> anyhow::Result<()> {
+pub async fn run(config: Config, log_lines_lost: LinesLost) -> anyhow::Result<()> {
     let identity = NodeIdentity::load_or_create(&config.state_dir)?;
     let revocations = Revocations::load(&config.state_dir, identity.user_cas())?;
     let sockets = Sockets::bind(&config)?;
-    let (agent, installer) = Agent::new(config, identity, revocations);
+    let metrics = Arc::new(Metrics { log_lines_lost, ..Metrics::default() });
+    let (agent, installer) = Agent::new(config, identity, revocations, metrics);
     let groups = Groups::new();
     agent.serve(sockets, installer, &groups);
     until_terminated().await?;
@@ -141,8 +142,12 @@ struct Agent {
 }
 
 impl Agent {
-    fn new(config: Config, identity: NodeIdentity, revocations: Revocations) -> (Self, Installer) {
-        let metrics = Arc::<Metrics>::default();
+    fn new(
+        config: Config,
+        identity: NodeIdentity,
+        revocations: Revocations,
+        metrics: Arc<Metrics>,
+    ) -> (Self, Installer) {
         let shutdown = Shutdown::default();
         let scope_config = ScopeConfig {
             node: config.node.clone(),

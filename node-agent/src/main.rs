@@ -12,7 +12,8 @@ use node_agent::{
     join::{JoinOptions, join},
 };
 use proto::call_home::Master;
-use proto_net::{descriptors, stdout, telemetry};
+use proto_net::{descriptors, stdout, telemetry::Logs};
+use tokio::runtime::Runtime;
 
 /// sysexits.h: the configuration has errors.
 const EX_CONFIG: u8 = 78;
@@ -49,15 +50,26 @@ fn main() -> ExitCode {
                 Ok(config) => config,
                 Err(errors) => return bad_config(&errors),
             };
-            telemetry::init(config.log.format, &config.log.level);
-            descriptors::raise_limit();
-            let result = runtime.block_on(app::run(config));
-            // A lookup that is still under way must not delay the exit.
-            runtime.shutdown_background();
-            match result {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(e) => fail(&e),
-            }
+            run(config, runtime)
+        }
+    }
+}
+
+/// Runs the agent. The error that ends it goes through the log, so that nothing waits for whoever reads it.
+fn run(config: Config, runtime: Runtime) -> ExitCode {
+    let logs = match Logs::start(config.log.format, &config.log.level) {
+        Ok(logs) => logs,
+        Err(e) => return fail(&e.into()),
+    };
+    descriptors::raise_limit();
+    let result = runtime.block_on(app::run(config, logs.lines_lost()));
+    // A lookup that is still under way must not delay the exit.
+    runtime.shutdown_background();
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            logs.print(format_args!("node-agent: {error:#}"));
+            ExitCode::FAILURE
         }
     }
 }

@@ -7,7 +7,7 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge},
     registry::Registry,
 };
-use proto_net::stalls;
+use proto_net::{stalls, telemetry::LinesLost};
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ResultLabel {
@@ -73,6 +73,8 @@ pub struct Metrics {
     pub certificate_expiry: Gauge<f64, AtomicU64>,
     /// Host certificates that masters have sent, by outcome.
     pub renewals: Family<ResultLabel, Counter>,
+    /// Lines that are missing in the log.
+    pub log_lines_lost: LinesLost,
 }
 
 impl Metrics {
@@ -115,6 +117,7 @@ impl Metrics {
             self.certificate_expiry.clone(),
         );
         r.register("certificate_renewals", "Host certificates received, by result", self.renewals.clone());
+        self.log_lines_lost.register(&mut r);
         r
     }
 }

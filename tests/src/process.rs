@@ -5,7 +5,7 @@ use std::{
     fs::File,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, ChildStderr, Command, Stdio},
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -14,6 +14,9 @@ use anyhow::{Context, bail};
 use socket2::{Domain, Socket, Type};
 
 use crate::kubelet_port;
+
+/// Far longer than a process takes to log what has happened.
+const SAID: Duration = Duration::from_secs(20);
 
 /// A process that ends with its owner. Its output goes to a file.
 #[derive(Debug)]
@@ -27,12 +30,24 @@ impl Process {
     /// Starts `command`, with its output appended to `log`.
     pub fn start(name: &str, command: &mut Command, log: &Path) -> anyhow::Result<Self> {
         let output = File::options().create(true).append(true).open(log)?;
-        let child = command
-            .stdin(Stdio::null())
-            .stdout(output.try_clone()?)
-            .stderr(output)
-            .spawn()
-            .with_context(|| format!("can't start {name}: {command:?}"))?;
+        Self::spawn(name, command.stdout(output.try_clone()?).stderr(output), log)
+    }
+
+    /// Starts `command` with its standard error in a pipe, which nobody reads unless the caller does.
+    pub fn start_unread(
+        name: &str,
+        command: &mut Command,
+        log: &Path,
+    ) -> anyhow::Result<(Self, ChildStderr)> {
+        let output = File::options().create(true).append(true).open(log)?;
+        let mut process = Self::spawn(name, command.stdout(output).stderr(Stdio::piped()), log)?;
+        let pipe = process.child.stderr.take().context("no pipe")?;
+        Ok((process, pipe))
+    }
+
+    fn spawn(name: &str, command: &mut Command, log: &Path) -> anyhow::Result<Self> {
+        let spawned = command.stdin(Stdio::null()).spawn();
+        let child = spawned.with_context(|| format!("can't start {name}: {command:?}"))?;
         Ok(Self { child, name: name.to_owned(), log: log.to_owned() })
     }
 
@@ -42,6 +57,20 @@ impl Process {
 
     pub fn log_text(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Waits until one line of its log has all these words, and gives the log. An agent writes what it logs a moment
+    /// later.
+    pub async fn says(&self, words: &[&str]) -> String {
+        let deadline = Instant::now() + SAID;
+        loop {
+            let log = self.log_text();
+            if log.lines().any(|line| words.iter().all(|word| line.contains(word))) {
+                return log;
+            }
+            assert!(Instant::now() < deadline, "{} does not say {words:?}:\n{log}", self.name);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     /// Sends a signal, named as kill(1) does.

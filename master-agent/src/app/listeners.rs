@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use access::authn::cluster::Cluster;
 use prometheus_client::registry::Registry;
-use proto_net::{admin::Endpoints, exposition::Exposition, file_watcher::watch};
+use proto_net::{admin::Endpoints, exposition::Exposition, file_watcher::watch, telemetry::LinesLost};
 
 use super::{
     components::Components,
@@ -34,6 +34,7 @@ pub(super) fn serve(
     sockets: Sockets,
     cluster: Option<&Cluster>,
     groups: &Groups,
+    log_lines_lost: &LinesLost,
 ) -> anyhow::Result<Option<(Arc<FrontEnd>, Writer)>> {
     let Groups { callers, listeners, background, .. } = groups;
     let Sockets { egress: egress_sockets, call_home, front_end, admin, admin_unix } = sockets;
@@ -66,7 +67,7 @@ pub(super) fn serve(
         listeners.spawn(components.call_home.clone().accept(listener));
     }
     let served = front_end.as_ref().map(|(front_end, _)| front_end);
-    let metrics = Exposition::new(registry(config, components, served, certificates));
+    let metrics = Exposition::new(registry(config, components, served, certificates, log_lines_lost));
     let answers = Admin {
         registry: components.registry.clone(),
         explainer: components.explainer.clone(),
@@ -117,10 +118,12 @@ fn registry(
     components: &Components,
     front_end: Option<&Arc<FrontEnd>>,
     egress_certificates: EgressCertificates,
+    log_lines_lost: &LinesLost,
 ) -> Registry {
     let Components { streams, tunnels, registry: nodes, watches, .. } = components;
     let mut root = Registry::default();
     let r = root.sub_registry_with_prefix("master_agent");
+    log_lines_lost.register(r);
     streams.register(r);
     tunnels.register(r);
     tunnels::metrics::register(nodes, tunnels, config.metrics.per_node, r);

@@ -13,7 +13,7 @@ use std::{future::pending, sync::Arc, time::Duration};
 use access::authn::cluster::{Cluster, Objects};
 use anyhow::Context;
 use kube::Client;
-use proto_net::{systemd, tasks::Tasks};
+use proto_net::{systemd, tasks::Tasks, telemetry::LinesLost};
 use tokio::{
     signal::unix::{SignalKind, signal},
     time::{MissedTickBehavior, interval},
@@ -56,7 +56,7 @@ impl Follower {
 }
 
 /// Runs the agent until SIGTERM or SIGINT, and then drains it.
-pub async fn run(config: Config) -> anyhow::Result<()> {
+pub async fn run(config: Config, log_lines_lost: LinesLost) -> anyhow::Result<()> {
     let groups = Groups::new();
 
     // Read the files.
@@ -91,7 +91,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let traces = config.traces.as_ref().map(Traces::start).transpose().context("traces")?;
 
     // Serve and start.
-    let front_end = listeners::serve(&config, &components, &page, sockets, cluster.as_ref(), &groups)?;
+    let front_end =
+        listeners::serve(&config, &components, &page, sockets, cluster.as_ref(), &groups, &log_lines_lost)?;
     let (front_end, audit) = front_end.unzip();
     let callers = front_end.clone().map(|front_end| front_end as Arc<dyn ServeCallers>);
     start(&components, startable, callers, follower.as_ref(), &groups);

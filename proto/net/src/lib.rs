@@ -15,6 +15,7 @@ pub mod handshake;
 pub mod https_client;
 pub mod link;
 pub mod log_throttle;
+mod log_writer;
 pub mod mux;
 pub mod relay;
 pub mod socket;

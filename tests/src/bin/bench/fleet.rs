@@ -12,6 +12,7 @@ use std::{
 use anyhow::{Context, bail};
 use node_agent::{config::Config, identity::host::NodeIdentity};
 use proto_config::secret_file;
+use proto_net::telemetry::LinesLost;
 use russh::keys::{HashAlg, PrivateKey};
 use tests::{
     client::http_get,
@@ -138,7 +139,7 @@ pub async fn serve(directory: &File, first: u32, last: u32, offset: u32) -> anyh
              addresses: ['{own}']\npolicy: {{pod_cidrs: [10.0.0.0/8], service_cidrs: [172.16.0.0/12]}}\n"
         );
         let config = Config::parse(&text, "a stand-in", &directory).map_err(|e| anyhow::anyhow!("{e}"))?;
-        nodes.spawn(node_agent::app::run(config));
+        nodes.spawn(node_agent::app::run(config, LinesLost::default()));
     }
     while let Some(ended) = nodes.join_next().await {
         ended??;

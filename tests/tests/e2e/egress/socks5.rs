@@ -135,8 +135,7 @@ async fn curl_fetches_by_name_and_by_address_of_both_families() {
         .unwrap();
     assert_eq!(output.stdout, b"ok");
     // The name went to the router as it was.
-    let log = site.cluster.master.log_text();
-    assert!(log.contains(&format!("target=n1:{}", site.port)) && log.contains("node name n1"), "{log}");
+    site.cluster.master.says(&[&format!("target=n1:{}", site.port), "node name n1"]).await;
     for door in ["socks5-unix", "socks5-tcp"] {
         let prefix = format!("master_agent_dials_total{{egress=\"{door}\",result=\"ok\"");
         assert!(site.cluster.metric(site.cluster.admin, &prefix).await.unwrap() >= 3.0, "{door}");
@@ -160,8 +159,8 @@ async fn with_a_users_file_only_its_users_get_in() {
     let mut answer = [0; 2];
     completes("an answer", socket.read_exact(&mut answer)).await.unwrap();
     assert_eq!(answer, [5, 0xff]);
-    let log = site.cluster.master.log_text();
-    assert!(log.contains("user=alice") && log.contains("wrong user name or password"), "{log}");
+    site.cluster.master.says(&["user=alice"]).await;
+    let log = site.cluster.master.says(&["wrong user name or password"]).await;
     assert!(!log.contains("wonder") && !log.contains("user=eve"), "{log}");
 }
 
@@ -205,8 +204,7 @@ async fn what_fails_has_its_code() {
     let _reserved = kubelet_port::reserve().await;
     let mut socket = TcpStream::connect(site.tcp).await.unwrap();
     assert_eq!(ask(&mut socket, &request(1, "n1", 10250)).await, 5);
-    let log = site.cluster.master.log_text();
-    assert!(log.contains("refused by node policy"), "{log}");
+    site.cluster.master.says(&["refused by node policy"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
@@ -259,7 +257,7 @@ async fn slow_and_half_open_handshakes_end_and_leave_nothing() {
     })
     .await;
     health.check(20_000_000).await;
-    assert!(site.cluster.master.log_text().contains("the handshake did not end in time"));
+    site.cluster.master.says(&["the handshake did not end in time"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]

@@ -188,6 +188,5 @@ async fn a_browser_shows_a_page_that_only_the_node_reaches() {
         assert!(site.dials().await > before);
     }
     // The name went to the node as it was.
-    let log = site.cluster.master.log_text();
-    assert!(log.contains(&format!("target={NAME}:{}", site.web_port)), "{log}");
+    site.cluster.master.says(&[&format!("target={NAME}:{}", site.web_port)]).await;
 }

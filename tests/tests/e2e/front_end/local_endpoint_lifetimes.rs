@@ -68,8 +68,8 @@ async fn what_is_not_configured_is_refused_with_the_reason() {
         .await;
         let mut socket = world.tcp(0).connect().await.unwrap();
         assert_eq!(completes("the end", socket.read(&mut [0; 10])).await.unwrap_or(0), 0);
-        let log = world.cluster.nodes[0].process.as_ref().unwrap().log_text();
-        assert!(log.contains("no master offered its front end"), "{log}");
+        let node = world.cluster.nodes[0].process.as_ref().unwrap();
+        node.says(&["no master offered its front end"]).await;
         // The sshd was not asked to listen at all.
         assert!(world.tcp(1).connect().await.is_err());
     }

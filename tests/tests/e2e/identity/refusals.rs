@@ -70,16 +70,6 @@ fn calling(directory: &Path, master: SocketAddr) -> Process {
     Process::start("node-agent", &mut command, &directory.join("log")).unwrap()
 }
 
-/// Waits for a line of a log that has all these parts.
-async fn says(log: impl Fn() -> String, parts: &[&str]) -> String {
-    eventually(&format!("{parts:?}"), SOON, async || {
-        let log = log();
-        let line = log.lines().find(|line| parts.iter().all(|part| line.contains(part)));
-        line.map(str::to_owned)
-    })
-    .await
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_node_that_calls_home_and_is_refused_says_why() {
     let cluster = cluster(Kind::CallHome).await;
@@ -106,8 +96,7 @@ async fn a_node_that_calls_home_and_is_refused_says_why() {
         ("superseded", Some((ours.as_path(), valid)), ["node n1 has joined with another key", ""]),
     ] {
         let agent = calling(&host(&cluster, name, certified), cluster.call_home);
-        says(|| agent.log_text(), &["the master refused the link", parts[0], parts[1]]).await;
-        said.push_str(&agent.log_text());
+        said.push_str(&agent.says(&["the master refused the link", parts[0], parts[1]]).await);
     }
     // The key that n1 has is for those alone who have it.
     let current = Identity::read(&cluster.nodes[0].dir.join("state/host_key")).unwrap().fingerprint();
@@ -120,9 +109,9 @@ async fn node_is_forgotten(kind: Kind) {
     cluster.wait_state("n1", "connected").await;
     cluster.command(&["node", "forget", "n1"]).unwrap();
     let node = cluster.nodes[0].process.as_ref().unwrap();
-    says(|| node.log_text(), &["the master takes no new streams", "no key of node n1 is known here"]).await;
+    node.says(&["the master takes no new streams", "no key of node n1 is known here"]).await;
     // The node says so at each further attempt.
-    says(|| node.log_text(), &["the master refused the link", "no key of node n1 is known here"]).await;
+    node.says(&["the master refused the link", "no key of node n1 is known here"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
@@ -147,9 +136,9 @@ async fn the_master_says_why_a_node_refuses_it() {
     })
     .await;
     assert!(reason.contains("closed by the node"), "{reason}");
-    says(|| cluster.master.log_text(), &["no tunnel", parts[0], parts[1]]).await;
+    cluster.master.says(&["no tunnel", parts[0], parts[1]]).await;
     let node = cluster.nodes[0].process.as_ref().unwrap();
-    says(|| node.log_text(), &["session ended", "refused the certificate of a master", parts[1]]).await;
+    node.says(&["session ended", "refused the certificate of a master", parts[1]]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
@@ -163,7 +152,7 @@ async fn a_host_that_may_not_join_over_https_says_why() {
     );
     std::fs::write(cluster.path().join("inventory.yaml"), inventory).unwrap();
     cluster.master.signal("HUP");
-    says(|| cluster.master.log_text(), &["inventory read again"]).await;
+    cluster.master.says(&["inventory read again"]).await;
     let line = cluster.command(&["token", "create", "--address", &cluster.https_master()]).unwrap();
     let joins =
         |node| cluster.node_command(0, &format!("{} --node {node}", line.trim())).unwrap_err().to_string();
@@ -211,8 +200,7 @@ async fn what_a_peer_says_harms_no_log() {
         completes("a session", rogue::authenticate(socket, &stranger, "x", 1 << 20)).await.unwrap();
     assert!(!accepted);
     let _ = completes("an answer", session.authenticate_none(format!("refused: {long}"))).await;
-    says(|| node.log_text(), &["the master refused the link", "all is well"]).await;
-    harmless(&node.log_text());
+    harmless(&node.says(&["the master refused the link", "all is well"]).await);
 
     // A stranger poses as a node to the master.
     let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
@@ -242,8 +230,7 @@ async fn what_a_peer_says_harms_no_log() {
     inventory.push_str(&format!("  - {{name: rude, dial: '{at}', host_keys: {{pins: ['{pin}']}}}}\n"));
     std::fs::write(&file, inventory).unwrap();
     cluster.master.signal("HUP");
-    says(|| cluster.master.log_text(), &["no tunnel", "rude", "all is well"]).await;
-    harmless(&cluster.master.log_text());
+    harmless(&cluster.master.says(&["no tunnel", "rude", "all is well"]).await);
     let reason = cluster.node_status("rude").unwrap()["reason"].as_str().unwrap().to_owned();
     harmless(&reason);
 }

@@ -18,7 +18,7 @@ use tokio::{
     net::{TcpListener, TcpSocket, TcpStream},
 };
 
-use super::operate::{PATIENCE, local, logged, nodes, until};
+use super::operate::{PATIENCE, local, nodes, until};
 
 /// A download that has begun.
 pub(super) struct Download {
@@ -100,7 +100,7 @@ async fn the_master_drains(terms: usize) {
     }
     port_closes(cluster.call_home).await;
     for node in &cluster.nodes[..2] {
-        logged(node.process.as_ref().unwrap(), "the master takes no new streams").await;
+        node.process.as_ref().unwrap().says(&["the master takes no new streams"]).await;
     }
     for _ in 1..terms {
         cluster.master.signal("TERM");
@@ -123,7 +123,7 @@ async fn the_master_drains(terms: usize) {
         "{}",
         cluster.master.log_text()
     );
-    logged(&cluster.master, "stopped cut=0").await;
+    cluster.master.says(&["stopped cut=0"]).await;
     for node in &mut cluster.nodes {
         assert!(node.process.as_mut().unwrap().is_running());
     }
@@ -156,7 +156,7 @@ async fn a_node_drains(terms: usize, kind: Kind) {
     cluster.nodes[0].process.as_ref().unwrap().signal("TERM");
     assert_eq!(until(cluster.nodes[0].admin, "/readyz", 503).await, "not ready: stopping\n");
     until(cluster.nodes[0].admin, "/livez", 200).await;
-    logged(&cluster.master, "the node takes no new streams").await;
+    cluster.master.says(&["the node takes no new streams"]).await;
     for door in cluster.doors() {
         closed(&door, &target).await;
     }
@@ -176,7 +176,7 @@ async fn a_node_drains(terms: usize, kind: Kind) {
     idle.read_to_end(&mut Vec::new()).await.unwrap();
     drop(idle);
     assert_eq!(node.wait(Duration::from_secs(25)).unwrap(), Some(0), "{}", node.log_text());
-    logged(node, "stopped cut=0").await;
+    node.says(&["stopped cut=0"]).await;
     still_echoes(&mut elsewhere).await;
     assert!(cluster.master.is_running());
 }
@@ -316,7 +316,7 @@ async fn a_stream_that_never_ends_is_cut_after_the_grace() {
         });
         assert_eq!(process.wait(Duration::from_secs(20)).unwrap(), Some(0), "{}", process.log_text());
         assert!(began.elapsed() >= Duration::from_secs(1), "{victim} gave no grace");
-        logged(process, "stopped cut=2").await;
+        process.says(&["stopped cut=2"]).await;
         tokio::time::timeout(SOON, drained).await.expect("the busy stream ends").unwrap();
         let rest = tokio::time::timeout(SOON, idle.read_to_end(&mut Vec::new()))
             .await

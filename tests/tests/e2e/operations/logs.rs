@@ -1,11 +1,20 @@
-//! Logs have one record for each stream, follow their filter, and are valid JSON.
+//! Logs have one record for each stream, follow their filter, are valid JSON, and do not hold up an agent when nobody
+//! reads them.
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    fs::File,
+    path::Path,
+    process::{ChildStderr, Command},
+    thread::JoinHandle,
+};
 
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 use tests::{
-    cluster::{Cluster, Kind, Options, SOON},
+    cluster::{Cluster, Kind, Options, SOON, binary},
+    load::{download, gets},
     pattern::fill,
     process::{Process, eventually},
     target,
@@ -163,7 +172,11 @@ async fn a_log_filter_that_names_a_library_is_followed() {
         .await
         .unwrap();
         for process in [&cluster.master, cluster.nodes[0].process.as_ref().unwrap()] {
-            assert_eq!(process.log_text().contains("DEBUG russh"), loud, "{} at {level}", process.name);
+            if loud {
+                process.says(&["DEBUG russh"]).await;
+            } else {
+                assert!(!process.log_text().contains("DEBUG russh"), "{} at {level}", process.name);
+            }
         }
     }
 }
@@ -187,4 +200,107 @@ async fn no_json_record_names_a_field_twice() {
             assert!(record.1.is_empty(), "{}: {:?} twice in {record:?}", process.name, record.1);
         }
     }
+}
+
+/// A master and a node that log into pipes, which are full and which nobody reads.
+struct Unread {
+    cluster: Cluster,
+    of_master: ChildStderr,
+    of_node: ChildStderr,
+    target: String,
+}
+
+impl Unread {
+    /// Returns once both agents have lost lines.
+    async fn start() -> Self {
+        let port = target::start().await;
+        // The SSH library logs several lines for each packet.
+        let log = "log: {format: json, level: 'trace,russh=trace'}".to_owned();
+        let mut cluster = Cluster::start(Options {
+            nodes: nodes(&[("n1", Kind::Dialled)]),
+            ports: vec![port],
+            master_config: log.clone(),
+            node_config: log,
+            nodes_down: true,
+            ..Options::default()
+        })
+        .await
+        .unwrap();
+        let start = |agent: &str, directory: &Path, config: &str| {
+            let mut command = Command::new(binary(agent));
+            command.arg("--config").arg(directory.join(config)).arg("run").current_dir(directory);
+            Process::start_unread(agent, &mut command, &directory.join("unread.log")).unwrap()
+        };
+        let (node, of_node) = start("node-agent", &cluster.nodes[0].dir, "node.yaml");
+        cluster.nodes[0].process = Some(node);
+        cluster.master.kill();
+        let (master, of_master) = start("master-agent", cluster.path(), "master.yaml");
+        cluster.master = master;
+        cluster.wait_connected().await;
+        let target = format!("n1:{port}");
+        eventually("both agents lose lines", PATIENCE, async || {
+            gets(&[cluster.unix.clone()], &target, 4, 200).await;
+            lost(&cluster).await.iter().all(|lost| *lost > 0).then_some(())
+        })
+        .await;
+        Self { cluster, of_master, of_node, target }
+    }
+}
+
+/// The lines that the master and the node count as lost.
+async fn lost(cluster: &Cluster) -> [u64; 2] {
+    let of_master = cluster.metric(cluster.admin, "master_agent_log_lines_lost_total ").await.unwrap();
+    let of_node = cluster.metric(cluster.nodes[0].admin, "node_agent_log_lines_lost_total ").await.unwrap();
+    [of_master as u64, of_node as u64]
+}
+
+/// The lines that are missing in a log, as the log says.
+fn missing(process: &Process) -> u64 {
+    let text = process.log_text();
+    let notices = text.lines().filter(|line| line.contains("log lines lost"));
+    let notices = notices.filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    notices.map(|notice| notice["lines"].as_u64().unwrap()).sum()
+}
+
+/// Reads what a process logs, into its log.
+fn read(mut pipe: ChildStderr, process: &Process) -> JoinHandle<u64> {
+    let mut log = File::options().append(true).open(&process.log).unwrap();
+    std::thread::spawn(move || std::io::copy(&mut pipe, &mut log).unwrap())
+}
+
+/// The node and the master end as they should.
+fn end(cluster: &mut Cluster) {
+    let nodes = cluster.nodes.iter_mut().map(|node| node.process.as_mut().unwrap());
+    for process in nodes.chain([&mut cluster.master]) {
+        process.signal("TERM");
+        assert_eq!(process.wait(PATIENCE).unwrap(), Some(0), "{}", process.name);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_whose_log_is_not_read_serves_and_says_later_what_is_missing() {
+    let Unread { mut cluster, of_master, of_node, target } = Unread::start().await;
+    download(&cluster.unix, &target, 1_000_000).await;
+    let node = cluster.nodes[0].process.as_ref().unwrap();
+    let readers = [read(of_master, &cluster.master), read(of_node, node)];
+    eventually("the logs say how many lines are missing", PATIENCE, async || {
+        ([missing(&cluster.master), missing(node)] == lost(&cluster).await).then_some(())
+    })
+    .await;
+    end(&mut cluster);
+    for reader in readers {
+        reader.join().unwrap();
+    }
+    for process in [&cluster.master, cluster.nodes[0].process.as_ref().unwrap()] {
+        let records = records(process);
+        assert!(records.iter().any(|record| *record.field("message") == "stopped"), "{}", process.name);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_ends_although_its_log_is_not_read_or_its_reader_has_gone() {
+    let Unread { mut cluster, of_master: _unread, of_node, target } = Unread::start().await;
+    drop(of_node);
+    gets(&[cluster.unix.clone()], &target, 4, 200).await;
+    end(&mut cluster);
 }

@@ -262,7 +262,8 @@ async fn a_collector_that_fails_is_nobody_elses_trouble() {
         (collector.requests() > before + 2).then_some(())
     })
     .await;
-    assert_eq!(sent("spans cannot be sent", &front_end.log()), 1);
+    let log = front_end.cluster.master.says(&["spans cannot be sent"]).await;
+    assert_eq!(sent("spans cannot be sent", &log), 1);
     collector.answer(StatusCode::OK);
     eventually("spans are sent again", SOON, async || {
         some(&front_end).await;

@@ -120,10 +120,6 @@ impl Site {
         Self { cluster, port, other, allowed, forbidden, dns }
     }
 
-    fn log(&self) -> String {
-        self.cluster.nodes[0].process.as_ref().unwrap().log_text()
-    }
-
     /// The node's count of refusals by rule.
     async fn refusals(&self, rule: &str) -> f64 {
         let prefix = format!("node_agent_policy_refusals_total{{rule=\"{rule}\"}}");
@@ -154,19 +150,15 @@ impl Site {
             }
         }
         assert_eq!(self.all_refusals().await, expected);
-        self.logged(table);
+        self.logged(table).await;
         assert_eq!(self.forbidden.count(), 0);
     }
 
-    fn logged(&self, table: &[(String, &'static str)]) {
-        let log = self.log();
+    async fn logged(&self, table: &[(String, &'static str)]) {
+        let node = self.cluster.nodes[0].process.as_ref().unwrap();
         for (target, rule) in table {
             let target: Target = target.parse().unwrap();
-            let (target, rule) = (format!("target={target} "), format!("(rule {rule})"));
-            assert!(
-                log.lines().any(|l| l.contains(&target) && l.contains(&rule)),
-                "no {target}{rule} in:\n{log}"
-            );
+            node.says(&[&format!("target={target} "), &format!("(rule {rule})")]).await;
         }
     }
 
@@ -336,14 +328,10 @@ async fn a_plain_sshd_refuses_what_no_rule_names() {
     for door in ["connect-unix", "connect-tls"] {
         assert_eq!(dials(door).await, table.len() as f64, "{door}");
     }
-    let log = site.cluster.master.log_text();
     for (target, _) in &table {
         // The node's name stands for its first address there.
         let target = target.parse::<Target>().unwrap().to_string();
-        assert!(
-            log.lines().any(|l| l.contains(&target) && l.contains("(rule sshd)")),
-            "no {target} in:\n{log}"
-        );
+        site.cluster.master.says(&[&target, "(rule sshd)"]).await;
     }
     assert_eq!(site.forbidden.count(), 0);
 }
@@ -417,7 +405,7 @@ async fn a_person_is_refused_as_the_master_is() {
         *expected.get_mut(rule).unwrap() += 1.0;
     }
     assert_eq!(site.all_refusals().await, expected);
-    site.logged(&table);
+    site.logged(&table).await;
 
     for host in ["127.1", "2130706433", "0x7f000001", "0177.0.0.1"] {
         let outcome = alice.ssh(&["-W", &format!("{host}:{other}"), "node"], b"").await.unwrap();

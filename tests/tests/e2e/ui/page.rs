@@ -474,8 +474,11 @@ async fn on_the_front_end_the_page_is_for_whom_the_authorizers_let_in() {
     }
     assert!(front_end.upstream.take().is_empty());
     // The log names the caller of each dial.
-    let log = front_end.log();
-    assert!(log.contains("of \\\"jane\\\" from") || log.contains("of \"jane\" from"), "{log}");
+    eventually("the log says so", SOON, async || {
+        let log = front_end.log();
+        (log.contains("of \\\"jane\\\" from") || log.contains("of \"jane\" from")).then_some(())
+    })
+    .await;
     eventually("all is recorded", SOON, async || {
         let audit = std::fs::read_to_string(front_end.file("audit.log")).unwrap();
         let of =
