@@ -179,6 +179,13 @@ pub struct ExplainedCandidate {
     pub round_trip_microseconds: Option<u64>,
 }
 
+impl Explanation {
+    /// Returns whether one of the candidates has a tunnel.
+    pub fn has_tunnel(&self) -> bool {
+        self.candidates.iter().any(|candidate| candidate.state.as_deref() == Some("connected"))
+    }
+}
+
 impl NodeStatus {
     /// Returns the number of open streams on all tunnels.
     pub fn streams(&self) -> usize {

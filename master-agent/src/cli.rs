@@ -15,6 +15,7 @@ use rustix::termios::{self, LocalModes, OptionalActions};
 use zeroize::Zeroizing;
 
 use crate::{
+    admin_api::Explanation,
     admin_client::AdminClient,
     compare::CompareArgs,
     egress::socks5::users,
@@ -60,7 +61,7 @@ pub enum Command {
     Node(NodeCommand),
     /// Print a script that makes a host with a plain OpenSSH sshd a node. Run it as root on that host.
     SshdConfig(SshdConfigArgs),
-    /// Explain how a target is reached, and dial it.
+    /// Explain how a target is reached, and dial it. Exit with 1 if there is no route to it or no tunnel.
     Explain {
         /// The target, for example n1:10250, 10.244.1.7:8080 or [fd00::1]:443.
         #[arg(value_name = "HOST:PORT")]
@@ -231,12 +232,14 @@ pub async fn node_list(agent: &AdminClient, output: Output) -> anyhow::Result<()
     Ok(())
 }
 
-/// Runs `explain`.
-pub async fn explain(agent: &AdminClient, target: &str, output: Output) -> anyhow::Result<()> {
+/// Runs `explain`. Returns whether there is a route to the target and a tunnel.
+pub async fn explain(agent: &AdminClient, target: &str, output: Output) -> anyhow::Result<bool> {
+    let json = agent.explain_json(target).await?;
+    let e: Explanation = serde_json::from_str(&json)?;
+    let reachable = e.has_tunnel();
     match output {
-        Output::Json => stdout::print_line(agent.explain_json(target).await?),
+        Output::Json => stdout::print_line(json),
         Output::Table => {
-            let e = agent.explain(target).await?;
             let none = || "-".to_owned();
             let ms = |us: u64| format!("{:.2}ms", us as f64 / 1000.0);
             let mut rows = vec![
@@ -264,7 +267,7 @@ pub async fn explain(agent: &AdminClient, target: &str, output: Output) -> anyho
             print_table(&rows);
         }
     }
-    Ok(())
+    Ok(reachable)
 }
 
 /// Runs `page`.

@@ -34,7 +34,7 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     if let Command::HashPassword { name } = &cli.command {
-        return done(cli::hash_password(name));
+        return done(cli::hash_password(name).map(|()| ExitCode::SUCCESS));
     }
     if let Command::CheckConfig { print_defaults: true } = cli.command {
         stdout::print(proto_config::defaults(&Config::describe()));
@@ -84,17 +84,14 @@ fn run(config: Config) -> ExitCode {
     }
 }
 
-fn done(result: anyhow::Result<()>) -> ExitCode {
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("master-agent: {e:#}");
-            ExitCode::FAILURE
-        }
-    }
+fn done(result: anyhow::Result<ExitCode>) -> ExitCode {
+    result.unwrap_or_else(|e| {
+        eprintln!("master-agent: {e:#}");
+        ExitCode::FAILURE
+    })
 }
 
-fn block_on(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     let runtime = runtime()?;
     let result = runtime.block_on(work);
     // A lookup or the read of a file that is still under way must not delay the exit.
@@ -111,9 +108,9 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     }
 }
 
-async fn command(cli: Cli, config: Config) -> anyhow::Result<()> {
+async fn command(cli: Cli, config: Config) -> anyhow::Result<ExitCode> {
     let agent = AdminClient::new(&config.admin.socket);
-    match cli.command {
+    let result = match cli.command {
         Command::CheckConfig { .. } => {
             stdout::print_line(format_args!("{}: ok", cli.config.display()));
             for note in config.notes() {
@@ -128,7 +125,10 @@ async fn command(cli: Cli, config: Config) -> anyhow::Result<()> {
             }
             Ok(())
         }
-        Command::Explain { target, output } => cli::explain(&agent, &target, output.output).await,
+        Command::Explain { target, output } => {
+            let reachable = cli::explain(&agent, &target, output.output).await?;
+            return Ok(if reachable { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
         Command::Page => cli::page(&agent, config.admin.listen).await,
         Command::Top(args) => top::top(&agent, args).await,
         Command::Compare(args) => {
@@ -150,7 +150,8 @@ async fn command(cli: Cli, config: Config) -> anyhow::Result<()> {
         Command::SignUser(args) => sign_user(&config, args),
         Command::Revoke(args) => revoke(&config, args),
         Command::Run | Command::HashPassword { .. } | Command::Completions { .. } => Ok(()),
-    }
+    };
+    result.map(|()| ExitCode::SUCCESS)
 }
 
 fn token_create(config: &Config, args: TokenCreateArgs) -> anyhow::Result<()> {

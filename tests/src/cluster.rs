@@ -5,7 +5,7 @@ use std::{
     fmt::Write,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Output},
     time::Duration,
 };
 
@@ -239,11 +239,16 @@ impl Cluster {
         Ok(())
     }
 
-    /// Runs a command of master-agent to its end; gives what it printed.
-    pub fn command(&self, args: &[&str]) -> anyhow::Result<String> {
+    /// Runs a command of master-agent to its end, whatever that is.
+    pub fn output(&self, args: &[&str]) -> anyhow::Result<Output> {
         let mut command = Command::new(binary("master-agent"));
         command.arg("--config").arg(self.path().join("master.yaml")).args(args).current_dir(self.path());
-        let output = command.output()?;
+        Ok(command.output()?)
+    }
+
+    /// Runs a command of master-agent to its end; gives what it printed.
+    pub fn command(&self, args: &[&str]) -> anyhow::Result<String> {
+        let output = self.output(args)?;
         if !output.status.success() {
             bail!("{args:?}: {}", String::from_utf8_lossy(&output.stderr));
         }

@@ -2,9 +2,9 @@
 
 use serde_json::Value;
 use tests::{
-    cluster::{Cluster, Kind, Options, SOON},
+    cluster::{Cluster, Kind, Options},
     kubelet_port,
-    process::{TempDir, eventually},
+    process::TempDir,
 };
 use tokio::io::AsyncReadExt;
 
@@ -25,17 +25,21 @@ service_cidrs: [10.96.0.0/12]
     );
     std::fs::write(cluster.path().join("inventory.yaml"), inventory).unwrap();
     cluster.master.signal("HUP");
-    eventually("the inventory is read again", SOON, async || {
-        cluster.master.log_text().contains("inventory read again").then_some(())
-    })
-    .await;
+    cluster.master.says(&["inventory read again"]).await;
     cluster.start_node(0).unwrap();
     cluster.wait_state("n1", "connected").await;
     cluster
 }
 
-fn explained(cluster: &Cluster, target: &str) -> Value {
-    serde_json::from_str(&cluster.command(&["explain", target, "-o", "json"]).unwrap()).unwrap()
+/// What `explain` prints, and its exit code.
+fn explain(cluster: &Cluster, args: &[&str]) -> (String, Option<i32>) {
+    let output = cluster.output(&[&["explain"], args].concat()).unwrap();
+    (String::from_utf8(output.stdout).unwrap(), output.status.code())
+}
+
+fn explained(cluster: &Cluster, target: &str) -> (Value, Option<i32>) {
+    let (text, code) = explain(cluster, &[target, "-o", "json"]);
+    (serde_json::from_str(&text).unwrap(), code)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -60,14 +64,17 @@ async fn explain_says_which_way_and_why() {
             "waiting for the node to call home",
         ),
     ] {
-        let json = explained(&cluster, target);
+        let (json, code) = explained(&cluster, target);
+        let expected_code = Some(if state == "connected" { 0 } else { 1 });
         let way = &json["candidates"][0];
         assert_eq!((json["target"].as_str(), way["node"].as_str()), (Some(target), Some(node)), "{json}");
         assert_eq!((json["reason"].as_str(), way["state"].as_str()), (Some(reason), Some(state)), "{json}");
         assert_eq!((&json["node"], &json["dial_microseconds"]), (&Value::Null, &Value::Null), "{json}");
         assert!(json["verdict"].as_str().unwrap().contains(verdict), "{json}");
+        assert_eq!(code, expected_code, "{json}");
 
-        let table = cluster.command(&["explain", target]).unwrap();
+        let (table, code) = explain(&cluster, &[target]);
+        assert_eq!(code, expected_code, "{table}");
         let row = |name: &str| {
             let line =
                 table.lines().find(|l| l.starts_with(name)).unwrap_or_else(|| panic!("no {name}: {table}"));
@@ -84,7 +91,8 @@ async fn explain_says_which_way_and_why() {
 
     // The one thing on n1's own addresses that answers and is allowed: a kubelet.
     let kubelet = tokio::net::TcpListener::bind("127.0.0.1:10250").await.unwrap();
-    let reached = explained(&cluster, "127.0.0.1:10250");
+    let (reached, code) = explained(&cluster, "127.0.0.1:10250");
+    assert_eq!(code, Some(0), "{reached}");
     assert_eq!(
         (reached["node"].as_str(), &reached["candidates"][1]),
         (Some("n1"), &Value::Null),
@@ -96,11 +104,12 @@ async fn explain_says_which_way_and_why() {
     let (mut dialled, _) = kubelet.accept().await.unwrap();
     assert_eq!(dialled.read(&mut [0; 8]).await.unwrap_or(0), 0, "explain sends nothing and leaves");
 
-    let unknown = explained(&cluster, "192.0.2.1:80");
+    let (unknown, code) = explained(&cluster, "192.0.2.1:80");
+    assert_eq!(code, Some(1), "{unknown}");
     assert_eq!((&unknown["node"], &unknown["candidates"][0]), (&Value::Null, &Value::Null));
     assert!(unknown["verdict"].as_str().unwrap().contains("no route to 192.0.2.1:80"), "{unknown}");
-    let table = cluster.command(&["explain", "nonesuch:80"]).unwrap();
-    assert!(table.contains("no route to nonesuch:80"), "{table}");
+    let (table, code) = explain(&cluster, &["nonesuch:80"]);
+    assert!(code == Some(1) && table.contains("no route to nonesuch:80"), "{code:?} {table}");
 
     let config = cluster.path().join("master.yaml");
     for malformed in ["n1", "n1:", "n1:0", "n1:99999", "", "a b:1", "http://n1:80/", "::1:80"] {

@@ -35,8 +35,8 @@ async fn follow(api: &ApiServer, more: &str) -> Cluster {
 
 /// `NODE TARGET, …: REASON` as `explain` shows it, or why there is no route.
 fn route(cluster: &Cluster, target: &str) -> String {
-    let text = cluster.command(&["explain", target, "-o", "json"]).unwrap();
-    let e: Value = serde_json::from_str(&text).unwrap();
+    let e: Value =
+        serde_json::from_slice(&cluster.output(&["explain", target, "-o", "json"]).unwrap().stdout).unwrap();
     let ways: Vec<String> = e["candidates"]
         .as_array()
         .unwrap()
