@@ -101,6 +101,26 @@ binaries() {
     cargo build --locked --profile "$profile" -p master-agent -p node-agent -p tests -p quickstart --bins
 }
 
+# The time at which a process started, in the kernel's ticks.
+started() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d ' ' -f 20; }
+
+# A test that ends takes along what it has started. One that is killed does not: this ends the processes and removes the
+# network namespaces that the tests have noted in TEST_STARTED.
+end_leftovers() {
+    local kind what since
+    [ -e "$TEST_STARTED" ] || return 0
+    while read -r kind what since; do
+        case $kind in
+            process) [ "$(started "$what")" != "$since" ] || kill -KILL "$what" || true ;;
+            namespace)
+                [ -e "/run/netns/$what" ] || continue
+                ip netns pids "$what" | xargs -r kill -KILL || true
+                ip netns delete "$what" || true
+                ;;
+        esac
+    done <"$TEST_STARTED"
+}
+
 # Most tests wait more than they compute, so several run at once. Those in the folder `alone` measure memory, CPU time
 # or throughput, and run one at a time.
 e2e() {
@@ -108,13 +128,16 @@ e2e() {
     binaries
     browser
     export TEST_BIN_DIR=$CARGO_TARGET_DIR/$profile TEST_FIGURES=$CARGO_TARGET_DIR/e2e-figures.txt
-    rm -f "$TEST_FIGURES"
+    export TEST_STARTED=$CARGO_TARGET_DIR/e2e-started.txt
+    rm -f "$TEST_FIGURES" "$TEST_STARTED"
+    trap end_leftovers EXIT
     local failed=() logs
     logs=$(mktemp -d /tmp/e2e-logs.XXXXXX)
     # A page of 5,000 nodes keeps a browser and an agent busy, and its CPU time is measured.
     local busy=ui::page::five_thousand
     cargo test --locked --profile "$profile" -p tests --test e2e -- --skip alone:: --skip "$busy" --test-threads="${TEST_THREADS:-6}" |
         tee "$logs/parallel" || failed+=(parallel)
+    end_leftovers
     cargo test --locked --profile "$profile" -p tests --test e2e -- alone:: "$busy" --test-threads=1 |
         tee "$logs/alone" || failed+=(alone)
     if [ -e "$TEST_FIGURES" ]; then
@@ -126,6 +149,8 @@ e2e() {
         grep -h -A 6 'panicked at' "$logs"/* | cut -c 1-1000 | tail -n 60 || true
     fi
     rm -rf "$logs"
+    end_leftovers
+    trap - EXIT
     [ ${#failed[@]} = 0 ] || die "end-to-end tests failed: ${failed[*]}"
 }
 

@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context, bail};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use crate::openssh::run;
+use crate::{openssh::run, process::note_started};
 
 /// Exists until it is dropped. Processes in it have to end before.
 #[derive(Debug)]
@@ -48,7 +48,7 @@ impl Namespace {
     fn create(&self) -> anyhow::Result<()> {
         let (near, far) = (self.outside_link.as_str(), self.inside_link.as_str());
         let (outside, inside) = (format!("{}/30", self.outside), format!("{}/30", self.inside));
-        ip(&["netns", "add", &self.name])?;
+        add(&self.name)?;
         ip(&["link", "add", near, "type", "veth", "peer", "name", far, "netns", &self.name])?;
         ip(&["address", "add", &outside, "dev", near])?;
         ip(&["link", "set", near, "up"])?;
@@ -127,7 +127,7 @@ pub struct Island {
 impl Island {
     pub fn new() -> anyhow::Result<Self> {
         let island = Self { name: format!("test-{:08x}", rand::random::<u32>()) };
-        ip(&["netns", "add", &island.name])?;
+        add(&island.name)?;
         island.ip(&["link", "set", "lo", "up"])?;
         Ok(island)
     }
@@ -170,6 +170,11 @@ impl Drop for Entered {
         let back = move_into_link_name_space(self.before.as_fd(), Some(LinkNameSpaceType::Network));
         back.expect("a thread may go back to its namespace");
     }
+}
+
+fn add(name: &str) -> anyhow::Result<()> {
+    note_started(&format!("namespace {name}"));
+    ip(&["netns", "add", name])
 }
 
 fn ip(args: &[&str]) -> anyhow::Result<()> {

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs::File,
+    io::Write,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     process::{Child, ChildStderr, Command, Stdio},
@@ -48,6 +49,7 @@ impl Process {
     fn spawn(name: &str, command: &mut Command, log: &Path) -> anyhow::Result<Self> {
         let spawned = command.stdin(Stdio::null()).spawn();
         let child = spawned.with_context(|| format!("can't start {name}: {command:?}"))?;
+        note_process(child.id());
         Ok(Self { child, name: name.to_owned(), log: log.to_owned() })
     }
 
@@ -111,6 +113,23 @@ impl Process {
     pub fn cpu_of_threads(&self) -> f64 {
         let threads = std::fs::read_dir(format!("/proc/{}/task", self.pid())).into_iter().flatten().flatten();
         threads.filter_map(|thread| cpu_of_task(&thread.path())).sum()
+    }
+}
+
+/// Notes something that this test process has started, in the file that `TEST_STARTED` names. `tests/run.sh` ends what
+/// is left of it if this process is killed.
+pub fn note_started(what: &str) {
+    let Some(file) = std::env::var_os("TEST_STARTED") else { return };
+    let file = File::options().create(true).append(true).open(file);
+    let _ = file.and_then(|mut file| file.write_all(format!("{what}\n").as_bytes()));
+}
+
+/// The time of its start tells the process from a later one with the same number.
+fn note_process(pid: u32) {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let behind_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    if let Some(started) = behind_name.split_whitespace().nth(19) {
+        note_started(&format!("process {pid} {started}"));
     }
 }
 
