@@ -491,6 +491,8 @@ Port $ssh_port
 ListenAddress ${address[n3]}
 PidFile none
 UsePAM no
+PasswordAuthentication no
+KbdInteractiveAuthentication no
 # $dir may lie under a directory that others may write to, such as /tmp.
 StrictModes no
 END

@@ -169,6 +169,8 @@ assert [n["name"] for n in e["nodes"]] == ["n1", "n2", "n3"], e["nodes"]
 for n in e["nodes"]:
     assert n["local_endpoint"]["url"].startswith("https://"), n
     assert len(n["targets"]) >= 3 and os.path.exists(n["kubelet"]["ca"]), n
+sshd = read("n3/sshd_config").splitlines()
+assert {"PasswordAuthentication no", "KbdInteractiveAuthentication no"} <= set(sshd), sshd
 # The table, the JSON and the page of the comparison are of one run.
 comparison, page = json.loads(read("comparison.json")), read("comparison.html")
 table = open(sys.argv[1] + ".output").read()
