@@ -3,14 +3,19 @@
 use std::{
     collections::{HashMap, VecDeque},
     hash::Hash,
-    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
-/// A cache whose entries expire. When it is full, a new entry evicts the oldest one.
+use crate::shards::{SHARDS, Shards};
+
+/// The least number of entries of a part. A smaller cache has a single part, so that it holds all that it may.
+const MIN_PART: usize = 256;
+
+/// A cache whose entries expire. It is in parts, and a new entry evicts the oldest one of its part when that is full.
 pub(crate) struct Cache<K, V> {
+    /// The maximum number of entries of each part.
     size: usize,
-    entries: Mutex<Entries<K, V>>,
+    parts: Shards<Entries<K, V>>,
 }
 
 struct Entries<K, V> {
@@ -27,21 +32,27 @@ struct Entry<V> {
     serial: u64,
 }
 
+impl<K, V> Default for Entries<K, V> {
+    fn default() -> Self {
+        Self { values: HashMap::new(), order: VecDeque::new(), next: 0 }
+    }
+}
+
 impl<K: Copy + Eq + Hash, V: Clone> Cache<K, V> {
     /// Creates a cache for this number of entries. With a size of zero, it stores nothing.
     pub(crate) fn new(size: usize) -> Self {
-        let entries = Entries { values: HashMap::new(), order: VecDeque::new(), next: 0 };
-        Self { size, entries: Mutex::new(entries) }
+        let parts = (size / MIN_PART).clamp(1, SHARDS);
+        Self { size: size / parts, parts: Shards::new(parts) }
     }
 
     pub(crate) fn get(&self, key: &K, now: Instant) -> Option<V> {
-        let entries = self.lock();
+        let entries = self.parts.of(key);
         let entry = entries.values.get(key)?;
         (now < entry.until).then(|| entry.value.clone())
     }
 
     pub(crate) fn remove(&self, key: &K) {
-        self.lock().values.remove(key);
+        self.parts.of(key).values.remove(key);
     }
 
     /// Stores a value for this time. A time of zero stores nothing.
@@ -49,7 +60,7 @@ impl<K: Copy + Eq + Hash, V: Clone> Cache<K, V> {
         if self.size == 0 || ttl.is_zero() {
             return;
         }
-        let Entries { values, order, next } = &mut *self.lock();
+        let Entries { values, order, next } = &mut *self.parts.of(&key);
         let serial = *next;
         *next += 1;
         values.insert(key, Entry { value, until: now + ttl, serial });
@@ -73,13 +84,11 @@ impl<K: Copy + Eq + Hash, V: Clone> Cache<K, V> {
 
     #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
-        let entries = self.lock();
-        assert!(entries.values.len() <= self.size && entries.order.len() <= 2 * self.size);
-        entries.values.len()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Entries<K, V>> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+        let lengths = self.parts.each().map(|entries| {
+            assert!(entries.values.len() <= self.size && entries.order.len() <= 2 * self.size);
+            entries.values.len()
+        });
+        lengths.sum()
     }
 }
 
@@ -125,6 +134,19 @@ mod tests {
             assert_eq!((cache.get(&1, now), cache.len()), (Some(10), 3), "{value}");
         }
         assert_eq!((cache.get(&2, now), cache.get(&3, now)), (Some(999), Some(999)));
+    }
+
+    #[test]
+    fn a_large_cache_is_in_parts_that_together_hold_what_it_may() {
+        const SIZE: usize = 10_000;
+        let now = Instant::now();
+        let cache = Cache::<usize, usize>::new(SIZE);
+        for i in 0..2 * SIZE {
+            cache.put(i, i, TTL, now);
+        }
+        assert!((SIZE * 9 / 10..=SIZE).contains(&cache.len()), "{}", cache.len());
+        let newest = 2 * SIZE - 1;
+        assert_eq!((cache.get(&newest, now), cache.get(&0, now)), (Some(newest), None));
     }
 
     #[test]

@@ -19,5 +19,6 @@ pub mod peer;
 pub mod rates;
 pub mod request_info;
 pub mod secret;
+mod shards;
 pub mod user;
 pub mod x509_expiry;

@@ -1,87 +1,169 @@
-//! Rate limits for each key, by token buckets. Time is an argument.
+//! Rate limits by token buckets: one bucket, or one for each key. Time is an argument.
 
 use std::{
     collections::HashMap,
+    fmt,
     hash::Hash,
     net::{IpAddr, Ipv6Addr},
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
+use crate::shards::{SHARDS, Shards};
+
 /// The maximum number of keys with a bucket of their own. All other keys share one bucket.
 const MAX_KEYS: usize = 65_536;
+/// The shortest time between two searches for keys that no longer need a bucket.
+const SEARCH_INTERVAL: Duration = Duration::from_millis(100);
 
-/// One token bucket for each key.
-#[derive(Debug)]
-pub struct Rates<K> {
-    /// The long-term number of events in a second.
-    per_second: f64,
-    /// The maximum number of events at once.
-    burst: f64,
-    state: Mutex<State<K>>,
-}
-
-#[derive(Debug)]
-struct State<K> {
-    buckets: HashMap<K, Bucket>,
-    /// The bucket of all keys that have none of their own.
-    others: Bucket,
-}
-
+/// A number of events in a second, and how many may come at once.
 #[derive(Clone, Copy, Debug)]
-struct Bucket {
+pub struct Rate {
+    per_second: f64,
+    burst: f64,
+}
+
+impl Rate {
+    /// Creates a rate. A number of zero counts as one.
+    pub fn new(per_second: u32, burst: u32) -> Self {
+        Self { per_second: f64::from(per_second.max(1)), burst: f64::from(burst.max(1)) }
+    }
+}
+
+/// A bucket with a token for each event that is allowed now.
+#[derive(Clone, Copy, Debug)]
+pub struct Bucket {
+    rate: Rate,
     tokens: f64,
     at: Instant,
 }
 
-impl<K: Hash + Eq> Rates<K> {
-    pub fn new(per_second: u32, burst: u32, now: Instant) -> Self {
-        let burst = f64::from(burst.max(1));
-        let others = Bucket { tokens: burst, at: now };
-        let state = Mutex::new(State { buckets: HashMap::new(), others });
-        Self { per_second: f64::from(per_second.max(1)), burst, state }
+impl Bucket {
+    /// Creates a full bucket.
+    pub fn new(rate: Rate, now: Instant) -> Self {
+        Self { rate, tokens: rate.burst, at: now }
     }
 
     /// Counts an event. The error is the time until another event is allowed.
-    pub fn take(&self, key: K, now: Instant) -> Result<(), Duration> {
-        self.with(key, now, |bucket| {
-            if bucket.tokens >= 1.0 {
-                bucket.tokens -= 1.0;
-                return Ok(());
-            }
-            Err(Duration::from_secs_f64((1.0 - bucket.tokens) / self.per_second))
-        })
+    pub fn take(&mut self, now: Instant) -> Result<(), Duration> {
+        self.fill(now);
+        if self.tokens >= 1.0 {
+            self.tokens -= 1.0;
+            return Ok(());
+        }
+        Err(Duration::from_secs_f64((1.0 - self.tokens) / self.rate.per_second))
     }
 
     /// Takes back an event that was counted.
-    pub fn give_back(&self, key: K, now: Instant) {
-        self.with(key, now, |bucket| bucket.tokens = (bucket.tokens + 1.0).min(self.burst));
+    pub fn give_back(&mut self, now: Instant) {
+        self.fill(now);
+        self.tokens = (self.tokens + 1.0).min(self.rate.burst);
     }
 
-    fn with<R>(&self, key: K, now: Instant, each: impl FnOnce(&mut Bucket) -> R) -> R {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.buckets.len() >= MAX_KEYS && !state.buckets.contains_key(&key) {
-            let full = |bucket: &Bucket| self.tokens(bucket, now) >= self.burst;
-            state.buckets.retain(|_, bucket| !full(bucket));
-            if state.buckets.len() >= MAX_KEYS {
-                self.fill(&mut state.others, now);
-                return each(&mut state.others);
+    fn is_full(&self, now: Instant) -> bool {
+        self.tokens_at(now) >= self.rate.burst
+    }
+
+    fn tokens_at(&self, now: Instant) -> f64 {
+        let grown = now.saturating_duration_since(self.at).as_secs_f64() * self.rate.per_second;
+        (self.tokens + grown).min(self.rate.burst)
+    }
+
+    fn fill(&mut self, now: Instant) {
+        self.tokens = self.tokens_at(now);
+        // A caller may pass an earlier time than another one before. The tokens since then must not be added twice.
+        self.at = self.at.max(now);
+    }
+}
+
+/// One bucket for each key. Threads meet at the same lock only if their keys are in the same part of the table, or if
+/// the table is full.
+pub struct Rates<K: ToOwned + ?Sized> {
+    rate: Rate,
+    buckets: Shards<HashMap<K::Owned, Bucket>>,
+    /// The number of keys with a bucket of their own, in all parts.
+    keys: AtomicUsize,
+    others: Mutex<Others>,
+}
+
+/// The bucket that all keys without one of their own share.
+struct Others {
+    bucket: Bucket,
+    /// When the table was last searched for keys that no longer need a bucket of their own.
+    searched: Option<Instant>,
+}
+
+impl<K> Rates<K>
+where
+    K: Hash + Eq + ToOwned + ?Sized,
+    K::Owned: Hash + Eq,
+{
+    pub fn new(per_second: u32, burst: u32, now: Instant) -> Self {
+        let rate = Rate::new(per_second, burst);
+        let others = Others { bucket: Bucket::new(rate, now), searched: None };
+        Self { rate, buckets: Shards::new(SHARDS), keys: AtomicUsize::new(0), others: Mutex::new(others) }
+    }
+
+    /// Counts an event. The error is the time until another event is allowed.
+    pub fn take(&self, key: &K, now: Instant) -> Result<(), Duration> {
+        self.with(key, now, |bucket| bucket.take(now))
+    }
+
+    /// Takes back an event that was counted.
+    pub fn give_back(&self, key: &K, now: Instant) {
+        self.with(key, now, |bucket| bucket.give_back(now));
+    }
+
+    fn with<R>(&self, key: &K, now: Instant, each: impl FnOnce(&mut Bucket) -> R) -> R {
+        let mut buckets = self.buckets.of(key);
+        if let Some(bucket) = self.own(&mut buckets, key, now) {
+            return each(bucket);
+        }
+        drop(buckets);
+        let mut others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
+        // Every newcomer would otherwise search the whole table.
+        let late = |searched: Instant| now.saturating_duration_since(searched) >= SEARCH_INTERVAL;
+        if others.searched.is_none_or(late) {
+            others.searched = Some(now);
+            self.remove_full(now);
+            if let Some(bucket) = self.own(&mut self.buckets.of(key), key, now) {
+                return each(bucket);
             }
         }
-        let bucket = state.buckets.entry(key).or_insert(Bucket { tokens: self.burst, at: now });
-        self.fill(bucket, now);
-        each(bucket)
+        each(&mut others.bucket)
     }
 
-    fn tokens(&self, bucket: &Bucket, now: Instant) -> f64 {
-        let grown = now.saturating_duration_since(bucket.at).as_secs_f64() * self.per_second;
-        (bucket.tokens + grown).min(self.burst)
+    /// Returns the bucket of a key in its part of the table. It is a new one if the key has none and there is room.
+    fn own<'a>(
+        &self,
+        buckets: &'a mut HashMap<K::Owned, Bucket>,
+        key: &K,
+        now: Instant,
+    ) -> Option<&'a mut Bucket> {
+        if !buckets.contains_key(key) {
+            let one_more = |keys: usize| (keys < MAX_KEYS).then_some(keys + 1);
+            self.keys.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).ok()?;
+            buckets.insert(key.to_owned(), Bucket::new(self.rate, now));
+        }
+        buckets.get_mut(key)
     }
 
-    fn fill(&self, bucket: &mut Bucket, now: Instant) {
-        bucket.tokens = self.tokens(bucket, now);
-        // A caller may pass an earlier time than another one before. The tokens since then must not be added twice.
-        bucket.at = bucket.at.max(now);
+    /// Forgets the keys whose buckets have filled up again.
+    fn remove_full(&self, now: Instant) {
+        for mut buckets in self.buckets.each() {
+            let before = buckets.len();
+            buckets.retain(|_, bucket| !bucket.is_full(now));
+            self.keys.fetch_sub(before - buckets.len(), Ordering::Relaxed);
+        }
+    }
+}
+
+impl<K: ToOwned + ?Sized> fmt::Debug for Rates<K> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rates").field("rate", &self.rate).field("keys", &self.keys).finish_non_exhaustive()
     }
 }
 
@@ -96,7 +178,11 @@ pub fn network(address: IpAddr) -> IpAddr {
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
+
     use super::*;
+
+    const THREADS: usize = 8;
 
     #[test]
     fn a_burst_is_allowed_and_then_a_rate() {
@@ -128,14 +214,49 @@ mod tests {
         let start = Instant::now();
         let rates = Rates::new(1, 2, start);
         for key in 0..MAX_KEYS {
-            assert_eq!(rates.take(key, start), Ok(()));
+            assert_eq!(rates.take(&key, start), Ok(()));
         }
-        let newcomers = (0..100).filter(|i| rates.take(MAX_KEYS + i, start).is_ok()).count();
+        let newcomers = (0..100).filter(|i| rates.take(&(MAX_KEYS + i), start).is_ok()).count();
         assert_eq!(newcomers, 2);
-        assert_eq!(rates.state.lock().unwrap().buckets.len(), MAX_KEYS);
+        assert_eq!(keys(&rates), MAX_KEYS);
         // Keys whose bucket has filled up again give way.
-        assert_eq!(rates.take(MAX_KEYS, start + Duration::from_secs(5)), Ok(()));
-        assert_eq!(rates.state.lock().unwrap().buckets.len(), 1);
+        assert_eq!(rates.take(&MAX_KEYS, start + Duration::from_secs(5)), Ok(()));
+        assert_eq!(keys(&rates), 1);
+    }
+
+    /// Returns the number of keys with a bucket, which must be the number that is kept.
+    fn keys(rates: &Rates<usize>) -> usize {
+        let keys = rates.buckets.each().map(|buckets| buckets.len()).sum();
+        assert_eq!(rates.keys.load(Ordering::Relaxed), keys);
+        keys
+    }
+
+    #[test]
+    fn threads_together_take_no_more_than_the_burst_of_their_key() {
+        let start = Instant::now();
+        let rates = Rates::new(1, 1000, start);
+        let take = || (0..1000).filter(|_| rates.take("a", start).is_ok()).count();
+        let taken: usize = thread::scope(|scope| {
+            let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(take)).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+        });
+        assert_eq!(taken, 1000);
+    }
+
+    #[test]
+    fn threads_together_get_no_more_buckets_than_there_are() {
+        let start = Instant::now();
+        let rates = Rates::new(1, 2, start);
+        let each = 2 * MAX_KEYS / THREADS;
+        let take = |thread: usize| {
+            let own = thread * each..(thread + 1) * each;
+            own.filter(|key| rates.take(key, start).is_ok()).count()
+        };
+        let taken: usize = thread::scope(|scope| {
+            let threads: Vec<_> = (0..THREADS).map(|thread| scope.spawn(move || take(thread))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+        });
+        assert_eq!((taken, keys(&rates)), (MAX_KEYS + 2, MAX_KEYS), "the others share one burst of two");
     }
 
     #[test]

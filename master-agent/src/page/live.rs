@@ -127,7 +127,7 @@ pub(super) struct Live {
     admin: Arc<Semaphore>,
     front_end: Arc<Semaphore>,
     /// The watchers of each user on the front end.
-    users: Counts<String>,
+    users: Counts<str>,
 }
 
 impl Live {
@@ -157,7 +157,7 @@ impl Live {
     ) -> Option<Body> {
         let (permits, of_user) = match site {
             Site::Admin => (&self.admin, None),
-            Site::FrontEnd { user } => (&self.front_end, Some(self.users.take(user.clone())?)),
+            Site::FrontEnd { user } => (&self.front_end, Some(self.users.take(user)?)),
         };
         let of_all = permits.clone().try_acquire_owned().ok()?;
         let permit = Permit { _of_all: of_all, _of_user: of_user };
@@ -229,7 +229,7 @@ struct Watcher {
 /// Counts as one of the watchers of a site, and of a user.
 struct Permit {
     _of_all: OwnedSemaphorePermit,
-    _of_user: Option<Counted<String>>,
+    _of_user: Option<Counted<str>>,
 }
 
 impl Watcher {

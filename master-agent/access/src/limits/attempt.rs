@@ -29,7 +29,7 @@ impl<'a> Attempt<'a> {
     /// Ends an attempt that has succeeded, or that could not be decided through no fault of its caller.
     pub fn forgive(self) {
         if self.counted.into_inner() {
-            self.failures.give_back(self.source, self.at);
+            self.failures.give_back(&self.source, self.at);
         }
     }
 
@@ -38,7 +38,7 @@ impl<'a> Attempt<'a> {
         if self.counted.into_inner() {
             return Ok(());
         }
-        let taken = self.failures.take(self.source, self.at);
+        let taken = self.failures.take(&self.source, self.at);
         taken.map_err(|retry_after| Exceeded { limit: Limit::FailuresPerAddress, retry_after })
     }
 }
@@ -46,7 +46,7 @@ impl<'a> Attempt<'a> {
 impl Guard for Attempt<'_> {
     fn pass(&self) -> Result<(), Duration> {
         if !self.counted.load(Ordering::Relaxed) {
-            self.failures.take(self.source.clone(), self.at)?;
+            self.failures.take(&self.source, self.at)?;
             self.counted.store(true, Ordering::Relaxed);
         }
         Ok(())

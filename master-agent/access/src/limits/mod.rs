@@ -35,9 +35,9 @@ const RETRY: Duration = Duration::from_secs(1);
 pub struct Limits {
     addresses: Rates<Source>,
     failures: Rates<Source>,
-    users: Rates<String>,
+    users: Rates<str>,
     seats: Seats,
-    long_running_per_user: Counts<String>,
+    long_running_per_user: Counts<str>,
     long_running: Arc<Semaphore>,
     max_long_running: usize,
     connections_per_address: Counts<Source>,
@@ -60,7 +60,7 @@ pub enum RequestPermit {
 
 /// Counts as one of its user's long-running requests, and as one of all.
 pub struct LongRunning {
-    _of_user: Counted<String>,
+    _of_user: Counted<str>,
     _of_all: OwnedSemaphorePermit,
 }
 
@@ -85,13 +85,14 @@ impl RequestPermit {
 
 impl Limits {
     pub fn new(config: &LimitsConfig, now: Instant) -> Self {
-        fn rates<K: std::hash::Hash + Eq>(per_second: u32, now: Instant) -> Rates<K> {
-            Rates::new(per_second, per_second.saturating_mul(BURST), now)
-        }
+        let burst = |per_second: u32| per_second.saturating_mul(BURST);
+        let (of_address, of_user) =
+            (config.requests_per_second_per_address, config.requests_per_second_per_user);
+        let failures = config.failures_per_second_per_address;
         Self {
-            addresses: rates(config.requests_per_second_per_address, now),
-            failures: rates(config.failures_per_second_per_address, now),
-            users: rates(config.requests_per_second_per_user, now),
+            addresses: Rates::new(of_address, burst(of_address), now),
+            failures: Rates::new(failures, burst(failures), now),
+            users: Rates::new(of_user, burst(of_user), now),
             seats: Seats::new(config.seats),
             long_running_per_user: Counts::new(config.long_running_per_user),
             long_running: Arc::new(Semaphore::new(config.max_long_running)),
@@ -109,12 +110,12 @@ impl Limits {
             }
             Peer::Node { .. } => (&self.connections_per_node, Limit::ConnectionsPerNode),
         };
-        counts.take(Source::of(peer)).ok_or(Exceeded { limit, retry_after: RETRY })
+        counts.take(&Source::of(peer)).ok_or(Exceeded { limit, retry_after: RETRY })
     }
 
     /// Takes a request from the rate of its address, before anything is known of its caller.
     pub fn request(&self, peer: &Peer, now: Instant) -> Result<(), Exceeded> {
-        let taken = self.addresses.take(Source::of(peer), now);
+        let taken = self.addresses.take(&Source::of(peer), now);
         taken.map_err(|retry_after| Exceeded { limit: Limit::RequestsPerAddress, retry_after })
     }
 
@@ -130,7 +131,7 @@ impl Limits {
         kind: RequestKind,
         now: Instant,
     ) -> Result<RequestPermit, Exceeded> {
-        let taken = self.users.take(user.to_owned(), now);
+        let taken = self.users.take(user, now);
         taken.map_err(|retry_after| Exceeded { limit: Limit::RequestsPerUser, retry_after })?;
         match kind {
             RequestKind::LongRunning => self.long_running(user),
@@ -158,7 +159,7 @@ impl Limits {
     }
 
     fn long_running(&self, user: &str) -> Result<RequestPermit, Exceeded> {
-        let of_user = self.long_running_per_user.take(user.to_owned());
+        let of_user = self.long_running_per_user.take(user);
         let of_all = self.long_running.clone().try_acquire_owned();
         match (of_user, of_all) {
             (Some(_of_user), Ok(_of_all)) => {

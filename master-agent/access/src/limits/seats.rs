@@ -2,14 +2,22 @@
 //!
 //! While all seats are taken, the requests of each user wait in a queue of their own, and the queues take turns. A user
 //! with many requests delays nobody but themselves.
+//!
+//! While nobody waits, threads do not meet at one lock: the free seats are an atomic number, and the seats that each
+//! user holds are in a table of many parts.
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
     time::Duration,
 };
 
 use tokio::sync::oneshot;
+
+use crate::shards::{SHARDS, Shards};
 
 /// The numbers of seats, and how long a request waits for one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,30 +35,33 @@ pub struct SeatLimits {
 #[derive(Clone)]
 pub(super) struct Seats(Arc<Shared>);
 
+/// A seat is returned before it is checked whether anybody waits, and a request is in its queue before it is checked
+/// whether a seat is free. So one of the two sees the other, and no request waits beside a free seat.
 struct Shared {
     limits: SeatLimits,
-    state: Mutex<State>,
+    /// The number of seats that nobody has taken.
+    free: AtomicUsize,
+    /// The number of seats that each user holds, if it is not zero.
+    held: Shards<HashMap<Arc<str>, usize>>,
+    /// The number of users whose requests wait. It changes only while the queues are locked.
+    waiting: AtomicUsize,
+    queues: Mutex<Queues>,
 }
 
+/// The requests that wait. A part of `held` may be locked while the queues are locked, but not the other way round.
 #[derive(Default)]
-struct State {
-    taken: usize,
-    users: HashMap<String, Queue>,
+struct Queues {
+    /// The requests of each user. No queue is empty.
+    of_users: HashMap<Arc<str>, VecDeque<(u64, oneshot::Sender<Seat>)>>,
     /// The users whose requests wait, in the order of their turns.
-    turns: VecDeque<String>,
+    turns: VecDeque<Arc<str>>,
     next: u64,
-}
-
-#[derive(Default)]
-struct Queue {
-    held: usize,
-    waiting: VecDeque<(u64, oneshot::Sender<Seat>)>,
 }
 
 /// One seat. Dropping it gives it to the next request.
 pub struct Seat {
     seats: Seats,
-    user: String,
+    user: Arc<str>,
     /// Whether the seat still counts among those of all users.
     working: bool,
 }
@@ -61,37 +72,26 @@ pub(super) struct Busy;
 
 impl Seats {
     pub(super) fn new(limits: SeatLimits) -> Self {
-        Self(Arc::new(Shared { limits, state: Mutex::default() }))
+        Self(Arc::new(Shared {
+            limits,
+            free: AtomicUsize::new(limits.total),
+            held: Shards::new(SHARDS),
+            waiting: AtomicUsize::new(0),
+            queues: Mutex::default(),
+        }))
     }
 
     /// Takes a seat, and waits if none is free.
     pub(super) async fn take(&self, user: &str) -> Result<Seat, Busy> {
-        let limits = self.0.limits;
-        let (id, seat) = {
-            let mut state = self.lock();
-            let id = state.next;
-            state.next += 1;
-            let free = state.taken < limits.total;
-            let queue = state.users.entry(user.to_owned()).or_default();
-            // This overtakes no other user: while seats are free, only users who have reached their own limit wait.
-            if free && queue.waiting.is_empty() && queue.held < limits.per_user {
-                queue.held += 1;
-                state.taken += 1;
-                return Ok(Seat { seats: self.clone(), user: user.to_owned(), working: true });
-            }
-            if queue.waiting.len() >= limits.queue {
-                return Err(Busy);
-            }
-            let (sender, receiver) = oneshot::channel();
-            queue.waiting.push_back((id, sender));
-            if queue.waiting.len() == 1 {
-                state.turns.push_back(user.to_owned());
-            }
-            (id, receiver)
-        };
+        if self.0.waiting.load(SeqCst) == 0
+            && let Some(user) = self.try_take(user)
+        {
+            return Ok(self.seat(user));
+        }
+        let (id, seat) = self.enqueue(user)?;
         let waiting = Waiting { seats: self, user, id };
         self.hand_out();
-        let seat = tokio::time::timeout(limits.wait, seat).await;
+        let seat = tokio::time::timeout(self.0.limits.wait, seat).await;
         drop(waiting);
         match seat {
             Ok(Ok(seat)) => Ok(seat),
@@ -101,46 +101,93 @@ impl Seats {
 
     /// Returns how many seats are taken and how many requests wait.
     pub(super) fn count(&self) -> (usize, usize) {
-        let state = self.lock();
-        let waiting =
-            state.turns.iter().filter_map(|user| state.users.get(user)).map(|queue| queue.waiting.len());
-        (state.taken, waiting.sum())
+        let taken = self.0.limits.total.saturating_sub(self.0.free.load(SeqCst));
+        (taken, self.queues().of_users.values().map(VecDeque::len).sum())
+    }
+
+    /// Counts a seat as the user's, unless none is free or the user holds as many as one user may.
+    fn try_take(&self, user: &str) -> Option<Arc<str>> {
+        let Shared { limits, free, held, .. } = &*self.0;
+        let mut held = held.of(user);
+        let known = held.get_key_value(user).map(|(user, count)| (user.clone(), *count));
+        if known.as_ref().is_some_and(|(_, count)| *count >= limits.per_user) {
+            return None;
+        }
+        free.fetch_update(SeqCst, SeqCst, |free| free.checked_sub(1)).ok()?;
+        let user = known.map_or_else(|| Arc::from(user), |(user, _)| user);
+        *held.entry(user.clone()).or_default() += 1;
+        Some(user)
+    }
+
+    fn seat(&self, user: Arc<str>) -> Seat {
+        Seat { seats: self.clone(), user, working: true }
+    }
+
+    /// Adds a request to its user's queue.
+    fn enqueue(&self, user: &str) -> Result<(u64, oneshot::Receiver<Seat>), Busy> {
+        let mut queues = self.queues();
+        let Queues { of_users, turns, next } = &mut *queues;
+        let (sender, seat) = oneshot::channel();
+        let id = *next;
+        match of_users.get_mut(user) {
+            Some(queue) if queue.len() >= self.0.limits.queue => return Err(Busy),
+            Some(queue) => queue.push_back((id, sender)),
+            None => {
+                let user = Arc::<str>::from(user);
+                of_users.insert(user.clone(), VecDeque::from([(id, sender)]));
+                turns.push_back(user);
+                self.0.waiting.store(turns.len(), SeqCst);
+            }
+        }
+        *next += 1;
+        Ok((id, seat))
     }
 
     /// Gives free seats to the users whose turn it is.
     fn hand_out(&self) {
         let mut given = Vec::new();
         {
-            let mut state = self.lock();
+            let mut queues = self.queues();
+            let Queues { of_users, turns, .. } = &mut *queues;
             // A user who has reached their own limit is skipped and stays in the queue of turns.
             let mut skipped = 0;
-            while state.taken < self.0.limits.total && skipped < state.turns.len() {
-                let Some(user) = state.turns.pop_front() else { break };
-                let Some(queue) = state.users.get_mut(&user) else { continue };
-                if queue.held >= self.0.limits.per_user {
-                    state.turns.push_back(user);
+            while skipped < turns.len() && self.0.free.load(SeqCst) > 0 {
+                let Some(user) = turns.pop_front() else { break };
+                let Some(queue) = of_users.get_mut(&user) else { continue };
+                let Some(holder) = self.try_take(&user) else {
+                    turns.push_back(user);
                     skipped += 1;
                     continue;
-                }
-                let Some((_, sender)) = queue.waiting.pop_front() else { continue };
-                queue.held += 1;
-                let more = !queue.waiting.is_empty();
-                state.taken += 1;
-                given.push((sender, user.clone()));
-                if more {
-                    state.turns.push_back(user);
+                };
+                given.push((queue.pop_front(), holder));
+                if queue.is_empty() {
+                    of_users.remove(&user);
+                } else {
+                    turns.push_back(user);
                 }
                 skipped = 0;
             }
+            self.0.waiting.store(turns.len(), SeqCst);
         }
-        // If the request has been dropped in the meantime, its seat is dropped here and goes to the next request.
-        for (sender, user) in given {
-            let _ = sender.send(Seat { seats: self.clone(), user, working: true });
+        // If the request has been dropped in the meantime, its seat is dropped here and goes to the next request. A
+        // seat must not be dropped while the queues are locked.
+        for (request, holder) in given {
+            let seat = self.seat(holder);
+            if let Some((_, sender)) = request {
+                let _ = sender.send(seat);
+            }
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Gives a seat that has just been returned to whoever waits for it.
+    fn returned(&self) {
+        if self.0.waiting.load(SeqCst) > 0 {
+            self.hand_out();
+        }
+    }
+
+    fn queues(&self) -> MutexGuard<'_, Queues> {
+        self.0.queues.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -149,27 +196,28 @@ impl Seat {
     /// a caller who reads slowly takes nothing from other users.
     pub fn answered(&mut self) {
         if std::mem::take(&mut self.working) {
-            let mut state = self.seats.lock();
-            state.taken = state.taken.saturating_sub(1);
-            drop(state);
-            self.seats.hand_out();
+            self.seats.0.free.fetch_add(1, SeqCst);
+            self.seats.returned();
         }
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
+        let Self { seats, user, working } = self;
         {
-            let mut state = self.seats.lock();
-            state.taken = state.taken.saturating_sub(usize::from(self.working));
-            if let Some(queue) = state.users.get_mut(&self.user) {
-                queue.held = queue.held.saturating_sub(1);
-                if queue.held == 0 && queue.waiting.is_empty() {
-                    state.users.remove(&self.user);
+            let mut held = seats.0.held.of(&**user);
+            if let Some(count) = held.get_mut(&**user) {
+                *count = count.saturating_sub(1);
+                if *count == 0 {
+                    held.remove(&**user);
                 }
             }
         }
-        self.seats.hand_out();
+        if *working {
+            seats.0.free.fetch_add(1, SeqCst);
+        }
+        seats.returned();
     }
 }
 
@@ -182,28 +230,37 @@ struct Waiting<'a> {
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        let mut state = self.seats.lock();
-        let Some(queue) = state.users.get_mut(self.user) else { return };
-        let Some(at) = queue.waiting.iter().position(|(id, _)| *id == self.id) else { return };
-        queue.waiting.remove(at);
-        if queue.waiting.is_empty() {
-            let gone = queue.held == 0;
-            state.turns.retain(|user| user != self.user);
-            if gone {
-                state.users.remove(self.user);
-            }
+        let mut queues = self.seats.queues();
+        let Queues { of_users, turns, .. } = &mut *queues;
+        let Some(queue) = of_users.get_mut(self.user) else { return };
+        let Some(at) = queue.iter().position(|(id, _)| *id == self.id) else { return };
+        queue.remove(at);
+        if queue.is_empty() {
+            of_users.remove(self.user);
+            turns.retain(|user| **user != *self.user);
+            self.seats.0.waiting.store(turns.len(), SeqCst);
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
+
     use futures_util::FutureExt;
 
     use super::*;
 
     fn seats(total: usize, per_user: usize, queue: usize) -> Seats {
         Seats::new(SeatLimits { total, per_user, queue, wait: Duration::from_secs(5) })
+    }
+
+    /// Nobody holds a seat or waits for one, and nothing is kept of those who did.
+    fn assert_at_rest(all: &Seats) {
+        assert_eq!(all.count(), (0, 0));
+        assert!(all.0.held.each().all(|held| held.is_empty()));
+        let queues = all.queues();
+        assert_eq!((queues.of_users.len(), queues.turns.len(), all.0.waiting.load(SeqCst)), (0, 0, 0));
     }
 
     #[tokio::test]
@@ -216,8 +273,7 @@ mod tests {
         drop(a);
         let third = third.await.unwrap();
         drop((b, third));
-        let state = all.lock();
-        assert_eq!((state.taken, state.users.len(), state.turns.len()), (0, 0, 0));
+        assert_at_rest(&all);
     }
 
     #[tokio::test]
@@ -235,8 +291,7 @@ mod tests {
         drop(many.remove(0).await.unwrap());
         assert!(one.now_or_never().unwrap().is_ok());
         drop(many);
-        let state = all.lock();
-        assert_eq!((state.taken, state.users.len(), state.turns.len()), (0, 0, 0));
+        assert_at_rest(&all);
     }
 
     #[tokio::test]
@@ -269,8 +324,7 @@ mod tests {
         assert!(again.as_mut().now_or_never().is_none(), "the seat still counts as theirs while they read");
         drop(slow);
         drop(again.now_or_never().unwrap());
-        let state = all.lock();
-        assert_eq!((state.taken, state.users.len(), state.turns.len()), (0, 0, 0));
+        assert_at_rest(&all);
     }
 
     #[tokio::test(start_paused = true)]
@@ -280,8 +334,7 @@ mod tests {
         assert_eq!(all.take("b").await.err(), Some(Busy));
         drop(held);
         assert!(all.take("b").await.is_ok());
-        let state = all.lock();
-        assert_eq!((state.taken, state.users.len(), state.turns.len()), (0, 0, 0));
+        assert_at_rest(&all);
     }
 
     /// The counts stay right while requests arrive, wait and leave at random.
@@ -289,7 +342,7 @@ mod tests {
     async fn no_seat_is_lost() {
         use rand::{RngExt, SeedableRng, rngs::StdRng};
         let mut rng = StdRng::seed_from_u64(3);
-        let all = seats(4, 2, 3);
+        let all = seats(TOTAL, PER_USER, 3);
         let mut waiting = Vec::new();
         let mut held = Vec::new();
         for _ in 0..20_000 {
@@ -314,10 +367,47 @@ mod tests {
                 }
                 _ => {}
             }
-            assert!(all.lock().taken <= 4);
+            assert!(all.count().0 <= TOTAL);
         }
         drop((waiting, held));
-        let state = all.lock();
-        assert_eq!((state.taken, state.users.len(), state.turns.len()), (0, 0, 0));
+        assert_at_rest(&all);
+    }
+
+    const TOTAL: usize = 4;
+    const PER_USER: usize = 2;
+    const USERS: [&str; 3] = ["a", "b", "c"];
+
+    /// Takes seats for each user in turn, and checks that no more are taken than there are.
+    async fn take_in_turn(all: &Seats, working: &AtomicUsize, held: &[AtomicUsize; 3], first: usize) {
+        for i in first..first + 500 {
+            let user = i % USERS.len();
+            let mut seat = all.take(USERS[user]).await.unwrap();
+            assert!(working.fetch_add(1, SeqCst) < TOTAL);
+            assert!(held[user].fetch_add(1, SeqCst) < PER_USER);
+            thread::yield_now();
+            working.fetch_sub(1, SeqCst);
+            if i % 2 == 0 {
+                seat.answered();
+            }
+            held[user].fetch_sub(1, SeqCst);
+        }
+    }
+
+    #[test]
+    fn threads_together_take_no_more_seats_than_there_are_and_each_is_served() {
+        let wait = Duration::from_secs(60);
+        let all = Seats::new(SeatLimits { total: TOTAL, per_user: PER_USER, queue: 100, wait });
+        let working = AtomicUsize::new(0);
+        let held = USERS.map(|_| AtomicUsize::new(0));
+        thread::scope(|scope| {
+            for first in 0..8 {
+                let work = take_in_turn(&all, &working, &held, first);
+                scope.spawn(move || {
+                    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
+                    runtime.unwrap().block_on(work);
+                });
+            }
+        });
+        assert_at_rest(&all);
     }
 }

@@ -12,7 +12,7 @@ use std::{
     future::{Ready, ready},
     pin::{Pin, pin},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll},
@@ -41,7 +41,7 @@ use crate::{
     http::Executor,
     stream::{caller::Caller, metrics::KonnectivityCounts},
 };
-use access::rates::Rates;
+use access::rates::{Bucket, Rate};
 use authority::WithAuthority;
 use session::{Answers, Session, Slots};
 
@@ -82,7 +82,8 @@ struct Client {
     slots: Slots,
     /// Whether the client has ever made a call.
     called: AtomicBool,
-    given_up: Rates<()>,
+    /// How many calls the client may still give up.
+    given_up: Mutex<Bucket>,
     /// Bounds the log lines about calls of other methods.
     unserved: LogThrottle,
     /// Cancelled when the client has given up too many calls.
@@ -100,7 +101,7 @@ impl EgressListener for Konnectivity {
             caller,
             slots: Slots::new(self.max_dials),
             called: AtomicBool::new(false),
-            given_up: Rates::new(GIVEN_UP, GIVEN_UP, Instant::now().into_std()),
+            given_up: Mutex::new(Bucket::new(Rate::new(GIVEN_UP, GIVEN_UP), Instant::now().into_std())),
             unserved: LogThrottle::with_burst(LOG_BURST),
             flooding: CancellationToken::new(),
         });
@@ -190,7 +191,8 @@ impl Client {
 
     /// Counts a call that the client has given up before any answer, or that has none but an error.
     fn gave_up(&self) {
-        if self.given_up.take((), Instant::now().into_std()).is_err() {
+        let mut given_up = self.given_up.lock().unwrap_or_else(PoisonError::into_inner);
+        if given_up.take(Instant::now().into_std()).is_err() {
             self.flooding.cancel();
         }
     }

@@ -207,8 +207,8 @@ impl Verification {
             return Ok(right);
         }
         let source = network(peer);
-        let give_back = || self.attempts.give_back(source, Instant::now());
-        self.attempts.take(source, Instant::now()).map_err(|_| LoginError::TooMany)?;
+        let give_back = || self.attempts.give_back(&source, Instant::now());
+        self.attempts.take(&source, Instant::now()).map_err(|_| LoginError::TooMany)?;
         let Ok(_waiting) = self.waiting.try_acquire() else {
             give_back();
             return Err(LoginError::Busy);
