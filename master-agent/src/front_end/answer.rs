@@ -7,15 +7,13 @@ use std::{
         atomic::{AtomicUsize, Ordering},
     },
     task::{Context, Poll},
-    time::Duration,
 };
 
 use bytes::{Buf, Bytes};
-use futures_util::future::BoxFuture;
+use futures_util::{future::BoxFuture, task::AtomicWaker};
 use http_body_util::Full;
 use hyper::body::{Body, Frame, SizeHint};
 use proto_net::admin;
-use tokio::sync::Notify;
 
 use super::{limits::RequestPermit, recorder::Recorder, upstream::ResponseBody};
 use crate::http::{exchange, watched::Busy};
@@ -28,26 +26,20 @@ pub(super) struct Progress {
     pending: AtomicUsize,
     /// Changes whenever a piece makes progress.
     moves: AtomicUsize,
-    sent: Notify,
+    /// Wakes whoever waits until all pieces have been sent.
+    sent: AtomicWaker,
 }
 
 impl Progress {
-    /// Completes once pieces have been pending without progress for `timeout`, or for up to twice as long.
-    pub(super) async fn stalled(&self, timeout: Duration) {
-        loop {
-            let before = self.moves.load(Ordering::Relaxed);
-            tokio::time::sleep(timeout).await;
-            if self.is_pending() && self.moves.load(Ordering::Relaxed) == before {
-                return;
-            }
-        }
+    /// Completes once all pieces have been sent.
+    pub(super) fn poll_sent(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.sent.register(cx.waker());
+        if self.is_pending() { Poll::Pending } else { Poll::Ready(()) }
     }
 
-    /// Completes once all pieces have been sent.
-    pub(super) async fn sent(&self) {
-        while self.is_pending() {
-            self.sent.notified().await;
-        }
+    /// Returns a number that changes whenever a piece makes progress, while pieces have not been sent.
+    pub(super) fn pending(&self) -> Option<usize> {
+        self.is_pending().then(|| self.moves.load(Ordering::Relaxed))
     }
 
     fn is_pending(&self) -> bool {
@@ -56,6 +48,20 @@ impl Progress {
 
     fn moved(&self) {
         self.moves.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Records that hyper has taken a piece.
+    pub(super) fn taken(&self) {
+        self.pending.fetch_add(1, Ordering::Relaxed);
+        self.moved();
+    }
+
+    /// Records that hyper has sent or dropped a piece.
+    pub(super) fn dropped(&self) {
+        self.moved();
+        if self.pending.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.sent.wake();
+        }
     }
 }
 
@@ -75,19 +81,14 @@ pub(super) struct Piece {
 
 impl Piece {
     fn new(bytes: Bytes, resources: &Arc<Resources>) -> Self {
-        resources.progress.pending.fetch_add(1, Ordering::Relaxed);
-        resources.progress.moved();
+        resources.progress.taken();
         Self { bytes, resources: resources.clone() }
     }
 }
 
 impl Drop for Piece {
     fn drop(&mut self) {
-        let progress = &self.resources.progress;
-        progress.moved();
-        if progress.pending.fetch_sub(1, Ordering::AcqRel) == 1 {
-            progress.sent.notify_one();
-        }
+        self.resources.progress.dropped();
     }
 }
 

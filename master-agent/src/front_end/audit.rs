@@ -38,8 +38,6 @@ pub use record::{Outcome, Record, RequestId};
 const BATCH_INTERVAL: Duration = Duration::from_millis(5);
 /// The shortest time between two lines about lost records.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
-/// The maximum number of long-running requests whose lines have not been written yet.
-const MAX_LONG_RUNNING: usize = 65_536;
 
 /// A handle to the audit log, which takes records.
 #[derive(Clone)]
@@ -98,15 +96,20 @@ enum Message {
 }
 
 impl Audit {
-    /// Opens the output and starts the writer. `lost` counts the records that could not be written.
-    pub fn start(config: &AuditConfig, lost: Counter) -> anyhow::Result<(Self, Writer)> {
+    /// Opens the output and starts the writer. All of `max_long_running` requests at once have room for their lines.
+    /// `lost` counts the records that could not be written.
+    pub fn start(
+        config: &AuditConfig,
+        max_long_running: usize,
+        lost: Counter,
+    ) -> anyhow::Result<(Self, Writer)> {
         let output = match &config.file {
             // The stream is unbuffered, so that a failed write is noticed at once.
             None => Output::stream(File::from(std::io::stdout().as_fd().try_clone_to_owned()?)),
             Some(path) => Output::file(path.clone(), config.max_bytes, config.keep)
                 .with_context(|| format!("can't write the audit log {}", path.display()))?,
         };
-        let (audit, lines) = Self::new(config, lost);
+        let (audit, lines) = Self::new(config, max_long_running, lost);
         let lost = audit.lost.clone();
         let thread =
             thread::Builder::new().name("audit".into()).spawn(move || write(lines, output, &lost))?;
@@ -114,11 +117,16 @@ impl Audit {
         Ok((audit, writer))
     }
 
-    fn new(config: &AuditConfig, lost: Counter) -> (Self, mpsc::UnboundedReceiver<Message>) {
+    fn new(
+        config: &AuditConfig,
+        max_long_running: usize,
+        lost: Counter,
+    ) -> (Self, mpsc::UnboundedReceiver<Message>) {
         let semaphore = |lines: usize| Arc::new(Semaphore::new(lines));
         let permits = QueuePermits {
             authenticated: semaphore(config.queue),
-            long_running: semaphore(MAX_LONG_RUNNING),
+            // The lines of those that have ended may still wait to be written.
+            long_running: semaphore(max_long_running + config.queue),
             unauthenticated: semaphore(config.unauthenticated_queue),
         };
         // Each line in the channel holds a permit, which bounds the channel.

@@ -135,3 +135,28 @@ impl LocalConfig {
         Some(Self { unix, tcp, user: user?, groups })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use proto_config::{Source, parse};
+
+    use super::*;
+
+    #[test]
+    fn the_defaults_have_room_for_a_hundred_thousand_watches() {
+        const WATCHES: usize = 100_000;
+        // Some versions of kube-apiserver allow no more on one connection.
+        const STREAMS: usize = 100;
+        let text =
+            "certificates: [{cert: tls.crt, key: tls.key}]\nupstream: {servers: ['http://127.0.0.1']}\n";
+        let source = Source { origin: "test", base_dir: Path::new("/"), check_files: false };
+        let FrontEndConfig { upstream, limits, .. } = parse(text, source, FrontEndConfig::read).unwrap();
+        assert!(upstream.http2 && upstream.max_connections * STREAMS >= WATCHES);
+        assert!(limits.max_long_running >= WATCHES);
+        let streams = limits.max_streams as usize;
+        assert!(limits.max_connections * streams >= WATCHES);
+        assert!(limits.max_connections_per_address * streams >= WATCHES, "they may come through a balancer");
+    }
+}

@@ -12,16 +12,23 @@ use access::{
     authn::{Authenticated, Certificates},
     moment::Moment,
     peer::Peer,
-    user::UNAUTHENTICATED,
+    user::{UNAUTHENTICATED, User},
 };
 use hyper::StatusCode;
 use tokio_util::sync::CancellationToken;
 
-use super::{admission::Admission, server::FrontEnd};
+use super::{
+    admission::Admission,
+    headers::{IdentityLines, UnsendableIdentity},
+    recorder::ConnectionRecords,
+    server::FrontEnd,
+};
 use crate::http::watched::Activity;
 
 /// How long a connection remembers the user of its certificate.
 const MAX_REMEMBERED_AGE: Duration = Duration::from_secs(10);
+/// The largest identity of a user whose headers a connection remembers, in bytes.
+const MAX_IDENTITY: usize = 4 * 1024;
 /// The number of 429 answers on a connection without an authenticated caller before the connection ends.
 const MAX_LIMITED: u32 = 16;
 
@@ -29,8 +36,12 @@ const MAX_LIMITED: u32 = 16;
 pub(super) struct Connection {
     pub front_end: Arc<FrontEnd>,
     pub peer: Peer,
+    /// What the records of its requests have in common.
+    pub records: Arc<ConnectionRecords>,
     pub certificates: Certificates,
     remembered: Mutex<Option<Remembered>>,
+    /// The user on whose behalf the last request was made, and the headers that say so.
+    identity: Mutex<Option<(Arc<User>, Arc<IdentityLines>)>>,
     /// The user of every caller on the plain port, whatever credential the caller presents.
     pub known: Option<Authenticated>,
     pub activity: Activity,
@@ -56,11 +67,14 @@ impl Connection {
         certificates: Certificates,
         admission: Admission,
     ) -> Self {
+        let (audit, metrics) = (front_end.audit.clone(), front_end.metrics.clone());
         Self {
             front_end,
+            records: Arc::new(ConnectionRecords::new(audit, metrics, &peer)),
             peer,
             certificates,
             remembered: Mutex::default(),
+            identity: Mutex::default(),
             known: None,
             activity: Activity::default(),
             admission,
@@ -78,6 +92,20 @@ impl Connection {
     ) -> Self {
         let connection = Self::over_tls(front_end, peer, Certificates::default(), admission);
         Self { known: Some(known), ..connection }
+    }
+
+    /// Returns the headers that tell kube-apiserver on whose behalf a request of this connection is made. They are made
+    /// once for requests in a row with the same remembered credential.
+    pub(super) fn identity_lines(&self, user: &Arc<User>) -> Result<Arc<IdentityLines>, UnsendableIdentity> {
+        let mut identity = self.identity.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((known, lines)) = &*identity
+            && Arc::ptr_eq(known, user)
+        {
+            return Ok(lines.clone());
+        }
+        let lines = Arc::new(self.front_end.identity.lines(user, self.peer.ip())?);
+        *identity = (lines.size() <= MAX_IDENTITY).then(|| (user.clone(), lines.clone()));
+        Ok(lines)
     }
 
     /// Protects the connection from eviction, unless the caller is anonymous.

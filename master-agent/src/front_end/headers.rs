@@ -253,19 +253,52 @@ pub struct IdentityForwarder {
     pub claims: Claims,
 }
 
+/// The headers that tell an API server on whose behalf a request is made, and from where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IdentityLines(Vec<(HeaderName, HeaderValue)>);
+
+impl IdentityLines {
+    /// Returns how many bytes the headers have.
+    pub fn size(&self) -> usize {
+        self.0.iter().map(|(name, value)| name.as_str().len() + value.len()).sum()
+    }
+
+    fn add<'a>(
+        &mut self,
+        names: &[HeaderName],
+        values: impl IntoIterator<Item = &'a String>,
+    ) -> Result<(), UnsendableIdentity> {
+        for value in values {
+            let name = names.first().ok_or(UnsendableIdentity)?.clone();
+            self.0.push((name, text(value)?));
+        }
+        Ok(())
+    }
+}
+
 impl IdentityForwarder {
     pub fn new(headers: IdentityHeaders) -> Self {
         Self { claims: headers.claims(), headers }
     }
 
-    /// Rewrites the headers of a caller's request into those of a request to an API server on behalf of `user`.
-    pub fn rewrite(
-        &self,
-        headers: &mut HeaderMap,
-        hop: &Hop,
-        user: &User,
-        peer: IpAddr,
-    ) -> Result<(), UnsendableIdentity> {
+    /// Returns the headers of requests that a caller at `peer` makes on behalf of `user`.
+    pub fn lines(&self, user: &User, peer: IpAddr) -> Result<IdentityLines, UnsendableIdentity> {
+        let mut lines = IdentityLines(vec![(FORWARDED_FOR, text(&peer.to_canonical().to_string())?)]);
+        let IdentityHeaders { username, uid, group, extra_prefix } = &self.headers;
+        lines.add(username, [&user.name])?;
+        lines.add(uid, &user.uid)?;
+        lines.add(group, &user.groups)?;
+        let prefix = extra_prefix.first().map_or("", HeaderName::as_str);
+        for (key, values) in &user.extra {
+            let name = format!("{prefix}{}", utf8_percent_encode(key, NOT_IN_KEYS));
+            let name = HeaderName::try_from(name).map_err(|_| UnsendableIdentity)?;
+            lines.add(&[name], values)?;
+        }
+        Ok(lines)
+    }
+
+    /// Rewrites the headers of a caller's request into those of a request to an API server.
+    pub fn rewrite(&self, headers: &mut HeaderMap, hop: &Hop, identity: &IdentityLines) {
         remove_hop_by_hop(headers);
         authn::strip(headers);
         self.claims.remove(headers);
@@ -273,35 +306,14 @@ impl IdentityForwarder {
             headers.remove(name);
         }
         join_cookies(headers);
-        headers.insert(FORWARDED_FOR, text(&peer.to_canonical().to_string())?);
-        let IdentityHeaders { username, uid, group, extra_prefix } = &self.headers;
-        append(headers, username, [&user.name])?;
-        append(headers, uid, &user.uid)?;
-        append(headers, group, &user.groups)?;
-        let prefix = extra_prefix.first().map_or("", HeaderName::as_str);
-        for (key, values) in &user.extra {
-            let name = format!("{prefix}{}", utf8_percent_encode(key, NOT_IN_KEYS));
-            let name = HeaderName::try_from(name).map_err(|_| UnsendableIdentity)?;
-            append(headers, &[name], values)?;
+        for (name, value) in &identity.0 {
+            headers.append(name, value.clone());
         }
         if let Some(upgrade) = &hop.upgrade {
             headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
             headers.insert(header::UPGRADE, upgrade.clone());
         }
-        Ok(())
     }
-}
-
-/// Appends each value under the first of the names.
-fn append<'a>(
-    headers: &mut HeaderMap,
-    names: &[HeaderName],
-    values: impl IntoIterator<Item = &'a String>,
-) -> Result<(), UnsendableIdentity> {
-    for value in values {
-        headers.append(names.first().ok_or(UnsendableIdentity)?, text(value)?);
-    }
-    Ok(())
 }
 
 /// Rewrites the headers of an API server's response into those of the response to the caller.
@@ -370,6 +382,11 @@ mod tests {
 
     const PEER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));
 
+    fn rewrite(forwarder: &IdentityForwarder, headers: &mut HeaderMap, user: &User) {
+        let hop = Hop::of(headers);
+        forwarder.rewrite(headers, &hop, &forwarder.lines(user, PEER).unwrap());
+    }
+
     #[test]
     fn the_server_hears_who_it_is_and_nothing_of_what_the_caller_says_about_it() {
         let mut headers = map(&[
@@ -397,8 +414,7 @@ mod tests {
             ("Cookie", "b=2"),
             ("Accept", "application/json"),
         ]);
-        let hop = Hop::of(&headers);
-        forwarder().rewrite(&mut headers, &hop, &user(), PEER).unwrap();
+        rewrite(&forwarder(), &mut headers, &user());
         assert_eq!(
             shown(&headers),
             [
@@ -443,8 +459,7 @@ mod tests {
             ("Connection", "X-Kube-Uid"),
             ("X-Kube-Users", "1"),
         ]);
-        let hop = Hop::of(&headers);
-        forwarder.rewrite(&mut headers, &hop, &user(), PEER).unwrap();
+        rewrite(&forwarder, &mut headers, &user());
         assert_eq!(
             shown(&headers),
             [
@@ -464,9 +479,7 @@ mod tests {
     fn an_upgrade_stays_one() {
         let mut headers =
             map(&[("Connection", "Upgrade"), ("Upgrade", "SPDY/3.1"), ("X-Remote-User", "admin")]);
-        let hop = Hop::of(&headers);
-        let nobody = User { name: "jane".to_owned(), ..User::default() };
-        forwarder().rewrite(&mut headers, &hop, &nobody, PEER).unwrap();
+        rewrite(&forwarder(), &mut headers, &User { name: "jane".to_owned(), ..User::default() });
         let expected =
             ["connection: Upgrade", "upgrade: SPDY/3.1", "x-forwarded-for: 192.0.2.1", "x-remote-user: jane"];
         assert_eq!(shown(&headers), expected);
@@ -476,16 +489,12 @@ mod tests {
     fn names_that_servers_would_read_differently_are_not_passed_on() {
         for name in ["", " ", "admin ", "\tadmin", "a\nb", "a\0", "\u{a0}admin"] {
             let user = User { name: name.to_owned(), ..User::default() };
-            let refused = forwarder().rewrite(&mut HeaderMap::new(), &Hop::default(), &user, PEER);
-            assert_eq!(refused, Err(UnsendableIdentity), "{name:?}");
+            assert_eq!(forwarder().lines(&user, PEER), Err(UnsendableIdentity), "{name:?}");
             let user = User { name: "jane".to_owned(), groups: vec![name.to_owned()], ..User::default() };
-            assert!(
-                forwarder().rewrite(&mut HeaderMap::new(), &Hop::default(), &user, PEER).is_err(),
-                "{name:?}"
-            );
+            assert!(forwarder().lines(&user, PEER).is_err(), "{name:?}");
         }
         let user = User { name: "j\u{e4}ne".to_owned(), ..User::default() };
-        assert!(forwarder().rewrite(&mut HeaderMap::new(), &Hop::default(), &user, PEER).is_ok());
+        assert!(forwarder().lines(&user, PEER).is_ok());
     }
 
     #[test]

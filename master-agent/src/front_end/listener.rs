@@ -143,13 +143,11 @@ impl Connection {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let FrontEnd { config, draining, connections, .. } = self.front_end.as_ref();
-        let streams = Streams {
-            tasks: connections.clone(),
-            stall_timeout: config.idle_timeout,
-            ending: self.ending.clone(),
-        };
-        let connection = http2::Builder::new(streams)
+        let FrontEnd { config, draining, .. } = self.front_end.as_ref();
+        let (spawner, mut streams) = Streams::new(config.idle_timeout, self.ending.clone());
+        // The box is freed when the response begins. A watch would otherwise keep the memory of all phases.
+        let service = service_fn(|request| Box::pin(self.clone().answer(request)));
+        let connection = http2::Builder::new(spawner)
             .timer(TokioTimer::new())
             .max_concurrent_streams(config.max_streams)
             .max_header_list_size(MAX_HEAD)
@@ -158,18 +156,18 @@ impl Connection {
             .initial_connection_window_size(CONNECTION_WINDOW)
             .keep_alive_interval(Duration::from_secs(30))
             .keep_alive_timeout(Duration::from_secs(20))
-            .serve_connection(TokioIo::new(socket), service_fn(|request| self.clone().answer(request)));
+            .serve_connection(TokioIo::new(socket), service);
         tokio::pin!(connection);
         tokio::select! {
-            served = connection.as_mut() => return served,
+            served = streams.serve(connection.as_mut()) => return served,
             () = draining.cancelled() => {
                 connection.as_mut().graceful_shutdown();
-                return connection.await;
+                return streams.serve(connection).await;
             }
             () = self.ending.cancelled() => {}
             () = self.activity.unused(config.head_timeout, config.idle_timeout) => {}
         }
         connection.as_mut().graceful_shutdown();
-        tokio::time::timeout(DRAIN_TIMEOUT, connection).await.unwrap_or(Ok(()))
+        tokio::time::timeout(DRAIN_TIMEOUT, streams.serve(connection)).await.unwrap_or(Ok(()))
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     time::{Instant, SystemTime},
@@ -15,7 +15,7 @@ use access::{
     request_info::RequestInfo,
     user::{UNAUTHENTICATED, User},
 };
-use hyper::{HeaderMap, Method, Request, StatusCode, Uri};
+use hyper::{HeaderMap, Method, Request, StatusCode, Uri, http::uri::PathAndQuery};
 use opentelemetry::trace::SpanKind;
 use proto::NodeName;
 use proto_net::{dialer::Origin, relay::Counters};
@@ -29,16 +29,35 @@ use crate::traces::{self, Span, SpanContext};
 /// The longest path or query that a recorder keeps in memory, in characters.
 const MAX_KEPT: usize = 8 * 1024;
 
-/// Records one request. Dropping it, once the response has been sent or the caller has left, writes the audit record.
-pub(super) struct Recorder {
+/// What the records of all requests of a connection have in common.
+pub(super) struct ConnectionRecords {
     audit: Audit,
     metrics: Arc<FrontEndMetrics>,
+    /// The caller, as records show it.
+    source: String,
+    /// The node through whose tunnel the caller comes.
+    node: Option<NodeName>,
+}
+
+impl ConnectionRecords {
+    pub(super) fn new(audit: Audit, metrics: Arc<FrontEndMetrics>, peer: &Peer) -> Self {
+        let node = match peer {
+            Peer::Address(_) | Peer::Local(_) => None,
+            Peer::Node { name, .. } => Some(name.clone()),
+        };
+        Self { audit, metrics, source: peer.to_string(), node }
+    }
+}
+
+/// Records one request. Dropping it, once the response has been sent or the caller has left, writes the audit record.
+pub(super) struct Recorder {
+    connection: Arc<ConnectionRecords>,
     facts: Facts,
     /// Whether the request is long-running, so that its duration says nothing about how fast it was served.
     long_running: bool,
     permit: Option<QueuePermit>,
-    /// The number of bytes of the request's body so far.
-    pub received_bytes: Arc<AtomicU64>,
+    /// The number of bytes of the request's body so far, if it has one.
+    received_bytes: OnceLock<Arc<AtomicU64>>,
     sent_bytes: AtomicU64,
     /// The numbers of bytes of the upgraded connection so far.
     pub carried: Counters,
@@ -51,11 +70,10 @@ struct Facts {
     id: RequestId,
     received: SystemTime,
     began: Instant,
-    source: String,
-    /// The node whose tunnel the caller came through, or the request went through.
-    node: Option<NodeName>,
+    /// The node whose tunnel the request went through.
+    through: Option<NodeName>,
     method: Method,
-    uri: Uri,
+    target: Option<PathAndQuery>,
     /// The span of which the request is part, according to its caller.
     parent: Option<SpanContext>,
     user: Option<Arc<User>>,
@@ -72,18 +90,14 @@ struct Facts {
 }
 
 impl Facts {
-    fn of<B>(request: &Request<B>, peer: &Peer) -> Self {
+    fn of<B>(request: &Request<B>) -> Self {
         Self {
             id: RequestId::random(),
             received: SystemTime::now(),
             began: Instant::now(),
-            source: peer.to_string(),
-            node: match peer {
-                Peer::Address(_) | Peer::Local(_) => None,
-                Peer::Node { name, .. } => Some(name.clone()),
-            },
+            through: None,
             method: request.method().clone(),
-            uri: truncated(request.uri()),
+            target: truncated(request.uri()),
             parent: traces::parent(request.headers()),
             user: None,
             authenticator: None,
@@ -96,41 +110,58 @@ impl Facts {
             code: 0,
         }
     }
+
+    /// Copies the target, which may be a small piece of a buffer with the headers of several requests. The record of a
+    /// watch would otherwise keep the whole buffer in memory.
+    fn detach_target(&mut self) {
+        if let Some(target) = &mut self.target
+            && let Ok(own) = PathAndQuery::try_from(target.as_str())
+        {
+            *target = own;
+        }
+    }
 }
 
 impl Recorder {
-    pub(super) fn new<B>(
-        audit: Audit,
-        metrics: Arc<FrontEndMetrics>,
-        peer: &Peer,
-        request: &Request<B>,
-    ) -> Self {
-        Self::of(audit, metrics, Facts::of(request, peer))
+    pub(super) fn new<B>(connection: &Arc<ConnectionRecords>, request: &Request<B>) -> Self {
+        Self::of(connection.clone(), Facts::of(request))
     }
 
     /// Returns the recorder of the link to which this request has led. It writes a record of its own.
     pub(super) fn for_link(&self) -> Self {
-        let mut recorder = Self::of(self.audit.clone(), self.metrics.clone(), self.facts.clone());
+        let mut recorder = Self::of(self.connection.clone(), self.facts.clone());
         recorder.long_running = true;
         recorder
     }
 
-    fn of(audit: Audit, metrics: Arc<FrontEndMetrics>, facts: Facts) -> Self {
+    fn of(connection: Arc<ConnectionRecords>, facts: Facts) -> Self {
         Self {
-            audit,
-            metrics,
+            connection,
             facts,
             long_running: false,
             permit: None,
-            received_bytes: Arc::default(),
+            received_bytes: OnceLock::new(),
             sent_bytes: AtomicU64::new(0),
             carried: Counters::default(),
             span: Span::default(),
         }
     }
 
+    fn metrics(&self) -> &FrontEndMetrics {
+        &self.connection.metrics
+    }
+
+    /// Returns the counter of the bytes of the request's body.
+    pub(super) fn received_bytes(&self) -> Arc<AtomicU64> {
+        self.received_bytes.get_or_init(Arc::default).clone()
+    }
+
+    fn received(&self) -> u64 {
+        self.received_bytes.get().map_or(0, |bytes| bytes.load(Ordering::Relaxed))
+    }
+
     pub(super) fn authenticated(&mut self, who: &Authenticated) {
-        self.metrics.authentication(who.authenticator, Authentication::Ok);
+        self.metrics().authentication(who.authenticator, Authentication::Ok);
         self.facts.user = Some(who.user.clone());
         self.facts.authenticator = Some(who.authenticator);
         // Callers who have not authenticated can't add to traces.
@@ -157,7 +188,8 @@ impl Recorder {
 
     /// Returns the name of the caller in the records of streams that the request opens.
     pub(super) fn origin(&self, user: &User) -> Origin {
-        Origin(format!("front-end request {} of {:?} from {}", self.facts.id, user.name, self.facts.source))
+        let Self { connection, facts, .. } = self;
+        Origin(format!("front-end request {} of {:?} from {}", facts.id, user.name, connection.source))
     }
 
     /// Counts the result of each authenticator for a caller whom none of them recognises.
@@ -170,15 +202,18 @@ impl Recorder {
             } else {
                 Authentication::Failed
             };
-            self.metrics.authentication(authenticator, result);
+            self.metrics().authentication(authenticator, result);
         }
     }
 
     /// Reserves room for the record of a request that is to be served.
     pub(super) async fn reserve(&mut self, long_running: bool) -> Result<(), QueueFull> {
         self.long_running = long_running;
+        if long_running {
+            self.facts.detach_target();
+        }
         let queue = if long_running { Queue::LongRunning } else { self.queue() };
-        self.permit = self.audit.reserve(queue).await?;
+        self.permit = self.connection.audit.reserve(queue).await?;
         Ok(())
     }
 
@@ -188,7 +223,8 @@ impl Recorder {
         self.facts.rejected = true;
         self.facts.outcome = outcome.unwrap_or(self.facts.outcome);
         if self.permit.is_none() {
-            self.permit = self.audit.reserve(self.queue()).await.ok().flatten();
+            let reserved = self.connection.audit.reserve(self.queue()).await;
+            self.permit = reserved.ok().flatten();
         }
     }
 
@@ -217,7 +253,7 @@ impl Recorder {
     }
 
     pub(super) fn decided(&mut self, verdict: &Verdict) {
-        self.metrics.decision(verdict.authorizer, verdict.allowed);
+        self.metrics().decision(verdict.authorizer, verdict.allowed);
         self.facts.authorizer = verdict.authorizer;
         self.facts.rule.clone_from(&verdict.rule);
         if !verdict.allowed {
@@ -227,7 +263,7 @@ impl Recorder {
 
     /// Records the node through whose tunnel the request went.
     pub(super) fn through(&mut self, node: NodeName) {
-        self.facts.node = Some(node);
+        self.facts.through = Some(node);
     }
 
     /// Records that the request goes on to its handler.
@@ -245,14 +281,15 @@ impl Recorder {
             Outcome::Allow | Outcome::Error if code.is_server_error() => RequestOutcome::Unanswered,
             Outcome::Allow | Outcome::Error => RequestOutcome::Bad,
         };
-        self.metrics.request(outcome, Some(code));
+        self.metrics().request(outcome, Some(code));
     }
 
     fn end_span(&mut self, up: u64, down: u64) {
-        let span = &mut self.span;
-        if !span.is_sent() {
+        if !self.span.is_sent() {
             return;
         }
+        let received = self.received();
+        let span = &mut self.span;
         let bytes = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
         if let Some(request) = self.facts.request.as_deref().filter(|request| request.is_resource) {
             let RequestInfo { verb, resource, subresource, .. } = request;
@@ -261,10 +298,10 @@ impl Recorder {
             span.set_text("k8s.namespace.name", &request.namespace);
         }
         span.set_text("http.request.method", self.facts.method.as_str());
-        span.set_text("url.path", self.facts.uri.path());
-        span.set_text("client.address", &self.facts.source);
+        span.set_text("url.path", self.facts.target.as_ref().map_or("", PathAndQuery::path));
+        span.set_text("client.address", &self.connection.source);
         span.set("http.response.status_code", i64::from(self.facts.code));
-        span.set("http.request.body.size", bytes(self.received_bytes.load(Ordering::Relaxed) + up));
+        span.set("http.request.body.size", bytes(received + up));
         span.set("http.response.body.size", bytes(self.sent_bytes.load(Ordering::Relaxed) + down));
         if let Some(user) = &self.facts.user {
             span.set_text("user.name", &user.name);
@@ -288,25 +325,24 @@ impl Recorder {
 }
 
 /// Returns a request's target, truncated to what a recorder keeps.
-fn truncated(uri: &Uri) -> Uri {
-    let (path, query) = (uri.path(), uri.query());
-    let authority = uri.authority().map_or(0, |authority| authority.as_str().len());
-    if authority + path.len() + query.map_or(0, str::len) <= MAX_KEPT {
-        return uri.clone();
+fn truncated(uri: &Uri) -> Option<PathAndQuery> {
+    let target = uri.path_and_query()?;
+    if target.as_str().len() <= MAX_KEPT {
+        return Some(target.clone());
     }
     let first = |text: &str| text.chars().take(MAX_KEPT).collect::<String>();
-    let kept = match query {
-        Some(query) => Uri::try_from(format!("{}?{}", first(path), first(query))),
-        None => Uri::try_from(first(path)),
+    let kept = match target.query() {
+        Some(query) => format!("{}?{}", first(target.path()), first(query)),
+        None => first(target.path()),
     };
-    kept.unwrap_or_default()
+    PathAndQuery::try_from(kept).ok()
 }
 
 impl Drop for Recorder {
     fn drop(&mut self) {
         match self.facts.code {
-            0 => self.metrics.request(RequestOutcome::Cancelled, None),
-            _ if !self.long_running => self.metrics.short_request(self.facts.began.elapsed()),
+            0 => self.metrics().request(RequestOutcome::Cancelled, None),
+            _ if !self.long_running => self.metrics().short_request(self.facts.began.elapsed()),
             _ => {}
         }
         let (up, down) = (self.carried.up.load(Ordering::Relaxed), self.carried.down.load(Ordering::Relaxed));
@@ -315,25 +351,25 @@ impl Drop for Recorder {
         let record = Record {
             received: self.facts.received,
             id: self.facts.id,
-            source: &self.facts.source,
+            source: &self.connection.source,
             user: self.facts.user.as_deref(),
             authenticator: self.facts.authenticator,
             impersonated: self.facts.impersonated.as_deref(),
             method: self.facts.method.as_str(),
-            path: self.facts.uri.path(),
-            query: self.facts.uri.query(),
+            path: self.facts.target.as_ref().map_or("", PathAndQuery::path),
+            query: self.facts.target.as_ref().and_then(PathAndQuery::query),
             request: self.facts.request.as_deref(),
             outcome: self.facts.outcome,
             authorizer: self.facts.authorizer,
             rule: &self.facts.rule,
             code: self.facts.code,
-            bytes_in: self.received_bytes.load(Ordering::Relaxed) + up,
+            bytes_in: self.received() + up,
             bytes_out: self.sent_bytes.load(Ordering::Relaxed) + down,
             duration: self.facts.began.elapsed(),
-            node: self.facts.node.as_ref().map(NodeName::as_str),
+            node: self.facts.through.as_ref().or(self.connection.node.as_ref()).map(NodeName::as_str),
             trace_id: trace_id.as_deref(),
         };
-        self.audit.record(&record, queue, permit);
+        self.connection.audit.record(&record, queue, permit);
         self.end_span(up, down);
     }
 }

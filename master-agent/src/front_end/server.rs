@@ -120,7 +120,8 @@ impl FrontEnd {
         files.push(tls.clone());
         let (upstream, file) = Upstream::load(&config.upstream, background)?;
         files.push(file);
-        let (audit, writer) = Audit::start(&config.audit, metrics.audit_lost.clone())?;
+        let lost = metrics.audit_lost.clone();
+        let (audit, writer) = Audit::start(&config.audit, config.limits.max_long_running, lost)?;
         let front_end = Arc::new(Self {
             tls,
             authn,

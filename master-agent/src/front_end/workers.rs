@@ -25,6 +25,31 @@ pub fn current() -> usize {
     NUMBER.get()
 }
 
+/// A value for each worker thread, and one for all other threads together.
+pub struct PerThread<T> {
+    of_workers: Vec<T>,
+    of_others: T,
+}
+
+impl<T: Default> Default for PerThread<T> {
+    fn default() -> Self {
+        Self { of_workers: (0..count()).map(|_| T::default()).collect(), of_others: T::default() }
+    }
+}
+
+impl<T> PerThread<T> {
+    /// Returns the value of this thread.
+    pub fn current(&self) -> &T {
+        let of_worker = current().checked_sub(1).and_then(|number| self.of_workers.get(number));
+        of_worker.unwrap_or(&self.of_others)
+    }
+
+    /// Returns the values of all threads, those of the worker threads first.
+    pub fn iter(&self) -> impl Iterator<Item = &T> {
+        self.of_workers.iter().chain([&self.of_others])
+    }
+}
+
 /// The worker threads. They end when this is dropped.
 pub struct Workers {
     all: Vec<Worker>,
@@ -98,6 +123,22 @@ mod tests {
     };
 
     use super::*;
+
+    #[test]
+    fn each_worker_thread_has_its_own_value_and_all_others_share_one() {
+        let values = PerThread::<Cell<usize>>::default();
+        for number in [0, 1, count(), 0, count() + 1] {
+            NUMBER.set(number);
+            values.current().set(values.current().get() + 1);
+        }
+        NUMBER.set(0);
+        let values: Vec<usize> = values.iter().map(Cell::get).collect();
+        let mut expected = vec![0; count() + 1];
+        for place in [0, count() - 1, count(), count(), count()] {
+            expected[place] += 1;
+        }
+        assert_eq!(values, expected);
+    }
 
     #[tokio::test]
     async fn connections_are_spread_and_stay_where_they_are() {

@@ -2,6 +2,7 @@
 
 pub mod browser;
 pub mod claims;
+pub mod connection_tasks;
 pub mod exchange;
 pub mod hop;
 pub mod status;

@@ -51,9 +51,9 @@ pub fn identity_headers(bytes: &[u8]) {
     };
     let (mut headers, hop) = (sent.clone(), Hop::of(&sent));
     let peer = Ipv4Addr::new(192, 0, 2, 1).into();
-    IdentityForwarder::new(IdentityHeaders::default())
-        .rewrite(&mut headers, &hop, &user, peer)
-        .expect("the user can be named");
+    let forwarder = IdentityForwarder::new(IdentityHeaders::default());
+    let identity = forwarder.lines(&user, peer).expect("the user can be named");
+    forwarder.rewrite(&mut headers, &hop, &identity);
     let mut claims: Vec<(String, &[u8])> = headers
         .iter()
         .map(|(name, value)| (as_variable(name.as_str()), value.as_bytes()))
@@ -167,7 +167,7 @@ pub fn bootstrap_token(bytes: &[u8]) {
     let token = presented.bearer.as_ref().map(Secret::expose).unwrap_or_default();
     let id = token.strip_suffix(BOOTSTRAP_SECRET).and_then(|id| id.strip_suffix('.'));
     let id = id.filter(|id| id.len() == 6 && id.chars().all(|c| matches!(c, 'a'..='z' | '0'..='9')));
-    let name = recognized.ok().flatten().map(|recognized| recognized.user.name);
+    let name = recognized.ok().flatten().map(|recognized| recognized.user.name.clone());
     assert_eq!(name, id.map(|id| format!("system:bootstrap:{id}")));
 }
 

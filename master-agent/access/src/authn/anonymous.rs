@@ -1,5 +1,7 @@
 //! The authenticator of callers without any credential, which accepts them only for listed paths.
 
+use std::sync::Arc;
+
 use futures_util::future::BoxFuture;
 
 use super::{
@@ -33,6 +35,6 @@ impl Authenticator for Anonymous {
             groups: vec![UNAUTHENTICATED.to_owned()],
             ..User::default()
         });
-        Box::pin(std::future::ready(Ok(user.map(Recognized::from))))
+        Box::pin(std::future::ready(Ok(user.map(|user| Recognized::from(Arc::new(user))))))
     }
 }

@@ -104,7 +104,7 @@ impl BootstrapToken {
         let name = format!("system:bootstrap:{id}");
         let groups = [vec![GROUP.to_owned()], self.extra_groups].concat();
         let user = User { name, groups, ..User::default() };
-        Ok(Recognized { user, expires: self.expiration, bound: None })
+        Ok(Recognized { user: user.into(), expires: self.expiration, bound: None })
     }
 
     /// Reads the Secret `kube-system/bootstrap-token-ID`.

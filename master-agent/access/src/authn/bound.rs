@@ -235,7 +235,8 @@ impl Bound {
         let checked = match existence {
             Existence::Exist if !self.more => Ok(()),
             Existence::Exist | Existence::Unknown | Existence::Missing => {
-                cluster.review(token, digest, &self.user, cost, now).await
+                // A watch holds the future of its check for as long as it lasts, and seldom has a question to ask.
+                Box::pin(cluster.review(token, digest, &self.user, cost, now)).await
             }
         };
         let stored = cluster.verified.get(&digest, now.monotonic);

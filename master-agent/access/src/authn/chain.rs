@@ -94,7 +94,8 @@ impl Authenticators {
                 Some(known) => Ok(Some(known.recognized.clone())),
                 None => {
                     let found = authenticator.authenticate(&presented, now).await;
-                    found.and_then(|found| found.map(Recognized::checked).transpose())
+                    let checked = found.and_then(|found| found.map(Recognized::checked).transpose());
+                    checked.map(|found| found.map(Recognized::in_group_of_all))
                 }
             };
             let recognized = match found {

@@ -41,7 +41,8 @@ impl Oidc {
                 return Err(FailureReason::Claim(name.clone()));
             }
         }
-        Ok(Some(Recognized { user: self.user(&claims)?, expires: claims.expires(), bound: None }))
+        let user = self.user(&claims)?.into();
+        Ok(Some(Recognized { user, expires: claims.expires(), bound: None }))
     }
 
     fn user(&self, claims: &Claims) -> Result<User, FailureReason> {

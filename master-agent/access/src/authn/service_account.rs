@@ -60,7 +60,8 @@ impl ServiceAccounts {
         claims.check_audience(&self.audiences)?;
         let user = user(&claims)?;
         let bound = self.bound.clone().map(|objects| Bound::of(&claims, &user, objects)).transpose()?;
-        Ok(Some(Recognized { user, expires: claims.expires(), bound: bound.map(Arc::new) }))
+        let (user, expires) = (Arc::new(user), claims.expires());
+        Ok(Some(Recognized { user, expires, bound: bound.map(Arc::new) }))
     }
 }
 

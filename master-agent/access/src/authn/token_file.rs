@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// Users by the digests of their tokens. The tokens themselves are not kept.
-type Tokens = HashMap<Digest, User>;
+type Tokens = HashMap<Digest, Arc<User>>;
 
 pub struct TokenFile(Arc<FileWatcher<Tokens>>);
 
@@ -74,7 +74,7 @@ fn parse(text: &str) -> anyhow::Result<Tokens> {
         if let Some(first) = lines.insert(digest, line) {
             bail!("line {line} has the same token as line {first}");
         }
-        tokens.insert(digest, User { name, uid, groups, ..User::default() });
+        tokens.insert(digest, Arc::new(User { name, uid, groups, ..User::default() }));
     }
     Ok(tokens)
 }

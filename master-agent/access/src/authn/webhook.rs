@@ -33,7 +33,7 @@ pub struct TokenReviewer {
     timeout: Duration,
     client: Arc<FileWatcher<JsonClient>>,
     questions: Semaphore,
-    known: Cache<Digest, User>,
+    known: Cache<Digest, Arc<User>>,
     known_ttl: Duration,
     /// A cache of its own, so that guesses do not evict known tokens.
     refused: Cache<Digest, FailureReason>,
@@ -79,7 +79,7 @@ impl TokenReviewer {
     }
 
     /// Returns what is known without asking.
-    fn answered(&self, digest: &Digest, now: Moment) -> Option<Result<User, FailureReason>> {
+    fn answered(&self, digest: &Digest, now: Moment) -> Option<Result<Arc<User>, FailureReason>> {
         if let Some(user) = self.known.get(digest, now.monotonic) {
             return Some(Ok(user));
         }
@@ -88,7 +88,7 @@ impl TokenReviewer {
     }
 
     /// Asks the webhook, unless the answer has become known while other calls were in progress.
-    async fn ask(&self, token: &Secret, digest: Digest, now: Moment) -> Result<User, FailureReason> {
+    async fn ask(&self, token: &Secret, digest: Digest, now: Moment) -> Result<Arc<User>, FailureReason> {
         let began = Instant::now();
         let deadline = began + self.timeout;
         let Ok(Ok(_permit)) = timeout_at(deadline, self.questions.acquire()).await else {
@@ -138,7 +138,7 @@ impl TokenReviewer {
         reason
     }
 
-    fn judge(&self, status: Status) -> Result<User, FailureReason> {
+    fn judge(&self, status: Status) -> Result<Arc<User>, FailureReason> {
         if !status.authenticated {
             return Err(FailureReason::Refused);
         }
@@ -158,7 +158,7 @@ impl TokenReviewer {
             groups: groups.unwrap_or_default(),
             extra: extra.collect(),
         };
-        Recognized::from(user).checked().map(|recognized| recognized.user)
+        Recognized::from(Arc::new(user)).checked().map(|recognized| recognized.user)
     }
 }
 

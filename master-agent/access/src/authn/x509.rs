@@ -108,7 +108,8 @@ fn user(chain: &[CertificateDer<'_>], now: SystemTime) -> Result<Recognized, Fai
     // The verifier has not used an intermediate certificate that has expired.
     let issuers = chain.iter().skip(1).filter_map(not_after).filter(|end| *end > now);
     let expires = not_after(leaf).into_iter().chain(issuers).min();
-    Ok(Recognized { user: User { name, uid, groups, extra }, expires, bound: None })
+    let user = User { name, uid, groups, extra };
+    Ok(Recognized { user: user.into(), expires, bound: None })
 }
 
 fn text(attribute: &AttributeTypeAndValue<'_>) -> Result<String, FailureReason> {

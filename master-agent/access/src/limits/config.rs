@@ -114,7 +114,7 @@ impl LimitsConfig {
                 queue: s.number("queue_per_user", 100, COUNT),
                 wait: s.duration("queue_timeout", secs(5), WAIT),
             },
-            max_long_running: s.number("max_long_running", 50_000, COUNT),
+            max_long_running: s.number("max_long_running", 200_000, COUNT),
             long_running_per_user: s.number("long_running_per_user", 1000, COUNT),
             requests_per_second_per_user: number("requests_per_second_per_user", 1000),
             requests_per_second_per_address: number("requests_per_second_per_address", 5000),

@@ -89,8 +89,7 @@ impl RequestInfo {
     }
 
     fn of(method: &str, segments: &[Segment<'_>], query: Option<&str>) -> Result<Self, Unreadable> {
-        let mut info =
-            Self { method: method.to_owned(), verb: method.to_ascii_lowercase(), ..Self::default() };
+        let mut info = Self { method: method.to_owned(), ..Self::default() };
         let mut rest = segments;
         let mut take = || -> Option<&Segment<'_>> {
             let (first, others) = rest.split_first()?;
@@ -102,12 +101,15 @@ impl RequestInfo {
             Some(apis) if apis.decoded == "apis" && segments.len() >= 4 => {
                 info.group = take().map(Segment::text).transpose()?.unwrap_or_default();
             }
-            Some(_) | None => return Ok(info),
+            Some(_) | None => {
+                info.verb = method.to_ascii_lowercase();
+                return Ok(info);
+            }
         }
         info.version = take().map(Segment::text).transpose()?.unwrap_or_default();
         info.is_resource = true;
 
-        let special = rest.first().map(|s| s.decoded.as_str()).filter(|s| matches!(*s, "proxy" | "watch"));
+        let special = rest.first().map(|s| &*s.decoded).filter(|s| matches!(*s, "proxy" | "watch"));
         if let Some(verb) = special {
             info.verb = verb.to_owned();
             rest =
@@ -128,7 +130,7 @@ impl RequestInfo {
         {
             info.namespace = namespace.text()?;
             // The subresources of a namespace are not resources in it.
-            if below.first().is_some_and(|s| !matches!(s.decoded.as_str(), "status" | "finalize")) {
+            if below.first().is_some_and(|s| !matches!(&*s.decoded, "status" | "finalize")) {
                 rest = below;
             }
         }
@@ -177,7 +179,7 @@ impl RequestInfo {
         let mut decoded = String::with_capacity(path.len());
         for segment in segments.iter().take_while(|s| s.from_here.len() > tail.len()) {
             decoded.push('/');
-            decoded.push_str(&segment.text()?);
+            decoded.push_str(segment.as_text()?);
         }
         if decoded.is_empty() || (own.len() > 1 && own.ends_with('/') && tail.is_empty()) {
             decoded.push('/');

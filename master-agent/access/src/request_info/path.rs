@@ -1,5 +1,7 @@
 //! The path of a request, split into segments.
 
+use std::borrow::Cow;
+
 use percent_encoding::percent_decode_str;
 
 use super::unreadable::Unreadable;
@@ -10,7 +12,7 @@ const MAX_PATH: usize = 16 * 1024;
 /// A part of a path between slashes.
 pub(super) struct Segment<'a> {
     /// The decoded segment, in which bytes that are not UTF-8 are replaced. [`Segment::text`] rejects them.
-    pub(super) decoded: String,
+    pub(super) decoded: Cow<'a, str>,
     /// The path from the slash before this segment to its end, as the caller wrote it.
     pub(super) from_here: &'a str,
     /// Why the segment can't be interpreted.
@@ -20,8 +22,13 @@ pub(super) struct Segment<'a> {
 impl Segment<'_> {
     /// Returns the decoded segment, if it can be interpreted.
     pub(super) fn text(&self) -> Result<String, Unreadable> {
+        self.as_text().map(str::to_owned)
+    }
+
+    /// Returns the same without a copy.
+    pub(super) fn as_text(&self) -> Result<&str, Unreadable> {
         match self.fault {
-            None => Ok(self.decoded.clone()),
+            None => Ok(&self.decoded),
             Some(fault) => Err(Unreadable(fault)),
         }
     }
@@ -49,13 +56,17 @@ pub(super) fn segments(path: &str) -> Result<Vec<Segment<'_>>, Unreadable> {
         if raw.is_empty() && at == path.len() {
             break;
         }
-        let bytes: Vec<u8> = percent_decode_str(raw).collect();
-        if matches!(bytes.as_slice(), b"." | b"..") {
+        let bytes: Cow<'_, [u8]> = percent_decode_str(raw).into();
+        if matches!(&*bytes, b"." | b"..") {
             return Err(Unreadable("path has a segment that is . or .."));
         }
-        let (decoded, whole) = match String::from_utf8(bytes) {
-            Ok(text) => (text, true),
-            Err(error) => (String::from_utf8_lossy(error.as_bytes()).into_owned(), false),
+        let (decoded, whole) = match bytes {
+            // Without escapes, the segment is a part of the path, which is ASCII.
+            Cow::Borrowed(_) => (Cow::Borrowed(raw), true),
+            Cow::Owned(bytes) => match String::from_utf8(bytes) {
+                Ok(text) => (Cow::Owned(text), true),
+                Err(error) => (Cow::Owned(String::from_utf8_lossy(error.as_bytes()).into_owned()), false),
+            },
         };
         let fault = if decoded.is_empty() {
             Some("path has an empty segment")

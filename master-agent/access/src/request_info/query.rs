@@ -1,5 +1,7 @@
 //! The query of a request for a collection.
 
+use std::borrow::Cow;
+
 use percent_encoding::percent_decode_str;
 
 use super::{path::escapes_are_whole, unreadable::Unreadable};
@@ -17,14 +19,14 @@ pub struct FieldRequirement {
 }
 
 /// The parts of a query that decide about the verb and the name of a list.
-pub(super) struct ListQuery {
+pub(super) struct ListQuery<'a> {
     pub(super) watch: bool,
-    pub(super) field_selector: Option<String>,
+    pub(super) field_selector: Option<Cow<'a, str>>,
 }
 
 /// Reads the query of a list as kube-apiserver does. kube-apiserver drops pairs that it can't parse and uses the first
 /// of several pairs with the same key. Such queries are rejected here.
-pub(super) fn list_query(query: &str) -> Result<ListQuery, Unreadable> {
+pub(super) fn list_query(query: &str) -> Result<ListQuery<'_>, Unreadable> {
     if query.len() > MAX_QUERY {
         return Err(Unreadable("query is too long"));
     }
@@ -34,7 +36,7 @@ pub(super) fn list_query(query: &str) -> Result<ListQuery, Unreadable> {
     let (mut watch, mut field_selector) = (None, None);
     for pair in query.split('&') {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-        let wanted = match decode_form(key)?.as_str() {
+        let wanted = match &*decode_form(key)? {
             "watch" => &mut watch,
             "fieldSelector" => &mut field_selector,
             _ => continue,
@@ -48,10 +50,13 @@ pub(super) fn list_query(query: &str) -> Result<ListQuery, Unreadable> {
     Ok(ListQuery { watch, field_selector })
 }
 
-fn decode_form(text: &str) -> Result<String, Unreadable> {
+fn decode_form(text: &str) -> Result<Cow<'_, str>, Unreadable> {
+    if !text.contains(['+', '%']) {
+        return Ok(text.into());
+    }
     let spaced = text.replace('+', " ");
     let decoded = percent_decode_str(&spaced).decode_utf8();
-    Ok(decoded.map_err(|_| Unreadable("query is not UTF-8 text"))?.into_owned())
+    Ok(decoded.map_err(|_| Unreadable("query is not UTF-8 text"))?.into_owned().into())
 }
 
 pub(super) fn field_requirements(selector: &str) -> Result<Vec<FieldRequirement>, Unreadable> {

@@ -9,6 +9,8 @@ use serde_json::Value;
 
 use super::{record::tests::record, *};
 
+const LONG_RUNNING: usize = 100;
+
 struct Dir(PathBuf);
 
 impl Dir {
@@ -62,7 +64,7 @@ async fn a_file_is_rotated_and_only_its_owner_reads_it() {
     // The old line and two more, then three in each.
     let settings = AuditConfig { max_bytes: 3 * line, ..config(path.clone()) };
     let lost = Counter::default();
-    let (audit, writer) = Audit::start(&settings, lost.clone()).unwrap();
+    let (audit, writer) = Audit::start(&settings, LONG_RUNNING, lost.clone()).unwrap();
     for code in 100..117 {
         // Not so fast that the queue is full.
         let permit = loop {
@@ -190,7 +192,7 @@ async fn what_is_served_is_recorded_and_unauthenticated_callers_take_no_room_of_
     let settings = AuditConfig { queue: 3, unauthenticated_queue: 2, ..config(PathBuf::new()) };
     let lost = Counter::default();
     // Nobody takes lines out of this queue yet.
-    let (audit, mut lines) = Audit::new(&settings, lost.clone());
+    let (audit, mut lines) = Audit::new(&settings, LONG_RUNNING, lost.clone());
     let unauthenticated = |code| {
         audit.record(&Record { code, ..record() }, Queue::Unauthenticated, None);
     };
@@ -200,9 +202,11 @@ async fn what_is_served_is_recorded_and_unauthenticated_callers_take_no_room_of_
         assert_eq!(audit.reserve(Queue::Unauthenticated).await.err(), Some(QueueFull));
     }
     let mut long_running = Vec::new();
-    for _ in 0..100 {
-        long_running.push(audit.reserve(Queue::LongRunning).await.unwrap().unwrap());
+    while let Ok(permit) = audit.reserve(Queue::LongRunning).await {
+        long_running.push(permit.unwrap());
     }
+    assert_eq!(long_running.len(), LONG_RUNNING + 3, "each has room, and so have the lines of three others");
+    long_running.truncate(LONG_RUNNING);
     let mut served = Vec::new();
     while let Ok(permit) = audit.reserve(Queue::Authenticated).await {
         served.push(permit.unwrap());
@@ -240,7 +244,7 @@ async fn what_is_served_is_recorded_and_unauthenticated_callers_take_no_room_of_
 async fn requests_go_on_unrecorded_where_that_is_configured() {
     let settings = AuditConfig { queue: 1, on_full: OnFull::Drop, ..config(PathBuf::new()) };
     let lost = Counter::default();
-    let (audit, _lines) = Audit::new(&settings, lost.clone());
+    let (audit, _lines) = Audit::new(&settings, LONG_RUNNING, lost.clone());
     let permit = audit.reserve(Queue::Authenticated).await.unwrap();
     assert!(permit.is_some());
     assert!(audit.reserve(Queue::Authenticated).await.unwrap().is_none());
@@ -254,7 +258,7 @@ async fn the_audit_log_says_what_was_lost_once_it_can() {
     let path = dir.file("audit.log");
     let settings = AuditConfig { unauthenticated_queue: 1, ..config(path.clone()) };
     let lost = Counter::default();
-    let (audit, writer) = Audit::start(&settings, lost.clone()).unwrap();
+    let (audit, writer) = Audit::start(&settings, LONG_RUNNING, lost.clone()).unwrap();
     let permit = audit.reserve(Queue::Unauthenticated).await.unwrap();
     for _ in 0..7 {
         audit.record(&record(), Queue::Unauthenticated, None);
@@ -269,7 +273,7 @@ async fn the_audit_log_says_what_was_lost_once_it_can() {
     // On a full disk it is not forgotten.
     let disk = Disk::default();
     let mut output = Output::stream(disk.clone());
-    let (audit, _lines) = Audit::new(&settings, Counter::default());
+    let (audit, _lines) = Audit::new(&settings, LONG_RUNNING, Counter::default());
     audit.lost.add(3, "test");
     audit.lost.report(&mut output);
     audit.lost.add(2, "test");
@@ -285,7 +289,7 @@ async fn the_audit_log_says_what_was_lost_once_it_can() {
 fn paths_that_can_not_be_used_are_known_at_once() {
     let dir = Dir::new();
     for path in [dir.0.clone(), dir.file("none/audit.log")] {
-        let error = Audit::start(&config(path.clone()), Counter::default()).err().unwrap();
+        let error = Audit::start(&config(path.clone()), LONG_RUNNING, Counter::default()).err().unwrap();
         assert!(error.to_string().contains(&path.display().to_string()), "{error}");
     }
 }

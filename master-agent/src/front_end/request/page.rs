@@ -17,7 +17,7 @@ pub(super) async fn answer(
 ) -> Handled {
     let Authorized { head, body, info, seat, caller, user, validity, .. } = request;
     let limits = connection.front_end.body_limits();
-    let body = RequestBody::new(body, limits, record.received_bytes.clone());
+    let body = RequestBody::new(body, limits, || record.received_bytes());
     let origin = record.origin(&user);
     let (path, request) = (info.path.clone(), Request::from_parts(head, body));
     let response = page.answer(path, request, caller.name.clone(), origin).await;

@@ -69,8 +69,7 @@ impl Connection {
         request: Request<Incoming>,
     ) -> Result<Response<Answer>, Infallible> {
         let busy = self.activity.busy();
-        let mut record =
-            Recorder::new(self.front_end.audit.clone(), self.front_end.metrics.clone(), &self.peer, &request);
+        let mut record = Recorder::new(&self.records, &request);
         let http1 = request.version() < Version::HTTP_2;
         // hyper silently drops a Content-Length beside Transfer-Encoding, but a proxy in front of this server may have
         // relied on it.

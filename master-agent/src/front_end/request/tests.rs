@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use access::{authn::Certificates, peer::Peer};
+use access::{authn::Certificates, peer::Peer, user::User};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use http_body_util::Full;
@@ -291,6 +291,53 @@ async fn kube_apiserver_answers_and_learns_who_the_caller_is() {
         (&"jane".into(), &"allow".into(), &200.into())
     );
     assert_eq!((&line["verb"], &line["resource"]), (&"list".into(), &"pods".into()));
+}
+
+#[tokio::test]
+async fn each_request_of_a_connection_names_its_own_user() {
+    let world = World::new("audit: {file: audit.log}").await;
+    let request = |path: &str, credential: &str, end: &str| {
+        format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n{credential}{end}\r\n")
+    };
+    let requests = [
+        request("/a", JANE, ""),
+        request("/b", N1, ""),
+        request("/c", JANE, ""),
+        request("/d", N1, "Connection: close\r\n"),
+    ];
+    exchange(&mut world.connect(), &requests.concat()).await;
+    let seen = world.upstream.lock().unwrap();
+    let users =
+        seen.iter().map(|(path, headers)| (path.as_str(), headers["x-remote-user"].to_str().unwrap()));
+    let (jane, n1) = ("jane", "system:node:n1");
+    assert_eq!(users.collect::<Vec<_>>(), [("/a", jane), ("/b", n1), ("/c", jane), ("/d", n1)]);
+}
+
+#[tokio::test]
+async fn a_connection_remembers_the_headers_of_one_user_only() {
+    let world = World::new("audit: {file: audit.log}").await;
+    let peer = Peer::Address("192.0.2.1:5000".parse().unwrap());
+    let admission = world.front_end.admit(&peer).unwrap();
+    let certificates = Certificates::default();
+    let connection = Connection::over_tls(world.front_end.clone(), peer.clone(), certificates, admission);
+    let user = |name: &str| Arc::new(User { name: name.to_owned(), ..User::default() });
+    let (jane, other_jane, joe, large) = (user("jane"), user("jane"), user("joe"), user(&"x".repeat(5000)));
+    let mut last = None;
+    for (user, is_remembered) in [
+        (&jane, false),
+        (&jane, true),
+        (&joe, false),
+        (&joe, true),
+        (&jane, false),
+        (&other_jane, false),
+        (&large, false),
+        (&large, false),
+    ] {
+        let lines = connection.identity_lines(user).unwrap();
+        assert_eq!(*lines, world.front_end.identity.lines(user, peer.ip()).unwrap());
+        assert_eq!(last.is_some_and(|last| Arc::ptr_eq(&last, &lines)), is_remembered, "{:.9}", user.name);
+        last = Some(lines);
+    }
 }
 
 #[tokio::test]

@@ -25,8 +25,9 @@ pub(super) async fn answer(
     record: &Recorder,
 ) -> Result<Handled, Rejection> {
     let front_end = &connection.front_end;
-    let Authorized { mut head, body, hop, long_running, mut seat, caller, user, validity, .. } = request;
-    front_end.identity.rewrite(&mut head.headers, &hop, &user, connection.peer.ip())?;
+    let Authorized { mut head, body, info, hop, long_running, mut seat, caller, user, validity } = request;
+    let identity = connection.identity_lines(&user)?;
+    front_end.identity.rewrite(&mut head.headers, &hop, &identity);
     record.inject(&mut head.headers);
     head.version = Version::HTTP_11;
     let limits = front_end.body_limits();
@@ -35,10 +36,15 @@ pub(super) async fn answer(
     }
     let upgrade = head.extensions.remove::<OnUpgrade>().filter(|_| hop.upgrade.is_some());
     head.extensions.clear();
-    let body = RequestBody::new(body, limits, record.received_bytes.clone());
+    let body = RequestBody::new(body, limits, || record.received_bytes());
     let request = Request::from_parts(head, body);
     let timeout = if long_running { validity.left() } else { Some(front_end.config.request_timeout) };
-    let mut response = send(connection, request, hop.upgrade.is_some(), timeout).await?;
+    let way = match &hop.upgrade {
+        Some(_) => Way::Upgrade,
+        None if long_running && info.verb != "watch" => Way::Alone,
+        None => Way::Shared,
+    };
+    let mut response = send(connection, request, way, timeout).await?;
     seat.answered();
 
     let upgraded = response.status() == StatusCode::SWITCHING_PROTOCOLS;
@@ -54,18 +60,29 @@ pub(super) async fn answer(
     Ok(switch(connection, upgrade, response, seat, validity))
 }
 
+/// The connection to kube-apiserver that a request takes.
+enum Way {
+    /// A connection that it may share with others: kube-apiserver writes the response itself.
+    Shared,
+    /// A connection of its own: kube-apiserver passes the response of another server on, or a log.
+    Alone,
+    /// A connection that may change its protocol.
+    Upgrade,
+}
+
 /// Sends the request, and waits for the head of the response for at most `timeout`.
 async fn send(
     connection: &Connection,
     request: Request<RequestBody>,
-    upgrade: bool,
+    way: Way,
     timeout: Option<Duration>,
 ) -> Result<Response<ResponseBody>, Rejection> {
     let upstream = &connection.front_end.upstream;
     let exchange = async {
-        match upgrade {
-            true => upstream.upgrade(request).await,
-            false => upstream.send(request).await,
+        match way {
+            Way::Shared => upstream.send(request).await,
+            Way::Alone => upstream.send_alone(request).await,
+            Way::Upgrade => upstream.upgrade(request).await,
         }
     };
     let exchanged = match timeout {

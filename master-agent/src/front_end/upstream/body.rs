@@ -55,11 +55,13 @@ impl RequestBody {
         Self(None)
     }
 
-    pub fn new(incoming: Incoming, limits: BodyLimits, received: ReceivedBytes) -> Self {
+    /// Takes a body. `received` makes the counter of its bytes, unless it is empty.
+    pub fn new(incoming: Incoming, limits: BodyLimits, received: impl FnOnce() -> ReceivedBytes) -> Self {
         let BodyLimits { max_bytes: left, stall_timeout } = limits;
         if incoming.is_end_stream() {
             return Self(None);
         }
+        let received = received();
         Self(Some(LimitedBody { incoming, left, stall_timeout, deadline: None, received, ended: false }))
     }
 

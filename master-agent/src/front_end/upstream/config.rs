@@ -18,7 +18,7 @@ pub struct UpstreamConfig {
     pub servers: Vec<Uri>,
     pub tls: ClientTls,
     pub identity: IdentityHeaders,
-    /// Whether to share one connection between many requests, with servers that support HTTP/2.
+    /// Whether short requests and watches share connections, with servers that support HTTP/2.
     pub http2: bool,
     /// The path of health checks.
     pub health_path: String,
@@ -48,14 +48,18 @@ const FIELDS: Meanings = &[
         "requestheader_extra_headers_prefix",
         "The same for extra fields of the user, whose headers begin with this.",
     ),
-    ("http2", "Sends many requests on one connection."),
+    (
+        "http2",
+        "Lets short requests and watches share connections to a server that supports HTTP/2: as many at once \
+         on each as the server allows, and at most 250.",
+    ),
     ("health_path", "What is asked for to see whether a server works."),
     ("health_interval", "How often a server's health is asked for."),
     ("connect_timeout", "Time to connect to a server."),
     (
         "max_connections",
-        "Connections at once to each server. A watch, or any request without http2, has a connection of its \
-         own.",
+        "Connections at once to each server. Each followed log, upgrade and proxied request has one of its \
+         own, and without http2 every request has.",
     ),
     ("max_idle", "Idle connections to each server that are kept for the next request."),
     ("max_age", "A connection that is older takes no further requests."),
@@ -86,7 +90,7 @@ impl UpstreamConfig {
             servers,
             tls,
             identity,
-            http2: s.or("http2", false),
+            http2: s.or("http2", true),
             health_path,
             health_interval: s.duration("health_interval", secs(5), WAIT),
             connect_timeout: s.duration("connect_timeout", secs(5), WAIT),

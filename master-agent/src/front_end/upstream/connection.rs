@@ -16,8 +16,9 @@ use hyper::{
 
 use super::{
     body::RequestBody,
-    sender::Sender,
+    sender::{Http1, Sender},
     server::{ConnectError, Protocol, Server},
+    shared::Stream,
 };
 
 /// A connection to an API server that is ready to take a request.
@@ -28,16 +29,18 @@ pub(super) struct ServerConnection {
     sender: Sender,
 }
 
-/// Keeps a connection while its response is being read.
-pub struct Lease {
-    server: Arc<Server>,
-    sender: Option<Sender>,
+/// Keeps a connection, or a stream of one, while its response is being read.
+pub struct Lease(Option<Leased>);
+
+enum Leased {
+    Http1(Http1, Arc<Server>),
+    Http2(Stream),
 }
 
 impl Lease {
-    /// Drives the connection, which has no task of its own. This must be called whenever the response is pending.
+    /// Drives the connection if it has no task of its own. This must be called whenever the response is pending.
     pub fn drive(&mut self, cx: &mut Context<'_>) {
-        if let Some(Sender::Http1(connection)) = &mut self.sender {
+        if let Some(Leased::Http1(connection, _)) = &mut self.0 {
             connection.drive(cx);
         }
     }
@@ -45,8 +48,10 @@ impl Lease {
     /// Returns the connection to the pool once the response has been read completely. The pool closes the connection if
     /// the request has not been sent completely.
     fn finish(&mut self) {
-        if let Some(Sender::Http1(connection)) = self.sender.take() {
-            self.server.keep(connection);
+        match self.0.take() {
+            Some(Leased::Http1(connection, server)) => server.keep(connection),
+            Some(Leased::Http2(stream)) => stream.finish(),
+            None => {}
         }
     }
 }
@@ -58,9 +63,9 @@ pub struct ResponseBody {
 }
 
 impl ResponseBody {
-    fn of(response: Response<Incoming>, lease: Lease) -> Response<Self> {
+    fn of(response: Response<Incoming>, leased: Leased) -> Response<Self> {
         let upgraded = response.status() == StatusCode::SWITCHING_PROTOCOLS;
-        let mut response = response.map(|incoming| Self { incoming, lease });
+        let mut response = response.map(|incoming| Self { incoming, lease: Lease(Some(leased)) });
         // hyper does not poll an empty body, so the lease ends here.
         if !upgraded && response.body().incoming.is_end_stream() {
             response.body_mut().lease.finish();
@@ -124,17 +129,14 @@ impl ServerConnection {
                     request.headers_mut().insert(header::HOST, host);
                 }
                 match connection.send(request).await {
-                    Ok(response) => {
-                        let lease = Lease { server, sender: Some(Sender::Http1(connection)) };
-                        Ok(ResponseBody::of(response, lease))
-                    }
+                    Ok(response) => Ok(ResponseBody::of(response, Leased::Http1(connection, server))),
                     Err(mut error) => {
                         let unsent = error.take_message();
                         Err((error.into_error(), unsent))
                     }
                 }
             }
-            Sender::Http2(mut sender, permit) => {
+            Sender::Http2(mut sender, stream) => {
                 request.headers_mut().remove(header::HOST);
                 let mut parts = hyper::http::uri::Parts::default();
                 parts.scheme = Some(Scheme::HTTPS);
@@ -145,10 +147,7 @@ impl ServerConnection {
                 }
                 *request.version_mut() = hyper::Version::HTTP_2;
                 match sender.try_send_request(request).await {
-                    Ok(response) => {
-                        let lease = Lease { server, sender: Some(Sender::Http2(sender, permit)) };
-                        Ok(ResponseBody::of(response, lease))
-                    }
+                    Ok(response) => Ok(ResponseBody::of(response, Leased::Http2(stream))),
                     Err(mut error) => {
                         let unsent = error.take_message().map(|mut request| {
                             *request.version_mut() = hyper::Version::HTTP_11;

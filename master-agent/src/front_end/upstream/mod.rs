@@ -1,15 +1,20 @@
 //! The kube-apiservers behind the front end, and the choice of a server and a connection for each request.
 //!
-//! Unless HTTP/2 is configured, each request has a connection of its own until its response ends, so that a caller who
-//! does not read a response does not block others. Connections are kept for later requests.
+//! A thread sends its short requests and watches over shared HTTP/2 connections (`shared.rs`), if that is configured
+//! and the server supports it. The window of a connection is the sum of the windows of its streams, so that a caller
+//! who does not read a response does not block others. Every other request has a connection of its own until its
+//! response ends. Connections are kept for later requests.
 
 mod body;
 mod config;
 mod connection;
+mod established;
 mod health;
 mod pool;
+mod repeat;
 mod sender;
 mod server;
+mod shared;
 
 use std::{
     path::PathBuf,
@@ -20,7 +25,7 @@ use std::{
     time::Duration,
 };
 
-use hyper::{Method, Request, Response};
+use hyper::{Request, Response};
 use proto_net::{
     causes::causes,
     file_watcher::{FileWatcher, Watcher},
@@ -33,6 +38,7 @@ pub use body::{BodyError, BodyLimits, ReceivedBytes, RequestBody};
 pub use config::UpstreamConfig;
 use connection::ServerConnection;
 pub use connection::{Lease, ResponseBody};
+use repeat::Repeat;
 pub use server::UpstreamStatus;
 use server::{Protocol, Server, ServerTls};
 
@@ -81,12 +87,22 @@ impl Upstream {
         self.exchange(request, Protocol::Any).await
     }
 
-    /// Sends a request that may change the protocol, on a connection of its own.
-    pub async fn upgrade(
+    /// Sends a request whose response the server only passes on. It shares its connection with no other request, since
+    /// others decide into how many small pieces the response falls. On a shared connection each piece that waits takes
+    /// memory of its own, and too many of them end the connection.
+    pub async fn send_alone(
         &self,
         request: Request<RequestBody>,
     ) -> Result<Response<ResponseBody>, UpstreamError> {
         self.exchange(request, Protocol::Http1).await
+    }
+
+    /// Sends a request that may change the protocol, on a new connection.
+    pub async fn upgrade(
+        &self,
+        request: Request<RequestBody>,
+    ) -> Result<Response<ResponseBody>, UpstreamError> {
+        self.exchange(request, Protocol::Upgrade).await
     }
 
     async fn exchange(
@@ -98,7 +114,7 @@ impl Upstream {
         let mut repeats = 0..MAX_REPEATS;
         for server in self.in_order() {
             loop {
-                let connection = match ServerConnection::to(&server, protocol).await {
+                let connection = match ServerConnection::to(server, protocol).await {
                     Ok(connection) => connection,
                     Err(error) => {
                         server.connect_failed(&error);
@@ -108,7 +124,7 @@ impl Upstream {
                 };
                 let kept = connection.kept;
                 // The server may close a kept connection while the request is on its way.
-                let again = kept.then(|| repeatable(&request)).flatten();
+                let repeat = kept.then(|| Repeat::of(&request)).flatten();
                 match connection.send(request).await {
                     Ok(response) => return Ok(response),
                     Err((_, Some(unsent))) if kept => request = unsent,
@@ -118,11 +134,13 @@ impl Upstream {
                         request = unsent;
                         break;
                     }
-                    Err((error, None)) => match (body::cause(&error), again) {
-                        (Some(error), _) => return Err(UpstreamError::Body(error)),
-                        (None, Some(again)) if repeats.next().is_some() => request = again,
-                        (None, _) => return Err(UpstreamError::Broken(causes(&error))),
-                    },
+                    Err((error, None)) => {
+                        match (body::cause(&error), repeat.and_then(Repeat::into_request)) {
+                            (Some(error), _) => return Err(UpstreamError::Body(error)),
+                            (None, Some(again)) if repeats.next().is_some() => request = again,
+                            (None, _) => return Err(UpstreamError::Broken(causes(&error))),
+                        }
+                    }
                 }
             }
         }
@@ -130,13 +148,20 @@ impl Upstream {
     }
 
     /// Returns all servers in rotating order, the healthy ones first.
-    fn in_order(&self) -> Vec<Arc<Server>> {
+    fn in_order(&self) -> impl Iterator<Item = &Arc<Server>> {
         let count = self.servers.len();
-        let first = self.next.fetch_add(1, Ordering::Relaxed);
-        let rotated = self.servers.iter().cycle().skip(first % count.max(1)).take(count);
-        let (mut order, down): (Vec<_>, Vec<_>) = rotated.cloned().partition(|server| server.is_healthy());
-        order.extend(down);
-        order
+        let start = self.next.fetch_add(1, Ordering::Relaxed) % count.max(1);
+        let rotated = move || self.servers.iter().cycle().skip(start).take(count);
+        let first = rotated().find(|server| server.is_healthy()).or_else(|| rotated().next());
+        // The first server nearly always answers, and only then is there nothing to allocate.
+        let others = move || {
+            let others =
+                rotated().filter(move |server| first.is_some_and(|first| !Arc::ptr_eq(first, server)));
+            let (mut order, down): (Vec<_>, Vec<_>) = others.partition(|server| server.is_healthy());
+            order.extend(down);
+            order
+        };
+        first.into_iter().chain(std::iter::once_with(others).flatten())
     }
 
     /// Returns the number of healthy servers, and the number of all.
@@ -163,17 +188,4 @@ impl Upstream {
             futures_util::future::join_all(self.servers.iter().map(health::check)).await;
         }
     }
-}
-
-/// Returns a copy of the request, if it is safe to send it twice.
-fn repeatable(request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
-    let harmless = [Method::GET, Method::HEAD, Method::OPTIONS].contains(request.method());
-    if !harmless || !request.body().is_empty() {
-        return None;
-    }
-    let mut again = Request::new(RequestBody::empty());
-    again.method_mut().clone_from(request.method());
-    again.uri_mut().clone_from(request.uri());
-    again.headers_mut().clone_from(request.headers());
-    Some(again)
 }

@@ -3,34 +3,29 @@
 use std::{
     collections::VecDeque,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
-use hyper::client::conn::http2;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::Instant,
 };
 
 use super::{
-    body::RequestBody,
     config::UpstreamConfig,
-    sender::{Established, Http1, Sender, StreamPermit},
+    established::Established,
+    sender::{Http1, Sender},
+    shared::{Http2, MAX_UNUSED, Shared, lock},
 };
-use crate::front_end::workers;
-
-/// The maximum number of concurrent requests on one HTTP/2 connection.
-pub(super) const MAX_STREAMS: usize = 100;
-/// How long an unused connection is kept.
-const MAX_UNUSED: Duration = Duration::from_secs(90);
+use crate::front_end::workers::PerThread;
 
 /// The connections to one API server.
 pub(super) struct Pool {
     idle: Idle,
-    shared: Mutex<Vec<Http2>>,
+    shared: Shared,
     permits: Arc<Semaphore>,
     max_age: Duration,
 }
@@ -38,20 +33,19 @@ pub(super) struct Pool {
 /// Idle connections. Each worker thread has its own, since a connection is driven by the thread that made it. The most
 /// recently used connection is used next, so that connections which are not needed expire.
 struct Idle {
-    of_threads: Vec<Mutex<VecDeque<Http1>>>,
+    of_threads: PerThread<Mutex<VecDeque<Http1>>>,
     count: AtomicUsize,
     max: usize,
 }
 
 impl Idle {
     fn new(max: usize) -> Self {
-        let of_threads = (0..=workers::count()).map(|_| Mutex::default()).collect();
-        Self { of_threads, count: AtomicUsize::new(0), max }
+        Self { of_threads: PerThread::default(), count: AtomicUsize::new(0), max }
     }
 
     /// Takes the most recently used connection of this thread.
     fn newest(&self) -> Option<Http1> {
-        self.remove(self.of_threads.get(workers::current())?, VecDeque::pop_back)
+        self.remove(self.of_threads.current(), VecDeque::pop_back)
     }
 
     /// Takes the least recently used connection of the thread that has the most idle connections.
@@ -62,8 +56,7 @@ impl Idle {
 
     /// Adds a connection of this thread, and closes the oldest one if there are too many.
     fn add(&self, connection: Http1) {
-        let Some(one) = self.of_threads.get(workers::current()) else { return };
-        self.add_to(one, connection);
+        self.add_to(self.of_threads.current(), connection);
         if self.count.load(Ordering::Relaxed) > self.max {
             drop(self.oldest());
         }
@@ -87,7 +80,7 @@ impl Idle {
 
     /// Closes connections that are not `good`. Each connection is taken out of the pool while it is checked.
     fn retain(&self, good: impl Fn(&mut Http1) -> bool) {
-        for one in &self.of_threads {
+        for one in self.of_threads.iter() {
             let kept = lock(one).len();
             for _ in 0..kept {
                 let Some(mut connection) = self.remove(one, VecDeque::pop_front) else { break };
@@ -99,64 +92,48 @@ impl Idle {
     }
 }
 
-fn lock<T>(one: &Mutex<T>) -> MutexGuard<'_, T> {
-    one.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// An HTTP/2 connection, which many requests share and a task of its own drives.
-struct Http2 {
-    sender: http2::SendRequest<RequestBody>,
-    streams: Arc<AtomicUsize>,
-    established: Established,
-    /// When the connection was last known to have streams.
-    used: Instant,
-}
-
 impl Pool {
     pub(super) fn new(config: &UpstreamConfig) -> Self {
         Self {
             idle: Idle::new(config.max_idle),
-            shared: Mutex::default(),
+            shared: Shared::default(),
             permits: Arc::new(Semaphore::new(config.max_connections)),
             max_age: config.max_age,
         }
     }
 
-    /// Returns a permit for a new connection. If none is left, an idle connection is closed to free one.
+    /// Returns a permit for a new connection. If none is left, an unused connection is closed to free one.
     pub(super) fn permit(&self) -> Option<OwnedSemaphorePermit> {
         let permit = || self.permits.clone().try_acquire_owned().ok();
         permit().or_else(|| {
-            drop(self.idle.oldest());
-            permit()
+            let closed = self.idle.oldest().is_some() || self.shared.close_unused();
+            closed.then(permit).flatten()
         })
     }
 
-    /// Takes a connection that was made with this generation of the files.
+    /// Takes a connection that was made with this generation of the files, a shared one if there is one with room.
     pub(super) fn take(&self, generation: u64) -> Option<Sender> {
-        if let Some((sender, permit)) = self.stream(generation) {
-            return Some(Sender::Http2(sender, permit));
+        let shared = self.shared.take(|established| established.is_current(generation, self.max_age));
+        match shared {
+            Some((sender, stream)) => Some(Sender::Http2(sender, stream)),
+            None => self.take_idle(generation),
         }
+    }
+
+    /// Takes an idle connection that was made with this generation of the files.
+    pub(super) fn take_idle(&self, generation: u64) -> Option<Sender> {
         loop {
             // The connection is taken out of the pool first, because driving it may take a while.
             let mut connection = self.idle.newest()?;
-            if self.is_current(&connection.established, generation) && connection.is_ready() {
+            if connection.established.is_current(generation, self.max_age) && connection.is_ready() {
                 return Some(Sender::Http1(connection));
             }
         }
     }
 
-    fn stream(&self, generation: u64) -> Option<(http2::SendRequest<RequestBody>, StreamPermit)> {
-        let mut shared = self.shared();
-        // Requests in progress keep their connection.
-        shared.retain(|one| !one.sender.is_closed() && self.is_current(&one.established, generation));
-        let one = shared.iter_mut().find(|one| one.streams.load(Ordering::Relaxed) < MAX_STREAMS)?;
-        one.used = Instant::now();
-        Some((one.sender.clone(), StreamPermit::take(&one.streams)))
-    }
-
     /// Returns a connection to the pool, if it can be used again.
     pub(super) fn put(&self, mut connection: Http1, generation: u64) {
-        if !self.is_current(&connection.established, generation) || !connection.is_ready() {
+        if !connection.established.is_current(generation, self.max_age) || !connection.is_ready() {
             return;
         }
         connection.used = Instant::now();
@@ -164,41 +141,21 @@ impl Pool {
     }
 
     /// Adds a new HTTP/2 connection to the pool, and takes its first stream.
-    pub(super) fn share(
-        &self,
-        sender: &http2::SendRequest<RequestBody>,
-        established: Established,
-    ) -> StreamPermit {
-        let streams = Arc::default();
-        let permit = StreamPermit::take(&streams);
-        self.shared().push(Http2 { sender: sender.clone(), streams, established, used: Instant::now() });
-        permit
+    pub(super) fn share(&self, connection: Http2) -> Sender {
+        let sender = connection.sender.clone();
+        Sender::Http2(sender, self.shared.add(connection))
     }
 
     /// Closes connections that the server has closed, that have been unused for long, that are old, or that were made
     /// with an older generation of the files.
     pub(super) fn sweep(&self, generation: u64) {
+        let is_current = |established: &Established| established.is_current(generation, self.max_age);
         self.idle.retain(|connection| {
             connection.used.elapsed() < MAX_UNUSED
-                && self.is_current(&connection.established, generation)
+                && is_current(&connection.established)
                 && connection.is_ready()
         });
-        self.shared().retain_mut(|one| {
-            if one.streams.load(Ordering::Relaxed) > 0 {
-                one.used = Instant::now();
-            }
-            one.used.elapsed() < MAX_UNUSED
-                && !one.sender.is_closed()
-                && self.is_current(&one.established, generation)
-        });
-    }
-
-    fn is_current(&self, established: &Established, generation: u64) -> bool {
-        established.generation == generation && established.at.elapsed() < self.max_age
-    }
-
-    fn shared(&self) -> MutexGuard<'_, Vec<Http2>> {
-        lock(&self.shared)
+        self.shared.sweep(is_current);
     }
 }
 
@@ -206,11 +163,12 @@ impl Pool {
 mod tests {
     use std::{future::poll_fn, task::Poll};
 
-    use hyper::client::conn::http1;
+    use hyper::client::conn::{http1, http2};
     use hyper_util::rt::{TokioExecutor, TokioIo};
     use tokio::{io::DuplexStream, task::coop::has_budget_remaining};
 
     use super::*;
+    use crate::front_end::upstream::shared::{AllowedStreams, FIRST_STREAMS, MAX_STREAMS, Stream};
 
     fn pool(max_idle: usize, max_connections: usize) -> Pool {
         Pool::new(&UpstreamConfig {
@@ -299,7 +257,7 @@ mod tests {
         let mut ends = Vec::new();
         for _ in 0..2 {
             let (connection, far) = http1(&pool, 0).await;
-            pool.idle.add_to(&pool.idle.of_threads[1], connection);
+            pool.idle.add_to(pool.idle.of_threads.iter().next().unwrap(), connection);
             ends.push(far);
         }
         assert!(pool.take(0).is_none(), "they are another thread's");
@@ -332,29 +290,128 @@ mod tests {
         assert_eq!(kept(&pool), 0);
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn shared_connections_fill_up_in_turn_and_close_when_nobody_needs_them() {
-        let pool = pool(10, 10);
-        let (near, _far) = tokio::io::duplex(1024);
+    /// Adds a shared connection whose server allows this number of streams, and takes its first stream.
+    async fn http2(pool: &Pool, allowed: usize) -> (Stream, DuplexStream) {
+        let (near, far) = tokio::io::duplex(1024);
         let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(near)).await.unwrap();
         #[allow(clippy::disallowed_methods, reason = "a test owns its tasks by its runtime")]
         tokio::spawn(connection);
-        let first: Vec<_> =
-            std::iter::once(Sender::Http2(sender.clone(), pool.share(&sender, established(0))))
-                .chain(std::iter::from_fn(|| pool.take(0)))
-                .collect();
-        assert_eq!(first.len(), MAX_STREAMS);
-        let second = pool.share(&sender, established(0));
+        let streams = AllowedStreams::default();
+        streams.set(allowed);
+        let established = established(0);
+        let _permit = pool.permit().unwrap();
+        (stream(pool.share(Http2 { sender, allowed: streams, established, _permit })), far)
+    }
+
+    fn stream(sender: Sender) -> Stream {
+        match sender {
+            Sender::Http2(_, stream) => stream,
+            Sender::Http1(_) => panic!("not shared"),
+        }
+    }
+
+    fn take(pool: &Pool) -> Option<Stream> {
+        pool.take(0).map(stream)
+    }
+
+    fn free(pool: &Pool) -> usize {
+        pool.permits.available_permits()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn shared_connections_fill_up_in_turn_and_close_when_nobody_needs_them() {
+        let pool = pool(10, 10);
+        let (first, _far) = http2(&pool, MAX_STREAMS).await;
+        let mut streams = vec![first];
+        streams.extend(std::iter::from_fn(|| take(&pool)));
+        assert_eq!(streams.len(), MAX_STREAMS);
+        let (second, _far) = http2(&pool, MAX_STREAMS).await;
+        assert!(take(&pool).is_some(), "the second has room");
+        second.finish();
+        tokio::time::advance(MAX_UNUSED).await;
+        pool.sweep(0);
+        assert_eq!(free(&pool), 9, "the second was unused, and the first is in use");
+        streams.into_iter().for_each(Stream::finish);
+        assert!(take(&pool).is_some(), "the first has room again");
+        tokio::time::advance(MAX_UNUSED).await;
+        pool.sweep(0);
+        assert_eq!(free(&pool), 10);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_shared_connection_takes_what_its_server_allows_and_an_abandoned_stream_counts_for_a_while() {
+        let pool = pool(10, 10);
+        let (first, _far) = http2(&pool, 3).await;
+        let (second, third) = (take(&pool).unwrap(), take(&pool).unwrap());
+        assert!(take(&pool).is_none());
+        second.finish();
+        let second = take(&pool).expect("what has ended makes room");
         drop(second);
-        tokio::time::advance(MAX_UNUSED).await;
+        assert!(take(&pool).is_none(), "the server may not have noticed yet");
         pool.sweep(0);
-        assert_eq!(pool.shared().len(), 1, "the first is in use");
-        drop(first);
-        tokio::time::advance(MAX_UNUSED).await;
-        pool.sweep(0);
-        assert_eq!(pool.shared().len(), 0);
-        let permit = pool.share(&sender, established(0));
-        assert!(pool.take(1).is_none() && pool.shared().is_empty(), "made with other files");
+        let second = take(&pool).unwrap();
+        assert!(take(&pool).is_none());
+        drop((first, second, third));
+        assert!(take(&pool).is_none());
+        let no_more = AllowedStreams::default();
+        assert_eq!(no_more.get(), FIRST_STREAMS);
+        no_more.set(usize::MAX);
+        assert_eq!(no_more.get(), MAX_STREAMS);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_ends_is_the_next_one_however_many_connections_are_full() {
+        let pool = pool(10, 1000);
+        let mut streams = Vec::new();
+        let mut ends = Vec::new();
+        for _ in 0..100 {
+            let (stream, far) = http2(&pool, 1).await;
+            streams.push(stream);
+            ends.push(far);
+        }
+        assert!(take(&pool).is_none());
+        assert_eq!(pool.shared.stacked(), 0, "none is looked at again");
+        streams.swap_remove(50).finish();
+        assert_eq!(pool.shared.stacked(), 1);
+        let next = take(&pool).unwrap();
+        assert!(take(&pool).is_none());
+        drop(next);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn old_shared_connections_end_with_their_last_stream_and_unused_ones_give_way() {
+        let pool = pool(10, 2);
+        let (first, _far) = http2(&pool, 10).await;
+        assert!(pool.take(1).is_none(), "made with other files");
+        assert_eq!(free(&pool), 1);
+        first.finish();
+        pool.sweep(1);
+        assert_eq!(free(&pool), 2);
+
+        let (aged, _far) = http2(&pool, 10).await;
+        let (unused, _far) = http2(&pool, 10).await;
+        assert!(pool.permit().is_none());
+        unused.finish();
+        let permit = pool.permit().expect("an unused connection gives way");
+        tokio::time::advance(Duration::from_secs(601)).await;
+        assert!(take(&pool).is_none(), "the other is too old");
+        aged.finish();
+        assert!(take(&pool).is_none());
+        assert_eq!(free(&pool), 1);
         drop(permit);
+    }
+
+    #[tokio::test]
+    async fn a_connection_whose_server_is_gone_is_not_used() {
+        let pool = pool(10, 10);
+        let (first, far) = http2(&pool, 10).await;
+        drop(far);
+        while let Some(stream) = take(&pool) {
+            stream.finish();
+            tokio::task::yield_now().await;
+        }
+        drop(first);
+        pool.sweep(0);
+        assert_eq!(free(&pool), 10);
     }
 }

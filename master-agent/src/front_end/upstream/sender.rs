@@ -4,10 +4,6 @@
 use std::{
     future::poll_fn,
     pin::{Pin, pin},
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
     task::{Context, Poll, Waker},
 };
 
@@ -20,19 +16,12 @@ use hyper::{
 use proto_net::causes::causes;
 use tokio::{sync::OwnedSemaphorePermit, task::coop::unconstrained, time::Instant};
 
-use super::body::RequestBody;
+use super::{body::RequestBody, established::Established, shared::Stream};
 
 /// Sends requests over one connection.
 pub(super) enum Sender {
     Http1(Http1),
-    Http2(http2::SendRequest<RequestBody>, StreamPermit),
-}
-
-/// When a connection was made, and with which generation of the TLS files.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Established {
-    pub generation: u64,
-    pub at: Instant,
+    Http2(http2::SendRequest<RequestBody>, Stream),
 }
 
 /// An HTTP/1.1 connection. It has no task of its own and is driven by the task that waits for it. Therefore a request
@@ -99,22 +88,5 @@ fn drive(driver: &mut Option<Driver>, cx: &mut Context<'_>) {
         if let Err(error) = ended {
             tracing::debug!(error = causes(&error), "connection to an API server failed");
         }
-    }
-}
-
-/// A permit for one stream of a shared connection.
-pub(super) struct StreamPermit(Arc<AtomicUsize>);
-
-impl StreamPermit {
-    /// Takes a permit, which counts in `streams` until it is dropped.
-    pub(super) fn take(streams: &Arc<AtomicUsize>) -> Self {
-        streams.fetch_add(1, Ordering::Relaxed);
-        Self(streams.clone())
-    }
-}
-
-impl Drop for StreamPermit {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }

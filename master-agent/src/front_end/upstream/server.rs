@@ -1,7 +1,9 @@
 //! One API server: its connections and its health.
 
 use std::{
+    future::poll_fn,
     io,
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -11,6 +13,7 @@ use std::{
 
 use access::x509_expiry::X509Expiry;
 use anyhow::{Context as _, bail};
+use futures_util::future::BoxFuture;
 use hyper::{
     Uri,
     client::conn::{http1, http2},
@@ -37,11 +40,14 @@ use tokio_rustls::TlsConnector;
 
 use super::{
     config::UpstreamConfig,
-    pool::{MAX_STREAMS, Pool},
-    sender::{Driver, Established, Http1, Sender},
+    established::Established,
+    pool::Pool,
+    sender::{Driver, Http1, Sender},
+    shared::{AllowedStreams, FIRST_STREAMS, Http2, MAX_STREAMS},
 };
 use crate::{
-    http::{Executor, is_loopback},
+    front_end::workers::PerThread,
+    http::{connection_tasks::ConnectionTasks, is_loopback},
     metrics::Expiry,
 };
 
@@ -53,12 +59,15 @@ const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MAX_STREAMS as u32;
 /// The number of failures since the last successful health check after which a server counts as down.
 const FAILURES: usize = 2;
 
-/// The protocols that a connection may use.
+/// The protocols that a request may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Protocol {
-    Http1,
-    /// The connection uses HTTP/2 if that is configured and the server supports it, and otherwise HTTP/1.1.
+    /// The request uses HTTP/2 if that is configured and the server supports it, and otherwise HTTP/1.1.
     Any,
+    /// The request uses HTTP/1.1, so that it shares its connection with no other request at a time.
+    Http1,
+    /// The request may change the protocol of its connection, which therefore is a new one with HTTP/1.1.
+    Upgrade,
 }
 
 /// The TLS configurations for the protocols that a connection may speak.
@@ -100,8 +109,8 @@ pub(super) struct Server {
     tls_name: Option<ServerName<'static>>,
     /// Whether the server is expected to support HTTP/2.
     multiplexes: AtomicBool,
-    /// Locked while a shared connection is made.
-    connecting: tokio::sync::Mutex<()>,
+    /// Locked while a thread makes a shared connection.
+    connecting: PerThread<tokio::sync::Mutex<()>>,
     pool: Pool,
     /// The path of health checks.
     pub health: PathAndQuery,
@@ -160,7 +169,7 @@ impl Server {
             multiplexes: AtomicBool::new(config.http2 && tls_name.is_some()),
             tls,
             tls_name,
-            connecting: tokio::sync::Mutex::default(),
+            connecting: PerThread::default(),
             pool: Pool::new(config),
             health: config.health_path.parse()?,
             timeout: config.connect_timeout,
@@ -234,15 +243,16 @@ impl Server {
     pub(super) async fn sender(&self, protocol: Protocol) -> Result<(Sender, bool), ConnectError> {
         let kept = || match protocol {
             Protocol::Any => self.pool.take(self.tls.generation()),
-            Protocol::Http1 => None,
+            Protocol::Http1 => self.pool.take_idle(self.tls.generation()),
+            Protocol::Upgrade => None,
         };
         if let Some(sender) = kept() {
             return Ok((sender, true));
         }
         let connecting = async {
-            // Requests that come while a shared connection is being made wait for it.
+            // Requests that come while their thread makes a shared connection wait for it.
             let shares = protocol == Protocol::Any && self.multiplexes.load(Ordering::Relaxed);
-            let _connecting = if shares { Some(self.connecting.lock().await) } else { None };
+            let _connecting = if shares { Some(self.connecting.current().lock().await) } else { None };
             if shares && let Some(sender) = kept() {
                 return Ok((sender, true));
             }
@@ -273,7 +283,7 @@ impl Server {
         let tls = self.tls.get();
         let config = match protocol {
             Protocol::Any => tls.any.clone(),
-            Protocol::Http1 => tls.http1.clone(),
+            Protocol::Http1 | Protocol::Upgrade => tls.http1.clone(),
         };
         let tls = TlsConnector::from(config).connect(name.clone(), socket).await?;
         let http2 = tls.get_ref().1.alpn_protocol() == Some(b"h2");
@@ -292,24 +302,38 @@ impl Server {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (mut sender, connection) = http2::Builder::new(Executor(self.connections.clone()))
+        let (executor, mut tasks) = ConnectionTasks::<BoxFuture<'static, ()>>::new();
+        let (sender, connection) = http2::Builder::new(executor)
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
+            .initial_max_send_streams(FIRST_STREAMS)
+            // Responses that callers have given up must not end the connection, with the streams of everyone. The limit
+            // is meant for servers that are not trusted.
+            .max_local_error_reset_streams(None::<usize>)
             .keep_alive_interval(Duration::from_secs(30))
             .keep_alive_timeout(Duration::from_secs(15))
             .handshake(TokioIo::new(socket))
             .await
             .map_err(io::Error::other)?;
+        let allowed = AllowedStreams::default();
+        let told = allowed.clone();
         self.connections.spawn(async move {
-            let _permit = permit;
-            if let Err(error) = connection.await {
-                tracing::debug!(error = causes(&error), "connection to an API server failed");
+            {
+                let mut connection = pin!(connection);
+                let followed = poll_fn(|cx| {
+                    let ended = connection.as_mut().poll(cx);
+                    told.set(connection.current_max_send_streams());
+                    ended
+                });
+                if let Err(error) = tasks.drive(pin!(followed)).await {
+                    tracing::debug!(error = causes(&error), "connection to an API server failed");
+                }
             }
+            // The connection closes once it is dropped and its streams have ended.
+            tasks.finish().await;
         });
-        sender.ready().await.map_err(io::Error::other)?;
-        let permit = self.pool.share(&sender, established);
-        Ok(Sender::Http2(sender, permit))
+        Ok(self.pool.share(Http2 { sender, allowed, established, _permit: permit }))
     }
 }
 

@@ -1,5 +1,7 @@
 //! The front end keeps, shares, replaces and bounds its connections to kube-apiserver.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::{Request, StatusCode, header};
@@ -154,7 +156,7 @@ async fn connections_to_kube_apiserver_are_so_many_and_no_more() {
 }
 
 #[tokio::test]
-async fn many_requests_at_once_share_an_http2_connection_from_the_first() {
+async fn many_requests_at_once_share_the_http2_connection_of_their_thread_from_the_first() {
     let front_end =
         std::sync::Arc::new(FrontEnd::start(Setup { http2: true, ..Setup::default() }).await.unwrap());
     let upstream = &front_end.upstream;
@@ -169,5 +171,35 @@ async fn many_requests_at_once_share_an_http2_connection_from_the_first() {
     for status in completes("all requests", all.join_all()).await {
         assert_eq!(status, StatusCode::OK);
     }
-    assert_eq!(upstream.connections(), before + 1);
+    // Each thread that serves callers makes one, and so does the health check.
+    let threads = std::thread::available_parallelism().unwrap().get();
+    assert!((before + 1..=before + threads + 1).contains(&upstream.connections()));
+}
+
+#[tokio::test]
+async fn watches_take_further_connections_once_the_server_allows_no_more_streams() {
+    // The stub allows 200 on one connection.
+    const WATCHES: usize = 240;
+    let front_end = FrontEnd::start(Setup { http2: true, ..Setup::default() }).await.unwrap();
+    let upstream = &front_end.upstream;
+    assert_eq!(get(&front_end).await, StatusCode::OK);
+    let mut caller = front_end.caller(Credential::Token, Http::V2).await.unwrap();
+    let mut watches = Vec::new();
+    for i in 0..WATCHES {
+        let watch = Request::get("/api/v1/pods?watch=1&resourceVersion=0").body(Full::<Bytes>::default());
+        let response = completes("a watch", caller.send(watch.unwrap())).await.unwrap();
+        assert_eq!(response.status(), StatusCode::OK, "watch {i}");
+        watches.push(response.into_body());
+    }
+    let used: BTreeSet<usize> = upstream.received().iter().map(|received| received.connection).collect();
+    assert!((2..=4).contains(&used.len()), "{used:?}");
+    let event = json!({"metadata": {"name": "for-everyone", "namespace": "default"}});
+    upstream.api().send(Kind::Pods, "ADDED", event);
+    for watch in &mut watches {
+        let mut read = Vec::new();
+        while !String::from_utf8_lossy(&read).contains("for-everyone") {
+            let frame = completes("the event", watch.frame()).await.unwrap().unwrap();
+            read.extend_from_slice(&frame.into_data().unwrap());
+        }
+    }
 }
