@@ -8,6 +8,7 @@ pub mod call_home;
 pub mod connect;
 pub mod error;
 pub mod join;
+pub mod keep_alive;
 pub mod konnectivity;
 pub mod mux;
 pub mod name;

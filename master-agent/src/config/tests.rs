@@ -36,7 +36,7 @@ fn everything_has_a_default() {
     assert_eq!((config.konnectivity.max_connections, config.konnectivity.max_dials), (16384, 8192));
     assert_eq!((&config.socks5, &config.proxy_urls), (&None, &None));
     assert_eq!((&config.call_home, &config.inventory), (&None, &None));
-    assert_eq!((config.tunnels.keepalive_interval, config.tunnels.keepalive_max), (secs(3), 2));
+    assert_eq!((config.tunnels.keepalive_interval, config.tunnels.keepalive_max), (secs(7), 1));
     assert_eq!((config.tunnels.handshake_timeout, config.tunnels.dial_timeout), (secs(10), secs(9)));
     assert_eq!((config.tunnels.max_streams_per_tunnel, config.tunnels.max_streams_per_node), (8192, 8192));
     assert_eq!(config.tunnels.backoff_min, Duration::from_millis(200));

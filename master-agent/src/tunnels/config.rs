@@ -24,11 +24,15 @@ pub struct TunnelsConfig {
 }
 
 const FIELDS: Meanings = &[
-    ("keepalive_interval", "Time between keep-alives of a tunnel."),
+    (
+        "keepalive_interval",
+        "Time between keep-alives of a tunnel on which nothing comes. A node-agent is asked a little earlier, and at least \
+         every 6 s.",
+    ),
     (
         "keepalive_max",
         "A tunnel is dead when one more than this number of keep-alives is unanswered: with the defaults, \
-         after 9 s.",
+         after 14 s.",
     ),
     ("handshake_timeout", "Time for an SSH handshake."),
     ("rekey_interval", "Time between key exchanges of a tunnel."),
@@ -47,8 +51,8 @@ impl TunnelsConfig {
     pub(crate) fn read(s: &Section<'_>) -> Self {
         s.document(FIELDS);
         let tunnels = Self {
-            keepalive_interval: s.duration("keepalive_interval", secs(3), WAIT),
-            keepalive_max: s.number("keepalive_max", 2, 1..=100),
+            keepalive_interval: s.duration("keepalive_interval", secs(7), WAIT),
+            keepalive_max: s.number("keepalive_max", 1, 1..=100),
             handshake_timeout: s.duration("handshake_timeout", secs(10), WAIT),
             rekey_interval: s.duration("rekey_interval", secs(3600), secs(1)..=DAY),
             dial_timeout: s.duration("dial_timeout", secs(9), WAIT),

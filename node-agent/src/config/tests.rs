@@ -29,7 +29,7 @@ fn everything_but_the_way_in_has_a_default() {
     let limits = &config.limits;
     assert_eq!((limits.max_handshakes, limits.max_sessions, limits.max_streams), (256, 64, 8192));
     assert_eq!((limits.handshake_timeout, limits.dial_timeout), (secs(10), secs(10)));
-    assert_eq!((limits.keepalive_interval, limits.keepalive_max), (secs(3), 2));
+    assert_eq!((limits.keepalive_interval, limits.keepalive_max), (secs(7), 1));
     assert_eq!((config.half_closed_timeout, config.shutdown_grace), (secs(600), secs(30)));
 
     let config = parse("call_home: [master.example:2222]").unwrap();

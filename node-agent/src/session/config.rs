@@ -33,11 +33,15 @@ const FIELDS: Meanings = &[
     ),
     ("handshake_timeout", "Time for an SSH handshake."),
     ("dial_timeout", "Time to resolve a target and to connect to it."),
-    ("keepalive_interval", "Time between keep-alives of a session."),
+    (
+        "keepalive_interval",
+        "Time between keep-alives of a session on which nothing comes. A master is heard at least every 6 s, so that \
+         with a longer time it gets none.",
+    ),
     (
         "keepalive_max",
         "A session is dead when one more than this number of keep-alives is unanswered: with the defaults, \
-         after 9 s.",
+         after 14 s.",
     ),
 ];
 
@@ -50,8 +54,8 @@ impl LimitsConfig {
             max_streams: s.number("max_streams", 8192, COUNT),
             handshake_timeout: s.duration("handshake_timeout", secs(10), WAIT),
             dial_timeout: s.duration("dial_timeout", secs(10), WAIT),
-            keepalive_interval: s.duration("keepalive_interval", secs(3), WAIT),
-            keepalive_max: s.number("keepalive_max", 2, 1..=100),
+            keepalive_interval: s.duration("keepalive_interval", secs(7), WAIT),
+            keepalive_max: s.number("keepalive_max", 1, 1..=100),
         }
     }
 }

@@ -188,6 +188,8 @@ fn server_config(services: &SessionServices) -> server::Config {
                 .keepalive_interval
                 .saturating_mul(u32::try_from(3 * (limits.keepalive_max + 1)).unwrap_or(u32::MAX)),
         ),
+        // A master's own keep-alives come more often (`proto::keep_alive`). So these are for people, and for a master that
+        // has fallen silent.
         keepalive_interval: Some(limits.keepalive_interval),
         keepalive_max: limits.keepalive_max,
         nodelay: true,

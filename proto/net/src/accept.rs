@@ -48,9 +48,9 @@ pub trait Peer: Copy + fmt::Debug + Send + Sync + 'static {
 /// What an accepted TCP socket is set to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tuning {
-    /// [`socket::tune_link`], for links and administration.
+    /// [`socket::tune_link`], for links.
     Link,
-    /// [`socket::tune_caller`], for sockets whose bytes are relayed.
+    /// [`socket::tune_caller`], for sockets whose bytes are relayed, and for administration.
     Caller,
 }
 

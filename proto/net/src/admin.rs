@@ -171,7 +171,7 @@ impl Endpoints {
 
     async fn serve<L: Listener>(self, listener: L, tasks: Tasks, transport: Transport, loopback: bool) {
         let limits = Limits::new();
-        Acceptor::new(listener, Tuning::Link)
+        Acceptor::new(listener, Tuning::Caller)
             .serve(
                 tasks,
                 |peer| Some(limits.begin(peer.ip())),

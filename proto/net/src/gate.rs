@@ -11,7 +11,7 @@
 use std::{
     collections::VecDeque,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -19,6 +19,8 @@ use std::{
 
 use proto::mux::flow::{Flow, PingId, Use};
 use tokio::sync::{Notify, mpsc, oneshot};
+
+use crate::keep_alive::Traffic;
 
 /// The least and the most bytes between the streams and the socket. In between, it is what the path carries in [`QUEUE`].
 const LEAST_ROOM: usize = 32 * 1024;
@@ -48,6 +50,8 @@ struct Shared {
     streams: AtomicU64,
     /// Tells those who wait in [`Gate::settled`].
     settled: Notify,
+    /// Absent unless this side keeps the link alive.
+    traffic: OnceLock<Arc<Traffic>>,
 }
 
 #[derive(Debug, Default)]
@@ -111,6 +115,16 @@ impl Gate {
     /// What the gate has to know of a new stream.
     pub fn turn(&self) -> Turn {
         Turn { stream: self.0.streams.fetch_add(1, Ordering::Relaxed) + 1, allowance: QUANTUM, round: 0 }
+    }
+
+    /// Has this side keep the link alive: a multiplexer that begins from now on sends a PING whenever nothing has been sent,
+    /// or nothing has come, for `quiet`.
+    pub fn keep_alive(&self, quiet: Duration) {
+        let _ = self.0.traffic.set(Arc::new(Traffic::new(quiet)));
+    }
+
+    pub(crate) fn traffic(&self) -> Option<&Arc<Traffic>> {
+        self.0.traffic.get()
     }
 
     /// Measures the path from now on. The peer has answered a PING after `round_trip`. Further ones are to be sent behind

@@ -13,6 +13,7 @@ pub mod file_watcher;
 pub mod gate;
 pub mod handshake;
 pub mod https_client;
+mod keep_alive;
 pub mod link;
 pub mod log_throttle;
 mod log_writer;

@@ -73,15 +73,32 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
                 self.backlog = BytesMut::new();
             }
             self.gate.set_backlog(self.backlog.len());
-            self.gate.release(n);
+            self.note_sent(n);
         }
         Poll::Ready(Ok(()))
+    }
+
+    /// Notes that the socket has taken bytes.
+    fn note_sent(&self, bytes: usize) {
+        if let Some(traffic) = self.gate.traffic() {
+            traffic.on_sent();
+        }
+        self.gate.release(bytes);
+    }
+
+    /// Notes that something has come.
+    fn note_received(&self) {
+        if let Some(traffic) = self.gate.traffic() {
+            traffic.on_received();
+        }
     }
 
     fn read_some(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if self.read.is_empty() {
             if buf.remaining() >= READ_BUFFER {
-                return Pin::new(&mut self.inner).poll_read(cx, buf);
+                ready!(Pin::new(&mut self.inner).poll_read(cx, buf))?;
+                self.note_received();
+                return Poll::Ready(Ok(()));
             }
             self.read.reserve(READ_BUFFER);
             let poll = tokio_util::io::poll_read_buf(Pin::new(&mut self.inner), cx, &mut self.read);
@@ -89,6 +106,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
                 0 => return Poll::Ready(Ok(())),
                 n => self.received.fetch_add(n, Ordering::Relaxed),
             };
+            self.note_received();
         }
         let n = buf.remaining().min(self.read.len());
         buf.put_slice(&self.read.split_to(n));
@@ -132,7 +150,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Link<T> {
         if this.backlog.is_empty()
             && let Poll::Ready(result) = Pin::new(&mut this.inner).poll_write(cx, bytes)
         {
-            return Poll::Ready(result.inspect(|n| this.gate.release(*n)));
+            return Poll::Ready(result.inspect(|n| this.note_sent(*n)));
         }
         this.backlog.extend_from_slice(bytes);
         this.gate.set_backlog(this.backlog.len());
@@ -168,7 +186,7 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
-    use crate::gate::ROOM;
+    use crate::{gate::ROOM, keep_alive::Pings};
 
     #[tokio::test]
     async fn takes_writes_that_the_socket_does_not_and_delivers_them_while_reading() {
@@ -195,6 +213,28 @@ mod tests {
         let (got, answer, reserved) = tokio::join!(reader, driver, gate.reserve(&mut turn, ROOM));
         assert!(got == sent && reserved.is_some());
         assert_eq!(&answer, b"done");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_passes_keeps_the_link_alive() {
+        const QUIET: Duration = Duration::from_secs(6);
+        let (near, mut far) = tokio::io::duplex(1000);
+        let (mut link, gate) = Link::new(near, CancellationToken::new(), Arc::default());
+        gate.keep_alive(QUIET);
+        let mut pings = Pings::new(gate.traffic().cloned());
+        pings.due().await;
+        for _ in 0..4 {
+            tokio::time::sleep(QUIET / 2).await;
+            link.write_all(b"?").await.unwrap();
+            far.read_u8().await.unwrap();
+            far.write_all(b"!").await.unwrap();
+            link.read_u8().await.unwrap();
+            assert!(tokio::time::timeout(Duration::ZERO, pings.due()).await.is_err());
+        }
+        let began = tokio::time::Instant::now();
+        pings.due().await;
+        let (waited, second) = (began.elapsed(), Duration::from_secs(1));
+        assert!(waited > QUIET - second && waited < QUIET + second, "{waited:?}");
     }
 
     #[tokio::test]

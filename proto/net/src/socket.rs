@@ -10,6 +10,9 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 const UNSENT: u32 = 256 * 1024;
 /// The most unsent bytes in the socket of a link. What is there can't be overtaken any more.
 const UNSENT_ON_LINK: u32 = 128 * 1024;
+/// How long bytes on a link may stay unacknowledged, or the peer's window closed, before the kernel gives the link up. An
+/// agent reads its links whatever its streams do.
+const UNACKNOWLEDGED_ON_LINK: Duration = Duration::from_secs(9);
 
 /// The most connections that wait to be accepted, if the kernel allows as many (`net.core.somaxconn`). It drops
 /// connections of a larger burst, and their peers learn of it only when they send something.
@@ -32,16 +35,18 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// Sets what [`tune`] sets, and a limit on unsent bytes: for sockets whose bytes are relayed.
+/// Sets what [`tune`] sets, and a limit on unsent bytes: for sockets whose bytes are relayed, and for administration.
 pub fn tune_caller(socket: &TcpStream) {
     tune(socket);
     let _ = SockRef::from(socket).set_tcp_notsent_lowat(UNSENT);
 }
 
-/// Sets what [`tune`] sets, and a limit on unsent bytes: for links.
+/// Sets what [`tune`] sets, a limit on unsent bytes, and one on the time in which bytes must be acknowledged: for links.
 pub fn tune_link(socket: &TcpStream) {
     tune(socket);
-    let _ = SockRef::from(socket).set_tcp_notsent_lowat(UNSENT_ON_LINK);
+    let socket = SockRef::from(socket);
+    let _ = socket.set_tcp_notsent_lowat(UNSENT_ON_LINK);
+    let _ = socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED_ON_LINK));
 }
 
 /// Makes the socket send small messages at once, and detect within two minutes that an idle peer is gone.
@@ -58,6 +63,17 @@ pub fn tune(socket: &TcpStream) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn the_kernel_gives_up_links_and_no_other_connections() {
+        let listener = listen("127.0.0.1:0".parse().unwrap()).unwrap();
+        let socket = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let timeout = || SockRef::from(&socket).tcp_user_timeout().unwrap();
+        tune_caller(&socket);
+        assert_eq!(timeout(), None);
+        tune_link(&socket);
+        assert_eq!(timeout(), Some(UNACKNOWLEDGED_ON_LINK));
+    }
 
     #[tokio::test]
     async fn a_burst_of_silent_connections_is_accepted_to_the_last() {

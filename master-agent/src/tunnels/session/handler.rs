@@ -1,6 +1,6 @@
 //! The callbacks of a session, which verify the host key and process everything that a node sends.
 
-use std::{sync::Arc, time::Instant};
+use std::{io::ErrorKind, sync::Arc, time::Instant};
 
 use proto::refusal;
 use proto_net::{
@@ -21,6 +21,8 @@ use super::{
 
 /// The smallest maximum packet size that a node may announce.
 const MIN_PACKET: u32 = 1024;
+
+const NO_ANSWER: &str = "the node no longer answers";
 
 /// The handler that russh calls.
 pub(crate) struct ClientHandler {
@@ -224,8 +226,10 @@ impl client::Handler for ClientHandler {
             DisconnectReason::ReceivedDisconnect(info) => {
                 (Loss::ByNode, format!("closed by the node: {}", refusal::printable(&info.message)))
             }
-            DisconnectReason::Error(russh::Error::KeepaliveTimeout) => {
-                (Loss::NoAnswer, "the node no longer answers".to_owned())
+            DisconnectReason::Error(russh::Error::KeepaliveTimeout) => (Loss::NoAnswer, NO_ANSWER.to_owned()),
+            // The kernel has given up what the node did not acknowledge.
+            DisconnectReason::Error(russh::Error::IO(error)) if error.kind() == ErrorKind::TimedOut => {
+                (Loss::NoAnswer, NO_ANSWER.to_owned())
             }
             DisconnectReason::Error(error) => (Loss::Link, error.to_string()),
         };

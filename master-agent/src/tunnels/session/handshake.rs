@@ -5,7 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use proto::refusal;
+use proto::{keep_alive, refusal};
 use proto_net::{
     channel::Channels,
     gate::Gate,
@@ -101,6 +101,8 @@ impl SshClient {
         let cut_on_drop = cut.clone().drop_guard();
         let received = permit.map(|permit| permit.received.clone()).unwrap_or_default();
         let (link, gate) = Link::new(link, cut.clone(), received.clone());
+        // To a node-agent. To a plain sshd, russh sends the keep-alives of SSH.
+        gate.keep_alive(keep_alive::quiet(self.config.keepalive_interval));
         let channels = Channels::new(gate.clone(), tasks.clone(), STALL_TIMEOUT, self.stalls.up.clone());
         let state = Arc::<SessionState>::default();
         let handler = ClientHandler {

@@ -15,7 +15,7 @@ use crate::identity::HostKeyError;
 /// The kind of reason for which a session has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Loss {
-    /// The node left keep-alives unanswered.
+    /// The node left keep-alives unanswered, or its host left bytes unacknowledged.
     NoAnswer,
     /// The link broke off, or SSH failed on it.
     Link,

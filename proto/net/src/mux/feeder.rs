@@ -1,9 +1,6 @@
 //! What comes from the peer: frames out of the bytes of the SSH channel, each handed to its stream.
 
-use std::{
-    sync::{Arc, Weak, atomic::Ordering},
-    time::Duration,
-};
+use std::sync::{Arc, Weak, atomic::Ordering};
 
 use bytes::Bytes;
 use proto::mux::{
@@ -18,12 +15,10 @@ use super::{
     open::{Incoming, on_open},
     state::{Shared, State},
 };
-use crate::{gate::Gate, stalls::Stalls, tasks::Tasks};
+use crate::{gate::Gate, keep_alive::Pings, stalls::Stalls, tasks::Tasks};
 
 /// Answers (PONG, REFUSED, RESET) that may wait to be sent, in addition to one for each stream.
 pub(super) const ANSWERS: usize = 4096;
-/// How often the round trip is measured.
-pub(super) const PING_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Takes the bytes that come out of the SSH channel. The handler of the SSH session owns it; dropping it closes the
 /// multiplexer.
@@ -144,10 +139,9 @@ struct Queues {
     pings: mpsc::UnboundedReceiver<PingId>,
 }
 
-/// Sends queued answers, the PINGs that measure the path, and a PING now and then, until the multiplexer is gone.
+/// Sends queued answers, and the PINGs that the gate asks for or that [`Pings`] says are due, until the multiplexer is gone.
 async fn housekeeping(mux: Weak<Inner>, gate: Gate, mut queues: Queues) {
-    let mut ping = tokio::time::interval(PING_INTERVAL);
-    ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut pings = Pings::new(gate.traffic().cloned());
     loop {
         let frame = tokio::select! {
             Some(id) = queues.pings.recv() => frame::encode(&Frame::Ping(id)),
@@ -156,11 +150,16 @@ async fn housekeeping(mux: Weak<Inner>, gate: Gate, mut queues: Queues) {
                 mux.waiting_answers.fetch_sub(1, Ordering::Relaxed);
                 answer
             }
-            _ = ping.tick() => {
-                let Some(mux) = mux.upgrade() else { return };
-                let Some(id) = mux.round_trip.next_ping() else { continue };
+            () = pings.due() => {
+                let Some(mux) = mux.upgrade().map(Mux) else { return };
+                let round_trip = &mux.0.round_trip;
+                // While there is no stream, nobody needs to know how far away the peer is.
+                if round_trip.is_measured() && !pings.keep_alive() && mux.streams_open() == 0 {
+                    continue;
+                }
+                let Some(id) = round_trip.next_ping() else { continue };
                 // Before the first answer, the peer may not even have agreed to take frames.
-                if mux.round_trip.is_measured() {
+                if round_trip.is_measured() {
                     gate.mark(id);
                 }
                 frame::encode(&Frame::Ping(id))

@@ -10,13 +10,12 @@ use proto::{
 };
 use tokio::{sync::mpsc, time::Duration};
 
-use super::{
-    Events, Feeder, Mux, ProtocolError, SendFrame,
-    feeder::{ANSWERS, PING_INTERVAL},
-};
+use super::{Events, Feeder, Mux, ProtocolError, SendFrame, feeder::ANSWERS};
 use crate::{gate::Gate, stalls::Stalls, stream::Stream, tasks::Tasks};
 
 const LIMIT: usize = 10;
+/// How often a peer is asked that says nothing.
+const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// Streams of the table below: one that is open, one that the peer has ended, one that has ended here, one that the
 /// peer was asked for and has not answered (where this side opens streams), and one that nobody has opened.
 const OPEN: u32 = 1;
@@ -42,8 +41,9 @@ impl End {
             let sent = tx.send(frame).is_ok();
             Box::pin(async move { sent })
         });
-        let (mux, feeder, events) =
-            Mux::new(initiator, LIMIT, Gate::default(), Stalls::default(), out, &tasks);
+        let gate = Gate::default();
+        gate.keep_alive(PING_INTERVAL);
+        let (mux, feeder, events) = Mux::new(initiator, LIMIT, gate, Stalls::default(), out, &tasks);
         Self { mux, feeder, events, sent, tasks }
     }
 
