@@ -1,6 +1,10 @@
 //! Connects parts of layers that must not use each other, by implementing for one part the trait that another declares.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use futures_util::future::BoxFuture;
 use proto::{NodeName, join::Admission};
@@ -13,7 +17,7 @@ use crate::{
         proxy_urls::{self, Proxied, ProxyUrlRequest},
     },
     identity::store::{Store, TokenError},
-    tunnels::call_home::CallHome,
+    tunnels::call_home::{CallHome, Purpose},
 };
 
 impl proxy_urls::ProxyUrls for ProxyUrls {
@@ -27,6 +31,10 @@ impl proxy_urls::ProxyUrls for ProxyUrls {
 }
 
 impl ServeLinks for CallHome {
+    fn turn_away(&self, peer: SocketAddr, purpose: &Purpose) -> Option<Duration> {
+        Self::turn_away(self, peer, purpose)
+    }
+
     fn serve(self: Arc<Self>, call: IncomingCall) -> BoxFuture<'static, ()> {
         Box::pin(async move {
             let IncomingCall { peer, purpose, socket } = call;

@@ -12,6 +12,7 @@ use std::{
 use proto::{
     backoff::Backoff,
     call_home::{Master, Purpose},
+    refusal::LONGEST_WAIT,
 };
 use proto_net::{clock::Clock, log_throttle::LogThrottle, tasks::Tasks};
 use tokio::{
@@ -24,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     dialer::Dialer,
+    greeting::{Greeting, Overheard},
     https::{self, CallHomeHttps, HttpsError, LinkRequest},
     identity::current::CurrentIdentity,
     session::{
@@ -33,8 +35,16 @@ use crate::{
     tcp::{self, ConnectError},
 };
 
+/// The ceilings of the pauses between calls begin with this and double. The first call after a session is lost is
+/// practically made at once.
 const MIN_BACKOFF: Duration = Duration::from_millis(250);
-const MAX_BACKOFF: Duration = Duration::from_secs(2);
+/// The greatest ceiling while the master does not answer.
+const MAX_BACKOFF: Duration = Duration::from_secs(30);
+/// The greatest ceiling while the master answers and refuses, so that the node is back soon after a person has mended what
+/// is wrong.
+const MAX_BACKOFF_AFTER_ANSWER: Duration = Duration::from_secs(2);
+/// The greatest time that is added to what a master says, so that nodes that are told the same come one after another.
+const SPREAD: Duration = Duration::from_secs(1);
 /// A session that lasts so long shows that the master is well. One that ends sooner does not.
 const USEFUL_SESSION: Duration = Duration::from_secs(10);
 /// How long a session has to last until the one that it replaces takes no new streams. A master that has enough links
@@ -69,10 +79,55 @@ pub enum CallError {
     Unnamed,
     #[error("the master closed the session before it had authenticated")]
     ClosedEarly,
+    #[error("the master wants to be called again after {}", humantime::format_duration(*.0))]
+    ComeAgain(Duration),
+    /// Nobody has said anything on the link, or what was said is not SSH.
+    #[error(transparent)]
+    NoAnswer(Box<CallError>),
     #[error(transparent)]
     Session(#[from] SessionError),
     #[error("the session's task failed: {0}")]
     Task(JoinError),
+}
+
+/// What a call, or the session that it led to, says about the time of the next call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Answer {
+    /// The master has not answered.
+    Missing,
+    /// The master has answered, or this node needs a person to be able to call.
+    Given,
+    /// The master wants to be called again after this time.
+    ComeAgain(Duration),
+}
+
+impl CallError {
+    fn answer(&self) -> Answer {
+        match self {
+            Self::Https(error) => match error.retry_after() {
+                Some(after) => Answer::ComeAgain(after),
+                None if error.is_without_answer() => Answer::Missing,
+                None => Answer::Given,
+            },
+            Self::ComeAgain(after) => Answer::ComeAgain(*after),
+            Self::Tcp(_) | Self::NoAnswer(_) => Answer::Missing,
+            Self::Unnamed | Self::ClosedEarly | Self::Session(_) | Self::Task(_) => Answer::Given,
+        }
+    }
+}
+
+impl Answer {
+    /// The pause before the next call. `random` is a number in 0..1.
+    fn pause(self, backoff: &mut Backoff, random: f64) -> Duration {
+        match self {
+            Self::Missing => backoff.next_delay(random),
+            Self::Given => backoff.next_delay_within(MAX_BACKOFF_AFTER_ANSWER, random),
+            Self::ComeAgain(after) => {
+                let least = backoff.next_delay_within(MAX_BACKOFF_AFTER_ANSWER, random);
+                (after + SPREAD.mul_f64(random)).max(least).min(LONGEST_WAIT)
+            }
+        }
+    }
 }
 
 impl CallHome {
@@ -108,13 +163,19 @@ impl CallHome {
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
+        let (link, heard) = Overheard::new(link);
         let (authenticated, proof) = oneshot::channel();
         let served = self.server.clone().serve(link, peer, Direction::CallHome, authenticated);
         let served = self.tasks.spawn(served);
-        match proof.await {
-            Ok(authenticated) => Ok(EstablishedSession { served, authenticated }),
-            Err(_) => Err(outcome(served.await).err().unwrap_or(CallError::ClosedEarly)),
+        if let Ok(authenticated) = proof.await {
+            return Ok(EstablishedSession { served, authenticated });
         }
+        let error = outcome(served.await).err().unwrap_or(CallError::ClosedEarly);
+        Err(match heard.greeting() {
+            Some(Greeting::ComeAgain(after)) => CallError::ComeAgain(after),
+            Some(Greeting::Hello) => error,
+            None => CallError::NoAnswer(Box::new(error)),
+        })
     }
 }
 
@@ -160,15 +221,21 @@ async fn supervise<F, C>(
             }
             Err(error) => Err(error),
         };
-        match ended {
-            Ok(()) => tracing::info!(%master, "the master closed the tunnel"),
-            Err(error) => log_failure(master, &error, expired(), &repeats),
-        }
+        let answer = match ended {
+            Ok(()) => {
+                tracing::info!(%master, "the master closed the tunnel");
+                Answer::Given
+            }
+            Err(error) => {
+                log_failure(master, &error, expired(), &repeats);
+                error.answer()
+            }
+        };
         if established.is_some_and(|at: Instant| at.elapsed() > USEFUL_SESSION) {
             backoff.reset();
         }
         tokio::select! {
-            () = tokio::time::sleep(backoff.next_delay(rand::random())) => {}
+            () = tokio::time::sleep(answer.pause(&mut backoff, rand::random())) => {}
             () = draining.cancelled() => {}
         }
     }
@@ -177,6 +244,10 @@ async fn supervise<F, C>(
 /// Logs why there is no tunnel. What only a person can mend comes back with every call until somebody does, so it is not
 /// logged each time. The calls themselves go on, since the node is to be back soon after that.
 fn log_failure(master: &Master, error: &CallError, expired: Option<SystemTime>, repeats: &LogThrottle) {
+    if let CallError::ComeAgain(after) = error {
+        tracing::info!(%master, seconds = after.as_secs(), "the master wants to be called again later");
+        return;
+    }
     let is_refusal = matches!(error, CallError::Session(SessionError::RefusedByMaster(_)));
     let times = if is_refusal || expired.is_some() { repeats.count(1) } else { Some(1) };
     let Some(times) = times else { return };

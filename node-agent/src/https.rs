@@ -24,7 +24,7 @@ use proto::{
     NodeName, Target,
     call_home::{Purpose, UPGRADE, path},
     join::Admission,
-    refusal::printable,
+    refusal::{LONGEST_WAIT, printable},
 };
 use proto_config::{Meanings, Section, secret_file};
 use proto_net::tls::{ClientTls, FileError};
@@ -100,9 +100,63 @@ pub enum AnswerFault {
     #[error("does not recognise this node's credential (401); its log says why")]
     Unauthorized,
     #[error("does not take calls home from here: it answers {status} {reason}")]
-    Refused { status: StatusCode, reason: String },
+    Refused {
+        status: StatusCode,
+        reason: String,
+        /// After what time to call again, if the answer says so.
+        retry_after: Option<Duration>,
+    },
     #[error("answers {0}")]
     Unexpected(StatusCode),
+}
+
+impl HttpsError {
+    /// After what time the front end wants to be called again, if it says so.
+    pub fn retry_after(&self) -> Option<Duration> {
+        let Self::FrontEnd { fault: AnswerFault::Refused { retry_after, .. }, .. } = self else {
+            return None;
+        };
+        *retry_after
+    }
+
+    /// Whether the master itself has not answered. Something before it may have, such as a proxy or a balancer.
+    pub fn is_without_answer(&self) -> bool {
+        match self {
+            Self::TimedOut { .. } | Self::Connect(_) | Self::Tls { .. } | Self::Proxy { .. } => true,
+            Self::FrontEnd { fault, .. } => fault.is_without_answer(),
+            Self::ProxyAddress(_)
+            | Self::ProxyCredentials(_)
+            | Self::TlsFile(_)
+            | Self::TokenFile(_)
+            | Self::NoToken(_)
+            | Self::Task(_)
+            | Self::UnsendableCredential
+            | Self::ServerName { .. } => false,
+        }
+    }
+}
+
+impl AnswerFault {
+    fn is_without_answer(&self) -> bool {
+        match self {
+            Self::Broken(_) | Self::Lost => true,
+            // A master says when to call again.
+            Self::Refused { status, retry_after: None, .. } => matches!(
+                *status,
+                StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT
+            ),
+            Self::Refused { .. }
+            | Self::Request(_)
+            | Self::EndlessHead
+            | Self::NotHttp
+            | Self::BytesAfterAnswer
+            | Self::ProxyAuthentication
+            | Self::NotConnected { .. }
+            | Self::OtherProtocol
+            | Self::Unauthorized
+            | Self::Unexpected(_) => false,
+        }
+    }
 }
 
 /// How front ends are reached. Its files are read again for every link.
@@ -321,7 +375,7 @@ where
                 Some(token) => reason.replace(token.as_str(), "***"),
                 None => reason,
             };
-            Err(failed(AnswerFault::Refused { status, reason }))
+            Err(failed(AnswerFault::Refused { status, reason, retry_after: retry_after(&head.headers) }))
         }
         (status, Outcome::Upgraded(_)) => Err(failed(AnswerFault::Unexpected(status))),
     }
@@ -380,6 +434,12 @@ fn broken(error: hyper::Error) -> AnswerFault {
         return AnswerFault::NotHttp;
     }
     AnswerFault::Broken(error)
+}
+
+/// The seconds of a Retry-After (RFC 9110 §10.2.3). A date, which depends on this host's clock, counts as none.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let seconds = headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
+    Some(Duration::from_secs(seconds).min(LONGEST_WAIT))
 }
 
 async fn reason(response: Response<Incoming>) -> String {

@@ -16,7 +16,7 @@ use proto::{
     NodeName,
     call_home::{Master, Purpose},
     join::{Admission, JoinRequest, JoinResponse, JoinToken, SUBSYSTEM},
-    refusal,
+    refusal::{self, whole_seconds},
 };
 use proto_net::{link::Link, ssh};
 use russh::{
@@ -31,6 +31,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    greeting::{Greeting, Overheard},
     https::{self, CallHomeHttps, HttpsError, LinkRequest},
     identity::{
         host::{IdentityError, NodeIdentity},
@@ -41,6 +42,10 @@ use crate::{
 
 /// How long the whole exchange may take.
 const TIMEOUT: Duration = Duration::from_secs(20);
+/// The number of calls to a master that wants to be called again later.
+const CALLS: usize = 3;
+/// The greatest time that is added to what such a master says, so that hosts that are told the same come one after another.
+const SPREAD: Duration = Duration::from_secs(1);
 
 /// How to join, and with what.
 pub struct JoinOptions {
@@ -66,6 +71,8 @@ pub enum JoinError {
     Pin { master: Master, reason: String },
     #[error("the master at {0} did not complete the exchange; its log says why")]
     Incomplete(Master),
+    #[error("too many hosts call the master at {master} at once: try again in {} s", whole_seconds(*after))]
+    ComeAgain { master: Master, after: Duration },
     #[error("the master at {0} refused the link: {1}")]
     Link(Master, String),
     #[error("the master refused: {reason}. {hint}")]
@@ -84,22 +91,35 @@ enum Event {
     Bytes(Vec<u8>),
 }
 
+impl JoinError {
+    /// After what time the master wants to be called again, if it says so.
+    fn come_again(&self) -> Option<Duration> {
+        match self {
+            Self::ComeAgain { after, .. } => Some(*after),
+            Self::Https(error) => error.retry_after(),
+            Self::Tcp(_)
+            | Self::Pin { .. }
+            | Self::Incomplete(_)
+            | Self::Link(..)
+            | Self::Refused { .. }
+            | Self::Answer(_)
+            | Self::Identity(_)
+            | Self::Unnamed => None,
+        }
+    }
+}
+
 /// Joins, and installs what the master gave into `identity`. Returns the node's name.
 pub async fn join(identity: &mut NodeIdentity, options: JoinOptions) -> Result<NodeName, JoinError> {
-    let response = match &options.master {
-        Master::Tcp(master) => {
-            let socket = tcp::connect(master, TIMEOUT).await?;
-            let local = socket.local_addr().map(|a| a.ip()).ok();
-            exchange(identity, &options, socket, local).await?
-        }
-        Master::Https(front_end) => {
-            let (node, purpose) = (options.node.as_ref(), Purpose::Join);
-            // A token that is malformed is refused where it would be used.
-            let admission = JoinToken::parse(&options.token).ok().map(|token| Admission::of(&token));
-            let request = LinkRequest { front_end, node, purpose, admission: admission.as_ref() };
-            let link = https::connect(&options.https, request, TIMEOUT).await?;
-            exchange(identity, &options, link.stream, link.local).await?
-        }
+    let mut calls = 1;
+    let response = loop {
+        let error = match call(identity, &options).await {
+            Ok(response) => break response,
+            Err(error) => error,
+        };
+        let Some(after) = error.come_again().filter(|_| calls < CALLS) else { return Err(error) };
+        calls += 1;
+        tokio::time::sleep(after + SPREAD.mul_f64(rand::random())).await;
     };
     match response {
         JoinResponse::Accepted { .. } => {
@@ -107,6 +127,24 @@ pub async fn join(identity: &mut NodeIdentity, options: JoinOptions) -> Result<N
             identity.node_name().ok_or(JoinError::Unnamed)
         }
         JoinResponse::Refused { reason, hint } => Err(JoinError::Refused { reason, hint }),
+    }
+}
+
+async fn call(identity: &NodeIdentity, options: &JoinOptions) -> Result<JoinResponse, JoinError> {
+    match &options.master {
+        Master::Tcp(master) => {
+            let socket = tcp::connect(master, TIMEOUT).await?;
+            let local = socket.local_addr().map(|a| a.ip()).ok();
+            exchange(identity, options, socket, local).await
+        }
+        Master::Https(front_end) => {
+            let (node, purpose) = (options.node.as_ref(), Purpose::Join);
+            // A token that is malformed is refused where it would be used.
+            let admission = JoinToken::parse(&options.token).ok().map(|token| Admission::of(&token));
+            let request = LinkRequest { front_end, node, purpose, admission: admission.as_ref() };
+            let link = https::connect(&options.https, request, TIMEOUT).await?;
+            exchange(identity, options, link.stream, link.local).await
+        }
     }
 }
 
@@ -151,6 +189,7 @@ where
     };
     let cut = CancellationToken::new();
     let _cut_on_exit = cut.clone().drop_guard();
+    let (socket, heard) = Overheard::new(socket);
     let (link, _) = Link::new(socket, cut, Arc::default());
     let incomplete = || JoinError::Incomplete(options.master.clone());
     let _session = server::run_stream(Arc::new(config), link, handler).await.map_err(|_| incomplete())?;
@@ -165,7 +204,10 @@ where
             return Ok(response);
         }
     }
-    Err(incomplete())
+    Err(match heard.greeting() {
+        Some(Greeting::ComeAgain(after)) => JoinError::ComeAgain { master: options.master.clone(), after },
+        Some(Greeting::Hello) | None => incomplete(),
+    })
 }
 
 struct Handler {

@@ -10,6 +10,7 @@ pub mod cli;
 pub mod config;
 pub mod dialer;
 mod fields;
+pub mod greeting;
 pub mod http_proxy;
 pub mod https;
 pub mod identity;

@@ -1,6 +1,6 @@
 //! The services that take calls home from the front end, which has authenticated and authorized their callers before.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
 use proto::{NodeName, join::Admission};
@@ -11,6 +11,9 @@ use crate::{identity::store::TokenError, tunnels::call_home::Purpose};
 
 /// Serves the links of nodes that call home and of hosts that join.
 pub trait ServeLinks: Send + Sync {
+    /// Returns after what time a caller has to come again, or `None` if its call can be served now.
+    fn turn_away(&self, peer: SocketAddr, purpose: &Purpose) -> Option<Duration>;
+
     /// Serves a link until it ends.
     fn serve(self: Arc<Self>, call: IncomingCall) -> BoxFuture<'static, ()>;
 

@@ -1,18 +1,23 @@
 //! Answers nodes that call home (RFC 8071), and hosts that call in order to join. Above the link, the tunnel of a node
 //! that has called home is the same as one that the master has dialled.
 
-use std::{net::SocketAddr, sync::Arc, time::SystemTime};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
-use proto::NodeName;
+use proto::{NodeName, refusal};
 use proto_net::{
     accept::{Acceptor, Tuning},
-    handshake::{HandshakePermit, HandshakePermits},
+    handshake::{HandshakePermit, HandshakePermits, Room},
     log_throttle::LogThrottle,
     tasks::Tasks,
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::TcpListener,
+    sync::{OwnedSemaphorePermit, Semaphore},
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
@@ -22,6 +27,7 @@ use super::{
     config::TunnelsConfig,
     join::{Joining, UnknownHost},
     login::MasterLogin,
+    pacing::{BUSY, Pacing, Source},
     refusals::Refusals,
     registry::Registry,
     session::{
@@ -34,6 +40,13 @@ use super::{
     tunnel::{Direction, Tunnel},
 };
 use crate::identity::{HostKeyError, LOGIN};
+
+/// The number of callers that are told at the same time to come again.
+pub const MAX_FAREWELLS: usize = 1024;
+/// The longest time to tell one of them.
+const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
+/// The number of bytes that are read of what it sends meanwhile. A node's version and its offer of algorithms are shorter.
+const MAX_UNREAD: u64 = 16 * 1024;
 
 /// The purpose of a call home.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +81,10 @@ pub struct CallHome {
     pub supervisor: Arc<Supervisor>,
     /// Bounds the calls that have not authenticated yet.
     pub permits: HandshakePermits,
+    /// Decides which calls have to come again.
+    pub pacing: Pacing,
+    /// Has one permit for each caller that may be told so at the same time.
+    pub farewells: Arc<Semaphore>,
     /// Bounds the log lines that strangers cause.
     pub log_throttle: Arc<LogThrottle>,
     /// The group that owns the calls and their sessions.
@@ -76,19 +93,63 @@ pub struct CallHome {
     pub draining: CancellationToken,
 }
 
+/// What becomes of a call to the call-home port.
+enum Admission {
+    Taken(HandshakePermit),
+    /// The caller is told to come again, for which there is a permit.
+    TurnedAway {
+        after: Duration,
+        farewell: OwnedSemaphorePermit,
+    },
+}
+
 impl CallHome {
     /// Accepts calls on the call-home port. Once the agent is stopping, calls are closed at once.
     pub async fn accept(self: Arc<Self>, listener: TcpListener) {
         Acceptor::new(listener, Tuning::Link)
             .serve(
                 self.tasks.clone(),
-                |peer| (!self.draining.is_cancelled()).then(|| self.permits.take(peer.ip())),
-                |socket, peer, permit| {
+                |peer| (!self.draining.is_cancelled()).then(|| self.admission(peer)),
+                |socket, peer, admission| {
                     let home = self.clone();
-                    async move { home.answer(socket, peer, Purpose::Any, permit).await }
+                    async move {
+                        match admission {
+                            Admission::Taken(permit) => home.answer(socket, peer, Purpose::Any, permit).await,
+                            Admission::TurnedAway { after, farewell } => {
+                                say_when(socket, after).await;
+                                drop(farewell);
+                            }
+                        }
+                    }
                 },
             )
             .await;
+    }
+
+    fn admission(&self, peer: SocketAddr) -> Admission {
+        // A caller that can't be told when to come again is taken.
+        if let Ok(farewell) = self.farewells.clone().try_acquire_owned()
+            && let Some(after) = self.turn_away(peer, &Purpose::Any)
+        {
+            return Admission::TurnedAway { after, farewell };
+        }
+        Admission::Taken(self.permits.take(peer.ip()))
+    }
+
+    /// Returns after what time a caller has to come again, or `None` if its call can be taken now.
+    pub fn turn_away(&self, peer: SocketAddr, purpose: &Purpose) -> Option<Duration> {
+        let exhausted = match self.permits.room(peer.ip(), BUSY) {
+            Room::Enough => return None,
+            Room::Little => false,
+            Room::Exhausted => true,
+        };
+        let source = match purpose {
+            Purpose::Link(node) => Source::Node(node.clone()),
+            Purpose::Any | Purpose::Join(_) => Source::Address(peer.ip().to_canonical()),
+        };
+        let after = self.pacing.turn_away(source, exhausted)?;
+        self.refusals.count("busy");
+        Some(after)
     }
 
     /// Answers a call over the front end's port once its HTTP connection has become a link, and supervises the tunnel
@@ -193,6 +254,20 @@ impl CallHome {
     }
 }
 
+/// Tells a node when to call again. It costs no cryptography.
+async fn say_when<T>(mut socket: T, after: Duration)
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    let said = async {
+        socket.write_all(&refusal::come_again(after)).await?;
+        socket.shutdown().await?;
+        // If bytes were left unread, the kernel would reset the connection, and the node might not read what it is told.
+        tokio::io::copy(&mut socket.take(MAX_UNREAD), &mut tokio::io::sink()).await
+    };
+    let _ = timeout(FAREWELL_TIMEOUT, said).await;
+}
+
 /// Restricts `verify` to what the call was admitted for, which is one node or a host that is no node yet.
 fn only_for(purpose: Purpose, verify: Verify) -> Verify {
     Box::new(move |presented| {
@@ -214,10 +289,10 @@ fn only_for(purpose: Purpose, verify: Verify) -> Verify {
 
 #[cfg(test)]
 mod tests {
-    use std::{net::IpAddr, time::Duration};
+    use std::net::IpAddr;
 
     use russh::keys::{PrivateKey, PublicKeyOrCertificate};
-    use tokio::sync::{Semaphore, mpsc};
+    use tokio::sync::mpsc;
 
     use super::*;
     use crate::{
@@ -255,10 +330,16 @@ mod tests {
             refusals: master.refusals.clone(),
             supervisor: master.supervisor.clone(),
             permits: HandshakePermits::new(permits),
+            pacing: Pacing::default(),
+            farewells: Arc::new(Semaphore::new(MAX_FAREWELLS)),
             log_throttle,
             tasks: master.tasks.clone(),
             draining: CancellationToken::new(),
         }
+    }
+
+    fn count_refused(master: &Master, reason: &'static str) -> u64 {
+        master.metrics.refused.get_or_create(&ReasonLabel { reason }).get()
     }
 
     #[tokio::test(start_paused = true)]
@@ -277,8 +358,48 @@ mod tests {
         };
         let (ended, _kept) = tokio::join!(call, newcomer);
         assert!(ended.is_ok(), "the call has kept its permit");
-        let refused = |reason| master.metrics.refused.get_or_create(&ReasonLabel { reason }).get();
-        assert_eq!((refused("evicted"), master.registry.count()), (1, (0, 1)));
+        assert_eq!((count_refused(&master, "evicted"), master.registry.count()), (1, (0, 1)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_calls_while_many_handshakes_are_in_progress_comes_again_once() {
+        let master = Master::new(HOUR, 8);
+        let home = call_home(&master, BUSY + 1);
+        let peer = |host: u8| SocketAddr::from(([192, 0, 2, host], 4000));
+        let mut held: Vec<_> = (0..BUSY - 1).map(|_| home.permits.take(peer(1).ip())).collect();
+        let taken = |host| matches!(home.admission(peer(host)), Admission::Taken(_));
+        assert!(taken(2), "there is room");
+        held.push(home.permits.take(peer(1).ip()));
+        assert!(!taken(2) && taken(2) && !taken(3));
+        assert!(matches!(home.admission(SocketAddr::from(([198, 51, 100, 1], 4000))), Admission::Taken(_)));
+        // Over HTTPS, nodes behind one address are told apart.
+        let link = |node: &str| Purpose::Link(node.parse().unwrap());
+        let told = |node| home.turn_away(peer(2), &link(node)).is_some();
+        assert!(told("n1") && !told("n1") && told("n2"));
+        assert_eq!(count_refused(&master, "busy"), 4);
+        // There is a bound to those who are told.
+        let farewells = home.farewells.clone();
+        let _all = farewells.try_acquire_many(u32::try_from(MAX_FAREWELLS).unwrap()).unwrap();
+        assert!(taken(4));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_told_to_come_again_need_not_read_it_and_nothing_is_lost_if_it_does() {
+        let told = refusal::come_again(Duration::from_secs(5));
+        let (near, mut node) = tokio::io::duplex(4096);
+        let began = tokio::time::Instant::now();
+        let read = async {
+            node.write_all(b"SSH-2.0-node-agent\r\n").await.unwrap();
+            let mut read = Vec::new();
+            node.read_to_end(&mut read).await.unwrap();
+            drop(node);
+            read
+        };
+        let ((), read) = tokio::join!(say_when(near, Duration::from_secs(5)), read);
+        assert_eq!((read, began.elapsed()), (told, Duration::ZERO));
+        let (near, _silent) = tokio::io::duplex(1);
+        say_when(near, Duration::from_secs(5)).await;
+        assert!(began.elapsed() <= FAREWELL_TIMEOUT + Duration::from_millis(1));
     }
 
     fn verified(key: &PrivateKey, node: &str) -> HostIdentity {

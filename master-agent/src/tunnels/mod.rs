@@ -19,6 +19,7 @@ mod front_end_streams;
 pub mod join;
 pub mod login;
 pub mod metrics;
+pub mod pacing;
 pub mod refusals;
 pub mod registry;
 pub mod renewal;

@@ -2,9 +2,11 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use hyper::StatusCode;
 use tokio::sync::mpsc;
 
 use super::*;
+use crate::https::AnswerFault;
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -29,6 +31,13 @@ impl TestMaster {
     /// `answer` is given the number of a call, and returns how long the session's certificate lets it go without
     /// another link, or `None` to refuse the call.
     fn call(answer: impl Fn(usize) -> Option<Option<Duration>> + Send + Sync + 'static) -> Self {
+        Self::answering(move |number| answer(number).ok_or(CallError::ClosedEarly))
+    }
+
+    /// `answer` returns the same, or why the call fails.
+    fn answering(
+        answer: impl Fn(usize) -> Result<Option<Duration>, CallError> + Send + Sync + 'static,
+    ) -> Self {
         let (draining, tasks) = (CancellationToken::new(), Tasks::new());
         let called = Arc::<Mutex<Vec<Instant>>>::default();
         let (established, sessions) = mpsc::unbounded_channel();
@@ -43,7 +52,7 @@ impl TestMaster {
                         called.len()
                     };
                     let answer = answer(number).map(|relink| establish(relink, &established, &tasks));
-                    async move { answer.ok_or(CallError::ClosedEarly) }
+                    async move { answer }
                 };
                 supervise(&master, &draining, || None, call).await;
             }
@@ -73,18 +82,104 @@ fn establish(
     EstablishedSession { served, authenticated: Authenticated { relink, retire } }
 }
 
+fn without_answer() -> CallError {
+    CallError::NoAnswer(Box::new(CallError::ClosedEarly))
+}
+
 #[tokio::test(start_paused = true)]
-async fn a_master_that_refuses_is_called_again_ever_later_up_to_a_bound() {
-    let master = TestMaster::call(|_| None);
+async fn a_master_is_called_again_ever_later_up_to_a_bound_which_is_lower_if_it_answers() {
+    let refuses = TestMaster::call(|_| None);
+    let is_away = TestMaster::answering(|_| Err(without_answer()));
     tokio::time::sleep(10 * MINUTE).await;
-    let called = master.called();
-    let pauses: Vec<_> = called.windows(2).map(|pair| pair[1] - pair[0]).collect();
-    assert!(pauses[0] >= MIN_BACKOFF / 2 && pauses[0] <= MIN_BACKOFF, "{pauses:?}");
-    assert!(pauses[1] > MIN_BACKOFF / 2 && pauses[1] <= 2 * MIN_BACKOFF + Duration::from_millis(1));
-    let last = &pauses[4..];
-    let late =
-        |pause: &Duration| *pause >= MAX_BACKOFF / 2 && *pause <= MAX_BACKOFF + Duration::from_millis(1);
-    assert!(last.iter().all(late), "{pauses:?}");
+    for (master, most) in [(refuses, MAX_BACKOFF_AFTER_ANSWER), (is_away, MAX_BACKOFF)] {
+        let called = master.called();
+        let pauses: Vec<_> = called.windows(2).map(|pair| pair[1] - pair[0]).collect();
+        let ms = Duration::from_millis(1);
+        assert!(pauses[0] >= MIN_BACKOFF / 2 && pauses[0] <= MIN_BACKOFF + ms, "{pauses:?}");
+        assert!(pauses[1] > MIN_BACKOFF / 2 && pauses[1] <= 2 * MIN_BACKOFF + ms, "{pauses:?}");
+        let late = |pause: &Duration| *pause >= most / 2 && *pause <= most + ms;
+        assert!(pauses[7..].len() > 10 && pauses[7..].iter().all(late), "{pauses:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_master_that_was_away_for_a_moment_is_called_soon_after_it_is_back() {
+    let away = Duration::from_secs(3);
+    let began = Instant::now();
+    let mut master =
+        TestMaster::answering(move |_| if began.elapsed() < away { Err(without_answer()) } else { Ok(None) });
+    let session = master.next_session().await;
+    // Each pause is at most twice as long as all before it together, and a little.
+    let back = session.established - began;
+    assert!(back <= away * 3 + MIN_BACKOFF + Duration::from_millis(10), "{back:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_master_is_called_when_it_says_so() {
+    let after = Duration::from_secs(20);
+    let mut master = TestMaster::answering(move |number| match number {
+        1 => Err(CallError::ComeAgain(after)),
+        _ => Ok(None),
+    });
+    let session = master.next_session().await;
+    let called = master.called()[0];
+    let paused = session.established - called;
+    assert!(paused >= after && paused <= after + SPREAD + Duration::from_millis(1), "{paused:?}");
+}
+
+#[test]
+fn the_pause_follows_from_what_the_master_has_said() {
+    let mut backoff = Backoff::new(MIN_BACKOFF, MAX_BACKOFF);
+    let mut pause = |answer: Answer, random| answer.pause(&mut backoff, random).as_millis();
+    let seconds = |seconds| Answer::ComeAgain(Duration::from_secs(seconds));
+    let missing: Vec<_> = (0..9).map(|_| pause(Answer::Missing, 1.0)).collect();
+    assert_eq!(missing, [250, 500, 1000, 2000, 4000, 8000, 16_000, 30_000, 30_000]);
+    assert_eq!([pause(Answer::Given, 1.0), pause(Answer::Given, 0.0)], [2000, 1000]);
+    for (seconds, random, expected) in [
+        (seconds(5), 0.0, 5000),
+        (seconds(5), 1.0, 6000),
+        // A master can't have itself called without a pause, or make the node wait for longer than the bound.
+        (seconds(0), 0.0, 1000),
+        (seconds(1_000_000), 0.0, 30_000),
+        (seconds(30), 1.0, 30_000),
+    ] {
+        assert_eq!(pause(seconds, random), expected);
+    }
+    // Once a master has answered, the pauses grow from there, however long it was away before.
+    assert_eq!([pause(Answer::Given, 1.0), pause(Answer::Missing, 1.0)], [2000, 2000]);
+}
+
+#[test]
+fn an_answer_is_told_from_none() {
+    let front_end: proto::Target = "master.example:443".parse().unwrap();
+    let https = |fault| CallError::Https(HttpsError::FrontEnd { front_end: front_end.clone(), fault });
+    let refused = |status, seconds: Option<u64>| {
+        let retry_after = seconds.map(Duration::from_secs);
+        https(AnswerFault::Refused { status, reason: String::new(), retry_after })
+    };
+    let limit = Duration::from_secs(10);
+    let timed_out = || ConnectError::TimedOut { to: front_end.clone(), limit };
+    let again = |seconds| Answer::ComeAgain(Duration::from_secs(seconds));
+    for (error, answer) in [
+        (CallError::Tcp(timed_out()), Answer::Missing),
+        (without_answer(), Answer::Missing),
+        (CallError::ClosedEarly, Answer::Given),
+        (CallError::Unnamed, Answer::Given),
+        (CallError::Session(SessionError::RefusedByMaster(String::new())), Answer::Given),
+        (CallError::ComeAgain(limit), again(10)),
+        (CallError::Https(HttpsError::Connect(timed_out())), Answer::Missing),
+        (CallError::Https(HttpsError::NoToken("token".into())), Answer::Given),
+        (https(AnswerFault::Unauthorized), Answer::Given),
+        (https(AnswerFault::Lost), Answer::Missing),
+        (refused(StatusCode::FORBIDDEN, None), Answer::Given),
+        (refused(StatusCode::SERVICE_UNAVAILABLE, Some(17)), again(17)),
+        (refused(StatusCode::TOO_MANY_REQUESTS, Some(2)), again(2)),
+        // A balancer whose masters are away.
+        (refused(StatusCode::SERVICE_UNAVAILABLE, None), Answer::Missing),
+        (refused(StatusCode::BAD_GATEWAY, None), Answer::Missing),
+    ] {
+        assert_eq!(error.answer(), answer, "{error:?}");
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -96,7 +191,7 @@ async fn a_session_that_lasted_is_replaced_soon_and_one_that_did_not_is_backed_o
     let ended = Instant::now();
     session.end.send(Ok(())).unwrap();
     let session = master.next_session().await;
-    assert!(session.established - ended >= MAX_BACKOFF / 2);
+    assert!(session.established - ended >= MAX_BACKOFF_AFTER_ANSWER / 2);
     tokio::time::sleep(2 * USEFUL_SESSION).await;
     let ended = Instant::now();
     session.end.send(Err(SessionError::Evicted)).unwrap();

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use proto::{
     DialError, Target,
     mux::frame::{self, Decoder, Frame},
+    refusal,
     relink::GRACE,
     revocation::{
         SignedList,
@@ -21,12 +22,16 @@ use proto_net::{
     stalls::Stalls,
 };
 use russh::{Channel, ChannelMsg, ChannelOpenFailure, client};
-use tokio::{sync::mpsc, time::Instant};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    sync::mpsc,
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 
 use self::peer::{
-    HANDSHAKE_TIMEOUT, MAX_CLOSED_FIRST, MAX_PEOPLE, MAX_STREAMS, Peer, SHUTDOWN_GRACE, TestNode, VALID,
-    assert_echoes, echo_server,
+    HANDSHAKE_TIMEOUT, MAX_CLOSED_FIRST, MAX_PEOPLE, MAX_STREAMS, Peer, SHUTDOWN_GRACE, ServedLink, TestNode,
+    VALID, assert_echoes, echo_server,
 };
 use super::{error::SessionError, state::SessionState, streams::EXPIRED, user::AuthenticatedUser};
 use crate::{
@@ -567,4 +572,17 @@ async fn callers_go_to_masters_in_turn_and_not_to_one_that_takes_none() {
     tokio::time::pause();
     let none = front_ends.open("test", OPEN_TIMEOUT).await;
     assert!(none.is_err_and(|error| error.retry_elsewhere()));
+}
+
+#[tokio::test]
+async fn a_master_that_wants_to_be_called_again_ends_the_session_before_the_key_exchange() {
+    let node = TestNode::new();
+    let ServedLink { mut link, served, proof } = node.call_home();
+    link.write_all(&refusal::come_again(Duration::from_secs(5))).await.unwrap();
+    let mut said = Vec::new();
+    link.read_to_end(&mut said).await.unwrap();
+    assert!(said.starts_with(b"SSH-2.0-node-agent\r\n"));
+    drop(link);
+    assert!(matches!(served.await.unwrap(), Some(Ok(()))));
+    assert!(proof.await.is_err());
 }

@@ -34,6 +34,18 @@ pub const BEGUN: usize = 512;
 const SILENCE: Duration = Duration::from_secs(1);
 /// How long a handshake that has begun may take before [`HandshakePermits::acquire`] evicts it.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How many times as many permits as a newcomer's network another one must hold for the newcomer to be no part of a crowd.
+const CROWD: usize = 4;
+
+/// How much room there is for a newcomer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Room {
+    Enough,
+    /// There are free permits, but the handshakes in progress are many.
+    Little,
+    /// There are no free permits, and the newcomer would take one of its own crowd.
+    Exhausted,
+}
 
 /// A bounded number of permits, one of which is revoked when a newcomer finds all in use.
 #[derive(Clone, Debug)]
@@ -101,6 +113,21 @@ impl HandshakePermits {
 
     pub fn in_use(&self) -> usize {
         self.lock().total()
+    }
+
+    /// How much room there is for a connection from `peer`, where `many` handshakes in progress are a burden. There is
+    /// always enough for a network that holds few permits while another one holds many of them.
+    pub fn room(&self, peer: IpAddr, many: usize) -> Room {
+        let in_use = self.lock();
+        let held = in_use.ids(Some(network(peer))).map_or(0, ByAge::len);
+        let most = in_use.by_size.last().map_or(0, |(most, _, _)| *most);
+        if in_use.total() < many.min(self.max) || (held + 1) * CROWD <= most {
+            Room::Enough
+        } else if in_use.total() < self.max {
+            Room::Little
+        } else {
+            Room::Exhausted
+        }
     }
 
     /// A permit that need not be waited for. `in_turn` says that nobody has been waiting for longer.
@@ -371,6 +398,21 @@ mod tests {
         }
         assert!(!slow.evicted.is_cancelled() && !slow6.evicted.is_cancelled());
         assert_eq!((permits.in_use(), flood.len()), (8, 6));
+    }
+
+    #[test]
+    fn a_crowd_finds_little_room_and_others_enough() {
+        let permits = HandshakePermits::new(8);
+        let room = |peer: &str| permits.room(peer.parse().unwrap(), 4);
+        let mut held: Vec<_> = (0..3).map(|i| take(&permits, &format!("10.0.{i}.1"))).collect();
+        assert_eq!(room("10.0.0.1"), Room::Enough);
+        held.push(take(&permits, "10.0.3.1"));
+        // Each comes from a network of its own, and so none is a crowd that others have to be protected from.
+        assert_eq!([room("10.0.0.1"), room("10.0.9.1")], [Room::Little; 2]);
+        held.truncate(1);
+        held.extend((0..7).map(|i| take(&permits, &format!("10.0.0.{i}"))));
+        assert_eq!(room("10.0.0.9"), Room::Exhausted);
+        assert_eq!([room("10.0.9.1"), room("fd00::1")], [Room::Enough; 2]);
     }
 
     #[test]

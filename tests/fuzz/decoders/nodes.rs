@@ -6,6 +6,7 @@ use node_agent::{
 };
 use proto::{
     call_home::{Purpose, UPGRADE},
+    refusal::LONGEST_WAIT,
     target::Target,
 };
 use tokio::{
@@ -35,7 +36,10 @@ pub fn front_end_answer(bytes: &[u8]) {
             let text = String::from_utf8_lossy(&bytes[..len]).to_ascii_lowercase();
             assert!(text.contains(UPGRADE), "the front end changes to another protocol");
         }
-        Err(error) => assert_can_be_shown(&error),
+        Err(error) => {
+            assert!(error.retry_after().is_none_or(|after| after <= LONGEST_WAIT));
+            assert_can_be_shown(&error);
+        }
     }
 }
 

@@ -206,9 +206,15 @@ pub fn call_home(bytes: &[u8]) {
     }
 }
 
-/// Nothing that changes how a log is shown gets through.
+/// Nothing that changes how a log is shown gets through, and nobody is told to wait for longer than the bound.
 pub fn refusal(bytes: &[u8]) {
     let text = String::from_utf8_lossy(bytes);
+    if let Some(after) = refusal::retry_after(&text) {
+        assert!(after <= refusal::LONGEST_WAIT);
+        let told = refusal::come_again(after);
+        let identification = told.split(|byte| *byte == b'\n').next().expect("a line");
+        assert_eq!(refusal::retry_after(&String::from_utf8_lossy(identification)), Some(after));
+    }
     if let Some(reason) = refusal::from_login(&text) {
         assert!(reason.chars().count() <= refusal::MOST && !reason.contains(char::is_control));
         assert_eq!(refusal::from_login(&refusal::to_login(&reason)), Some(reason));

@@ -16,7 +16,7 @@ use hyper::{
     http::request::Parts,
     upgrade::OnUpgrade,
 };
-use proto::call_home::UPGRADE;
+use proto::{call_home::UPGRADE, refusal::whole_seconds};
 
 use super::{
     handled::{Handled, Upgrade, empty},
@@ -42,11 +42,14 @@ pub(super) fn answer(
     if connection.front_end.draining.is_cancelled() {
         return Err(Rejection::Stopping);
     }
+    let CallHomeRequest { services, peer, purpose } = call_home;
+    if let Some(after) = services.links.turn_away(peer, &purpose) {
+        return Err(Rejection::TooManyCalls(whole_seconds(after)));
+    }
     let mut response = Response::new(empty());
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
     response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static(UPGRADE));
-    let CallHomeRequest { services, peer, purpose } = call_home;
     let link = PendingLink { services, peer, purpose, upgrade, seat };
     // The SSH certificates inside the link limit its duration, and the credential that admitted it does not.
     Ok(Handled::upgrade(response, Upgrade::Link(link), Validity::default()))

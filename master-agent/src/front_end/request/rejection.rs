@@ -46,6 +46,9 @@ pub(super) enum Rejection {
     NoLinkRequested,
     #[error("a call home has no body")]
     CallHomeWithBody,
+    /// The number is that of the seconds after which the node has to come again.
+    #[error("too many nodes call home at once: come again in {0} s")]
+    TooManyCalls(u32),
     #[error("the master-agent is stopping")]
     Stopping,
     #[error("only upgrades to websocket and SPDY/3.1 are supported")]
@@ -71,7 +74,7 @@ impl Rejection {
     /// Returns the outcome for the audit record. `None` keeps the outcome that the phases have recorded.
     pub(super) fn outcome(&self) -> Option<Outcome> {
         match self {
-            Self::TooMany(_) | Self::NotRecorded => Some(Outcome::Limited),
+            Self::TooMany(_) | Self::TooManyCalls(_) | Self::NotRecorded => Some(Outcome::Limited),
             Self::Unauthenticated => Some(Outcome::Unauthenticated),
             Self::AmbiguousHead(_)
             | Self::FromWebPage(_)
@@ -106,6 +109,9 @@ impl From<Rejection> for StatusError {
             Rejection::TooMany(failure)
             | Rejection::NotAuthorized(failure)
             | Rejection::ProxyUrl(failure) => failure,
+            Rejection::TooManyCalls(seconds) => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, message).retry_after(seconds)
+            }
             Rejection::AmbiguousHead(_)
             | Rejection::Unreadable(_)
             | Rejection::InvalidNodeName(_)
@@ -163,6 +169,7 @@ mod tests {
             (Rejection::NotRecorded, 503, Some(1), Some(Outcome::Limited)),
             (Rejection::Forbidden("no".to_owned()), 403, None, None),
             (Rejection::from(UnsendableIdentity), 403, None, None),
+            (Rejection::TooManyCalls(17), 503, Some(17), Some(Outcome::Limited)),
             (Rejection::Stopping, 503, Some(1), None),
             (upstream(UpstreamError::Unreachable("refused".to_owned())), 503, Some(1), None),
             (upstream(UpstreamError::Broken("reset".to_owned())), 502, None, None),

@@ -1,6 +1,7 @@
 //! Tests of the whole pipeline, with callers on in-memory streams and a stub of kube-apiserver on loopback.
 
 use std::{
+    net::SocketAddr,
     path::PathBuf,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -106,7 +107,8 @@ impl World {
         let source = Source { origin: "test", base_dir: &dir, check_files: false };
         let config = parse(&text, source, FrontEndConfig::read).unwrap();
         let (sender, calls) = mpsc::unbounded_channel();
-        let home = Arc::new(Home { calls: sender, other_node: Mutex::default() });
+        let home =
+            Arc::new(Home { calls: sender, other_node: Mutex::default(), turned_away: Mutex::default() });
         let dependencies = Dependencies {
             cluster: None,
             proxy_urls: None,
@@ -205,6 +207,8 @@ struct Home {
     calls: mpsc::UnboundedSender<(Purpose, u8)>,
     /// The nodes that rejected calls named.
     other_node: Mutex<Vec<Option<NodeName>>>,
+    /// After what time callers have to come again, if they have to.
+    turned_away: Mutex<Option<Duration>>,
 }
 
 impl CheckJoinTokens for Home {
@@ -219,6 +223,10 @@ impl CheckJoinTokens for Home {
 }
 
 impl ServeLinks for Home {
+    fn turn_away(&self, _: SocketAddr, _: &Purpose) -> Option<Duration> {
+        *self.turned_away.lock().unwrap()
+    }
+
     fn serve(self: Arc<Self>, call: IncomingCall) -> BoxFuture<'static, ()> {
         Box::pin(async move {
             let mut socket = call.socket.await.unwrap();
@@ -435,6 +443,21 @@ async fn a_call_home_becomes_a_link_of_the_credentials_own_node() {
         assert_eq!(world.calls.recv().await, Some((purpose, 7)));
     }
     assert!(world.upstream_requests().is_empty());
+}
+
+#[tokio::test]
+async fn a_call_home_beside_too_many_others_is_told_when_to_come_again() {
+    let mut world = World::new("audit: {file: audit.log}").await;
+    *world.home.turned_away.lock().unwrap() = Some(Duration::from_millis(4200));
+    let head = call_home(&mut world.connect(), "n1/link", N1).await;
+    assert_eq!(status(&head), "503", "{head}");
+    assert!(head.to_ascii_lowercase().contains("\r\nretry-after: 5\r\n"), "{head}");
+    *world.home.turned_away.lock().unwrap() = None;
+    let mut socket = world.connect();
+    let head = call_home(&mut socket, "n1/link", N1).await;
+    assert_eq!(status(&head), "101", "{head}");
+    socket.write_u8(7).await.unwrap();
+    assert_eq!(world.calls.recv().await, Some((Purpose::Link("n1".parse().unwrap()), 7)));
 }
 
 #[tokio::test]

@@ -139,7 +139,7 @@ impl SshClient {
 
     fn ssh_config(&self) -> client::Config {
         client::Config {
-            client_id: SshId::Standard("SSH-2.0-master-agent".into()),
+            client_id: SshId::Standard(refusal::MASTER_AGENT.into()),
             limits: ssh::master_limits(self.config.rekey_interval),
             window_size: ssh::TUNNEL_WINDOW,
             maximum_packet_size: ssh::MAX_PACKET,

@@ -48,10 +48,15 @@ async fn hostile_requests_are_answered_and_do_not_keep_nodes_out() {
         assert!(all.starts_with(b"SSH-2.0-master-agent\r\n"), "{:?}", String::from_utf8_lossy(&all));
     }
     // Upgrades after which nothing comes, and such as are not finished.
-    let mut held = Vec::new();
+    let (mut held, mut told) = (Vec::new(), 0);
     for i in 0..300 {
         if i % 2 == 0 {
             let (heard, stream) = world.ask(own, &upgrade(LINK, "")).await;
+            // Beside so many handshakes, the node has to come again, but only once.
+            if heard.status == 503 && heard.header("retry-after").is_some() {
+                told += 1;
+                continue;
+            }
             assert_eq!(heard.status, 101, "{i}");
             held.push(stream);
         } else {
@@ -61,6 +66,7 @@ async fn hostile_requests_are_answered_and_do_not_keep_nodes_out() {
             held.push(stream);
         }
     }
+    assert!(told <= 1, "{told}");
     world.cluster.kill_node(1);
     world.cluster.wait_state("n2", "lost").await;
     world.cluster.start_node(1).unwrap();

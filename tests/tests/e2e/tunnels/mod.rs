@@ -9,4 +9,5 @@ mod interop;
 mod isolation;
 mod outages;
 mod policy;
+mod storms;
 mod traffic;
