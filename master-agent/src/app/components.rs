@@ -71,6 +71,7 @@ pub(super) struct Components {
 /// The components that run in tasks of their own.
 pub(super) struct Startable {
     pub(super) dial_links: DialLinks<Tcp>,
+    pub(super) supervisor: Arc<Supervisor>,
     /// The receiver of tunnels with callers. It is `None` if no callers come through tunnels.
     pub(super) caller_tunnels: Option<CallerTunnelReceiver>,
 }
@@ -131,7 +132,7 @@ pub(super) fn build(
     let supervisor = Arc::new(shared.supervisor(revocations.clone(), callers));
     let dial_links = shared.dial_links(supervisor.clone());
     let components = Components {
-        call_home: Arc::new(shared.call_home(supervisor)),
+        call_home: Arc::new(shared.call_home(supervisor.clone())),
         explainer: Arc::new(Explainer {
             routes: routes.clone(),
             dialer: dialer.clone(),
@@ -152,7 +153,7 @@ pub(super) fn build(
         sessions,
         draining,
     };
-    Ok((components, Startable { dial_links, caller_tunnels }))
+    Ok((components, Startable { dial_links, supervisor, caller_tunnels }))
 }
 
 impl Shared<'_> {

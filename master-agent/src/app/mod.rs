@@ -114,7 +114,7 @@ fn start(
     groups: &Groups,
 ) {
     let Groups { sessions, background, .. } = groups;
-    let Startable { dial_links, caller_tunnels } = startable;
+    let Startable { dial_links, supervisor, caller_tunnels } = startable;
     if let (Some(watches), Some(Follower { client, thread })) = (&components.watches, follower) {
         watches.start(client, background, thread.runtime());
     }
@@ -122,6 +122,7 @@ fn start(
         sessions.spawn(tunnels.serve(callers, sessions.clone()));
     }
     sessions.spawn(dial_links.run());
+    sessions.spawn(supervisor.recheck());
     background.spawn(components.login.clone().keep_renewed());
     background.spawn(components.revocations.clone().follow());
     background.spawn(components.registry.clone().sample());

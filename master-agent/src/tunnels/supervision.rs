@@ -2,6 +2,7 @@
 
 use std::{
     convert::Infallible,
+    future::pending,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -13,7 +14,8 @@ use proto_net::{
 };
 use tokio::{
     sync::{mpsc, watch},
-    time::sleep,
+    task::spawn_blocking,
+    time::{MissedTickBehavior, interval, sleep},
 };
 
 use super::{
@@ -32,8 +34,8 @@ use crate::{admin_api::EventKind, metrics::ReasonLabel, routing::inventory::Inve
 
 /// How long an older tunnel may take to answer a ping when its node establishes another one.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(1500);
-/// How often a tunnel's host key is verified again, since the inventory may have changed. A change of the store causes
-/// a check at once.
+/// How often the host keys of all tunnels are verified again, since the inventory may have changed. A change of the store
+/// causes a check at once.
 const RECHECK_INTERVAL: Duration = Duration::from_secs(10);
 /// The maximum number of retired tunnels that one node may keep.
 const MAX_RETIRED: usize = 16;
@@ -58,7 +60,7 @@ pub struct Supervisor {
     /// Passes tunnels to the front end, which serves their callers. With `None`, no callers come through tunnels.
     pub callers: Option<CallerTunnelSender>,
     pub metrics: TunnelMetrics,
-    /// The group of the tasks that probe and close tunnels which others replace.
+    /// The group of the tasks that probe and close tunnels.
     pub tasks: Tasks,
 }
 
@@ -116,7 +118,7 @@ impl Supervisor {
         let mut notices = events.map(|events| events.notices);
         let duties = async {
             tokio::join!(
-                self.recheck(tunnel),
+                pending::<Infallible>(),
                 self.hand_to_callers(tunnel),
                 self.revocations.deliver(tunnel),
                 self.renewal.run(tunnel),
@@ -146,23 +148,39 @@ impl Supervisor {
         reason
     }
 
-    /// Verifies the host key again and again, and closes the tunnel when it is no longer the node's, or when the
-    /// certificates that established it have expired.
-    async fn recheck(&self, tunnel: &Tunnel) -> Infallible {
-        let mut interval = tokio::time::interval(RECHECK_INTERVAL);
+    /// Verifies the host keys of all tunnels again and again, and closes those whose host is no longer the node, or which
+    /// have outlived the certificates that established them. Never returns.
+    pub async fn recheck(self: Arc<Self>) {
+        let mut interval = interval(RECHECK_INTERVAL);
+        interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut key_changes = self.trust.key_changes();
         loop {
             tokio::select! {
                 _ = interval.tick() => {}
                 Ok(()) = key_changes.changed() => {}
             }
-            if let Err(why) = self.trust.still_good(&tunnel.host) {
-                tunnel.close(&self.refusals.host_key(&why).to_string()).await;
-            }
-            if let Some(reason) = outlived(tunnel, self.renewal.clock.now()) {
-                tunnel.close(reason).await;
+            let (supervisor, now) = (self.clone(), self.renewal.clock.now());
+            // A visit of many tunnels must not block the threads that serve streams, and one task wakes up less often than
+            // a timer for each tunnel.
+            match spawn_blocking(move || supervisor.unfit(now)).await {
+                Ok(unfit) => {
+                    for (tunnel, reason) in unfit {
+                        self.tasks.spawn(async move { tunnel.close(&reason).await });
+                    }
+                }
+                Err(error) => tracing::error!(%error, "can't verify host keys again"),
             }
         }
+    }
+
+    /// Returns the tunnels that have to be closed, each with the reason.
+    fn unfit(&self, now: SystemTime) -> Vec<(Arc<Tunnel>, String)> {
+        let reason = |tunnel: &Tunnel| match self.trust.still_good(&tunnel.host) {
+            Ok(()) => outlived(tunnel, now).map(str::to_owned),
+            Err(why) => Some(self.refusals.host_key(&why).to_string()),
+        };
+        let alive = self.registry.tunnels().into_iter().filter(|tunnel| !tunnel.has_ended());
+        alive.filter_map(|tunnel| reason(&tunnel).map(|reason| (tunnel, reason))).collect()
     }
 
     async fn hand_to_callers(&self, tunnel: &Arc<Tunnel>) {
@@ -264,6 +282,7 @@ mod tests {
         expect_n1(&master.registry);
         let (tunnel, events, _node) = master.tunnel().await;
         let registration = master.supervisor.register(tunnel).await.unwrap();
+        master.tasks.spawn(master.supervisor.clone().recheck());
         let supervised = master.supervisor.clone().supervise((registration, Some(events)));
         let forgotten = async {
             sleep(3 * RECHECK_INTERVAL).await;
@@ -280,6 +299,7 @@ mod tests {
         let life = Duration::from_secs(600);
         let mut master = Master::new(life, 8);
         expect_n1(&master.registry);
+        master.tasks.spawn(master.supervisor.clone().recheck());
         let (mut supervised, mut tunnels, mut nodes) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..3 {
             let (tunnel, events, node) = master.tunnel().await;
