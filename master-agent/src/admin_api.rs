@@ -72,6 +72,8 @@ pub struct TunnelStatus {
     pub peer: Option<SocketAddr>,
     pub since_unix_seconds: u64,
     pub streams: usize,
+    /// The number of SSH connections, of which there are several while streams carry much.
+    pub connections: usize,
     pub round_trip_microseconds: Option<u64>,
     pub host_key: String,
     pub certificate_expires_unix_seconds: Option<u64>,

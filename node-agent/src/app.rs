@@ -189,6 +189,7 @@ impl Agent {
             bounds_of_masters: Bounds::of_masters(&config.limits),
             bounds_of_people: Bounds::of_people(&config.limits),
             connected_masters: ConnectedMasters::default(),
+            multiplexers: Arc::default(),
             max_closed_first: MAX_CLOSED_FIRST,
             log_throttle: LogThrottle::with_burst(LOG_BURST),
             shutdown_grace: config.shutdown_grace,

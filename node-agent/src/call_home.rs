@@ -17,7 +17,7 @@ use proto::{
 use proto_net::{clock::Clock, log_throttle::LogThrottle, tasks::Tasks};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::oneshot,
+    sync::{mpsc, oneshot},
     task::{JoinError, JoinHandle},
     time::Instant,
 };
@@ -47,6 +47,8 @@ const MAX_BACKOFF_AFTER_ANSWER: Duration = Duration::from_secs(2);
 const SPREAD: Duration = Duration::from_secs(1);
 /// A session that lasts so long shows that the master is well. One that ends sooner does not.
 const USEFUL_SESSION: Duration = Duration::from_secs(10);
+/// The shortest time between two further connections of a session.
+const CALL_INTERVAL: Duration = Duration::from_millis(250);
 /// How long a session has to last until the one that it replaces takes no new streams. A master that has enough links
 /// closes the next one at once.
 const SETTLE: Duration = Duration::from_secs(1);
@@ -137,7 +139,26 @@ impl CallHome {
             let now = self.clock.now();
             self.identity.get().not_after().filter(|at| *at <= now)
         };
-        supervise(&master, &self.draining, expired, || self.call(&master)).await;
+        let call = || async {
+            let mut session = self.call(&master).await?;
+            if let Some(calls) = session.authenticated.calls.take() {
+                self.tasks.spawn(self.clone().answer_calls(master.clone(), calls));
+            }
+            Ok(session)
+        };
+        supervise(&master, &self.draining, expired, call).await;
+    }
+
+    /// Makes the further connections of a session that its master calls for, until the session ends.
+    async fn answer_calls(self, master: Master, mut calls: mpsc::Receiver<()>) {
+        while calls.recv().await.is_some() {
+            // The connection serves itself, and ends with the session.
+            match self.call(&master).await {
+                Ok(_) => tracing::debug!(%master, "called home once more"),
+                Err(error) => tracing::info!(%master, %error, "no further connection to the master"),
+            }
+            tokio::time::sleep(CALL_INTERVAL).await;
+        }
     }
 
     async fn call(&self, master: &Master) -> Result<EstablishedSession, CallError> {

@@ -202,10 +202,19 @@ impl Cluster {
         self.options.local_endpoints[index]
     }
 
-    /// Descriptors of the master and of the first node.
+    /// Descriptors of the master and of the first node, without those of further connections between them, which come and
+    /// go with what streams carry.
     pub fn descriptors(&self) -> (u64, u64) {
         let node = self.nodes[0].process.as_ref().expect("the first node runs");
-        (self.master.usage().descriptors, node.usage().descriptors)
+        let further = self.connections(0).saturating_sub(1);
+        (self.master.usage().descriptors - further, node.usage().descriptors - further)
+    }
+
+    /// The number of SSH connections between the master and a node.
+    pub fn connections(&self, index: usize) -> u64 {
+        let status = self.node_status(&self.nodes[index].name).unwrap_or_default();
+        let tunnels = status["tunnels"].as_array().into_iter().flatten();
+        tunnels.filter_map(|tunnel| tunnel["connections"].as_u64()).sum()
     }
 
     /// The same once they have stopped changing: a tunnel that has just come up still has files to close.

@@ -15,7 +15,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use proto::mux::{FRONT_END_SUBSYSTEM, SUBSYSTEM};
+use proto::mux::{FRONT_END_SUBSYSTEM, Version};
 use proto_net::{link::Link, ssh};
 use russh::{
     Channel, ChannelId, MethodKind, MethodSet,
@@ -128,13 +128,23 @@ pub struct RogueNode {
 }
 
 impl RogueNode {
-    /// Listens on a loopback port. With `mux`, it offers the multiplexer as a node-agent does.
+    /// Listens on a loopback port. With `mux`, it offers the multiplexer as a node-agent of the first release does.
     pub async fn listen(port: u16, identity: Identity, mux: bool) -> anyhow::Result<Self> {
+        Self::listen_as(port, identity, mux.then_some(Version::V1)).await
+    }
+
+    /// Listens on a loopback port, and offers this version of the multiplexer.
+    pub async fn listen_with(port: u16, identity: Identity, version: Version) -> anyhow::Result<Self> {
+        Self::listen_as(port, identity, Some(version)).await
+    }
+
+    async fn listen_as(port: u16, identity: Identity, version: Option<Version>) -> anyhow::Result<Self> {
         let listener =
             TcpListener::bind(("127.0.0.1", port)).await.with_context(|| format!("port {port}"))?;
         let (tunnels_tx, tunnels) = mpsc::unbounded_channel();
         let seen = Arc::new(Seen::default());
-        let (counts, offer) = (seen.clone(), mux.then_some(tunnels_tx));
+        let counts = seen.clone();
+        let offer = version.map(|version| Offer { version, tunnels: tunnels_tx });
         let task = tokio::spawn(async move {
             let mut sessions = tokio::task::JoinSet::new();
             while let Ok((socket, _)) = listener.accept().await {
@@ -156,7 +166,7 @@ impl Drop for RogueNode {
 pub async fn serve(
     socket: TcpStream,
     identity: Identity,
-    offer: Option<mpsc::UnboundedSender<NodeMux>>,
+    offer: Option<Offer>,
     seen: Arc<Seen>,
 ) -> Result<(), russh::Error> {
     let _ = socket.set_nodelay(true);
@@ -180,8 +190,15 @@ pub async fn serve(
     server::run_stream(Arc::new(config), link, handler).await?.await
 }
 
+/// The multiplexer that a rogue node offers, and where those go that masters start.
+#[derive(Clone)]
+pub struct Offer {
+    pub version: Version,
+    pub tunnels: mpsc::UnboundedSender<NodeMux>,
+}
+
 struct NodeHandler {
-    offer: Option<mpsc::UnboundedSender<NodeMux>>,
+    offer: Option<Offer>,
     seen: Arc<Seen>,
     received: HashMap<ChannelId, mpsc::UnboundedSender<Vec<u8>>>,
 }
@@ -237,13 +254,14 @@ impl server::Handler for NodeHandler {
         session: &mut server::Session,
     ) -> Result<(), russh::Error> {
         let front_end = name == FRONT_END_SUBSYSTEM;
-        let Some(offer) = self.offer.as_ref().filter(|_| front_end || name == SUBSYSTEM) else {
+        let offered = |offer: &&Offer| front_end || name == offer.version.subsystem();
+        let Some(offer) = self.offer.as_ref().filter(offered) else {
             return session.channel_failure(channel);
         };
         let (sender, received) = mpsc::unbounded_channel();
         self.received.insert(channel, sender);
         session.channel_success(channel)?;
-        let _ = offer.send(NodeMux { front_end, channel, handle: session.handle(), received });
+        let _ = offer.tunnels.send(NodeMux { front_end, channel, handle: session.handle(), received });
         Ok(())
     }
 

@@ -10,7 +10,11 @@ use std::{
 use bytes::Bytes;
 use proto::{
     DialError,
-    mux::frame::{Decoder, Frame, MAX_DATA, encode},
+    mux::{
+        Version,
+        frame::{self, Credit, Decoder, Frame, Hello, MAX_DATA},
+        window,
+    },
 };
 use rand::{RngExt, rngs::StdRng};
 use tokio::net::TcpStream;
@@ -29,7 +33,38 @@ const MB: u64 = 1024 * 1024;
 /// A flood of which nothing has been taken for so long is over.
 const TAKES_NO_MORE: Duration = Duration::from_secs(30);
 
-fn sample_frames(stream: u32, target: &str) -> Vec<Bytes> {
+/// A frame as an agent of the first release sends it.
+pub fn encode(frame: &Frame<'_>) -> Bytes {
+    frame::encode(Version::V1, frame)
+}
+
+/// Reads what an agent sends to one of the first release.
+pub fn decoder() -> Decoder {
+    Decoder::new(Version::V1)
+}
+
+pub fn data(stream: u64, bytes: &[u8]) -> Frame<'_> {
+    Frame::Data { stream, offset: None, bytes }
+}
+
+pub fn credit(stream: u64, bytes: u32) -> Frame<'static> {
+    Frame::Credit { stream, credit: Credit::By(bytes) }
+}
+
+pub fn eof(stream: u64) -> Frame<'static> {
+    Frame::Eof { stream, end: None }
+}
+
+pub fn opened(stream: u64) -> Frame<'static> {
+    Frame::Opened { stream, limit: window::INITIAL.into() }
+}
+
+pub fn reset(stream: u64, reason: &str) -> Frame<'static> {
+    Frame::Reset { stream, end: None, reason: reason.to_owned() }
+}
+
+/// Some frames of a version, whose values do not matter.
+fn sample_frames(version: Version, stream: u64, target: &str) -> Vec<Bytes> {
     let text = |s: &str| s.to_owned();
     let errors = [
         DialError::BadTarget(text("x")),
@@ -40,26 +75,34 @@ fn sample_frames(stream: u32, target: &str) -> Vec<Bytes> {
     ];
     let mut frames: Vec<Frame<'_>> =
         errors.into_iter().map(|error| Frame::Refused { stream, error }).collect();
+    let open = |stream, timeout_ms, target: &str| {
+        let (target, origin, limit) = (text(target), text("x"), window::INITIAL.into());
+        Frame::Open { stream, timeout_ms, limit, target, origin }
+    };
+    let granted = |bytes: u32| match version {
+        Version::V1 => Credit::By(bytes),
+        Version::V2 => Credit::UpTo(bytes.into()),
+    };
     frames.extend([
-        Frame::Open { stream, timeout_ms: 10_000, target: text(target), origin: text("x") },
-        Frame::Open { stream: stream + 1, timeout_ms: 0, target: text("[::1]:1"), origin: String::new() },
-        Frame::Opened { stream },
-        Frame::Data { stream, bytes: b"echo\nhello" },
-        Frame::Credit { stream, bytes: 65_536 },
-        Frame::Credit { stream, bytes: u32::MAX },
-        Frame::Eof { stream },
-        Frame::Reset { stream, reason: text("gone") },
+        open(stream, 10_000, target),
+        open(stream + 2, 0, "[::1]:1"),
+        opened(stream),
+        data(stream, b"echo\nhello"),
+        Frame::Credit { stream, credit: granted(65_536) },
+        Frame::Credit { stream, credit: granted(u32::MAX) },
+        eof(stream),
+        reset(stream, "gone"),
         Frame::Ping(*b"12345678"),
         Frame::Pong([0xff; 8]),
         Frame::GoAway { reason: text("bye") },
         Frame::Certificate { text: text("ssh-ed25519-cert-v01@openssh.com AAAA") },
     ]);
-    frames.iter().map(encode).collect()
+    frames.iter().map(|frame| frame::encode(version, frame)).collect()
 }
 
-/// Some frames, changed, and then bytes that are no frame wherever the reader stands.
-pub fn malformed_frames(rng: &mut StdRng, target: &str) -> Vec<u8> {
-    let samples = sample_frames(rng.random_range(1..4), target);
+/// Some frames of a version, changed, and then bytes that are no frame wherever the reader stands.
+pub fn malformed_frames(rng: &mut StdRng, version: Version, target: &str) -> Vec<u8> {
+    let samples = sample_frames(version, rng.random_range(1..4), target);
     let mut bytes = Vec::new();
     for _ in 0..rng.random_range(1..12) {
         bytes.extend_from_slice(&samples[rng.random_range(0..samples.len())]);
@@ -81,7 +124,7 @@ pub fn malformed_frames(rng: &mut StdRng, target: &str) -> Vec<u8> {
     bytes
 }
 
-/// Bytes that are no frame, and longer than any frame that they may be taken to belong to.
+/// Bytes that are no frame of any version, and longer than any frame that they may be taken to belong to.
 pub fn no_frame() -> Vec<u8> {
     vec![0xff; MAX_DATA + 1024]
 }
@@ -94,7 +137,7 @@ pub struct FromMaster {
 
 impl FromMaster {
     /// The id of the next stream that the master asks for.
-    pub async fn open(&mut self) -> u32 {
+    pub async fn open(&mut self) -> u64 {
         loop {
             let bytes = completes("an OPEN", self.mux.received.recv()).await.expect("the tunnel has ended");
             let mut bytes = &bytes[..];
@@ -158,14 +201,20 @@ impl RogueMaster {
         Self { identity, node: SocketAddr::from(([127, 0, 0, 1], cluster.nodes[0].port)) }
     }
 
+    /// Attacks as a master of the first release.
     pub async fn attack(&self, window: u32) -> Attack {
+        self.attack_with(Version::V1, window).await
+    }
+
+    /// Attacks with a version of the multiplexer, after its regular beginning.
+    pub async fn attack_with(&self, version: Version, window: u32) -> Attack {
         let (link, deaf) = Deaf::new(TcpStream::connect(self.node).await.unwrap());
         let (session, accepted) =
             rogue::authenticate(link, &self.identity, "master-agent", window).await.unwrap();
         assert!(accepted);
         let channel = session.channel_open_session().await.unwrap();
         let (mut read, channel) = channel.split();
-        channel.request_subsystem(true, proto::mux::SUBSYSTEM).await.unwrap();
+        channel.request_subsystem(true, version.subsystem()).await.unwrap();
         let (sender, received) = tokio::sync::mpsc::unbounded_channel();
         tokio::spawn(async move {
             while let Some(message) = read.wait().await {
@@ -174,7 +223,13 @@ impl RogueMaster {
                 }
             }
         });
-        Attack { session, channel, received, deaf }
+        let attack = Attack { session, channel, received, deaf };
+        if version == Version::V2 {
+            let hello =
+                Frame::Hello(Hello { capabilities: Hello::FRONT_END, instance: [7; 16], session: [8; 16] });
+            assert!(attack.send(frame::encode(version, &hello)).await);
+        }
+        attack
     }
 }
 
@@ -202,15 +257,15 @@ impl Attack {
     }
 
     /// The node's answers to `count` OPENs, by stream: whether it opened it. `None` once the session has ended.
-    pub async fn answers(&mut self, count: usize) -> Option<HashMap<u32, bool>> {
+    pub async fn answers(&mut self, count: usize) -> Option<HashMap<u64, bool>> {
         let mut answers = HashMap::new();
-        let mut decoder = Decoder::default();
+        let mut decoder = decoder();
         while answers.len() < count {
             let bytes = completes("answers to OPEN", self.received.recv()).await?;
             let mut bytes = &bytes[..];
             while let Some(frame) = decoder.decode(&mut bytes).unwrap() {
                 match frame {
-                    Frame::Opened { stream } => drop(answers.insert(stream, true)),
+                    Frame::Opened { stream, .. } => drop(answers.insert(stream, true)),
                     Frame::Refused { stream, .. } => drop(answers.insert(stream, false)),
                     _ => {}
                 }
@@ -231,8 +286,9 @@ impl Attack {
     }
 }
 
-pub fn open(stream: u32, target: &str) -> Frame<'static> {
-    Frame::Open { stream, timeout_ms: 30_000, target: target.to_owned(), origin: "rogue".to_owned() }
+pub fn open(stream: u64, target: &str) -> Frame<'static> {
+    let (target, origin, limit) = (target.to_owned(), "rogue".to_owned(), window::INITIAL.into());
+    Frame::Open { stream, timeout_ms: 30_000, limit, target, origin }
 }
 
 /// A node with a tunnel to its real master, and a hostile master that the node trusts.

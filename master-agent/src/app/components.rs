@@ -126,8 +126,9 @@ pub(super) fn build(
         sessions: sessions.clone(),
         draining: draining.clone(),
     };
-    let through_tunnels = config.front_end.as_ref().is_some_and(|front_end| front_end.through_tunnels);
-    let (callers, caller_tunnels) = through_tunnels.then(caller_tunnels).unzip();
+    let through_tunnels = config.front_end.as_ref().filter(|front_end| front_end.through_tunnels);
+    let (callers, caller_tunnels) =
+        through_tunnels.map(|front_end| caller_tunnels(front_end.limits.max_connections_per_node)).unzip();
     let revocations = Arc::new(RevocationList::new(store.clone(), authorities, login.clone()));
     let supervisor = Arc::new(shared.supervisor(revocations.clone(), callers));
     let dial_links = shared.dial_links(supervisor.clone());

@@ -14,10 +14,12 @@ use access::peer::Peer;
 use proto::{DialError, Target, mux::FRONT_END};
 use proto_net::{
     dialer::Origin,
-    mux::{Events, Incoming},
+    mux::Incoming,
     relay::{Outcome, relay},
     stream::Stream,
 };
+
+use tokio::sync::mpsc;
 
 use super::{admission::Admission, server::FrontEnd};
 use crate::{
@@ -56,17 +58,21 @@ async fn serve(front_end: Arc<FrontEnd>, tunnel: Arc<Tunnel>, listen: Option<Soc
         }
         return;
     }
-    match tunnel.open_front_end(front_end.config.max_connections_per_node).await {
-        Ok(Some(events)) => serve_mux(&front_end, &tunnel, events).await,
+    match tunnel.front_end_streams().await {
+        Ok(Some(streams)) => serve_streams(&front_end, &tunnel, streams).await,
         Ok(None) => tracing::debug!(node = %tunnel.node, "node has no local endpoint"),
         Err(error) => tracing::warn!(node = %tunnel.node, %error, "no streams to the front end"),
     }
 }
 
-async fn serve_mux(front_end: &Arc<FrontEnd>, tunnel: &Arc<Tunnel>, mut events: Events) {
+async fn serve_streams(
+    front_end: &Arc<FrontEnd>,
+    tunnel: &Arc<Tunnel>,
+    mut streams: mpsc::Receiver<Incoming>,
+) {
     tracing::info!(node = %tunnel.node, "front end served through the tunnel");
     let mut logged = false;
-    while let Some(incoming) = events.incoming.recv().await {
+    while let Some(incoming) = streams.recv().await {
         match admit(front_end, tunnel, &incoming) {
             Ok(admission) => {
                 let (front_end, tunnel) = (front_end.clone(), tunnel.clone());

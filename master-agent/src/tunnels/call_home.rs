@@ -69,6 +69,16 @@ impl Purpose {
     }
 }
 
+/// What a call has become.
+enum Admitted {
+    /// A registered tunnel.
+    Tunnel(Linked),
+    /// A further connection of a tunnel, which has ended once this is cancelled.
+    Further(CancellationToken),
+    /// Nothing: the host has joined, and calls again as a node.
+    Joined,
+}
+
 /// Answers calls home.
 pub struct CallHome {
     pub config: TunnelsConfig,
@@ -179,14 +189,16 @@ impl CallHome {
         let linked = self.link(link, peer, purpose, &permit).await;
         drop(permit);
         match linked {
-            Ok(Some(linked)) => {
+            Ok(Admitted::Tunnel(linked)) => {
                 let node = linked.0.tunnel().node.clone();
                 let reason = self.supervisor.clone().supervise(linked).await;
                 if !self.registry.is_connected(&node) {
                     self.registry.set_absent(&node, Absent::Lost { reason, since: SystemTime::now() });
                 }
             }
-            Ok(None) => {}
+            // The link lasts as long as this call is answered.
+            Ok(Admitted::Further(ended)) => ended.cancelled().await,
+            Ok(Admitted::Joined) => {}
             // An attacker can cause any number of evictions, so they are counted but not logged as warnings.
             Err(error @ TunnelError::Evicted) => tracing::debug!(%peer, %error, "refused a call home"),
             Err(error) => {
@@ -197,15 +209,14 @@ impl CallHome {
         }
     }
 
-    /// Establishes and registers the tunnel of a node that calls. Returns `None` for a host that has joined, which then
-    /// calls again as a node.
+    /// Lets in whoever calls.
     async fn link<T>(
         &self,
         link: T,
         peer: SocketAddr,
         purpose: Purpose,
         permit: &HandshakePermit,
-    ) -> Result<Option<Linked>, TunnelError>
+    ) -> Result<Admitted, TunnelError>
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
@@ -229,7 +240,7 @@ impl CallHome {
         session: Session,
         peer: SocketAddr,
         purpose: Purpose,
-    ) -> Result<Option<Linked>, TunnelError> {
+    ) -> Result<Admitted, TunnelError> {
         let (direction, name) = match purpose {
             Purpose::Any => (Direction::CallHome, None),
             Purpose::Link(_) => (Direction::CallHomeHttps, None),
@@ -237,16 +248,22 @@ impl CallHome {
         };
         match session.identity.clone() {
             HostIdentity::Verified(host) => {
-                let established = Tunnel::establish(session, host, direction, Some(peer), &self.config);
+                if let Some(tunnel) = self.registry.calling(&host) {
+                    let ended = session.state.ended.clone();
+                    return tunnel.join(session).await.map(|()| Admitted::Further(ended));
+                }
+                let callers = self.supervisor.max_callers();
+                let established =
+                    Tunnel::establish(session, host, direction, Some(peer), &self.config, callers);
                 let established = established.await.inspect_err(|error| self.refusals.handshake(error));
-                let (tunnel, events) = established?;
-                Ok(Some((self.supervisor.register(tunnel).await?, events)))
+                let (tunnel, notices) = established?;
+                Ok(Admitted::Tunnel((self.supervisor.register(tunnel).await?, notices)))
             }
             HostIdentity::Unknown(key, why) => {
                 let host = UnknownHost { key: &key, why: &why, name: name.as_ref(), peer };
                 let join = self.joining.serve(&session, host);
                 match timeout(self.config.handshake_timeout, join).await {
-                    Ok(true) => Ok(None),
+                    Ok(true) => Ok(Admitted::Joined),
                     Ok(false) | Err(_) => Err(self.refusals.host_key(&why)),
                 }
             }

@@ -26,20 +26,25 @@ type CallerTunnel = (Arc<Tunnel>, Option<SocketAddr>);
 
 /// The sending half of the channel.
 #[derive(Clone)]
-pub struct CallerTunnelSender(mpsc::Sender<CallerTunnel>);
+pub struct CallerTunnelSender {
+    tunnels: mpsc::Sender<CallerTunnel>,
+    /// The most callers of one node at once.
+    pub(super) max_callers: usize,
+}
 
 /// The receiving half of the channel.
 pub struct CallerTunnelReceiver(mpsc::Receiver<CallerTunnel>);
 
-pub fn caller_tunnels() -> (CallerTunnelSender, CallerTunnelReceiver) {
-    let (sender, receiver) = mpsc::channel(CAPACITY);
-    (CallerTunnelSender(sender), CallerTunnelReceiver(receiver))
+/// The channel for tunnels of which each brings at most `max_callers` callers at once.
+pub fn caller_tunnels(max_callers: usize) -> (CallerTunnelSender, CallerTunnelReceiver) {
+    let (tunnels, receiver) = mpsc::channel(CAPACITY);
+    (CallerTunnelSender { tunnels, max_callers }, CallerTunnelReceiver(receiver))
 }
 
 impl CallerTunnelSender {
     pub(super) async fn send(&self, tunnel: Arc<Tunnel>, listen: Option<SocketAddr>) {
         // The receiver is gone once the agent stops.
-        let _ = self.0.send((tunnel, listen)).await;
+        let _ = self.tunnels.send((tunnel, listen)).await;
     }
 }
 

@@ -19,6 +19,8 @@ pub struct TunnelsConfig {
     pub dial_timeout: Duration,
     pub max_streams_per_tunnel: usize,
     pub max_streams_per_node: usize,
+    /// The most connections of a tunnel beside its first one.
+    pub max_further_connections: usize,
     pub backoff_min: Duration,
     pub backoff_max: Duration,
 }
@@ -43,6 +45,11 @@ const FIELDS: Meanings = &[
     ),
     ("max_streams_per_tunnel", "Streams at once in one tunnel."),
     ("max_streams_per_node", "Streams at once through one node."),
+    (
+        "max_further_connections",
+        "SSH connections at once that a tunnel makes to its node-agent in addition to the first one, while streams carry \
+         much, so that small exchanges do not wait behind them and long paths are used well. 0 for none.",
+    ),
     ("backoff_min", "The shortest time between attempts to reach a node."),
     ("backoff_max", "The longest time between attempts to reach a node."),
 ];
@@ -58,6 +65,7 @@ impl TunnelsConfig {
             dial_timeout: s.duration("dial_timeout", secs(9), WAIT),
             max_streams_per_tunnel: s.number("max_streams_per_tunnel", 8192, COUNT),
             max_streams_per_node: s.number("max_streams_per_node", 8192, COUNT),
+            max_further_connections: s.number("max_further_connections", 4, 0..=8),
             backoff_min: s.duration("backoff_min", Duration::from_millis(200), WAIT),
             backoff_max: s.duration("backoff_max", secs(2), WAIT),
         };

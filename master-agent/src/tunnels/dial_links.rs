@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    convert::Infallible,
     io,
     net::SocketAddr,
     pin::pin,
@@ -23,12 +24,13 @@ use super::{
     absent::Absent,
     config::TunnelsConfig,
     counters::TunnelMetrics,
+    further::Attempts,
     login::MasterLogin,
     refusals::Refusals,
     registry::Registry,
     session::{
         error::TunnelError,
-        handshake::{Credentials, SshClient},
+        handshake::{Credentials, Session, SshClient},
         identity::HostIdentity,
     },
     supervision::{Linked, Supervisor},
@@ -37,7 +39,7 @@ use super::{
 };
 use crate::{
     admin_api::EventKind,
-    identity::UserIdentity,
+    identity::{UserIdentity, VerifiedHost},
     routing::inventory::{Inventory, InventoryNode},
 };
 
@@ -243,6 +245,7 @@ impl<C: Connect> DialLoop<C> {
             let mut supervised = Box::pin(supervise(supervisor, linked, self.superseded.clone()));
             linked = tokio::select! {
                 reason = &mut supervised => return (tunnel.established, reason),
+                never = self.keep_further(&tunnel) => match never {},
                 next = self.dial_successor(&tunnel) => next,
             };
             let told = tunnel.retire("the master has made another link to this node");
@@ -292,27 +295,55 @@ impl<C: Connect> DialLoop<C> {
         linked
     }
 
+    /// Makes further connections of a tunnel whenever they are worth having.
+    async fn keep_further(&self, tunnel: &Tunnel) -> Infallible {
+        let mut attempts = Attempts::default();
+        loop {
+            tunnel.wants_further().await;
+            attempts.after(tunnel, self.dial_further(tunnel).await).await;
+        }
+    }
+
+    /// Makes a further connection of a tunnel, with the key by which the node knows the tunnel's master.
+    async fn dial_further(&self, tunnel: &Tunnel) -> Result<(), TunnelError> {
+        let (link, _) = self.connect().await?;
+        let _turn = self.turns.acquire().await;
+        let (session, host) = self.authenticate(link, &tunnel.session.user).await?;
+        if host.key != tunnel.host.key {
+            return Err(TunnelError::NotJoined);
+        }
+        tunnel.join(session).await
+    }
+
+    /// Performs the handshake. Returns the session and its verified host.
+    async fn authenticate(
+        &self,
+        link: C::Io,
+        user: &Arc<UserIdentity>,
+    ) -> Result<(Session, VerifiedHost), TunnelError> {
+        let Dialling { client, trust, refusals, .. } = &*self.dialling;
+        let verify = trust.dialled(&self.node, &self.address);
+        let credentials = Credentials { verify, login: &self.node.user, user, permit: None };
+        let session = client.authenticate(link, credentials, &self.tasks).await;
+        let session = session.inspect_err(|error| refusals.handshake(error))?;
+        match session.identity.clone() {
+            HostIdentity::Verified(host) => Ok((session, host)),
+            HostIdentity::Unknown(..) => Err(TunnelError::Ssh(russh::Error::UnknownKey)),
+        }
+    }
+
     async fn link(&self) -> Result<Linked, TunnelError> {
-        let Dialling { config, client, trust, refusals, supervisor, .. } = &*self.dialling;
+        let Dialling { config, refusals, supervisor, .. } = &*self.dialling;
         let (link, peer) = self.connect().await.inspect_err(|_| refusals.count("connect"))?;
         // A node that can't be connected to takes no turn. The limit of the handshake begins with the turn.
         let turn = self.turns.acquire().await;
         let user = self.user().await?;
-        let credentials = Credentials {
-            verify: trust.dialled(&self.node, &self.address),
-            login: &self.node.user,
-            user: &user,
-            permit: None,
-        };
-        let session = client.authenticate(link, credentials, &self.tasks).await;
-        let session = session.inspect_err(|error| refusals.handshake(error))?;
-        let HostIdentity::Verified(host) = session.identity.clone() else {
-            return Err(TunnelError::Ssh(russh::Error::UnknownKey));
-        };
-        let established = Tunnel::establish(session, host, Direction::Dialled, peer, config).await;
-        let (tunnel, events) = established.inspect_err(|error| refusals.handshake(error))?;
+        let (session, host) = self.authenticate(link, &user).await?;
+        let callers = supervisor.max_callers();
+        let established = Tunnel::establish(session, host, Direction::Dialled, peer, config, callers).await;
+        let (tunnel, notices) = established.inspect_err(|error| refusals.handshake(error))?;
         drop(turn);
-        Ok((supervisor.register(tunnel).await?, events))
+        Ok((supervisor.register(tunnel).await?, notices))
     }
 
     async fn connect(&self) -> Result<(C::Io, Option<SocketAddr>), TunnelError> {
@@ -513,7 +544,7 @@ mod tests {
     async fn a_link_ends_with_the_group_of_its_session() {
         let master = Master::new(HOUR, 8);
         let group = Tasks::new();
-        let (tunnel, _events) = master.tunnel_in(&group).await;
+        let (tunnel, _notices) = master.tunnel_in(&group).await;
         assert!(!tunnel.has_ended());
         group.cancel();
         timeout(HOUR, tunnel.ended()).await.unwrap();

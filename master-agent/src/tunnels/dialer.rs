@@ -260,8 +260,8 @@ mod tests {
         let master = Master::new(HOUR, 64);
         *master.node.sshd_forbids.lock().unwrap() = Some(vec!["10.1.0.1".to_owned()]);
         master.registry.expect(&[(n1(), (1, Absent::New))].into_iter().collect());
-        let (tunnel, events) = master.tunnel_in(&master.tasks).await;
-        assert!(events.is_none() && !tunnel.is_node_agent());
+        let (tunnel, notices) = master.tunnel_in(&master.tasks).await;
+        assert!(notices.is_none() && !tunnel.is_node_agent());
         let _registered = master.registry.register(Arc::new(tunnel)).unwrap();
         let (routes, registry) = (Arc::new(routes()), master.registry.clone());
         let dialer = TunnelDialer::new(registry, routes, Duration::from_secs(9));

@@ -1,30 +1,33 @@
-//! The streams that a node opens to the master's front end. A node opens none unless the master asks it to.
-//!
-//! What the node is asked for can't be taken back, so the answer is awaited as long as the tunnel lives: a node that
-//! agrees late must find the master ready.
+//! The streams that a node opens to the master's front end. A node opens none unless the master offers its front end.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, sync::PoisonError};
 
-use proto_net::mux::Events;
+use proto::mux::Version;
+use proto_net::mux::Incoming;
 use tokio::sync::mpsc;
 
 use super::{
     session::{
         error::TunnelError,
         forward::{Forward, Forwarded},
-        multiplexer::Opener,
     },
     tunnel::Tunnel,
 };
 
 impl Tunnel {
-    /// Lets a node-agent open streams to the front end, at most `max_streams` at once. Returns `None` if the node-agent
-    /// declines, because it has no local endpoint.
-    pub async fn open_front_end(&self, max_streams: usize) -> Result<Option<Events>, TunnelError> {
-        let started = self.session.start_multiplexer(Opener::Node, max_streams).await?;
+    /// Returns the receiver of the streams that a node-agent opens to the front end. Returns `None` if there are none,
+    /// because the node-agent has no local endpoint, or because they have been taken.
+    pub async fn front_end_streams(&self) -> Result<Option<mpsc::Receiver<Incoming>>, TunnelError> {
+        let Some(max_streams) = self.limits.to_front_end else { return Ok(None) };
+        if self.mux().is_some_and(|mux| mux.version() == Version::V2) {
+            return Ok(self.callers.lock().unwrap_or_else(PoisonError::into_inner).take());
+        }
+        // What the node is asked for can't be taken back, so the answer is awaited as long as the tunnel lives: a node
+        // that agrees late must find the master ready.
+        let started = self.session.start_front_end(max_streams).await?;
         Ok(started.map(|(mux, events)| {
             let _ = self.front_end.set(mux);
-            events
+            events.incoming
         }))
     }
 

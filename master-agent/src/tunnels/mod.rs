@@ -16,6 +16,8 @@ pub mod dialer;
 pub mod expected_nodes;
 pub mod explain;
 mod front_end_streams;
+mod further;
+mod further_sessions;
 pub mod join;
 pub mod login;
 pub mod metrics;

@@ -33,6 +33,7 @@ use super::{
 use crate::{
     activity::{self, NodeActivities, NodeActivity},
     admin_api::{Event, EventKind, NodeDetail, NodeStatus},
+    identity::VerifiedHost,
 };
 
 /// The maximum number of standby tunnels of one node.
@@ -276,6 +277,15 @@ impl Registry {
             ))
         })?;
         Ok((tunnel, permit))
+    }
+
+    /// Returns the tunnel of a node that was asked for a further connection, which it has now dialled.
+    pub(super) fn calling(&self, host: &VerifiedHost) -> Option<Arc<Tunnel>> {
+        let node = self.node(&host.node)?;
+        let tunnels = node.state().tunnels.clone();
+        tunnels
+            .into_iter()
+            .find(|tunnel| tunnel.host.key == host.key && tunnel.is_usable() && tunnel.takes_call())
     }
 
     /// Returns the tunnel that [`Self::pick`] picks, for a stream that already has a permit.

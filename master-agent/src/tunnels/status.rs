@@ -29,6 +29,7 @@ pub(super) fn tunnel_status(tunnel: &Tunnel, active: bool) -> TunnelStatus {
         peer: tunnel.peer,
         since_unix_seconds: unix_seconds(tunnel.since),
         streams: tunnel.streams(),
+        connections: tunnel.connections(),
         round_trip_microseconds: tunnel.round_trip().map(micros),
         host_key: tunnel.host.key.fingerprint(Default::default()).to_string(),
         certificate_expires_unix_seconds: tunnel.certificate_expires().map(unix_seconds),

@@ -8,12 +8,9 @@ use std::{
 };
 
 use proto::relink::GRACE;
-use proto_net::{
-    mux::{Events, Notice},
-    tasks::Tasks,
-};
+use proto_net::{mux::Notice, tasks::Tasks};
 use tokio::{
-    sync::{mpsc, watch},
+    sync::watch,
     task::spawn_blocking,
     time::{MissedTickBehavior, interval, sleep},
 };
@@ -22,13 +19,14 @@ use super::{
     callers::CallerTunnelSender,
     config::TunnelsConfig,
     counters::TunnelMetrics,
+    further::Attempts,
     refusals::Refusals,
     registry::{Registration, Registry},
     renewal::Renewal,
     revocations::RevocationList,
     session::error::TunnelError,
     trust::Trust,
-    tunnel::{Direction, Tunnel},
+    tunnel::{Direction, Notices, Tunnel},
 };
 use crate::{admin_api::EventKind, metrics::ReasonLabel, routing::inventory::Inventory};
 
@@ -45,8 +43,8 @@ const MAX_LOGGED_NOTICES: usize = 16;
 /// How often a retired tunnel is checked for open streams.
 const IDLE_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A registered tunnel, and the events of its multiplexer if it has one.
-pub(super) type Linked = (Registration, Option<Events>);
+/// A registered tunnel, and what its node says about it if it has a multiplexer.
+pub(super) type Linked = (Registration, Option<Notices>);
 
 /// Registers tunnels and supervises them until they end.
 pub struct Supervisor {
@@ -112,10 +110,14 @@ impl Supervisor {
         }
     }
 
+    /// Returns the most callers of one node at once, if callers come through tunnels.
+    pub(super) fn max_callers(&self) -> Option<usize> {
+        self.callers.as_ref().map(|callers| callers.max_callers)
+    }
+
     /// Supervises a tunnel until it ends, and returns the reason.
-    pub(super) async fn supervise(self: Arc<Self>, (registration, events): Linked) -> String {
+    pub(super) async fn supervise(self: Arc<Self>, (registration, mut notices): Linked) -> String {
         let tunnel = registration.tunnel();
-        let mut notices = events.map(|events| events.notices);
         let duties = async {
             tokio::join!(
                 pending::<Infallible>(),
@@ -124,6 +126,7 @@ impl Supervisor {
                 self.renewal.run(tunnel),
                 log_notices(tunnel, notices.as_mut()),
                 close_when_idle(tunnel),
+                call_for_more(tunnel),
             )
         };
         let reason = tokio::select! {
@@ -135,6 +138,7 @@ impl Supervisor {
         while let Some(notice) = notices.as_mut().and_then(|notices| notices.try_recv().ok()) {
             log_notice(tunnel, &notice);
         }
+        tunnel.further.end();
         let seconds = tunnel.established.elapsed().as_secs();
         // A node that has called home again takes no new streams on the former link, and closes that link once its
         // streams have ended.
@@ -223,7 +227,7 @@ async fn probe(tunnel: Arc<Tunnel>, dead_after: Duration) {
     }
 }
 
-async fn log_notices(tunnel: &Tunnel, notices: Option<&mut mpsc::Receiver<Notice>>) {
+async fn log_notices(tunnel: &Tunnel, notices: Option<&mut Notices>) {
     let Some(notices) = notices else { return };
     let mut logged = 0;
     while let Some(notice) = notices.recv().await {
@@ -236,12 +240,27 @@ async fn log_notices(tunnel: &Tunnel, notices: Option<&mut mpsc::Receiver<Notice
 
 fn log_notice(tunnel: &Tunnel, notice: &Notice) {
     match notice {
+        Notice::Call => {
+            tracing::warn!(node = %tunnel.node, "ignoring a call for a connection from the node");
+        }
         Notice::GoAway(reason) => {
             tracing::info!(node = %tunnel.node, reason, "the node takes no new streams");
         }
         Notice::Certificate(_) => {
             tracing::warn!(node = %tunnel.node, "ignoring a certificate from the node");
         }
+    }
+}
+
+/// Calls for further connections to a node that dials them.
+async fn call_for_more(tunnel: &Tunnel) {
+    if tunnel.direction == Direction::Dialled {
+        return;
+    }
+    let mut attempts = Attempts::default();
+    loop {
+        tunnel.wants_further().await;
+        attempts.after(tunnel, tunnel.call_node().await).await;
     }
 }
 
@@ -280,10 +299,10 @@ mod tests {
     async fn a_tunnel_ends_when_its_host_is_no_longer_the_node() {
         let mut master = Master::new(HOUR, 8);
         expect_n1(&master.registry);
-        let (tunnel, events, _node) = master.tunnel().await;
+        let (tunnel, notices, _node) = master.tunnel().await;
         let registration = master.supervisor.register(tunnel).await.unwrap();
         master.tasks.spawn(master.supervisor.clone().recheck());
-        let supervised = master.supervisor.clone().supervise((registration, Some(events)));
+        let supervised = master.supervisor.clone().supervise((registration, Some(notices)));
         let forgotten = async {
             sleep(3 * RECHECK_INTERVAL).await;
             assert!(master.registry.is_connected(&n1()));
@@ -302,11 +321,11 @@ mod tests {
         master.tasks.spawn(master.supervisor.clone().recheck());
         let (mut supervised, mut tunnels, mut nodes) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..3 {
-            let (tunnel, events, node) = master.tunnel().await;
+            let (tunnel, notices, node) = master.tunnel().await;
             let registration = master.supervisor.register(tunnel).await.unwrap();
             tunnels.push(registration.tunnel().clone());
             supervised
-                .push(master.tasks.spawn(master.supervisor.clone().supervise((registration, Some(events)))));
+                .push(master.tasks.spawn(master.supervisor.clone().supervise((registration, Some(notices)))));
             nodes.push(node);
         }
         let [left_over, replaced, unrenewed] = [0, 1, 2].map(|i| tunnels[i].clone());
@@ -341,9 +360,9 @@ mod tests {
         let mut supervised = Vec::new();
         let mut nodes = Vec::new();
         for _ in 0..2 {
-            let (tunnel, events, node) = master.tunnel().await;
+            let (tunnel, notices, node) = master.tunnel().await;
             let registration = master.supervisor.register(tunnel).await.unwrap();
-            supervised.push(Box::pin(master.supervisor.clone().supervise((registration, Some(events)))));
+            supervised.push(Box::pin(master.supervisor.clone().supervise((registration, Some(notices)))));
             nodes.push(node);
         }
         let [former, newer] = [supervised.remove(0), supervised.remove(0)];

@@ -8,14 +8,20 @@ use std::{
     time::Duration,
 };
 
-use proto::{NodeName, Target, mux::SUBSYSTEM};
+use proto::{
+    NodeName, Target,
+    mux::{
+        Version,
+        frame::{self, Frame, Hello},
+        ids::{Numbering, Opener},
+    },
+};
 use proto_net::{
     clock::Clock,
     gate::Gate,
     link::Link,
-    mux::{Events, Feeder, Mux, Notice},
-    ssh,
-    stalls::Stalls,
+    mux::{self, Events, Feeder, Greeting, Mux, Notice, Settings},
+    ssh, stalls,
     tasks::Tasks,
 };
 use russh::{
@@ -45,7 +51,7 @@ use super::{
     },
     supervision::Supervisor,
     trust::Trust,
-    tunnel::{Direction, Tunnel},
+    tunnel::{Direction, Notices, Tunnel},
 };
 use crate::{
     config::Config,
@@ -79,6 +85,8 @@ pub(super) struct MemoryNode {
     pub(super) failures: Arc<Mutex<usize>>,
     /// Takes the requests to open a channel, if the node is not to answer them.
     pub(super) unanswered: Arc<Mutex<Option<mpsc::UnboundedSender<ChannelOpenHandle>>>>,
+    /// The version of its multiplexer.
+    pub(super) version: Arc<Mutex<Version>>,
     /// The hosts to which it does not forward, if it is a plain sshd.
     pub(super) sshd_forbids: Arc<Mutex<Option<Vec<String>>>>,
 }
@@ -93,6 +101,7 @@ impl MemoryNode {
             dials: Arc::default(),
             failures: Arc::default(),
             unanswered: Arc::default(),
+            version: Arc::new(Mutex::new(Version::V2)),
             sshd_forbids: Arc::default(),
         };
         (node, tunnels)
@@ -115,7 +124,7 @@ impl MemoryNode {
             let cut = CancellationToken::new();
             let _cut_on_exit = cut.clone().drop_guard();
             let (link, gate) = Link::new(far, cut, Arc::default());
-            let handler = NodeHandler { node, gate, feeder: None };
+            let handler = NodeHandler { node, gate, feeder: None, greeting: None };
             let session = server::run_stream(Arc::new(config), link, handler).await?;
             session.await
         });
@@ -141,6 +150,36 @@ struct NodeHandler {
     node: MemoryNode,
     gate: Gate,
     feeder: Option<Feeder>,
+    /// The channel of a multiplexer on which the master's HELLO has not come yet.
+    greeting: Option<(ChannelId, Greeting)>,
+}
+
+impl NodeHandler {
+    fn start_mux(
+        &mut self,
+        numbering: Numbering,
+        peer: Option<Hello>,
+        channel: ChannelId,
+        handle: server::Handle,
+    ) {
+        let out = move |frame| {
+            let handle = handle.clone();
+            Box::pin(async move { handle.data(channel, frame).await.is_ok() }) as _
+        };
+        let stalls = stalls::ByDirection::default();
+        let settings = Settings { numbering, max_opened: 64, max_accepted: 64, stalls, peer };
+        let tasks = &self.node.tasks;
+        let (mux, feeder, events) = Mux::new(settings, self.gate.clone(), Box::new(out), tasks);
+        let Events { mut incoming, notices } = events;
+        tasks.spawn(async move {
+            let mut open = Vec::new();
+            while let Some(stream) = incoming.recv().await {
+                open.extend(stream.accept().await);
+            }
+        });
+        self.feeder = Some(feeder);
+        let _ = self.node.sides.send(NodeSide { mux, notices, connected: Instant::now() });
+    }
 }
 
 impl server::Handler for NodeHandler {
@@ -197,32 +236,37 @@ impl server::Handler for NodeHandler {
         name: &str,
         session: &mut server::Session,
     ) -> Result<(), russh::Error> {
-        if name != SUBSYSTEM || self.node.sshd_forbids.lock().unwrap().is_some() {
+        let version = *self.node.version.lock().unwrap();
+        if name != version.subsystem() || self.node.sshd_forbids.lock().unwrap().is_some() {
             return session.channel_failure(channel);
         }
-        let handle = session.handle();
-        let out = move |frame| {
-            let handle = handle.clone();
-            Box::pin(async move { handle.data(channel, frame).await.is_ok() }) as _
-        };
-        let (gate, tasks) = (self.gate.clone(), &self.node.tasks);
-        let (mux, feeder, events) = Mux::new(false, 64, gate, Stalls::default(), Box::new(out), tasks);
-        let Events { mut incoming, notices } = events;
-        tasks.spawn(async move {
-            let mut open = Vec::new();
-            while let Some(stream) = incoming.recv().await {
-                open.extend(stream.accept().await);
-            }
-        });
-        self.feeder = Some(feeder);
         session.channel_success(channel)?;
-        let _ = self.node.sides.send(NodeSide { mux, notices, connected: Instant::now() });
+        match version {
+            Version::V1 => {
+                self.start_mux(Numbering::All { opener: Opener::Peer }, None, channel, session.handle());
+            }
+            Version::V2 => self.greeting = Some((channel, Greeting::default())),
+        }
         Ok(())
     }
 
-    async fn data(&mut self, _: ChannelId, data: &[u8], _: &mut server::Session) -> Result<(), russh::Error> {
-        let feeder = self.feeder.as_mut().unwrap();
-        feeder.feed(data).map_err(|_| russh::Error::Inconsistent)
+    async fn data(
+        &mut self,
+        _: ChannelId,
+        mut data: &[u8],
+        session: &mut server::Session,
+    ) -> Result<(), russh::Error> {
+        let wrong = |_| russh::Error::Inconsistent;
+        if let Some((channel, greeting)) = &mut self.greeting {
+            let channel = *channel;
+            let Some(hello) = greeting.take(&mut data).map_err(wrong)? else { return Ok(()) };
+            self.greeting = None;
+            let said = Frame::Hello(mux::hello(0, hello.session));
+            session.data(channel, frame::encode(Version::V2, &said))?;
+            let numbering = Numbering::Halves { is_client: false };
+            self.start_mux(numbering, Some(hello), channel, session.handle());
+        }
+        self.feeder.as_mut().unwrap().feed(data).map_err(wrong)
     }
 }
 
@@ -311,13 +355,13 @@ impl Master {
     }
 
     /// Establishes a tunnel, and also returns the node's side of it.
-    pub(super) async fn tunnel(&mut self) -> (Tunnel, Events, NodeSide) {
-        let (tunnel, events) = self.tunnel_in(&self.tasks).await;
-        (tunnel, events.unwrap(), self.tunnels.recv().await.unwrap())
+    pub(super) async fn tunnel(&mut self) -> (Tunnel, Notices, NodeSide) {
+        let (tunnel, notices) = self.tunnel_in(&self.tasks).await;
+        (tunnel, notices.unwrap(), self.tunnels.recv().await.unwrap())
     }
 
-    /// Establishes a tunnel whose session belongs to `tasks`. Without events, the node is a plain sshd.
-    pub(super) async fn tunnel_in(&self, tasks: &Tasks) -> (Tunnel, Option<Events>) {
+    /// Establishes a tunnel whose session belongs to `tasks`. Without notices, the node is a plain sshd.
+    pub(super) async fn tunnel_in(&self, tasks: &Tasks) -> (Tunnel, Option<Notices>) {
         let (entry, user) = (self.entry(), self.login.current());
         let address = entry.dial.clone().unwrap();
         let credentials = Credentials {
@@ -328,7 +372,7 @@ impl Master {
         };
         let session = self.client.authenticate(self.node.link(), credentials, tasks).await.unwrap();
         let HostIdentity::Verified(host) = session.identity.clone() else { panic!("the key is pinned") };
-        Tunnel::establish(session, host, Direction::Dialled, None, &self.config).await.unwrap()
+        Tunnel::establish(session, host, Direction::Dialled, None, &self.config, Some(64)).await.unwrap()
     }
 }
 

@@ -10,18 +10,26 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use proto::{DialError, NodeName, Target};
+use proto::{DialError, NodeName, Target, mux::ids::Opener};
 use proto_net::{
-    mux::{Events, Mux},
+    mux::{Events, Incoming, Mux, Notice},
     stream::Stream,
 };
-use tokio::time::{Instant, timeout};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout},
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     config::TunnelsConfig,
+    further_sessions::FurtherSessions,
     session::{
-        direct_tcpip::DirectTcpip, error::TunnelError, handshake::Session, multiplexer::Opener, state::Loss,
+        direct_tcpip::DirectTcpip,
+        error::TunnelError,
+        handshake::Session,
+        multiplexer::{Started, StreamLimits},
+        state::Loss,
     },
 };
 use crate::identity::VerifiedHost;
@@ -49,6 +57,9 @@ impl Direction {
     }
 }
 
+/// Receives what a node says about its tunnel as a whole.
+pub type Notices = mpsc::Receiver<Notice>;
+
 /// The carrier of a tunnel's streams.
 enum Carrier {
     Mux(Mux),
@@ -67,8 +78,12 @@ pub struct Tunnel {
     pub since: SystemTime,
     pub host: VerifiedHost,
     pub(super) session: Session,
-    /// The multiplexer on which the node opens streams to the front end, once it has been asked for.
+    /// The streams that the node opens to the front end, until somebody takes them.
+    pub(super) callers: Mutex<Option<mpsc::Receiver<Incoming>>>,
+    /// The multiplexer on which a node-agent of an earlier release opens them, once it has been asked for.
     pub(super) front_end: OnceLock<Mux>,
+    pub(super) limits: StreamLimits,
+    pub(super) further: FurtherSessions,
     /// The longest time for answers of the node to requests that are neither dials nor keep-alives.
     pub(super) answer_timeout: Duration,
     carrier: Carrier,
@@ -80,20 +95,26 @@ pub struct Tunnel {
 }
 
 impl Tunnel {
-    /// Establishes a tunnel on a session with `host`. Also returns the events of the multiplexer, if the node offers
-    /// one.
+    /// Establishes a tunnel on a session with `host`. Also returns what the node says about the tunnel, if it has a
+    /// multiplexer. At most `max_callers` of the node's callers reach the front end at once, and with `None` there is no
+    /// front end for them.
     pub async fn establish(
         session: Session,
         host: VerifiedHost,
         direction: Direction,
         peer: Option<SocketAddr>,
         config: &TunnelsConfig,
-    ) -> Result<(Self, Option<Events>), TunnelError> {
+        max_callers: Option<usize>,
+    ) -> Result<(Self, Option<Notices>), TunnelError> {
         let (limit, max_streams) = (config.handshake_timeout, config.max_streams_per_tunnel);
-        let started = timeout(limit, session.start_multiplexer(Opener::Master, max_streams)).await;
-        let (carrier, events) = match started.map_err(|_| TunnelError::Timeout(limit))?? {
-            Some((mux, events)) => (Carrier::Mux(mux), Some(events)),
-            None => (Carrier::DirectTcpip(DirectTcpip::new(&session, max_streams)), None),
+        let limits = StreamLimits { to_node: max_streams, to_front_end: max_callers };
+        let started = timeout(limit, session.start_multiplexer(limits, None)).await;
+        let (carrier, callers, notices) = match started.map_err(|_| TunnelError::Timeout(limit))?? {
+            Started::New(mux, Events { incoming, notices }) => {
+                (Carrier::Mux(mux), Some(incoming), Some(notices))
+            }
+            Started::Joined => return Err(TunnelError::NotJoined),
+            Started::Nothing => (Carrier::DirectTcpip(DirectTcpip::new(&session, max_streams)), None, None),
         };
         let tunnel = Self {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
@@ -103,7 +124,10 @@ impl Tunnel {
             established: Instant::now(),
             since: SystemTime::now(),
             session,
+            callers: Mutex::new(callers),
             front_end: OnceLock::new(),
+            limits,
+            further: FurtherSessions::new(config.max_further_connections),
             answer_timeout: limit,
             carrier,
             retired: CancellationToken::new(),
@@ -111,7 +135,7 @@ impl Tunnel {
             suspect: AtomicBool::new(false),
             host,
         };
-        Ok((tunnel, events))
+        Ok((tunnel, notices))
     }
 
     /// Opens a stream to `target` within `limit`. Dropping the future cancels the dial.
@@ -148,16 +172,29 @@ impl Tunnel {
         if self.is_node_agent() { "node-agent" } else { "sshd" }
     }
 
+    /// Returns the multiplexer, if there is one.
+    pub(super) fn mux(&self) -> Option<&Mux> {
+        match &self.carrier {
+            Carrier::Mux(mux) => Some(mux),
+            Carrier::DirectTcpip(_) => None,
+        }
+    }
+
+    /// Returns the number of streams that the master has opened.
     pub fn streams(&self) -> usize {
         match &self.carrier {
-            Carrier::Mux(mux) => mux.streams_open(),
+            Carrier::Mux(mux) => mux.streams_of(Opener::This),
             Carrier::DirectTcpip(channels) => channels.streams(),
         }
     }
 
     /// Whether no stream is open in either direction.
     pub fn is_idle(&self) -> bool {
-        self.streams() + self.front_end.get().map_or(0, Mux::streams_open) == 0
+        let of_node = match &self.carrier {
+            Carrier::Mux(mux) => mux.streams_of(Opener::Peer),
+            Carrier::DirectTcpip(_) => 0,
+        };
+        self.streams() + of_node + self.front_end.get().map_or(0, Mux::streams_open) == 0
     }
 
     pub fn round_trip(&self) -> Option<Duration> {
@@ -169,7 +206,7 @@ impl Tunnel {
 
     /// Returns when the certificate that authenticated the master expires.
     pub fn user_expires(&self) -> Option<SystemTime> {
-        self.session.user_expires
+        self.session.user.expires()
     }
 
     pub fn certificate_expires(&self) -> Option<SystemTime> {
@@ -257,6 +294,7 @@ impl Tunnel {
 
     /// Ends the tunnel and resets its streams.
     pub async fn close(&self, reason: &str) {
+        self.further.end();
         self.session.state.end(Loss::ByMaster, reason.to_owned());
         let last_messages = async {
             if let Carrier::Mux(mux) = &self.carrier
@@ -266,5 +304,29 @@ impl Tunnel {
             }
         };
         self.session.close_after(last_messages, reason).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::mux::Version;
+
+    use super::*;
+    use crate::tunnels::testing::Master;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_agent_of_each_release_is_understood() {
+        let mut master = Master::new(Duration::from_secs(3600), 8);
+        for version in Version::ALL {
+            *master.node.version.lock().unwrap() = version;
+            let (tunnel, _notices, node) = master.tunnel().await;
+            assert_eq!(tunnel.mux().map(Mux::version), Some(version));
+            assert_eq!(node.mux.version(), version);
+            let target = "10.0.0.1:80".parse().unwrap();
+            let stream = tunnel.open(&target, "test", Duration::from_secs(5)).await.unwrap();
+            assert_eq!((tunnel.streams(), tunnel.connections()), (1, 1));
+            drop(stream);
+            assert!(tunnel.is_idle());
+        }
     }
 }

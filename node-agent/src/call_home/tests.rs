@@ -79,7 +79,7 @@ fn establish(
     let session = TestSession { established: Instant::now(), retire: retire.clone(), end };
     established.send(session).unwrap_or_else(|_| unreachable!("the test has ended"));
     let served = tasks.spawn(async move { ended.await.unwrap_or(Ok(())) });
-    EstablishedSession { served, authenticated: Authenticated { relink, retire } }
+    EstablishedSession { served, authenticated: Authenticated { relink, retire, calls: None } }
 }
 
 fn without_answer() -> CallError {

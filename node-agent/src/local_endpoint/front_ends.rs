@@ -6,18 +6,11 @@ use std::{
 };
 
 use proto::{DialError, Target, mux::FRONT_END};
-use proto_net::{
-    mux::{Events, Mux, Notice},
-    stream::Stream,
-};
+use proto_net::{mux::Mux, stream::Stream};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::config::LocalEndpointConfig;
-
-/// The number of notices on one multiplexer that are logged. An honest master sends one or two, and a hostile one can
-/// send any number.
-const MAX_LOGGED_NOTICES: usize = 16;
 
 /// The masters whose front end can be reached now, in the order in which they offered it.
 pub struct FrontEnds {
@@ -47,32 +40,14 @@ impl FrontEnds {
         }
     }
 
-    /// Offers a master's front end to callers for as long as its multiplexer lives, or until the master's certificate
-    /// has `expired`.
-    pub async fn offer(&self, mux: Mux, mut events: Events, expired: impl Future<Output = ()>) {
+    /// Offers a master's front end to callers until the master's certificate has `expired`. Dropping the future withdraws
+    /// the offer.
+    pub async fn offer(&self, mux: Mux, expired: impl Future<Output = ()>) {
         let id = self.ids.fetch_add(1, Ordering::Relaxed);
         self.offers.send_modify(|offers| offers.push(Offer { id, mux }));
         let _withdraw_on_exit = WithdrawOnDrop { front_ends: self, id };
         tracing::info!("the master offers its front end");
-        tokio::pin!(expired);
-        let mut to_log = MAX_LOGGED_NOTICES;
-        loop {
-            let notice = tokio::select! {
-                notice = events.notices.recv() => notice,
-                () = &mut expired => return,
-            };
-            let Some(notice) = notice else { return };
-            let Some(left) = to_log.checked_sub(1) else { continue };
-            to_log = left;
-            match notice {
-                Notice::GoAway(reason) => {
-                    tracing::info!(reason, "the master's front end takes no new callers");
-                }
-                Notice::Certificate(_) => {
-                    tracing::warn!("ignored a host certificate on the front end's multiplexer");
-                }
-            }
-        }
+        expired.await;
     }
 
     /// Opens a stream to one of the front ends in turn. Waits a short time for one to be offered.
@@ -80,8 +55,8 @@ impl FrontEnds {
         let target: Target = FRONT_END.parse().map_err(|_| DialError::BadTarget(FRONT_END.to_owned()))?;
         let deadline = tokio::time::Instant::now() + self.wait;
         let mut offers = self.offers.subscribe();
-        let mut failed = None;
         loop {
+            let mut failed = None;
             let usable = offers.borrow_and_update().clone();
             let first = self.next.fetch_add(1, Ordering::Relaxed) % usable.len().max(1);
             let in_turn = usable.iter().cycle().skip(first).take(usable.len()).map(|offer| &offer.mux);

@@ -4,14 +4,17 @@ use std::{net::IpAddr, sync::Arc};
 
 use proto::{
     Host, Target,
-    mux::{FRONT_END_SUBSYSTEM, SUBSYSTEM},
+    mux::{
+        FRONT_END_SUBSYSTEM, Version,
+        ids::{Numbering, Opener},
+    },
     refusal,
     revocation::{self, SignedList},
 };
 use proto_net::{
     channel::WriteHalf,
     gate::Gate,
-    mux::{Events, Feeder, Mux, Notice},
+    mux::{Feeder, Greeting, Notice},
     ssh,
     tasks::Tasks,
 };
@@ -24,11 +27,14 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use super::{
     error::SessionError,
+    multiplexers::Registered,
     services::SessionServices,
     state::SessionState,
     streams::{EXPIRED, RequestedChannel, STOPPING, TOO_MANY_STREAMS},
     user::AuthenticatedUser,
 };
+mod muxes;
+
 use crate::{
     identity::{
         renewal::SessionRenewals,
@@ -70,9 +76,13 @@ pub(super) struct Handler {
     /// One permit for each stream that is a channel of its own, until its socket is closed.
     stream_permits: Arc<Semaphore>,
     session_channels: Vec<ChannelId>,
-    /// The multiplexer on which the master opens streams.
+    /// The channel of a multiplexer on which the master's HELLO has not come yet.
+    greeting: Option<(ChannelId, Greeting)>,
+    /// The multiplexer of the tunnel.
     master_mux: Option<MasterMux>,
-    /// The channel of the multiplexer on which this node opens streams to the master's front end.
+    /// The entry of that multiplexer for further connections.
+    registered: Option<Registered>,
+    /// The channel of the multiplexer on which this node opens streams to the front end of a master of an earlier release.
     node_mux: Option<(ChannelId, Feeder)>,
     revocation_list: Option<RevocationList>,
     /// The permit of the one exchange of a list that a session may have at a time.
@@ -86,7 +96,8 @@ pub(super) struct Handler {
 struct MasterMux {
     channel: ChannelId,
     feeder: Feeder,
-    notices: mpsc::Receiver<Notice>,
+    /// Absent on a further connection of a multiplexer.
+    notices: Option<mpsc::Receiver<Notice>>,
 }
 
 /// The channel on which a list of revoked certificates comes.
@@ -119,7 +130,9 @@ impl Handler {
             proof: Some(proof),
             stream_permits,
             session_channels: Vec::new(),
+            greeting: None,
             master_mux: None,
+            registered: None,
             node_mux: None,
             revocation_list: None,
             revocation_exchange: Arc::new(Semaphore::new(1)),
@@ -169,88 +182,6 @@ impl Handler {
         }
         self.user = Some(user);
         Auth::Accept
-    }
-
-    fn new_mux(
-        &self,
-        initiator: bool,
-        channel: ChannelId,
-        session: &server::Session,
-    ) -> (Mux, Feeder, Events) {
-        let handle = session.handle();
-        let out = move |frame| {
-            let handle = handle.clone();
-            Box::pin(async move { handle.data(channel, frame).await.is_ok() }) as _
-        };
-        let stalls = &self.services.metrics.stalls;
-        let stalls = if initiator { &stalls.up } else { &stalls.down };
-        let max_streams = self.services.limits.max_streams;
-        Mux::new(initiator, max_streams, self.gate.clone(), stalls.clone(), Box::new(out), &self.tasks)
-    }
-
-    fn start_master_mux(
-        &mut self,
-        user: Arc<AuthenticatedUser>,
-        channel: ChannelId,
-        session: &server::Session,
-    ) {
-        let (mux, feeder, events) = self.new_mux(false, channel, session);
-        self.state.set_master_mux(mux.clone());
-        self.master_mux = Some(MasterMux { channel, feeder, notices: events.notices });
-        let streams = self.services.streams.clone();
-        let (state, tasks) = (self.state.clone(), self.tasks.clone());
-        self.tasks.spawn(streams.serve_mux(user, state, mux, events.incoming, tasks));
-    }
-
-    fn start_node_mux(
-        &mut self,
-        user: Arc<AuthenticatedUser>,
-        channel: ChannelId,
-        session: &server::Session,
-    ) {
-        let Some(front_ends) = self.services.front_ends.clone() else { return };
-        let (mux, feeder, events) = self.new_mux(true, channel, session);
-        self.state.set_node_mux(mux.clone());
-        self.node_mux = Some((channel, feeder));
-        self.tasks.spawn(async move { front_ends.offer(mux, events, user.expired()).await });
-    }
-
-    /// Gives bytes to the multiplexer whose channel they came on; `None` if they came on another channel.
-    fn feed(&mut self, channel: ChannelId, data: &[u8]) -> Option<Result<(), SessionError>> {
-        if let Some(mux) = self.master_mux.as_mut().filter(|mux| mux.channel == channel) {
-            let fed = mux.feeder.feed(data);
-            self.take_notices();
-            return Some(fed.map_err(SessionError::from));
-        }
-        let (_, feeder) = self.node_mux.as_mut().filter(|(id, _)| *id == channel)?;
-        Some(feeder.feed(data).map_err(SessionError::from))
-    }
-
-    /// Takes what the master has said about the whole tunnel. A task of the session could end with it before it does.
-    fn take_notices(&mut self) {
-        let Some(mux) = &mut self.master_mux else { return };
-        while let Ok(notice) = mux.notices.try_recv() {
-            let is_logged = self.notices_to_log > 0;
-            match notice {
-                Notice::Certificate(_) if self.user.as_ref().is_some_and(|user| user.has_expired()) => {
-                    self.notices_to_log = self.notices_to_log.saturating_sub(1);
-                    if is_logged {
-                        tracing::warn!("ignored a host certificate from a master whose own has expired");
-                    }
-                }
-                Notice::Certificate(text) => {
-                    let services = &self.services;
-                    self.renewals.get_or_insert_with(|| services.renewals.session()).submit(text);
-                }
-                Notice::GoAway(reason) => {
-                    self.state.set_replaced();
-                    self.notices_to_log = self.notices_to_log.saturating_sub(1);
-                    if is_logged {
-                        tracing::info!(reason, "the master takes no new streams");
-                    }
-                }
-            }
-        }
     }
 
     /// Why the session takes no new channels for streams, if it does not.
@@ -377,9 +308,13 @@ impl server::Handler for Handler {
         session: &mut server::Session,
     ) -> Result<(), SessionError> {
         let Some(master) = self.master() else { return Ok(session.channel_failure(channel)?) };
-        if name == SUBSYSTEM && self.master_mux.is_none() {
+        let has_no_mux = self.master_mux.is_none() && self.greeting.is_none();
+        if name == Version::V2.subsystem() && has_no_mux {
             session.channel_success(channel)?;
-            self.start_master_mux(master, channel, session);
+            self.greeting = Some((channel, Greeting::default()));
+        } else if name == Version::V1.subsystem() && has_no_mux {
+            session.channel_success(channel)?;
+            self.start_master_mux(Numbering::All { opener: Opener::Peer }, None, channel, session);
         } else if name == FRONT_END_SUBSYSTEM && self.services.front_ends.is_some() && self.node_mux.is_none()
         {
             session.channel_success(channel)?;
@@ -458,6 +393,7 @@ impl server::Handler for Handler {
         if self.revocation_list.as_ref().is_some_and(|list| list.channel == channel) {
             return self.take_revocation_list(channel, data, session);
         }
+        let data = self.greet(channel, data, session)?;
         match self.feed(channel, data) {
             Some(fed) => fed,
             None if self.state.channels.on_data(channel, data).await => Ok(()),
@@ -482,7 +418,8 @@ impl server::Handler for Handler {
         // The multiplexer drains its channel at once and bounds what is on the way itself. russh has one size for all
         // channels of a session, so this also holds for direct-tcpip channels beside the multiplexer. What these may have
         // in memory is bounded by `Channels`, which makes the whole session wait.
-        if self.master_mux.is_some() { ssh::TUNNEL_WINDOW } else { current }
+        let has_mux = self.master_mux.is_some() || self.greeting.is_some();
+        if has_mux { ssh::TUNNEL_WINDOW } else { current }
     }
 
     async fn channel_eof(
@@ -503,6 +440,7 @@ impl server::Handler for Handler {
         self.session_channels.retain(|id| *id != channel);
         self.state.channels.on_close(channel);
         self.node_mux.take_if(|(id, _)| *id == channel);
+        self.greeting.take_if(|(id, _)| *id == channel);
         // Another multiplexer in this session would count its streams anew, so the session ends with the first.
         match self.master_mux.take_if(|mux| mux.channel == channel) {
             Some(_) => Err(SessionError::MultiplexerClosed),

@@ -1,6 +1,6 @@
 //! SSH sessions, of which this node is the server, whoever dialled the link below.
 //!
-//! A session with a master's certificate gets the multiplexer (subsystem `streams-v1`). Any certificate of a trusted
+//! A session with a master's certificate gets the multiplexer (`proto/STREAMS.md`). Any certificate of a trusted
 //! user CA gets direct-tcpip channels, which `ssh -L`, `-W` and `-J` open. Every stream passes the node's policy. Shells,
 //! commands, sftp, agent and X11 forwarding and remote forwards are refused.
 //!
@@ -14,6 +14,7 @@ pub mod config;
 pub mod error;
 mod handler;
 pub mod masters;
+pub mod multiplexers;
 pub mod serve;
 pub mod services;
 mod state;

@@ -13,7 +13,7 @@ use russh::{
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::oneshot,
+    sync::{mpsc, oneshot},
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
@@ -42,6 +42,10 @@ const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often a session that accepts no new streams checks whether its last one has ended.
 const IDLE_CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
+/// The calls for further connections that may wait.
+const MAX_CALLS: usize = 4;
+const JOINED_ENDED: &str = "the session that this connection belonged to has ended";
+
 const REPLACED: &str = "another link has taken its place, and its streams have ended";
 
 /// Serves sessions on links.
@@ -68,6 +72,8 @@ pub struct Authenticated {
     pub relink: Option<Duration>,
     /// To be cancelled when there is another link: the session takes no new streams, and ends when it has none.
     pub retire: CancellationToken,
+    /// Receives the master's calls for further connections, and ends with the session.
+    pub calls: Option<mpsc::Receiver<()>>,
 }
 
 impl SessionServer {
@@ -107,7 +113,8 @@ impl SessionServer {
         let stalls = services.metrics.stalls.down.clone();
         let channels = Channels::new(gate.clone(), tasks.clone(), CLIENT_PATIENCE, stalls)
             .closing_first_at_most(services.max_closed_first);
-        let state = Arc::new(SessionState::new(channels));
+        let (called, calls) = mpsc::channel(MAX_CALLS);
+        let state = Arc::new(SessionState::new(channels, called));
         let peer_ip = peer.map(|peer| peer.ip());
         let (handler, proof) =
             Handler::new(services.clone(), state.clone(), gate, tasks.clone(), peer_ip, expected);
@@ -127,7 +134,8 @@ impl SessionServer {
         let Some((session, user)) = outcome? else { return Ok(()) };
 
         let retire = CancellationToken::new();
-        let _ = authenticated.send(Authenticated { relink: user.relink_after(), retire: retire.clone() });
+        let relink = user.relink_after();
+        let _ = authenticated.send(Authenticated { relink, retire: retire.clone(), calls: Some(calls) });
         let _counted = CountedSession::new(&services.metrics.sessions, &user);
         let session = AuthenticatedSession { services: services.clone(), state, user, tasks, peer, session };
         session.run(&retire).await
@@ -238,9 +246,22 @@ async fn say_goodbye(session: RunningSession<Handler>, reason: &str) -> Result<(
     session.await
 }
 
-/// Waits until a session takes no new streams, and then until it has none or has had the time to end them. Returns the
-/// reason.
+/// Waits until a session is to end, and returns the reason.
 async fn retired(
+    services: &SessionServices,
+    user: &Arc<AuthenticatedUser>,
+    state: &SessionState,
+    retire: &CancellationToken,
+) -> &'static str {
+    tokio::select! {
+        reason = ended_by_itself(services, user, state, retire) => reason,
+        () = state.joined_ended() => JOINED_ENDED,
+    }
+}
+
+/// Waits until a session takes no new streams, and then until it has none or has had the time to end them. Returns the
+/// reason. A further connection never does: it lasts as long as the session that it belongs to.
+async fn ended_by_itself(
     services: &SessionServices,
     user: &Arc<AuthenticatedUser>,
     state: &SessionState,
@@ -258,6 +279,9 @@ async fn retired(
             WORN_OUT
         }
     };
+    if state.is_joined() {
+        return std::future::pending().await;
+    }
     let idle = async {
         while state.streams_open() > 0 {
             tokio::time::sleep(IDLE_CHECK_INTERVAL).await;

@@ -4,7 +4,10 @@ use std::{sync::Arc, time::Duration};
 
 use proto_net::{clock::Clock, log_throttle::LogThrottle};
 
-use super::{bounds::Bounds, config::LimitsConfig, masters::ConnectedMasters, streams::StreamServer};
+use super::{
+    bounds::Bounds, config::LimitsConfig, masters::ConnectedMasters, multiplexers::Multiplexers,
+    streams::StreamServer,
+};
 use crate::{
     identity::{current::CurrentIdentity, renewal::Renewals, trust::Trust},
     local_endpoint::front_ends::FrontEnds,
@@ -25,6 +28,7 @@ pub struct SessionServices {
     pub bounds_of_masters: Bounds,
     pub bounds_of_people: Bounds,
     pub connected_masters: ConnectedMasters,
+    pub multiplexers: Arc<Multiplexers>,
     /// The channels of one session that this node may close before its peer does. Each leaves some memory behind.
     pub max_closed_first: usize,
     /// Bounds the log lines that peers cause with handshakes.

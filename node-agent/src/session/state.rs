@@ -6,12 +6,17 @@ use std::sync::{
 };
 
 use proto_net::{channel::Channels, mux::Mux};
+use tokio::sync::{mpsc, watch};
 
 /// The state of one session.
 pub(super) struct SessionState {
     /// The streams that are channels of their own.
     pub(super) channels: Channels,
     muxes: Mutex<Muxes>,
+    /// The multiplexer of another session that this one has joined.
+    joined: watch::Sender<Option<Mux>>,
+    /// Where the master's calls for further connections go.
+    pub(super) calls: mpsc::Sender<()>,
     replaced: AtomicBool,
     /// Why an authenticated master does not want the link.
     pub(super) refusal: OnceLock<String>,
@@ -19,15 +24,40 @@ pub(super) struct SessionState {
 
 #[derive(Default)]
 struct Muxes {
-    /// The multiplexer on which the master opens streams.
+    /// The multiplexer of the tunnel.
     of_master: Option<Mux>,
-    /// The multiplexer on which this node opens streams to the master's front end.
+    /// The multiplexer on which this node opens streams to the front end of a master of an earlier release.
     of_node: Option<Mux>,
 }
 
 impl SessionState {
-    pub(super) fn new(channels: Channels) -> Self {
-        Self { channels, muxes: Mutex::default(), replaced: AtomicBool::new(false), refusal: OnceLock::new() }
+    pub(super) fn new(channels: Channels, calls: mpsc::Sender<()>) -> Self {
+        Self {
+            channels,
+            muxes: Mutex::default(),
+            joined: watch::Sender::new(None),
+            calls,
+            replaced: AtomicBool::new(false),
+            refusal: OnceLock::new(),
+        }
+    }
+
+    pub(super) fn set_joined(&self, mux: Mux) {
+        self.joined.send_replace(Some(mux));
+    }
+
+    pub(super) fn is_joined(&self) -> bool {
+        self.joined.borrow().is_some()
+    }
+
+    /// Waits until the session that this one has joined has ended. Never completes for a session of its own.
+    pub(super) async fn joined_ended(&self) {
+        let mut joined = self.joined.subscribe();
+        let mux = joined.wait_for(Option::is_some).await.ok().and_then(|mux| mux.clone());
+        match mux {
+            Some(mux) => mux.closed().await,
+            None => std::future::pending().await,
+        }
     }
 
     pub(super) fn set_master_mux(&self, mux: Mux) {

@@ -5,7 +5,12 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 use bytes::Bytes;
 use proto::{
     DialError, Target,
-    mux::frame::{self, Decoder, Frame},
+    mux::{
+        Version,
+        frame::{self, Decoder, Frame, Hello},
+        ids::{Numbering, Opener},
+        window,
+    },
     refusal,
     relink::GRACE,
     revocation::{
@@ -18,8 +23,8 @@ use proto_net::{
     clock::Clock,
     gate::Gate,
     handshake::HandshakePermits,
-    mux::{Mux, Notice},
-    stalls::Stalls,
+    mux::{Mux, Notice, Settings},
+    stalls::{self, Stalls},
 };
 use russh::{Channel, ChannelMsg, ChannelOpenFailure, client};
 use tokio::{
@@ -110,8 +115,8 @@ async fn a_master_gets_no_more_with_further_sessions_and_takes_nothing_from_anot
     let (key, mut sessions, mut streams) = (new_key(), Vec::new(), Vec::new());
     let mut beyond = None;
     for _ in 0..3 {
-        let session = node.connect_with(MASTER, key.clone(), VALID).await;
-        let (mux, events) = session.start_mux(true).await;
+        let mut session = node.connect_with(MASTER, key.clone(), VALID).await;
+        let (mux, events) = session.start_mux().await;
         for _ in 0..MAX_STREAMS {
             match mux.open(&target, "test", OPEN_TIMEOUT).await {
                 Ok(stream) => streams.push(stream),
@@ -174,6 +179,7 @@ async fn an_id_that_is_used_twice_ends_its_own_tunnel_alone() {
     let open = Frame::Open {
         stream: 7,
         timeout_ms: 10_000,
+        limit: window::INITIAL.into(),
         target: target(1).to_string(),
         origin: "test".to_owned(),
     };
@@ -205,11 +211,12 @@ async fn after_the_end_of_its_certificate_a_master_opens_nothing_and_its_streams
     let open = |stream| Frame::Open {
         stream,
         timeout_ms: 10_000,
+        limit: window::INITIAL.into(),
         target: target(port).to_string(),
         origin: "test".to_owned(),
     };
     hostile.send_raw(channel, &open(1)).await;
-    hostile.next_raw(|frame| matches!(frame, Frame::Opened { stream: 1 }).then_some(())).await;
+    hostile.next_raw(|frame| matches!(frame, Frame::Opened { stream: 1, .. }).then_some(())).await;
 
     tokio::time::pause();
     tokio::time::sleep(VALID).await;
@@ -221,7 +228,7 @@ async fn after_the_end_of_its_certificate_a_master_opens_nothing_and_its_streams
     hostile.send_raw(channel, &open(2)).await;
     let refused = hostile
         .next_raw(|frame| {
-            assert!(!matches!(frame, Frame::Opened { stream: 2 }), "it was opened");
+            assert!(!matches!(frame, Frame::Opened { stream: 2, .. }), "it was opened");
             if let Frame::Refused { error, .. } = frame { Some(error) } else { None }
         })
         .await;
@@ -258,16 +265,23 @@ async fn what_is_asked_for_too_late_is_refused_with_the_reason() {
         let sent = sent.clone();
         Box::pin(async move { sent.send(frame).is_ok() }) as _
     };
-    let (mux, mut feeder, events) =
-        Mux::new(false, MAX_STREAMS, gate, Stalls::default(), Box::new(out), &node.tasks);
-    for stream in 1..=MAX_STREAMS as u32 {
-        let (target, origin) = (target(1).to_string(), "test".to_owned());
-        feeder.feed(&frame::encode(&Frame::Open { stream, timeout_ms: 9, target, origin })).unwrap();
+    let settings = Settings {
+        numbering: Numbering::All { opener: Opener::Peer },
+        max_opened: 0,
+        max_accepted: MAX_STREAMS,
+        stalls: stalls::ByDirection::default(),
+        peer: None,
+    };
+    let (mux, mut feeder, events) = Mux::new(settings, gate, Box::new(out), &node.tasks);
+    for stream in 1..=MAX_STREAMS as u64 {
+        let (target, origin, limit) = (target(1).to_string(), "test".to_owned(), window::INITIAL.into());
+        let open = Frame::Open { stream, timeout_ms: 9, limit, target, origin };
+        feeder.feed(&frame::encode(Version::V1, &open)).unwrap();
     }
-    let state = Arc::new(SessionState::new(channels));
+    let state = Arc::new(SessionState::new(channels, mpsc::channel(1).0));
     let streams = node.streams.clone();
     streams.serve_mux(Arc::new(user), state, mux, events.incoming, node.tasks.clone()).await;
-    let (mut decoder, mut refused) = (Decoder::default(), 0);
+    let (mut decoder, mut refused) = (Decoder::new(Version::V1), 0);
     while refused < MAX_STREAMS {
         let bytes = frames.recv().await.unwrap();
         let mut bytes = &bytes[..];
@@ -545,9 +559,10 @@ async fn renewed_certificates_are_installed_unless_the_masters_own_has_expired()
 #[tokio::test]
 async fn callers_go_to_masters_in_turn_and_not_to_one_that_takes_none() {
     let node = TestNode::new();
-    let (first, second) = (node.connect(MASTER).await, node.connect(MASTER).await);
-    let (first_mux, mut first_events) = first.start_mux(false).await;
-    let (_second_mux, mut second_events) = second.start_mux(false).await;
+    // The second one is of an earlier release.
+    let (mut first, mut second) = (node.connect(MASTER).await, node.connect(MASTER).await);
+    let (first_mux, mut first_events) = first.start_mux().await;
+    let (_second_mux, mut second_events) = second.start_mux_v1(Opener::Peer).await;
     let front_ends = node.front_ends.clone();
     let mut open = async || {
         let accept = async {
@@ -585,4 +600,29 @@ async fn a_master_that_wants_to_be_called_again_ends_the_session_before_the_key_
     drop(link);
     assert!(matches!(served.await.unwrap(), Some(Ok(()))));
     assert!(proof.await.is_err());
+}
+
+#[tokio::test]
+async fn a_connection_joins_the_session_of_that_name_if_its_master_has_the_same_key() {
+    let node = TestNode::new();
+    let key = new_key();
+    let mut first = node.connect_with(MASTER, key.clone(), VALID).await;
+    let (mux, _events) = first.start_mux().await;
+    let session = mux.peer().unwrap().session;
+    let mut other = node.connect(MASTER).await;
+    assert!(!other.greet(session).await.1.can(Hello::JOINED), "the key of another master");
+    let mut unknown = node.connect_with(MASTER, key.clone(), VALID).await;
+    assert!(!unknown.greet([9; 16]).await.1.can(Hello::JOINED), "a name that nobody knows");
+    let mut further = node.connect_with(MASTER, key.clone(), VALID).await;
+    let (channel, said) = further.greet(session).await;
+    assert!(said.can(Hello::JOINED) && said.session == session);
+    assert_eq!(said.instance, mux.peer().unwrap().instance);
+    further.join(channel, &mux);
+    assert_eq!(mux.further_connections(), 1);
+
+    // It ends with the first one, and nobody joins that session again.
+    drop((first, mux));
+    assert_eq!(further.farewell().await, "the session that this connection belonged to has ended");
+    let mut late = node.connect_with(MASTER, key, VALID).await;
+    assert!(!late.greet(session).await.1.can(Hello::JOINED));
 }

@@ -17,7 +17,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use proto::mux::flow::{Flow, PingId, Use};
+use proto::mux::{
+    flow::{Flow, PingId, Use},
+    load::Lately,
+};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::keep_alive::Traffic;
@@ -99,6 +102,20 @@ pub struct Turn {
     /// Bytes that may go ahead, and the round in which they were allowed.
     allowance: usize,
     round: u64,
+    lately: Lately,
+}
+
+impl Turn {
+    /// Takes over what the stream has sent through another gate.
+    pub(crate) fn inherit(&mut self, other: Self) {
+        self.lately = other.lately;
+    }
+
+    /// Whether the stream has sent much lately.
+    pub(crate) fn is_heavy(&mut self) -> bool {
+        self.lately.add(0, Instant::now());
+        self.lately.is_heavy()
+    }
 }
 
 /// Room for bytes that are about to be sent. Dropping it without [`Self::used`] gives the room back, as when the stream
@@ -114,7 +131,29 @@ pub struct Reservation {
 impl Gate {
     /// What the gate has to know of a new stream.
     pub fn turn(&self) -> Turn {
-        Turn { stream: self.0.streams.fetch_add(1, Ordering::Relaxed) + 1, allowance: QUANTUM, round: 0 }
+        Turn {
+            stream: self.0.streams.fetch_add(1, Ordering::Relaxed) + 1,
+            allowance: QUANTUM,
+            round: 0,
+            lately: Lately::new(Instant::now()),
+        }
+    }
+
+    /// The bytes that were ever sent, and those of them that have arrived as far as is known. Both count from when the path
+    /// was first measured.
+    pub(crate) fn sent_and_arrived(&self) -> (u64, u64) {
+        self.lock().path.as_ref().map_or((0, 0), |path| (path.flow.sent(), path.flow.arrived()))
+    }
+
+    /// Whether nobody waits, and there is room for a full frame.
+    pub(crate) fn is_free(&self) -> bool {
+        let state = self.lock();
+        !state.closed && !state.somebody_waits() && state.has_room(QUANTUM)
+    }
+
+    /// Whether the link is gone.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.lock().closed
     }
 
     /// Has this side keep the link alive: a multiplexer that begins from now on sends a PING whenever nothing has been sent,
@@ -151,8 +190,9 @@ impl Gate {
             if state.closed {
                 return None;
             }
-            let ahead = state.goes_ahead(turn, bytes);
-            state.note_use(turn.stream, ahead && bytes < LEAST_SHARE);
+            let (ahead, now) = (state.goes_ahead(turn, bytes), Instant::now());
+            turn.lately.add(bytes, now);
+            state.note_use(turn.stream, ahead && !turn.lately.is_heavy() && bytes < LEAST_SHARE, now);
             let nobody_first =
                 state.ahead.is_empty() && (state.turns.is_empty() || ahead && state.went_ahead < AHEAD);
             if nobody_first && state.has_room(bytes) {
@@ -250,8 +290,7 @@ impl State {
         if self.mixed_until.is_some() { Use::Mixed } else { Use::Bulk }
     }
 
-    fn note_use(&mut self, stream: u64, small: bool) {
-        let now = Instant::now();
+    fn note_use(&mut self, stream: u64, small: bool, now: Instant) {
         if small && self.last_stream != stream && self.last_stream != 0 {
             self.mixed_until = Some(now + MIXED);
         } else if self.mixed_until.is_some_and(|until| until < now) {
@@ -440,6 +479,24 @@ mod tests {
         gate.release(20);
         let mut c = gate.turn();
         assert!(now(gate.reserve(&mut c, 20)).await.unwrap().is_some());
+    }
+
+    #[tokio::test]
+    async fn only_small_messages_of_light_streams_make_a_connection_mixed() {
+        let gate = Gate::default();
+        let (mut bulk, mut light) = (gate.turn(), gate.turn());
+        for _ in 0..100 {
+            gate.reserve(&mut bulk, QUANTUM).await.unwrap().used();
+            gate.release(QUANTUM);
+        }
+        // A socket gave little, as the sockets of transfers do now and then.
+        let mut other = gate.turn();
+        gate.reserve(&mut other, QUANTUM).await.unwrap().used();
+        bulk.allowance = QUANTUM;
+        gate.reserve(&mut bulk, 100).await.unwrap().used();
+        assert_eq!(gate.lock().used(), Use::Bulk);
+        gate.reserve(&mut light, 100).await.unwrap().used();
+        assert_eq!(gate.lock().used(), Use::Mixed);
     }
 
     #[tokio::test]

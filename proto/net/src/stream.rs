@@ -160,7 +160,7 @@ impl Writer {
     /// A buffer for [`Self::send`]. Up to `max` bytes may be appended to what it already holds.
     pub fn buffer(&self, max: usize) -> BytesMut {
         match self {
-            Self::Mux(_) => proto::mux::frame::start_data(max),
+            Self::Mux(w) => w.buffer(max),
             Self::Channel(_) | Self::Tcp(_) => BytesMut::with_capacity(max),
         }
     }

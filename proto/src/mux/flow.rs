@@ -17,8 +17,6 @@ const START: u64 = 512 * 1024;
 /// The least and the greatest limit in bytes.
 const LEAST: u64 = 64 * 1024;
 const MOST: u64 = 256 * 1024 * 1024;
-/// What the agents' threads may need to take their turns, in addition to the round trip.
-const SLACK: Duration = Duration::from_micros(500);
 /// How often the round trip is measured again while the limit is what holds the sender back, and how often at most,
 /// in round trips. For this, less than the path needs is under way for a moment.
 const REMEASURE: Duration = Duration::from_secs(2);
@@ -46,6 +44,14 @@ impl Use {
         match self {
             Self::Bulk => 6,
             Self::Mixed => 2,
+        }
+    }
+
+    /// What the agents' threads may need to take their turns, in addition to the round trip.
+    fn slack(self) -> Duration {
+        match self {
+            Self::Bulk => Duration::from_micros(500),
+            Self::Mixed => Duration::from_micros(200),
         }
     }
 }
@@ -123,6 +129,16 @@ impl Flow {
         self.sent = self.sent.saturating_add(bytes as u64);
     }
 
+    /// The bytes that were ever sent.
+    pub fn sent(&self) -> u64 {
+        self.sent
+    }
+
+    /// Those of them that have arrived as far as is known.
+    pub fn arrived(&self) -> u64 {
+        self.delivered
+    }
+
     /// The bytes that were sent and are not known to have arrived.
     pub fn under_way(&self) -> u64 {
         self.sent - self.delivered
@@ -133,7 +149,7 @@ impl Flow {
         if self.probe != Probe::None {
             return self.drained();
         }
-        let limit = self.holds(self.round_trip.0 + SLACK, f64::from(used.gain()));
+        let limit = self.holds(self.round_trip.0 + used.slack(), f64::from(used.gain()));
         if self.full { limit } else { limit.max(START) }
     }
 
@@ -341,7 +357,7 @@ mod tests {
             for (used, most) in [(Use::Mixed, 2), (Use::Bulk, 6)] {
                 let mut path = Path::new(rate, round_trip);
                 let (waited, share) = path.settles(round_trip.max(Duration::from_millis(10)) * 20, used);
-                let most = (round_trip + SLACK) * most * 11 / 10 + least;
+                let most = (round_trip + used.slack()) * most * 11 / 10 + least;
                 assert!(waited <= most, "{rate} B/s, {round_trip:?}, {used:?}: {waited:?} of {most:?}");
                 assert!(share > 0.95, "{rate} B/s, {round_trip:?}, {used:?}: {share}");
             }

@@ -1,30 +1,14 @@
-//! Frames: a 9-byte header (type, stream id, payload length; big endian) and a payload.
+//! Frames: a header (type, stream id, payload length; big endian) and a payload. `proto/STREAMS.md` is the specification.
 //!
-//! | type | payload |
-//! | --- | --- |
-//! | 1 OPEN | dial deadline in ms (u32), target, origin |
-//! | 2 OPENED | empty |
-//! | 3 REFUSED | error code (u8) and two texts; a text that the error does not need is empty |
-//! | 4 DATA | bytes, which the receiver's window shrinks by |
-//! | 5 CREDIT | bytes (u32) by which the receiver's window grows, to at most [`MAX`](super::window::MAX) |
-//! | 6 EOF | empty; the sender sends no more DATA |
-//! | 7 RESET | reason; the stream is gone in both directions |
-//! | 8 PING, 9 PONG | 8 random bytes; each PING is answered once, with the same bytes |
-//! | 10 GOAWAY | reason; no new streams are accepted from now on |
-//! | 11 CERTIFICATE | a renewed host certificate in OpenSSH's text form |
-//!
-//! Every text, such as a target, an origin, a reason or a certificate, is its length in bytes (u16) followed by UTF-8.
-//!
-//! PING, PONG, GOAWAY and CERTIFICATE have stream id 0. The others have a stream's id, which is never 0 and never used twice
-//! ([`super::ids`]).
+//! `streams-v2` says what `streams-v1` leaves to the order of the bytes: where data belongs, how far credit reaches, and
+//! where a stream ends. Both have the same types, of which the first version lacks HELLO.
 
 use bytes::{BufMut, Bytes, BytesMut};
 
+use super::{Version, window};
 use crate::{DialError, refusal::printable};
 
-/// The length of a frame's header in bytes.
-pub const HEADER: usize = 9;
-/// The most payload bytes of a DATA frame. With its header it fits into one SSH packet.
+/// The most bytes of a stream in one DATA frame. With its header it fits into one SSH packet.
 pub const MAX_DATA: usize = 63 * 1024;
 /// The most payload bytes of any other frame.
 pub const MAX_CONTROL: usize = 16 * 1024;
@@ -32,6 +16,8 @@ pub const MAX_CONTROL: usize = 16 * 1024;
 const MAX_CERTIFICATE: usize = MAX_CONTROL - 2;
 /// The most bytes of any other text. What is longer is cut off.
 const MAX_TEXT: usize = MAX_CONTROL / 4;
+/// The length of the offset in front of a stream's bytes, in the versions that say it.
+const OFFSET: usize = 8;
 
 const OPEN: u8 = 1;
 const OPENED: u8 = 2;
@@ -44,21 +30,118 @@ const PING: u8 = 8;
 const PONG: u8 = 9;
 const GOAWAY: u8 = 10;
 const CERTIFICATE: u8 = 11;
+const HELLO: u8 = 12;
+const CALL: u8 = 13;
+/// Frames whose type has this bit are skipped by who does not know them.
+const OPTIONAL: u8 = 0x80;
 
 /// One decoded frame. A DATA frame comes in several parts if its bytes do.
+///
+/// Fields that are `None` are not on the wire of `streams-v1`.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Frame<'a> {
-    Open { stream: u32, timeout_ms: u32, target: String, origin: String },
-    Opened { stream: u32 },
-    Refused { stream: u32, error: DialError },
-    Data { stream: u32, bytes: &'a [u8] },
-    Credit { stream: u32, bytes: u32 },
-    Eof { stream: u32 },
-    Reset { stream: u32, reason: String },
+    Hello(Hello),
+    /// `limit` and the one in [`Frame::Opened`] are the number of bytes that the peer may send before the first credit.
+    Open {
+        stream: u64,
+        timeout_ms: u32,
+        limit: u64,
+        target: String,
+        origin: String,
+    },
+    Opened {
+        stream: u64,
+        limit: u64,
+    },
+    Refused {
+        stream: u64,
+        error: DialError,
+    },
+    /// `offset` is the number of bytes of this direction before these.
+    Data {
+        stream: u64,
+        offset: Option<u64>,
+        bytes: &'a [u8],
+    },
+    Credit {
+        stream: u64,
+        credit: Credit,
+    },
+    /// `end` is the number of bytes of this direction.
+    Eof {
+        stream: u64,
+        end: Option<u64>,
+    },
+    Reset {
+        stream: u64,
+        end: Option<u64>,
+        reason: String,
+    },
     Ping([u8; 8]),
     Pong([u8; 8]),
-    GoAway { reason: String },
-    Certificate { text: String },
+    GoAway {
+        reason: String,
+    },
+    Certificate {
+        text: String,
+    },
+    /// The node is asked to dial one more connection.
+    Call,
+}
+
+impl Frame<'_> {
+    /// What the specification calls it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Hello(_) => "HELLO",
+            Self::Open { .. } => "OPEN",
+            Self::Opened { .. } => "OPENED",
+            Self::Refused { .. } => "REFUSED",
+            Self::Data { .. } => "DATA",
+            Self::Credit { .. } => "CREDIT",
+            Self::Eof { .. } => "EOF",
+            Self::Reset { .. } => "RESET",
+            Self::Ping(_) => "PING",
+            Self::Pong(_) => "PONG",
+            Self::GoAway { .. } => "GOAWAY",
+            Self::Certificate { .. } => "CERTIFICATE",
+            Self::Call => "CALL",
+        }
+    }
+}
+
+/// What an agent says before anything else.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hello {
+    /// One bit for each thing that this agent can do, such as [`FRONT_END`](Self::FRONT_END). Unknown bits are ignored.
+    pub capabilities: u64,
+    /// Chosen at random when an agent starts.
+    pub instance: [u8; 16],
+    /// What the connection belongs to. The master chooses it at random for the first connection, and says the same on further
+    /// ones. The node repeats it.
+    pub session: [u8; 16],
+}
+
+impl Hello {
+    /// The master accepts streams to its front end.
+    pub const FRONT_END: u64 = 1;
+    /// Sessions may have further connections.
+    pub const CONNECTIONS: u64 = 2;
+    /// The node has the session that the master has named, and this connection is a further one of it.
+    pub const JOINED: u64 = 4;
+
+    pub fn can(&self, capability: u64) -> bool {
+        self.capabilities & capability == capability
+    }
+}
+
+/// How many more bytes the peer may send.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Credit {
+    /// So many more than before (`streams-v1`).
+    By(u32),
+    /// So many since the stream began.
+    UpTo(u64),
 }
 
 /// The peer broke the protocol, and its tunnel has to be closed.
@@ -74,32 +157,73 @@ pub enum FrameError {
     Stream(u8),
 }
 
+impl Version {
+    /// The length of a frame's header in bytes.
+    pub fn header(self) -> usize {
+        match self {
+            Self::V1 => 9,
+            Self::V2 => 13,
+        }
+    }
+
+    /// The length of everything in front of the bytes of a DATA frame.
+    pub fn data_header(self) -> usize {
+        match self {
+            Self::V1 => self.header(),
+            Self::V2 => self.header() + OFFSET,
+        }
+    }
+}
+
 /// Encodes a frame. DATA on the data path is encoded in place instead, by [`start_data`] and [`finish_data`].
-pub fn encode(frame: &Frame<'_>) -> Bytes {
-    let mut out = BytesMut::with_capacity(HEADER + 16);
-    out.put_bytes(0, HEADER);
+pub fn encode(version: Version, frame: &Frame<'_>) -> Bytes {
+    let mut out = BytesMut::with_capacity(version.header() + 16);
+    out.put_bytes(0, version.header());
+    // What the first version does not say.
+    let said = |out: &mut BytesMut, number: u64| match version {
+        Version::V1 => {}
+        Version::V2 => out.put_u64(number),
+    };
     let (kind, stream) = match frame {
-        Frame::Open { stream, timeout_ms, target, origin } => {
+        Frame::Hello(Hello { capabilities, instance, session }) => {
+            out.put_u64(*capabilities);
+            out.put_slice(instance);
+            out.put_slice(session);
+            (HELLO, 0)
+        }
+        Frame::Open { stream, timeout_ms, limit, target, origin } => {
             out.put_u32(*timeout_ms);
+            said(&mut out, *limit);
             put_text(&mut out, target);
             put_text(&mut out, origin);
             (OPEN, *stream)
         }
-        Frame::Opened { stream } => (OPENED, *stream),
+        Frame::Opened { stream, limit } => {
+            said(&mut out, *limit);
+            (OPENED, *stream)
+        }
         Frame::Refused { stream, error } => {
             put_error(&mut out, error);
             (REFUSED, *stream)
         }
-        Frame::Data { stream, bytes } => {
+        Frame::Data { stream, offset, bytes } => {
+            said(&mut out, offset.unwrap_or_default());
             out.extend_from_slice(bytes);
             (DATA, *stream)
         }
-        Frame::Credit { stream, bytes } => {
-            out.put_u32(*bytes);
+        Frame::Credit { stream, credit } => {
+            match *credit {
+                Credit::By(bytes) => out.put_u32(bytes),
+                Credit::UpTo(limit) => out.put_u64(limit),
+            }
             (CREDIT, *stream)
         }
-        Frame::Eof { stream } => (EOF, *stream),
-        Frame::Reset { stream, reason } => {
+        Frame::Eof { stream, end } => {
+            said(&mut out, end.unwrap_or_default());
+            (EOF, *stream)
+        }
+        Frame::Reset { stream, end, reason } => {
+            said(&mut out, end.unwrap_or_default());
             put_text(&mut out, reason);
             (RESET, *stream)
         }
@@ -119,30 +243,40 @@ pub fn encode(frame: &Frame<'_>) -> Bytes {
             put_text_up_to(&mut out, text, MAX_CERTIFICATE);
             (CERTIFICATE, 0)
         }
+        Frame::Call => (CALL, 0),
     };
-    put_header(&mut out, kind, stream);
+    put_header(version, &mut out, kind, stream);
     out.freeze()
 }
 
-/// A buffer for a DATA frame with at most `payload` bytes. Append the payload to the [`HEADER`] bytes that it already holds,
-/// and then call [`finish_data`].
-pub fn start_data(payload: usize) -> BytesMut {
-    let mut out = BytesMut::with_capacity(HEADER + payload);
-    out.put_bytes(0, HEADER);
+/// A buffer for a DATA frame with at most `payload` bytes. Append the payload to what it already holds, and then call
+/// [`finish_data`].
+pub fn start_data(version: Version, payload: usize) -> BytesMut {
+    let mut out = BytesMut::with_capacity(version.data_header() + payload);
+    out.put_bytes(0, version.data_header());
     out
 }
 
-/// Completes a frame that [`start_data`] began.
-pub fn finish_data(mut frame: BytesMut, stream: u32) -> Bytes {
-    put_header(&mut frame, DATA, stream);
+/// Completes a frame that [`start_data`] began. `offset` is the number of the stream's bytes before these.
+pub fn finish_data(version: Version, mut frame: BytesMut, stream: u64, offset: u64) -> Bytes {
+    put_header(version, &mut frame, DATA, stream);
+    if let Some(mut place) = frame.get_mut(version.header()..version.data_header())
+        && version == Version::V2
+    {
+        place.put_u64(offset);
+    }
     frame.freeze()
 }
 
-fn put_header(out: &mut BytesMut, kind: u8, stream: u32) {
-    let len = u32::try_from(out.len().saturating_sub(HEADER)).unwrap_or(u32::MAX);
-    if let Some(mut header) = out.get_mut(..HEADER) {
+fn put_header(version: Version, out: &mut BytesMut, kind: u8, stream: u64) {
+    let len = u32::try_from(out.len().saturating_sub(version.header())).unwrap_or(u32::MAX);
+    if let Some(mut header) = out.get_mut(..version.header()) {
         header.put_u8(kind);
-        header.put_u32(stream);
+        match version {
+            // No stream of this version has an id that does not fit.
+            Version::V1 => header.put_u32(u32::try_from(stream).unwrap_or_default()),
+            Version::V2 => header.put_u64(stream),
+        }
         header.put_u32(len);
     }
 }
@@ -216,6 +350,10 @@ impl Reader<'_> {
         self.take().map(u32::from_be_bytes)
     }
 
+    fn u64(&mut self) -> Option<u64> {
+        self.take().map(u64::from_be_bytes)
+    }
+
     /// Text that gets into logs and status lines.
     fn text(&mut self) -> Option<String> {
         self.raw_text().map(printable)
@@ -230,59 +368,93 @@ impl Reader<'_> {
 }
 
 /// Turns bytes into frames, in whatever pieces the bytes arrive.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Decoder {
+    version: Version,
     state: State,
     /// What has arrived so far of a header or of the payload of a control frame.
     partial: Vec<u8>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 enum State {
-    #[default]
     Header,
+    /// The offset of a DATA frame, whose payload has `len` bytes after it.
+    Offset {
+        stream: u64,
+        len: usize,
+    },
     Data {
-        stream: u32,
+        stream: u64,
+        offset: Option<u64>,
         left: usize,
     },
     Control {
         kind: u8,
-        stream: u32,
+        stream: u64,
         len: usize,
+    },
+    /// A frame that this agent does not know and need not know.
+    Skipped {
+        left: usize,
     },
 }
 
 impl Decoder {
+    pub fn new(version: Version) -> Self {
+        Self { version, state: State::Header, partial: Vec::new() }
+    }
+
     /// The next frame in `input`, which is advanced past the bytes that were used; `None` if more bytes are needed.
     pub fn decode<'a>(&mut self, input: &mut &'a [u8]) -> Result<Option<Frame<'a>>, FrameError> {
         loop {
             match self.state {
                 State::Header => {
-                    if !self.gather(input, HEADER) {
+                    if !self.gather(input, self.version.header()) {
                         return Ok(None);
                     }
-                    self.state = header(&self.partial)?;
+                    self.state = header(self.version, &self.partial)?;
                     self.partial.clear();
                 }
-                State::Data { stream, left } => {
+                State::Offset { stream, len } => {
+                    if !self.gather(input, OFFSET) {
+                        return Ok(None);
+                    }
+                    let offset = Reader(&self.partial).u64();
+                    self.state = State::Data { stream, offset, left: len };
+                    self.partial.clear();
+                }
+                State::Data { stream, offset, left } => {
                     let n = left.min(input.len());
                     if n == 0 && left > 0 {
                         return Ok(None);
                     }
                     let (bytes, rest) = input.split_at(n);
                     *input = rest;
-                    self.state =
-                        if n == left { State::Header } else { State::Data { stream, left: left - n } };
-                    return Ok(Some(Frame::Data { stream, bytes }));
+                    let next = offset.map(|offset| offset.saturating_add(n as u64));
+                    self.state = if n == left {
+                        State::Header
+                    } else {
+                        State::Data { stream, offset: next, left: left - n }
+                    };
+                    return Ok(Some(Frame::Data { stream, offset, bytes }));
                 }
                 State::Control { kind, stream, len } => {
                     if !self.gather(input, len) {
                         return Ok(None);
                     }
                     self.state = State::Header;
-                    let frame = control(kind, stream, &self.partial);
+                    let frame = control(self.version, kind, stream, &self.partial);
                     self.partial.clear();
                     return frame.map(Some);
+                }
+                State::Skipped { left } => {
+                    let n = left.min(input.len());
+                    *input = input.get(n..).unwrap_or_default();
+                    self.state = if n == left { State::Header } else { State::Skipped { left: left - n } };
+                    if n < left {
+                        return Ok(None);
+                    }
                 }
             }
         }
@@ -297,41 +469,64 @@ impl Decoder {
     }
 }
 
-fn header(bytes: &[u8]) -> Result<State, FrameError> {
+fn header(version: Version, bytes: &[u8]) -> Result<State, FrameError> {
     let mut r = Reader(bytes);
-    let (Some(kind), Some(stream), Some(len)) = (r.u8(), r.u32(), r.u32()) else {
+    let kind = r.u8();
+    let stream = match version {
+        Version::V1 => r.u32().map(u64::from),
+        Version::V2 => r.u64(),
+    };
+    let (Some(kind), Some(stream), Some(len)) = (kind, stream, r.u32()) else {
         return Err(FrameError::Payload(0));
     };
     let len = usize::try_from(len).unwrap_or(usize::MAX);
-    let on_stream = match kind {
-        OPEN | OPENED | REFUSED | DATA | CREDIT | EOF | RESET => true,
-        PING | PONG | GOAWAY | CERTIFICATE => false,
+    let on_stream = match (kind, version) {
+        (OPEN | OPENED | REFUSED | DATA | CREDIT | EOF | RESET, _) => true,
+        (PING | PONG | GOAWAY | CERTIFICATE, _) | (HELLO | CALL, Version::V2) => false,
+        (OPTIONAL.., Version::V2) if len <= MAX_CONTROL => return Ok(State::Skipped { left: len }),
+        (OPTIONAL.., Version::V2) => return Err(FrameError::Length { kind, len }),
         _ => return Err(FrameError::Type(kind)),
     };
     if on_stream != (stream != 0) {
         return Err(FrameError::Stream(kind));
     }
-    match kind {
-        DATA if len > MAX_DATA => Err(FrameError::Length { kind, len }),
-        DATA => Ok(State::Data { stream, left: len }),
+    match (kind, version) {
+        (DATA, Version::V1) if len <= MAX_DATA => Ok(State::Data { stream, offset: None, left: len }),
+        (DATA, Version::V2) if (OFFSET..=OFFSET + MAX_DATA).contains(&len) => {
+            Ok(State::Offset { stream, len: len - OFFSET })
+        }
+        (DATA, _) => Err(FrameError::Length { kind, len }),
         _ if len > MAX_CONTROL => Err(FrameError::Length { kind, len }),
         _ => Ok(State::Control { kind, stream, len }),
     }
 }
 
-fn control(kind: u8, stream: u32, payload: &[u8]) -> Result<Frame<'static>, FrameError> {
+fn control(version: Version, kind: u8, stream: u64, payload: &[u8]) -> Result<Frame<'static>, FrameError> {
     let mut r = Reader(payload);
+    let is_v2 = version == Version::V2;
+    // What the first version does not say.
+    let said = |r: &mut Reader<'_>| if is_v2 { r.u64().map(Some) } else { Some(None) };
+    let limit = |r: &mut Reader<'_>| Some(said(r)?.unwrap_or(u64::from(window::INITIAL)));
     let mut read = || {
         Some(match kind {
-            OPEN => Frame::Open { stream, timeout_ms: r.u32()?, target: r.text()?, origin: r.text()? },
-            OPENED => Frame::Opened { stream },
+            HELLO => Frame::Hello(Hello { capabilities: r.u64()?, instance: r.take()?, session: r.take()? }),
+            OPEN => Frame::Open {
+                stream,
+                timeout_ms: r.u32()?,
+                limit: limit(&mut r)?,
+                target: r.text()?,
+                origin: r.text()?,
+            },
+            OPENED => Frame::Opened { stream, limit: limit(&mut r)? },
             REFUSED => Frame::Refused { stream, error: read_error(&mut r)? },
-            CREDIT => Frame::Credit { stream, bytes: r.u32()? },
-            EOF => Frame::Eof { stream },
-            RESET => Frame::Reset { stream, reason: r.text()? },
+            CREDIT if is_v2 => Frame::Credit { stream, credit: Credit::UpTo(r.u64()?) },
+            CREDIT => Frame::Credit { stream, credit: Credit::By(r.u32()?) },
+            EOF => Frame::Eof { stream, end: said(&mut r)? },
+            RESET => Frame::Reset { stream, end: said(&mut r)?, reason: r.text()? },
             PING => Frame::Ping(r.take()?),
             PONG => Frame::Pong(r.take()?),
             GOAWAY => Frame::GoAway { reason: r.text()? },
+            CALL => Frame::Call,
             CERTIFICATE => Frame::Certificate { text: r.raw_text()?.replace(char::is_control, " ") },
             _ => return None,
         })
@@ -343,140 +538,4 @@ fn control(kind: u8, stream: u32, payload: &[u8]) -> Result<Frame<'static>, Fram
 }
 
 #[cfg(test)]
-mod tests {
-    use rand::{RngExt, SeedableRng, rngs::StdRng};
-
-    use super::*;
-    use crate::refusal;
-
-    fn samples() -> Vec<Frame<'static>> {
-        let errors = [
-            DialError::BadTarget("x".into()),
-            DialError::TooManyStreams("x".into()),
-            DialError::Cancelled,
-            DialError::NoRoute("x".into()),
-            DialError::NoTunnel { node: "n1".into(), state: "down".into() },
-            DialError::TunnelLost { node: "n1".into(), reason: "cut".into() },
-            DialError::Policy { rule: "link-local".into(), reason: "no".into() },
-            DialError::Refused("connection refused".into()),
-            DialError::Resolve("no such name".into()),
-            DialError::Unreachable("no route to host".into()),
-            DialError::TimedOut("10 s".into()),
-        ];
-        let mut all: Vec<_> = errors.into_iter().map(|error| Frame::Refused { stream: 3, error }).collect();
-        all.extend([
-            Frame::Open {
-                stream: 1,
-                timeout_ms: 10_000,
-                target: "10.0.0.1:80".into(),
-                origin: "uid=0".into(),
-            },
-            Frame::Opened { stream: u32::MAX },
-            Frame::Data { stream: 7, bytes: b"hello" },
-            Frame::Credit { stream: 1, bytes: 65536 },
-            Frame::Eof { stream: 1 },
-            Frame::Reset { stream: 1, reason: "gone".into() },
-            Frame::Ping(*b"12345678"),
-            Frame::Pong(*b"12345678"),
-            Frame::GoAway { reason: "draining".into() },
-            Frame::Certificate { text: "ssh-ed25519-cert-v01@openssh.com AAAA".into() },
-        ]);
-        all
-    }
-
-    #[test]
-    fn round_trips_in_any_pieces() {
-        for frame in samples() {
-            let bytes = encode(&frame);
-            for piece in [1, 2, 8, 9, 10, bytes.len()] {
-                let mut decoder = Decoder::default();
-                let mut data = Vec::new();
-                let mut got = None;
-                for mut chunk in bytes.chunks(piece) {
-                    while let Some(f) = decoder.decode(&mut chunk).unwrap() {
-                        if let Frame::Data { stream, bytes } = f {
-                            assert_eq!(stream, 7);
-                            data.extend_from_slice(bytes);
-                        } else {
-                            assert!(got.replace(f).is_none());
-                        }
-                    }
-                    assert!(chunk.is_empty());
-                }
-                if let Frame::Data { bytes, .. } = frame {
-                    assert_eq!(data, bytes);
-                } else {
-                    assert_eq!(got.as_ref(), Some(&frame), "in pieces of {piece}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn the_wire_form_is_fixed() {
-        assert_eq!(
-            encode(&Frame::Open { stream: 1, timeout_ms: 256, target: "a:1".into(), origin: String::new() })
-                [..],
-            *b"\x01\0\0\0\x01\0\0\0\x0b\0\0\x01\0\0\x03a:1\0\0"
-        );
-        let mut data = start_data(2);
-        data.extend_from_slice(b"hi");
-        assert_eq!(finish_data(data, 2)[..], *b"\x04\0\0\0\x02\0\0\0\x02hi");
-    }
-
-    #[test]
-    fn refuses_what_breaks_the_protocol() {
-        for (bytes, want) in [
-            (&b"\x00\0\0\0\x01\0\0\0\0"[..], FrameError::Type(0)),
-            (b"\x04\0\0\0\0\0\0\0\x01", FrameError::Stream(DATA)),
-            (b"\x08\0\0\0\x01\0\0\0\x08", FrameError::Stream(PING)),
-            (b"\x04\0\0\0\x01\0\0\xfc\x01", FrameError::Length { kind: DATA, len: MAX_DATA + 1 }),
-            (b"\x01\0\0\0\x01\xff\xff\xff\xff", FrameError::Length { kind: OPEN, len: u32::MAX as usize }),
-            (b"\x05\0\0\0\x01\0\0\0\x03abc", FrameError::Payload(CREDIT)),
-            (b"\x05\0\0\0\x01\0\0\0\x05abcde", FrameError::Payload(CREDIT)),
-            (b"\x03\0\0\0\x01\0\0\0\x05\x63\0\0\0\0", FrameError::Payload(REFUSED)),
-            (b"\x07\0\0\0\x01\0\0\0\x03\0\x01\xff", FrameError::Payload(RESET)),
-        ] {
-            let mut input = bytes;
-            assert_eq!(Decoder::default().decode(&mut input), Err(want), "{bytes:?}");
-        }
-    }
-
-    #[test]
-    fn text_from_a_peer_is_printable() {
-        let bytes = encode(&Frame::Reset { stream: 1, reason: "a\r\nSet-Cookie: \u{202e}x".into() });
-        let frame = Decoder::default().decode(&mut &bytes[..]).unwrap().unwrap();
-        assert_eq!(frame, Frame::Reset { stream: 1, reason: "a  Set-Cookie:  x".into() });
-    }
-
-    #[test]
-    fn a_long_certificate_is_whole_and_other_long_texts_are_cut_off() {
-        let text = "A".repeat(MAX_CERTIFICATE);
-        let bytes = encode(&Frame::Certificate { text: text.clone() });
-        assert_eq!(bytes.len(), HEADER + MAX_CONTROL);
-        assert_eq!(
-            Decoder::default().decode(&mut &bytes[..]),
-            Ok(Some(Frame::Certificate { text: text.clone() }))
-        );
-        let bytes = encode(&Frame::GoAway { reason: text });
-        let reason = "A".repeat(refusal::MOST);
-        assert_eq!(Decoder::default().decode(&mut &bytes[..]), Ok(Some(Frame::GoAway { reason })));
-    }
-
-    #[test]
-    fn no_bytes_make_it_panic_or_hoard() {
-        let mut rng = StdRng::seed_from_u64(4);
-        let valid: Vec<Bytes> = samples().iter().map(encode).collect();
-        for _ in 0..20_000 {
-            let mut bytes: Vec<u8> = valid[rng.random_range(0..valid.len())].to_vec();
-            for _ in 0..rng.random_range(0..6) {
-                let at = rng.random_range(0..bytes.len());
-                bytes[at] = rng.random();
-            }
-            let mut decoder = Decoder::default();
-            let mut input = &bytes[..];
-            while let Ok(Some(_)) = decoder.decode(&mut input) {}
-            assert!(decoder.partial.capacity() <= 2 * MAX_CONTROL);
-        }
-    }
-}
+mod tests;

@@ -1,8 +1,9 @@
-//! Flow control of one direction of one stream. The time is an argument.
+//! Flow control of one direction of one stream, in bytes since the stream began. The time is an argument.
 
 use std::time::{Duration, Instant};
 
-/// The number of bytes that each side may send on a new stream before the first CREDIT. Part of the protocol.
+/// The number of bytes that each side may send on a new stream before the first CREDIT. Part of the first version of the
+/// protocol; later ones say it.
 pub const INITIAL: u32 = 256 * 1024;
 /// The largest window of a stream in bytes. Part of the protocol: a peer that grants more breaks it.
 pub const MAX: u32 = 32 * 1024 * 1024;
@@ -15,21 +16,35 @@ const SHORTEST_ROUND_TRIP: Duration = Duration::from_millis(1);
 #[derive(Debug)]
 pub struct Receive {
     size: u32,
-    /// The number of bytes that the peer may still send.
-    open: u32,
+    /// The number of bytes that the peer may send in all.
+    limit: u64,
     /// The number of bytes that the reader has taken since the last grant.
     taken: u32,
     last_grant: Instant,
 }
 
-/// The peer sent more than it was granted.
+/// How far the peer may send from now on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// So many bytes more than before.
+    pub by: u32,
+    pub limit: u64,
+}
+
+/// What a peer may not do with a window.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the peer sent more than its window")]
-pub struct Overrun;
+pub enum WindowError {
+    #[error("the peer sent more than its window")]
+    Overrun,
+    #[error("the peer left out or repeated bytes")]
+    Offset,
+    #[error("the peer leaves too many gaps")]
+    Gaps,
+}
 
 impl Receive {
     pub fn new(now: Instant) -> Self {
-        Self { size: INITIAL, open: INITIAL, taken: 0, last_grant: now }
+        Self { size: INITIAL, limit: u64::from(INITIAL), taken: 0, last_grant: now }
     }
 
     /// The number of bytes by which this window is larger than a new one, which it holds of a shared budget.
@@ -37,10 +52,9 @@ impl Receive {
         self.size - INITIAL
     }
 
-    pub fn on_data(&mut self, bytes: usize) -> Result<(), Overrun> {
-        let bytes = u32::try_from(bytes).map_err(|_| Overrun)?;
-        self.open = self.open.checked_sub(bytes).ok_or(Overrun)?;
-        Ok(())
+    /// The peer has sent `end` bytes, or more.
+    pub fn check(&self, end: u64) -> Result<(), WindowError> {
+        if end > self.limit { Err(WindowError::Overrun) } else { Ok(()) }
     }
 
     /// The reader has taken `bytes`. Returns how much to grant the peer now, if anything. `may_grow` gets the number of
@@ -51,23 +65,23 @@ impl Receive {
         now: Instant,
         round_trip: Duration,
         may_grow: impl FnOnce(u32) -> bool,
-    ) -> Option<u32> {
+    ) -> Option<Grant> {
         self.taken = self.taken.saturating_add(u32::try_from(bytes).unwrap_or(u32::MAX));
         if self.taken < self.size / 2 {
             return None;
         }
-        let mut grant = self.taken;
+        let mut by = self.taken;
         let round_trip = round_trip.max(SHORTEST_ROUND_TRIP);
         let took =
             now.duration_since(self.last_grant).mul_f64(f64::from(self.size) / 2.0 / f64::from(self.taken));
         if took < round_trip && self.size < MAX && may_grow(self.size) {
-            grant = grant.saturating_add(self.size);
+            by = by.saturating_add(self.size);
             self.size *= 2;
         }
         self.taken = 0;
         self.last_grant = now;
-        self.open = self.open.saturating_add(grant);
-        Some(grant)
+        self.limit = self.limit.saturating_add(u64::from(by));
+        Some(Grant { by, limit: self.limit })
     }
 }
 
@@ -81,12 +95,15 @@ mod tests {
     fn no_more_is_granted_than_was_taken() {
         let t0 = Instant::now();
         let mut w = Receive::new(t0);
-        assert_eq!(w.on_data(INITIAL as usize), Ok(()));
-        assert_eq!(w.on_data(1), Err(Overrun));
+        let initial = u64::from(INITIAL);
+        assert_eq!((w.check(initial), w.check(initial + 1)), (Ok(()), Err(WindowError::Overrun)));
         assert_eq!(w.on_taken(1000, t0 + RTT * 10, RTT, |_| true), None);
-        assert_eq!(w.on_taken(INITIAL as usize / 2 - 1000, t0 + RTT * 10, RTT, |_| true), Some(INITIAL / 2));
-        assert_eq!(w.on_data(INITIAL as usize / 2), Ok(()));
-        assert_eq!(w.on_data(1), Err(Overrun));
+        let grant = w.on_taken(INITIAL as usize / 2 - 1000, t0 + RTT * 10, RTT, |_| true);
+        assert_eq!(grant, Some(Grant { by: INITIAL / 2, limit: initial * 3 / 2 }));
+        assert_eq!(
+            (w.check(initial * 3 / 2), w.check(initial * 3 / 2 + 1)),
+            (Ok(()), Err(WindowError::Overrun))
+        );
     }
 
     #[test]
@@ -95,11 +112,11 @@ mod tests {
         let mut w = Receive::new(now);
         // A reader of 20 MB/s over 100 ms needs 2 MB on the way, and a window of twice that. Whole windows arrive at
         // once, a round trip apart, for as long as the window is the limit.
-        let rate = 20_000_000.0;
+        let (rate, mut received) = (20_000_000.0, 0);
         for _ in 0..400 {
-            let bytes = w.open as usize;
+            let bytes = usize::try_from(w.limit - received).unwrap();
             now += (RTT + Duration::from_millis(1)).max(Duration::from_secs_f64(bytes as f64 / rate));
-            w.on_data(bytes).unwrap();
+            received = w.limit;
             w.on_taken(bytes, now, RTT, |_| true);
         }
         assert_eq!(w.size, 4 * 1024 * 1024);
@@ -110,18 +127,18 @@ mod tests {
     fn a_refused_budget_keeps_the_size() {
         let t0 = Instant::now();
         let mut w = Receive::new(t0);
-        w.on_data(INITIAL as usize).unwrap();
-        assert_eq!(w.on_taken(INITIAL as usize, t0, RTT, |_| false), Some(INITIAL));
+        let grant = w.on_taken(INITIAL as usize, t0, RTT, |_| false);
+        assert_eq!(grant, Some(Grant { by: INITIAL, limit: 2 * u64::from(INITIAL) }));
         assert_eq!(w.extra(), 0);
     }
 
     #[test]
     fn never_exceeds_the_maximum() {
         let t0 = Instant::now();
-        let mut w = Receive::new(t0);
+        let (mut w, mut received) = (Receive::new(t0), 0);
         for _ in 0..100 {
-            let bytes = w.open as usize;
-            w.on_data(bytes).unwrap();
+            let bytes = usize::try_from(w.limit - received).unwrap();
+            received = w.limit;
             w.on_taken(bytes, t0, RTT, |_| true);
         }
         assert_eq!(w.size, MAX);

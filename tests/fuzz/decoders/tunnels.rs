@@ -9,15 +9,19 @@ use proto::{
     connect,
     join::{JoinRequest, JoinResponse, JoinToken},
     konnectivity::Packet,
-    mux::frame::{self, Decoder, Frame},
+    mux::{
+        Version,
+        frame::{self, Decoder, Frame, Hello},
+        ids::{Numbering, Opener},
+    },
     refusal,
     revocation::{Report, SignedList, krl::Krl},
     target::Target,
 };
 use proto_net::{
     gate::Gate,
-    mux::{Mux, SendFrame},
-    stalls::Stalls,
+    mux::{Mux, SendFrame, Settings},
+    stalls,
     tasks::Tasks,
 };
 use tokio::{runtime, task::yield_now};
@@ -29,22 +33,28 @@ const ASKED: usize = 3;
 
 /// The frames of the multiplexer in `bytes`, taken in pieces of `size`, each as text; the last is the error, if any.
 /// DATA of one stream that arrives in pieces is joined.
-fn read_frames(bytes: &[u8], size: usize) -> Vec<String> {
-    let mut decoder = Decoder::default();
+fn read_frames(version: Version, bytes: &[u8], size: usize) -> Vec<String> {
+    let mut decoder = Decoder::new(version);
     let mut found = Vec::new();
-    let mut data: Option<(u32, Vec<u8>)> = None;
+    let mut data: Option<(u64, Option<u64>, Vec<u8>)> = None;
     for piece in bytes.chunks(size.max(1)) {
         let mut input = piece;
         loop {
             match decoder.decode(&mut input) {
-                Ok(Some(Frame::Data { stream, bytes })) => match &mut data {
-                    Some((of, before)) if *of == stream => before.extend_from_slice(bytes),
-                    _ => found.extend(data.replace((stream, bytes.to_vec())).map(|d| format!("{d:?}"))),
+                Ok(Some(Frame::Data { stream, offset, bytes })) => match &mut data {
+                    Some((of, at, before))
+                        if *of == stream && at.map(|at| at.saturating_add(before.len() as u64)) == offset =>
+                    {
+                        before.extend_from_slice(bytes);
+                    }
+                    _ => {
+                        found.extend(data.replace((stream, offset, bytes.to_vec())).map(|d| format!("{d:?}")))
+                    }
                 },
                 Ok(Some(frame)) => {
                     found.extend(data.take().map(|d| format!("{d:?}")));
                     found.push(format!("{frame:?}"));
-                    reencode(&frame);
+                    reencode(version, &frame);
                 }
                 Ok(None) => break,
                 Err(error) => {
@@ -60,24 +70,26 @@ fn read_frames(bytes: &[u8], size: usize) -> Vec<String> {
     found
 }
 
-fn reencode(frame: &Frame<'_>) {
-    let encoded = frame::encode(frame);
+fn reencode(version: Version, frame: &Frame<'_>) {
+    let encoded = frame::encode(version, frame);
     let is_whole = matches!(frame, Frame::Data { .. } | Frame::Certificate { .. });
     // The long texts of other frames are cut off.
     if !is_whole && encoded.len() > frame::MAX_CONTROL / 4 {
         return;
     }
     let mut input = &encoded[..];
-    let mut decoder = Decoder::default();
+    let mut decoder = Decoder::new(version);
     assert!(matches!(decoder.decode(&mut input), Ok(Some(again)) if again == *frame));
     assert!(input.is_empty());
 }
 
 /// Frames are the same in whatever pieces their bytes arrive.
 pub fn frames(bytes: &[u8]) {
-    let whole = read_frames(bytes, bytes.len());
-    for size in [1, 7] {
-        assert_eq!(read_frames(bytes, size), whole);
+    for version in Version::ALL {
+        let whole = read_frames(version, bytes, bytes.len());
+        for size in [1, 7] {
+            assert_eq!(read_frames(version, bytes, size), whole);
+        }
     }
 }
 
@@ -86,15 +98,23 @@ pub fn frames(bytes: &[u8]) {
 fn multiplex(
     bytes: &[u8],
     size: usize,
-    initiator: bool,
+    numbering: Numbering,
 ) -> (Option<String>, usize, Vec<String>, Vec<String>) {
     let runtime = runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
     runtime.block_on(async {
         let tasks = Tasks::new();
         let send: SendFrame = Box::new(|_| Box::pin(ready(true)));
-        let (mux, mut feeder, mut events) =
-            Mux::new(initiator, MAX_STREAMS, Gate::default(), Stalls::default(), send, &tasks);
-        if initiator {
+        let opens = numbering.opens(Opener::This);
+        let most = |opener| if numbering.opens(opener) { MAX_STREAMS } else { 0 };
+        let settings = Settings {
+            numbering,
+            max_opened: most(Opener::This),
+            max_accepted: most(Opener::Peer),
+            stalls: stalls::ByDirection::default(),
+            peer: matches!(numbering, Numbering::Halves { .. }).then(Hello::default),
+        };
+        let (mux, mut feeder, mut events) = Mux::new(settings, Gate::default(), send, &tasks);
+        if opens {
             for _ in 0..ASKED {
                 let mux = mux.clone();
                 let target: Target = "10.0.0.1:80".parse().expect("a target");
@@ -109,7 +129,7 @@ fn multiplex(
         }
         let fed = bytes.chunks(size.max(1)).try_for_each(|piece| feeder.feed(piece));
         let streams = mux.streams_open();
-        assert!(streams <= MAX_STREAMS);
+        assert!([Opener::This, Opener::Peer].iter().all(|opener| mux.streams_of(*opener) <= MAX_STREAMS));
         let (mut incoming, mut notices) = (Vec::new(), Vec::new());
         while let Ok(asked) = events.incoming.try_recv() {
             incoming.push(format!("{} {} {:?}", asked.target, asked.origin, asked.timeout));
@@ -126,10 +146,15 @@ fn multiplex(
 /// A multiplexer of either side comes to the same in whatever pieces its peer's bytes arrive, and carries no more streams
 /// than it may.
 pub fn multiplexer(bytes: &[u8]) {
-    for initiator in [false, true] {
-        let whole = multiplex(bytes, bytes.len(), initiator);
+    for numbering in [
+        Numbering::All { opener: Opener::This },
+        Numbering::All { opener: Opener::Peer },
+        Numbering::Halves { is_client: true },
+        Numbering::Halves { is_client: false },
+    ] {
+        let whole = multiplex(bytes, bytes.len(), numbering);
         for size in [1, 7] {
-            assert_eq!(multiplex(bytes, size, initiator), whole);
+            assert_eq!(multiplex(bytes, size, numbering), whole);
         }
     }
 }

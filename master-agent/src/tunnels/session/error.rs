@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use proto::NodeName;
+use proto_net::mux::ProtocolError;
 
 use crate::identity::HostKeyError;
 
@@ -34,6 +35,10 @@ pub enum TunnelError {
     Connect(String),
     #[error("{0}")]
     NotRegistered(#[from] NotRegistered),
+    #[error("the node broke the stream protocol: {0}")]
+    Multiplexer(#[from] ProtocolError),
+    #[error("the node joins a further connection to another session")]
+    NotJoined,
     #[error("{0}")]
     NotSsh(String),
     #[error(
@@ -54,8 +59,8 @@ impl TunnelError {
             Self::Timeout(_) => Some("timeout"),
             Self::Evicted => Some("evicted"),
             Self::Closed => Some("closed"),
-            Self::NotSsh(_) | Self::Ssh(_) => Some("ssh"),
-            Self::Connect(_) | Self::NotRegistered(_) | Self::NotListening(_) => None,
+            Self::NotSsh(_) | Self::Ssh(_) | Self::Multiplexer(_) => Some("ssh"),
+            Self::Connect(_) | Self::NotRegistered(_) | Self::NotListening(_) | Self::NotJoined => None,
         }
     }
 }

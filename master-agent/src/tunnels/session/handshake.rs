@@ -2,7 +2,7 @@
 
 use std::{
     sync::{Arc, atomic::Ordering},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use proto::{keep_alive, refusal};
@@ -52,7 +52,7 @@ pub struct Credentials<'a> {
     pub verify: Verify,
     /// The SSH user name to log in with.
     pub login: &'a str,
-    pub user: &'a UserIdentity,
+    pub user: &'a Arc<UserIdentity>,
     /// The permit of the handshake, which a newer handshake may evict. `None` means that handshakes are not limited.
     pub permit: Option<&'a HandshakePermit>,
 }
@@ -66,8 +66,8 @@ pub struct SshClient {
 /// An SSH session in which both sides have authenticated. Dropping it ends it.
 pub struct Session {
     pub identity: HostIdentity,
-    /// When the certificate that authenticated the master expires.
-    pub user_expires: Option<SystemTime>,
+    /// The key and certificate that authenticated the master.
+    pub(crate) user: Arc<UserIdentity>,
     pub(crate) handle: Arc<Handle<ClientHandler>>,
     pub(crate) state: Arc<SessionState>,
     pub(crate) channels: Channels,
@@ -126,7 +126,7 @@ impl SshClient {
         cut_on_drop.disarm();
         Ok(Session {
             identity,
-            user_expires: user.expires(),
+            user: user.clone(),
             handle: Arc::new(handle),
             state,
             channels,

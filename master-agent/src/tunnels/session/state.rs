@@ -5,8 +5,10 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-use proto_net::mux::{Feeder, ProtocolError};
+use proto::mux::frame::Hello;
+use proto_net::mux::{Feeder, Greeting, ProtocolError};
 use russh::ChannelId;
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use super::{forward::Forward, identity::HostIdentity};
@@ -43,9 +45,9 @@ impl Loss {
 /// The state of one session.
 #[derive(Default)]
 pub(crate) struct SessionState {
-    /// The multiplexer on which the master opens streams.
+    /// The multiplexer of the tunnel.
     pub(super) to_node: MuxInput,
-    /// The multiplexer on which the node opens streams to the front end.
+    /// The multiplexer on which a node-agent of an earlier release opens streams to the front end.
     pub(super) to_front_end: MuxInput,
     forward: Mutex<Option<Forward>>,
     /// The result of verifying the presented host key.
@@ -94,15 +96,71 @@ impl SessionState {
 
 /// The receiving side of a multiplexer, and the channel that feeds it.
 #[derive(Default)]
-pub(super) struct MuxInput(Mutex<Option<(ChannelId, Feeder)>>);
+pub(super) struct MuxInput(Mutex<Option<(ChannelId, Input)>>);
+
+/// What takes the bytes of the channel.
+enum Input {
+    /// The node has been asked for the multiplexer.
+    Asked {
+        /// Where the node's HELLO goes, until it has come, if there is to be one.
+        hello: Option<(Greeting, oneshot::Sender<Hello>)>,
+        /// What has come since then, for the multiplexer.
+        early: Vec<u8>,
+    },
+    Feeder(Feeder),
+}
+
+/// The most bytes that a node may send before the master has answered its HELLO. An honest one sends a PING, or the first
+/// streams of its callers if it is of an earlier release.
+const MOST_EARLY: usize = 256 * 1024;
+
+impl Input {
+    fn take(&mut self, mut data: &[u8]) -> Result<(), ProtocolError> {
+        let (hello, early) = match self {
+            Self::Feeder(feeder) => return feeder.feed(data),
+            Self::Asked { hello, early } => (hello, early),
+        };
+        if let Some((greeting, _)) = hello {
+            let Some(said) = greeting.take(&mut data)? else { return Ok(()) };
+            if let Some((_, waiting)) = hello.take() {
+                let _ = waiting.send(said);
+            }
+        }
+        if early.len() + data.len() > MOST_EARLY {
+            return Err(ProtocolError::Early);
+        }
+        early.extend_from_slice(data);
+        Ok(())
+    }
+}
 
 impl MuxInput {
-    fn lock(&self) -> MutexGuard<'_, Option<(ChannelId, Feeder)>> {
+    fn lock(&self) -> MutexGuard<'_, Option<(ChannelId, Input)>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn set(&self, channel: ChannelId, feeder: Feeder) {
-        *self.lock() = Some((channel, feeder));
+    /// Keeps what comes on `channel` until [`Self::set`].
+    pub(super) fn expect(&self, channel: ChannelId) {
+        *self.lock() = Some((channel, Input::Asked { hello: None, early: Vec::new() }));
+    }
+
+    /// Does the same, and returns the receiver of the node's HELLO.
+    pub(super) fn expect_hello(&self, channel: ChannelId) -> oneshot::Receiver<Hello> {
+        let (said, hello) = oneshot::channel();
+        let asked = Input::Asked { hello: Some((Greeting::default(), said)), early: Vec::new() };
+        *self.lock() = Some((channel, asked));
+        hello
+    }
+
+    /// Hands everything that comes on the channel to `feeder`, beginning with what has come so far.
+    pub(super) fn set(&self, mut feeder: Feeder) -> Result<(), ProtocolError> {
+        let mut input = self.lock();
+        let Some((_, input)) = &mut *input else { return Ok(()) };
+        if let Input::Asked { early, .. } = input {
+            feeder.feed(early)?;
+        }
+        *input = Input::Feeder(feeder);
+        Ok(())
     }
 
     /// Closes the multiplexer.
@@ -113,7 +171,7 @@ impl MuxInput {
     /// Processes data of a channel. Returns `None` if it is not the multiplexer's channel.
     pub(super) fn feed(&self, channel: ChannelId, data: &[u8]) -> Option<Result<(), ProtocolError>> {
         match &mut *self.lock() {
-            Some((id, feeder)) if *id == channel => Some(feeder.feed(data)),
+            Some((id, input)) if *id == channel => Some(input.take(data)),
             Some(_) | None => None,
         }
     }

@@ -8,8 +8,9 @@ use std::{
 
 use proto::{
     mux::{
-        FRONT_END_SUBSYSTEM, SUBSYSTEM,
-        frame::{self, Decoder, Frame},
+        FRONT_END_SUBSYSTEM, Version,
+        frame::{self, Decoder, Frame, Hello},
+        ids::{Numbering, Opener},
     },
     policy::{Policy, Rule},
     revocation::SignedList,
@@ -20,9 +21,8 @@ use proto_net::{
     handshake::{HandshakePermit, HandshakePermits},
     link::Link,
     log_throttle::LogThrottle,
-    mux::{Events, Feeder, Mux},
-    ssh,
-    stalls::Stalls,
+    mux::{self, Events, Feeder, Greeting, Mux, SendFrame, Settings},
+    ssh, stalls,
     stream::Stream,
     tasks::Tasks,
 };
@@ -117,6 +117,7 @@ impl TestNode {
             bounds_of_masters: Bounds::of_masters(&limits()),
             bounds_of_people: Bounds::of_people(&limits()),
             connected_masters: ConnectedMasters::default(),
+            multiplexers: Arc::default(),
             max_closed_first: MAX_CLOSED_FIRST,
             log_throttle: LogThrottle::default(),
             shutdown_grace: SHUTDOWN_GRACE,
@@ -193,8 +194,8 @@ impl TestNode {
 
     /// A master with its multiplexer.
     pub(super) async fn connect_master(&self) -> (Peer, Mux, Events) {
-        let peer = self.connect(MASTER).await;
-        let (mux, events) = peer.start_mux(true).await;
+        let mut peer = self.connect(MASTER).await;
+        let (mux, events) = peer.start_mux().await;
         (peer, mux, events)
     }
 
@@ -243,6 +244,8 @@ pub(super) struct Peer {
     pub(super) proof: oneshot::Receiver<Authenticated>,
     feeders: Feeders,
     raw: mpsc::UnboundedReceiver<Vec<u8>>,
+    /// What has come behind the node's HELLO.
+    early: Vec<u8>,
     decoder: Decoder,
     farewell: watch::Receiver<Option<String>>,
     gate: Gate,
@@ -278,7 +281,8 @@ impl Peer {
             proof,
             feeders,
             raw,
-            decoder: Decoder::default(),
+            early: Vec::new(),
+            decoder: Decoder::new(Version::V1),
             farewell,
             gate,
             tasks: Tasks::new(),
@@ -293,34 +297,88 @@ impl Peer {
         self.accepted = result.is_ok_and(|result| result.success());
     }
 
-    /// Starts the multiplexer on which the master opens streams, or the one on which the node does.
-    pub(super) async fn start_mux(&self, initiator: bool) -> (Mux, Events) {
-        let mut channel = self.handle.channel_open_session().await.unwrap();
-        let id = channel.id();
-        let handle = self.handle.clone();
-        let out = move |frame| {
-            let handle = handle.clone();
-            Box::pin(async move { handle.data(id, frame).await.is_ok() }) as _
+    /// Starts the multiplexer of a master that has a front end.
+    pub(super) async fn start_mux(&mut self) -> (Mux, Events) {
+        let (id, peer) = self.greet(rand::random()).await;
+        assert!(!peer.can(Hello::JOINED));
+        self.start(id, Numbering::Halves { is_client: true }, Some(peer))
+    }
+
+    /// Asks for the latest version of the multiplexer under the name of a session. Returns the node's HELLO.
+    pub(super) async fn greet(&mut self, session: [u8; 16]) -> (ChannelId, Hello) {
+        let id = self.request(Version::V2.subsystem()).await;
+        let hello = Frame::Hello(mux::hello(Hello::FRONT_END, session));
+        self.handle.data(id, frame::encode(Version::V2, &hello)).await.unwrap();
+        let mut greeting = Greeting::default();
+        loop {
+            let bytes = self.raw.recv().await.unwrap();
+            let mut rest = &bytes[..];
+            if let Some(hello) = greeting.take(&mut rest).unwrap() {
+                self.early = rest.to_vec();
+                return (id, hello);
+            }
+        }
+    }
+
+    /// Starts the multiplexer of a master of an earlier release on which it opens streams, or the one on which the node
+    /// does.
+    pub(super) async fn start_mux_v1(&mut self, opener: Opener) -> (Mux, Events) {
+        let subsystem = match opener {
+            Opener::This => Version::V1.subsystem(),
+            Opener::Peer => FRONT_END_SUBSYSTEM,
         };
-        let stalls = Stalls::default();
-        let (mux, feeder, events) =
-            Mux::new(initiator, 100, self.gate.clone(), stalls, Box::new(out), &self.tasks);
-        self.feeders.lock().unwrap_or_else(PoisonError::into_inner).push((id, feeder));
-        let subsystem = if initiator { SUBSYSTEM } else { FRONT_END_SUBSYSTEM };
+        let id = self.request(subsystem).await;
+        self.start(id, Numbering::All { opener }, None)
+    }
+
+    async fn request(&self, subsystem: &str) -> ChannelId {
+        let mut channel = self.handle.channel_open_session().await.unwrap();
         channel.request_subsystem(true, subsystem).await.unwrap();
         while !matches!(channel.wait().await.unwrap(), ChannelMsg::Success) {}
+        channel.id()
+    }
+
+    fn start(&mut self, id: ChannelId, numbering: Numbering, peer: Option<Hello>) -> (Mux, Events) {
+        let stalls = stalls::ByDirection::default();
+        let settings = Settings { numbering, max_opened: 100, max_accepted: 100, stalls, peer };
+        let (mux, feeder, events) = Mux::new(settings, self.gate.clone(), self.sender(id), &self.tasks);
+        self.feed(id, feeder);
         (mux, events)
+    }
+
+    /// Joins this session to a multiplexer.
+    pub(super) fn join(&mut self, id: ChannelId, mux: &Mux) {
+        let feeder = mux.join(self.gate.clone(), self.sender(id), &self.tasks).unwrap();
+        self.feed(id, feeder);
+    }
+
+    fn sender(&self, id: ChannelId) -> SendFrame {
+        let handle = self.handle.clone();
+        Box::new(move |frame| {
+            let handle = handle.clone();
+            Box::pin(async move { handle.data(id, frame).await.is_ok() })
+        })
+    }
+
+    /// Hands over to a multiplexer, beginning with what has come behind the node's HELLO.
+    fn feed(&mut self, id: ChannelId, mut feeder: Feeder) {
+        let mut feeders = self.feeders.lock().unwrap_or_else(PoisonError::into_inner);
+        feeder.feed(&std::mem::take(&mut self.early)).unwrap();
+        while let Ok(bytes) = self.raw.try_recv() {
+            feeder.feed(&bytes).unwrap();
+        }
+        feeders.push((id, feeder));
     }
 
     /// Opens the multiplexer's channel without a multiplexer, for frames that no honest master sends.
     pub(super) async fn start_raw_mux(&self) -> ChannelId {
         let channel = self.handle.channel_open_session().await.unwrap();
-        channel.request_subsystem(false, SUBSYSTEM).await.unwrap();
+        channel.request_subsystem(false, Version::V1.subsystem()).await.unwrap();
         channel.id()
     }
 
     pub(super) async fn send_raw(&self, channel: ChannelId, frame: &Frame<'_>) {
-        self.handle.data(channel, frame::encode(frame)).await.unwrap();
+        self.handle.data(channel, frame::encode(Version::V1, frame)).await.unwrap();
     }
 
     /// The first frame on the raw multiplexer that `pick` takes.

@@ -2,122 +2,179 @@
 
 use std::{
     collections::HashMap,
-    pin::Pin,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicI64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
-use bytes::Bytes;
 use proto::{
     DialError,
     mux::{
-        flow::PingId,
-        frame::{self, Frame},
-        ids::Ids,
+        Version,
+        frame::{self, Frame, Hello},
+        ids::{Ids, Numbering, Opener},
     },
 };
-use tokio::sync::mpsc;
+
+use tokio_util::sync::CancellationToken;
 
 use super::{
-    error::{ProtocolError, Violation},
-    round_trip::RoundTrip,
+    by_opener::{ByOpener, Counts},
+    connection::Connection,
+    error::Violation,
+    further::Further,
     state::{Shared, State},
 };
-use crate::{gate::Gate, stalls::Stalls, stream::error::StreamError};
+use crate::{
+    stalls::{self, Stalls},
+    stream::error::StreamError,
+};
 
 /// Bytes by which all windows of a tunnel together may exceed their initial size.
 pub(super) const GROWTH_BUDGET: i64 = 32 * 1024 * 1024;
 
-/// Hands one frame to the SSH session, waiting while its queue is full; `false` once the session is gone.
-pub type SendFrame = Box<dyn Fn(Bytes) -> Pin<Box<dyn Future<Output = bool> + Send>> + Send + Sync>;
+/// What this process says at the beginning of a connection of `session`.
+pub fn hello(capabilities: u64, session: [u8; 16]) -> Hello {
+    static INSTANCE: OnceLock<[u8; 16]> = OnceLock::new();
+    Hello {
+        capabilities: capabilities | Hello::CONNECTIONS,
+        instance: *INSTANCE.get_or_init(rand::random),
+        session,
+    }
+}
+
+/// What one end of a multiplexer is to be.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub numbering: Numbering,
+    /// The most streams at once that this side opens.
+    pub max_opened: usize,
+    /// The most streams at once that the peer may open; with 0 it may open none at all.
+    pub max_accepted: usize,
+    /// Count what waits for the peer's windows. What this side opens goes up to a target, whichever agent this is, and
+    /// what the peer opens comes down.
+    pub stalls: stalls::ByDirection,
+    /// What the peer has said at the beginning, unless both speak [`Version::V1`].
+    pub peer: Option<Hello>,
+}
 
 /// One end of a tunnel's multiplexer. Cheap to clone.
 #[derive(Clone)]
 pub struct Mux(pub(super) Arc<Inner>);
 
 pub(super) struct Inner {
-    send: SendFrame,
-    pub(super) gate: Gate,
-    pub(super) stalls: Stalls,
-    answers: mpsc::UnboundedSender<Bytes>,
-    /// PINGs that the gate asks for.
-    pings: mpsc::UnboundedSender<PingId>,
-    /// The number of queued answers. It is bounded where the peer causes them, and not here, since a RESET must never
-    /// be lost.
-    pub(super) waiting_answers: AtomicUsize,
-    /// Whether this side opens the streams.
-    pub(super) initiator: bool,
+    pub(super) settings: Settings,
+    /// The connection with which the multiplexer ends.
+    pub(super) first: Arc<Connection>,
+    pub(super) further: Arc<Further>,
     streams: Mutex<Streams>,
-    pub(super) max_streams: usize,
     /// Streams of which this side still holds anything, including those that the peer has given up.
-    pub(super) count: AtomicUsize,
+    counts: Arc<Counts>,
     /// Held while an OPEN is sent, so that ids go out in the order in which they grow.
     pub(super) opening: tokio::sync::Mutex<()>,
     pub(super) growth_left: AtomicI64,
-    pub(super) round_trip: RoundTrip,
+    closed: CancellationToken,
 }
 
-#[derive(Default)]
 pub(super) struct Streams {
-    pub(super) ids: Ids,
-    pub(super) open: HashMap<u32, Arc<Shared>>,
+    pub(super) ids: ByOpener<Ids>,
+    pub(super) open: HashMap<u64, Arc<Shared>>,
     pub(super) closed: Option<StreamError>,
     pub(super) going_away: Option<String>,
 }
 
 impl Inner {
-    /// An end without streams, whose queued answers go to `answers`, and PINGs to `pings`.
-    pub(super) fn new(
-        initiator: bool,
-        max_streams: usize,
-        gate: Gate,
-        stalls: Stalls,
-        send: SendFrame,
-        answers: mpsc::UnboundedSender<Bytes>,
-        pings: mpsc::UnboundedSender<PingId>,
-    ) -> Self {
+    /// An end without streams.
+    pub(super) fn new(settings: Settings, first: Arc<Connection>, counts: Arc<Counts>) -> Self {
+        let numbering = settings.numbering;
         Self {
-            send,
-            gate,
-            stalls,
-            answers,
-            pings,
-            waiting_answers: AtomicUsize::new(0),
-            initiator,
-            streams: Mutex::default(),
-            max_streams,
-            count: AtomicUsize::new(0),
+            settings,
+            first,
+            further: Arc::default(),
+            streams: Mutex::new(Streams {
+                ids: ByOpener { this: Ids::new(numbering), peer: Ids::new(numbering) },
+                open: HashMap::new(),
+                closed: None,
+                going_away: None,
+            }),
+            counts,
             opening: tokio::sync::Mutex::default(),
             growth_left: AtomicI64::new(GROWTH_BUDGET),
-            round_trip: RoundTrip::default(),
+            closed: CancellationToken::new(),
+        }
+    }
+
+    pub(super) fn version(&self) -> Version {
+        self.settings.numbering.version()
+    }
+
+    pub(super) fn counts(&self) -> &Arc<Counts> {
+        &self.counts
+    }
+
+    pub(super) fn count(&self, opener: Opener) -> &AtomicUsize {
+        self.counts.of(opener)
+    }
+
+    /// The most streams at once.
+    pub(super) fn limit(&self, opener: Opener) -> usize {
+        match opener {
+            Opener::This => self.settings.max_opened,
+            Opener::Peer => self.settings.max_accepted,
+        }
+    }
+
+    pub(super) fn stalls(&self, opener: Opener) -> &Stalls {
+        match opener {
+            Opener::This => &self.settings.stalls.up,
+            Opener::Peer => &self.settings.stalls.down,
         }
     }
 }
 
+impl Streams {
+    fn is_used(&self, id: u64, numbering: Numbering) -> bool {
+        self.ids.of(numbering.opener(id)).is_used(id)
+    }
+}
+
 impl Mux {
-    /// Number of streams, including those that are being opened or closed.
+    /// Number of streams that one side has opened, including those that are being opened or closed.
+    pub fn streams_of(&self, opener: Opener) -> usize {
+        self.0.count(opener).load(Ordering::Relaxed)
+    }
+
+    /// Number of streams, whoever has opened them.
     pub fn streams_open(&self) -> usize {
-        self.0.count.load(Ordering::Relaxed)
+        self.0.counts.all()
+    }
+
+    pub fn version(&self) -> Version {
+        self.0.version()
+    }
+
+    /// What the peer has said at the beginning, unless both speak [`Version::V1`].
+    pub fn peer(&self) -> Option<&Hello> {
+        self.0.settings.peer.as_ref()
     }
 
     /// The measured round trip between the agents' multiplexers. While a peer has owed an answer for longer than that,
     /// it is at least the time since the question was sent.
     pub fn round_trip(&self) -> Option<Duration> {
-        self.0.round_trip.get()
+        self.0.first.round_trip.get()
     }
 
     /// Tells the peer that no new streams will be accepted or opened.
     pub async fn go_away(&self, reason: &str) {
         self.streams().going_away = Some(reason.to_owned());
-        self.send(frame::encode(&Frame::GoAway { reason: reason.to_owned() })).await;
+        self.send_frame(&Frame::GoAway { reason: reason.to_owned() }).await;
     }
 
     /// Sends the node a renewed host certificate.
     pub async fn send_certificate(&self, text: &str) -> bool {
-        self.send(frame::encode(&Frame::Certificate { text: text.to_owned() })).await
+        self.send_frame(&Frame::Certificate { text: text.to_owned() }).await
     }
 
     /// Resets every stream, and refuses to open others from now on.
@@ -130,6 +187,12 @@ impl Mux {
         for shared in open.into_values() {
             shared.lock().fail(StreamError(reason.to_owned()));
         }
+        self.0.closed.cancel();
+    }
+
+    /// Waits until the multiplexer has been closed.
+    pub async fn closed(&self) {
+        self.0.closed.cancelled().await;
     }
 
     /// Whether either side has said that it takes no new streams.
@@ -137,26 +200,65 @@ impl Mux {
         self.streams().going_away.is_some()
     }
 
-    pub(super) fn is_full(&self) -> bool {
-        self.streams_open() >= self.0.max_streams
+    /// Number of streams that send or receive much.
+    pub fn heavy_streams(&self) -> usize {
+        self.0.further.heavy()
+    }
+
+    /// Number of further connections.
+    pub fn further_connections(&self) -> usize {
+        self.0.further.len()
+    }
+
+    /// Waits until the number of heavy streams or of further connections has changed since the last time. Cancel-safe.
+    pub async fn load_changed(&self) {
+        self.0.further.changed().await;
+    }
+
+    /// Asks the node to dial one more connection.
+    pub async fn call(&self) -> bool {
+        self.send_frame(&Frame::Call).await
+    }
+
+    /// A further connection is gone. Streams end that have sent bytes on it which are not known to have arrived.
+    pub(super) fn lose(&self, connection: &Arc<Connection>) {
+        self.0.further.remove(connection);
+        let lost = || StreamError("one of the tunnel's connections was lost".to_owned());
+        let (_, arrived) = connection.gate.sent_and_arrived();
+        let mut streams = self.streams();
+        let used: Vec<_> =
+            streams.open.extract_if(|_, shared| shared.lock().has_lost(connection.number, arrived)).collect();
+        drop(streams);
+        for (stream, shared) in used {
+            let end = {
+                let mut state = shared.lock();
+                state.fail(lost());
+                Some(state.sent)
+            };
+            self.answer(&Frame::Reset { stream, end, reason: lost().0 });
+        }
+    }
+
+    pub(super) fn is_full(&self, opener: Opener) -> bool {
+        self.streams_of(opener) >= self.0.limit(opener)
     }
 
     pub(super) fn closed_reason(&self) -> String {
         self.streams().closed.as_ref().map_or_else(|| "the SSH session ended".to_owned(), |e| e.0.clone())
     }
 
-    /// Hands a frame to the SSH session; `false` once the session is gone.
-    pub(super) async fn send(&self, frame: Bytes) -> bool {
-        (self.0.send)(frame).await
+    /// Sends a frame on the first connection; `false` once that is gone.
+    pub(super) async fn send_frame(&self, frame: &Frame<'_>) -> bool {
+        self.0.first.send(frame::encode(self.version(), frame)).await
     }
 
-    /// Queues a frame for the task that sends answers, without waiting.
+    /// Queues a frame for the first connection, without waiting.
     pub(super) fn answer(&self, frame: &Frame<'_>) {
-        // Counted first, since another thread may take the frame out at once, and the count must not go below zero.
-        self.0.waiting_answers.fetch_add(1, Ordering::Relaxed);
-        if self.0.answers.send(frame::encode(frame)).is_err() {
-            self.0.waiting_answers.fetch_sub(1, Ordering::Relaxed);
-        }
+        self.0.first.answer(frame);
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.streams().closed.is_some()
     }
 
     pub(super) fn streams(&self) -> MutexGuard<'_, Streams> {
@@ -164,10 +266,10 @@ impl Mux {
     }
 
     /// The stream that a frame is for; `None` if it has ended.
-    pub(super) fn find(&self, stream: u32, frame: &'static str) -> Result<Option<Arc<Shared>>, Violation> {
+    pub(super) fn find(&self, stream: u64, frame: &'static str) -> Result<Option<Arc<Shared>>, Violation> {
         let streams = self.streams();
         match streams.open.get(&stream) {
-            None if !streams.ids.is_used(stream) => Err(Violation::NeverOpened(frame)),
+            None if !streams.is_used(stream, self.0.settings.numbering) => Err(Violation::NeverOpened(frame)),
             open => Ok(open.cloned()),
         }
     }
@@ -175,56 +277,55 @@ impl Mux {
     /// Applies a frame to its stream, or ignores it if the stream has ended.
     pub(super) fn change(
         &self,
-        stream: u32,
+        stream: u64,
         frame: &'static str,
         change: impl FnOnce(&mut State) -> Result<(), Violation>,
     ) -> Result<(), Violation> {
         self.find(stream, frame)?.map_or(Ok(()), |shared| change(&mut shared.lock()))
     }
 
-    pub(super) fn on_reset(&self, stream: u32, reason: String) -> Result<(), Violation> {
+    pub(super) fn on_reset(&self, stream: u64, reason: String) -> Result<(), Violation> {
+        let opener = self.0.settings.numbering.opener(stream);
         let mut streams = self.streams();
         match streams.open.remove(&stream) {
             Some(shared) => {
                 drop(streams);
                 shared.lock().fail(StreamError(reason));
             }
-            None if self.0.initiator && !streams.ids.is_used(stream) => {
+            None if opener == Opener::This && !streams.ids.this.is_used(stream) => {
                 return Err(Violation::NeverOpened("RESET"));
             }
             // A peer that opens streams may give one up before it has sent the OPEN.
             None => {
-                streams.ids.take(stream);
+                streams.ids.of_mut(opener).take(stream);
             }
         }
         Ok(())
     }
 
-    pub(super) fn on_pong(&self, id: PingId) -> Result<(), ProtocolError> {
-        let measured = self.0.round_trip.on_pong(id);
-        if measured && let Some(round_trip) = self.round_trip() {
-            self.0.gate.measure(round_trip, &self.0.pings);
-        }
-        let marked = self.0.gate.on_pong(id);
-        if measured || marked { Ok(()) } else { Err(ProtocolError::Pong) }
+    pub(super) fn on_opened(&self, stream: u64, limit: u64) -> Result<(), Violation> {
+        self.check_opened_here(stream, "OPENED")?;
+        self.change(stream, "OPENED", |state| {
+            state.on_answer("OPENED", Ok(()))?;
+            state.on_limit(limit)
+        })
     }
 
-    pub(super) fn on_opened(&self, stream: u32) -> Result<(), Violation> {
-        if !self.0.initiator {
-            return Err(Violation::Answerer("OPENED"));
-        }
-        self.change(stream, "OPENED", |state| state.on_answer("OPENED", Ok(())))
-    }
-
-    pub(super) fn on_refused(&self, stream: u32, error: DialError) -> Result<(), Violation> {
-        if !self.0.initiator {
-            return Err(Violation::Answerer("REFUSED"));
-        }
+    pub(super) fn on_refused(&self, stream: u64, error: DialError) -> Result<(), Violation> {
+        self.check_opened_here(stream, "REFUSED")?;
         self.change(stream, "REFUSED", |state| {
             state.on_answer("REFUSED", Err(error))?;
             state.ended = true;
             Ok(())
         })
+    }
+
+    /// Only the side that was asked for a stream answers.
+    fn check_opened_here(&self, stream: u64, frame: &'static str) -> Result<(), Violation> {
+        match self.0.settings.numbering.opener(stream) {
+            Opener::This => Ok(()),
+            Opener::Peer => Err(Violation::Answerer(frame)),
+        }
     }
 
     /// Takes what a window grows by from the tunnel's budget. It is never more than half of what is left, so that one

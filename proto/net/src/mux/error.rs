@@ -8,11 +8,17 @@ pub enum ProtocolError {
     #[error(transparent)]
     Frame(#[from] FrameError),
     #[error("stream {stream}: {error}")]
-    Stream { stream: u32, error: Violation },
+    Stream { stream: u64, error: Violation },
     #[error("the peer asks for more answers than it takes")]
     Flood,
     #[error("a PONG answers no PING")]
     Pong,
+    #[error("HELLO does not come first, or comes again")]
+    Hello,
+    #[error("a further connection carries no frame of this kind: {0}")]
+    Further(&'static str),
+    #[error("the peer sends too much before it is answered")]
+    Early,
 }
 
 /// What a peer may not do with a stream.
@@ -33,7 +39,7 @@ pub enum Violation {
     #[error("{0} after EOF")]
     Ended(&'static str),
     #[error(transparent)]
-    Overrun(#[from] window::Overrun),
+    Window(#[from] window::WindowError),
     #[error("CREDIT beyond the largest window")]
     Credit,
 }

@@ -1,30 +1,35 @@
-//! What comes from the peer: frames out of the bytes of the SSH channel, each handed to its stream.
+//! What comes from the peer: frames out of the bytes of an SSH channel, each handed to its stream.
 
-use std::sync::{Arc, Weak, atomic::Ordering};
+use std::sync::Arc;
 
-use bytes::Bytes;
-use proto::mux::{
-    flow::PingId,
-    frame::{self, Decoder, Frame},
-};
+use proto::mux::frame::{Decoder, Frame};
 use tokio::sync::mpsc;
 
 use super::{
-    endpoint::{Inner, Mux, SendFrame},
+    by_opener::Counts,
+    connection::{Connection, SendFrame},
+    endpoint::{Inner, Mux, Settings},
     error::ProtocolError,
-    open::{Incoming, on_open},
-    state::{Shared, State},
+    open::{Asked, Incoming, on_open},
+    state::Shared,
 };
-use crate::{gate::Gate, keep_alive::Pings, stalls::Stalls, tasks::Tasks};
+use crate::{gate::Gate, tasks::Tasks};
 
 /// Answers (PONG, REFUSED, RESET) that may wait to be sent, in addition to one for each stream.
 pub(super) const ANSWERS: usize = 4096;
 
-/// Takes the bytes that come out of the SSH channel. The handler of the SSH session owns it; dropping it closes the
-/// multiplexer.
+/// Takes the bytes that come out of the SSH channel of one connection. The handler of the SSH session owns it. Dropping that
+/// of the first connection closes the multiplexer, and dropping another one ends the streams that have used it.
 pub struct Feeder {
     mux: Mux,
+    connection: Arc<Connection>,
     decoder: Decoder,
+    /// What only the first connection carries goes there.
+    first: Option<Outlets>,
+}
+
+/// Where what is not of a stream goes.
+struct Outlets {
     incoming: mpsc::Sender<Incoming>,
     notices: mpsc::Sender<Notice>,
 }
@@ -34,88 +39,83 @@ pub struct Feeder {
 pub enum Notice {
     GoAway(String),
     Certificate(String),
+    /// The peer asks for one more connection.
+    Call,
 }
 
 /// The receiving ends that go with a new [`Mux`].
 pub struct Events {
-    /// Streams that the peer asks for. Nothing ever comes on the side that opens the streams.
+    /// Streams that the peer asks for. None ever comes if it may open none.
     pub incoming: mpsc::Receiver<Incoming>,
     pub notices: mpsc::Receiver<Notice>,
 }
 
 impl Mux {
-    /// `initiator` opens streams; the other side receives them as [`Events::incoming`]. The task that sends answers and
-    /// measures the round trip belongs to `tasks`. `stalls` counts what waits for the peer's windows.
-    pub fn new(
-        initiator: bool,
-        max_streams: usize,
-        gate: Gate,
-        stalls: Stalls,
-        send: SendFrame,
-        tasks: &Tasks,
-    ) -> (Self, Feeder, Events) {
-        let (answers, answer_queue) = mpsc::unbounded_channel();
-        let (pings, ping_queue) = mpsc::unbounded_channel();
-        let queues = Queues { answers: answer_queue, pings: ping_queue };
-        let (incoming_tx, incoming) = mpsc::channel(max_streams.max(1));
+    /// A multiplexer on its first connection. The task that sends answers and measures the round trip belongs to `tasks`.
+    pub fn new(settings: Settings, gate: Gate, send: SendFrame, tasks: &Tasks) -> (Self, Feeder, Events) {
+        let (incoming_tx, incoming) = mpsc::channel(settings.max_accepted.max(1));
         let (notices_tx, notices) = mpsc::channel(16);
-        let mux =
-            Self(Arc::new(Inner::new(initiator, max_streams, gate.clone(), stalls, send, answers, pings)));
-        tasks.spawn(housekeeping(Arc::downgrade(&mux.0), gate, queues));
-        let feeder = Feeder {
-            mux: mux.clone(),
-            decoder: Decoder::default(),
-            incoming: incoming_tx,
-            notices: notices_tx,
-        };
+        let version = settings.numbering.version();
+        let counts = Arc::<Counts>::default();
+        let connection = Connection::start(0, version, gate, send, counts.clone(), tasks);
+        let mux = Self(Arc::new(Inner::new(settings, connection.clone(), counts)));
+        let outlets = Outlets { incoming: incoming_tx, notices: notices_tx };
+        let feeder =
+            Feeder { mux: mux.clone(), connection, decoder: Decoder::new(version), first: Some(outlets) };
         (mux, feeder, Events { incoming, notices })
+    }
+
+    /// Adds a connection over which both sides have agreed on this session. Returns what takes its bytes; `None` if the
+    /// session has enough of them.
+    pub fn join(&self, gate: Gate, send: SendFrame, tasks: &Tasks) -> Option<Feeder> {
+        if self.is_closed() {
+            return None;
+        }
+        let (version, counts) = (self.version(), self.0.counts().clone());
+        let start = |number| Connection::start(number, version, gate, send, counts, tasks);
+        let connection = self.0.further.add(start)?;
+        Some(Feeder { mux: self.clone(), connection, decoder: Decoder::new(version), first: None })
     }
 }
 
 impl Feeder {
-    /// Takes bytes in the order in which they came out of the SSH channel. Never waits. After an error the tunnel must be
-    /// closed.
+    /// Takes bytes in the order in which they came out of the SSH channel. Never waits. After an error the SSH session must
+    /// be closed.
     pub fn feed(&mut self, mut bytes: &[u8]) -> Result<(), ProtocolError> {
-        let Self { mux, decoder, incoming, notices } = self;
+        let Self { mux, connection, decoder, first } = self;
         let on = |stream| move |error| ProtocolError::Stream { stream, error };
+        let is_first = first.is_some();
         // Consecutive parts of one stream's data need only one look-up.
-        let mut last: Option<(u32, Arc<Shared>)> = None;
+        let mut last: Option<(u64, Arc<Shared>)> = None;
+        let most_answers = ANSWERS + mux.0.settings.max_opened + mux.0.settings.max_accepted;
         while let Some(frame) = decoder.decode(&mut bytes)? {
-            if mux.0.waiting_answers.load(Ordering::Relaxed) > ANSWERS + mux.0.max_streams {
+            if connection.waiting_answers() > most_answers {
                 return Err(ProtocolError::Flood);
             }
             match frame {
-                Frame::Data { stream, bytes } => {
+                Frame::Data { stream, offset, bytes } => {
                     if last.as_ref().is_none_or(|(id, _)| *id != stream) {
                         last = mux.find(stream, "DATA").map_err(on(stream))?.map(|shared| (stream, shared));
                     }
                     if let Some((_, shared)) = &last {
-                        shared.lock().on_data(bytes).map_err(on(stream))?;
+                        shared.lock().on_data(is_first, offset, bytes).map_err(on(stream))?;
                     }
                 }
-                Frame::Credit { stream, bytes } => {
-                    mux.change(stream, "CREDIT", |state| state.on_credit(bytes)).map_err(on(stream))?;
-                }
-                Frame::Eof { stream } => {
-                    mux.change(stream, "EOF", State::on_eof).map_err(on(stream))?;
-                }
-                Frame::Reset { stream, reason } => {
+                Frame::Ping(id) => connection.answer(&Frame::Pong(id)),
+                Frame::Pong(id) => connection.on_pong(id)?,
+                Frame::Hello(_) => return Err(ProtocolError::Hello),
+                other @ (Frame::Open { .. }
+                | Frame::Opened { .. }
+                | Frame::Refused { .. }
+                | Frame::Credit { .. }
+                | Frame::Eof { .. }
+                | Frame::Reset { .. }
+                | Frame::GoAway { .. }
+                | Frame::Certificate { .. }
+                | Frame::Call) => {
                     last = None;
-                    mux.on_reset(stream, reason).map_err(on(stream))?;
-                }
-                Frame::Opened { stream } => mux.on_opened(stream).map_err(on(stream))?,
-                Frame::Refused { stream, error } => mux.on_refused(stream, error).map_err(on(stream))?,
-                Frame::Open { stream, timeout_ms, target, origin } => {
-                    on_open(mux, incoming, stream, timeout_ms, &target, origin).map_err(on(stream))?;
-                }
-                Frame::Ping(id) => mux.answer(&Frame::Pong(id)),
-                Frame::Pong(id) => mux.on_pong(id)?,
-                Frame::GoAway { reason } => {
-                    mux.streams().going_away = Some(reason.clone());
-                    let _ = notices.try_send(Notice::GoAway(reason));
-                }
-                Frame::Certificate { text } => {
-                    let _ = notices.try_send(Notice::Certificate(text));
+                    let outlets = first.as_ref().ok_or(ProtocolError::Further(other.name()))?;
+                    outlets.take(mux, other)?;
                 }
             }
         }
@@ -127,48 +127,51 @@ impl Feeder {
     }
 }
 
-impl Drop for Feeder {
-    fn drop(&mut self) {
-        self.mux.close("the tunnel was lost");
+impl Outlets {
+    /// Takes a frame that only the first connection carries.
+    fn take(&self, mux: &Mux, frame: Frame<'_>) -> Result<(), ProtocolError> {
+        let on = |stream| move |error| ProtocolError::Stream { stream, error };
+        match frame {
+            Frame::Open { stream, timeout_ms, limit, target, origin } => {
+                let asked = Asked { stream, timeout_ms, limit, target, origin };
+                on_open(mux, &self.incoming, asked).map_err(on(stream))
+            }
+            Frame::Opened { stream, limit } => mux.on_opened(stream, limit).map_err(on(stream)),
+            Frame::Refused { stream, error } => mux.on_refused(stream, error).map_err(on(stream)),
+            Frame::Credit { stream, credit } => {
+                mux.change(stream, "CREDIT", |state| state.on_credit(credit)).map_err(on(stream))
+            }
+            Frame::Eof { stream, end } => {
+                mux.change(stream, "EOF", |state| state.on_eof(end)).map_err(on(stream))
+            }
+            Frame::Reset { stream, end: _, reason } => mux.on_reset(stream, reason).map_err(on(stream)),
+            Frame::GoAway { reason } => {
+                mux.streams().going_away = Some(reason.clone());
+                self.notice(Notice::GoAway(reason));
+                Ok(())
+            }
+            Frame::Certificate { text } => {
+                self.notice(Notice::Certificate(text));
+                Ok(())
+            }
+            Frame::Call => {
+                self.notice(Notice::Call);
+                Ok(())
+            }
+            Frame::Data { .. } | Frame::Ping(_) | Frame::Pong(_) | Frame::Hello(_) => Ok(()),
+        }
+    }
+
+    fn notice(&self, notice: Notice) {
+        let _ = self.notices.try_send(notice);
     }
 }
 
-/// What waits to be sent without a stream.
-struct Queues {
-    answers: mpsc::UnboundedReceiver<Bytes>,
-    pings: mpsc::UnboundedReceiver<PingId>,
-}
-
-/// Sends queued answers, and the PINGs that the gate asks for or that [`Pings`] says are due, until the multiplexer is gone.
-async fn housekeeping(mux: Weak<Inner>, gate: Gate, mut queues: Queues) {
-    let mut pings = Pings::new(gate.traffic().cloned());
-    loop {
-        let frame = tokio::select! {
-            Some(id) = queues.pings.recv() => frame::encode(&Frame::Ping(id)),
-            answer = queues.answers.recv() => {
-                let (Some(answer), Some(mux)) = (answer, mux.upgrade()) else { return };
-                mux.waiting_answers.fetch_sub(1, Ordering::Relaxed);
-                answer
-            }
-            () = pings.due() => {
-                let Some(mux) = mux.upgrade().map(Mux) else { return };
-                let round_trip = &mux.0.round_trip;
-                // While there is no stream, nobody needs to know how far away the peer is.
-                if round_trip.is_measured() && !pings.keep_alive() && mux.streams_open() == 0 {
-                    continue;
-                }
-                let Some(id) = round_trip.next_ping() else { continue };
-                // Before the first answer, the peer may not even have agreed to take frames.
-                if round_trip.is_measured() {
-                    gate.mark(id);
-                }
-                frame::encode(&Frame::Ping(id))
-            }
-        };
-        gate.settled().await;
-        let Some(mux) = mux.upgrade() else { return };
-        if !Mux(mux).send(frame).await {
-            return;
+impl Drop for Feeder {
+    fn drop(&mut self) {
+        match self.first {
+            Some(_) => self.mux.close("the tunnel was lost"),
+            None => self.mux.lose(&self.connection),
         }
     }
 }

@@ -10,14 +10,21 @@ use std::{
 use bytes::BytesMut;
 use proto::{
     DialError,
-    mux::frame::{self, Frame},
+    mux::{
+        Version,
+        frame::{self, Credit, Frame},
+        ids::Opener,
+        load::Lately,
+    },
 };
 
 use super::{
     endpoint::{Mux, Streams},
+    further::HeavyMark,
+    route::Route,
     state::{Answer, Shared, State},
 };
-use crate::{gate::Turn, stream::error::StreamError};
+use crate::stream::error::StreamError;
 
 /// See [`stream::Watch`](crate::stream::Watch).
 pub struct Watch(Arc<Shared>);
@@ -40,6 +47,9 @@ impl Watch {
 pub struct Reader {
     entry: Arc<Entry>,
     current: BytesMut,
+    /// What has come lately.
+    lately: Lately,
+    mark: HeavyMark,
 }
 
 impl std::fmt::Debug for Reader {
@@ -54,7 +64,7 @@ impl Reader {
     }
 
     pub(crate) async fn fill(&mut self) -> Result<&[u8], StreamError> {
-        let Self { entry, current } = self;
+        let Self { entry, current, .. } = self;
         current.clear();
         poll_fn(|cx| {
             let mut state = entry.shared.lock();
@@ -80,15 +90,22 @@ impl Reader {
     pub(crate) async fn taken(&mut self) -> Result<(), StreamError> {
         let mux = &self.entry.mux;
         let round_trip = mux.round_trip().unwrap_or_default();
+        let now = Instant::now();
+        self.lately.add(self.current.len(), now);
+        self.mark.set(self.lately.is_heavy());
         let grant = {
             let mut state = self.entry.shared.lock();
             if state.received_eof {
                 return Ok(());
             }
-            state.receive.on_taken(self.current.len(), Instant::now(), round_trip, |n| mux.may_grow(n))
+            state.receive.on_taken(self.current.len(), now, round_trip, |n| mux.may_grow(n))
         };
-        if let Some(bytes) = grant {
-            mux.send(frame::encode(&Frame::Credit { stream: self.entry.id, bytes })).await;
+        if let Some(grant) = grant {
+            let credit = match mux.version() {
+                Version::V1 => Credit::By(grant.by),
+                Version::V2 => Credit::UpTo(grant.limit),
+            };
+            mux.send_frame(&Frame::Credit { stream: self.entry.id, credit }).await;
         }
         Ok(())
     }
@@ -97,7 +114,7 @@ impl Reader {
 /// See [`stream::Writer`](crate::stream::Writer).
 pub struct Writer {
     entry: Arc<Entry>,
-    turn: Turn,
+    route: Route,
     finished: bool,
 }
 
@@ -115,32 +132,46 @@ impl Writer {
             if let Some(error) = &state.failed {
                 return Poll::Ready(Err(error.clone()));
             }
-            if state.credit > 0 {
-                return Poll::Ready(Ok(state.credit.min(self.entry.mux.0.gate.share())));
+            let (entry, credit) = (&self.entry, state.credit());
+            if credit > 0 {
+                return Poll::Ready(Ok(credit.min(self.route.share())));
             }
             state.writer = Some(cx.waker().clone());
-            stall.get_or_insert_with(|| self.entry.mux.0.stalls.begin());
+            stall.get_or_insert_with(|| entry.mux.0.stalls(entry.opener).begin());
             Poll::Pending
         })
         .await
     }
 
+    pub(crate) fn buffer(&self, max: usize) -> BytesMut {
+        frame::start_data(self.entry.mux.version(), max)
+    }
+
     pub(crate) async fn send(&mut self, buffer: BytesMut) -> Result<(), StreamError> {
-        let payload = buffer.len().saturating_sub(frame::HEADER);
-        let Self { entry, turn, .. } = self;
-        let (mux, gate) = (&entry.mux, &entry.mux.0.gate);
-        let reserved = gate.reserve(turn, buffer.len()).await;
-        {
+        let Self { entry, route, .. } = self;
+        let (mux, version) = (&entry.mux, entry.mux.version());
+        let payload = buffer.len().saturating_sub(version.data_header()) as u64;
+        let reserved = route.reserve(mux, buffer.len()).await;
+        let offset = {
             let mut state = entry.shared.lock();
             if let Some(error) = &state.failed {
                 return Err(error.clone());
             }
-            state.credit = state.credit.saturating_sub(payload);
-        }
+            if let Some((connection, _)) = route.further() {
+                // Until it is known how much that is, in case that the connection is lost at this moment.
+                state.on_sent_further(connection, u64::MAX);
+            }
+            state.sent
+        };
         if let Some(reserved) = reserved
-            && mux.send(frame::finish_data(buffer, entry.id)).await
+            && route.send(frame::finish_data(version, buffer, entry.id, offset)).await
         {
             reserved.used();
+            let mut state = entry.shared.lock();
+            state.on_sent(payload);
+            if let Some((connection, sent)) = route.further() {
+                state.on_sent_further(connection, sent);
+            }
             return Ok(());
         }
         Err(StreamError(mux.closed_reason()))
@@ -148,7 +179,8 @@ impl Writer {
 
     pub(crate) async fn finish(&mut self) -> Result<(), StreamError> {
         self.finished = true;
-        let sent = self.entry.mux.send(frame::encode(&Frame::Eof { stream: self.entry.id })).await;
+        let end = Some(self.entry.shared.lock().sent);
+        let sent = self.entry.mux.send_frame(&Frame::Eof { stream: self.entry.id, end }).await;
         if sent { Ok(()) } else { Err(StreamError(self.entry.mux.closed_reason())) }
     }
 
@@ -170,18 +202,29 @@ impl Drop for Writer {
 
 /// A stream's entry in the table of its [`Mux`]. Dropping it removes the stream, and resets it unless it has ended.
 pub(super) struct Entry {
-    pub(super) id: u32,
+    pub(super) id: u64,
+    opener: Opener,
     pub(super) mux: Mux,
     pub(super) shared: Arc<Shared>,
 }
 
 impl Entry {
-    /// Enters a stream into the locked table of `mux`. `answer` belongs to the side that opens it.
-    pub(super) fn insert(mux: &Mux, streams: &mut Streams, id: u32, answer: Option<Answer>) -> Self {
-        let shared = Arc::new(Shared::new(State::new(answer)));
+    /// Enters a stream into the locked table of `mux`. The side that opens it waits for an `answer`.
+    pub(super) fn insert(mux: &Mux, streams: &mut Streams, id: u64, answer: Answer) -> Self {
+        Self::insert_state(mux, streams, id, State::new(Some(answer), 0))
+    }
+
+    /// Enters a stream that the peer asks for, on which this side may send `limit` bytes.
+    pub(super) fn insert_incoming(mux: &Mux, streams: &mut Streams, id: u64, limit: u64) -> Self {
+        Self::insert_state(mux, streams, id, State::new(None, limit))
+    }
+
+    fn insert_state(mux: &Mux, streams: &mut Streams, id: u64, state: State) -> Self {
+        let shared = Arc::new(Shared::new(state));
         streams.open.insert(id, shared.clone());
-        mux.0.count.fetch_add(1, Ordering::Relaxed);
-        Self { id, mux: mux.clone(), shared }
+        let opener = mux.0.settings.numbering.opener(id);
+        mux.0.count(opener).fetch_add(1, Ordering::Relaxed);
+        Self { id, opener, mux: mux.clone(), shared }
     }
 
     /// Refuses the stream without waiting for the link.
@@ -192,9 +235,11 @@ impl Entry {
 
     pub(super) fn into_halves(self) -> (Reader, Writer) {
         let entry = Arc::new(self);
-        let reader = Reader { entry: entry.clone(), current: BytesMut::new() };
-        let turn = entry.mux.0.gate.turn();
-        (reader, Writer { entry, turn, finished: false })
+        let mux = &entry.mux;
+        let (mark, lately) = (HeavyMark::new(&mux.0.further), Lately::new(Instant::now()));
+        let reader = Reader { entry: entry.clone(), current: BytesMut::new(), lately, mark };
+        let route = Route::new(mux);
+        (reader, Writer { entry, route, finished: false })
     }
 }
 
@@ -205,14 +250,15 @@ impl Drop for Entry {
             if streams.open.get(&self.id).is_some_and(|shared| Arc::ptr_eq(shared, &self.shared)) {
                 streams.open.remove(&self.id);
             }
-            self.mux.0.count.fetch_sub(1, Ordering::Relaxed);
+            self.mux.0.count(self.opener).fetch_sub(1, Ordering::Relaxed);
         }
         let mut state = self.shared.lock();
         self.mux.0.growth_left.fetch_add(i64::from(state.receive.extra()), Ordering::Relaxed);
         if !state.ended && state.failed.is_none() {
             let reason = state.reset_reason.take().unwrap_or_else(|| "closed by the other agent".to_owned());
+            let end = Some(state.sent);
             drop(state);
-            self.mux.answer(&Frame::Reset { stream: self.id, reason });
+            self.mux.answer(&Frame::Reset { stream: self.id, end, reason });
         }
     }
 }

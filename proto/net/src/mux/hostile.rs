@@ -4,28 +4,98 @@ use bytes::Bytes;
 use proto::{
     DialError,
     mux::{
-        frame::{self, Decoder, Frame},
+        Version,
+        frame::{self, Credit, Decoder, Frame, Hello},
+        ids::{Numbering, Opener},
         window,
     },
 };
 use tokio::{sync::mpsc, time::Duration};
 
-use super::{Events, Feeder, Mux, ProtocolError, SendFrame, feeder::ANSWERS};
-use crate::{gate::Gate, stalls::Stalls, stream::Stream, tasks::Tasks};
+use super::{
+    Events, Feeder, Mux, ProtocolError, SendFrame, Settings, feeder::ANSWERS, greeting::Greeting, hello,
+};
+use crate::{gate::Gate, stalls, stream::Stream, tasks::Tasks};
 
 const LIMIT: usize = 10;
 /// How often a peer is asked that says nothing.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
-/// Streams of the table below: one that is open, one that the peer has ended, one that has ended here, one that the
-/// peer was asked for and has not answered (where this side opens streams), and one that nobody has opened.
-const OPEN: u32 = 1;
-const RESET: u32 = 2;
-const DROPPED: u32 = 3;
-const ASKED: u32 = 4;
-const NEVER: u32 = 9;
+/// Streams of the table below, by their number among those of their side: one that is open, one that the peer has ended,
+/// one that has ended here, one that the peer was asked for and has not answered (where this side opens streams), and one
+/// that nobody has opened.
+const OPEN: u64 = 1;
+const RESET: u64 = 2;
+const DROPPED: u64 = 3;
+const ASKED: u64 = 4;
+const NEVER: u64 = 9;
+
+/// The frames of a version, for the streams that the master's side opens, by their number.
+#[derive(Clone, Copy)]
+struct Wire(Version);
+
+impl Wire {
+    fn id(self, number: u64) -> u64 {
+        match self.0 {
+            Version::V1 => number,
+            Version::V2 => 2 * number - 1,
+        }
+    }
+
+    /// What only the second version says.
+    fn said<T>(self, value: T) -> Option<T> {
+        (self.0 == Version::V2).then_some(value)
+    }
+
+    fn open(self, number: u64) -> Frame<'static> {
+        let (target, origin) = ("10.0.0.1:80".into(), "x".into());
+        Frame::Open {
+            stream: self.id(number),
+            timeout_ms: 1000,
+            limit: window::INITIAL.into(),
+            target,
+            origin,
+        }
+    }
+
+    fn opened(self, number: u64) -> Frame<'static> {
+        Frame::Opened { stream: self.id(number), limit: window::INITIAL.into() }
+    }
+
+    fn refused(self, number: u64) -> Frame<'static> {
+        Frame::Refused { stream: self.id(number), error: DialError::Cancelled }
+    }
+
+    /// The first four bytes of a stream.
+    fn data(self, number: u64) -> Frame<'static> {
+        self.data_at(number, 0, b"data")
+    }
+
+    fn data_at(self, number: u64, offset: u64, bytes: &[u8]) -> Frame<'_> {
+        Frame::Data { stream: self.id(number), offset: self.said(offset), bytes }
+    }
+
+    /// Credit for so many bytes more than at the beginning.
+    fn credit(self, number: u64, more: u32) -> Frame<'static> {
+        let credit = match self.0 {
+            Version::V1 => Credit::By(more),
+            Version::V2 => Credit::UpTo(u64::from(window::INITIAL) + u64::from(more)),
+        };
+        Frame::Credit { stream: self.id(number), credit }
+    }
+
+    fn eof(self, number: u64, end: u64) -> Frame<'static> {
+        Frame::Eof { stream: self.id(number), end: self.said(end) }
+    }
+
+    fn reset(self, number: u64) -> Frame<'static> {
+        Frame::Reset { stream: self.id(number), end: self.said(0), reason: "gone".into() }
+    }
+}
 
 /// One end, whose peer is the test.
 struct End {
+    wire: Wire,
+    is_master: bool,
     mux: Mux,
     feeder: Feeder,
     events: Events,
@@ -34,7 +104,12 @@ struct End {
 }
 
 impl End {
-    fn new(initiator: bool) -> Self {
+    /// The end of the latest version that opens streams, or the other one.
+    fn new(is_master: bool) -> Self {
+        Self::of(Version::V2, is_master)
+    }
+
+    fn of(version: Version, is_master: bool) -> Self {
         let tasks = Tasks::new();
         let (tx, sent) = mpsc::unbounded_channel();
         let out: SendFrame = Box::new(move |frame| {
@@ -43,42 +118,44 @@ impl End {
         });
         let gate = Gate::default();
         gate.keep_alive(PING_INTERVAL);
-        let (mux, feeder, events) = Mux::new(initiator, LIMIT, gate, Stalls::default(), out, &tasks);
-        Self { mux, feeder, events, sent, tasks }
+        let (mux, feeder, events) = Mux::new(settings(version, is_master), gate, out, &tasks);
+        Self { wire: Wire(version), is_master, mux, feeder, events, sent, tasks }
     }
 
     fn feed(&mut self, frame: &Frame<'_>) -> Result<(), ProtocolError> {
-        self.feeder.feed(&frame::encode(frame))
+        self.feeder.feed(&frame::encode(self.wire.0, frame))
     }
 
-    /// The stream with the next id, opened by whoever may.
-    async fn open(&mut self, id: u32) -> Stream {
-        if self.mux.0.initiator {
-            let asking = self.ask(id).await;
-            self.feed(&Frame::Opened { stream: id }).unwrap();
+    /// The next stream, which has this number, opened by whoever may.
+    async fn open(&mut self, number: u64) -> Stream {
+        if self.is_master {
+            let asking = self.ask(number).await;
+            self.feed(&self.wire.opened(number)).unwrap();
             return asking.await.unwrap().unwrap().unwrap();
         }
-        self.feed(&open(id)).unwrap();
+        self.feed(&self.wire.open(number)).unwrap();
         self.events.incoming.recv().await.unwrap().accept().await.unwrap()
     }
 
-    /// Asks the peer for the stream with the next id, and waits until it has heard of it.
-    async fn ask(&mut self, id: u32) -> tokio::task::JoinHandle<Option<Result<Stream, DialError>>> {
+    /// Asks the peer for the stream with the next number, and waits until it has heard of it.
+    async fn ask(&mut self, number: u64) -> tokio::task::JoinHandle<Option<Result<Stream, DialError>>> {
         let mux = self.mux.clone();
         let asking = self.tasks.spawn(async move {
             mux.open(&"10.0.0.1:80".parse().unwrap(), "test", Duration::from_secs(60)).await
         });
-        let asked = frame::encode(&open(id));
-        while self.sent.recv().await.unwrap()[..frame::HEADER - 4] != asked[..frame::HEADER - 4] {}
+        // The type and the id are the same.
+        let asked = frame::encode(self.wire.0, &self.wire.open(number));
+        let same = self.wire.0.header() - 4;
+        while self.sent.recv().await.unwrap()[..same] != asked[..same] {}
         asking
     }
 
     /// The table's streams. What is given has to be kept.
     async fn with_streams(&mut self) -> Vec<Stream> {
         let kept = vec![self.open(OPEN).await, self.open(RESET).await];
-        self.feed(&Frame::Reset { stream: RESET, reason: "gone".into() }).unwrap();
+        self.feed(&self.wire.reset(RESET)).unwrap();
         drop(self.open(DROPPED).await);
-        if self.mux.0.initiator {
+        if self.is_master {
             self.ask(ASKED).await;
         }
         kept
@@ -88,7 +165,7 @@ impl End {
     async fn pinged(&mut self) -> [u8; 8] {
         loop {
             let bytes = self.sent.recv().await.unwrap();
-            if let Some(Frame::Ping(id)) = Decoder::default().decode(&mut &bytes[..]).unwrap() {
+            if let Some(Frame::Ping(id)) = Decoder::new(self.wire.0).decode(&mut &bytes[..]).unwrap() {
                 return id;
             }
         }
@@ -101,129 +178,227 @@ impl Drop for End {
     }
 }
 
-fn open(stream: u32) -> Frame<'static> {
-    Frame::Open { stream, timeout_ms: 1000, target: "10.0.0.1:80".into(), origin: "x".into() }
+/// What an agent's end is: the master opens streams, and the node takes them.
+fn settings(version: Version, is_master: bool) -> Settings {
+    let numbering = match (version, is_master) {
+        (Version::V1, true) => Numbering::All { opener: Opener::This },
+        (Version::V1, false) => Numbering::All { opener: Opener::Peer },
+        (Version::V2, is_client) => Numbering::Halves { is_client },
+    };
+    let (max_opened, max_accepted) = if is_master { (LIMIT, 0) } else { (0, LIMIT) };
+    let peer = (version == Version::V2).then(|| hello(0, [1; 16]));
+    Settings { numbering, max_opened, max_accepted, stalls: stalls::ByDirection::default(), peer }
 }
 
-fn data(stream: u32) -> Frame<'static> {
-    Frame::Data { stream, bytes: b"data" }
+/// Frames that an honest peer does not send after one another, to the master, to a node or to both, with the number of
+/// the stream of which the last one is, and what is said of it.
+type Case<'a> = (&'static [bool], Vec<Frame<'a>>, u64, &'static str);
+
+const BOTH: &[bool] = &[true, false];
+const MASTER: &[bool] = &[true];
+const NODE: &[bool] = &[false];
+
+fn violations(wire: Wire, large: &[u8]) -> Vec<Case<'_>> {
+    let overrun = || (0..5).map(|i| wire.data_at(OPEN, i * large.len() as u64, large)).collect();
+    let most = window::MAX - window::INITIAL;
+    vec![
+        (BOTH, vec![wire.eof(OPEN, 0), wire.data(OPEN)], OPEN, "DATA after EOF"),
+        (BOTH, vec![wire.eof(OPEN, 0), wire.data_at(OPEN, 0, b"")], OPEN, "DATA after EOF"),
+        (BOTH, vec![wire.eof(OPEN, 0), wire.eof(OPEN, 0)], OPEN, "EOF after EOF"),
+        (BOTH, overrun(), OPEN, "the peer sent more than its window"),
+        (BOTH, vec![wire.credit(OPEN, u32::MAX)], OPEN, "CREDIT beyond the largest window"),
+        (
+            BOTH,
+            vec![wire.credit(OPEN, most), wire.credit(OPEN, most + 1)],
+            OPEN,
+            "CREDIT beyond the largest window",
+        ),
+        (BOTH, vec![wire.data(NEVER)], NEVER, "DATA for a stream that was never opened"),
+        (BOTH, vec![wire.credit(NEVER, 1)], NEVER, "CREDIT for a stream that was never opened"),
+        (BOTH, vec![wire.eof(NEVER, 0)], NEVER, "EOF for a stream that was never opened"),
+        // A hostile node: this side opens streams.
+        (MASTER, vec![wire.open(NEVER)], NEVER, "OPEN by the side that may not open streams"),
+        (MASTER, vec![wire.open(OPEN)], OPEN, "OPEN by the side that may not open streams"),
+        (MASTER, vec![wire.opened(OPEN)], OPEN, "OPENED for a stream that was answered already"),
+        (
+            MASTER,
+            vec![wire.opened(ASKED), wire.opened(ASKED)],
+            ASKED,
+            "OPENED for a stream that was answered already",
+        ),
+        (MASTER, vec![wire.refused(OPEN)], OPEN, "REFUSED for a stream that was answered already"),
+        (MASTER, vec![wire.opened(NEVER)], NEVER, "OPENED for a stream that was never opened"),
+        (MASTER, vec![wire.refused(NEVER)], NEVER, "REFUSED for a stream that was never opened"),
+        (MASTER, vec![wire.reset(NEVER)], NEVER, "RESET for a stream that was never opened"),
+        (MASTER, vec![wire.data(ASKED)], ASKED, "DATA before the answer to OPEN"),
+        (MASTER, vec![wire.credit(ASKED, 1)], ASKED, "CREDIT before the answer to OPEN"),
+        (MASTER, vec![wire.eof(ASKED, 0)], ASKED, "EOF before the answer to OPEN"),
+        // A hostile master, or a node that opens streams to the front end.
+        (NODE, vec![wire.open(OPEN)], OPEN, "OPEN with an id that was used before"),
+        (NODE, vec![wire.open(RESET)], RESET, "OPEN with an id that was used before"),
+        (NODE, vec![wire.open(DROPPED)], DROPPED, "OPEN with an id that was used before"),
+        (NODE, vec![wire.open(NEVER), wire.open(NEVER)], NEVER, "OPEN with an id that was used before"),
+        (NODE, vec![wire.open(9000), wire.open(9)], 9, "OPEN with an id that was used before"),
+        (NODE, vec![wire.reset(NEVER), wire.open(NEVER)], NEVER, "OPEN with an id that was used before"),
+        (NODE, vec![wire.opened(OPEN)], OPEN, "OPENED by the side that opens streams"),
+        (NODE, vec![wire.refused(OPEN)], OPEN, "REFUSED by the side that opens streams"),
+        (NODE, vec![wire.opened(NEVER)], NEVER, "OPENED by the side that opens streams"),
+    ]
 }
 
-fn credit(stream: u32) -> Frame<'static> {
-    Frame::Credit { stream, bytes: 1 }
-}
-
-fn reset(stream: u32) -> Frame<'static> {
-    Frame::Reset { stream, reason: "gone".into() }
-}
-
-fn refused(stream: u32) -> Frame<'static> {
-    Frame::Refused { stream, error: DialError::Cancelled }
-}
-
-fn eof(stream: u32) -> Frame<'static> {
-    Frame::Eof { stream }
-}
-
-fn opened(stream: u32) -> Frame<'static> {
-    Frame::Opened { stream }
+/// What only the second version can get wrong.
+fn violations_of_v2<'a>() -> Vec<Case<'a>> {
+    let wire = Wire(Version::V2);
+    let offset = "the peer left out or repeated bytes";
+    let gaps = (1..=257).map(|i| wire.data_at(OPEN, 2 * i, b"x")).collect();
+    let open = |stream, limit| Frame::Open {
+        stream,
+        timeout_ms: 1000,
+        limit,
+        target: "10.0.0.1:80".into(),
+        origin: String::new(),
+    };
+    let too_much = u64::from(window::MAX) + 1;
+    vec![
+        (BOTH, vec![wire.data(OPEN), wire.data(OPEN)], OPEN, offset),
+        (BOTH, vec![wire.data_at(OPEN, 9, b"x"), wire.data_at(OPEN, 9, b"x")], OPEN, offset),
+        (BOTH, vec![wire.data(OPEN), wire.eof(OPEN, 3)], OPEN, offset),
+        (BOTH, vec![wire.eof(OPEN, 9), wire.data_at(OPEN, 8, b"xy")], OPEN, offset),
+        (BOTH, vec![wire.data_at(OPEN, u64::MAX, b"x")], OPEN, "the peer sent more than its window"),
+        (BOTH, vec![wire.eof(OPEN, u64::MAX)], OPEN, "the peer sent more than its window"),
+        (BOTH, gaps, OPEN, "the peer leaves too many gaps"),
+        (
+            MASTER,
+            vec![Frame::Opened { stream: wire.id(ASKED), limit: too_much }],
+            ASKED,
+            "CREDIT beyond the largest window",
+        ),
+        (NODE, vec![open(wire.id(NEVER), too_much)], NEVER, "CREDIT beyond the largest window"),
+        // The number of the id 24, which is the node's to use.
+        (NODE, vec![open(24, 1)], 0, "OPEN by the side that may not open streams"),
+        (MASTER, vec![open(24, 1)], 0, "OPEN by the side that may not open streams"),
+    ]
 }
 
 #[tokio::test]
 async fn what_no_honest_peer_does_ends_the_tunnel() {
-    const BOTH: &[bool] = &[true, false];
-    const MASTER: &[bool] = &[true];
-    const NODE: &[bool] = &[false];
     let large = [0; frame::MAX_DATA];
-    let overrun = || (0..5).map(|_| Frame::Data { stream: OPEN, bytes: &large }).collect();
-    let cases: Vec<(&[bool], Vec<Frame<'_>>, &str)> = vec![
-        (BOTH, vec![eof(OPEN), data(OPEN)], "stream 1: DATA after EOF"),
-        (BOTH, vec![eof(OPEN), Frame::Data { stream: OPEN, bytes: b"" }], "stream 1: DATA after EOF"),
-        (BOTH, vec![eof(OPEN), eof(OPEN)], "stream 1: EOF after EOF"),
-        (BOTH, overrun(), "stream 1: the peer sent more than its window"),
-        (
-            BOTH,
-            vec![Frame::Credit { stream: OPEN, bytes: u32::MAX }],
-            "stream 1: CREDIT beyond the largest window",
-        ),
-        (
-            BOTH,
-            vec![Frame::Credit { stream: OPEN, bytes: window::MAX - window::INITIAL }, credit(OPEN)],
-            "stream 1: CREDIT beyond the largest window",
-        ),
-        (BOTH, vec![data(NEVER)], "stream 9: DATA for a stream that was never opened"),
-        (BOTH, vec![credit(NEVER)], "stream 9: CREDIT for a stream that was never opened"),
-        (BOTH, vec![eof(NEVER)], "stream 9: EOF for a stream that was never opened"),
-        (BOTH, vec![Frame::Pong([0; 8])], "a PONG answers no PING"),
-        (BOTH, vec![Frame::Pong([0xff; 8])], "a PONG answers no PING"),
-        // A hostile node: this side opens streams.
-        (MASTER, vec![open(NEVER)], "stream 9: OPEN by the side that may not open streams"),
-        (MASTER, vec![open(OPEN)], "stream 1: OPEN by the side that may not open streams"),
-        (MASTER, vec![opened(OPEN)], "stream 1: OPENED for a stream that was answered already"),
-        (
-            MASTER,
-            vec![opened(ASKED), opened(ASKED)],
-            "stream 4: OPENED for a stream that was answered already",
-        ),
-        (MASTER, vec![refused(OPEN)], "stream 1: REFUSED for a stream that was answered already"),
-        (MASTER, vec![opened(NEVER)], "stream 9: OPENED for a stream that was never opened"),
-        (MASTER, vec![refused(NEVER)], "stream 9: REFUSED for a stream that was never opened"),
-        (MASTER, vec![reset(NEVER)], "stream 9: RESET for a stream that was never opened"),
-        (MASTER, vec![data(ASKED)], "stream 4: DATA before the answer to OPEN"),
-        (MASTER, vec![credit(ASKED)], "stream 4: CREDIT before the answer to OPEN"),
-        (MASTER, vec![eof(ASKED)], "stream 4: EOF before the answer to OPEN"),
-        // A hostile master, or a node that opens streams to the front end.
-        (NODE, vec![open(OPEN)], "stream 1: OPEN with an id that was used before"),
-        (NODE, vec![open(RESET)], "stream 2: OPEN with an id that was used before"),
-        (NODE, vec![open(DROPPED)], "stream 3: OPEN with an id that was used before"),
-        (NODE, vec![open(NEVER), open(NEVER)], "stream 9: OPEN with an id that was used before"),
-        (NODE, vec![open(9000), open(9)], "stream 9: OPEN with an id that was used before"),
-        (NODE, vec![reset(NEVER), open(NEVER)], "stream 9: OPEN with an id that was used before"),
-        (NODE, vec![opened(OPEN)], "stream 1: OPENED by the side that opens streams"),
-        (NODE, vec![refused(OPEN)], "stream 1: REFUSED by the side that opens streams"),
-        (NODE, vec![opened(NEVER)], "stream 9: OPENED by the side that opens streams"),
-    ];
-    for (sides, frames, want) in cases {
-        for initiator in sides {
-            let mut end = End::new(*initiator);
-            let mut kept = end.with_streams().await;
-            let (last, before) = frames.split_last().unwrap();
-            for frame in before {
-                end.feed(frame).unwrap_or_else(|e| panic!("{frame:?} before {last:?}: {e}"));
+    for version in Version::ALL {
+        let wire = Wire(version);
+        let mut cases = violations(wire, &large);
+        if version == Version::V2 {
+            cases.extend(violations_of_v2());
+        }
+        for (sides, frames, number, want) in cases {
+            let id = if number == 0 { 24 } else { wire.id(number) };
+            for is_master in sides {
+                assert_ends_the_tunnel(version, *is_master, &frames, &format!("stream {id}: {want}")).await;
             }
-            let error = end.feed(last).expect_err(want);
-            assert_eq!(error.to_string(), want);
-            // What the session does then.
-            let End { feeder, .. } = &mut end;
-            feeder.mux().close("cut");
-            let stream = kept.swap_remove(0);
-            let mut reader = stream.reader;
-            while reader.fill().await.is_ok_and(|bytes| !bytes.is_empty()) {}
-            assert!(end.mux.open(&"a:1".parse().unwrap(), "", Duration::from_secs(60)).await.is_err());
+        }
+        for is_master in [true, false] {
+            for pong in [[0; 8], [0xff; 8]] {
+                let frames = [Frame::Pong(pong)];
+                assert_ends_the_tunnel(version, is_master, &frames, "a PONG answers no PING").await;
+            }
         }
     }
-    let bytes = [b"\x04\0\0\0\x01".as_slice(), &u32::MAX.to_be_bytes()].concat();
+    let bytes = [b"\x04\0\0\0\0\0\0\0\x01".as_slice(), &u32::MAX.to_be_bytes()].concat();
     let oversize = End::new(true).feeder.feed(&bytes).unwrap_err();
     assert_eq!(oversize.to_string(), format!("a frame of type 4 has {} bytes of payload", u32::MAX));
 }
 
+async fn assert_ends_the_tunnel(version: Version, is_master: bool, frames: &[Frame<'_>], want: &str) {
+    let mut end = End::of(version, is_master);
+    let mut kept = end.with_streams().await;
+    let (last, before) = frames.split_last().unwrap();
+    for frame in before {
+        end.feed(frame).unwrap_or_else(|e| panic!("{frame:?} before {last:?}: {e}"));
+    }
+    let error = end.feed(last).expect_err(want);
+    assert_eq!(error.to_string(), want);
+    // What the session does then.
+    end.feeder.mux().close("cut");
+    let stream = kept.swap_remove(0);
+    let mut reader = stream.reader;
+    while reader.fill().await.is_ok_and(|bytes| !bytes.is_empty()) {}
+    assert!(end.mux.open(&"a:1".parse().unwrap(), "", Duration::from_secs(60)).await.is_err());
+}
+
+#[tokio::test]
+async fn a_peer_begins_with_hello_and_says_it_once() {
+    let encoded = |frame: &Frame<'_>| frame::encode(Version::V2, frame);
+    // Capabilities that this side has never heard of.
+    let said = Hello { capabilities: u64::MAX, instance: [7; 16], session: [8; 16] };
+    let bytes = [encoded(&Frame::Hello(said)), encoded(&Frame::Ping([0; 8]))].concat();
+    for piece in [1, 10, bytes.len()] {
+        let (mut greeting, mut heard, mut rest) = (Greeting::default(), None, Vec::new());
+        for mut chunk in bytes.chunks(piece) {
+            if heard.is_none() {
+                heard = greeting.take(&mut chunk).unwrap();
+            }
+            rest.extend_from_slice(chunk);
+        }
+        assert_eq!((heard, &rest[..]), (Some(said), &encoded(&Frame::Ping([0; 8]))[..]));
+    }
+    for frame in [Frame::Ping([0; 8]), Wire(Version::V2).open(OPEN), Frame::GoAway { reason: "bye".into() }] {
+        assert_eq!(
+            Greeting::default().take(&mut &encoded(&frame)[..]),
+            Err(ProtocolError::Hello),
+            "{frame:?}"
+        );
+    }
+    for is_master in [true, false] {
+        assert_eq!(End::new(is_master).feed(&Frame::Hello(said)), Err(ProtocolError::Hello));
+    }
+}
+
+#[tokio::test]
+async fn credit_is_never_taken_back() {
+    let mut end = End::new(true);
+    let mut stream = end.open(OPEN).await;
+    let (wire, id) = (end.wire, end.wire.id(OPEN));
+    for credit in
+        [wire.credit(OPEN, 1000), wire.credit(OPEN, 0), Frame::Credit { stream: id, credit: Credit::UpTo(0) }]
+    {
+        end.feed(&credit).unwrap();
+    }
+    let mut sent = 0;
+    while sent < u64::from(window::INITIAL) + 1000 {
+        let room = stream.writer.room().await.unwrap();
+        let mut buffer = stream.writer.buffer(room);
+        buffer.resize(buffer.len() + room.min(10_000), 1);
+        stream.writer.send(buffer).await.unwrap();
+        // Nothing takes what was sent, as a socket would.
+        end.mux.0.first.gate.release(usize::MAX);
+        sent += room.min(10_000) as u64;
+    }
+    assert_eq!(sent, u64::from(window::INITIAL) + 1000);
+}
+
 #[tokio::test]
 async fn frames_that_cross_a_stream_s_end_are_honest() {
-    for initiator in [true, false] {
-        let mut end = End::new(initiator);
+    for (version, is_master) in Version::ALL.into_iter().flat_map(|v| [(v, true), (v, false)]) {
+        let mut end = End::of(version, is_master);
+        let wire = end.wire;
         let mut kept = end.with_streams().await;
         for stream in [RESET, DROPPED] {
-            let mut frames =
-                vec![data(stream), credit(stream), eof(stream), reset(stream), reset(stream), data(stream)];
-            if initiator {
-                frames.extend([opened(stream), refused(stream)]);
+            let mut frames = vec![
+                wire.data(stream),
+                wire.credit(stream, 1),
+                wire.eof(stream, 4),
+                wire.reset(stream),
+                wire.reset(stream),
+                wire.data(stream),
+            ];
+            if is_master {
+                frames.extend([wire.opened(stream), wire.refused(stream)]);
             }
             for frame in frames {
                 end.feed(&frame).unwrap_or_else(|e| panic!("{frame:?}: {e}"));
             }
         }
         // Both directions of a stream close on their own, and credit goes on after the end of the other.
-        for frame in [data(OPEN), credit(OPEN), eof(OPEN), credit(OPEN)] {
+        for frame in [wire.data(OPEN), wire.credit(OPEN, 1), wire.eof(OPEN, 4), wire.credit(OPEN, 2)] {
             end.feed(&frame).unwrap_or_else(|e| panic!("{frame:?}: {e}"));
         }
         let mut stream = kept.swap_remove(0);
@@ -237,15 +412,16 @@ async fn frames_that_cross_a_stream_s_end_are_honest() {
 #[tokio::test]
 async fn dials_that_run_at_the_same_time_may_arrive_in_disorder() {
     let mut end = End::new(false);
+    let wire = end.wire;
     for stream in [3, 1, 2, 6] {
-        end.feed(&open(stream)).unwrap();
+        end.feed(&wire.open(stream)).unwrap();
     }
     // One that was given up before it was asked for.
-    end.feed(&reset(4)).unwrap();
-    end.feed(&open(5)).unwrap();
+    end.feed(&wire.reset(4)).unwrap();
+    end.feed(&wire.open(5)).unwrap();
     for stream in [3, 1, 2, 6, 5] {
         let incoming = end.events.incoming.recv().await.unwrap();
-        assert_eq!(incoming.entry.as_ref().unwrap().id, stream);
+        assert_eq!(incoming.entry.as_ref().unwrap().id, wire.id(stream));
     }
 }
 
@@ -255,18 +431,18 @@ async fn a_stream_counts_until_its_socket_is_closed() {
     let mut end = End::new(false);
     let mut sockets = Vec::new();
     for id in 1..=300 {
-        end.feed(&open(id)).unwrap();
+        end.feed(&end.wire.open(id)).unwrap();
         if let Ok(incoming) = end.events.incoming.try_recv() {
             sockets.push(incoming.accept().await.unwrap());
         }
-        end.feed(&reset(id)).unwrap();
+        end.feed(&end.wire.reset(id)).unwrap();
         assert!(sockets.len() <= LIMIT, "{} sockets with a limit of {LIMIT}", sockets.len());
     }
     assert_eq!((sockets.len(), end.mux.streams_open()), (LIMIT, LIMIT));
     sockets.truncate(4);
     assert_eq!(end.mux.streams_open(), 4);
     for id in 301..=320 {
-        end.feed(&open(id)).unwrap();
+        end.feed(&end.wire.open(id)).unwrap();
     }
     // Dials that have not ended count as well.
     for _ in 4..LIMIT {
@@ -283,35 +459,14 @@ async fn a_stream_counts_until_its_socket_is_closed() {
 async fn a_stream_that_the_peer_resets_counts_while_its_caller_is_there() {
     let mut end = End::new(true);
     let mut callers = Vec::new();
-    for id in 1..=u32::try_from(LIMIT).unwrap() {
+    for id in 1..=LIMIT as u64 {
         callers.push(end.open(id).await);
-        end.feed(&reset(id)).unwrap();
+        end.feed(&end.wire.reset(id)).unwrap();
     }
     let open = end.mux.open(&"a:1".parse().unwrap(), "", Duration::from_secs(60)).await;
     assert!(matches!(open, Err(DialError::TooManyStreams(_))), "{open:?}");
     callers.clear();
-    end.open(u32::try_from(LIMIT).unwrap() + 1).await;
-}
-
-#[tokio::test]
-async fn an_id_that_comes_round_again_evicts_nobody() {
-    let mut end = End::new(false);
-    let first = end.open(1).await;
-    // The peer has given the stream up, so that only its socket holds it; and then all the ids have been used.
-    end.feed(&reset(1)).unwrap();
-    for id in [1 << 30, 1 << 31, 3 << 30, u32::MAX] {
-        end.feed(&open(id)).unwrap();
-    }
-    let incoming = async |end: &mut End| end.events.incoming.recv().await.unwrap();
-    for _ in 0..4 {
-        drop(incoming(&mut end).await);
-    }
-    let mut second = end.open(1).await;
-    drop(first);
-    end.feed(&data(1)).unwrap();
-    assert_eq!(second.reader.fill().await.unwrap(), b"data");
-    assert_eq!(end.mux.streams_open(), 1);
-    end.feed(&open(1)).unwrap_err();
+    end.open(LIMIT as u64 + 1).await;
 }
 
 #[tokio::test]
@@ -345,9 +500,9 @@ async fn a_peer_that_owes_an_answer_is_asked_nothing_more_and_comes_no_nearer() 
         tokio::task::yield_now().await;
     }
     assert!(end.sent.try_recv().is_err(), "one PING is on the way at a time");
-    assert!(end.mux.0.round_trip.next_ping().is_none());
+    assert!(end.mux.0.first.round_trip.next_ping().is_none());
     let owed = end.mux.round_trip().expect("at least the time that it owes the answer");
-    assert!(end.mux.0.round_trip.next_ping().is_none());
+    assert!(end.mux.0.first.round_trip.next_ping().is_none());
     assert!(end.mux.round_trip() >= Some(owed));
 
     // A late answer is one, and then it goes on.
@@ -361,7 +516,7 @@ async fn a_peer_that_owes_an_answer_is_asked_nothing_more_and_comes_no_nearer() 
 #[tokio::test]
 async fn a_peer_that_agrees_to_no_multiplexer_is_not_measured() {
     let end = End::new(true);
-    let gate = &end.mux.0.gate;
+    let gate = &end.mux.0.first.gate;
     let mut turn = gate.turn();
     // Such as an sshd, whose channels share the link, and which answers no PING.
     for _ in 0..1000 {
@@ -375,15 +530,15 @@ async fn a_peer_that_agrees_to_no_multiplexer_is_not_measured() {
 async fn answers_to_a_peer_that_does_not_read_wait() {
     let mut end = End::new(true);
     end.pinged().await;
-    end.mux.0.gate.set_backlog(16 * 1024 * 1024);
+    end.mux.0.first.gate.set_backlog(16 * 1024 * 1024);
     for _ in 0..100 {
         end.feed(&Frame::Ping([0; 8])).unwrap();
         tokio::task::yield_now().await;
     }
     assert!(end.sent.try_recv().is_err());
-    end.mux.0.gate.set_backlog(0);
+    end.mux.0.first.gate.set_backlog(0);
     for _ in 0..100 {
-        assert_eq!(end.sent.recv().await.unwrap(), frame::encode(&Frame::Pong([0; 8])));
+        assert_eq!(end.sent.recv().await.unwrap(), frame::encode(Version::V2, &Frame::Pong([0; 8])));
     }
 }
 
@@ -391,9 +546,8 @@ async fn answers_to_a_peer_that_does_not_read_wait() {
 async fn a_peer_that_asks_for_more_answers_than_it_takes_is_found_out() {
     let tasks = Tasks::new();
     let stuck: SendFrame = Box::new(|_| Box::pin(std::future::pending()));
-    let (_mux, mut feeder, _events) =
-        Mux::new(true, LIMIT, Gate::default(), Stalls::default(), stuck, &tasks);
-    let ping = frame::encode(&Frame::Ping([0; 8]));
+    let (_mux, mut feeder, _events) = Mux::new(settings(Version::V1, true), Gate::default(), stuck, &tasks);
+    let ping = frame::encode(Version::V1, &Frame::Ping([0; 8]));
     for _ in 0..=ANSWERS + LIMIT {
         feeder.feed(&ping).unwrap();
     }

@@ -4,7 +4,7 @@ use std::{future::poll_fn, task::Poll, time::Duration};
 
 use proto::{
     DialError, Target,
-    mux::frame::{self, Frame},
+    mux::{frame::Frame, ids::Opener, window},
 };
 use tokio::sync::{mpsc, oneshot};
 
@@ -47,8 +47,8 @@ impl Incoming {
     /// The halves of the stream: see [`Incoming::accept`].
     pub(crate) async fn accept_halves(mut self) -> Option<(Reader, Writer)> {
         let entry = self.entry.take()?;
-        let opened = frame::encode(&Frame::Opened { stream: entry.id });
-        entry.mux.send(opened).await.then(|| entry.into_halves())
+        let opened = Frame::Opened { stream: entry.id, limit: u64::from(window::INITIAL) };
+        entry.mux.send_frame(&opened).await.then(|| entry.into_halves())
     }
 
     /// Refuses the stream as [`Self::refuse`] does, without waiting for the link.
@@ -62,7 +62,7 @@ impl Incoming {
     pub async fn refuse(mut self, error: DialError) {
         if let Some(entry) = self.entry.take() {
             entry.shared.lock().ended = true;
-            entry.mux.send(frame::encode(&Frame::Refused { stream: entry.id, error })).await;
+            entry.mux.send_frame(&Frame::Refused { stream: entry.id, error }).await;
         }
     }
 }
@@ -92,8 +92,9 @@ impl Mux {
             let in_order = self.0.opening.lock().await;
             let entry = self.register(sender)?;
             let (target, origin) = (target.to_string(), origin.to_owned());
-            let open = Frame::Open { stream: entry.id, timeout_ms, target, origin };
-            if !self.send(frame::encode(&open)).await {
+            let limit = u64::from(window::INITIAL);
+            let open = Frame::Open { stream: entry.id, timeout_ms, limit, target, origin };
+            if !self.send_frame(&open).await {
                 return Err(lost());
             }
             drop(in_order);
@@ -121,38 +122,43 @@ impl Mux {
         if let Some(reason) = &streams.going_away {
             return Err(DialError::TunnelLost { node: String::new(), reason: reason.clone() });
         }
-        if self.is_full() {
+        if self.is_full(Opener::This) {
             return Err(DialError::TooManyStreams(format!(
                 "the tunnel carries {} streams already (max_streams_per_tunnel)",
-                self.0.max_streams
+                self.0.limit(Opener::This)
             )));
         }
-        let id = loop {
-            let id = streams.ids.use_next();
-            if !streams.open.contains_key(&id) {
-                break id;
-            }
+        let Some(id) = streams.ids.of_mut(Opener::This).use_next() else {
+            let reason = "the tunnel has carried as many streams as there are ids".to_owned();
+            return Err(DialError::TunnelLost { node: String::new(), reason });
         };
-        let entry = Entry::insert(self, &mut streams, id, Some(answer));
+        let entry = Entry::insert(self, &mut streams, id, answer);
         // The peer does not know of the stream yet.
         entry.shared.lock().ended = true;
         Ok(entry)
     }
 }
 
+/// What an OPEN asks for.
+pub(super) struct Asked {
+    pub(super) stream: u64,
+    pub(super) timeout_ms: u32,
+    /// The number of bytes that this side may send.
+    pub(super) limit: u64,
+    pub(super) target: String,
+    pub(super) origin: String,
+}
+
 /// Takes an OPEN of the peer: hands the stream on, or refuses it.
-pub(super) fn on_open(
-    mux: &Mux,
-    incoming: &mpsc::Sender<Incoming>,
-    stream: u32,
-    timeout_ms: u32,
-    target: &str,
-    origin: String,
-) -> Result<(), Violation> {
-    if mux.0.initiator {
+pub(super) fn on_open(mux: &Mux, incoming: &mpsc::Sender<Incoming>, asked: Asked) -> Result<(), Violation> {
+    let Asked { stream, timeout_ms, limit, target, origin } = asked;
+    if mux.0.settings.numbering.opener(stream) == Opener::This || mux.0.limit(Opener::Peer) == 0 {
         return Err(Violation::Opener);
     }
-    if !mux.streams().ids.take(stream) {
+    if limit > u64::from(window::MAX) {
+        return Err(Violation::Credit);
+    }
+    if !mux.streams().ids.of_mut(Opener::Peer).take(stream) {
         return Err(Violation::Reused);
     }
     let refuse = |error| {
@@ -165,19 +171,15 @@ pub(super) fn on_open(
     };
     let (permit, entry) = {
         let mut streams = mux.streams();
-        // Ids begin again after all 2^32 have been used.
-        if streams.open.contains_key(&stream) {
-            return Err(Violation::Reused);
-        }
         if let Some(reason) = &streams.going_away {
             return refuse(DialError::TunnelLost { node: String::new(), reason: reason.clone() });
         }
-        let (Ok(permit), false) = (incoming.try_reserve(), mux.is_full()) else {
-            let error =
-                format!("the other agent carries {} streams of this tunnel already", mux.streams_open());
+        let (Ok(permit), false) = (incoming.try_reserve(), mux.is_full(Opener::Peer)) else {
+            let open = mux.streams_of(Opener::Peer);
+            let error = format!("the other agent carries {open} streams of this tunnel already");
             return refuse(DialError::TooManyStreams(error));
         };
-        (permit, Entry::insert(mux, &mut streams, stream, None))
+        (permit, Entry::insert_incoming(mux, &mut streams, stream, limit))
     };
     permit.send(Incoming {
         entry: Some(entry),

@@ -7,7 +7,10 @@ use std::{
 };
 
 use bytes::BytesMut;
-use proto::{DialError, mux::window};
+use proto::{
+    DialError,
+    mux::{frame::Credit, order::Early, window},
+};
 use tokio::sync::oneshot;
 
 use super::error::Violation;
@@ -33,9 +36,15 @@ impl Shared {
 pub(super) struct State {
     /// Bytes that have come and that nobody has read yet.
     pub(super) inbox: BytesMut,
+    /// The number of bytes that have come in order, and what has come before its turn.
+    received: u64,
+    early: Early,
     pub(super) receive: window::Receive,
-    /// Bytes that may be sent.
-    pub(super) credit: usize,
+    /// The number of bytes that were sent, and that may be.
+    pub(super) sent: u64,
+    limit: u64,
+    /// The further connections on which bytes were sent, each with what had been sent on it in all by then.
+    used: Vec<(u32, u64)>,
     pub(super) received_eof: bool,
     pub(super) failed: Option<StreamError>,
     /// The peer need not be told when the stream is dropped: both directions have ended, OPEN was refused or has not
@@ -50,12 +59,16 @@ pub(super) struct State {
 }
 
 impl State {
-    /// `answer` belongs to the side that opens the stream.
-    pub(super) fn new(answer: Option<Answer>) -> Self {
+    /// A stream on which this side may send `limit` bytes. `answer` belongs to the side that opens the stream.
+    pub(super) fn new(answer: Option<Answer>, limit: u64) -> Self {
         Self {
             inbox: BytesMut::new(),
+            received: 0,
+            early: Early::default(),
             receive: window::Receive::new(Instant::now()),
-            credit: usize::try_from(window::INITIAL).unwrap_or_default(),
+            sent: 0,
+            limit,
+            used: Vec::new(),
             received_eof: false,
             failed: None,
             ended: false,
@@ -72,33 +85,88 @@ impl State {
         if self.answer.is_some() { Err(Violation::NotAnswered(frame)) } else { Ok(()) }
     }
 
-    pub(super) fn on_data(&mut self, bytes: &[u8]) -> Result<(), Violation> {
-        self.check_answered("DATA")?;
+    /// The number of bytes that may be sent now.
+    pub(super) fn credit(&self) -> usize {
+        usize::try_from(self.limit.saturating_sub(self.sent)).unwrap_or(usize::MAX)
+    }
+
+    /// Bytes were sent.
+    pub(super) fn on_sent(&mut self, bytes: u64) {
+        self.sent = self.sent.saturating_add(bytes);
+    }
+
+    /// They were sent on the further connection with this number, on which `sent` bytes have been sent in all.
+    pub(super) fn on_sent_further(&mut self, connection: u32, sent: u64) {
+        match self.used.iter_mut().find(|(number, _)| *number == connection) {
+            Some((_, last)) => *last = sent,
+            None => self.used.push((connection, sent)),
+        }
+    }
+
+    /// Forgets the further connection with this number, on which `arrived` bytes have arrived as far as is known. Returns
+    /// whether the stream has sent others on it.
+    pub(super) fn has_lost(&mut self, connection: u32, arrived: u64) -> bool {
+        self.used.extract_if(.., |(number, _)| *number == connection).any(|(_, last)| last > arrived)
+    }
+
+    /// Bytes have come. On a further connection, they may overtake the answer to OPEN.
+    pub(super) fn on_data(
+        &mut self,
+        is_first: bool,
+        offset: Option<u64>,
+        bytes: &[u8],
+    ) -> Result<(), Violation> {
+        if is_first {
+            self.check_answered("DATA")?;
+        }
         if self.received_eof {
             return Err(Violation::Ended("DATA"));
         }
-        self.receive.on_data(bytes.len())?;
+        let offset = offset.unwrap_or(self.received);
+        self.receive.check(offset.saturating_add(bytes.len() as u64))?;
+        if !self.early.on_data(offset, bytes, self.received)? {
+            return Ok(());
+        }
+        self.received = self.received.saturating_add(bytes.len() as u64);
         self.inbox.extend_from_slice(bytes);
+        while let Some(more) = self.early.next(&mut self.received) {
+            self.inbox.extend_from_slice(&more);
+        }
+        self.received_eof = self.early.is_complete(self.received);
         wake(&mut self.reader);
         Ok(())
     }
 
-    pub(super) fn on_credit(&mut self, bytes: u32) -> Result<(), Violation> {
+    pub(super) fn on_credit(&mut self, credit: Credit) -> Result<(), Violation> {
         self.check_answered("CREDIT")?;
-        let credit = usize::try_from(bytes).ok().and_then(|bytes| self.credit.checked_add(bytes));
-        let most = usize::try_from(window::MAX).unwrap_or(usize::MAX);
-        self.credit = credit.filter(|credit| *credit <= most).ok_or(Violation::Credit)?;
+        self.on_limit(match credit {
+            Credit::By(bytes) => self.limit.saturating_add(u64::from(bytes)),
+            Credit::UpTo(limit) => limit,
+        })
+    }
+
+    /// The peer lets this side send `limit` bytes in all. What it has once allowed, it can't take back.
+    pub(super) fn on_limit(&mut self, limit: u64) -> Result<(), Violation> {
+        if limit.saturating_sub(self.sent) > u64::from(window::MAX) {
+            return Err(Violation::Credit);
+        }
+        self.limit = self.limit.max(limit);
         wake(&mut self.writer);
         Ok(())
     }
 
-    pub(super) fn on_eof(&mut self) -> Result<(), Violation> {
+    pub(super) fn on_eof(&mut self, end: Option<u64>) -> Result<(), Violation> {
         self.check_answered("EOF")?;
-        if self.received_eof {
+        if self.early.has_end() {
             return Err(Violation::Ended("EOF"));
         }
-        self.received_eof = true;
-        wake(&mut self.reader);
+        let end = end.unwrap_or(self.received);
+        self.receive.check(end)?;
+        self.early.on_end(end, self.received)?;
+        self.received_eof = self.early.is_complete(self.received);
+        if self.received_eof {
+            wake(&mut self.reader);
+        }
         Ok(())
     }
 

@@ -1,18 +1,31 @@
 //! Two ends joined in memory: streams, windows, refusals, resets and notices.
 
-use std::{future::poll_fn, sync::atomic::Ordering, task::Poll, time::Duration};
+use std::{
+    future::poll_fn,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::Poll,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use proto::{
     DialError, Target,
-    mux::{frame, window},
+    mux::{
+        Version,
+        frame::{self, Credit, Frame, Hello},
+        ids::{Numbering, Opener},
+        window,
+    },
 };
 use tokio::sync::mpsc;
 
-use super::{Incoming, Mux, Notice, SendFrame, endpoint::GROWTH_BUDGET};
+use super::{Incoming, Mux, Notice, ProtocolError, SendFrame, Settings, endpoint::GROWTH_BUDGET, hello};
 use crate::{
     gate::Gate,
-    stalls::Stalls,
+    stalls::{self, Stalls},
     stream::{Stream, StreamError},
     tasks::Tasks,
 };
@@ -21,15 +34,31 @@ struct Pair {
     master: Mux,
     node: Mux,
     node_stalls: Stalls,
+    /// The streams that the master opens, and those that the node opens.
     incoming: mpsc::Receiver<Incoming>,
+    callers: mpsc::Receiver<Incoming>,
     notices: mpsc::Receiver<Notice>,
     tasks: Tasks,
 }
 
-/// Two ends joined in memory, each fed by a task as an SSH session would.
+/// Which side's streams have which ids, on the master's side and on the node's.
+fn numberings(version: Version) -> [Numbering; 2] {
+    match version {
+        Version::V1 => [Opener::This, Opener::Peer].map(|opener| Numbering::All { opener }),
+        Version::V2 => [true, false].map(|is_client| Numbering::Halves { is_client }),
+    }
+}
+
+/// Two ends of the latest version.
 fn pair(max_streams: usize) -> Pair {
+    pair_of(Version::V2, max_streams)
+}
+
+/// Two ends joined in memory, each fed by a task as an SSH session would.
+fn pair_of(version: Version, max_streams: usize) -> Pair {
     let tasks = Tasks::new();
-    let end = |initiator| {
+    let [of_master, of_node] = numberings(version);
+    let end = |numbering: Numbering, peer: u64| {
         let (tx, rx) = mpsc::channel::<Bytes>(16);
         let gate = Gate::default();
         let link = gate.clone();
@@ -40,11 +69,15 @@ fn pair(max_streams: usize) -> Pair {
                 tx.send(frame).await.is_ok()
             })
         });
-        let stalls = Stalls::default();
-        (Mux::new(initiator, max_streams, gate, stalls.clone(), out, &tasks), rx, stalls)
+        let stalls = stalls::ByDirection::default();
+        let most = |opener| if numbering.opens(opener) { max_streams } else { 0 };
+        let (max_opened, max_accepted) = (most(Opener::This), most(Opener::Peer));
+        let peer = (version == Version::V2).then(|| hello(peer, [1; 16]));
+        let settings = Settings { numbering, max_opened, max_accepted, stalls: stalls.clone(), peer };
+        (Mux::new(settings, gate, out, &tasks), rx, stalls.down)
     };
-    let ((master, mut master_feeder, _), mut to_node, _) = end(true);
-    let ((node, mut node_feeder, events), mut to_master, node_stalls) = end(false);
+    let ((master, mut master_feeder, to_master_events), mut to_node, _) = end(of_master, 0);
+    let ((node, mut node_feeder, events), mut to_master, node_stalls) = end(of_node, Hello::FRONT_END);
     tasks.spawn(async move {
         while let Some(frame) = to_node.recv().await {
             node_feeder.feed(&frame).unwrap();
@@ -55,7 +88,57 @@ fn pair(max_streams: usize) -> Pair {
             master_feeder.feed(&frame).unwrap();
         }
     });
-    Pair { master, node, node_stalls, incoming: events.incoming, notices: events.notices, tasks }
+    let (incoming, notices, callers) = (events.incoming, events.notices, to_master_events.incoming);
+    Pair { master, node, node_stalls, incoming, callers, notices, tasks }
+}
+
+/// A further connection of both ends.
+struct Further {
+    /// The bytes that the node has sent on it.
+    from_node: Arc<AtomicUsize>,
+    /// Cancelling it loses the connection.
+    tasks: Tasks,
+}
+
+impl Further {
+    /// Joins a connection, and waits until both sides have measured it.
+    async fn join(pair: &Pair) -> Self {
+        let (tasks, from_node) = (Tasks::new(), Arc::<AtomicUsize>::default());
+        let side = |mux: &Mux, count: Option<Arc<AtomicUsize>>| {
+            let (tx, rx) = mpsc::channel::<Bytes>(16);
+            let gate = Gate::default();
+            let link = gate.clone();
+            let out: SendFrame = Box::new(move |frame| {
+                let (tx, link, count) = (tx.clone(), link.clone(), count.clone());
+                Box::pin(async move {
+                    link.release(frame.len());
+                    if let Some(count) = count {
+                        count.fetch_add(frame.len(), Ordering::Relaxed);
+                    }
+                    tx.send(frame).await.is_ok()
+                })
+            });
+            (mux.join(gate, out, &tasks).unwrap(), rx)
+        };
+        let (mut master_feeder, mut to_node) = side(&pair.master, None);
+        let (mut node_feeder, mut to_master) = side(&pair.node, Some(from_node.clone()));
+        tasks.spawn(async move {
+            while let Some(frame) = to_node.recv().await {
+                node_feeder.feed(&frame).unwrap();
+            }
+        });
+        tasks.spawn(async move {
+            while let Some(frame) = to_master.recv().await {
+                master_feeder.feed(&frame).unwrap();
+            }
+        });
+        for mux in [&pair.master, &pair.node] {
+            while mux.0.further.choose(&mux.0.first).is_none() {
+                tokio::task::yield_now().await;
+            }
+        }
+        Self { from_node, tasks }
+    }
 }
 
 fn target() -> Target {
@@ -118,7 +201,12 @@ async fn a_target_that_never_answers_is_the_peers_to_report() {
 
 #[tokio::test]
 async fn carries_both_directions_and_closes_each_alone() {
-    let mut pair = pair(10);
+    for version in Version::ALL {
+        carries_both_directions(pair_of(version, 10)).await;
+    }
+}
+
+async fn carries_both_directions(mut pair: Pair) {
     let (mut near, mut far) = connect(&mut pair).await;
     let up: Vec<u8> = (0..3_000_000u32).map(|i| (i * 7) as u8).collect();
     let (got, ()) = tokio::join!(receive(&mut far), async {
@@ -132,6 +220,35 @@ async fn carries_both_directions_and_closes_each_alone() {
     drop((near, far));
     assert_eq!((pair.master.streams_open(), pair.node.streams_open()), (0, 0));
     assert_eq!(pair.master.0.growth_left.load(Ordering::Relaxed), GROWTH_BUDGET);
+}
+
+#[tokio::test]
+async fn both_sides_open_streams_on_one_connection() {
+    let mut pair = pair(2);
+    let (mut up, mut up_far) = connect(&mut pair).await;
+    let (node, target) = (pair.node.clone(), target());
+    let open = node.open(&target, "a caller", Duration::from_secs(5));
+    let accept = async {
+        let incoming = pair.callers.recv().await.unwrap();
+        assert_eq!(incoming.origin, "a caller");
+        incoming.accept().await.unwrap()
+    };
+    let (down, mut down_far) = tokio::join!(open, accept);
+    let mut down = down.unwrap();
+    for (near, far, words) in
+        [(&mut up, &mut up_far, b"to the node"), (&mut down, &mut down_far, b"to the host")]
+    {
+        send(near, words).await;
+        near.writer.finish().await.unwrap();
+        assert_eq!(receive(far).await.unwrap(), words);
+    }
+    for mux in [&pair.master, &pair.node] {
+        assert_eq!([Opener::This, Opener::Peer].map(|opener| mux.streams_of(opener)), [1, 1]);
+    }
+    // Each side has a limit of its own.
+    let _second = connect(&mut pair).await;
+    let third = pair.master.open(&target, "", Duration::from_secs(5)).await;
+    assert!(matches!(third, Err(DialError::TooManyStreams(_))), "{third:?}");
 }
 
 #[tokio::test]
@@ -239,4 +356,92 @@ async fn going_away_and_certificates_are_told() {
     pair.master.go_away("stopping").await;
     assert_eq!(pair.notices.recv().await, Some(Notice::GoAway("stopping".into())));
     assert!(pair.master.is_going_away() && pair.node.is_going_away());
+}
+
+#[tokio::test]
+async fn a_heavy_stream_goes_over_further_connections_and_its_bytes_stay_in_order() {
+    let mut pair = pair(10);
+    let (mut near, mut far) = connect(&mut pair).await;
+    let (mut small, mut small_far) = connect(&mut pair).await;
+    let further = [Further::join(&pair).await, Further::join(&pair).await];
+    assert_eq!((pair.master.heavy_streams(), pair.master.further_connections()), (0, 2));
+    let bytes: Vec<u8> = (0..20_000_000u32).map(|i| (i / 5) as u8).collect();
+    let sends = async {
+        send(&mut far, &bytes).await;
+        assert_eq!((pair.node.heavy_streams(), pair.master.heavy_streams()), (1, 1));
+        let before: Vec<_> = further.iter().map(|f| f.from_node.load(Ordering::Relaxed)).collect();
+        // A small exchange stays on the first connection.
+        send(&mut small_far, b"small").await;
+        small_far.writer.finish().await.unwrap();
+        let after: Vec<_> = further.iter().map(|f| f.from_node.load(Ordering::Relaxed)).collect();
+        assert_eq!(before, after);
+        far.writer.finish().await.unwrap();
+    };
+    let (got, small, ()) = tokio::join!(receive(&mut near), receive(&mut small), sends);
+    assert!(got.unwrap() == bytes);
+    assert_eq!(small.unwrap(), b"small");
+    let on_further: usize = further.iter().map(|f| f.from_node.load(Ordering::Relaxed)).sum();
+    assert!(on_further > 15_000_000, "{on_further}");
+    drop((near, far));
+    assert_eq!((pair.node.heavy_streams(), pair.master.heavy_streams()), (0, 0));
+}
+
+#[tokio::test]
+async fn a_lost_connection_ends_the_streams_whose_bytes_it_may_have_lost_and_no_other() {
+    let mut pair = pair(10);
+    let (mut near, mut far) = connect(&mut pair).await;
+    let (mut arrived, mut arrived_far) = connect(&mut pair).await;
+    let (mut small, mut small_far) = connect(&mut pair).await;
+    let further = Further::join(&pair).await;
+    let bytes = vec![7; 4_000_000];
+    let read = async |stream: &mut Stream| {
+        let mut left = bytes.len();
+        while left > 0 {
+            left -= stream.reader.fill().await.unwrap().len();
+            stream.reader.taken().await.unwrap();
+        }
+    };
+    tokio::join!(send(&mut arrived_far, &bytes), read(&mut arrived));
+    let connection = pair.node.0.further.choose(&pair.node.0.first).unwrap();
+    let (sent, known) = connection.gate.sent_and_arrived();
+    assert!(sent > 3_000_000 && known > 500_000, "{known} of {sent}");
+    // The last PING was in front of the last bytes.
+    while connection.gate.sent_and_arrived().1 < sent {
+        connection.gate.mark([9; 8]);
+        connection.on_pong([9; 8]).unwrap();
+    }
+    tokio::join!(send(&mut far, &bytes), read(&mut near));
+    further.tasks.cancel();
+    let lost = StreamError("one of the tunnel's connections was lost".into());
+    assert_eq!(receive(&mut near).await, Err(lost));
+    assert!(receive(&mut far).await.is_err());
+    for mux in [&pair.master, &pair.node] {
+        assert_eq!(mux.further_connections(), 0);
+    }
+    for (near, far) in [(&mut small, &mut small_far), (&mut arrived, &mut arrived_far)] {
+        send(far, b"goes on").await;
+        far.writer.finish().await.unwrap();
+        assert_eq!(receive(near).await.unwrap(), b"goes on");
+    }
+}
+
+#[tokio::test]
+async fn a_further_connection_carries_data_only_and_a_session_has_few_of_them() {
+    let pair = pair(10);
+    let join = || {
+        let out: SendFrame = Box::new(|_| Box::pin(std::future::ready(true)));
+        pair.node.join(Gate::default(), out, &pair.tasks)
+    };
+    let mut feeder = join().unwrap();
+    for (frame, name) in [
+        (Frame::GoAway { reason: "bye".into() }, "GOAWAY"),
+        (Frame::Call, "CALL"),
+        (Frame::Credit { stream: 1, credit: Credit::UpTo(1) }, "CREDIT"),
+    ] {
+        let fed = feeder.feed(&frame::encode(Version::V2, &frame));
+        assert_eq!(fed, Err(ProtocolError::Further(name)));
+    }
+    let others: Vec<_> = std::iter::from_fn(join).collect();
+    assert_eq!(pair.node.further_connections(), 1 + others.len());
+    assert!((2..20).contains(&others.len()), "{}", others.len());
 }

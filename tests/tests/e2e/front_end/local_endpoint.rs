@@ -20,7 +20,7 @@ use proto::{
     DialError,
     mux::{
         FRONT_END,
-        frame::{Decoder, Frame, encode},
+        frame::{Decoder, Frame},
         window,
     },
 };
@@ -33,6 +33,7 @@ use tests::{
     pki::client_config,
     process::{TempDir, eventually, free_port},
     rogue::{Identity, NodeMux, RogueNode},
+    rogue_frames::{self, decoder, encode},
     steady::Health,
 };
 use tokio::{
@@ -318,20 +319,21 @@ impl Rogue {
         self.mux.handle.data(self.mux.channel, encode(&frame)).await.is_ok()
     }
 
-    async fn open(&self, stream: u32, target: &str) -> bool {
+    async fn open(&self, stream: u64, target: &str) -> bool {
         let (target, origin) = (target.to_owned(), "tcp 127.0.0.1:1\u{7f}".to_owned());
-        self.send(Frame::Open { stream, timeout_ms: 1000, target, origin }).await
+        let limit = window::INITIAL.into();
+        self.send(Frame::Open { stream, timeout_ms: 1000, limit, target, origin }).await
     }
 
     /// The answers to so many streams: what they were refused with, `None` where they were opened.
-    async fn answers(&mut self, count: usize) -> HashMap<u32, Option<DialError>> {
+    async fn answers(&mut self, count: usize) -> HashMap<u64, Option<DialError>> {
         let mut answers = HashMap::new();
         while answers.len() < count {
             let bytes = completes("an answer", self.mux.received.recv()).await.expect("the tunnel ended");
             let mut bytes = &bytes[..];
             while let Some(frame) = self.decoder.decode(&mut bytes).unwrap() {
                 match frame {
-                    Frame::Opened { stream } => answers.insert(stream, None),
+                    Frame::Opened { stream, .. } => answers.insert(stream, None),
                     Frame::Refused { stream, error } => answers.insert(stream, Some(error)),
                     _ => None,
                 };
@@ -349,7 +351,7 @@ impl Rogue {
 async fn next(node: &mut RogueNode) -> (Rogue, Rogue) {
     let mut one = async || {
         let mux = completes("a multiplexer", node.tunnels.recv()).await.unwrap();
-        Rogue { mux, decoder: Decoder::default() }
+        Rogue { mux, decoder: decoder() }
     };
     let (first, second) = (one().await, one().await);
     assert_eq!((first.mux.front_end, second.mux.front_end), (false, true));
@@ -386,7 +388,7 @@ async fn a_node_that_turns_gets_the_front_end_and_nothing_else() {
     let admin = world.cluster.admin.to_string();
     let others = [local.as_str(), &admin, "front-end:6443", "n2:10250", "", "front-end", "front-end:443\0"];
     for (i, target) in others.iter().enumerate() {
-        assert!(streams.open(i as u32 + 1, target).await);
+        assert!(streams.open(i as u64 + 1, target).await);
     }
     assert!(streams.open(100, FRONT_END).await);
     let mut answers = streams.answers(others.len() + 1).await;
@@ -404,7 +406,7 @@ async fn a_node_that_turns_gets_the_front_end_and_nothing_else() {
     // More streams than it may.
     let health = Health::of(&world.cluster.master);
     let (main, mut streams) = next(&mut rogue).await;
-    for stream in 1..=150u32 {
+    for stream in 1..=150 {
         streams.open(stream, FRONT_END).await;
     }
     let answers = streams.answers(150).await;
@@ -414,10 +416,10 @@ async fn a_node_that_turns_gets_the_front_end_and_nothing_else() {
 
     // And each with a full window of nonsense, before it is answered.
     let data = vec![0x16; 32 * 1024];
-    for stream in 1001..=3000u32 {
+    for stream in 1001..=3000 {
         streams.open(stream, FRONT_END).await;
         for _ in 0..window::INITIAL as usize / data.len() {
-            streams.send(Frame::Data { stream, bytes: &data }).await;
+            streams.send(rogue_frames::data(stream, &data)).await;
         }
     }
     let answers = streams.answers(2000).await;
@@ -431,7 +433,7 @@ async fn a_node_that_turns_gets_the_front_end_and_nothing_else() {
 
     // It goes on asking for what it can't have.
     let (main, streams) = next(&mut rogue).await;
-    for stream in 1..=200_000u32 {
+    for stream in 1..=200_000 {
         if !streams.open(stream, &local).await {
             break;
         }

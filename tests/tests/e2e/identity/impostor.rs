@@ -12,12 +12,13 @@ use std::{
 };
 
 use papers::{Papers, VALID, dialled_impostors, masters, papers, record_handshake};
+use proto::mux::Version;
 use tests::{
     cluster::{Cluster, Kind, Options, SOON, binary},
     load::completes,
     openssh,
     process::{Process, eventually, free_port},
-    rogue::{self, Identity, RogueNode, Seen, authenticate, certificate_file},
+    rogue::{self, Identity, Offer, RogueNode, Seen, authenticate, certificate_file},
     steady::{Echo, Steady},
     target,
 };
@@ -161,7 +162,8 @@ async fn a_key_that_changed_after_its_first_use_is_refused() {
 async fn call_home(cluster: &Cluster, identity: &Identity) -> Arc<Seen> {
     let seen = Arc::new(Seen::default());
     let socket = TcpStream::connect(cluster.call_home).await.unwrap();
-    let (offer, _tunnels) = tokio::sync::mpsc::unbounded_channel();
+    let (tunnels, _received) = tokio::sync::mpsc::unbounded_channel();
+    let offer = Offer { version: Version::V1, tunnels };
     let _ =
         completes("an impostor's session", rogue::serve(socket, identity.clone(), Some(offer), seen.clone()))
             .await;

@@ -10,7 +10,11 @@ use std::{
 use bytes::Bytes;
 use proto::{
     DialError,
-    mux::frame::{Decoder, Frame, encode},
+    mux::{
+        Version,
+        frame::{Decoder, Frame},
+        window,
+    },
     relink::GRACE,
     revocation::{
         self, MAX_LIST, Report, SignedList,
@@ -28,6 +32,7 @@ use tests::{
     person::Person,
     process::{Process, eventually},
     rogue::{self, Identity, MasterSession},
+    rogue_frames::{data, decoder, encode, reset},
     steady::Echo,
     target,
 };
@@ -96,9 +101,9 @@ impl Rogue {
     async fn start(cluster: &Cluster, node: usize, identity: &Identity) -> Self {
         let session = authenticate(cluster, node, identity).await.unwrap();
         let mut channel = session.channel_open_session().await.unwrap();
-        channel.request_subsystem(true, proto::mux::SUBSYSTEM).await.unwrap();
+        channel.request_subsystem(true, Version::V1.subsystem()).await.unwrap();
         while !matches!(channel.wait().await.unwrap(), ChannelMsg::Success) {}
-        Self { session, channel, decoder: Decoder::default() }
+        Self { session, channel, decoder: decoder() }
     }
 
     async fn send(&self, frame: Frame<'_>) {
@@ -106,18 +111,18 @@ impl Rogue {
     }
 
     /// The next answer on a stream; `None` when the session has ended.
-    async fn answer(&mut self, stream: u32) -> Option<Answer> {
+    async fn answer(&mut self, stream: u64) -> Option<Answer> {
         loop {
             let message = completes("an answer", self.channel.wait()).await?;
             let ChannelMsg::Data { data } = message else { continue };
             let mut bytes = &data[..];
             while let Some(frame) = self.decoder.decode(&mut bytes).unwrap() {
                 match frame {
-                    Frame::Opened { stream: of } if of == stream => return Some(Answer::Opened),
+                    Frame::Opened { stream: of, .. } if of == stream => return Some(Answer::Opened),
                     Frame::Refused { stream: of, error } if of == stream => {
                         return Some(Answer::Refused(error));
                     }
-                    Frame::Data { stream: of, bytes } if of == stream => {
+                    Frame::Data { stream: of, bytes, .. } if of == stream => {
                         return Some(Answer::Data(bytes.to_vec()));
                     }
                     _ => {}
@@ -126,21 +131,21 @@ impl Rogue {
         }
     }
 
-    async fn open(&mut self, stream: u32, target: &str) -> Answer {
-        let (target, origin) = (target.to_owned(), "rogue".to_owned());
-        self.send(Frame::Open { stream, timeout_ms: 5000, target, origin }).await;
+    async fn open(&mut self, stream: u64, target: &str) -> Answer {
+        let (target, origin, limit) = (target.to_owned(), "rogue".to_owned(), window::INITIAL.into());
+        self.send(Frame::Open { stream, timeout_ms: 5000, limit, target, origin }).await;
         self.answer(stream).await.unwrap()
     }
 
     /// Opens a stream that echoes.
-    async fn echo(&mut self, stream: u32, target: &str) {
+    async fn echo(&mut self, stream: u64, target: &str) {
         assert_eq!(self.open(stream, target).await, Answer::Opened);
-        self.send(Frame::Data { stream, bytes: b"echo\n" }).await;
+        self.send(data(stream, b"echo\n")).await;
         self.says(stream, b"hello").await;
     }
 
-    async fn says(&mut self, stream: u32, words: &[u8]) {
-        self.send(Frame::Data { stream, bytes: words }).await;
+    async fn says(&mut self, stream: u64, words: &[u8]) {
+        self.send(data(stream, words)).await;
         assert_eq!(self.answer(stream).await, Some(Answer::Data(words.to_vec())));
     }
 
@@ -215,7 +220,7 @@ async fn a_hostile_master_opens_nothing_after_its_certificates_end() {
     let mut stream = 2;
     let refused = async {
         while rogue.open(stream, &target).await == Answer::Opened {
-            rogue.send(Frame::Reset { stream, reason: "done".into() }).await;
+            rogue.send(reset(stream, "done")).await;
             stream += 1;
         }
     };
@@ -230,7 +235,7 @@ async fn a_hostile_master_opens_nothing_after_its_certificates_end() {
     agent(&cluster, 0).says(&["key_id=\"late\"", "serial=77"]).await;
     assert!(authenticate(&cluster, 0, &identity).await.is_none(), "no new session with it");
     held.close().await.unwrap();
-    rogue.send(Frame::Reset { stream: 1, reason: "done".into() }).await;
+    rogue.send(reset(1, "done")).await;
     completes("the session ends with its last stream", rogue.ended()).await;
     honest.say().await.unwrap();
 }

@@ -5,10 +5,7 @@ use std::{net::SocketAddr, path::Path};
 
 use proto::{
     DialError,
-    mux::{
-        SUBSYSTEM,
-        frame::{Decoder, Frame, encode},
-    },
+    mux::{Version, frame::Frame, window},
 };
 use russh::keys::{Certificate, PrivateKey};
 use tests::{
@@ -19,6 +16,7 @@ use tests::{
     openssh::run,
     process::{Process, eventually, free_port},
     rogue::{self, Identity, certificate_file, certify},
+    rogue_frames::{decoder, encode},
 };
 use tokio::net::TcpStream;
 
@@ -129,15 +127,15 @@ async fn attack(
     let (session, accepted) = rogue::authenticate(link, identity, "master-agent", 1 << 20).await.unwrap();
     assert!(accepted);
     let (mut read, write) = session.channel_open_session().await.unwrap().split();
-    write.request_subsystem(true, SUBSYSTEM).await.unwrap();
+    write.request_subsystem(true, Version::V1.subsystem()).await.unwrap();
     for text in certificates {
         write.data_bytes(encode(&Frame::Certificate { text: text.clone() })).await.unwrap();
     }
     let mut answers: Vec<Option<Result<(), DialError>>> = vec![None; targets.len()];
-    let mut decoder = Decoder::default();
+    let mut decoder = decoder();
     for (stream, target) in (1..).zip(targets) {
-        let (target, origin) = (target.clone(), "turned".to_owned());
-        let open = Frame::Open { stream, timeout_ms: 2_000, target, origin };
+        let (target, origin, limit) = (target.clone(), "turned".to_owned(), window::INITIAL.into());
+        let open = Frame::Open { stream, timeout_ms: 2_000, limit, target, origin };
         write.data_bytes(encode(&open)).await.unwrap();
     }
     while answers.iter().any(Option::is_none) {
@@ -146,7 +144,7 @@ async fn attack(
         let mut bytes = &data[..];
         while let Some(frame) = decoder.decode(&mut bytes).unwrap() {
             match frame {
-                Frame::Opened { stream } => answers[stream as usize - 1] = Some(Ok(())),
+                Frame::Opened { stream, .. } => answers[stream as usize - 1] = Some(Ok(())),
                 Frame::Refused { stream, error } => answers[stream as usize - 1] = Some(Err(error)),
                 _ => {}
             }

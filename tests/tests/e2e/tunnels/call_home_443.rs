@@ -188,8 +188,11 @@ pub(super) const JOIN: &str = "/apis/master-agent/v1/nodes/n1/join";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_carries_traffic_comes_back_and_has_its_certificate_renewed() {
-    let mut world =
-        world(|options, _| options.master_config = "certificates: {host_ttl: 30s}".to_owned()).await;
+    let mut world = world(|options, _| {
+        options.master_config =
+            "certificates: {host_ttl: 30s}\ntunnels: {max_further_connections: 0}".to_owned()
+    })
+    .await;
     let expiry = "node_agent_host_certificate_expiry_timestamp_seconds ";
     let first = world.cluster.metric(world.cluster.nodes[0].admin, expiry).await.unwrap();
     for node in ["n1", "n2"] {

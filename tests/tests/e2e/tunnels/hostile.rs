@@ -14,7 +14,8 @@ use bytes::Bytes;
 use proto::{
     DialError,
     mux::{
-        frame::{Decoder, Frame, encode},
+        Version,
+        frame::{self, Frame, Hello},
         window,
     },
 };
@@ -26,7 +27,10 @@ use tests::{
     openssh::wait_for_port,
     process::eventually,
     rogue::{Identity, RogueNode},
-    rogue_frames::{FromMaster, Turned, malformed_frames, no_frame, open},
+    rogue_frames::{
+        FromMaster, Turned, credit, data, decoder, encode, eof, malformed_frames, no_frame, open, opened,
+        reset,
+    },
     steady::{Echo, Health, Steady, raise_descriptor_limit},
     target,
 };
@@ -192,7 +196,7 @@ async fn a_node_that_turns_harms_only_its_own_tunnel() {
     let log = cluster.master.log.clone();
     let mut next = async || {
         let mux = completes("the master comes again", rogue.tunnels.recv()).await.unwrap();
-        FromMaster { mux, decoder: Decoder::default() }
+        FromMaster { mux, decoder: decoder() }
     };
     let logged = async |text: &str| {
         eventually(text, SOON, async || std::fs::read_to_string(&log).unwrap().contains(text).then_some(()))
@@ -216,9 +220,9 @@ async fn a_node_that_turns_harms_only_its_own_tunnel() {
         cluster.wait_state("n1", "connected").await;
         let answer = caller();
         let stream = tunnel.open().await;
-        tunnel.frame(Frame::Opened { stream }).await;
+        tunnel.frame(opened(stream)).await;
         for _ in 0..200 {
-            tunnel.frame(Frame::Data { stream, bytes: &[b'x'; 60_000] }).await;
+            tunnel.frame(data(stream, &[b'x'; 60_000])).await;
         }
         tunnel.send(no_frame()).await;
         tunnel.closed().await;
@@ -230,10 +234,10 @@ async fn a_node_that_turns_harms_only_its_own_tunnel() {
         let (door, target) = (cluster.unix.clone(), format!("n1:{port}"));
         let deaf = tokio::spawn(async move { door.stream(&target).await });
         let stream = tunnel.open().await;
-        tunnel.frame(Frame::Opened { stream }).await;
+        tunnel.frame(opened(stream)).await;
         let deaf = completes("the stream", deaf).await.unwrap().unwrap();
         for _ in 0..400 {
-            tunnel.frame(Frame::Data { stream, bytes: &[b'x'; 60_000] }).await;
+            tunnel.frame(data(stream, &[b'x'; 60_000])).await;
         }
         tunnel.closed().await;
         drop(deaf);
@@ -241,14 +245,7 @@ async fn a_node_that_turns_harms_only_its_own_tunnel() {
 
         // The node opens a stream.
         let tunnel = next().await;
-        tunnel
-            .frame(Frame::Open {
-                stream: 7,
-                timeout_ms: 1000,
-                target: "127.0.0.1:1".into(),
-                origin: "x".into(),
-            })
-            .await;
+        tunnel.frame(open(7, "127.0.0.1:1")).await;
         tunnel.closed().await;
         logged("the node broke the stream protocol: stream 7: OPEN by the side that may not open streams")
             .await;
@@ -269,15 +266,15 @@ async fn a_node_that_turns_harms_only_its_own_tunnel() {
         // Nonsense about a stream that the node has ended.
         let answer = caller();
         let stream = tunnel.open().await;
-        tunnel.frame(Frame::Opened { stream }).await;
-        tunnel.frame(Frame::Reset { stream, reason: "gone".into() }).await;
+        tunnel.frame(opened(stream)).await;
+        tunnel.frame(reset(stream, "gone")).await;
         answer.await.unwrap();
-        tunnel.frame(Frame::Opened { stream }).await;
-        tunnel.frame(Frame::Credit { stream, bytes: u32::MAX }).await;
-        tunnel.frame(Frame::Eof { stream }).await;
+        tunnel.frame(opened(stream)).await;
+        tunnel.frame(credit(stream, u32::MAX)).await;
+        tunnel.frame(eof(stream)).await;
         tunnel.frame(Frame::Refused { stream, error: DialError::Cancelled }).await;
         for _ in 0..500 {
-            tunnel.frame(Frame::Data { stream, bytes: &[0; 20_000] }).await;
+            tunnel.frame(data(stream, &[0; 20_000])).await;
         }
         for i in 0..20_000u64 {
             tunnel.frame(Frame::Ping(i.to_be_bytes())).await;
@@ -289,7 +286,7 @@ async fn a_node_that_turns_harms_only_its_own_tunnel() {
 
         for i in 0..if round == 0 { 30 } else { 300 } {
             let tunnel = next().await;
-            let bytes = malformed_frames(&mut rng(i), &format!("127.0.0.1:{port}"));
+            let bytes = malformed_frames(&mut rng(i), Version::V1, &format!("127.0.0.1:{port}"));
             tunnel.send(bytes).await;
             tunnel.closed().await;
             if i % 10 == 0 {
@@ -301,6 +298,21 @@ async fn a_node_that_turns_harms_only_its_own_tunnel() {
 
     drop(rogue);
     logged("the node broke the stream protocol: frame type 255 is unknown").await;
+    let identity = Identity::read(&cluster.nodes[0].dir.join("state/host_key")).unwrap();
+    let mut rogue = eventually("the port is free", SOON, async || {
+        RogueNode::listen_with(cluster.nodes[0].port, identity.clone(), Version::V2).await.ok()
+    })
+    .await;
+    for i in 0..100 {
+        let mux = completes("the master comes", rogue.tunnels.recv()).await.unwrap();
+        let tunnel = FromMaster { mux, decoder: decoder() };
+        let hello = Frame::Hello(Hello { capabilities: i, instance: [7; 16], session: [8; 16] });
+        tunnel.send(frame::encode(Version::V2, &hello)).await;
+        tunnel.send(malformed_frames(&mut rng(i as usize), Version::V2, &format!("127.0.0.1:{port}"))).await;
+        tunnel.closed().await;
+    }
+    steady.say().await.unwrap();
+    drop(rogue);
     let reason = eventually("the reason is shown", SOON, async || {
         let status = cluster.node_status("n1").ok()?;
         (status["state"] == "retrying").then(|| status["reason"].as_str().map(str::to_owned))?
@@ -315,9 +327,9 @@ async fn a_node_that_turns_harms_only_its_own_tunnel() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_master_that_sends_malformed_frames_is_cut_off() {
     let mut turned = Turned::start().await;
-    for i in 0..300 {
-        let attack = turned.master.attack(1 << 30).await;
-        attack.send(malformed_frames(&mut rng(i), &turned.target)).await;
+    for (i, version) in (0..300).zip(Version::ALL.into_iter().cycle()) {
+        let attack = turned.master.attack_with(version, 1 << 30).await;
+        attack.send(malformed_frames(&mut rng(i), version, &turned.target)).await;
         attack.closed().await;
         if i % 10 == 0 {
             turned.steady.say().await.unwrap();
@@ -335,11 +347,11 @@ async fn a_master_that_sends_malformed_frames_is_cut_off() {
     // The target never reads, and the master sends more data than the node granted.
     let attack = turned.master.attack(1 << 30).await;
     attack.frame(open(1, &turned.target)).await;
-    attack.frame(Frame::Data { stream: 1, bytes: b"tiny\n" }).await;
-    let data = encode(&Frame::Data { stream: 1, bytes: &[0; 60_000] });
+    attack.frame(data(1, b"tiny\n")).await;
+    let frame = encode(&data(1, &[0; 60_000]));
     let mut left = 5000;
     attack
-        .flood(&data, || {
+        .flood(&frame, || {
             left -= 1;
             turned.bounded("an overrun window");
             left > 0
@@ -352,14 +364,14 @@ async fn a_master_that_sends_malformed_frames_is_cut_off() {
     // Streams that have ended.
     let mut attack = turned.master.attack(1 << 30).await;
     for stream in 1..=1000 {
-        assert!(attack.frame(Frame::Reset { stream, reason: "x".into() }).await);
-        assert!(attack.frame(Frame::Data { stream, bytes: &[0; 60_000] }).await);
-        assert!(attack.frame(Frame::Credit { stream, bytes: u32::MAX }).await);
-        assert!(attack.frame(Frame::Eof { stream }).await);
+        assert!(attack.frame(reset(stream, "x")).await);
+        assert!(attack.frame(data(stream, &[0; 60_000])).await);
+        assert!(attack.frame(credit(stream, u32::MAX)).await);
+        assert!(attack.frame(eof(stream)).await);
     }
     turned.bounded("data for streams that have ended");
     assert!(attack.frame(Frame::Ping(*b"are you?")).await);
-    let mut decoder = Decoder::default();
+    let mut decoder = decoder();
     completes("the answer to a PING", async {
         loop {
             let bytes = attack.received.recv().await.expect("the session goes on");
@@ -382,7 +394,7 @@ async fn a_master_that_opens_twenty_thousand_streams_gets_no_more_than_its_share
     let mut turned = Turned::start().await;
     let mut attack = turned.master.attack(1 << 30).await;
     let (mut opened, mut refused) = (0, 0);
-    for batch in 0..40u32 {
+    for batch in 0..40 {
         let ids = batch * 500 + 1..batch * 500 + 501;
         let bytes: Vec<u8> = ids.flat_map(|id| encode(&open(id, &turned.target))).collect();
         assert!(attack.send(bytes).await);
@@ -449,8 +461,8 @@ async fn a_master_that_grants_all_and_never_reads_is_bounded() {
     attack.deaf.store(true, Ordering::Relaxed);
     for stream in 1..=64 {
         // All that may be granted.
-        assert!(attack.frame(Frame::Credit { stream, bytes: window::MAX - window::INITIAL }).await);
-        assert!(attack.frame(Frame::Data { stream, bytes: b"firehose\n" }).await);
+        assert!(attack.frame(credit(stream, window::MAX - window::INITIAL)).await);
+        assert!(attack.frame(data(stream, b"firehose\n")).await);
     }
     let admin = turned.cluster.nodes[0].admin;
     // Its keepalive tells the node that nobody listens.

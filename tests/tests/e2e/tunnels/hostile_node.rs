@@ -9,10 +9,7 @@ use std::{
     time::Duration,
 };
 
-use proto::mux::{
-    frame::{Decoder, Frame, encode},
-    window,
-};
+use proto::mux::{frame::Frame, window};
 use serde_json::json;
 use tests::{
     apiserver::{ApiServer, Kind as Objects},
@@ -21,7 +18,7 @@ use tests::{
     process::{eventually, free_port},
     relay::Relay,
     rogue::{Identity, NodeMux, RogueNode},
-    rogue_frames::{FromMaster, RogueMaster, open},
+    rogue_frames::{FromMaster, RogueMaster, credit, data, decoder, encode, eof, open, opened, reset},
     steady::{Echo, Health, Steady, raise_descriptor_limit},
     target,
 };
@@ -30,23 +27,16 @@ use tests::{
 fn violations() -> Vec<(&'static str, Vec<Frame<'static>>, &'static str)> {
     let stream = 1;
     vec![
-        (
-            "DATA after EOF",
-            vec![Frame::Eof { stream }, Frame::Data { stream, bytes: b"more" }],
-            "stream 1: DATA after EOF",
-        ),
-        ("EOF twice", vec![Frame::Eof { stream }, Frame::Eof { stream }], "stream 1: EOF after EOF"),
+        ("DATA after EOF", vec![eof(stream), data(stream, b"more")], "stream 1: DATA after EOF"),
+        ("EOF twice", vec![eof(stream), eof(stream)], "stream 1: EOF after EOF"),
         (
             "CREDIT that overflows",
-            vec![
-                Frame::Credit { stream, bytes: window::MAX - window::INITIAL },
-                Frame::Credit { stream, bytes: u32::MAX },
-            ],
+            vec![credit(stream, window::MAX - window::INITIAL), credit(stream, u32::MAX)],
             "stream 1: CREDIT beyond the largest window",
         ),
         (
             "DATA for a stream that never was",
-            vec![Frame::Data { stream: 700, bytes: b"x" }],
+            vec![data(700, b"x")],
             "stream 700: DATA for a stream that was never opened",
         ),
         ("a forged PONG", vec![Frame::Pong(*b"12345678")], "a PONG answers no PING"),
@@ -84,7 +74,7 @@ impl Beside {
     async fn tunnel(&mut self) -> FromMaster {
         let mux = completes("the master comes", self.rogue.tunnels.recv()).await.unwrap();
         self.cluster.wait_state("n1", "connected").await;
-        FromMaster { mux, decoder: Decoder::default() }
+        FromMaster { mux, decoder: decoder() }
     }
 
     async fn logged(&self, text: &str) {
@@ -113,12 +103,12 @@ async fn a_node_that_breaks_the_protocol_loses_its_own_tunnel_and_no_other() {
     let stream = 1;
     table.push((
         "OPENED twice",
-        vec![Frame::Opened { stream }],
+        vec![opened(stream)],
         "stream 1: OPENED for a stream that was answered already",
     ));
     table.push((
         "RESET of a stream that the master has not opened",
-        vec![Frame::Reset { stream: 2, reason: "x".into() }],
+        vec![reset(2, "x")],
         "stream 2: RESET for a stream that was never opened",
     ));
     for (name, frames, reason) in table {
@@ -126,7 +116,7 @@ async fn a_node_that_breaks_the_protocol_loses_its_own_tunnel_and_no_other() {
         let (door, target) = (beside.cluster.unix.clone(), format!("n1:{}", beside.port));
         let caller = tokio::spawn(async move { door.stream(&target).await });
         assert_eq!(tunnel.open().await, stream, "{name}");
-        tunnel.frame(Frame::Opened { stream }).await;
+        tunnel.frame(opened(stream)).await;
         let _caller = completes("the stream", caller).await.unwrap().unwrap();
         for frame in frames {
             tunnel.frame(frame).await;
@@ -183,23 +173,19 @@ async fn a_master_that_breaks_the_protocol_loses_its_own_tunnel_and_no_other() {
     let stream = 1;
     let reused = "stream 1: OPEN with an id that was used before";
     table.push(("an id that is live", vec![open(stream, &target)], reused));
-    table.push((
-        "an id that was used",
-        vec![Frame::Reset { stream, reason: "x".into() }, open(stream, &target)],
-        reused,
-    ));
-    table.push(("OPENED", vec![Frame::Opened { stream }], "stream 1: OPENED by the side that opens streams"));
+    table.push(("an id that was used", vec![reset(stream, "x"), open(stream, &target)], reused));
+    table.push(("OPENED", vec![opened(stream)], "stream 1: OPENED by the side that opens streams"));
     for (name, frames, reason) in table {
         let before = node.log_text().matches(reason).count();
         let mut attack = master.attack(1 << 30).await;
         assert!(attack.frame(open(stream, &target)).await, "{name}");
-        let mut decoder = Decoder::default();
+        let mut decoder = decoder();
         completes("OPENED", async {
             loop {
                 let bytes = attack.received.recv().await.expect("the session goes on");
                 let mut bytes = &bytes[..];
                 while let Some(frame) = decoder.decode(&mut bytes).unwrap() {
-                    if frame == (Frame::Opened { stream }) {
+                    if frame == opened(stream) {
                         return;
                     }
                 }
@@ -245,10 +231,10 @@ async fn a_master_gets_no_more_sockets_than_max_streams() {
 
     // Ids that grow, each given up when it is open; the target holds on to what it got, so that nothing else ends them.
     let mut attack = master.attack(1 << 30).await;
-    let mut decoder = Decoder::default();
+    let mut decoder = decoder();
     for stream in 1..=300 {
         assert!(attack.frame(open(stream, &target)).await);
-        assert!(attack.frame(Frame::Data { stream, bytes: b"hold\n" }).await);
+        assert!(attack.frame(data(stream, b"hold\n")).await);
         completes("an answer to OPEN", async {
             loop {
                 let bytes = attack.received.recv().await.expect("the session goes on");
@@ -264,13 +250,13 @@ async fn a_master_gets_no_more_sockets_than_max_streams() {
         })
         .await;
         bounded("ids that grow", 1, LIMIT);
-        assert!(attack.frame(Frame::Reset { stream, reason: "next".into() }).await);
+        assert!(attack.frame(reset(stream, "next")).await);
     }
 
     // Further sessions with the same certificate, while the first goes on. Together they get as many sockets as one may
     // have for its multiplexer and for channels, and another master still gets its own.
     let mut attacks = vec![attack];
-    let opens: Vec<u8> = (1001..=1000 + LIMIT as u32).flat_map(|id| encode(&open(id, &target))).collect();
+    let opens: Vec<u8> = (1001..=1000 + LIMIT).flat_map(|id| encode(&open(id, &target))).collect();
     for _ in 0..6 {
         let mut attack = master.attack(1 << 30).await;
         assert!(attack.send(opens.clone()).await);
@@ -286,7 +272,7 @@ async fn a_master_gets_no_more_sockets_than_max_streams() {
     // The master uses one id again and again, whatever the node makes of it.
     let attack = master.attack(1 << 30).await;
     for _ in 0..300 {
-        let again = [encode(&open(1, &target)), encode(&Frame::Reset { stream: 1, reason: "again".into() })];
+        let again = [encode(&open(1, &target)), encode(&reset(1, "again"))];
         if !attack.send(again.concat()).await {
             break;
         }
@@ -310,7 +296,7 @@ fn carry(mut node: RogueNode) -> Arc<AtomicUsize> {
 }
 
 async fn carry_tunnel(mut mux: NodeMux, opens: Arc<AtomicUsize>) {
-    let mut decoder = Decoder::default();
+    let mut decoder = decoder();
     while let Some(bytes) = mux.received.recv().await {
         let mut bytes = &bytes[..];
         while let Some(frame) = decoder.decode(&mut bytes).unwrap() {
@@ -318,7 +304,7 @@ async fn carry_tunnel(mut mux: NodeMux, opens: Arc<AtomicUsize>) {
                 Frame::Ping(id) => Frame::Pong(id),
                 Frame::Open { stream, .. } => {
                     opens.fetch_add(1, Ordering::Relaxed);
-                    Frame::Opened { stream }
+                    opened(stream)
                 }
                 _ => continue,
             };

@@ -3,6 +3,7 @@
 mod call_home_443;
 mod call_home_443_hostile;
 mod chaos;
+mod further_connections;
 mod hostile;
 mod hostile_node;
 mod interop;

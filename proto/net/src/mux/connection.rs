@@ -1,0 +1,137 @@
+//! One SSH connection of a multiplexer: what is sent on it, and how it is measured.
+
+use std::{
+    pin::Pin,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use proto::mux::{
+    Version,
+    flow::PingId,
+    frame::{self, Frame},
+};
+use tokio::sync::mpsc;
+
+use super::{by_opener::Counts, error::ProtocolError, round_trip::RoundTrip};
+use crate::{gate::Gate, keep_alive::Pings, tasks::Tasks};
+
+/// Hands one frame to the SSH session, waiting while its queue is full; `false` once the session is gone.
+pub type SendFrame = Box<dyn Fn(Bytes) -> Pin<Box<dyn Future<Output = bool> + Send>> + Send + Sync>;
+
+/// What a multiplexer sends on one SSH connection.
+pub(super) struct Connection {
+    /// Distinguishes it from the others of its session. The first one has 0.
+    pub(super) number: u32,
+    version: Version,
+    send: SendFrame,
+    pub(super) gate: Gate,
+    answers: mpsc::UnboundedSender<Bytes>,
+    /// PINGs that the gate asks for.
+    pings: mpsc::UnboundedSender<PingId>,
+    /// The number of queued answers. It is bounded where the peer causes them, and not here, since a RESET must never
+    /// be lost.
+    waiting_answers: AtomicUsize,
+    pub(super) round_trip: RoundTrip,
+    /// The streams of its session.
+    streams: Arc<Counts>,
+}
+
+impl Connection {
+    /// The task that sends answers and measures the round trip belongs to `tasks`, and ends with the connection.
+    pub(super) fn start(
+        number: u32,
+        version: Version,
+        gate: Gate,
+        send: SendFrame,
+        streams: Arc<Counts>,
+        tasks: &Tasks,
+    ) -> Arc<Self> {
+        let (answers, answer_queue) = mpsc::unbounded_channel();
+        let (pings, ping_queue) = mpsc::unbounded_channel();
+        let queues = Queues { answers: answer_queue, pings: ping_queue };
+        let connection = Arc::new(Self {
+            number,
+            version,
+            send,
+            gate,
+            answers,
+            pings,
+            waiting_answers: AtomicUsize::new(0),
+            round_trip: RoundTrip::default(),
+            streams,
+        });
+        tasks.spawn(housekeeping(Arc::downgrade(&connection), version, connection.gate.clone(), queues));
+        connection
+    }
+
+    /// Hands an encoded frame to the SSH session; `false` once the session is gone.
+    pub(super) async fn send(&self, frame: Bytes) -> bool {
+        (self.send)(frame).await
+    }
+
+    /// Queues a frame for the task that sends answers, without waiting.
+    pub(super) fn answer(&self, frame: &Frame<'_>) {
+        // Counted first, since another thread may take the frame out at once, and the count must not go below zero.
+        self.waiting_answers.fetch_add(1, Ordering::Relaxed);
+        if self.answers.send(frame::encode(self.version, frame)).is_err() {
+            self.waiting_answers.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn waiting_answers(&self) -> usize {
+        self.waiting_answers.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn on_pong(&self, id: PingId) -> Result<(), ProtocolError> {
+        let measured = self.round_trip.on_pong(id);
+        if measured && let Some(round_trip) = self.round_trip.get() {
+            self.gate.measure(round_trip, &self.pings);
+        }
+        let marked = self.gate.on_pong(id);
+        if measured || marked { Ok(()) } else { Err(ProtocolError::Pong) }
+    }
+}
+
+/// What waits to be sent without a stream.
+struct Queues {
+    answers: mpsc::UnboundedReceiver<Bytes>,
+    pings: mpsc::UnboundedReceiver<PingId>,
+}
+
+/// Sends queued answers, and the PINGs that the gate asks for or that [`Pings`] says are due, until the connection is gone.
+async fn housekeeping(connection: Weak<Connection>, version: Version, gate: Gate, mut queues: Queues) {
+    let mut pings = Pings::new(gate.traffic().cloned());
+    loop {
+        let frame = tokio::select! {
+            Some(id) = queues.pings.recv() => frame::encode(version, &Frame::Ping(id)),
+            answer = queues.answers.recv() => {
+                let (Some(answer), Some(connection)) = (answer, connection.upgrade()) else { return };
+                connection.waiting_answers.fetch_sub(1, Ordering::Relaxed);
+                answer
+            }
+            () = pings.due() => {
+                let Some(connection) = connection.upgrade() else { return };
+                let round_trip = &connection.round_trip;
+                // While there is no stream, nobody needs to know how far away the peer is.
+                if round_trip.is_measured() && !pings.keep_alive() && connection.streams.all() == 0 {
+                    continue;
+                }
+                let Some(id) = round_trip.next_ping() else { continue };
+                // Before the first answer, the peer may not even have agreed to take frames.
+                if round_trip.is_measured() {
+                    gate.mark(id);
+                }
+                frame::encode(version, &Frame::Ping(id))
+            }
+        };
+        gate.settled().await;
+        let Some(connection) = connection.upgrade() else { return };
+        if !connection.send(frame).await {
+            return;
+        }
+    }
+}
