@@ -47,8 +47,6 @@ const MAX_BACKOFF_AFTER_ANSWER: Duration = Duration::from_secs(2);
 const SPREAD: Duration = Duration::from_secs(1);
 /// A session that lasts so long shows that the master is well. One that ends sooner does not.
 const USEFUL_SESSION: Duration = Duration::from_secs(10);
-/// The shortest time between two further connections of a session.
-const CALL_INTERVAL: Duration = Duration::from_millis(250);
 /// How long a session has to last until the one that it replaces takes no new streams. A master that has enough links
 /// closes the next one at once.
 const SETTLE: Duration = Duration::from_secs(1);
@@ -140,7 +138,7 @@ impl CallHome {
             self.identity.get().not_after().filter(|at| *at <= now)
         };
         let call = || async {
-            let mut session = self.call(&master).await?;
+            let mut session = self.call(&master, Direction::CallHome).await?;
             if let Some(calls) = session.authenticated.calls.take() {
                 self.tasks.spawn(self.clone().answer_calls(master.clone(), calls));
             }
@@ -149,44 +147,57 @@ impl CallHome {
         supervise(&master, &self.draining, expired, call).await;
     }
 
-    /// Makes the further connections of a session that its master calls for, until the session ends.
-    async fn answer_calls(self, master: Master, mut calls: mpsc::Receiver<()>) {
+    /// Makes the further connections of a session that its master calls for, until the session ends or the agent drains.
+    async fn answer_calls(self, master: Master, calls: mpsc::Receiver<()>) {
+        self.draining.run_until_cancelled(self.make_further(&master, calls)).await;
+    }
+
+    async fn make_further(&self, master: &Master, mut calls: mpsc::Receiver<()>) {
+        let mut backoff = Backoff::new(MIN_BACKOFF, MAX_BACKOFF);
         while calls.recv().await.is_some() {
             // The connection serves itself, and ends with the session.
-            match self.call(&master).await {
-                Ok(_) => tracing::debug!(%master, "called home once more"),
-                Err(error) => tracing::info!(%master, %error, "no further connection to the master"),
+            match self.call(master, Direction::CallHomeFurther).await {
+                Ok(_) => {
+                    backoff.reset();
+                    tracing::debug!(%master, "called home once more");
+                }
+                Err(error) => tracing::debug!(%master, %error, "no further connection to the master"),
             }
-            tokio::time::sleep(CALL_INTERVAL).await;
+            tokio::time::sleep(backoff.next_delay(rand::random())).await;
         }
     }
 
-    async fn call(&self, master: &Master) -> Result<EstablishedSession, CallError> {
+    async fn call(&self, master: &Master, direction: Direction) -> Result<EstablishedSession, CallError> {
         let timeout = self.connect_timeout;
         match master {
             Master::Tcp(address) => {
                 let socket = tcp::connect(address, timeout).await?;
                 let peer = socket.peer_addr().ok();
-                self.establish(socket, peer).await
+                self.establish(socket, peer, direction).await
             }
             Master::Https(front_end) => {
                 let node = self.dialer.scope().node.clone().ok_or(CallError::Unnamed)?;
                 let (node, purpose) = (Some(&node), Purpose::Link);
                 let request = LinkRequest { front_end, node, purpose, admission: None };
                 let link = https::connect(&self.https, request, timeout).await?;
-                self.establish(link.stream, link.peer).await
+                self.establish(link.stream, link.peer, direction).await
             }
         }
     }
 
     /// Serves a session on a link, and waits until the master has authenticated.
-    async fn establish<T>(&self, link: T, peer: Option<SocketAddr>) -> Result<EstablishedSession, CallError>
+    async fn establish<T>(
+        &self,
+        link: T,
+        peer: Option<SocketAddr>,
+        direction: Direction,
+    ) -> Result<EstablishedSession, CallError>
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let (link, heard) = Overheard::new(link);
         let (authenticated, proof) = oneshot::channel();
-        let served = self.server.clone().serve(link, peer, Direction::CallHome, authenticated);
+        let served = self.server.clone().serve(link, peer, direction, authenticated);
         let served = self.tasks.spawn(served);
         if let Ok(authenticated) = proof.await {
             return Ok(EstablishedSession { served, authenticated });

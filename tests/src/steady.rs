@@ -93,9 +93,6 @@ pub struct Health {
     before: Usage,
 }
 
-/// The most further connections of a tunnel.
-const FURTHER: u64 = 4;
-
 impl Health {
     pub fn of(process: &Process) -> Self {
         let (name, pid, log) = (process.name.clone(), process.pid(), process.log.clone());
@@ -107,14 +104,13 @@ impl Health {
         Usage::of(self.pid).memory.saturating_sub(self.before.memory)
     }
 
-    /// The process has not panicked, its descriptors are back but for further connections of a tunnel, and its memory is
-    /// within `limit` bytes.
+    /// The process has not panicked, its descriptors are back, and its memory within `limit` bytes.
     pub async fn check(&self, limit: u64) {
         let mut now = Usage::default();
         let settled = async || {
             now = Usage::of(self.pid);
-            let most = self.before.descriptors + FURTHER;
-            (now.descriptors > 0 && now.descriptors <= most && self.growth() < limit).then_some(())
+            (now.descriptors > 0 && now.descriptors <= self.before.descriptors && self.growth() < limit)
+                .then_some(())
         };
         let result = tokio::time::timeout(SETTLED, eventually("settled", SETTLED * 2, settled)).await;
         assert!(result.is_ok(), "{} had {:?}, and has {now:?}", self.name, self.before);

@@ -248,15 +248,13 @@ impl CallHome {
         };
         match session.identity.clone() {
             HostIdentity::Verified(host) => {
-                if let Some(tunnel) = self.registry.calling(&host) {
-                    let ended = session.state.ended.clone();
-                    return tunnel.join(session).await.map(|()| Admitted::Further(ended));
-                }
-                let callers = self.supervisor.max_callers();
+                let present = self.registry.calling(&host);
+                let ended = session.state.ended.clone();
+                let (from, callers) = ((direction, Some(peer)), self.supervisor.max_callers());
                 let established =
-                    Tunnel::establish(session, host, direction, Some(peer), &self.config, callers);
+                    Tunnel::establish(session, host, from, &self.config, callers, present.as_deref());
                 let established = established.await.inspect_err(|error| self.refusals.handshake(error));
-                let (tunnel, notices) = established?;
+                let Some((tunnel, notices)) = established? else { return Ok(Admitted::Further(ended)) };
                 Ok(Admitted::Tunnel((self.supervisor.register(tunnel).await?, notices)))
             }
             HostIdentity::Unknown(key, why) => {

@@ -339,9 +339,10 @@ impl<C: Connect> DialLoop<C> {
         let turn = self.turns.acquire().await;
         let user = self.user().await?;
         let (session, host) = self.authenticate(link, &user).await?;
-        let callers = supervisor.max_callers();
-        let established = Tunnel::establish(session, host, Direction::Dialled, peer, config, callers).await;
-        let (tunnel, notices) = established.inspect_err(|error| refusals.handshake(error))?;
+        let (to, callers) = ((Direction::Dialled, peer), supervisor.max_callers());
+        let established = Tunnel::establish(session, host, to, config, callers, None).await;
+        let established = established.inspect_err(|error| refusals.handshake(error))?;
+        let (tunnel, notices) = established.ok_or(TunnelError::NotJoined)?;
         drop(turn);
         Ok((supervisor.register(tunnel).await?, notices))
     }

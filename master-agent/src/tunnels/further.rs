@@ -20,28 +20,32 @@ use super::{
 const UNUSED: Duration = Duration::from_secs(150);
 /// How long a node may take to dial a connection that it was asked for.
 const CALLED: Duration = Duration::from_secs(10);
-/// The pauses between attempts to make a connection that fail.
-const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// The pauses between two attempts to make a connection, which grow unless the last attempt was long ago.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(60));
 
-/// The pauses between attempts to make a further connection.
-pub(super) struct Attempts(Backoff);
+/// The attempts to make further connections of one tunnel. A node may close those at once that have been made.
+pub(super) struct Attempts {
+    backoff: Backoff,
+    last: Instant,
+}
 
 impl Default for Attempts {
     fn default() -> Self {
-        Self(Backoff::new(BACKOFF.0, BACKOFF.1))
+        Self { backoff: Backoff::new(BACKOFF.0, BACKOFF.1), last: Instant::now() }
     }
 }
 
 impl Attempts {
-    /// Waits if an attempt has failed.
+    /// Waits until there may be another attempt.
     pub(super) async fn after(&mut self, tunnel: &Tunnel, attempt: Result<(), TunnelError>) {
-        match attempt {
-            Ok(()) => self.0.reset(),
-            Err(error) => {
-                tracing::info!(node = %tunnel.node, %error, "no further connection");
-                sleep(self.0.next_delay(rand::random())).await;
-            }
+        if let Err(error) = attempt {
+            tracing::info!(node = %tunnel.node, %error, "no further connection");
         }
+        if self.last.elapsed() > UNUSED {
+            self.backoff.reset();
+        }
+        sleep(self.backoff.next_delay(rand::random())).await;
+        self.last = Instant::now();
     }
 }
 
@@ -73,9 +77,8 @@ impl Tunnel {
     /// Waits until the load has changed. Ends the further connections if nothing has used them for a while.
     async fn load_changed(&self, mux: &Mux) {
         let unused = async {
-            match mux.heavy_streams() == 0 && mux.further_connections() > 0 {
-                true => sleep(UNUSED).await,
-                false => std::future::pending().await,
+            while mux.further_connections() == 0 || mux.unused_for() < UNUSED {
+                sleep(UNUSED.saturating_sub(mux.unused_for()).max(UNUSED / 10)).await;
             }
         };
         tokio::select! {
@@ -90,14 +93,19 @@ impl Tunnel {
         let started = timeout(limit, session.start_multiplexer(self.limits, self.mux())).await;
         match started.map_err(|_| TunnelError::Timeout(limit))?? {
             Started::Joined => {
-                tracing::info!(node = %self.node, "further connection established");
-                let mut sessions = self.further.sessions();
-                sessions.retain(|other| !other.state.ended.is_cancelled());
-                sessions.push(session);
+                self.add_further(session);
                 Ok(())
             }
             Started::New(..) | Started::Nothing => Err(TunnelError::NotJoined),
         }
+    }
+
+    /// Keeps the session on a further connection.
+    pub(super) fn add_further(&self, session: Session) {
+        tracing::debug!(node = %self.node, "further connection established");
+        let mut sessions = self.further.sessions();
+        sessions.retain(|other| !other.state.ended.is_cancelled());
+        sessions.push(session);
     }
 
     /// Asks the node to dial a further connection, and waits until it has.

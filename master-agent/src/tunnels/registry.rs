@@ -279,7 +279,8 @@ impl Registry {
         Ok((tunnel, permit))
     }
 
-    /// Returns the tunnel of a node that was asked for a further connection, which it has now dialled.
+    /// Returns the tunnel of a node that was asked for a further connection, which it has perhaps dialled now. Only the node
+    /// knows whether a link is that.
     pub(super) fn calling(&self, host: &VerifiedHost) -> Option<Arc<Tunnel>> {
         let node = self.node(&host.node)?;
         let tunnels = node.state().tunnels.clone();

@@ -270,8 +270,19 @@ async fn close_when_idle(tunnel: &Tunnel) {
         return;
     }
     tunnel.retired().await;
-    while !tunnel.is_idle() {
-        sleep(IDLE_POLL_INTERVAL).await;
+    let idle = async {
+        while !tunnel.is_idle() {
+            sleep(IDLE_POLL_INTERVAL).await;
+        }
+        if tunnel.connections() > 1 {
+            // What the streams have sent last may still be under way there.
+            sleep(IDLE_POLL_INTERVAL).await;
+        }
+    };
+    tokio::select! {
+        () = idle => {}
+        // It ends unused connections, and makes no more of them.
+        () = tunnel.wants_further() => {}
     }
     tunnel.close("another link has taken its place, and its streams have ended").await;
 }

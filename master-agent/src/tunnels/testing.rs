@@ -372,7 +372,8 @@ impl Master {
         };
         let session = self.client.authenticate(self.node.link(), credentials, tasks).await.unwrap();
         let HostIdentity::Verified(host) = session.identity.clone() else { panic!("the key is pinned") };
-        Tunnel::establish(session, host, Direction::Dialled, None, &self.config, Some(64)).await.unwrap()
+        let to = (Direction::Dialled, None);
+        Tunnel::establish(session, host, to, &self.config, Some(64), None).await.unwrap().unwrap()
     }
 }
 

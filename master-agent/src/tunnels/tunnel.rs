@@ -95,25 +95,28 @@ pub struct Tunnel {
 }
 
 impl Tunnel {
-    /// Establishes a tunnel on a session with `host`. Also returns what the node says about the tunnel, if it has a
-    /// multiplexer. At most `max_callers` of the node's callers reach the front end at once, and with `None` there is no
-    /// front end for them.
+    /// Establishes a tunnel on a session with `host`, and also returns what the node says about the tunnel, if it has a
+    /// multiplexer. Returns `None` if the session has become a further connection of `present` instead.
     pub async fn establish(
         session: Session,
         host: VerifiedHost,
-        direction: Direction,
-        peer: Option<SocketAddr>,
+        (direction, peer): (Direction, Option<SocketAddr>),
         config: &TunnelsConfig,
         max_callers: Option<usize>,
-    ) -> Result<(Self, Option<Notices>), TunnelError> {
+        present: Option<&Self>,
+    ) -> Result<Option<(Self, Option<Notices>)>, TunnelError> {
         let (limit, max_streams) = (config.handshake_timeout, config.max_streams_per_tunnel);
         let limits = StreamLimits { to_node: max_streams, to_front_end: max_callers };
-        let started = timeout(limit, session.start_multiplexer(limits, None)).await;
+        let mux = present.and_then(Self::mux);
+        let started = timeout(limit, session.start_multiplexer(limits, mux)).await;
         let (carrier, callers, notices) = match started.map_err(|_| TunnelError::Timeout(limit))?? {
             Started::New(mux, Events { incoming, notices }) => {
                 (Carrier::Mux(mux), Some(incoming), Some(notices))
             }
-            Started::Joined => return Err(TunnelError::NotJoined),
+            Started::Joined => {
+                present.ok_or(TunnelError::NotJoined)?.add_further(session);
+                return Ok(None);
+            }
             Started::Nothing => (Carrier::DirectTcpip(DirectTcpip::new(&session, max_streams)), None, None),
         };
         let tunnel = Self {
@@ -135,7 +138,7 @@ impl Tunnel {
             suspect: AtomicBool::new(false),
             host,
         };
-        Ok((tunnel, notices))
+        Ok(Some((tunnel, notices)))
     }
 
     /// Opens a stream to `target` within `limit`. Dropping the future cancels the dial.
@@ -294,7 +297,6 @@ impl Tunnel {
 
     /// Ends the tunnel and resets its streams.
     pub async fn close(&self, reason: &str) {
-        self.further.end();
         self.session.state.end(Loss::ByMaster, reason.to_owned());
         let last_messages = async {
             if let Carrier::Mux(mux) = &self.carrier
@@ -304,6 +306,7 @@ impl Tunnel {
             }
         };
         self.session.close_after(last_messages, reason).await;
+        self.further.end();
     }
 }
 

@@ -7,10 +7,10 @@ use super::config::LimitsConfig;
 use crate::shares::Shares;
 
 /// Sessions of one master. Its key changes with its certificate, so an honest master has one for each of the node's
-/// `connections` (16 at most), and a second one while it replaces that.
-const SESSIONS_OF_MASTER: usize = 32;
+/// `connections` (16 at most), each with up to eight further connections.
+const SESSIONS_OF_MASTER: usize = 160;
 /// Sessions of all masters. A session whose streams last stays beside those that have replaced it.
-const SESSIONS_OF_MASTERS: usize = 256;
+const SESSIONS_OF_MASTERS: usize = 640;
 /// How many times `max_streams` one user may have in all of its sessions: as many as one session may have on its
 /// multiplexer and as channels.
 const STREAMS_OF_USER: usize = 2;

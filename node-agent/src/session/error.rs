@@ -21,6 +21,8 @@ pub enum SessionError {
     Ssh(#[from] russh::Error),
     #[error(transparent)]
     Multiplexer(#[from] ProtocolError),
+    #[error("the master made no further connection of the link that it had called for")]
+    NotFurther,
     #[error("the master closed the multiplexer's channel")]
     MultiplexerClosed,
     #[error(transparent)]

@@ -59,6 +59,17 @@ pub(super) const WORN_OUT: &str =
 /// How authentication ended.
 pub(super) type Proof = Result<Arc<AuthenticatedUser>, SessionError>;
 
+/// What a link is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// Whatever the peer, which has dialled it, wants.
+    Any,
+    /// A session of its own, for which this node has called a master home.
+    Session,
+    /// A further connection, which a master has asked for.
+    Further,
+}
+
 pub(super) struct Handler {
     services: Arc<SessionServices>,
     state: Arc<SessionState>,
@@ -68,6 +79,7 @@ pub(super) struct Handler {
     peer: Option<IpAddr>,
     /// Who may authenticate on this link.
     expected: Expected,
+    purpose: Purpose,
     user: Option<Arc<AuthenticatedUser>>,
     /// The permit of the session.
     _session: Option<Permit>,
@@ -114,7 +126,7 @@ impl Handler {
         gate: Gate,
         tasks: Tasks,
         peer: Option<IpAddr>,
-        expected: Expected,
+        (expected, purpose): (Expected, Purpose),
     ) -> (Self, oneshot::Receiver<Proof>) {
         let (proof, proved) = oneshot::channel();
         let stream_permits = Arc::new(Semaphore::new(services.limits.max_streams));
@@ -125,6 +137,7 @@ impl Handler {
             tasks,
             peer,
             expected,
+            purpose,
             user: None,
             _session: None,
             proof: Some(proof),
@@ -309,13 +322,17 @@ impl server::Handler for Handler {
     ) -> Result<(), SessionError> {
         let Some(master) = self.master() else { return Ok(session.channel_failure(channel)?) };
         let has_no_mux = self.master_mux.is_none() && self.greeting.is_none();
+        let may_be_new = self.purpose != Purpose::Further;
         if name == Version::V2.subsystem() && has_no_mux {
             session.channel_success(channel)?;
             self.greeting = Some((channel, Greeting::default()));
-        } else if name == Version::V1.subsystem() && has_no_mux {
+        } else if name == Version::V1.subsystem() && has_no_mux && may_be_new {
             session.channel_success(channel)?;
             self.start_master_mux(Numbering::All { opener: Opener::Peer }, None, channel, session);
-        } else if name == FRONT_END_SUBSYSTEM && self.services.front_ends.is_some() && self.node_mux.is_none()
+        } else if name == FRONT_END_SUBSYSTEM
+            && self.services.front_ends.is_some()
+            && self.node_mux.is_none()
+            && may_be_new
         {
             session.channel_success(channel)?;
             self.start_node_mux(master, channel, session);

@@ -6,11 +6,12 @@ use std::{
 };
 
 use proto_net::mux::Mux;
-use russh::keys::ssh_key::public::KeyData;
+use russh::keys::Certificate;
 
-/// The multiplexers by the name that their masters have given them, each with the key of its master.
+/// The multiplexers by the secret name that their masters have given them, each with the key id of its master. The key itself
+/// changes with every certificate.
 #[derive(Default)]
-pub struct Multiplexers(Mutex<HashMap<[u8; 16], (KeyData, Mux)>>);
+pub struct Multiplexers(Mutex<HashMap<[u8; 16], (String, Mux)>>);
 
 /// The entry of one multiplexer, which others may join until this is dropped.
 pub(super) struct Registered {
@@ -20,22 +21,27 @@ pub(super) struct Registered {
 
 impl Multiplexers {
     /// Enters a multiplexer. Returns `None` if there is one of that name, which honest masters choose at random.
-    pub(super) fn add(self: &Arc<Self>, session: [u8; 16], key: &KeyData, mux: &Mux) -> Option<Registered> {
+    pub(super) fn add(
+        self: &Arc<Self>,
+        session: [u8; 16],
+        master: &Certificate,
+        mux: &Mux,
+    ) -> Option<Registered> {
         match self.lock().entry(session) {
             Entry::Occupied(_) => None,
             Entry::Vacant(place) => {
-                place.insert((key.clone(), mux.clone()));
+                place.insert((master.key_id().to_owned(), mux.clone()));
                 Some(Registered { multiplexers: self.clone(), session })
             }
         }
     }
 
-    /// The multiplexer of that name, if its master has this key.
-    pub(super) fn find(&self, session: &[u8; 16], key: &KeyData) -> Option<Mux> {
-        self.lock().get(session).filter(|(owner, _)| owner == key).map(|(_, mux)| mux.clone())
+    /// The multiplexer of that name, if it is this master's.
+    pub(super) fn find(&self, session: &[u8; 16], master: &Certificate) -> Option<Mux> {
+        self.lock().get(session).filter(|(owner, _)| owner == master.key_id()).map(|(_, mux)| mux.clone())
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<[u8; 16], (KeyData, Mux)>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<[u8; 16], (String, Mux)>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

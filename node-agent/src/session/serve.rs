@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     error::SessionError,
-    handler::{Handler, Proof, WORN_OUT},
+    handler::{Handler, Proof, Purpose, WORN_OUT},
     services::SessionServices,
     state::SessionState,
     streams::EXPIRED,
@@ -63,6 +63,8 @@ pub enum Direction {
     Dialled(HandshakePermit),
     /// This node has called a master home, so nobody but a master may answer.
     CallHome,
+    /// The same, because the master has asked for a further connection of a session.
+    CallHomeFurther,
 }
 
 /// A session whose peer has proved who it is.
@@ -101,8 +103,9 @@ impl SessionServer {
     {
         let services = &self.services;
         let (permit, expected) = match direction {
-            Direction::Dialled(permit) => (Some(permit), Expected::Anybody),
-            Direction::CallHome => (None, Expected::Master),
+            Direction::Dialled(permit) => (Some(permit), (Expected::Anybody, Purpose::Any)),
+            Direction::CallHome => (None, (Expected::Master, Purpose::Session)),
+            Direction::CallHomeFurther => (None, (Expected::Master, Purpose::Further)),
         };
         let tasks = self.tasks.child();
         let _cancel_on_exit = CancelOnDrop(tasks.clone());
@@ -284,6 +287,10 @@ async fn ended_by_itself(
     }
     let idle = async {
         while state.streams_open() > 0 {
+            tokio::time::sleep(IDLE_CHECK_INTERVAL).await;
+        }
+        if state.has_further_connections() {
+            // What the streams have sent last may still be under way there.
             tokio::time::sleep(IDLE_CHECK_INTERVAL).await;
         }
     };

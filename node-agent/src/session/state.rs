@@ -83,6 +83,10 @@ impl SessionState {
         self.channels.len() + in_muxes.sum::<usize>()
     }
 
+    pub(super) fn has_further_connections(&self) -> bool {
+        self.muxes().of_master.as_ref().is_some_and(|mux| mux.further_connections() > 0)
+    }
+
     /// Tells the master that no new streams are accepted or opened.
     pub(super) async fn go_away(&self, reason: &str) {
         let muxes: Vec<_> = {

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use proto::{
     DialError, Target,
     mux::{
-        Version,
+        FRONT_END_SUBSYSTEM, Version,
         frame::{self, Decoder, Frame, Hello},
         ids::{Numbering, Opener},
         window,
@@ -140,7 +140,7 @@ async fn a_master_gets_no_more_with_further_sessions_and_takes_nothing_from_anot
 
 #[tokio::test]
 async fn a_master_has_so_many_sessions_and_another_has_its_own() {
-    const MOST: usize = 32;
+    const MOST: usize = 160;
     let node = TestNode::new();
     let (key, mut sessions) = (new_key(), Vec::new());
     for _ in 0..MOST {
@@ -603,17 +603,16 @@ async fn a_master_that_wants_to_be_called_again_ends_the_session_before_the_key_
 }
 
 #[tokio::test]
-async fn a_connection_joins_the_session_of_that_name_if_its_master_has_the_same_key() {
+async fn a_connection_joins_the_session_of_that_name_if_it_is_the_same_master_s() {
     let node = TestNode::new();
-    let key = new_key();
-    let mut first = node.connect_with(MASTER, key.clone(), VALID).await;
-    let (mux, _events) = first.start_mux().await;
+    let (first, mux, _events) = node.connect_master().await;
     let session = mux.peer().unwrap().session;
-    let mut other = node.connect(MASTER).await;
-    assert!(!other.greet(session).await.1.can(Hello::JOINED), "the key of another master");
-    let mut unknown = node.connect_with(MASTER, key.clone(), VALID).await;
+    let mut other = node.connect_other_master().await;
+    assert!(!other.greet(session).await.1.can(Hello::JOINED), "another master");
+    let mut unknown = node.connect(MASTER).await;
     assert!(!unknown.greet([9; 16]).await.1.can(Hello::JOINED), "a name that nobody knows");
-    let mut further = node.connect_with(MASTER, key.clone(), VALID).await;
+    // The master's key changes with its certificate.
+    let mut further = node.connect(MASTER).await;
     let (channel, said) = further.greet(session).await;
     assert!(said.can(Hello::JOINED) && said.session == session);
     assert_eq!(said.instance, mux.peer().unwrap().instance);
@@ -621,8 +620,30 @@ async fn a_connection_joins_the_session_of_that_name_if_its_master_has_the_same_
     assert_eq!(mux.further_connections(), 1);
 
     // It ends with the first one, and nobody joins that session again.
+    first.sync().await;
     drop((first, mux));
     assert_eq!(further.farewell().await, "the session that this connection belonged to has ended");
-    let mut late = node.connect_with(MASTER, key, VALID).await;
+    let mut late = node.connect(MASTER).await;
     assert!(!late.greet(session).await.1.can(Hello::JOINED));
+}
+
+/// A link that this node has dialled for a session of its own joins none, and one that it has dialled as a further connection
+/// is nothing else.
+#[tokio::test]
+async fn a_link_is_what_this_node_has_dialled_it_for() {
+    let node = TestNode::new();
+    let (_first, mux, _events) = node.connect_master().await;
+    let session = mux.peer().unwrap().session;
+    let mut own = node.answer(node.call_home(), MASTER, new_key(), VALID).await;
+    assert!(!own.greet(session).await.1.can(Hello::JOINED));
+    let mut called = node.answer(node.call_home_further(), MASTER, new_key(), VALID).await;
+    assert!(called.greet(session).await.1.can(Hello::JOINED));
+    for subsystem in [Version::V1.subsystem(), FRONT_END_SUBSYSTEM] {
+        let late = node.answer(node.call_home_further(), MASTER, new_key(), VALID).await;
+        assert!(!late.is_granted(subsystem).await, "{subsystem}");
+    }
+    let late = node.answer(node.call_home_further(), MASTER, new_key(), VALID).await;
+    late.ask([9; 16]).await;
+    let ended = late.ended().await;
+    assert!(matches!(ended, Err(SessionError::NotFurther)), "{ended:?}");
 }

@@ -151,6 +151,11 @@ impl Gate {
         !state.closed && !state.somebody_waits() && state.has_room(QUANTUM)
     }
 
+    /// Whether the path has been measured, so that it is known what has arrived.
+    pub(crate) fn is_measured(&self) -> bool {
+        self.lock().path.is_some()
+    }
+
     /// Whether the link is gone.
     pub(crate) fn is_closed(&self) -> bool {
         self.lock().closed

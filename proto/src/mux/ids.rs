@@ -97,8 +97,12 @@ impl Ids {
         }
         let position = self.numbering.position(id);
         let ahead = position.saturating_sub(self.newest);
-        for skipped in (0..ahead.min(SPAN)).map(|back| position - back) {
-            self.set(skipped, false);
+        if ahead >= SPAN {
+            self.recent = [0; WORDS];
+        } else {
+            for skipped in (0..ahead).map(|back| position - back) {
+                self.set(skipped, false);
+            }
         }
         self.newest = self.newest.max(position);
         self.set(position, true);

@@ -3,7 +3,7 @@
 use std::{
     pin::Pin,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll},
@@ -29,7 +29,11 @@ struct LimitedBody {
     deadline: Option<Pin<Box<Sleep>>>,
     received: ReceivedBytes,
     ended: bool,
+    fault: Fault,
 }
+
+/// Tells why a body was not passed on completely, once it is so. Over HTTP/2, the failure of the exchange does not say it.
+pub(super) type Fault = Arc<OnceLock<BodyError>>;
 
 /// The limits on the bodies of requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,11 +66,32 @@ impl RequestBody {
             return Self(None);
         }
         let received = received();
-        Self(Some(LimitedBody { incoming, left, stall_timeout, deadline: None, received, ended: false }))
+        let fault = Fault::default();
+        Self(Some(LimitedBody {
+            incoming,
+            left,
+            stall_timeout,
+            deadline: None,
+            received,
+            ended: false,
+            fault,
+        }))
     }
 
     pub fn is_empty(&self) -> bool {
         self.0.is_none()
+    }
+
+    pub(super) fn fault(&self) -> Option<Fault> {
+        self.0.as_ref().map(|body| body.fault.clone())
+    }
+}
+
+impl LimitedBody {
+    fn fail(&mut self, error: BodyError) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        self.ended = true;
+        let _ = self.fault.set(error.clone());
+        Poll::Ready(Some(Err(error)))
     }
 }
 
@@ -87,16 +112,12 @@ impl Body for RequestBody {
                 if deadline.as_mut().poll(cx).is_pending() {
                     return Poll::Pending;
                 }
-                body.ended = true;
-                return Poll::Ready(Some(Err(BodyError::Stalled)));
+                return body.fail(BodyError::Stalled);
             }
         };
         let data = match frame {
             Some(Ok(frame)) => frame.into_data(),
-            Some(Err(error)) => {
-                body.ended = true;
-                return Poll::Ready(Some(Err(BodyError::Broken(error.to_string()))));
-            }
+            Some(Err(error)) => return body.fail(BodyError::Broken(error.to_string())),
             None => {
                 body.ended = true;
                 return Poll::Ready(None);
@@ -115,10 +136,7 @@ impl Body for RequestBody {
                 body.left = left;
                 Poll::Ready(Some(Ok(Frame::data(data))))
             }
-            None => {
-                body.ended = true;
-                Poll::Ready(Some(Err(BodyError::TooLarge)))
-            }
+            None => body.fail(BodyError::TooLarge),
         }
     }
 
@@ -129,16 +147,4 @@ impl Body for RequestBody {
     fn size_hint(&self) -> SizeHint {
         self.0.as_ref().map_or_else(|| SizeHint::with_exact(0), |body| body.incoming.size_hint())
     }
-}
-
-/// Returns the error of the request's body, if it is the cause of a failed exchange.
-pub(super) fn cause(error: &hyper::Error) -> Option<BodyError> {
-    let mut source = std::error::Error::source(error);
-    while let Some(error) = source {
-        if let Some(error) = error.downcast_ref::<BodyError>() {
-            return Some(error.clone());
-        }
-        source = error.source();
-    }
-    None
 }

@@ -125,6 +125,7 @@ impl Upstream {
                 let kept = connection.kept;
                 // The server may close a kept connection while the request is on its way.
                 let repeat = kept.then(|| Repeat::of(&request)).flatten();
+                let fault = request.body().fault();
                 match connection.send(request).await {
                     Ok(response) => return Ok(response),
                     Err((_, Some(unsent))) if kept => request = unsent,
@@ -135,7 +136,8 @@ impl Upstream {
                         break;
                     }
                     Err((error, None)) => {
-                        match (body::cause(&error), repeat.and_then(Repeat::into_request)) {
+                        let fault = fault.and_then(|fault| fault.get().cloned());
+                        match (fault, repeat.and_then(Repeat::into_request)) {
                             (Some(error), _) => return Err(UpstreamError::Body(error)),
                             (None, Some(again)) if repeats.next().is_some() => request = again,
                             (None, _) => return Err(UpstreamError::Broken(causes(&error))),

@@ -198,7 +198,8 @@ impl Connections {
         all.retain(|_, one| one.open > 0 || good(one) && one.used.elapsed() < MAX_UNUSED);
         stack.retain(|number| all.contains_key(number));
         for (number, one) in all {
-            one.abandoned = 0;
+            // The server may still work on some of them.
+            one.abandoned /= 2;
             if !one.stacked && good(one) && one.has_room() {
                 one.stacked = true;
                 stack.push(*number);

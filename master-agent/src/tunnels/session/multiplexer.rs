@@ -46,7 +46,7 @@ impl Session {
             let session = present.and_then(Mux::peer).map_or_else(rand::random, |peer| peer.session);
             let hello = mux::hello(if limits.to_front_end.is_some() { Hello::FRONT_END } else { 0 }, session);
             let _ = self.handle.data(id, frame::encode(Version::V2, &Frame::Hello(hello))).await;
-            let Ok(peer) = said.await else { return Ok(Started::Nothing) };
+            let Ok(peer) = said.await else { return Err(TunnelError::Closed) };
             return self.begin(id, limits, present, peer);
         }
         self.state.to_node.expect(id);

@@ -11,7 +11,7 @@ use proto_net::mux::{self, Events, Feeder, Mux, Notice, SendFrame, Settings};
 use russh::{ChannelId, server};
 use tokio::sync::mpsc;
 
-use super::{Handler, MAX_LOGGED_NOTICES, MasterMux};
+use super::{Handler, MAX_LOGGED_NOTICES, MasterMux, Purpose};
 use crate::session::{error::SessionError, user::AuthenticatedUser};
 
 impl Handler {
@@ -44,7 +44,7 @@ impl Handler {
         let Some(user) = self.master() else { return };
         let (mux, feeder, events) = self.new_mux(numbering, peer, channel, session);
         if let Some(Hello { session, .. }) = peer {
-            self.registered = self.services.multiplexers.add(session, user.certificate.public_key(), &mux);
+            self.registered = self.services.multiplexers.add(session, &user.certificate, &mux);
         }
         self.state.set_master_mux(mux.clone());
         self.master_mux = Some(MasterMux { channel, feeder, notices: Some(events.notices) });
@@ -61,11 +61,15 @@ impl Handler {
         session: &mut server::Session,
     ) -> Result<(), SessionError> {
         let Some(user) = self.master() else { return Ok(()) };
-        let present = self.services.multiplexers.find(&hello.session, user.certificate.public_key());
+        let present = self.services.multiplexers.find(&hello.session, &user.certificate);
+        let present = present.filter(|_| self.purpose != Purpose::Session);
         let joined = present.and_then(|mux| {
             let feeder = mux.join(self.gate.clone(), sender(channel, session), &self.tasks)?;
             Some((mux, feeder))
         });
+        if joined.is_none() && self.purpose == Purpose::Further {
+            return Err(SessionError::NotFurther);
+        }
         let said = mux::hello(if joined.is_some() { Hello::JOINED } else { 0 }, hello.session);
         session.data(channel, frame::encode(Version::V2, &Frame::Hello(said)))?;
         match joined {

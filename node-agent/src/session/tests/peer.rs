@@ -155,6 +155,11 @@ impl TestNode {
         self.serve(Direction::CallHome)
     }
 
+    /// The same, because the master has asked for a further connection.
+    pub(super) fn call_home_further(&self) -> ServedLink {
+        self.serve(Direction::CallHomeFurther)
+    }
+
     fn serve(&self, direction: Direction) -> ServedLink {
         let (near, far) = tokio::io::duplex(256 * 1024);
         let (authenticated, proof) = oneshot::channel();
@@ -172,6 +177,11 @@ impl TestNode {
         self.answer(self.accept(None), login, key, valid).await
     }
 
+    /// Connects as a master of another host.
+    pub(super) async fn connect_other_master(&self) -> Peer {
+        self.answer_as("other", self.accept(None), MASTER, new_key(), VALID).await
+    }
+
     /// Authenticates on a link.
     pub(super) async fn answer(
         &self,
@@ -180,8 +190,19 @@ impl TestNode {
         key: PrivateKey,
         valid: Duration,
     ) -> Peer {
+        self.answer_as(login, link, login, key, valid).await
+    }
+
+    async fn answer_as(
+        &self,
+        key_id: &str,
+        link: ServedLink,
+        login: &str,
+        key: PrivateKey,
+        valid: Duration,
+    ) -> Peer {
         let certificate = CertificateSpec {
-            key_id: login,
+            key_id,
             principals: &[login],
             valid: valid_for(valid),
             ..CertificateSpec::user(&self.user_ca, key.public_key())
@@ -306,9 +327,7 @@ impl Peer {
 
     /// Asks for the latest version of the multiplexer under the name of a session. Returns the node's HELLO.
     pub(super) async fn greet(&mut self, session: [u8; 16]) -> (ChannelId, Hello) {
-        let id = self.request(Version::V2.subsystem()).await;
-        let hello = Frame::Hello(mux::hello(Hello::FRONT_END, session));
-        self.handle.data(id, frame::encode(Version::V2, &hello)).await.unwrap();
+        let id = self.ask(session).await;
         let mut greeting = Greeting::default();
         loop {
             let bytes = self.raw.recv().await.unwrap();
@@ -316,6 +335,27 @@ impl Peer {
             if let Some(hello) = greeting.take(&mut rest).unwrap() {
                 self.early = rest.to_vec();
                 return (id, hello);
+            }
+        }
+    }
+
+    /// Does the same without waiting for the node's HELLO.
+    pub(super) async fn ask(&self, session: [u8; 16]) -> ChannelId {
+        let id = self.request(Version::V2.subsystem()).await;
+        let hello = Frame::Hello(mux::hello(Hello::FRONT_END, session));
+        self.handle.data(id, frame::encode(Version::V2, &hello)).await.unwrap();
+        id
+    }
+
+    /// Whether the node grants a subsystem.
+    pub(super) async fn is_granted(&self, subsystem: &str) -> bool {
+        let mut channel = self.handle.channel_open_session().await.unwrap();
+        channel.request_subsystem(true, subsystem).await.unwrap();
+        loop {
+            match channel.wait().await {
+                Some(ChannelMsg::Success) => return true,
+                Some(ChannelMsg::Failure) | None => return false,
+                Some(_) => {}
             }
         }
     }

@@ -4,7 +4,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Weak,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -36,6 +36,8 @@ pub(super) struct Connection {
     /// be lost.
     waiting_answers: AtomicUsize,
     pub(super) round_trip: RoundTrip,
+    /// Set before it is decided which streams end with this connection.
+    lost: AtomicBool,
     /// The streams of its session.
     streams: Arc<Counts>,
 }
@@ -62,6 +64,7 @@ impl Connection {
             pings,
             waiting_answers: AtomicUsize::new(0),
             round_trip: RoundTrip::default(),
+            lost: AtomicBool::new(false),
             streams,
         });
         tasks.spawn(housekeeping(Arc::downgrade(&connection), version, connection.gate.clone(), queues));
@@ -80,6 +83,14 @@ impl Connection {
         if self.answers.send(frame::encode(self.version, frame)).is_err() {
             self.waiting_answers.fetch_sub(1, Ordering::Relaxed);
         }
+    }
+
+    pub(super) fn set_lost(&self) {
+        self.lost.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Relaxed)
     }
 
     pub(super) fn waiting_answers(&self) -> usize {

@@ -205,6 +205,11 @@ impl Mux {
         self.0.further.heavy()
     }
 
+    /// For how long no stream has sent or received much.
+    pub fn unused_for(&self) -> Duration {
+        self.0.further.unused_for()
+    }
+
     /// Number of further connections.
     pub fn further_connections(&self) -> usize {
         self.0.further.len()
@@ -222,12 +227,15 @@ impl Mux {
 
     /// A further connection is gone. Streams end that have sent bytes on it which are not known to have arrived.
     pub(super) fn lose(&self, connection: &Arc<Connection>) {
+        connection.set_lost();
         self.0.further.remove(connection);
         let lost = || StreamError("one of the tunnel's connections was lost".to_owned());
         let (_, arrived) = connection.gate.sent_and_arrived();
         let mut streams = self.streams();
-        let used: Vec<_> =
-            streams.open.extract_if(|_, shared| shared.lock().has_lost(connection.number, arrived)).collect();
+        let used: Vec<_> = streams
+            .open
+            .extract_if(|_, shared| shared.lock().ends_with(connection.number, arrived))
+            .collect();
         drop(streams);
         for (stream, shared) in used {
             let end = {
@@ -292,10 +300,12 @@ impl Mux {
                 drop(streams);
                 shared.lock().fail(StreamError(reason));
             }
-            None if opener == Opener::This && !streams.ids.this.is_used(stream) => {
+            None if !streams.is_used(stream, self.0.settings.numbering)
+                && (opener == Opener::This || self.version() == Version::V2) =>
+            {
                 return Err(Violation::NeverOpened("RESET"));
             }
-            // A peer that opens streams may give one up before it has sent the OPEN.
+            // A peer of the first version may give a stream up before it has sent the OPEN.
             None => {
                 streams.ids.of_mut(opener).take(stream);
             }

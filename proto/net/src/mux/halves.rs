@@ -24,7 +24,7 @@ use super::{
     route::Route,
     state::{Answer, Shared, State},
 };
-use crate::stream::error::StreamError;
+use crate::{gate::Reservation, stream::error::StreamError};
 
 /// See [`stream::Watch`](crate::stream::Watch).
 pub struct Watch(Arc<Shared>);
@@ -151,21 +151,10 @@ impl Writer {
         let Self { entry, route, .. } = self;
         let (mux, version) = (&entry.mux, entry.mux.version());
         let payload = buffer.len().saturating_sub(version.data_header()) as u64;
-        let reserved = route.reserve(mux, buffer.len()).await;
-        let offset = {
-            let mut state = entry.shared.lock();
-            if let Some(error) = &state.failed {
-                return Err(error.clone());
-            }
-            if let Some((connection, _)) = route.further() {
-                // Until it is known how much that is, in case that the connection is lost at this moment.
-                state.on_sent_further(connection, u64::MAX);
-            }
-            state.sent
+        let Some((reserved, offset)) = admit(entry, route, buffer.len()).await? else {
+            return Err(StreamError(mux.closed_reason()));
         };
-        if let Some(reserved) = reserved
-            && route.send(frame::finish_data(version, buffer, entry.id, offset)).await
-        {
+        if route.send(frame::finish_data(version, buffer, entry.id, offset)).await {
             reserved.used();
             let mut state = entry.shared.lock();
             state.on_sent(payload);
@@ -187,6 +176,29 @@ impl Writer {
     pub(crate) fn reset(&mut self, reason: &str) {
         self.entry.shared.lock().reset_reason = Some(reason.to_owned());
         self.finished = false;
+    }
+}
+
+/// Waits until a stream may send `bytes` bytes. Returns the room for them, and the number of the stream's bytes before them;
+/// `None` once the session is gone.
+async fn admit(
+    entry: &Entry,
+    route: &mut Route,
+    bytes: usize,
+) -> Result<Option<(Reservation, u64)>, StreamError> {
+    loop {
+        let Some(reserved) = route.reserve(&entry.mux, bytes).await else { return Ok(None) };
+        let mut state = entry.shared.lock();
+        if let Some(error) = &state.failed {
+            return Err(error.clone());
+        }
+        let Some((connection, _)) = route.further() else { return Ok(Some((reserved, state.sent))) };
+        // Until it is known how much that is, in case that the connection is lost at this moment.
+        state.on_sent_further(connection, u64::MAX);
+        if !route.is_lost() {
+            return Ok(Some((reserved, state.sent)));
+        }
+        state.forget_further(connection);
     }
 }
 

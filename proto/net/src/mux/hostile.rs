@@ -239,7 +239,6 @@ fn violations(wire: Wire, large: &[u8]) -> Vec<Case<'_>> {
         (NODE, vec![wire.open(DROPPED)], DROPPED, "OPEN with an id that was used before"),
         (NODE, vec![wire.open(NEVER), wire.open(NEVER)], NEVER, "OPEN with an id that was used before"),
         (NODE, vec![wire.open(9000), wire.open(9)], 9, "OPEN with an id that was used before"),
-        (NODE, vec![wire.reset(NEVER), wire.open(NEVER)], NEVER, "OPEN with an id that was used before"),
         (NODE, vec![wire.opened(OPEN)], OPEN, "OPENED by the side that opens streams"),
         (NODE, vec![wire.refused(OPEN)], OPEN, "REFUSED by the side that opens streams"),
         (NODE, vec![wire.opened(NEVER)], NEVER, "OPENED by the side that opens streams"),
@@ -259,6 +258,7 @@ fn violations_of_v2<'a>() -> Vec<Case<'a>> {
         origin: String::new(),
     };
     let too_much = u64::from(window::MAX) + 1;
+    let never_opened = "RESET for a stream that was never opened";
     vec![
         (BOTH, vec![wire.data(OPEN), wire.data(OPEN)], OPEN, offset),
         (BOTH, vec![wire.data_at(OPEN, 9, b"x"), wire.data_at(OPEN, 9, b"x")], OPEN, offset),
@@ -267,6 +267,7 @@ fn violations_of_v2<'a>() -> Vec<Case<'a>> {
         (BOTH, vec![wire.data_at(OPEN, u64::MAX, b"x")], OPEN, "the peer sent more than its window"),
         (BOTH, vec![wire.eof(OPEN, u64::MAX)], OPEN, "the peer sent more than its window"),
         (BOTH, gaps, OPEN, "the peer leaves too many gaps"),
+        (NODE, vec![wire.reset(NEVER)], NEVER, never_opened),
         (
             MASTER,
             vec![Frame::Opened { stream: wire.id(ASKED), limit: too_much }],
@@ -411,7 +412,7 @@ async fn frames_that_cross_a_stream_s_end_are_honest() {
 
 #[tokio::test]
 async fn dials_that_run_at_the_same_time_may_arrive_in_disorder() {
-    let mut end = End::new(false);
+    let mut end = End::of(Version::V1, false);
     let wire = end.wire;
     for stream in [3, 1, 2, 6] {
         end.feed(&wire.open(stream)).unwrap();

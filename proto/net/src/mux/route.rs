@@ -13,13 +13,19 @@ pub(super) struct Route {
     connection: Arc<Connection>,
     turn: Turn,
     mark: HeavyMark,
+    /// The bytes that were sent since the last change of the connection.
+    since_change: usize,
 }
+
+/// The bytes after which a stream may change to another further connection. With each change bytes may come early, and a
+/// receiver keeps few runs of those.
+const LEAST_RUN: usize = 512 * 1024;
 
 impl Route {
     pub(super) fn new(mux: &Mux) -> Self {
         let connection = mux.0.first.clone();
         let turn = connection.gate.turn();
-        Self { connection, turn, mark: HeavyMark::new(&mux.0.further) }
+        Self { connection, turn, mark: HeavyMark::new(&mux.0.further), since_change: 0 }
     }
 
     /// How many bytes should be sent at once.
@@ -32,6 +38,7 @@ impl Route {
         loop {
             self.choose(mux);
             if let Some(reserved) = self.connection.gate.reserve(&mut self.turn, bytes).await {
+                self.since_change = self.since_change.saturating_add(bytes);
                 return Some(reserved);
             }
             // A further connection that is gone is not chosen again.
@@ -44,19 +51,25 @@ impl Route {
     fn choose(&mut self, mux: &Mux) {
         let is_heavy = self.turn.is_heavy();
         self.mark.set(is_heavy);
-        let further = if is_heavy { mux.0.further.choose(&self.connection) } else { None };
+        let stays = self.since_change < LEAST_RUN;
+        let further = if is_heavy { mux.0.further.choose(&self.connection, stays) } else { None };
         let connection = further.unwrap_or_else(|| mux.0.first.clone());
         if !Arc::ptr_eq(&connection, &self.connection) {
             let turn = connection.gate.turn();
             let former = std::mem::replace(&mut self.turn, turn);
             self.turn.inherit(former);
             self.connection = connection;
+            self.since_change = 0;
         }
     }
 
     /// Sends an encoded frame; `false` once the connection is gone.
     pub(super) async fn send(&self, frame: Bytes) -> bool {
         self.connection.send(frame).await
+    }
+
+    pub(super) fn is_lost(&self) -> bool {
+        self.connection.is_lost()
     }
 
     /// The number of the connection, and what has been sent on it in all, if it is a further one.

@@ -103,10 +103,18 @@ impl State {
         }
     }
 
-    /// Forgets the further connection with this number, on which `arrived` bytes have arrived as far as is known. Returns
-    /// whether the stream has sent others on it.
-    pub(super) fn has_lost(&mut self, connection: u32, arrived: u64) -> bool {
-        self.used.extract_if(.., |(number, _)| *number == connection).any(|(_, last)| last > arrived)
+    /// The further connection with this number is lost, on which `arrived` bytes have arrived as far as is known. Returns
+    /// whether the stream ends with it: because it has sent others on it, or because the peer has, and has forgotten the
+    /// stream since then.
+    pub(super) fn ends_with(&mut self, connection: u32, arrived: u64) -> bool {
+        let sent =
+            self.used.extract_if(.., |(number, _)| *number == connection).any(|(_, last)| last > arrived);
+        sent || self.early.has_end() && !self.received_eof
+    }
+
+    /// Nothing was sent after all on the further connection with this number.
+    pub(super) fn forget_further(&mut self, connection: u32) {
+        self.used.retain(|(number, _)| *number != connection);
     }
 
     /// Bytes have come. On a further connection, they may overtake the answer to OPEN.

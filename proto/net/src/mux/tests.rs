@@ -133,7 +133,7 @@ impl Further {
             }
         });
         for mux in [&pair.master, &pair.node] {
-            while mux.0.further.choose(&mux.0.first).is_none() {
+            while mux.0.further.choose(&mux.0.first, false).is_none() {
                 tokio::task::yield_now().await;
             }
         }
@@ -402,7 +402,7 @@ async fn a_lost_connection_ends_the_streams_whose_bytes_it_may_have_lost_and_no_
         }
     };
     tokio::join!(send(&mut arrived_far, &bytes), read(&mut arrived));
-    let connection = pair.node.0.further.choose(&pair.node.0.first).unwrap();
+    let connection = pair.node.0.further.choose(&pair.node.0.first, false).unwrap();
     let (sent, known) = connection.gate.sent_and_arrived();
     assert!(sent > 3_000_000 && known > 500_000, "{known} of {sent}");
     // The last PING was in front of the last bytes.

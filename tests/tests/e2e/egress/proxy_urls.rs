@@ -102,8 +102,9 @@ impl Site {
             nodes: vec![("n1".to_owned(), Kind::Dialled)],
             ports: vec![port],
             targets,
+            // Further connections would be descriptors that come and go.
             master_config: format!(
-                "proxy_urls:\n  unix: {{path: proxy.sock}}\n  tcp: {{listen: '{tcp}'}}\n  kubelet_ca: {}\n  \
+                "tunnels: {{max_further_connections: 0}}\nproxy_urls:\n  unix: {{path: proxy.sock}}\n  tcp: {{listen: '{tcp}'}}\n  kubelet_ca: {}\n  \
                  kubelet_client_cert: {}\n  kubelet_client_key: {}\n  target_ca: {}\n{more}",
                 show("ca.crt"),
                 show("master.crt"),
