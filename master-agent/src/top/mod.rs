@@ -40,7 +40,7 @@ pub async fn top(agent: &AdminClient, args: TopArgs) -> anyhow::Result<()> {
     if args.interval < Duration::from_millis(100) {
         anyhow::bail!("--interval must be at least 100ms");
     }
-    let first = agent.nodes().await?;
+    let first = answer(agent.nodes()).await?;
     if !stdout().is_terminal() {
         print_nodes(&first);
         return Ok(());

@@ -83,7 +83,11 @@ impl Tunnel {
         };
         tokio::select! {
             () = mux.load_changed() => {}
-            () = unused => self.further.end(),
+            () = unused => {
+                self.further.end();
+                // They are still counted until their tasks have ended.
+                sleep(UNUSED / 10).await;
+            }
         }
     }
 
@@ -111,13 +115,13 @@ impl Tunnel {
     /// Asks the node to dial a further connection, and waits until it has.
     pub(super) async fn call_node(&self) -> Result<(), TunnelError> {
         let Some(mux) = self.mux() else { return Err(TunnelError::NotJoined) };
-        let before = mux.further_connections();
+        let before = mux.further_connections_ever();
         *self.further.called() = Some(Instant::now() + CALLED);
         if !mux.call().await {
             return Err(TunnelError::Closed);
         }
         let come = async {
-            while mux.further_connections() <= before {
+            while mux.further_connections_ever() == before {
                 mux.load_changed().await;
             }
         };

@@ -46,6 +46,7 @@ use super::{
     renewal::Renewal,
     revocations::RevocationList,
     session::{
+        error::TunnelError,
         handshake::{Credentials, SshClient},
         identity::HostIdentity,
     },
@@ -362,6 +363,15 @@ impl Master {
 
     /// Establishes a tunnel whose session belongs to `tasks`. Without notices, the node is a plain sshd.
     pub(super) async fn tunnel_in(&self, tasks: &Tasks) -> (Tunnel, Option<Notices>) {
+        self.tunnel_beside(None, tasks).await.unwrap().unwrap()
+    }
+
+    /// Establishes a tunnel, or a further connection of `present`.
+    pub(super) async fn tunnel_beside(
+        &self,
+        present: Option<&Tunnel>,
+        tasks: &Tasks,
+    ) -> Result<Option<(Tunnel, Option<Notices>)>, TunnelError> {
         let (entry, user) = (self.entry(), self.login.current());
         let address = entry.dial.clone().unwrap();
         let credentials = Credentials {
@@ -373,7 +383,7 @@ impl Master {
         let session = self.client.authenticate(self.node.link(), credentials, tasks).await.unwrap();
         let HostIdentity::Verified(host) = session.identity.clone() else { panic!("the key is pinned") };
         let to = (Direction::Dialled, None);
-        Tunnel::establish(session, host, to, &self.config, Some(64), None).await.unwrap().unwrap()
+        Tunnel::establish(session, host, to, &self.config, Some(64), present).await
     }
 }
 

@@ -332,4 +332,15 @@ mod tests {
             assert!(tunnel.is_idle());
         }
     }
+
+    /// Two tunnels of one session name would take each other's further connections.
+    #[tokio::test(start_paused = true)]
+    async fn a_node_that_knows_the_session_and_does_not_join_it_gets_no_second_tunnel_of_that_name() {
+        let mut master = Master::new(Duration::from_secs(3600), 8);
+        let (tunnel, _notices, _node) = master.tunnel().await;
+        let second = master.tunnel_beside(Some(&tunnel), &master.tasks).await;
+        assert!(matches!(second, Err(TunnelError::NotJoined)));
+        assert_eq!(tunnel.connections(), 1);
+        assert!(master.tunnel_beside(None, &master.tasks).await.is_ok_and(|second| second.is_some()));
+    }
 }

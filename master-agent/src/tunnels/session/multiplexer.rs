@@ -69,13 +69,17 @@ impl Session {
         peer: Hello,
     ) -> Result<Started, TunnelError> {
         let is_same = |mux: &&Mux| mux.peer().is_some_and(|known| known.instance == peer.instance);
+        let present = present.filter(is_same);
         if peer.can(Hello::JOINED) {
-            let joined = present
-                .filter(is_same)
-                .and_then(|mux| mux.join(self.gate.clone(), self.sender(channel), &self.tasks));
+            let joined =
+                present.and_then(|mux| mux.join(self.gate.clone(), self.sender(channel), &self.tasks));
             let feeder = joined.ok_or(TunnelError::NotJoined)?;
             self.state.to_node.set(feeder)?;
             return Ok(Started::Joined);
+        }
+        // A node that means this link as a tunnel of its own calls again, and is told another name then.
+        if present.is_some() {
+            return Err(TunnelError::NotJoined);
         }
         let numbering = Numbering::Halves { is_client: true };
         let max_accepted = limits.to_front_end.unwrap_or_default();

@@ -215,6 +215,11 @@ impl Mux {
         self.0.further.len()
     }
 
+    /// Number of further connections that there have been, with those that are gone.
+    pub fn further_connections_ever(&self) -> u32 {
+        self.0.further.ever()
+    }
+
     /// Waits until the number of heavy streams or of further connections has changed since the last time. Cancel-safe.
     pub async fn load_changed(&self) {
         self.0.further.changed().await;

@@ -68,6 +68,11 @@ impl Further {
         self.lock().len()
     }
 
+    /// The number of connections that there have been, with those that are gone.
+    pub(super) fn ever(&self) -> u32 {
+        self.ever.load(Ordering::Relaxed)
+    }
+
     /// The number of streams that send or receive much; 0 if none of them has done so lately.
     pub(super) fn heavy(&self) -> usize {
         let used = *self.used.lock().unwrap_or_else(PoisonError::into_inner);

@@ -46,7 +46,9 @@ impl Site {
         let server = config["clusters"][0]["cluster"]["server"].as_str().unwrap();
         let api_port = server.rsplit(':').next().unwrap().parse().unwrap();
 
-        let (web_port, node_port) = (free_port(), free_port());
+        // The API server is a process of its own that chooses among the same ports.
+        let other_port = || std::iter::repeat_with(free_port).find(|port| *port != api_port).unwrap();
+        let (web_port, node_port) = (other_port(), other_port());
         let pages = dir.path().join("pages");
         std::fs::create_dir(&pages).unwrap();
         std::fs::write(

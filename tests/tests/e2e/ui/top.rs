@@ -45,9 +45,18 @@ impl Terminal {
     }
 
     async fn shows(&self, text: &str) -> String {
-        let what = format!("the terminal shows {text:?}");
-        eventually(&what, SOON, async || Some(self.screen().await).filter(|screen| screen.contains(text)))
-            .await
+        let deadline = Instant::now() + SOON;
+        loop {
+            let screen = self.screen().await;
+            if screen.contains(text) {
+                return screen;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "not within {SOON:?}: the terminal shows {text:?}; it shows\n{screen}"
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 }
 
@@ -122,8 +131,8 @@ async fn nodes_streams_and_events_are_shown_live() {
     terminal.keys(&["Escape"]).await;
     terminal.shows("NODE").await;
     cluster.nodes[1].process.as_mut().unwrap().kill();
-    let screen = terminal.shows("1 of 2 nodes connected, 1 not").await;
-    assert!(screen.contains("lost"), "{screen}");
+    terminal.shows("1 of 2 nodes connected, 1 not").await;
+    terminal.shows("lost").await;
     terminal.type_line("/lost").await;
     let screen = terminal.shows("filter: lost").await;
     assert!(screen.contains("n2 ") && !screen.contains("n1 "), "{screen}");
@@ -147,6 +156,7 @@ async fn nodes_streams_and_events_are_shown_live() {
     cluster.master.kill();
     terminal.shows("can't reach the running agent").await;
     cluster.restart_master().unwrap();
+    terminal.shows("q quit").await;
     terminal.shows("2 of 2 nodes connected").await;
     terminal.keys(&["q"]).await;
     terminal.shows("ended with 0").await;
