@@ -3,15 +3,16 @@
 //! A line names the caller, the request, the decision with its rule, and the result (`audit/record.rs`).
 //!
 //! A thread writes the lines of a bounded queue. A request takes a [`QueuePermit`] before it is served, so that every
-//! served request is also recorded. While the queue is full, a request waits for a short time. Then it is either
-//! rejected or served without a record, depending on the configuration. Unauthenticated callers and long-running
-//! requests have queues of their own, so that they can't take room from others. A lost line, for instance on a full
-//! disk, is counted and logged, and the audit log itself reports the number of missing lines once it can be written
-//! again.
+//! served request is also recorded. While the queue is full, by the number of its lines or by their bytes
+//! (`audit/room.rs`), a request waits for a short time. Then it is either rejected or served without a record,
+//! depending on the configuration. Unauthenticated callers and long-running requests have queues of their own, so that
+//! they can't take room from others. A lost line, for instance on a full disk, is counted and logged, and the audit log
+//! itself reports the number of missing lines once it can be written again.
 
 mod config;
 mod file;
 mod record;
+mod room;
 
 use std::{
     fs::File,
@@ -27,12 +28,16 @@ use std::{
 use anyhow::Context;
 use prometheus_client::metrics::counter::Counter;
 use proto_net::log_throttle::LogThrottle;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 
-use self::file::Output;
+use self::{
+    file::Output,
+    room::{Occupied, Room},
+};
 
 pub use config::{AuditConfig, OnFull};
 pub use record::{Outcome, Record, RequestId};
+pub use room::QueuePermit;
 
 /// How long lines are collected before they are written together.
 const BATCH_INTERVAL: Duration = Duration::from_millis(5);
@@ -43,7 +48,7 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 #[derive(Clone)]
 pub struct Audit {
     lines: mpsc::UnboundedSender<Message>,
-    permits: Arc<QueuePermits>,
+    rooms: Arc<Rooms>,
     wait: Duration,
     on_full: OnFull,
     lost: Arc<Lost>,
@@ -60,15 +65,15 @@ pub enum Queue {
     Unauthenticated,
 }
 
-/// The permits of each queue.
-struct QueuePermits {
-    authenticated: Arc<Semaphore>,
-    long_running: Arc<Semaphore>,
-    unauthenticated: Arc<Semaphore>,
+/// The room of each queue.
+struct Rooms {
+    authenticated: Arc<Room>,
+    long_running: Arc<Room>,
+    unauthenticated: Arc<Room>,
 }
 
-impl QueuePermits {
-    fn of(&self, queue: Queue) -> &Arc<Semaphore> {
+impl Rooms {
+    fn of(&self, queue: Queue) -> &Arc<Room> {
         match queue {
             Queue::Authenticated => &self.authenticated,
             Queue::LongRunning => &self.long_running,
@@ -76,9 +81,6 @@ impl QueuePermits {
         }
     }
 }
-
-/// Reserves room for one line in a queue until the line has been written.
-pub struct QueuePermit(#[expect(dead_code, reason = "held")] OwnedSemaphorePermit);
 
 /// The error of a request whose line has no room, and that must not be served without a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,7 +93,7 @@ pub struct Writer {
 }
 
 enum Message {
-    Line(String, QueuePermit),
+    Line(String, Occupied),
     Close,
 }
 
@@ -122,41 +124,41 @@ impl Audit {
         max_long_running: usize,
         lost: Counter,
     ) -> (Self, mpsc::UnboundedReceiver<Message>) {
-        let semaphore = |lines: usize| Arc::new(Semaphore::new(lines));
-        let permits = QueuePermits {
-            authenticated: semaphore(config.queue),
+        let rooms = Rooms {
+            authenticated: Room::new(config.queue),
             // The lines of those that have ended may still wait to be written.
-            long_running: semaphore(max_long_running + config.queue),
-            unauthenticated: semaphore(config.unauthenticated_queue),
+            long_running: Room::new(max_long_running + config.queue),
+            unauthenticated: Room::new(config.unauthenticated_queue),
         };
-        // Each line in the channel holds a permit, which bounds the channel.
+        // Each line in the channel occupies room, which bounds the channel.
         let (lines, written) = mpsc::unbounded_channel();
         let lost = Lost { counter: lost, log: LogThrottle::default(), unreported: AtomicU64::new(0) };
-        let (permits, lost) = (Arc::new(permits), Arc::new(lost));
-        (Self { lines, permits, wait: config.wait, on_full: config.on_full, lost }, written)
+        let (rooms, lost) = (Arc::new(rooms), Arc::new(lost));
+        (Self { lines, rooms, wait: config.wait, on_full: config.on_full, lost }, written)
     }
 
     /// Reserves room for the line of a request, and waits for a short time if the queue is full. Returns `None` if the
     /// request is to be served without a line.
     pub async fn reserve(&self, queue: Queue) -> Result<Option<QueuePermit>, QueueFull> {
-        let permits = self.permits.of(queue);
-        if let Ok(permit) = permits.clone().try_acquire_owned() {
-            return Ok(Some(QueuePermit(permit)));
+        let room = self.rooms.of(queue);
+        if let Some(permit) = room.try_reserve() {
+            return Ok(Some(permit));
         }
-        match (tokio::time::timeout(self.wait, permits.clone().acquire_owned()).await, self.on_full) {
-            (Ok(Ok(permit)), _) => Ok(Some(QueuePermit(permit))),
-            (Ok(Err(_)) | Err(_), OnFull::Drop) => Ok(None),
-            (Ok(Err(_)) | Err(_), OnFull::Refuse) => Err(QueueFull),
+        match (tokio::time::timeout(self.wait, room.reserve()).await, self.on_full) {
+            (Ok(Some(permit)), _) => Ok(Some(permit)),
+            (Ok(None) | Err(_), OnFull::Drop) => Ok(None),
+            (Ok(None) | Err(_), OnFull::Refuse) => Err(QueueFull),
         }
     }
 
     /// Records a request. Since requests end in places that can't wait, a record without reserved room is lost if the
     /// queue is full.
     pub fn record(&self, record: &Record<'_>, queue: Queue, permit: Option<QueuePermit>) {
-        let permit =
-            permit.or_else(|| self.permits.of(queue).clone().try_acquire_owned().ok().map(QueuePermit));
+        let permit = permit.or_else(|| self.rooms.of(queue).try_reserve());
         let Some(permit) = permit else { return self.lost.add(1, "the queue is full") };
-        if self.lines.send(Message::Line(record.line(), permit)).is_err() {
+        let line = record.line();
+        let occupied = permit.occupy(line.len());
+        if self.lines.send(Message::Line(line, occupied)).is_err() {
             self.lost.add(1, "the audit log is closed");
         }
     }
@@ -212,10 +214,10 @@ fn write(mut lines: mpsc::UnboundedReceiver<Message>, mut output: Output, lost: 
     let mut reported = None::<Instant>;
     while lines.blocking_recv_many(&mut messages, 256) > 0 {
         let mut closing = false;
-        let mut permits = Vec::new();
+        let mut written = Vec::new();
         let batch = messages.drain(..).filter_map(|message| match message {
-            Message::Line(line, permit) => {
-                permits.push(permit);
+            Message::Line(line, occupied) => {
+                written.push(occupied);
                 Some(line)
             }
             Message::Close => {
@@ -224,7 +226,7 @@ fn write(mut lines: mpsc::UnboundedReceiver<Message>, mut output: Output, lost: 
             }
         });
         output.write(batch, &mut |records, why| lost.add(records, why));
-        drop(permits);
+        drop(written);
         if reported.is_none_or(|last| last.elapsed() >= REPORT_INTERVAL) {
             lost.report(&mut output);
             reported = Some(Instant::now());

@@ -151,6 +151,11 @@ impl Recorder {
         &self.connection.metrics
     }
 
+    /// Returns the ID of the request in its record.
+    pub(super) fn id(&self) -> RequestId {
+        self.facts.id
+    }
+
     /// Returns the counter of the bytes of the request's body.
     pub(super) fn received_bytes(&self) -> Arc<AtomicU64> {
         self.received_bytes.get_or_init(Arc::default).clone()

@@ -240,6 +240,53 @@ async fn what_is_served_is_recorded_and_unauthenticated_callers_take_no_room_of_
     assert_eq!(lost.get(), 999);
 }
 
+/// Records requests until one gets no room, and returns the number of those that were recorded.
+async fn fill(audit: &Audit, record: &Record<'_>) -> usize {
+    let mut recorded = 0;
+    while let Ok(permit) = audit.reserve(Queue::Authenticated).await {
+        audit.record(record, Queue::Authenticated, permit);
+        recorded += 1;
+    }
+    recorded
+}
+
+#[tokio::test(start_paused = true)]
+async fn long_lines_fill_a_queue_by_their_bytes_until_they_are_written() {
+    // There is room for 8 KiB, and a line has more than a quarter of that.
+    let settings = AuditConfig { queue: 8, unauthenticated_queue: 8, ..config(PathBuf::new()) };
+    let path = format!("/{}", "p".repeat(2000));
+    let long = Record { path: &path, ..record() };
+    assert!((2048..2700).contains(&long.line().len()));
+    let lost = Counter::default();
+    let (audit, mut lines) = Audit::new(&settings, LONG_RUNNING, lost.clone());
+    for _ in 0..10 {
+        let permit = audit.reserve(Queue::LongRunning).await.unwrap();
+        // A request that has ended is recorded as one of its user, with the room of the queue in which it was reserved.
+        audit.record(&long, Queue::Authenticated, permit);
+    }
+    let served = audit.reserve(Queue::Authenticated).await.unwrap();
+    assert_eq!(fill(&audit, &long).await, 4, "those that last take no room of others");
+    audit.record(&long, Queue::Authenticated, None);
+    assert_eq!(lost.get(), 1, "it had reserved no room");
+    audit.record(&long, Queue::Authenticated, served);
+    assert_eq!(lost.get(), 1, "it was served, so it is recorded");
+    for other in [Queue::LongRunning, Queue::Unauthenticated] {
+        assert!(audit.reserve(other).await.is_ok(), "{other:?}");
+    }
+
+    // Of the five that wait, two must be written before there is room.
+    for _ in 0..10 + 1 {
+        drop(lines.recv().await.unwrap());
+    }
+    assert_eq!(audit.reserve(Queue::Authenticated).await.err(), Some(QueueFull));
+    let (permit, ()) = tokio::join!(audit.reserve(Queue::Authenticated), async {
+        drop(lines.recv().await.unwrap());
+    });
+    assert!(permit.unwrap().is_some(), "whoever waits gets the room of a line that is written");
+    while lines.try_recv().is_ok() {}
+    assert_eq!(fill(&audit, &long).await, 4, "all bytes have been given back");
+}
+
 #[tokio::test(start_paused = true)]
 async fn requests_go_on_unrecorded_where_that_is_configured() {
     let settings = AuditConfig { queue: 1, on_full: OnFull::Drop, ..config(PathBuf::new()) };

@@ -10,10 +10,14 @@
 //!
 //! Every request has an audit record, which is written when the last byte of the response has been sent or the caller
 //! has left. The seat is kept until then.
+//!
+//! A panic in a phase or a handler rejects its own request. It does not reach the task of the connection, which would
+//! end with all other requests on it.
 
-use std::{convert::Infallible, sync::Arc};
+use std::{convert::Infallible, panic::AssertUnwindSafe, sync::Arc};
 
 use access::authn::Validity;
+use futures_util::FutureExt;
 use hyper::{
     Request, Response, StatusCode, Version,
     body::Incoming,
@@ -38,6 +42,7 @@ use crate::{
         answer::{Answer, Resources},
         connection::Connection,
         recorder::Recorder,
+        server::LISTENER,
         streams,
     },
     http::watched::Busy,
@@ -74,7 +79,9 @@ impl Connection {
         // hyper silently drops a Content-Length beside Transfer-Encoding, but a proxy in front of this server may have
         // relied on it.
         let mut last = http1 && request.headers().contains_key(header::TRANSFER_ENCODING);
-        let handled = match handle(&self, request, &mut record).await {
+        // What outlasts the request is behind locks that stay usable after a panic.
+        let unwound = AssertUnwindSafe(handle(&self, request, &mut record)).catch_unwind().await;
+        let handled = match unwound.unwrap_or_else(|_| Err(self.panicked(&record))) {
             Ok(handled) => handled,
             Err(rejection) => {
                 record.rejected(rejection.outcome()).await;
@@ -99,6 +106,13 @@ impl Connection {
         }
         let resources = Resources { record, _busy: busy, _seat: seat, progress: streams::progress() };
         Ok(response.map(|content| Answer::new(content, resources, validity.end())))
+    }
+
+    /// Logs that handling a request has panicked. The panic's text is in a line that the panic hook logs.
+    fn panicked(&self, record: &Recorder) -> Rejection {
+        let (peer, request) = (&self.peer, record.id());
+        tracing::error!(egress = LISTENER, %peer, %request, "request handler panicked");
+        Rejection::Panicked
     }
 
     /// Serves the upgraded connection in a task of its own once the response has been sent.

@@ -68,6 +68,9 @@ pub(super) enum Rejection {
     UpstreamTimedOut,
     #[error("the API server changed to another protocol without being asked")]
     UnrequestedUpgrade,
+    /// A phase or the handler has panicked. Only the log contains the reason.
+    #[error("the request failed because of an internal error")]
+    Panicked,
 }
 
 impl Rejection {
@@ -94,7 +97,8 @@ impl Rejection {
             | Self::UpstreamUnreachable
             | Self::UpstreamBroken
             | Self::UpstreamTimedOut
-            | Self::UnrequestedUpgrade => None,
+            | Self::UnrequestedUpgrade
+            | Self::Panicked => None,
         }
     }
 }
@@ -136,6 +140,7 @@ impl From<Rejection> for StatusError {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, message).retry_after(RETRY_AFTER)
             }
             Rejection::UpstreamTimedOut => Self::new(StatusCode::GATEWAY_TIMEOUT, message),
+            Rejection::Panicked => Self::new(StatusCode::INTERNAL_SERVER_ERROR, message),
         }
     }
 }
@@ -177,6 +182,7 @@ mod tests {
             (upstream(UpstreamError::Body(BodyError::Stalled)), 408, None, None),
             (upstream(UpstreamError::Body(BodyError::Broken("cut".to_owned()))), 400, None, None),
             (Rejection::UpstreamTimedOut, 504, None, None),
+            (Rejection::Panicked, 500, None, None),
         ] {
             assert_eq!(rejection.outcome(), outcome, "{rejection:?}");
             let shown = format!("{rejection:?}");

@@ -10,9 +10,12 @@ use std::{
 use access::{authn::Certificates, peer::Peer, user::User};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use http_body_util::Full;
-use hyper::{HeaderMap, Request, Response, body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::rt::TokioIo;
+use http_body_util::{BodyExt, Empty, Full};
+use hyper::{
+    HeaderMap, Request, Response, body::Incoming, client::conn::http2, server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use proto::{NodeName, join::Admission};
 use proto_config::{Source, parse};
 use proto_net::{
@@ -55,6 +58,8 @@ const LARGE: usize = 4 << 20;
 const TOKENS: &str = "token-of-jane,jane,7,dev\ntoken-of-n1,system:node:n1,8,system:nodes\n";
 const JANE: &str = "Authorization: Bearer token-of-jane\r\n";
 const N1: &str = "Authorization: Bearer token-of-n1\r\n";
+/// A path of the page whose handler panics.
+const PANICS: &str = "/agent/page/panics";
 const LINK: &str = "Connection: Upgrade\r\nUpgrade: master-agent-link\r\n";
 
 struct World {
@@ -252,7 +257,7 @@ struct Greeting;
 
 impl Page for Greeting {
     fn serves(&self, path: &str) -> bool {
-        path == "/agent/page/"
+        ["/agent/page/", PANICS].contains(&path)
     }
 
     fn is_long_running(&self, _: &str) -> bool {
@@ -261,11 +266,12 @@ impl Page for Greeting {
 
     fn answer(
         self: Arc<Self>,
-        _: String,
+        path: String,
         _: Request<RequestBody>,
         _: String,
         origin: Origin,
     ) -> BoxFuture<'static, Response<admin::Body>> {
+        assert_ne!(path, PANICS, "the handler's bug");
         let text = format!("hello, {}, served by thread {}", origin.0, workers::current());
         let answer = respond((hyper::StatusCode::OK, "text/plain", text));
         Box::pin(std::future::ready(answer))
@@ -424,6 +430,50 @@ async fn the_page_is_answered_here_for_whoever_is_authenticated() {
     assert!(status(&answer) == "200" && answer.contains("of \"jane\" from 192.0.2.1:5000"), "{answer}");
     assert_eq!(status(&world.ask("GET /agent/page/", "").await), "401");
     assert!(world.upstream_requests().is_empty());
+}
+
+/// Makes a request over HTTP/2, and returns its response once the head has arrived.
+async fn get(sender: &mut http2::SendRequest<Empty<Bytes>>, path: &str) -> Response<Incoming> {
+    let request = Request::get(format!("https://localhost{path}"))
+        .header("authorization", "Bearer token-of-jane")
+        .body(Empty::new())
+        .unwrap();
+    sender.send_request(request).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_handler_that_panics_fails_its_own_request_and_no_other_of_the_connection() {
+    let mut world = World::new("audit: {file: audit.log}").await;
+    let peer = Peer::Address("192.0.2.1:5000".parse().unwrap());
+    let admission = world.front_end.admit(&peer).unwrap();
+    let (near, far) = duplex(1024);
+    let served = world.tasks.spawn(world.front_end.clone().serve_caller(far, peer, admission));
+    let trust = ClientTls { ca: Some(world.dir.join("tls.crt")), identity: None };
+    let mut config = trust.config().unwrap();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let tls = TlsConnector::from(Arc::new(config));
+    let near = tls.connect(ServerName::try_from("localhost").unwrap(), near).await.unwrap();
+    let (mut sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(near)).await.unwrap();
+    world.tasks.spawn(connection);
+
+    let large = get(&mut sender, "/large").await;
+    let failed = get(&mut sender, PANICS).await;
+    assert_eq!(failed.status(), 500);
+    let body = failed.into_body().collect().await.unwrap().to_bytes();
+    let failure: Value = serde_json::from_slice(&body).unwrap();
+    assert_eq!((&failure["kind"], &failure["reason"]), (&"Status".into(), &"InternalError".into()));
+    let message = failure["message"].as_str().unwrap();
+    assert!(!message.contains("the handler's bug"), "{message}");
+    let body = large.into_body().collect().await.unwrap().to_bytes();
+    assert_eq!(body.len(), LARGE, "a response in progress is completed");
+    assert_eq!(get(&mut sender, "/agent/page/").await.status(), 200, "and the connection takes requests");
+
+    // The records are written once the connection has ended.
+    drop(sender);
+    served.await.unwrap();
+    let lines = world.audited().await;
+    let line = lines.iter().find(|line| line["code"] == 500).unwrap();
+    assert_eq!((&line["user"], &line["decision"]), (&"jane".into(), &"allow".into()), "{line}");
 }
 
 #[tokio::test]
