@@ -3,6 +3,7 @@
 
 pub mod accept;
 pub mod admin;
+mod burst;
 pub mod causes;
 pub mod channel;
 pub mod clock;

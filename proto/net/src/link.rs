@@ -23,7 +23,7 @@ use tokio::{
 };
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-use super::gate::Gate;
+use super::{burst::Burst, gate::Gate};
 
 /// How long a link that is being closed waits for the socket to take more of the backlog.
 const CLOSING: Duration = Duration::from_secs(1);
@@ -39,6 +39,7 @@ pub struct Link<T: AsyncRead + AsyncWrite + Unpin> {
     backlog: BytesMut,
     gate: Gate,
     received: Arc<AtomicUsize>,
+    burst: Burst,
     /// The length of the backlog when the socket last took some of it, while the link is being closed, and the time left.
     closing: Option<(usize, Pin<Box<Sleep>>)>,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
@@ -55,6 +56,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
             backlog: BytesMut::new(),
             gate: gate.clone(),
             received,
+            burst: Burst::default(),
             closing: None,
             cut: Box::pin(cut.cancelled_owned()),
         };
@@ -134,13 +136,19 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncRead for Link<T> {
         if let Poll::Ready(Err(e)) = this.drain(cx) {
             return Poll::Ready(Err(e));
         }
-        this.read_some(cx, buf)
+        ready!(this.burst.poll_pause(cx));
+        let before = buf.filled().len();
+        let read = this.read_some(cx, buf);
+        this.burst.add(buf.filled().len() - before);
+        read
     }
 }
 
 impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Link<T> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        ready!(this.burst.poll_pause(cx));
+        this.burst.add(bytes.len());
         if this.backlog.len() + bytes.len() > LIMIT {
             return Poll::Ready(Err(io::Error::other("the peer has stopped reading the link")));
         }

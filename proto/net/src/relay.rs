@@ -1,6 +1,7 @@
 //! Relays between a stream and a local socket, or between two sockets: both directions at once, each closing on its own.
 
 use std::{
+    future::poll_fn,
     io,
     pin::Pin,
     sync::atomic::{AtomicU64, Ordering},
@@ -11,7 +12,10 @@ use std::{
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use super::stream::{Reader, Stream, StreamError, Writer};
+use super::{
+    burst::Burst,
+    stream::{Reader, Stream, StreamError, Writer},
+};
 use proto::mux::frame::MAX_DATA;
 
 /// A read of fewer bytes counts as small.
@@ -221,10 +225,12 @@ async fn outbound<R: AsyncRead + Unpin>(
 ) -> Result<(), Broken> {
     let mut flood = Flood::default();
     let mut size = LEAST_READ;
+    let mut burst = Burst::default();
     loop {
+        poll_fn(|cx| burst.poll_pause(cx)).await;
         let room = writer.room().await?.min(size);
         let began = Instant::now();
-        let frame = std::future::poll_fn(|cx| read_frame(&mut socket, writer, room, cx)).await;
+        let frame = poll_fn(|cx| read_frame(&mut socket, writer, room, cx)).await;
         let Some((frame, n)) = frame.map_err(Broken::Socket)? else { return Ok(writer.finish().await?) };
         if n == size {
             size = (size * 2).min(MAX_DATA);
@@ -232,6 +238,7 @@ async fn outbound<R: AsyncRead + Unpin>(
             size = (size / 2).max(LEAST_READ);
         }
         writer.send(frame).await?;
+        burst.add(n);
         carried.fetch_add(n as u64, Ordering::Relaxed);
         if flood.after(n, began.elapsed(), answered.load(Ordering::Relaxed)) {
             tokio::time::sleep(GATHER).await;
