@@ -86,7 +86,7 @@ impl Tunnel {
             () = unused => {
                 self.further.end();
                 // They are still counted until their tasks have ended.
-                sleep(UNUSED / 10).await;
+                let _ = timeout(UNUSED / 10, mux.load_changed()).await;
             }
         }
     }

@@ -21,8 +21,8 @@ impl Burst {
         self.0 = self.0.saturating_add(bytes);
     }
 
-    /// Pauses once after each burst. The task goes on when all others that could run have run, with whatever they have
-    /// woken, and new events of the sockets have been seen.
+    /// Pauses after a burst, until the task is polled again. If nothing else wakes the task, that is usually when the others
+    /// of its thread have run, with whatever they have woken, and new events of the sockets have been seen.
     pub(crate) fn poll_pause(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if self.0 < MOST {
             return Poll::Ready(());

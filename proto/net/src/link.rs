@@ -147,8 +147,6 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncRead for Link<T> {
 impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Link<T> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        ready!(this.burst.poll_pause(cx));
-        this.burst.add(bytes.len());
         if this.backlog.len() + bytes.len() > LIMIT {
             return Poll::Ready(Err(io::Error::other("the peer has stopped reading the link")));
         }
@@ -158,17 +156,22 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Link<T> {
         if this.backlog.is_empty()
             && let Poll::Ready(result) = Pin::new(&mut this.inner).poll_write(cx, bytes)
         {
-            return Poll::Ready(result.inspect(|n| this.note_sent(*n)));
+            return Poll::Ready(result.inspect(|n| {
+                this.note_sent(*n);
+                this.burst.add(*n);
+            }));
         }
+        this.burst.add(bytes.len());
         this.backlog.extend_from_slice(bytes);
         this.gate.set_backlog(this.backlog.len());
         Poll::Ready(Ok(bytes.len()))
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut().drain(cx) {
+        let this = self.get_mut();
+        match this.drain(cx) {
             Poll::Ready(Err(e)) => Poll::Ready(Err(e)),
-            Poll::Ready(Ok(())) | Poll::Pending => Poll::Ready(Ok(())),
+            Poll::Ready(Ok(())) | Poll::Pending => this.burst.poll_pause(cx).map(Ok),
         }
     }
 

@@ -188,12 +188,14 @@ where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    let mut buffer = BytesMut::with_capacity(BUFFER);
+    let (mut buffer, mut burst) = (BytesMut::with_capacity(BUFFER), Burst::default());
     while from.read_buf(&mut buffer).await? > 0 {
         to.write_all(&buffer).await?;
         to.flush().await?;
         carried.fetch_add(buffer.len() as u64, Ordering::Relaxed);
+        burst.add(buffer.len());
         buffer.clear();
+        poll_fn(|cx| burst.poll_pause(cx)).await;
     }
     to.shutdown().await
 }

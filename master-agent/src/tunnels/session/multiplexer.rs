@@ -77,7 +77,7 @@ impl Session {
             self.state.to_node.set(feeder)?;
             return Ok(Started::Joined);
         }
-        // A node that means this link as a tunnel of its own calls again, and is told another name then.
+        // The node wants a separate tunnel. It dials again, and then gets a session of another name.
         if present.is_some() {
             return Err(TunnelError::NotJoined);
         }
