@@ -27,7 +27,10 @@ use proto::{
     refusal::{LONGEST_WAIT, printable},
 };
 use proto_config::{Meanings, Section, secret_file};
-use proto_net::tls::{ClientTls, FileError};
+use proto_net::{
+    read_ahead::ReadAhead,
+    tls::{ClientTls, FileError},
+};
 use rustls::pki_types::{InvalidDnsNameError, ServerName};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsConnector;
@@ -299,7 +302,7 @@ async fn connect_within(
     };
     let name = config.server_name.clone().unwrap_or_else(|| front_end.host.to_string());
     let name = ServerName::try_from(name.clone()).map_err(|error| HttpsError::ServerName { name, error })?;
-    let tls = TlsConnector::from(Arc::new(tls)).connect(name, socket).await;
+    let tls = TlsConnector::from(Arc::new(tls)).connect(name, ReadAhead::new(socket)).await;
     let tls = tls.map_err(|error| HttpsError::Tls { front_end: front_end.clone(), error })?;
     let stream = upgrade(tls, request, token).await?;
     Ok(HttpsLink { stream, peer, local })

@@ -10,6 +10,7 @@ use hyper::{
 use hyper_util::rt::{TokioIo, TokioTimer};
 use proto_net::{
     accept::{Acceptor, Tuning},
+    read_ahead::ReadAhead,
     tls,
     write_timeout::WriteTimeout,
 };
@@ -61,7 +62,8 @@ impl FrontEnd {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let handshake = tls::accept(socket, self.tls.get().config.clone(), || admission.begun());
+        let handshake =
+            tls::accept(ReadAhead::new(socket), self.tls.get().config.clone(), || admission.begun());
         let handshake = Box::pin(tokio::time::timeout(self.config.head_timeout, handshake));
         let tls = tokio::select! {
             handshake = handshake => match handshake {

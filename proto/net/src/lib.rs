@@ -19,6 +19,7 @@ pub mod link;
 pub mod log_throttle;
 mod log_writer;
 pub mod mux;
+pub mod read_ahead;
 pub mod relay;
 pub mod socket;
 pub mod ssh;

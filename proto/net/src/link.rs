@@ -37,6 +37,8 @@ pub struct Link<T: AsyncRead + AsyncWrite + Unpin> {
     inner: T,
     read: BytesMut,
     backlog: BytesMut,
+    /// The socket may hold bytes itself, as TLS does, and was not flushed since they were written.
+    unflushed: bool,
     gate: Gate,
     received: Arc<AtomicUsize>,
     burst: Burst,
@@ -54,6 +56,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
             inner,
             read: BytesMut::new(),
             backlog: BytesMut::new(),
+            unflushed: false,
             gate: gate.clone(),
             received,
             burst: Burst::default(),
@@ -63,7 +66,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
         (link, gate)
     }
 
-    /// Hands over as much of the backlog as the socket takes without waiting.
+    /// Hands over as much of the backlog as the socket takes without waiting, and flushes the socket after that.
     fn drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.backlog.is_empty() {
             let n = ready!(Pin::new(&mut self.inner).poll_write(cx, &self.backlog))?;
@@ -77,11 +80,16 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
             self.gate.set_backlog(self.backlog.len());
             self.note_sent(n);
         }
+        if self.unflushed {
+            ready!(Pin::new(&mut self.inner).poll_flush(cx))?;
+            self.unflushed = false;
+        }
         Poll::Ready(Ok(()))
     }
 
     /// Notes that the socket has taken bytes.
-    fn note_sent(&self, bytes: usize) {
+    fn note_sent(&mut self, bytes: usize) {
+        self.unflushed = true;
         if let Some(traffic) = self.gate.traffic() {
             traffic.on_sent();
         }
@@ -150,7 +158,9 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Link<T> {
         if this.backlog.len() + bytes.len() > LIMIT {
             return Poll::Ready(Err(io::Error::other("the peer has stopped reading the link")));
         }
-        if let Poll::Ready(Err(e)) = this.drain(cx) {
+        if !this.backlog.is_empty()
+            && let Poll::Ready(Err(e)) = this.drain(cx)
+        {
             return Poll::Ready(Err(e));
         }
         if this.backlog.is_empty()
@@ -223,6 +233,23 @@ mod tests {
         };
         let (got, answer, reserved) = tokio::join!(reader, driver, gate.reserve(&mut turn, ROOM));
         assert!(got == sent && reserved.is_some());
+        assert_eq!(&answer, b"done");
+    }
+
+    #[tokio::test]
+    async fn what_the_socket_holds_itself_leaves_while_nothing_more_is_written() {
+        let (near, mut far) = tokio::io::duplex(1000);
+        let near = tokio::io::BufWriter::with_capacity(5000, near);
+        let (mut link, _gate) = Link::new(near, CancellationToken::new(), Arc::default());
+        link.write_all(&[7; 4000]).await.unwrap();
+        link.flush().await.unwrap();
+        let reader = async {
+            far.read_exact(&mut [0; 4000]).await.unwrap();
+            far.write_all(b"done").await.unwrap();
+        };
+        let mut answer = [0; 4];
+        let (read, ()) = tokio::join!(link.read_exact(&mut answer), reader);
+        read.unwrap();
         assert_eq!(&answer, b"done");
     }
 

@@ -274,7 +274,7 @@ async fn long_lines_fill_a_queue_by_their_bytes_until_they_are_written() {
         assert!(audit.reserve(other).await.is_ok(), "{other:?}");
     }
 
-    // Of the five that wait, two must be written before there is room.
+    // Five lines wait. Once two of them have been written, there is room again.
     for _ in 0..10 + 1 {
         drop(lines.recv().await.unwrap());
     }

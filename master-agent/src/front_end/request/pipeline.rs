@@ -79,7 +79,7 @@ impl Connection {
         // hyper silently drops a Content-Length beside Transfer-Encoding, but a proxy in front of this server may have
         // relied on it.
         let mut last = http1 && request.headers().contains_key(header::TRANSFER_ENCODING);
-        // What outlasts the request is behind locks that stay usable after a panic.
+        // State that is shared with other requests is behind locks that ignore poisoning.
         let unwound = AssertUnwindSafe(handle(&self, request, &mut record)).catch_unwind().await;
         let handled = match unwound.unwrap_or_else(|_| Err(self.panicked(&record))) {
             Ok(handled) => handled,
