@@ -97,6 +97,13 @@ fn sample_frames(version: Version, stream: u64, target: &str) -> Vec<Bytes> {
         Frame::GoAway { reason: text("bye") },
         Frame::Certificate { text: text("ssh-ed25519-cert-v01@openssh.com AAAA") },
     ]);
+    if version == Version::V2 {
+        frames.extend([
+            Frame::Call,
+            Frame::Retract { stream, limit: 1000 },
+            Frame::Retracted { stream, limit: 1000 },
+        ]);
+    }
     frames.iter().map(|frame| frame::encode(version, frame)).collect()
 }
 

@@ -1,7 +1,7 @@
 //! Frames: a header (type, stream id, payload length; big endian) and a payload. `proto/STREAMS.md` is the specification.
 //!
 //! `streams-v2` says what `streams-v1` leaves to the order of the bytes: where data belongs, how far credit reaches, and
-//! where a stream ends. Both have the same types, of which the first version lacks HELLO.
+//! where a stream ends. Both have the same types, of which the first version lacks HELLO, CALL, RETRACT and RETRACTED.
 
 use bytes::{BufMut, Bytes, BytesMut};
 
@@ -32,6 +32,8 @@ const GOAWAY: u8 = 10;
 const CERTIFICATE: u8 = 11;
 const HELLO: u8 = 12;
 const CALL: u8 = 13;
+const RETRACT: u8 = 14;
+const RETRACTED: u8 = 15;
 /// Frames whose type has this bit are skipped by who does not know them.
 const OPTIONAL: u8 = 0x80;
 
@@ -87,6 +89,16 @@ pub enum Frame<'a> {
     },
     /// The node is asked to dial one more connection.
     Call,
+    /// The peer is asked to lower the number of bytes that it may send to `limit`, or to what it has sent.
+    Retract {
+        stream: u64,
+        limit: u64,
+    },
+    /// The answer: from now on, the sender of this frame may send `limit` bytes.
+    Retracted {
+        stream: u64,
+        limit: u64,
+    },
 }
 
 impl Frame<'_> {
@@ -106,6 +118,8 @@ impl Frame<'_> {
             Self::GoAway { .. } => "GOAWAY",
             Self::Certificate { .. } => "CERTIFICATE",
             Self::Call => "CALL",
+            Self::Retract { .. } => "RETRACT",
+            Self::Retracted { .. } => "RETRACTED",
         }
     }
 }
@@ -129,6 +143,8 @@ impl Hello {
     pub const CONNECTIONS: u64 = 2;
     /// The node has the session that the master has named, and this connection is a further one of it.
     pub const JOINED: u64 = 4;
+    /// The agent answers RETRACT.
+    pub const RETRACT: u64 = 8;
 
     pub fn can(&self, capability: u64) -> bool {
         self.capabilities & capability == capability
@@ -244,6 +260,14 @@ pub fn encode(version: Version, frame: &Frame<'_>) -> Bytes {
             (CERTIFICATE, 0)
         }
         Frame::Call => (CALL, 0),
+        Frame::Retract { stream, limit } => {
+            out.put_u64(*limit);
+            (RETRACT, *stream)
+        }
+        Frame::Retracted { stream, limit } => {
+            out.put_u64(*limit);
+            (RETRACTED, *stream)
+        }
     };
     put_header(version, &mut out, kind, stream);
     out.freeze()
@@ -482,6 +506,7 @@ fn header(version: Version, bytes: &[u8]) -> Result<State, FrameError> {
     let len = usize::try_from(len).unwrap_or(usize::MAX);
     let on_stream = match (kind, version) {
         (OPEN | OPENED | REFUSED | DATA | CREDIT | EOF | RESET, _) => true,
+        (RETRACT | RETRACTED, Version::V2) => true,
         (PING | PONG | GOAWAY | CERTIFICATE, _) | (HELLO | CALL, Version::V2) => false,
         (OPTIONAL.., Version::V2) if len <= MAX_CONTROL => return Ok(State::Skipped { left: len }),
         (OPTIONAL.., Version::V2) => return Err(FrameError::Length { kind, len }),
@@ -527,6 +552,8 @@ fn control(version: Version, kind: u8, stream: u64, payload: &[u8]) -> Result<Fr
             PONG => Frame::Pong(r.take()?),
             GOAWAY => Frame::GoAway { reason: r.text()? },
             CALL => Frame::Call,
+            RETRACT => Frame::Retract { stream, limit: r.u64()? },
+            RETRACTED => Frame::Retracted { stream, limit: r.u64()? },
             CERTIFICATE => Frame::Certificate { text: r.raw_text()?.replace(char::is_control, " ") },
             _ => return None,
         })

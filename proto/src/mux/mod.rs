@@ -10,11 +10,13 @@
 //! channel for each direction: [`Version::V1`] for the master's streams, and [`FRONT_END_SUBSYSTEM`], the same wire with the
 //! roles reversed, for its own.
 //!
-//! [`frame`] is the codec, [`window`] is the flow control of streams, [`order`] puts bytes in order that came over several
-//! connections, [`flow`] limits what is under way on a connection, [`load`] knows which streams send much, and how many
-//! connections they are worth, and [`ids`] knows which streams there have been. None of them does I/O or reads a clock;
-//! `proto_net::mux` moves the bytes.
+//! [`frame`] is the codec, [`window`] is the flow control of streams, and [`budget`] is what their windows share. [`order`] puts
+//! bytes in order that came over several connections, [`flow`] limits what is under way on a connection, [`load`] knows which
+//! streams send much, and how many connections they are worth, and [`ids`] knows which streams there have been. None of them
+//! does I/O or reads a clock; `proto_net::mux` moves the bytes.
 
+pub mod budget;
+mod demand;
 pub mod flow;
 pub mod frame;
 pub mod ids;

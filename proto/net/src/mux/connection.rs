@@ -16,7 +16,7 @@ use proto::mux::{
 };
 use tokio::sync::mpsc;
 
-use super::{by_opener::Counts, error::ProtocolError, round_trip::RoundTrip};
+use super::{by_opener::Counts, error::ProtocolError, round_trip::RoundTrip, state::Shared};
 use crate::{gate::Gate, keep_alive::Pings, tasks::Tasks};
 
 /// Hands one frame to the SSH session, waiting while its queue is full; `false` once the session is gone.
@@ -29,7 +29,7 @@ pub(super) struct Connection {
     version: Version,
     send: SendFrame,
     pub(super) gate: Gate,
-    answers: mpsc::UnboundedSender<Bytes>,
+    answers: mpsc::UnboundedSender<Answer>,
     /// PINGs that the gate asks for.
     pings: mpsc::UnboundedSender<PingId>,
     /// The number of queued answers. It is bounded where the peer causes them, and not here, since a RESET must never
@@ -78,9 +78,19 @@ impl Connection {
 
     /// Queues a frame for the task that sends answers, without waiting.
     pub(super) fn answer(&self, frame: &Frame<'_>) {
+        self.queue(frame, None);
+    }
+
+    /// Queues the answer to a RETRACT of the peer. The stream learns when it is sent.
+    pub(super) fn answer_retract(&self, stream: u64, limit: u64, shared: Arc<Shared>) {
+        self.queue(&Frame::Retracted { stream, limit }, Some(shared));
+    }
+
+    fn queue(&self, frame: &Frame<'_>, retracted: Option<Arc<Shared>>) {
         // Counted first, since another thread may take the frame out at once, and the count must not go below zero.
         self.waiting_answers.fetch_add(1, Ordering::Relaxed);
-        if self.answers.send(frame::encode(self.version, frame)).is_err() {
+        let answer = Answer { frame: frame::encode(self.version, frame), retracted };
+        if self.answers.send(answer).is_err() {
             self.waiting_answers.fetch_sub(1, Ordering::Relaxed);
         }
     }
@@ -107,9 +117,16 @@ impl Connection {
     }
 }
 
+/// An encoded frame that waits to be sent.
+struct Answer {
+    frame: Bytes,
+    /// The stream whose RETRACT it answers.
+    retracted: Option<Arc<Shared>>,
+}
+
 /// What waits to be sent without a stream.
 struct Queues {
-    answers: mpsc::UnboundedReceiver<Bytes>,
+    answers: mpsc::UnboundedReceiver<Answer>,
     pings: mpsc::UnboundedReceiver<PingId>,
 }
 
@@ -117,12 +134,14 @@ struct Queues {
 async fn housekeeping(connection: Weak<Connection>, version: Version, gate: Gate, mut queues: Queues) {
     let mut pings = Pings::new(gate.traffic().cloned());
     loop {
+        let mut retracted = None;
         let frame = tokio::select! {
             Some(id) = queues.pings.recv() => frame::encode(version, &Frame::Ping(id)),
             answer = queues.answers.recv() => {
                 let (Some(answer), Some(connection)) = (answer, connection.upgrade()) else { return };
                 connection.waiting_answers.fetch_sub(1, Ordering::Relaxed);
-                answer
+                retracted = answer.retracted;
+                answer.frame
             }
             () = pings.due() => {
                 let Some(connection) = connection.upgrade() else { return };
@@ -141,6 +160,9 @@ async fn housekeeping(connection: Weak<Connection>, version: Version, gate: Gate
         };
         gate.settled().await;
         let Some(connection) = connection.upgrade() else { return };
+        if let Some(shared) = retracted {
+            shared.lock().on_retract_answered();
+        }
         if !connection.send(frame).await {
             return;
         }

@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicI64, AtomicUsize, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -13,6 +13,7 @@ use proto::{
     DialError,
     mux::{
         Version,
+        budget::Budget,
         frame::{self, Frame, Hello},
         ids::{Ids, Numbering, Opener},
     },
@@ -32,14 +33,11 @@ use crate::{
     stream::error::StreamError,
 };
 
-/// Bytes by which all windows of a tunnel together may exceed their initial size.
-pub(super) const GROWTH_BUDGET: i64 = 32 * 1024 * 1024;
-
 /// What this process says at the beginning of a connection of `session`.
 pub fn hello(capabilities: u64, session: [u8; 16]) -> Hello {
     static INSTANCE: OnceLock<[u8; 16]> = OnceLock::new();
     Hello {
-        capabilities: capabilities | Hello::CONNECTIONS,
+        capabilities: capabilities | Hello::CONNECTIONS | Hello::RETRACT,
         instance: *INSTANCE.get_or_init(rand::random),
         session,
     }
@@ -74,7 +72,8 @@ pub(super) struct Inner {
     counts: Arc<Counts>,
     /// Held while an OPEN is sent, so that ids go out in the order in which they grow.
     pub(super) opening: tokio::sync::Mutex<()>,
-    pub(super) growth_left: AtomicI64,
+    /// Bytes by which all windows of the tunnel together may exceed their initial size.
+    pub(super) budget: Mutex<Budget>,
     closed: CancellationToken,
 }
 
@@ -101,7 +100,7 @@ impl Inner {
             }),
             counts,
             opening: tokio::sync::Mutex::default(),
-            growth_left: AtomicI64::new(GROWTH_BUDGET),
+            budget: Mutex::new(Budget::new(numbering.version())),
             closed: CancellationToken::new(),
         }
     }
@@ -341,16 +340,5 @@ impl Mux {
             Opener::This => Ok(()),
             Opener::Peer => Err(Violation::Answerer(frame)),
         }
-    }
-
-    /// Takes what a window grows by from the tunnel's budget. It is never more than half of what is left, so that one
-    /// stream leaves something for the others.
-    pub(super) fn may_grow(&self, bytes: u32) -> bool {
-        let bytes = i64::from(bytes);
-        let enough = self.0.growth_left.fetch_sub(bytes, Ordering::Relaxed) / 2 >= bytes;
-        if !enough {
-            self.0.growth_left.fetch_add(bytes, Ordering::Relaxed);
-        }
-        enough
     }
 }

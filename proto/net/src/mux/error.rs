@@ -42,4 +42,8 @@ pub enum Violation {
     Window(#[from] window::WindowError),
     #[error("CREDIT beyond the largest window")]
     Credit,
+    #[error("RETRACT that does not lower the limit")]
+    Retract,
+    #[error("{0} before the answer to RETRACT")]
+    Retracting(&'static str),
 }

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{gate::Gate, tasks::Tasks};
 
-/// Answers (PONG, REFUSED, RESET) that may wait to be sent, in addition to one for each stream.
+/// Answers (PONG, REFUSED, RESET, RETRACTED) that may wait to be sent, in addition to one for each stream.
 pub(super) const ANSWERS: usize = 4096;
 
 /// Takes the bytes that come out of the SSH channel of one connection. The handler of the SSH session owns it. Dropping that
@@ -112,7 +112,9 @@ impl Feeder {
                 | Frame::Reset { .. }
                 | Frame::GoAway { .. }
                 | Frame::Certificate { .. }
-                | Frame::Call) => {
+                | Frame::Call
+                | Frame::Retract { .. }
+                | Frame::Retracted { .. }) => {
                     last = None;
                     let outlets = first.as_ref().ok_or(ProtocolError::Further(other.name()))?;
                     outlets.take(mux, other)?;
@@ -141,9 +143,9 @@ impl Outlets {
             Frame::Credit { stream, credit } => {
                 mux.change(stream, "CREDIT", |state| state.on_credit(credit)).map_err(on(stream))
             }
-            Frame::Eof { stream, end } => {
-                mux.change(stream, "EOF", |state| state.on_eof(end)).map_err(on(stream))
-            }
+            Frame::Retract { stream, limit } => mux.on_retract(stream, limit).map_err(on(stream)),
+            Frame::Retracted { stream, limit } => mux.on_retracted(stream, limit).map_err(on(stream)),
+            Frame::Eof { stream, end } => mux.on_eof(stream, end).map_err(on(stream)),
             Frame::Reset { stream, end: _, reason } => mux.on_reset(stream, reason).map_err(on(stream)),
             Frame::GoAway { reason } => {
                 mux.streams().going_away = Some(reason.clone());

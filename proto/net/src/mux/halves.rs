@@ -4,7 +4,7 @@ use std::{
     future::poll_fn,
     sync::{Arc, atomic::Ordering},
     task::Poll,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bytes::BytesMut;
@@ -88,26 +88,25 @@ impl Reader {
     }
 
     pub(crate) async fn taken(&mut self) -> Result<(), StreamError> {
-        let mux = &self.entry.mux;
-        let round_trip = mux.round_trip().unwrap_or_default();
-        let now = Instant::now();
-        self.lately.add(self.current.len(), now);
+        let round_trip = self.entry.mux.round_trip().unwrap_or_default();
+        self.taken_at(Instant::now(), round_trip).await;
+        Ok(())
+    }
+
+    pub(super) async fn taken_at(&mut self, now: Instant, round_trip: Duration) {
+        let Entry { id, mux, shared, .. } = &*self.entry;
+        let bytes = self.current.len();
+        self.lately.add(bytes, now);
         self.mark.set(self.lately.is_heavy());
-        let grant = {
-            let mut state = self.entry.shared.lock();
-            if state.received_eof {
-                return Ok(());
-            }
-            state.receive.on_taken(self.current.len(), now, round_trip, |n| mux.may_grow(n))
-        };
-        if let Some(grant) = grant {
+        if let Some(grant) = mux.on_taken(*id, shared, bytes, now, round_trip) {
             let credit = match mux.version() {
                 Version::V1 => Credit::By(grant.by),
                 Version::V2 => Credit::UpTo(grant.limit),
             };
-            mux.send_frame(&Frame::Credit { stream: self.entry.id, credit }).await;
+            if mux.send_frame(&Frame::Credit { stream: *id, credit }).await {
+                shared.lock().on_granted();
+            }
         }
-        Ok(())
     }
 }
 
@@ -132,9 +131,9 @@ impl Writer {
             if let Some(error) = &state.failed {
                 return Poll::Ready(Err(error.clone()));
             }
-            let (entry, credit) = (&self.entry, state.credit());
-            if credit > 0 {
-                return Poll::Ready(Ok(credit.min(self.route.share())));
+            let (entry, room) = (&self.entry, state.promise(self.route.share()));
+            if room > 0 {
+                return Poll::Ready(Ok(room));
             }
             state.writer = Some(cx.waker().clone());
             stall.get_or_insert_with(|| entry.mux.0.stalls(entry.opener).begin());
@@ -223,12 +222,12 @@ pub(super) struct Entry {
 impl Entry {
     /// Enters a stream into the locked table of `mux`. The side that opens it waits for an `answer`.
     pub(super) fn insert(mux: &Mux, streams: &mut Streams, id: u64, answer: Answer) -> Self {
-        Self::insert_state(mux, streams, id, State::new(Some(answer), 0))
+        Self::insert_state(mux, streams, id, State::new(mux.version(), Some(answer), 0))
     }
 
     /// Enters a stream that the peer asks for, on which this side may send `limit` bytes.
     pub(super) fn insert_incoming(mux: &Mux, streams: &mut Streams, id: u64, limit: u64) -> Self {
-        Self::insert_state(mux, streams, id, State::new(None, limit))
+        Self::insert_state(mux, streams, id, State::new(mux.version(), None, limit))
     }
 
     fn insert_state(mux: &Mux, streams: &mut Streams, id: u64, state: State) -> Self {
@@ -265,7 +264,7 @@ impl Drop for Entry {
             self.mux.0.count(self.opener).fetch_sub(1, Ordering::Relaxed);
         }
         let mut state = self.shared.lock();
-        self.mux.0.growth_left.fetch_add(i64::from(state.receive.extra()), Ordering::Relaxed);
+        self.mux.close_window(self.id, &mut state.receive);
         if !state.ended && state.failed.is_none() {
             let reason = state.reset_reason.take().unwrap_or_else(|| "closed by the other agent".to_owned());
             let end = Some(state.sent);

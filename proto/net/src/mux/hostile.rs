@@ -1,10 +1,13 @@
 //! A peer that does what no honest one does, frame by frame, against either side.
 
+use std::{future::poll_fn, task::Poll};
+
 use bytes::Bytes;
 use proto::{
     DialError,
     mux::{
         Version,
+        budget::Budget,
         frame::{self, Credit, Decoder, Frame, Hello},
         ids::{Numbering, Opener},
         window,
@@ -15,7 +18,12 @@ use tokio::{sync::mpsc, time::Duration};
 use super::{
     Events, Feeder, Mux, ProtocolError, SendFrame, Settings, feeder::ANSWERS, greeting::Greeting, hello,
 };
-use crate::{gate::Gate, stalls, stream::Stream, tasks::Tasks};
+use crate::{
+    gate::Gate,
+    stalls,
+    stream::{Reader, Stream},
+    tasks::Tasks,
+};
 
 const LIMIT: usize = 10;
 /// How often a peer is asked that says nothing.
@@ -200,7 +208,7 @@ const NODE: &[bool] = &[false];
 
 fn violations(wire: Wire, large: &[u8]) -> Vec<Case<'_>> {
     let overrun = || (0..5).map(|i| wire.data_at(OPEN, i * large.len() as u64, large)).collect();
-    let most = window::MAX - window::INITIAL;
+    let most = window::largest(wire.0) - window::INITIAL;
     vec![
         (BOTH, vec![wire.eof(OPEN, 0), wire.data(OPEN)], OPEN, "DATA after EOF"),
         (BOTH, vec![wire.eof(OPEN, 0), wire.data_at(OPEN, 0, b"")], OPEN, "DATA after EOF"),
@@ -257,7 +265,11 @@ fn violations_of_v2<'a>() -> Vec<Case<'a>> {
         target: "10.0.0.1:80".into(),
         origin: String::new(),
     };
-    let too_much = u64::from(window::MAX) + 1;
+    let too_much = u64::from(window::largest(Version::V2)) + 1;
+    let initial = u64::from(window::INITIAL);
+    let retract = |number, limit| Frame::Retract { stream: wire.id(number), limit };
+    let retracted = |number, limit| Frame::Retracted { stream: wire.id(number), limit };
+    let raises = "RETRACT that does not lower the limit";
     let never_opened = "RESET for a stream that was never opened";
     vec![
         (BOTH, vec![wire.data(OPEN), wire.data(OPEN)], OPEN, offset),
@@ -278,6 +290,15 @@ fn violations_of_v2<'a>() -> Vec<Case<'a>> {
         // The number of the id 24, which is the node's to use.
         (NODE, vec![open(24, 1)], 0, "OPEN by the side that may not open streams"),
         (MASTER, vec![open(24, 1)], 0, "OPEN by the side that may not open streams"),
+        (BOTH, vec![retract(OPEN, initial)], OPEN, raises),
+        (BOTH, vec![wire.credit(OPEN, 9), retract(OPEN, initial + 10)], OPEN, raises),
+        (BOTH, vec![retract(OPEN, 7), retract(OPEN, 6)], OPEN, "RETRACT before the answer to RETRACT"),
+        (BOTH, vec![retract(OPEN, 7), wire.credit(OPEN, 1)], OPEN, "CREDIT before the answer to RETRACT"),
+        (BOTH, vec![retract(NEVER, 1)], NEVER, "RETRACT for a stream that was never opened"),
+        (MASTER, vec![retract(ASKED, 1)], ASKED, "RETRACT before the answer to OPEN"),
+        (BOTH, vec![retracted(OPEN, initial)], OPEN, "RETRACTED without a RETRACT"),
+        (BOTH, vec![retracted(NEVER, 1)], NEVER, "RETRACTED for a stream that was never opened"),
+        (MASTER, vec![retracted(ASKED, 1)], ASKED, "RETRACTED without a RETRACT"),
     ]
 }
 
@@ -354,7 +375,7 @@ async fn a_peer_begins_with_hello_and_says_it_once() {
 }
 
 #[tokio::test]
-async fn credit_is_never_taken_back() {
+async fn credit_does_not_lower_the_limit() {
     let mut end = End::new(true);
     let mut stream = end.open(OPEN).await;
     let (wire, id) = (end.wire, end.wire.id(OPEN));
@@ -391,6 +412,12 @@ async fn frames_that_cross_a_stream_s_end_are_honest() {
                 wire.reset(stream),
                 wire.data(stream),
             ];
+            if version == Version::V2 {
+                frames.extend([
+                    Frame::Retract { stream: wire.id(stream), limit: 1 },
+                    Frame::Retracted { stream: wire.id(stream), limit: 1 },
+                ]);
+            }
             if is_master {
                 frames.extend([wire.opened(stream), wire.refused(stream)]);
             }
@@ -553,5 +580,193 @@ async fn a_peer_that_asks_for_more_answers_than_it_takes_is_found_out() {
         feeder.feed(&ping).unwrap();
     }
     assert_eq!(feeder.feed(&ping), Err(ProtocolError::Flood));
+    tasks.cancel();
+}
+
+#[tokio::test]
+async fn a_limit_is_lowered_to_what_was_sent_or_promised() {
+    for is_master in [true, false] {
+        let mut end = End::new(is_master);
+        let mut stream = end.open(OPEN).await;
+        let id = end.wire.id(OPEN);
+        end.feed(&end.wire.credit(OPEN, 1_000_000)).unwrap();
+        let room = stream.writer.room().await.unwrap();
+        let answer = |limit| frame::encode(Version::V2, &Frame::Retracted { stream: id, limit });
+        // The writer has been told that it may send so much.
+        end.feed(&Frame::Retract { stream: id, limit: 0 }).unwrap();
+        while end.sent.recv().await.unwrap() != answer(room as u64) {}
+        let mut buffer = stream.writer.buffer(room);
+        buffer.resize(buffer.len() + room, 1);
+        stream.writer.send(buffer).await.unwrap();
+        let mut more = Box::pin(stream.writer.room());
+        let waits = poll_fn(|cx| Poll::Ready(more.as_mut().poll(cx).is_pending())).await;
+        assert!(waits, "the limit is reached");
+        drop(more);
+        // After the answer, there may be more credit, and another RETRACT.
+        let limit = room as u64 + 5000;
+        end.feed(&Frame::Credit { stream: id, credit: Credit::UpTo(limit) }).unwrap();
+        end.feed(&Frame::Retract { stream: id, limit: limit - 1 }).unwrap();
+        while end.sent.recv().await.unwrap() != answer(limit - 1) {}
+        end.mux.0.first.gate.release(usize::MAX);
+        assert_eq!(stream.writer.room().await.unwrap(), 4999);
+    }
+}
+
+/// The bytes that come on a stream until its window has the whole budget.
+const BULK: u64 = 600 * frame::MAX_DATA as u64;
+
+/// Opens two streams. [`BULK`] bytes come on the first one, and after a pause, as many on the second one as it takes for the
+/// first one to be asked for its credit. Returns the limit of the first one, and the one that is asked for.
+async fn retracts(end: &mut End, kept: &mut Vec<Stream>) -> (u64, u64) {
+    for number in [1, 2] {
+        kept.push(end.open(number).await);
+    }
+    let zeros = [0; frame::MAX_DATA];
+    let mut now = std::time::Instant::now();
+    for (number, bytes, stream) in [(1, BULK, 0), (2, BULK / 30, 1)] {
+        for sent in (0..bytes).step_by(zeros.len()) {
+            end.feed(&end.wire.data_at(number, sent, &zeros)).unwrap();
+            now += Duration::from_millis(1);
+            take(&mut kept[stream], now, Duration::from_secs(1)).await;
+        }
+        now += Duration::from_secs(60);
+    }
+    let (first, mut limit) = (end.wire.id(1), 0);
+    loop {
+        let bytes = end.sent.recv().await.unwrap();
+        let frame = Decoder::new(Version::V2).decode(&mut &bytes[..]).unwrap().unwrap();
+        if let Frame::Credit { stream, credit: Credit::UpTo(to) } = frame
+            && stream == first
+        {
+            limit = to;
+        }
+        if let Frame::Retract { stream, limit: asked } = frame {
+            assert_eq!((stream, asked), (first, BULK + u64::from(window::INITIAL)));
+            return (limit, asked);
+        }
+    }
+}
+
+/// Takes what has come on a stream.
+async fn take(stream: &mut Stream, now: std::time::Instant, round_trip: Duration) {
+    let Reader::Mux(reader) = &mut stream.reader else { panic!("the multiplexer carries it") };
+    reader.fill().await.unwrap();
+    reader.taken_at(now, round_trip).await;
+}
+
+/// The frames of a peer, which get the limit and what was asked for, and what is said of the last one.
+type AnswerCase<'a> = (&'a dyn Fn(u64, u64) -> Vec<Frame<'static>>, &'a str);
+
+#[tokio::test]
+async fn a_peer_gives_back_what_it_was_asked_for_and_is_held_to_it() {
+    let wire = Wire(Version::V2);
+    let id = wire.id(1);
+    let not_possible = format!("stream {id}: RETRACTED with a limit that can't be");
+    let overrun = format!("stream {id}: the peer sent more than its window");
+    let unasked = format!("stream {id}: RETRACTED without a RETRACT");
+    for is_master in [true, false] {
+        let answer = |limit| Frame::Retracted { stream: id, limit };
+        let byte = |offset| wire.data_at(1, offset, b"x");
+        let cases: [AnswerCase<'_>; 6] = [
+            (&|limit, _| vec![answer(limit + 1)], &not_possible),
+            (&|_, asked| vec![answer(asked - 1)], &not_possible),
+            // It has sent more than it says.
+            (&|limit, asked| vec![byte(limit - 1), answer(asked)], &not_possible),
+            (&|_, asked| vec![byte(asked - 1), answer(asked), byte(asked)], &overrun),
+            (&|_, asked| vec![answer(asked), answer(asked)], &unasked),
+            (&|limit, _| vec![answer(limit), byte(limit)], &overrun),
+        ];
+        for (frames, want) in cases {
+            let (mut end, mut kept) = (End::new(is_master), Vec::new());
+            let (limit, asked) = retracts(&mut end, &mut kept).await;
+            assert!(limit > asked);
+            let frames = frames(limit, asked);
+            let (last, before) = frames.split_last().unwrap();
+            for frame in before {
+                end.feed(frame).unwrap_or_else(|e| panic!("{frame:?} before {last:?}: {e}"));
+            }
+            assert_eq!(end.feed(last).expect_err(want).to_string(), want);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_reader_that_goes_on_while_credit_is_taken_back_gets_more() {
+    let (mut end, mut kept) = (End::new(true), Vec::new());
+    let (limit, asked) = retracts(&mut end, &mut kept).await;
+    let id = end.wire.id(1);
+    let zeros = [0; frame::MAX_DATA];
+    let mut sent = BULK;
+    // The peer had sent more when it was asked. The reader takes it before the answer comes, and then it waits.
+    for _ in 0..100 {
+        end.feed(&end.wire.data_at(1, sent, &zeros)).unwrap();
+        sent += zeros.len() as u64;
+    }
+    assert!(sent > asked && sent < limit);
+    take(&mut kept[0], std::time::Instant::now(), Duration::from_secs(1)).await;
+    end.feed(&Frame::Retracted { stream: id, limit: sent }).unwrap();
+    let granted = Frame::Credit { stream: id, credit: Credit::UpTo(sent + u64::from(window::INITIAL)) };
+    while end.sent.recv().await.unwrap() != frame::encode(Version::V2, &granted) {}
+    assert!(end.mux.budget().left() >= Budget::total(Version::V2) / 2);
+}
+
+#[tokio::test]
+async fn a_peer_that_answers_no_retract_is_never_asked() {
+    for version in Version::ALL {
+        let (tasks, (tx, mut sent)) = (Tasks::new(), mpsc::unbounded_channel());
+        let out: SendFrame = Box::new(move |frame| {
+            let sent = tx.send(frame).is_ok();
+            Box::pin(async move { sent })
+        });
+        let said = Hello { capabilities: Hello::CONNECTIONS, ..hello(0, [1; 16]) };
+        let peer = (version == Version::V2).then_some(said);
+        let settings = Settings { peer, ..settings(version, false) };
+        let (mux, mut feeder, mut events) = Mux::new(settings, Gate::default(), out, &tasks);
+        let (wire, zeros) = (Wire(version), [0; frame::MAX_DATA]);
+        let (mut now, mut kept) = (std::time::Instant::now(), Vec::new());
+        for number in 1..=3 {
+            feeder.feed(&frame::encode(version, &wire.open(number))).unwrap();
+            let mut stream = events.incoming.recv().await.unwrap().accept().await.unwrap();
+            for i in 0..300 {
+                let data = wire.data_at(number, i * zeros.len() as u64, &zeros);
+                feeder.feed(&frame::encode(version, &data)).unwrap();
+                now += Duration::from_millis(1);
+                take(&mut stream, now, Duration::from_secs(1)).await;
+            }
+            kept.push(stream);
+            now += Duration::from_secs(60);
+        }
+        tokio::task::yield_now().await;
+        while let Ok(bytes) = sent.try_recv() {
+            let frame = Decoder::new(version).decode(&mut &bytes[..]).unwrap().unwrap();
+            let is_known = matches!(frame, Frame::Opened { .. } | Frame::Credit { .. } | Frame::Ping(_));
+            assert!(is_known, "{version:?}: {frame:?}");
+        }
+        drop(kept);
+        assert_eq!(mux.budget().left(), Budget::total(version));
+        tasks.cancel();
+    }
+}
+
+#[tokio::test]
+async fn retracts_whose_answers_nobody_takes_are_one_for_each_stream() {
+    let tasks = Tasks::new();
+    let stuck: SendFrame = Box::new(|_| Box::pin(std::future::pending()));
+    let (_mux, mut feeder, mut events) =
+        Mux::new(settings(Version::V2, false), Gate::default(), stuck, &tasks);
+    let wire = Wire(Version::V2);
+    let mut feed = |frame: &Frame<'_>| feeder.feed(&frame::encode(Version::V2, frame));
+    feed(&Frame::Ping([0; 8])).unwrap();
+    // The task that sends answers waits for the PONG to be taken.
+    tokio::task::yield_now().await;
+    let mut asked = Vec::new();
+    for number in 1..=3 {
+        feed(&wire.open(number)).unwrap();
+        asked.push(events.incoming.recv().await.unwrap());
+        feed(&Frame::Retract { stream: wire.id(number), limit: 100 }).unwrap();
+    }
+    tokio::task::yield_now().await;
+    let again = feed(&Frame::Retract { stream: wire.id(1), limit: 99 }).unwrap_err();
+    assert_eq!(again.to_string(), "stream 1: RETRACT before the answer to RETRACT");
     tasks.cancel();
 }

@@ -2,7 +2,7 @@
 //!
 //! There is no task between a stream and the SSH session: the session itself puts the bytes that arrive into their
 //! stream's buffer ([`Feeder::feed`]), and a stream's frames go straight to the session's queue. What a peer can make
-//! this side hold is bounded: data by the windows, streams by `max_streams`, and answers by a short queue. A stream
+//! this side hold is bounded: data by the windows and the budget that they share, streams by `max_streams`, and answers by a short queue. A stream
 //! counts until both of its halves have been dropped here, whatever the peer has said about it.
 //!
 //! A peer that does what no honest one does is found out ([`ProtocolError`]) and loses its tunnel. Frames may cross the
@@ -10,6 +10,7 @@
 
 mod by_opener;
 mod connection;
+mod credit;
 mod endpoint;
 mod error;
 mod feeder;

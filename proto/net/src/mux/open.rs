@@ -155,7 +155,7 @@ pub(super) fn on_open(mux: &Mux, incoming: &mpsc::Sender<Incoming>, asked: Asked
     if mux.0.settings.numbering.opener(stream) == Opener::This || mux.0.limit(Opener::Peer) == 0 {
         return Err(Violation::Opener);
     }
-    if limit > u64::from(window::MAX) {
+    if limit > u64::from(window::largest(mux.version())) {
         return Err(Violation::Credit);
     }
     if !mux.streams().ids.of_mut(Opener::Peer).take(stream) {

@@ -9,7 +9,7 @@ use std::{
 use bytes::BytesMut;
 use proto::{
     DialError,
-    mux::{frame::Credit, order::Early, window},
+    mux::{Version, frame::Credit, order::Early, window},
 };
 use tokio::sync::oneshot;
 
@@ -40,9 +40,16 @@ pub(super) struct State {
     received: u64,
     early: Early,
     pub(super) receive: window::Receive,
+    /// A CREDIT has been decided on, and may not have been sent yet.
+    pub(super) granting: bool,
+    version: Version,
     /// The number of bytes that were sent, and that may be.
     pub(super) sent: u64,
     limit: u64,
+    /// The number of bytes that the writer has been allowed to send, of which some may be on their way already.
+    promised: u64,
+    /// The answer to a RETRACT has not been sent yet.
+    retracting: bool,
     /// The further connections on which bytes were sent, each with what had been sent on it in all by then.
     used: Vec<(u32, u64)>,
     pub(super) received_eof: bool,
@@ -60,14 +67,18 @@ pub(super) struct State {
 
 impl State {
     /// A stream on which this side may send `limit` bytes. `answer` belongs to the side that opens the stream.
-    pub(super) fn new(answer: Option<Answer>, limit: u64) -> Self {
+    pub(super) fn new(version: Version, answer: Option<Answer>, limit: u64) -> Self {
         Self {
             inbox: BytesMut::new(),
             received: 0,
             early: Early::default(),
-            receive: window::Receive::new(Instant::now()),
+            receive: window::Receive::new(version, Instant::now()),
+            granting: false,
+            version,
             sent: 0,
             limit,
+            promised: 0,
+            retracting: false,
             used: Vec::new(),
             received_eof: false,
             failed: None,
@@ -85,9 +96,22 @@ impl State {
         if self.answer.is_some() { Err(Violation::NotAnswered(frame)) } else { Ok(()) }
     }
 
-    /// The number of bytes that may be sent now.
-    pub(super) fn credit(&self) -> usize {
-        usize::try_from(self.limit.saturating_sub(self.sent)).unwrap_or(usize::MAX)
+    /// The number of bytes that have come in order.
+    pub(super) fn received(&self) -> u64 {
+        self.received
+    }
+
+    /// The CREDIT that was decided on has been sent.
+    pub(super) fn on_granted(&mut self) {
+        self.granting = false;
+    }
+
+    /// The number of bytes that may be sent now, but at most `most`. The writer may send so many whatever the peer says until
+    /// then.
+    pub(super) fn promise(&mut self, most: usize) -> usize {
+        let credit = usize::try_from(self.limit.saturating_sub(self.sent)).unwrap_or(usize::MAX).min(most);
+        self.promised = self.promised.max(self.sent.saturating_add(credit as u64));
+        credit
     }
 
     /// Bytes were sent.
@@ -147,20 +171,45 @@ impl State {
 
     pub(super) fn on_credit(&mut self, credit: Credit) -> Result<(), Violation> {
         self.check_answered("CREDIT")?;
+        if self.retracting {
+            return Err(Violation::Retracting("CREDIT"));
+        }
         self.on_limit(match credit {
             Credit::By(bytes) => self.limit.saturating_add(u64::from(bytes)),
             Credit::UpTo(limit) => limit,
         })
     }
 
-    /// The peer lets this side send `limit` bytes in all. What it has once allowed, it can't take back.
+    /// The peer lets this side send `limit` bytes in all. Only RETRACT lowers that.
     pub(super) fn on_limit(&mut self, limit: u64) -> Result<(), Violation> {
-        if limit.saturating_sub(self.sent) > u64::from(window::MAX) {
+        // The peer may have taken bytes already that do not count as sent here yet.
+        let sent = self.sent.max(self.promised);
+        if limit.saturating_sub(sent) > u64::from(window::largest(self.version)) {
             return Err(Violation::Credit);
         }
         self.limit = self.limit.max(limit);
         wake(&mut self.writer);
         Ok(())
+    }
+
+    /// The peer asks this side to lower its limit. Returns what that is from now on, which covers all bytes that the writer
+    /// has been promised.
+    pub(super) fn on_retract(&mut self, asked: u64) -> Result<u64, Violation> {
+        self.check_answered("RETRACT")?;
+        if self.retracting {
+            return Err(Violation::Retracting("RETRACT"));
+        }
+        if asked >= self.limit {
+            return Err(Violation::Retract);
+        }
+        self.limit = asked.max(self.sent).max(self.promised);
+        self.retracting = true;
+        Ok(self.limit)
+    }
+
+    /// The answer is about to be sent, so the peer may react to it.
+    pub(super) fn on_retract_answered(&mut self) {
+        self.retracting = false;
     }
 
     pub(super) fn on_eof(&mut self, end: Option<u64>) -> Result<(), Violation> {
@@ -171,6 +220,7 @@ impl State {
         let end = end.unwrap_or(self.received);
         self.receive.check(end)?;
         self.early.on_end(end, self.received)?;
+        self.receive.on_end(end);
         self.received_eof = self.early.is_complete(self.received);
         if self.received_eof {
             wake(&mut self.reader);

@@ -15,6 +15,7 @@ use proto::{
     DialError, Target,
     mux::{
         Version,
+        budget::Budget,
         frame::{self, Credit, Frame, Hello},
         ids::{Numbering, Opener},
         window,
@@ -22,13 +23,15 @@ use proto::{
 };
 use tokio::sync::mpsc;
 
-use super::{Incoming, Mux, Notice, ProtocolError, SendFrame, Settings, endpoint::GROWTH_BUDGET, hello};
+use super::{Incoming, Mux, Notice, ProtocolError, SendFrame, Settings, hello};
 use crate::{
     gate::Gate,
     stalls::{self, Stalls},
     stream::{Stream, StreamError},
     tasks::Tasks,
 };
+
+mod windows;
 
 struct Pair {
     master: Mux,
@@ -219,7 +222,9 @@ async fn carries_both_directions(mut pair: Pair) {
     assert_eq!(receive(&mut near).await.unwrap(), b"answer");
     drop((near, far));
     assert_eq!((pair.master.streams_open(), pair.node.streams_open()), (0, 0));
-    assert_eq!(pair.master.0.growth_left.load(Ordering::Relaxed), GROWTH_BUDGET);
+    for mux in [&pair.master, &pair.node] {
+        assert_eq!(mux.budget().left(), Budget::total(mux.version()));
+    }
 }
 
 #[tokio::test]
@@ -436,6 +441,8 @@ async fn a_further_connection_carries_data_only_and_a_session_has_few_of_them() 
     for (frame, name) in [
         (Frame::GoAway { reason: "bye".into() }, "GOAWAY"),
         (Frame::Call, "CALL"),
+        (Frame::Retract { stream: 1, limit: 1 }, "RETRACT"),
+        (Frame::Retracted { stream: 1, limit: 1 }, "RETRACTED"),
         (Frame::Credit { stream: 1, credit: Credit::UpTo(1) }, "CREDIT"),
     ] {
         let fed = feeder.feed(&frame::encode(Version::V2, &frame));

@@ -50,7 +50,12 @@ fn samples(version: Version) -> Vec<Frame<'static>> {
         Frame::Certificate { text: "ssh-ed25519-cert-v01@openssh.com AAAA".into() },
     ]);
     if version == Version::V2 {
-        all.extend([Frame::Hello(HELLO_SAID), Frame::Call]);
+        all.extend([
+            Frame::Hello(HELLO_SAID),
+            Frame::Call,
+            Frame::Retract { stream: last, limit },
+            Frame::Retracted { stream: 1, limit: u64::MAX },
+        ]);
     }
     all
 }
@@ -148,6 +153,8 @@ fn the_specification_s_examples_are_what_is_sent() {
         Frame::GoAway { reason: "the agent stops".into() },
         Frame::Certificate { text: "ssh-ed25519-cert-v01@openssh.com AAAA".into() },
         Frame::Call,
+        Frame::Retract { stream, limit: 327_685 },
+        Frame::Retracted { stream, limit: 331_776 },
     ];
     assert_eq!(examples.len(), frames.len() + 1);
     for (bytes, frame) in examples.iter().zip(&frames) {
@@ -163,6 +170,7 @@ fn refuses_what_breaks_the_protocol() {
     for (bytes, want) in [
         (&b"\x00\0\0\0\x01\0\0\0\0"[..], FrameError::Type(0)),
         (b"\x0c\0\0\0\0\0\0\0\0", FrameError::Type(HELLO)),
+        (b"\x0e\0\0\0\x01\0\0\0\x08", FrameError::Type(RETRACT)),
         (b"\x80\0\0\0\0\0\0\0\0", FrameError::Type(OPTIONAL)),
         (b"\x04\0\0\0\0\0\0\0\x01", FrameError::Stream(DATA)),
         (b"\x08\0\0\0\x01\0\0\0\x08", FrameError::Stream(PING)),
@@ -177,7 +185,10 @@ fn refuses_what_breaks_the_protocol() {
     }
     for (bytes, want) in [
         (&b"\x00\0\0\0\0\0\0\0\x01\0\0\0\0"[..], FrameError::Type(0)),
-        (b"\x0e\0\0\0\0\0\0\0\x01\0\0\0\0", FrameError::Type(14)),
+        (b"\x10\0\0\0\0\0\0\0\x01\0\0\0\0", FrameError::Type(16)),
+        (b"\x0e\0\0\0\0\0\0\0\0\0\0\0\x08", FrameError::Stream(RETRACT)),
+        (b"\x0e\0\0\0\0\0\0\0\x01\0\0\0\x04abcd", FrameError::Payload(RETRACT)),
+        (b"\x0f\0\0\0\0\0\0\0\x01\0\0\0\x09123456789", FrameError::Payload(RETRACTED)),
         (b"\x7f\0\0\0\0\0\0\0\0\0\0\0\0", FrameError::Type(127)),
         (b"\x80\0\0\0\0\0\0\0\0\0\0\x40\x01", FrameError::Length { kind: 128, len: MAX_CONTROL + 1 }),
         (b"\x0c\0\0\0\0\0\0\0\x01\0\0\0\x18", FrameError::Stream(HELLO)),
