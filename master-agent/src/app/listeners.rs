@@ -90,6 +90,7 @@ fn call_home_services(components: &Components) -> CallHomeServices {
         links: components.call_home.clone(),
         join_tokens: Arc::new(StoredTokens(components.store.clone())),
         tasks: components.sessions.clone(),
+        runtime: tokio::runtime::Handle::current(),
     }
 }
 

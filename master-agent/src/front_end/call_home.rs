@@ -5,6 +5,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use futures_util::future::BoxFuture;
 use proto::{NodeName, join::Admission};
 use proto_net::tasks::Tasks;
+use tokio::runtime::Handle;
 
 use super::link_socket::LinkSocket;
 use crate::{identity::store::TokenError, tunnels::call_home::Purpose};
@@ -45,4 +46,6 @@ pub struct CallHomeServices {
     pub join_tokens: Arc<dyn CheckJoinTokens>,
     /// The group that owns the tasks which serve links.
     pub tasks: Tasks,
+    /// The runtime of the tunnels, on which these tasks run.
+    pub runtime: Handle,
 }

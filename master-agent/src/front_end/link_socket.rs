@@ -2,27 +2,56 @@
 
 use std::{
     io,
+    os::fd::AsFd,
     pin::Pin,
     sync::atomic::{AtomicU64, Ordering},
     task::{Context, Poll, ready},
 };
 
+use bytes::Bytes;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
 
-use super::recorder::Recorder;
+use super::{listener::HttpSocket, recorder::Recorder};
 
 /// A socket that counts its bytes. Dropping it writes the last audit record of the call home.
 pub struct LinkSocket {
-    socket: TokioIo<Upgraded>,
+    socket: Box<dyn Socket>,
+    /// What the node has sent before its connection became a link.
+    early: Bytes,
     record: Recorder,
 }
 
+trait Socket: AsyncRead + AsyncWrite + Unpin + Send {}
+
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> Socket for S {}
+
 impl LinkSocket {
-    pub(super) fn new(upgraded: Upgraded, record: Recorder) -> Self {
-        Self { socket: TokioIo::new(upgraded), record }
+    /// A caller's own connection is registered with the runtime of this task, so that its bytes don't change threads.
+    pub(super) fn new(upgraded: Upgraded, record: Recorder) -> io::Result<Self> {
+        match upgraded.downcast::<TokioIo<HttpSocket<TcpStream>>>() {
+            Ok(parts) => {
+                let mut socket = parts.io.into_inner();
+                register_here(socket.get_mut().get_mut().get_mut().0.get_mut())?;
+                Ok(Self { socket: Box::new(socket), early: parts.read_buf, record })
+            }
+            // It has come through a tunnel.
+            Err(upgraded) => {
+                Ok(Self { socket: Box::new(TokioIo::new(upgraded)), early: Bytes::new(), record })
+            }
+        }
     }
+}
+
+/// Takes a socket from the runtime that it is registered with.
+fn register_here(socket: &mut TcpStream) -> io::Result<()> {
+    let descriptor = socket.as_fd().try_clone_to_owned()?;
+    *socket = TcpStream::from_std(descriptor.into())?;
+    Ok(())
 }
 
 fn count(counter: &AtomicU64, bytes: usize) {
@@ -36,6 +65,12 @@ impl AsyncRead for LinkSocket {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
+        if !self.early.is_empty() {
+            let n = self.early.len().min(buf.remaining());
+            buf.put_slice(&self.early.split_to(n));
+            count(&self.record.carried.up, n);
+            return Poll::Ready(Ok(()));
+        }
         ready!(Pin::new(&mut self.socket).poll_read(cx, buf))?;
         count(&self.record.carried.up, buf.filled().len() - before);
         Poll::Ready(Ok(()))

@@ -18,6 +18,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,
 };
+use tokio_rustls::server::TlsStream;
 
 use super::{
     admission::Admission, connection::Connection, counters::Handshake, server::FrontEnd, streams::Streams,
@@ -35,6 +36,9 @@ const CONNECTION_WINDOW: u32 = 1024 * 1024;
 /// How long requests in progress may take once their connection has to end.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 const EVICTED: &str = "evicted by a newer connection before anybody authenticated";
+
+/// A caller's connection below HTTP/1.1.
+pub(super) type HttpSocket<S> = Watched<WriteTimeout<TlsStream<ReadAhead<S>>>>;
 
 impl FrontEnd {
     /// Accepts callers until the task is cancelled.

@@ -1,7 +1,7 @@
 //! The worker threads, which serve the callers of the HTTPS port and those that come through tunnels. A caller's
 //! connection and the connections to API servers that its requests use stay on one of them, so that a request never
-//! changes threads. TLS handshakes of unauthenticated callers run on these threads and can't delay tunnels, except those
-//! of nodes that call home over the HTTPS port, whose links stay on the thread of their connection.
+//! changes threads. TLS handshakes of unauthenticated callers run on these threads and can't delay tunnels. The connection
+//! of a node that calls home moves to the tunnels' threads once it has become a link.
 
 use std::{cell::Cell, io, sync::Arc, thread};
 

@@ -81,6 +81,10 @@ impl<S> Watched<S> {
             begun: 0,
         }
     }
+
+    pub fn get_mut(&mut self) -> &mut S {
+        &mut self.socket
+    }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {

@@ -27,6 +27,10 @@ impl<S> ReadAhead<S> {
     pub fn new(socket: S) -> Self {
         Self { socket, ahead: BytesMut::new(), much: false }
     }
+
+    pub fn get_mut(&mut self) -> &mut S {
+        &mut self.socket
+    }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for ReadAhead<S> {

@@ -26,6 +26,10 @@ impl<S> WriteTimeout<S> {
         Self { socket, timeout, deadline: None }
     }
 
+    pub fn get_mut(&mut self) -> &mut S {
+        &mut self.socket
+    }
+
     fn bounded<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if written.is_ready() {
             self.deadline = None;

@@ -29,15 +29,19 @@ impl PendingLink {
     pub(super) fn begin(self, record: &Recorder, open: impl Send + 'static) {
         let Self { services, peer, purpose, upgrade, seat } = self;
         let mut record = record.for_link();
-        let CallHomeServices { links, tasks, .. } = services;
-        tasks.spawn(async move {
+        let CallHomeServices { links, tasks, runtime, .. } = services;
+        let served = async move {
             let _held = (open, seat);
             if record.reserve(true).await.is_err() {
                 tracing::warn!(%peer, "a link was not served because it can't be recorded");
                 return;
             }
-            let socket = Box::pin(async move { Some(LinkSocket::new(upgrade.await.ok()?, record)) });
+            let socket = Box::pin(async move {
+                let socket = LinkSocket::new(upgrade.await.ok()?, record);
+                socket.inspect_err(|error| tracing::warn!(%peer, %error, "a link was not served")).ok()
+            });
             links.serve(IncomingCall { peer, purpose, socket }).await;
-        });
+        };
+        tasks.spawn_on(served, &runtime);
     }
 }

@@ -122,6 +122,7 @@ impl World {
                 links: home.clone(),
                 join_tokens: home.clone(),
                 tasks: tasks.clone(),
+                runtime: tokio::runtime::Handle::current(),
             }),
             streams: StreamMetrics::new(Arc::new(NoNodes)),
             draining: CancellationToken::new(),
