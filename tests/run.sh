@@ -3,7 +3,7 @@
 #
 #   tests/run.sh             everything
 #   tests/run.sh quick       fmt, clippy and unit: needs neither root nor packages beyond a compiler and OpenSSH
-#   tests/run.sh STEP...     only these: fmt clippy deny unit e2e quickstart bench
+#   tests/run.sh STEP...     only these: fmt clippy deny unit instructions e2e quickstart bench
 #
 # It installs what the steps need (as root, with apt, pip and cargo). The steps e2e, quickstart and bench need root for
 # what they test: network namespaces, a DNS server on port 53, accounts. Nothing is skipped: what cannot run fails.
@@ -26,6 +26,7 @@ needs() {
         fmt) ;;
         clippy | deny) echo cc:build-essential ;;
         unit) echo cc:build-essential ssh-keygen:openssh-client sshd:openssh-server ;;
+        instructions) echo cc:build-essential valgrind:valgrind python3:python3 ;;
         e2e)
             echo cc:build-essential sshd:openssh-server ssh:openssh-client ip:iproute2 nft:nftables curl:curl \
                 openssl:openssl setpriv:util-linux useradd:passwd python3:python3 systemd-analyze:systemd \
@@ -95,6 +96,70 @@ browser() {
 unit() {
     cargo test --locked --profile "$profile" --workspace --lib --bins \
         --test architecture --test corpora --test documents --test reference
+}
+
+# The instructions of the hot paths, compared with those in tests/data/instructions.txt. UPDATE=1 writes that file.
+instructions() {
+    local runner=$tools/bin/gungraun-runner version
+    version=$(sed -n '/^name = "gungraun-runner"$/{n;s/^version = "\(.*\)"$/\1/p}' Cargo.lock)
+    if [ "$("$runner" --version 2>/dev/null)" != "gungraun-runner $version" ]; then
+        CARGO_PROFILE_DEV_DEBUG=none cargo install --quiet --locked --debug --root "$tools" \
+            --target-dir "$tools/target" gungraun-runner --version "=$version"
+        rm -rf "$tools/target"
+    fi
+    # Otherwise gungraun compares with the counts of the last run by itself. Some containers do not let it switch off the
+    # randomisation of addresses, which changes no count.
+    rm -rf "$CARGO_TARGET_DIR/gungraun"
+    GUNGRAUN_RUNNER=$runner cargo bench --locked --profile "$profile" -p tests --bench instructions -- \
+        --allow-aslr --output-format=json >"$CARGO_TARGET_DIR/instructions.json"
+    python3 - "$CARGO_TARGET_DIR/instructions.json" tests/data/instructions.txt "$(rustc --version)" <<'END'
+import json, os, platform, sys
+results, baseline, rustc = sys.argv[1:]
+most = 5  # percent
+now = {}
+for line in open(results):
+    one = json.loads(line)
+    (profile,) = one["profiles"]
+    name = "::".join(part for part in (one["group"], one["function_name"], one.get("id")) if part)
+    now[name] = profile["data"]["total"]["metrics"]["Ir"]["values"]["new"]
+# What the counts depend on besides the code. The C library copies and compares in other ways without AVX2.
+avx2 = " with AVX2" if "avx2" in open("/proc/cpuinfo").read().split() else ""
+made = f"{' '.join(rustc.split()[:2])}, {platform.machine()}{avx2}"
+if os.environ.get("UPDATE"):
+    with open(baseline, "w") as out:
+        print("# Written by UPDATE=1 tests/run.sh instructions", file=out)
+        print(f"# {made}", file=out)
+        for name, count in now.items():
+            print(name, count, file=out)
+lines = open(baseline).read().splitlines() if os.path.exists(baseline) else []
+made_before = [line[2:] for line in lines if line.startswith("#")][-1:]
+before = {name: int(count) for name, count in (line.split() for line in lines if not line.startswith("#"))}
+failed, improved = [], []
+print(f"{'instructions of':40} {'baseline':>12} {'now':>12} {'difference':>11}")
+for name in [*now, *(name for name in before if name not in now)]:
+    old, new = before.get(name), now.get(name)
+    difference = ""
+    if old is None:
+        failed.append(f"{name} is not in {baseline}")
+    elif new is None:
+        failed.append(f"{name} is in {baseline}, but there is no such benchmark")
+    else:
+        percent = 100 * (new - old) / old
+        difference = f"{percent:+.2f} %"
+        if percent > most:
+            failed.append(f"{name} takes {percent:.2f} % more instructions than in {baseline}; {most} % are allowed")
+        elif percent < -most:
+            improved.append(f"{name} takes {-percent:.2f} % fewer instructions")
+    print(f"{name:40} {'-' if old is None else old:>12} {'-' if new is None else new:>12} {difference:>11}")
+if improved:
+    print(*improved, "so that it stays that way, run UPDATE=1 tests/run.sh instructions and commit the file", sep="\n")
+if failed:
+    if made_before and made_before != [made]:
+        failed.append(f"a possible reason: {baseline} was made with {made_before[0]}, and this is {made}")
+    failed.append("if the change is intended, run UPDATE=1 tests/run.sh instructions and commit the file")
+    sys.stdout.flush()
+    sys.exit("\n".join(failed))
+END
 }
 
 binaries() {
@@ -237,7 +302,7 @@ if [ "$*" = quick ]; then
     quick=1
     set -- fmt clippy unit
 fi
-[ $# -gt 0 ] || set -- fmt clippy deny unit e2e quickstart bench
+[ $# -gt 0 ] || set -- fmt clippy deny unit instructions e2e quickstart bench
 install_missing "$@"
 for step in "$@"; do
     printf '\n==== %s\n' "$step"
