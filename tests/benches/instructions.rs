@@ -159,7 +159,7 @@ const ROUND_TRIP: Duration = Duration::from_millis(1);
 
 fn new_window() -> (window::Receive, Instant) {
     let now = Instant::now();
-    (window::Receive::new(now), now)
+    (window::Receive::new(Version::V2, now), now)
 }
 
 const PIECE: usize = 64;
@@ -181,7 +181,8 @@ fn grant(new: (window::Receive, Instant)) -> window::Receive {
     let mut granted = 0;
     for i in 0..READS {
         let now = began + ROUND_TRIP / 10 * i;
-        if let Some(grant) = receive.on_taken(black_box(READ), now, ROUND_TRIP, |_| true) {
+        let taken = receive.on_taken(black_box(READ), now, ROUND_TRIP, |_, by| by);
+        if let Some(grant) = taken.grant {
             granted = grant.limit;
         }
     }
