@@ -280,8 +280,9 @@ wanted = {
     "route_lookup_p99", "route_update_p99", "route_memory", "dial_p99_100_updates", "watch_memory",
     "konnectivity_isolation_rate", "konnectivity_isolation_throughput", "konnectivity_isolation_memory",
     "front_end_rate_32_by_nginx", "front_end_added_p50_by_nginx", "front_end_rate_32_by_anonymous",
-    "front_end_cpu_by_nginx", "call_home_https_download", "call_home_https_upload", "call_home_https_cpu_per_gb",
-    "call_home_https_kept_get_p50", "call_home_https_rate_32", "watching_throughput", "watching_rate_32",
+    "front_end_cpu_by_nginx", "front_end_watch_memory", "call_home_https_download", "call_home_https_upload",
+    "call_home_https_cpu_per_gb", "call_home_https_kept_get_p50", "call_home_https_rate_32", "watching_throughput",
+    "watching_rate_32",
 }
 columns = {
     "unit", "direct", "openssh", "openssh_default", "ours", "konnectivity", "ratio", "ratio_default",

@@ -19,6 +19,7 @@ mod peer;
 mod report;
 mod requests;
 mod throughput;
+mod watches;
 mod watching;
 mod work;
 
@@ -65,6 +66,9 @@ struct Args {
     /// Serve as the target on this port; used by the benchmark itself.
     #[arg(long, hide = true)]
     serve: Option<u16>,
+    /// Serve watches as an API server, given a port and its certificate's directory; used by the benchmark itself.
+    #[arg(long, hide = true, num_args = 2)]
+    watched: Option<Vec<String>>,
     /// Serve as nodes, given their directory, the first one, the end and an offset; used by the benchmark itself.
     #[arg(long, hide = true, num_args = 4)]
     nodes: Option<Vec<String>>,
@@ -81,6 +85,9 @@ fn main() -> anyhow::Result<()> {
         }
         if let Some([port, nodes]) = args.apiserver.as_deref() {
             return kubernetes::serve(u16::try_from(*port)?, kubernetes::Size { nodes: *nodes }).await;
+        }
+        if let Some([port, directory]) = args.watched.as_deref() {
+            return watches::serve(port.parse()?, std::path::Path::new(directory)).await;
         }
         if let Some([directory, first, last, offset]) = args.nodes.as_deref() {
             return fleet::serve(
@@ -135,6 +142,7 @@ const FRONT_END: &[&str] = &[
     "front_end_rate_32_by_anonymous",
     "front_end_cpu_by_nginx",
 ];
+const FRONT_END_WATCHES: &[&str] = &["front_end_watch_memory"];
 const CALL_HOME: &[&str] = &[
     "call_home_https_download",
     "call_home_https_upload",
@@ -204,6 +212,10 @@ impl<'a> Run<'a> {
         if self.wants(FRONT_END) {
             let (time, connections) = (self.time, self.of(2, 5));
             self.take("the front end beside nginx", front_end::figures(n, time, connections)).await?;
+        }
+        if self.wants(FRONT_END_WATCHES) {
+            let count = self.of(1_000, 20_000);
+            self.take("idle watches at the front end", watches::figures(count)).await?;
         }
         if self.wants(CALL_HOME) {
             let (megabytes, time) = (self.megabytes, self.time);
