@@ -111,8 +111,9 @@ impl Outbound {
         }
     }
 
-    /// Relays between a caller's socket and its connection until both directions have ended.
-    pub async fn relay<R, W>(&self, read: R, write: W, dialled: Dialled) -> Ended
+    /// Relays between a caller's socket and its connection until both directions have ended. The record of the stream is
+    /// opened at once, so that the future holds no more than that.
+    pub fn relay<R, W>(&self, read: R, write: W, dialled: Dialled) -> impl Future<Output = Ended> + use<R, W>
     where
         R: AsyncRead + Unpin,
         W: AsyncWrite + Unpin,
@@ -121,18 +122,15 @@ impl Outbound {
         let Connection { stream, node, reason, permit } = connection;
         let opened = Opened { caller, target, node, reason, span };
         let mut record = Record::open(self.metrics.clone(), opened);
-        let outcome = relay(
-            read,
-            write,
-            stream,
-            &record.counters().up,
-            &record.counters().down,
-            self.limits.half_closed_timeout,
-        )
-        .await;
-        drop(permit);
-        record.outcome = outcome.kind();
-        outcome
+        let half_closed_timeout = self.limits.half_closed_timeout;
+        async move {
+            let (up, down) = (&record.counters().up, &record.counters().down);
+            let outcome = relay(read, write, stream, up, down, half_closed_timeout).await;
+            drop(permit);
+            record.outcome = outcome.kind();
+            drop(record);
+            outcome
+        }
     }
 
     /// Returns a socket for a listener that is itself a client of the target.

@@ -110,23 +110,29 @@ impl StreamServer {
     }
 
     async fn serve_incoming(self: Arc<Self>, incoming: Incoming, user: Arc<AuthenticatedUser>, room: Room) {
-        let target = incoming.target.clone();
-        let origin = incoming.origin.clone();
+        let (target, origin) = (incoming.target.clone(), incoming.origin.clone());
+        // Boxed, so that a long-lived stream does not keep the memory of its dial.
+        if let Some((dialled, stream)) = Box::pin(self.accept(incoming, user)).await {
+            self.relay(dialled, stream, &target, &origin, room).await;
+        }
+    }
+
+    /// Dials for a stream, and accepts or refuses it.
+    async fn accept(&self, incoming: Incoming, user: Arc<AuthenticatedUser>) -> Option<(Dialled, Stream)> {
         let timeout = incoming.timeout.min(self.dial_timeout);
         let dialled = tokio::select! {
-            dialled = self.dialer.dial(&target, timeout, &user.lookups) => dialled,
+            dialled = self.dialer.dial(&incoming.target, timeout, &user.lookups) => dialled,
             () = incoming.cancelled() => {
                 self.dialer.count_cancelled();
-                return incoming.refuse(DialError::Cancelled).await;
+                Err(DialError::Cancelled)
             }
         };
         match dialled {
-            Ok(dialled) => {
-                if let Some(stream) = incoming.accept().await {
-                    self.relay(dialled, stream, &target, &origin, room).await;
-                }
+            Ok(dialled) => incoming.accept().await.map(|stream| (dialled, stream)),
+            Err(error) => {
+                incoming.refuse(error).await;
+                None
             }
-            Err(error) => incoming.refuse(error).await,
         }
     }
 
@@ -151,21 +157,31 @@ impl StreamServer {
         }
     }
 
-    async fn relay(&self, dialled: Dialled, stream: Stream, target: &Target, origin: &str, room: Room) {
-        let Room { permit: _until_the_end, dialling } = room;
+    /// The future holds no more than an idle stream needs.
+    fn relay(
+        &self,
+        dialled: Dialled,
+        stream: Stream,
+        target: &Target,
+        origin: &str,
+        room: Room,
+    ) -> impl Future<Output = ()> + use<> {
+        let Room { permit, dialling } = room;
         let span = tracing::info_span!("stream", %target, origin);
-        async {
-            // After the answer, so that the caller does not wait for it.
-            socket::tune(&dialled.socket);
-            let mut record = StreamRecord::new(self.metrics.clone(), dialled.rule);
-            drop(dialling);
-            let (read, write) = dialled.socket.into_split();
+        // After the answer, so that the caller does not wait for it.
+        socket::tune(&dialled.socket);
+        let mut record = StreamRecord::new(self.metrics.clone(), dialled.rule);
+        drop(dialling);
+        let (read, write) = dialled.socket.into_split();
+        let half_closed_timeout = self.half_closed_timeout;
+        let carried = async move {
             let (down, up) = (&record.counters.down, &record.counters.up);
-            let outcome = relay(read, write, stream, down, up, self.half_closed_timeout).await;
+            let outcome = relay(read, write, stream, down, up, half_closed_timeout).await;
             record.outcome = outcome.kind();
-        }
-        .instrument(span)
-        .await;
+            drop(record);
+            drop(permit);
+        };
+        carried.instrument(span)
     }
 }
 

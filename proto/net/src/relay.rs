@@ -14,7 +14,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::{
     burst::Burst,
-    stream::{Reader, Stream, StreamError, Writer},
+    stream::{Reader, Stream, StreamError, Watch, Writer},
 };
 use proto::mux::frame::MAX_DATA;
 
@@ -79,62 +79,84 @@ impl From<StreamError> for Broken {
 /// Relays until both directions have ended or one has failed, and resets the stream unless both ended regularly.
 /// `from_socket` and `to_socket` count bytes. After one direction has ended, the other may be silent for
 /// `half_closed_timeout`.
-pub async fn relay<R, W>(
-    socket_read: R,
-    socket_write: W,
+///
+/// A node has one of these futures for each of its streams, most of which are idle. So it holds everything once, and what is
+/// needed only at the end of a stream is boxed.
+pub fn relay<'a, R, W>(
+    mut socket_read: R,
+    mut socket_write: W,
     stream: Stream,
-    from_socket: &AtomicU64,
-    to_socket: &AtomicU64,
+    from_socket: &'a AtomicU64,
+    to_socket: &'a AtomicU64,
     half_closed_timeout: Duration,
-) -> Outcome
+) -> impl Future<Output = Outcome> + use<'a, R, W>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
     let watch = stream.watch();
-    let Stream { reader, mut writer } = stream;
-    let outcome = {
-        let outbound = outbound(socket_read, &mut writer, from_socket, to_socket);
-        let inbound = inbound(reader, socket_write, to_socket);
-        tokio::pin!(outbound, inbound);
-        let both = async {
-            let first = tokio::select! {
-                r = &mut outbound => r.map(|()| true),
-                r = &mut inbound => r.map(|()| false),
-            };
-            match first {
-                Err(e) => Err(e),
-                Ok(true) => finish_second(inbound, to_socket, half_closed_timeout).await,
-                Ok(false) => finish_second(outbound, from_socket, half_closed_timeout).await,
-            }
+    let Stream { mut reader, mut writer } = stream;
+    async move {
+        let outcome = carry(
+            (&mut socket_read, &mut writer, from_socket),
+            (&mut reader, &mut socket_write, to_socket),
+            watch,
+            half_closed_timeout,
+        );
+        let outcome = match outcome.await {
+            Ok(true) => return Outcome::Closed,
+            Ok(false) => Outcome::HalfClosedTimeout,
+            Err(Broken::Socket(e)) => Outcome::Socket(e.kind()),
+            Err(Broken::Stream(e)) => Outcome::Stream(e),
         };
-        // While the socket can be neither read nor written, neither direction would notice that the stream has failed.
-        let abandoned = async {
-            watch.failed().await;
-            let mut taken = None;
-            while taken != Some(to_socket.load(Ordering::Relaxed)) {
-                taken = Some(to_socket.load(Ordering::Relaxed));
-                tokio::time::sleep(LAST_BYTES).await;
-            }
+        writer.reset(match &outcome {
+            Outcome::Socket(io::ErrorKind::ConnectionReset) => "connection reset by the far socket",
+            Outcome::Socket(_) => "the far socket failed",
+            Outcome::HalfClosedTimeout => "half-closed and silent for too long",
+            Outcome::Closed | Outcome::Stream(_) => "",
+        });
+        outcome
+    }
+}
+
+/// Carries both directions until both have ended or one has failed; `false` if one was silent for too long.
+async fn carry<R, W>(
+    (socket_read, writer, from_socket): (&mut R, &mut Writer, &AtomicU64),
+    (reader, socket_write, to_socket): (&mut Reader, &mut W, &AtomicU64),
+    watch: Watch,
+    half_closed_timeout: Duration,
+) -> Result<bool, Broken>
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let outbound = outbound(socket_read, writer, from_socket, to_socket);
+    let inbound = inbound(reader, socket_write, to_socket);
+    tokio::pin!(outbound, inbound);
+    let both = async {
+        let outbound_first = tokio::select! {
+            r = &mut outbound => r.map(|()| true)?,
+            r = &mut inbound => r.map(|()| false)?,
         };
-        tokio::select! {
-            outcome = both => outcome,
-            () = abandoned => Err(Broken::Stream(StreamError("the stream was reset".to_owned()))),
+        if outbound_first {
+            Box::pin(finish_second(inbound, to_socket, half_closed_timeout)).await
+        } else {
+            Box::pin(finish_second(outbound, from_socket, half_closed_timeout)).await
         }
     };
-    let outcome = match outcome {
-        Ok(true) => return Outcome::Closed,
-        Ok(false) => Outcome::HalfClosedTimeout,
-        Err(Broken::Socket(e)) => Outcome::Socket(e.kind()),
-        Err(Broken::Stream(e)) => Outcome::Stream(e),
+    // While the socket can be neither read nor written, neither direction would notice that the stream has failed.
+    let abandoned = async {
+        watch.failed().await;
+        let mut taken = None;
+        while taken != Some(to_socket.load(Ordering::Relaxed)) {
+            taken = Some(to_socket.load(Ordering::Relaxed));
+            Box::pin(tokio::time::sleep(LAST_BYTES)).await;
+        }
     };
-    writer.reset(match &outcome {
-        Outcome::Socket(io::ErrorKind::ConnectionReset) => "connection reset by the far socket",
-        Outcome::Socket(_) => "the far socket failed",
-        Outcome::HalfClosedTimeout => "half-closed and silent for too long",
-        Outcome::Closed | Outcome::Stream(_) => "",
-    });
-    outcome
+    tokio::select! {
+        outcome = both => outcome,
+        () = abandoned => Err(Broken::Stream(StreamError("the stream was reset".to_owned()))),
+    }
 }
 
 /// Relays between two sockets until both directions have ended or one has failed. After one direction has ended, the
@@ -220,7 +242,7 @@ where
 }
 
 async fn outbound<R: AsyncRead + Unpin>(
-    mut socket: R,
+    socket: &mut R,
     writer: &mut Writer,
     carried: &AtomicU64,
     answered: &AtomicU64,
@@ -232,7 +254,7 @@ async fn outbound<R: AsyncRead + Unpin>(
         poll_fn(|cx| burst.poll_pause(cx)).await;
         let room = writer.room().await?.min(size);
         let began = Instant::now();
-        let frame = poll_fn(|cx| read_frame(&mut socket, writer, room, cx)).await;
+        let frame = poll_fn(|cx| read_frame(socket, writer, room, cx)).await;
         let Some((frame, n)) = frame.map_err(Broken::Socket)? else { return Ok(writer.finish().await?) };
         if n == size {
             size = (size * 2).min(MAX_DATA);
@@ -243,7 +265,7 @@ async fn outbound<R: AsyncRead + Unpin>(
         burst.add(n);
         carried.fetch_add(n as u64, Ordering::Relaxed);
         if flood.after(n, began.elapsed(), answered.load(Ordering::Relaxed)) {
-            tokio::time::sleep(GATHER).await;
+            Box::pin(tokio::time::sleep(GATHER)).await;
         }
     }
 }
@@ -291,8 +313,8 @@ fn read_frame<R: AsyncRead + Unpin>(
 }
 
 async fn inbound<W: AsyncWrite + Unpin>(
-    mut reader: Reader,
-    mut socket: W,
+    reader: &mut Reader,
+    socket: &mut W,
     carried: &AtomicU64,
 ) -> Result<(), Broken> {
     loop {

@@ -169,7 +169,8 @@ impl Writer {
     pub async fn send(&mut self, buffer: BytesMut) -> Result<(), StreamError> {
         match self {
             Self::Mux(w) => w.send(buffer).await,
-            Self::Channel(w) => w.send(buffer).await,
+            // Boxed, so that the streams of a multiplexer do not keep room for it.
+            Self::Channel(w) => Box::pin(w.send(buffer)).await,
             Self::Tcp(socket) => Ok(socket.write_all(&buffer).await?),
         }
     }
@@ -178,7 +179,7 @@ impl Writer {
     pub async fn finish(&mut self) -> Result<(), StreamError> {
         match self {
             Self::Mux(w) => w.finish().await,
-            Self::Channel(w) => w.finish().await,
+            Self::Channel(w) => Box::pin(w.finish()).await,
             Self::Tcp(socket) => Ok(socket.shutdown().await?),
         }
     }

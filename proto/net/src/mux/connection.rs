@@ -78,15 +78,15 @@ impl Connection {
 
     /// Queues a frame for the task that sends answers, without waiting.
     pub(super) fn answer(&self, frame: &Frame<'_>) {
-        self.queue(frame, None);
+        self.queue(frame, Weak::new());
     }
 
     /// Queues the answer to a RETRACT of the peer. The stream learns when it is sent.
-    pub(super) fn answer_retract(&self, stream: u64, limit: u64, shared: Arc<Shared>) {
-        self.queue(&Frame::Retracted { stream, limit }, Some(shared));
+    pub(super) fn answer_retract(&self, stream: u64, limit: u64, shared: &Arc<Shared>) {
+        self.queue(&Frame::Retracted { stream, limit }, Arc::downgrade(shared));
     }
 
-    fn queue(&self, frame: &Frame<'_>, retracted: Option<Arc<Shared>>) {
+    fn queue(&self, frame: &Frame<'_>, retracted: Weak<Shared>) {
         // Counted first, since another thread may take the frame out at once, and the count must not go below zero.
         self.waiting_answers.fetch_add(1, Ordering::Relaxed);
         let answer = Answer { frame: frame::encode(self.version, frame), retracted };
@@ -120,8 +120,9 @@ impl Connection {
 /// An encoded frame that waits to be sent.
 struct Answer {
     frame: Bytes,
-    /// The stream whose RETRACT it answers.
-    retracted: Option<Arc<Shared>>,
+    /// The stream whose RETRACT it answers, if there is one. A peer that does not read its answers must not keep streams that
+    /// have ended.
+    retracted: Weak<Shared>,
 }
 
 /// What waits to be sent without a stream.
@@ -134,7 +135,7 @@ struct Queues {
 async fn housekeeping(connection: Weak<Connection>, version: Version, gate: Gate, mut queues: Queues) {
     let mut pings = Pings::new(gate.traffic().cloned());
     loop {
-        let mut retracted = None;
+        let mut retracted = Weak::new();
         let frame = tokio::select! {
             Some(id) = queues.pings.recv() => frame::encode(version, &Frame::Ping(id)),
             answer = queues.answers.recv() => {
@@ -160,7 +161,7 @@ async fn housekeeping(connection: Weak<Connection>, version: Version, gate: Gate
         };
         gate.settled().await;
         let Some(connection) = connection.upgrade() else { return };
-        if let Some(shared) = retracted {
+        if let Some(shared) = retracted.upgrade() {
             shared.lock().on_retract_answered();
         }
         if !connection.send(frame).await {

@@ -61,7 +61,7 @@ impl Mux {
         let Some(shared) = self.find(stream, "RETRACT")? else { return Ok(()) };
         let mut state = shared.lock();
         let limit = state.on_retract(limit)?;
-        self.0.first.answer_retract(stream, limit, shared.clone());
+        self.0.first.answer_retract(stream, limit, &shared);
         Ok(())
     }
 

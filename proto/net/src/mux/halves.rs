@@ -26,6 +26,9 @@ use super::{
 };
 use crate::{gate::Reservation, stream::error::StreamError};
 
+/// A buffer of this capacity is always kept for what comes next.
+const LEAST_KEPT: usize = 64 * 1024;
+
 /// See [`stream::Watch`](crate::stream::Watch).
 pub struct Watch(Arc<Shared>);
 
@@ -69,6 +72,10 @@ impl Reader {
         poll_fn(|cx| {
             let mut state = entry.shared.lock();
             if !state.inbox.is_empty() {
+                // The memory that a large window has needed does not outlast it.
+                if current.capacity() / 4 > state.inbox.len().max(LEAST_KEPT) {
+                    *current = BytesMut::new();
+                }
                 std::mem::swap(&mut state.inbox, current);
             } else if state.received_eof {
                 return Poll::Ready(Ok(()));
