@@ -11,12 +11,18 @@ use std::{
 use bytes::Bytes;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
+use proto_net::{read_ahead::ReadAhead, write_timeout::WriteTimeout};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
 };
+use tokio_rustls::server::TlsStream;
 
-use super::{listener::HttpSocket, recorder::Recorder};
+use super::recorder::Recorder;
+use crate::http::watched::Watched;
+
+/// A caller's connection, as the listener makes it.
+pub(super) type TlsSocket<S> = WriteTimeout<TlsStream<ReadAhead<S>>>;
 
 /// A socket that counts its bytes. Dropping it writes the last audit record of the call home.
 pub struct LinkSocket {
@@ -33,7 +39,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Socket for S {}
 impl LinkSocket {
     /// A caller's own connection is registered with the runtime of this task, so that its bytes don't change threads.
     pub(super) fn new(upgraded: Upgraded, record: Recorder) -> io::Result<Self> {
-        match upgraded.downcast::<TokioIo<HttpSocket<TcpStream>>>() {
+        match upgraded.downcast::<TokioIo<Watched<TlsSocket<TcpStream>>>>() {
             Ok(parts) => {
                 let mut socket = parts.io.into_inner();
                 register_here(socket.get_mut().get_mut().get_mut().0.get_mut())?;

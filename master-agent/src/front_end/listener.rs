@@ -18,11 +18,10 @@ use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,
 };
-use tokio_rustls::server::TlsStream;
 
 use super::{
-    admission::Admission, connection::Connection, counters::Handshake, server::FrontEnd, streams::Streams,
-    workers::Assigned,
+    admission::Admission, connection::Connection, counters::Handshake, link_socket::TlsSocket,
+    server::FrontEnd, streams::Streams, workers::Assigned,
 };
 use crate::http::watched::Watched;
 
@@ -36,9 +35,6 @@ const CONNECTION_WINDOW: u32 = 1024 * 1024;
 /// How long requests in progress may take once their connection has to end.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 const EVICTED: &str = "evicted by a newer connection before anybody authenticated";
-
-/// A caller's connection below HTTP/1.1.
-pub(super) type HttpSocket<S> = Watched<WriteTimeout<TlsStream<ReadAhead<S>>>>;
 
 impl FrontEnd {
     /// Accepts callers until the task is cancelled.
@@ -86,7 +82,7 @@ impl FrontEnd {
         let certificates = certificates.iter().map(|certificate| certificate.clone().into_owned());
         let certificates = Certificates::new(certificates.collect());
         let connection = Arc::new(Connection::over_tls(self, peer, certificates, admission));
-        let socket = WriteTimeout::new(tls, connection.front_end.config.idle_timeout);
+        let socket: TlsSocket<S> = WriteTimeout::new(tls, connection.front_end.config.idle_timeout);
         if http2 {
             let served = Box::pin(connection.clone().http2(socket));
             connection.unless_evicted(served).await;
