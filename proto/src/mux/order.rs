@@ -1,6 +1,6 @@
 //! Puts the bytes of one direction of a stream in order, which may come over several connections.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use bytes::{Buf, BytesMut};
 
@@ -9,6 +9,39 @@ use super::window::WindowError;
 /// The most gaps that there may be at a time. A sender leaves one whenever it changes to another connection, and it closes
 /// as soon as the other one's bytes are there.
 const MOST_GAPS: usize = 256;
+
+/// The most runs in front of the present one that a sender leaves under way. The receiver has fewer gaps than there are
+/// runs.
+const MOST_RUNS: usize = MOST_GAPS / 2;
+
+/// The runs of one direction that may not have arrived, each on another connection (`C`) than the one before.
+#[derive(Debug)]
+pub struct Runs<C> {
+    /// The connection of each, and the number of bytes that had been sent on it in all at the end of the run.
+    under_way: VecDeque<(C, u64)>,
+}
+
+impl<C> Default for Runs<C> {
+    fn default() -> Self {
+        Self { under_way: VecDeque::new() }
+    }
+}
+
+impl<C> Runs<C> {
+    /// A run has ended on a connection on which `sent` bytes have been sent in all.
+    pub fn end(&mut self, connection: C, sent: u64) {
+        self.under_way.push_back((connection, sent));
+    }
+
+    /// Whether the present run may end, so that another one begins. `arrived` tells how many bytes have arrived on a
+    /// connection.
+    pub fn may_end(&mut self, arrived: impl Fn(&C) -> u64) -> bool {
+        while self.under_way.front().is_some_and(|(connection, sent)| arrived(connection) >= *sent) {
+            self.under_way.pop_front();
+        }
+        self.under_way.len() < MOST_RUNS
+    }
+}
 
 /// Bytes that have come before those in front of them.
 #[derive(Debug, Default)]
@@ -134,6 +167,22 @@ mod tests {
             assert!(direction.bytes == sent && direction.early.is_complete(sent.len() as u64));
             assert!(direction.early.parts.is_empty());
         }
+    }
+
+    #[test]
+    fn a_sender_never_leaves_as_many_gaps_as_a_receiver_refuses() {
+        // The first connection delivers nothing, and the others everything, until it delivers all.
+        let (mut runs, mut direction, mut offset) = (Runs::default(), Direction::default(), 0);
+        let mut changes = 0;
+        while runs.may_end(|connection| if *connection == 0 { 0 } else { u64::MAX }) {
+            runs.end(changes % 2, offset + 1);
+            if changes % 2 > 0 {
+                direction.take(offset, b"x").unwrap();
+            }
+            (offset, changes) = (offset + 1, changes + 1);
+        }
+        assert_eq!((changes as usize, direction.early.parts.len()), (MOST_RUNS, MOST_RUNS / 2));
+        assert!(runs.may_end(|_| u64::MAX) && runs.under_way.is_empty());
     }
 
     #[test]

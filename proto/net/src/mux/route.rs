@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use proto::mux::order::Runs;
 
 use super::{connection::Connection, endpoint::Mux, further::HeavyMark};
 use crate::gate::{Reservation, Turn};
@@ -13,19 +14,21 @@ pub(super) struct Route {
     connection: Arc<Connection>,
     turn: Turn,
     mark: HeavyMark,
-    /// The bytes that were sent since the last change of the connection.
+    /// The bytes that were sent since the last change of the connection, and the runs before.
     since_change: usize,
+    runs: Runs<Arc<Connection>>,
 }
 
-/// The bytes after which a stream may change to another further connection. With each change bytes may come early, and a
-/// receiver keeps few runs of those.
-const LEAST_RUN: usize = 512 * 1024;
+/// The bytes after which a stream may change to another further connection. Each change costs the receiver a little, but
+/// one connection that takes little must not keep the stream from the others.
+const LEAST_RUN: usize = 64 * 1024;
 
 impl Route {
     pub(super) fn new(mux: &Mux) -> Self {
         let connection = mux.0.first.clone();
         let turn = connection.gate.turn();
-        Self { connection, turn, mark: HeavyMark::new(&mux.0.further), since_change: 0 }
+        let (mark, runs) = (HeavyMark::new(&mux.0.further), Runs::default());
+        Self { connection, turn, mark, since_change: 0, runs }
     }
 
     /// How many bytes should be sent at once.
@@ -51,14 +54,17 @@ impl Route {
     fn choose(&mut self, mux: &Mux) {
         let is_heavy = self.turn.is_heavy();
         self.mark.set(is_heavy);
-        let stays = self.since_change < LEAST_RUN;
+        let arrived = |connection: &Arc<Connection>| connection.gate.sent_and_arrived().1;
+        let stays = self.since_change < LEAST_RUN || !self.runs.may_end(arrived);
         let further = if is_heavy { mux.0.further.choose(&self.connection, stays) } else { None };
         let connection = further.unwrap_or_else(|| mux.0.first.clone());
         if !Arc::ptr_eq(&connection, &self.connection) {
             let turn = connection.gate.turn();
             let former = std::mem::replace(&mut self.turn, turn);
             self.turn.inherit(former);
-            self.connection = connection;
+            let former = std::mem::replace(&mut self.connection, connection);
+            let sent = former.gate.sent_and_arrived().0;
+            self.runs.end(former, sent);
             self.since_change = 0;
         }
     }
