@@ -27,7 +27,7 @@ pub(super) type TlsSocket<S> = WriteTimeout<TlsStream<ReadAhead<S>>>;
 /// A socket that counts its bytes. Dropping it writes the last audit record of the call home.
 pub struct LinkSocket {
     socket: Box<dyn Socket>,
-    /// What the node has sent before its connection became a link.
+    /// Bytes that the node sent before its connection became a link.
     early: Bytes,
     record: Recorder,
 }

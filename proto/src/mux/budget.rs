@@ -121,7 +121,7 @@ mod tests {
             size += gets;
         }
         assert_eq!(budget.left(), INITIAL);
-        // What is left is too little, or goes to another.
+        // Too little is left, or it goes to another.
         assert_eq!(budget.grow(2, INITIAL, INITIAL - 1, now), 0);
         assert_eq!(budget.grow(2, INITIAL, INITIAL, now), INITIAL);
         assert_eq!(budget.grow(2, 2 * INITIAL, 2 * INITIAL, now), 0);

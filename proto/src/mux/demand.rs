@@ -16,7 +16,7 @@ pub(super) fn period(round_trip: Duration) -> Duration {
     SHORTEST_PERIOD.max(round_trip * PERIOD_ROUND_TRIPS)
 }
 
-/// What a reader has taken in the present period and in the one before it.
+/// The bytes that a reader has taken in the present period and in the one before it.
 #[derive(Debug)]
 pub(super) struct Demand {
     last: Instant,

@@ -66,7 +66,7 @@ enum Retract {
     Answered(Instant),
 }
 
-/// What is to be done after the reader has taken bytes.
+/// The reaction to bytes that the reader has taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Taken {
     pub grant: Option<Grant>,
@@ -257,7 +257,7 @@ impl Receive {
         gets < by
     }
 
-    /// What to grant the peer now, if anything.
+    /// Returns the grant for the peer, if one is due.
     fn grant(&mut self) -> Option<Grant> {
         if self.end.is_some() || matches!(self.retract, Retract::Asked(_)) {
             return None;

@@ -16,7 +16,7 @@ fn all(_size: u32, by: u32) -> u32 {
     by
 }
 
-/// What a reader takes that gets whole windows at once for as long as the window is the limit.
+/// Lets a reader take whole windows at once for as long as the window is the limit.
 fn take_whole_windows(
     w: &mut Receive,
     now: &mut Instant,
