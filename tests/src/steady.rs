@@ -134,12 +134,15 @@ pub fn raise_descriptor_limit(count: u64) -> anyhow::Result<()> {
     let line = limits.lines().find(|l| l.starts_with("Max open files")).context("no limit of open files")?;
     let mut numbers = line.split_whitespace().filter_map(|w| w.parse::<u64>().ok());
     let (Some(soft), Some(hard)) = (numbers.next(), numbers.next()) else { bail!("can't read {line:?}") };
-    // Where the hard limit cannot be raised, it has to do.
     let count = count.max(DESCRIPTORS.min(hard));
     if soft >= count {
         return Ok(());
     }
     let pid = std::process::id().to_string();
-    let limit = format!("--nofile={count}:{}", hard.max(count));
-    crate::openssh::run(Command::new("prlimit").args(["--pid", &pid, &limit]))
+    let set = |count: u64| {
+        let limit = format!("--nofile={count}:{}", hard.max(count));
+        crate::openssh::run(Command::new("prlimit").args(["--pid", &pid, &limit]))
+    };
+    // Where the hard limit cannot be raised, it has to do.
+    if count > hard { set(count).or_else(|_| set(hard)) } else { set(count) }
 }
