@@ -11,7 +11,8 @@ use proto_net::tasks::Tasks;
 use tokio::net::UnixStream;
 
 use crate::admin_api::{
-    COMPARISON, Explanation, NODES, NodeDetail, NodeStatus, PAGE_TOKEN, explain_path, node_path,
+    COMPARISON, Explanation, NODES, NodeDetail, NodeStatus, PAGE_TOKEN, RELOAD, Reloaded, explain_path,
+    node_path,
 };
 
 /// A client of the running agent. Each request has its own connection.
@@ -53,6 +54,11 @@ impl AdminClient {
     /// Returns a token with which a browser can log in to the page once.
     pub async fn page_token(&self) -> anyhow::Result<String> {
         self.send(Method::POST, PAGE_TOKEN, String::new()).await
+    }
+
+    /// Has the running process hand over to its next one. Returns once that serves.
+    pub async fn reload(&self) -> anyhow::Result<Reloaded> {
+        Ok(serde_json::from_str(&self.send(Method::POST, RELOAD, String::new()).await?)?)
     }
 
     /// Sends a comparison in JSON, which the page shows.

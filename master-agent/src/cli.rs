@@ -15,7 +15,7 @@ use rustix::termios::{self, LocalModes, OptionalActions};
 use zeroize::Zeroizing;
 
 use crate::{
-    admin_api::Explanation,
+    admin_api::{Explanation, Reloaded},
     admin_client::AdminClient,
     compare::CompareArgs,
     egress::socks5::users,
@@ -46,7 +46,10 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run the agent until SIGTERM. SIGHUP reloads the inventory.
-    Run,
+    Run(RunArgs),
+    /// Have the running agent start its program and configuration anew, and hand over to the new process once that is
+    /// ready. Connections are neither refused nor cut. Exit with 1 and the reason if the new process can't serve.
+    Reload,
     /// Check the configuration and the files that it names, print every error, and exit with 78 if there is one.
     CheckConfig {
         /// Print a commented configuration with every field and its default, without reading the file.
@@ -89,6 +92,14 @@ pub enum Command {
         /// The shell.
         shell: clap_complete::Shell,
     },
+}
+
+/// The argument with which the running process starts its next one.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Take over from the process at the other end of standard input.
+    #[arg(long, hide = true)]
+    pub take_over: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -188,6 +199,16 @@ pub struct RevokeArgs {
     pub export: Option<PathBuf>,
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+/// Runs `reload`.
+pub async fn reload(agent: &AdminClient) -> anyhow::Result<()> {
+    let Reloaded { pid, version, former_pid, former_callers } = agent.reload().await?;
+    stdout::print_line(format_args!("process {pid} of version {version} serves"));
+    if former_callers > 0 {
+        stdout::print_line(format_args!("process {former_pid} ends once its {former_callers} callers have"));
+    }
+    Ok(())
 }
 
 /// Writes a completion script to standard output.

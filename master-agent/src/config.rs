@@ -46,6 +46,8 @@ pub struct Config {
     pub traces: Option<TracesConfig>,
     /// How long streams may go on after SIGTERM.
     pub shutdown_grace: Duration,
+    /// How long streams may go on in a process that `reload` has replaced.
+    pub drain_timeout: Duration,
     /// The file of the [`Inventory`].
     pub inventory: Option<PathBuf>,
     /// The API server whose cluster is followed; `None` if only the inventory is known.
@@ -89,6 +91,7 @@ const FIELDS: Meanings = &[
     ("certificates", "The SSH certificates that this master issues."),
     ("traces", "Spans of requests and streams, for an OpenTelemetry collector."),
     ("shutdown_grace", "How long streams may go on after SIGTERM."),
+    ("drain_timeout", "How long streams may go on in a process that `reload` has replaced."),
     ("inventory", "The file of the static inventory, which is read again when it changes and on SIGHUP."),
     (
         "kubernetes",
@@ -171,6 +174,7 @@ impl Config {
             certificates: s.section_or_default("certificates", CertificatesConfig::read),
             traces: s.section("traces", TracesConfig::read),
             shutdown_grace: s.duration("shutdown_grace", secs(30), Duration::ZERO..=DAY),
+            drain_timeout: s.duration("drain_timeout", secs(3600), Duration::ZERO..=7 * DAY),
             inventory: s.file("inventory"),
             kubernetes: s.section("kubernetes", |s| Some(KubernetesConfig::read(s))),
             metrics: s.section_or_default("metrics", MetricsConfig::read),

@@ -6,8 +6,11 @@ use anyhow::{Context, bail};
 use clap::Parser;
 use master_agent::{
     admin_client::AdminClient,
-    app,
-    cli::{self, Cli, Command, NodeCommand, Output, RevokeArgs, SignUserArgs, TokenCommand, TokenCreateArgs},
+    app::{self, Beginning},
+    cli::{
+        self, Cli, Command, NodeCommand, Output, RevokeArgs, RunArgs, SignUserArgs, TokenCommand,
+        TokenCreateArgs,
+    },
     compare::{self, Configured},
     config::Config,
     identity::{Authorities, fingerprint, host_name, revocation, sqlite::SqliteStore, store::Store, token},
@@ -21,7 +24,12 @@ use proto::{
     call_home::Master,
     revocation::krl::{Entry, Krl},
 };
-use proto_net::{descriptors, stdout, telemetry::Logs};
+use proto_net::{
+    descriptors,
+    handover::{Program, Role},
+    stdout,
+    telemetry::Logs,
+};
 use russh::keys::PublicKey;
 
 /// sysexits.h: the configuration has errors.
@@ -36,19 +44,22 @@ fn main() -> ExitCode {
     if let Command::HashPassword { name } = &cli.command {
         return done(cli::hash_password(name).map(|()| ExitCode::SUCCESS));
     }
+    let takes_over = matches!(cli.command, Command::Run(RunArgs { take_over: true }));
+    let role = if takes_over { Role::Next } else { Role::First };
     if let Command::CheckConfig { print_defaults: true } = cli.command {
         stdout::print(proto_config::defaults(&Config::describe()));
         return ExitCode::SUCCESS;
     }
     // A mistake in the inventory must not prevent queries to the running agent.
     let load = match cli.command {
-        Command::Run | Command::CheckConfig { .. } => Config::load,
+        Command::Run(_) | Command::CheckConfig { .. } => Config::load,
         Command::Token(_)
         | Command::Node(_)
         | Command::SshdConfig(_)
         | Command::Explain { .. }
         | Command::Compare(_)
         | Command::Page
+        | Command::Reload
         | Command::Top(_)
         | Command::SignUser(_)
         | Command::HashPassword { .. }
@@ -58,26 +69,28 @@ fn main() -> ExitCode {
     let config = match load(&cli.config) {
         Ok(config) => config,
         Err(errors) => {
+            role.refuse(&errors);
             eprintln!("{errors}");
             return ExitCode::from(EX_CONFIG);
         }
     };
-    if let Command::Run = cli.command {
-        return run(config);
+    if let Command::Run(_) = cli.command {
+        return run(config, role);
     }
     done(block_on(command(cli, config)))
 }
 
 /// Runs the agent. The error that ends it goes through the log, so that nothing waits for whoever reads it.
-fn run(config: Config) -> ExitCode {
-    let logs = match Logs::start(config.log.format, &config.log.level) {
-        Ok(logs) => logs,
-        Err(e) => return done(Err(e.into())),
+fn run(config: Config, role: Role) -> ExitCode {
+    let (logs, program) = match (Logs::start(config.log.format, &config.log.level), Program::current()) {
+        (Ok(logs), Ok(program)) => (logs, program),
+        (Err(e), _) | (_, Err(e)) => return done(Err(e.into())),
     };
     descriptors::raise_limit();
-    match block_on(app::run(config, logs.lines_lost())) {
+    match block_on(app::run(config, Beginning { program, role }, logs.lines_lost())) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
+            role.refuse(&format_args!("{e:#}"));
             logs.print(format_args!("master-agent: {e:#}"));
             ExitCode::FAILURE
         }
@@ -130,6 +143,7 @@ async fn command(cli: Cli, config: Config) -> anyhow::Result<ExitCode> {
             return Ok(if reachable { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         Command::Page => cli::page(&agent, config.admin.listen).await,
+        Command::Reload => cli::reload(&agent).await,
         Command::Top(args) => top::top(&agent, args).await,
         Command::Compare(args) => {
             let urls = config.proxy_urls.as_ref();
@@ -149,7 +163,7 @@ async fn command(cli: Cli, config: Config) -> anyhow::Result<ExitCode> {
         Command::SshdConfig(args) => print_sshd_config(&config, args),
         Command::SignUser(args) => sign_user(&config, args),
         Command::Revoke(args) => revoke(&config, args),
-        Command::Run | Command::HashPassword { .. } | Command::Completions { .. } => Ok(()),
+        Command::Run(_) | Command::HashPassword { .. } | Command::Completions { .. } => Ok(()),
     };
     result.map(|()| ExitCode::SUCCESS)
 }

@@ -4,8 +4,15 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use proto_net::{
-    admin::Endpoints, clock::Clock, exposition::Exposition, handshake::HandshakePermits,
-    log_throttle::LogThrottle, socket, systemd, tasks::Tasks, telemetry::LinesLost, unix,
+    admin::Endpoints,
+    clock::Clock,
+    exposition::Exposition,
+    handshake::HandshakePermits,
+    listeners::{Listeners, Pausable, Stage},
+    log_throttle::LogThrottle,
+    systemd,
+    tasks::Tasks,
+    telemetry::LinesLost,
 };
 use tokio::{
     net::{TcpListener, UnixListener},
@@ -56,39 +63,42 @@ const STREAM_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 pub async fn run(config: Config, log_lines_lost: LinesLost) -> anyhow::Result<()> {
     let identity = NodeIdentity::load_or_create(&config.state_dir)?;
     let revocations = Revocations::load(&config.state_dir, identity.user_cas())?;
-    let sockets = Sockets::bind(&config)?;
+    let mut listeners = Listeners::new();
+    let sockets = Sockets::bind(&config, &mut listeners)?;
     let metrics = Arc::new(Metrics { log_lines_lost, ..Metrics::default() });
     let (agent, installer) = Agent::new(config, identity, revocations, metrics);
     let groups = Groups::new();
     agent.serve(sockets, installer, &groups);
     until_terminated().await?;
+    listeners.close_all_handles();
     agent.stop(&groups).await;
     Ok(())
 }
 
 /// Every socket that the configuration names, bound.
 struct Sockets {
-    links: Option<TcpListener>,
-    admin: TcpListener,
-    local_tcp: Option<TcpListener>,
-    local_unix: Option<UnixListener>,
+    links: Option<Pausable<TcpListener>>,
+    admin: Pausable<TcpListener>,
+    local_tcp: Option<Pausable<TcpListener>>,
+    local_unix: Option<Pausable<UnixListener>>,
 }
 
 impl Sockets {
-    fn bind(config: &Config) -> anyhow::Result<Self> {
+    fn bind(config: &Config, listeners: &mut Listeners) -> anyhow::Result<Self> {
         let links = match config.listen {
-            Some(address) => Some(socket::listen(address).map_err(|e| bind_error(address, e))?),
+            Some(address) => Some(listeners.tcp(address, Stage::Links).map_err(|e| bind_error(address, e))?),
             None => None,
         };
-        let listen = |address: SocketAddr| {
-            socket::listen(address).with_context(|| format!("can't listen on {address}"))
+        let mut listen = |address: SocketAddr| {
+            let listener = listeners.tcp(address, Stage::Callers);
+            listener.with_context(|| format!("can't listen on {address}"))
         };
         let admin = listen(config.admin.listen)?;
         let local = config.front_end.as_ref();
         let local_tcp = local.and_then(|local| local.tcp).map(listen).transpose()?;
         let local_unix = match local.and_then(|local| local.unix.as_ref()) {
             Some(at) => {
-                let listener = unix::bind(&at.path, at.mode, None, None);
+                let listener = listeners.unix(&at.path, (at.mode, None, None), Stage::Callers);
                 Some(listener.with_context(|| format!("can't listen on {}", at.path.display()))?)
             }
             None => None,

@@ -50,6 +50,11 @@ const USEFUL_SESSION: Duration = Duration::from_secs(10);
 /// How long a session has to last until the one that it replaces takes no new streams. A master that has enough links
 /// closes the next one at once.
 const SETTLE: Duration = Duration::from_secs(1);
+/// How long a session goes on that its master wants to be replaced, unless the master itself ends it. The master may
+/// still ask for streams on it while other nodes make their links.
+const HELD: Duration = Duration::from_secs(60);
+/// The most sessions with one master that go on so.
+const MAX_HELD: usize = 32;
 
 /// Calls masters home. Cheap to clone.
 #[derive(Clone)]
@@ -144,7 +149,7 @@ impl CallHome {
             }
             Ok(session)
         };
-        supervise(&master, &self.draining, expired, call).await;
+        supervise(&master, &self.draining, &self.tasks.child(), expired, call).await;
     }
 
     /// Makes the further connections of a session that its master calls for, until the session ends or the agent drains.
@@ -218,11 +223,13 @@ struct EstablishedSession {
 }
 
 /// Keeps a session with a master until the agent drains. One that comes to its end with the master's certificate is
-/// replaced before: the next session is established first, and the former one is then left to its streams. `expired`
-/// tells when this node's own certificate expired, if it has.
+/// replaced before: the next session is established first, and the former one is then left to its streams. One that its
+/// master wants to be replaced goes on for a while, as one of the tasks in `held`. `expired` tells when this node's own
+/// certificate expired, if it has.
 async fn supervise<F, C>(
     master: &Master,
     draining: &CancellationToken,
+    held: &Tasks,
     expired: impl Fn() -> Option<SystemTime>,
     call: F,
 ) where
@@ -230,7 +237,7 @@ async fn supervise<F, C>(
     C: Future<Output = Result<EstablishedSession, CallError>>,
 {
     let mut backoff = Backoff::new(MIN_BACKOFF, MAX_BACKOFF);
-    let mut former: Option<EstablishedSession> = None;
+    let mut former = Former::default();
     let repeats = LogThrottle::default();
     while !draining.is_cancelled() {
         let mut established = None;
@@ -242,11 +249,22 @@ async fn supervise<F, C>(
             Ok(mut session) => {
                 established = Some(Instant::now());
                 tracing::info!(%master, "called home");
-                match await_end_or_relink(draining, &mut session, &mut former).await {
-                    Some(ended) => ended,
-                    None => {
+                let may_hold = held.len() < MAX_HELD;
+                match await_end_or_relink(draining, &mut session, &mut former, may_hold).await {
+                    Course::Ended(ended) => ended,
+                    Course::Expiring => {
                         backoff.reset();
-                        former = Some(session);
+                        former.expiring = Some(session);
+                        continue;
+                    }
+                    Course::Unwanted => {
+                        backoff.reset();
+                        let replaced = CancellationToken::new();
+                        former.unwanted.push(replaced.clone());
+                        held.spawn(async move {
+                            tokio::join!(replaced.cancelled(), tokio::time::sleep(HELD));
+                            session.authenticated.retire.cancel();
+                        });
                         continue;
                     }
                 }
@@ -292,14 +310,44 @@ fn log_failure(master: &Master, error: &CallError, expired: Option<SystemTime>, 
     }
 }
 
-/// Waits until a session has ended; `None` if another one is to be established before that, or the agent drains. The
-/// former session is retired once this one has lasted for [`SETTLE`].
+/// Sessions that the present one is to replace, once it has lasted for [`SETTLE`].
+#[derive(Default)]
+struct Former {
+    expiring: Option<EstablishedSession>,
+    /// Tell those that their master does not want any more.
+    unwanted: Vec<CancellationToken>,
+}
+
+impl Former {
+    fn replaced(&mut self) {
+        if let Some(expiring) = self.expiring.take() {
+            expiring.authenticated.retire.cancel();
+        }
+        for unwanted in self.unwanted.drain(..) {
+            unwanted.cancel();
+        }
+    }
+}
+
+/// What has become of a session.
+enum Course {
+    Ended(Result<(), CallError>),
+    /// Another one is to be established before the master's certificate ends, or the agent drains.
+    Expiring,
+    /// The master asks for another one.
+    Unwanted,
+}
+
+/// Waits until a session has ended, or another one is to be established before that, but not before this one has lasted
+/// for [`SETTLE`], after which it replaces former sessions.
 async fn await_end_or_relink(
     draining: &CancellationToken,
     session: &mut EstablishedSession,
-    former: &mut Option<EstablishedSession>,
-) -> Option<Result<(), CallError>> {
-    let relink = session.authenticated.relink;
+    former: &mut Former,
+    may_hold: bool,
+) -> Course {
+    let Authenticated { relink, relink_asked, .. } = &session.authenticated;
+    let (relink, relink_asked) = (*relink, relink_asked.clone());
     let settle = tokio::time::sleep(SETTLE);
     tokio::pin!(settle);
     let due = async {
@@ -308,17 +356,21 @@ async fn await_end_or_relink(
             None => std::future::pending().await,
         }
     };
-    tokio::pin!(due);
+    let unwanted = async {
+        tokio::join!(relink_asked.cancelled(), tokio::time::sleep(SETTLE));
+    };
+    tokio::pin!(due, unwanted);
+    let mut settled = false;
     loop {
         tokio::select! {
-            served = &mut session.served => return Some(outcome(served)),
-            () = &mut settle, if former.is_some() => {
-                if let Some(former) = former.take() {
-                    former.authenticated.retire.cancel();
-                }
+            served = &mut session.served => return Course::Ended(outcome(served)),
+            () = &mut settle, if !settled => {
+                settled = true;
+                former.replaced();
             }
-            () = &mut due, if former.is_none() => return None,
-            () = draining.cancelled() => return None,
+            () = &mut due, if former.expiring.is_none() => return Course::Expiring,
+            () = &mut unwanted, if may_hold => return Course::Unwanted,
+            () = draining.cancelled() => return Course::Expiring,
         }
     }
 }

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use proto_net::{
     accept::{Acceptor, Tuning},
     handshake::{HandshakePermit, HandshakePermits},
+    listeners::Pausable,
     tasks::Tasks,
 };
 use tokio::{
@@ -23,7 +24,7 @@ pub async fn accept(
     server: SessionServer,
     handshakes: HandshakePermits,
     tasks: Tasks,
-    listener: TcpListener,
+    listener: Pausable<TcpListener>,
 ) {
     let admit = |peer: SocketAddr| Some(handshakes.take(peer.ip()));
     let serve = |socket, peer, permit| serve_link(server.clone(), socket, peer, permit);

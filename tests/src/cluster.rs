@@ -74,6 +74,8 @@ pub struct Options {
 /// A running cluster.
 pub struct Cluster {
     pub master: Process,
+    /// Processes of the master that `reload` has replaced.
+    pub former_masters: Vec<Process>,
     pub nodes: Vec<Node>,
     pub unix: Door,
     pub tls: Door,
@@ -167,6 +169,7 @@ impl Cluster {
             tls: Door::Tls(tls, config),
             dir,
             master,
+            former_masters: Vec::new(),
             nodes,
             call_home,
             https,
@@ -245,6 +248,15 @@ impl Cluster {
     pub fn restart_master(&mut self) -> anyhow::Result<()> {
         self.master.kill();
         self.master = start_master(self.path())?;
+        Ok(())
+    }
+
+    /// Runs `master-agent reload`.
+    pub fn reload_master(&mut self) -> anyhow::Result<()> {
+        let said = self.command(&["reload"])?;
+        let pid = said.split_whitespace().nth(1).and_then(|pid| pid.parse().ok());
+        let next = self.master.adopt(pid.with_context(|| format!("no process: {said}"))?);
+        self.former_masters.push(std::mem::replace(&mut self.master, next));
         Ok(())
     }
 

@@ -22,7 +22,9 @@ const SAID: Duration = Duration::from_secs(20);
 /// A process that ends with its owner. Its output goes to a file.
 #[derive(Debug)]
 pub struct Process {
-    child: Child,
+    /// `None` for a process that another one has started.
+    child: Option<Child>,
+    pid: u32,
     pub name: String,
     pub log: PathBuf,
 }
@@ -42,7 +44,7 @@ impl Process {
     ) -> anyhow::Result<(Self, ChildStderr)> {
         let output = File::options().create(true).append(true).open(log)?;
         let mut process = Self::spawn(name, command.stdout(output).stderr(Stdio::piped()), log)?;
-        let pipe = process.child.stderr.take().context("no pipe")?;
+        let pipe = process.child.as_mut().and_then(|child| child.stderr.take()).context("no pipe")?;
         Ok((process, pipe))
     }
 
@@ -50,11 +52,17 @@ impl Process {
         let spawned = command.stdin(Stdio::null()).spawn();
         let child = spawned.with_context(|| format!("can't start {name}: {command:?}"))?;
         note_process(child.id());
-        Ok(Self { child, name: name.to_owned(), log: log.to_owned() })
+        Ok(Self { pid: child.id(), child: Some(child), name: name.to_owned(), log: log.to_owned() })
+    }
+
+    /// A process that this one has started, with the same output.
+    pub fn adopt(&self, pid: u32) -> Self {
+        note_process(pid);
+        Self { child: None, pid, name: self.name.clone(), log: self.log.clone() }
     }
 
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.pid
     }
 
     pub fn log_text(&self) -> String {
@@ -77,21 +85,35 @@ impl Process {
 
     /// Sends a signal, named as kill(1) does.
     pub fn signal(&self, name: &str) {
-        let _ = Command::new("kill").args(["-s", name, &self.pid().to_string()]).status();
+        let _ = Command::new("kill").args(["-s", name, &self.pid().to_string()]).output();
     }
 
     /// Ends it at once, as a power cut would.
     pub fn kill(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        match &mut self.child {
+            Some(child) => {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            None => {
+                self.signal("KILL");
+                let _ = self.wait(SAID);
+            }
+        }
     }
 
-    /// Waits for it to end by itself; gives its exit code.
+    /// Waits for it to end by itself; gives its exit code, if this process has started it.
     pub fn wait(&mut self, timeout: Duration) -> anyhow::Result<Option<i32>> {
         let deadline = Instant::now() + timeout;
         loop {
-            if let Some(status) = self.child.try_wait()? {
-                return Ok(status.code());
+            match &mut self.child {
+                Some(child) => {
+                    if let Some(status) = child.try_wait()? {
+                        return Ok(status.code());
+                    }
+                }
+                None if !is_alive(self.pid) => return Ok(None),
+                None => {}
             }
             if Instant::now() > deadline {
                 bail!("{} did not end within {timeout:?}:\n{}", self.name, self.log_text());
@@ -101,7 +123,10 @@ impl Process {
     }
 
     pub fn is_running(&mut self) -> bool {
-        matches!(self.child.try_wait(), Ok(None))
+        match &mut self.child {
+            Some(child) => matches!(child.try_wait(), Ok(None)),
+            None => is_alive(self.pid),
+        }
     }
 
     pub fn usage(&self) -> Usage {
@@ -122,6 +147,12 @@ pub fn note_started(what: &str) {
     let Some(file) = std::env::var_os("TEST_STARTED") else { return };
     let file = File::options().create(true).append(true).open(file);
     let _ = file.and_then(|mut file| file.write_all(format!("{what}\n").as_bytes()));
+}
+
+/// Whether a process is there and has not ended. The one that has started it may not have asked for its status.
+fn is_alive(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z'))
 }
 
 /// The time of its start tells the process from a later one with the same number.

@@ -102,6 +102,7 @@ fn sample_frames(version: Version, stream: u64, target: &str) -> Vec<Bytes> {
             Frame::Call,
             Frame::Retract { stream, limit: 1000 },
             Frame::Retracted { stream, limit: 1000 },
+            Frame::Relink,
         ]);
     }
     frames.iter().map(|frame| frame::encode(version, frame)).collect()

@@ -15,6 +15,7 @@ use crate::{
     identity::refresh::StoreHealth,
     kubernetes::Watches,
     page::{self, Page},
+    reload::Reloads,
     tunnels::{explain::Explainer, registry::Registry},
 };
 
@@ -30,6 +31,7 @@ pub struct Admin {
     pub page: Arc<Page>,
     /// `None` if there is no front end.
     pub front_end: Option<Arc<FrontEnd>>,
+    pub reloads: Reloads,
     /// Cancelled when the agent stops.
     pub draining: CancellationToken,
 }
@@ -74,16 +76,16 @@ impl Admin {
         match (&head.method, path) {
             (&Method::GET, _) => self.query(path, query).await,
             (&Method::POST, admin_api::PAGE_TOKEN) => Some(page::token(&self.page)),
+            (&Method::POST, admin_api::RELOAD) => Some(match self.reloads.reload().await {
+                Ok(reloaded) => json(serde_json::to_string(&reloaded)),
+                Err(why) => (StatusCode::SERVICE_UNAVAILABLE, "text/plain", why),
+            }),
             (&Method::PUT, admin_api::COMPARISON) => Some(self.page.take_comparison(body).await),
             _ => None,
         }
     }
 
     async fn query(&self, path: &str, query: &str) -> Option<admin::Answer> {
-        let json = |value: Result<String, serde_json::Error>| match value {
-            Ok(text) => (StatusCode::OK, "application/json", text),
-            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, "text/plain", error.to_string()),
-        };
         match path {
             admin_api::WATCHES => Some(json(serde_json::to_string(
                 &self.watches.as_ref().map(|watches| watches.status()).unwrap_or_default(),
@@ -109,5 +111,12 @@ impl Admin {
                 Some(json(serde_json::to_string(&self.registry.detail(&name)?)))
             }
         }
+    }
+}
+
+fn json(value: serde_json::Result<String>) -> admin::Answer {
+    match value {
+        Ok(text) => (StatusCode::OK, "application/json", text),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, "text/plain", error.to_string()),
     }
 }

@@ -66,6 +66,8 @@ pub(super) struct Components {
     pub(super) sessions: Tasks,
     /// Cancelled when the agent stops and must not begin new tunnels and requests.
     pub(super) draining: CancellationToken,
+    /// Cancelled when callers' connections that wait for a request must end, too.
+    pub(super) closing: CancellationToken,
 }
 
 /// The components that run in tasks of their own.
@@ -153,6 +155,7 @@ pub(super) fn build(
         revocations,
         sessions,
         draining,
+        closing: CancellationToken::new(),
     };
     Ok((components, Startable { dial_links, supervisor, caller_tunnels }))
 }

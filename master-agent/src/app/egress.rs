@@ -2,7 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
-use proto_net::{dialer::Dialer, tasks::Tasks};
+use proto_net::{
+    dialer::Dialer,
+    listeners::{Listeners, Pausable, Stage},
+    tasks::Tasks,
+};
 use tokio::net::{TcpListener, UnixListener};
 use tokio_util::sync::CancellationToken;
 
@@ -21,44 +25,55 @@ use crate::{
         socks5::{Socks5, users::Users},
         tls::{CallerTls, TlsListener},
     },
-    fields::TlsConfig,
+    fields::{TlsConfig, UnixConfig},
     http::claims::Claims,
     stream::metrics::StreamMetrics,
 };
 
-type TlsSocket = (TcpListener, Arc<CallerTls>);
+type TlsSocket = (Tcp, Arc<CallerTls>);
+type Tcp = Pausable<TcpListener>;
+type Unix = Pausable<UnixListener>;
 
 /// The sockets of all egress listeners.
 pub(super) struct EgressSockets {
-    connect_unix: Option<UnixListener>,
+    connect_unix: Option<Unix>,
     connect_tls: Option<TlsSocket>,
-    konnectivity_unix: Option<UnixListener>,
+    konnectivity_unix: Option<Unix>,
     konnectivity_tls: Option<TlsSocket>,
     socks5: Option<Socks5Sockets>,
     proxy_urls: Option<ProxyUrlSockets>,
 }
 
 struct Socks5Sockets {
-    unix: Option<UnixListener>,
-    tcp: Option<(TcpListener, Option<Users>)>,
+    unix: Option<Unix>,
+    tcp: Option<(Tcp, Option<Users>)>,
 }
 
 struct ProxyUrlSockets {
-    unix: Option<UnixListener>,
-    tcp: Option<TcpListener>,
+    unix: Option<Unix>,
+    tcp: Option<Tcp>,
     tls: Arc<TargetTls>,
 }
 
 impl EgressSockets {
-    pub(super) fn bind(config: &Config) -> anyhow::Result<Self> {
+    pub(super) fn bind(config: &Config, listeners: &mut Listeners) -> anyhow::Result<Self> {
         let Config { http_connect, konnectivity, .. } = config;
+        let mut unix = |config: &Option<UnixConfig>| {
+            config.as_ref().map(|unix| bind::unix(listeners, unix, Stage::Callers)).transpose()
+        };
+        let (connect_unix, konnectivity_unix) = (unix(&http_connect.unix)?, unix(&konnectivity.unix)?);
+        let mut tls = |listener, config: &Option<TlsConfig>| bind_tls(listeners, listener, config.as_ref());
+        let connect_tls = tls(TlsListener::HttpConnect, &http_connect.tls)?;
+        let konnectivity_tls = tls(TlsListener::Konnectivity, &konnectivity.tls)?;
+        let socks5 = config.socks5.as_ref().map(|socks5| Socks5Sockets::bind(socks5, listeners));
+        let urls = config.proxy_urls.as_ref().map(|urls| ProxyUrlSockets::bind(urls, listeners));
         Ok(Self {
-            connect_unix: http_connect.unix.as_ref().map(bind::unix).transpose()?,
-            connect_tls: bind_tls(TlsListener::HttpConnect, http_connect.tls.as_ref())?,
-            konnectivity_unix: konnectivity.unix.as_ref().map(bind::unix).transpose()?,
-            konnectivity_tls: bind_tls(TlsListener::Konnectivity, konnectivity.tls.as_ref())?,
-            socks5: config.socks5.as_ref().map(Socks5Sockets::bind).transpose()?,
-            proxy_urls: config.proxy_urls.as_ref().map(ProxyUrlSockets::bind).transpose()?,
+            connect_unix,
+            connect_tls,
+            konnectivity_unix,
+            konnectivity_tls,
+            socks5: socks5.transpose()?,
+            proxy_urls: urls.transpose()?,
         })
     }
 
@@ -73,13 +88,14 @@ impl EgressSockets {
 }
 
 impl Socks5Sockets {
-    fn bind(config: &Socks5Config) -> anyhow::Result<Self> {
+    fn bind(config: &Socks5Config, listeners: &mut Listeners) -> anyhow::Result<Self> {
+        let unix = config.unix.as_ref().map(|unix| bind::unix(listeners, unix, Stage::Callers));
         Ok(Self {
-            unix: config.unix.as_ref().map(bind::unix).transpose()?,
+            unix: unix.transpose()?,
             tcp: match &config.tcp {
                 Some(tcp) => {
                     let users = tcp.users_file.as_deref().map(Users::load).transpose()?;
-                    Some((bind::tcp(tcp.listen)?, users))
+                    Some((bind::tcp(listeners, tcp.listen, Stage::Callers)?, users))
                 }
                 None => None,
             },
@@ -88,19 +104,24 @@ impl Socks5Sockets {
 }
 
 impl ProxyUrlSockets {
-    fn bind(config: &ProxyUrlsConfig) -> anyhow::Result<Self> {
+    fn bind(config: &ProxyUrlsConfig, listeners: &mut Listeners) -> anyhow::Result<Self> {
+        let unix = config.unix.as_ref().map(|unix| bind::unix(listeners, unix, Stage::Callers));
         Ok(Self {
-            unix: config.unix.as_ref().map(bind::unix).transpose()?,
-            tcp: config.tcp.map(bind::tcp).transpose()?,
+            unix: unix.transpose()?,
+            tcp: config.tcp.map(|tcp| bind::tcp(listeners, tcp, Stage::Callers)).transpose()?,
             tls: Arc::new(TargetTls::load(config)?),
         })
     }
 }
 
-fn bind_tls(listener: TlsListener, config: Option<&TlsConfig>) -> anyhow::Result<Option<TlsSocket>> {
+fn bind_tls(
+    listeners: &mut Listeners,
+    listener: TlsListener,
+    config: Option<&TlsConfig>,
+) -> anyhow::Result<Option<TlsSocket>> {
     let Some(config) = config else { return Ok(None) };
     let tls = Arc::new(CallerTls::load(listener, config)?);
-    Ok(Some((bind::tcp(config.listen)?, tls)))
+    Ok(Some((bind::tcp(listeners, config.listen, Stage::Callers)?, tls)))
 }
 
 /// The parts from which all egress listeners are built.
@@ -109,6 +130,7 @@ pub(super) struct Egress<'a> {
     pub(super) directory: Arc<dyn Directory>,
     pub(super) metrics: &'a StreamMetrics,
     pub(super) draining: &'a CancellationToken,
+    pub(super) closing: &'a CancellationToken,
     /// The group that owns callers and their streams.
     pub(super) callers: &'a Tasks,
     /// The group that owns the accept loops.
@@ -137,12 +159,7 @@ impl Egress<'_> {
         Some(self.serve_proxy_urls(sockets, config, claims))
     }
 
-    fn serve_http_connect(
-        &self,
-        unix: Option<UnixListener>,
-        tls: Option<TlsSocket>,
-        config: &HttpConnectConfig,
-    ) {
+    fn serve_http_connect(&self, unix: Option<Unix>, tls: Option<TlsSocket>, config: &HttpConnectConfig) {
         let listener = Arc::new(HttpConnect(self.outbound(CallerLimits {
             head_timeout: config.head_timeout,
             half_closed_timeout: config.half_closed_timeout,
@@ -156,12 +173,7 @@ impl Egress<'_> {
         }
     }
 
-    fn serve_konnectivity(
-        &self,
-        unix: Option<UnixListener>,
-        tls: Option<TlsSocket>,
-        config: &KonnectivityConfig,
-    ) {
+    fn serve_konnectivity(&self, unix: Option<Unix>, tls: Option<TlsSocket>, config: &KonnectivityConfig) {
         let outbound = self.outbound(CallerLimits {
             head_timeout: config.head_timeout,
             // A Konnectivity connection has no half-closed state.
@@ -210,6 +222,7 @@ impl Egress<'_> {
             claims,
             idle_timeout: config.idle_timeout,
             draining: self.draining.clone(),
+            closing: self.closing.clone(),
         });
         if let Some(socket) = sockets.unix {
             self.spawn(accept::plain(listener.clone(), "proxy-url-unix", socket));

@@ -23,20 +23,28 @@ use crate::{
     kubernetes,
     metrics::Certificates,
     page::Page,
+    reload::Reloads,
     tunnels::{self, compatibility},
 };
+
+/// What the admin endpoints alone show and take.
+pub(super) struct AdminParts {
+    pub(super) page: Arc<Page>,
+    pub(super) reloads: Reloads,
+    pub(super) log_lines_lost: LinesLost,
+}
 
 /// Serves on every socket. Returns the front end and the writer of its audit log, if a front end is configured.
 pub(super) fn serve(
     config: &Config,
     components: &Components,
-    page: &Arc<Page>,
     sockets: Sockets,
     cluster: Option<&Cluster>,
     groups: &Groups,
-    log_lines_lost: &LinesLost,
+    parts: AdminParts,
 ) -> anyhow::Result<Option<(Arc<FrontEnd>, Writer)>> {
     let Groups { callers, listeners, background, .. } = groups;
+    let AdminParts { page, reloads, log_lines_lost } = parts;
     let Sockets { egress: egress_sockets, call_home, front_end, admin, admin_unix } = sockets;
     let certificates = egress_sockets.certificates();
     background.spawn(watch(certificates.watchers()));
@@ -45,6 +53,7 @@ pub(super) fn serve(
         directory: components.dialer.clone(),
         metrics: &components.streams,
         draining: &components.draining,
+        closing: &components.closing,
         callers,
         listeners,
     };
@@ -58,6 +67,7 @@ pub(super) fn serve(
                 call_home: config.calls_over_https().then(|| call_home_services(components)),
                 streams: components.streams.clone(),
                 draining: components.draining.clone(),
+                closing: components.closing.clone(),
             };
             Some(serve_front_end(sockets, section, dependencies, groups)?)
         }
@@ -67,15 +77,16 @@ pub(super) fn serve(
         listeners.spawn(components.call_home.clone().accept(listener));
     }
     let served = front_end.as_ref().map(|(front_end, _)| front_end);
-    let metrics = Exposition::new(registry(config, components, served, certificates, log_lines_lost));
+    let metrics = Exposition::new(registry(config, components, served, certificates, &log_lines_lost));
     let answers = Admin {
         registry: components.registry.clone(),
         explainer: components.explainer.clone(),
         watches: components.watches.clone(),
         store: components.store_health.clone(),
         legacy_names: legacy_names(config),
-        page: page.clone(),
+        page,
         front_end: served.cloned(),
+        reloads,
         draining: components.draining.clone(),
     };
     let endpoints = Endpoints { metrics, admin: Arc::new(answers) };

@@ -4,6 +4,7 @@ mod bind;
 mod components;
 mod egress;
 mod groups;
+mod handover;
 mod inventory_file;
 mod listeners;
 mod sockets;
@@ -13,10 +14,16 @@ use std::{future::pending, sync::Arc, time::Duration};
 use access::authn::cluster::{Cluster, Objects};
 use anyhow::Context;
 use kube::Client;
-use proto_net::{systemd, tasks::Tasks, telemetry::LinesLost};
+use proto_net::{
+    handover::{Predecessor, Program, Role, Successor},
+    listeners::Listeners,
+    systemd,
+    tasks::Tasks,
+    telemetry::LinesLost,
+};
 use tokio::{
-    signal::unix::{SignalKind, signal},
-    time::{MissedTickBehavior, interval},
+    signal::unix::{Signal, SignalKind, signal},
+    time::{MissedTickBehavior, interval, sleep},
 };
 
 use crate::{
@@ -25,18 +32,24 @@ use crate::{
     identity::{Authorities, refresh::Refresher, sqlite::SqliteStore},
     kubernetes::{self, api_server::KubeApiServer, config::KubernetesConfig, thread::FollowerThread},
     page::Page,
+    reload::Reloads,
     traces::Traces,
     tunnels::{callers::ServeCallers, tunnel::Tunnel},
 };
 use components::{Components, Loaded, Startable};
 use groups::Groups;
+use handover::Handover;
 use inventory_file::{InventoryFile, InventoryFollower};
+use listeners::AdminParts;
 use sockets::Sockets;
 
 /// How often the cluster's nodes are checked for changes, which often come in groups.
 const CLUSTER_INTERVAL: Duration = Duration::from_secs(1);
 /// The longest time to notify all nodes.
 const NOTIFY_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often a process that has been replaced looks whether those before it have ended.
+const FORMER_INTERVAL: Duration = Duration::from_millis(200);
+const STOPPING: &str = "the master-agent is stopping";
 /// The longest time for each of the last steps, which end tasks and write records.
 const END_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -55,9 +68,54 @@ impl Follower {
     }
 }
 
-/// Runs the agent until SIGTERM or SIGINT, and then drains it.
-pub async fn run(config: Config, log_lines_lost: LinesLost) -> anyhow::Result<()> {
+/// What a process begins with.
+pub struct Beginning {
+    /// The program that the next process runs.
+    pub program: Program,
+    pub role: Role,
+}
+
+/// Why a process ends.
+enum End {
+    Signal,
+    /// Another one serves in its place.
+    Replaced(Box<Successor>),
+}
+
+/// The signals that end a process.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    /// Waits for SIGTERM or SIGINT.
+    async fn terminated(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// Runs the agent until SIGTERM or SIGINT, or until another process has taken its place, and then drains it.
+pub async fn run(config: Config, beginning: Beginning, log_lines_lost: LinesLost) -> anyhow::Result<()> {
+    let Beginning { program, role } = beginning;
+    // Signals that come from now on are not lost.
+    let mut signals = Signals::new()?;
     let groups = Groups::new();
+    let (mut predecessor, mut listeners) = match role {
+        Role::First => (None, Listeners::new()),
+        Role::Next => {
+            let mut predecessor = Predecessor::meet().await?;
+            let listeners = Listeners::taking_over(predecessor.take_listeners());
+            (Some(predecessor), listeners)
+        }
+    };
 
     // Read the files.
     let inventory = InventoryFile::load(config.inventory.clone())?;
@@ -87,21 +145,53 @@ pub async fn run(config: Config, log_lines_lost: LinesLost) -> anyhow::Result<()
         components.draining.clone(),
         config.admin.page.then_some(config.admin.listen),
     ));
-    let sockets = Sockets::bind(&config)?;
+    let sockets = Sockets::bind(&config, &mut listeners)?;
+    let unused = listeners.close_unused();
     let traces = config.traces.as_ref().map(Traces::start).transpose().context("traces")?;
-
-    // Serve and start.
-    let front_end =
-        listeners::serve(&config, &components, &page, sockets, cluster.as_ref(), &groups, &log_lines_lost)?;
+    let (reloads, mut reload_requests) = Reloads::new();
+    let admin = AdminParts { page, reloads, log_lines_lost };
+    let front_end = listeners::serve(&config, &components, sockets, cluster.as_ref(), &groups, admin)?;
     let (front_end, audit) = front_end.unzip();
+
+    // Start, and serve.
     let callers = front_end.clone().map(|front_end| front_end as Arc<dyn ServeCallers>);
     start(&components, startable, callers, follower.as_ref(), &groups);
     let _refresher = Refresher::start(components.store.clone(), components.store_health.clone())?;
     let runtimes = front_end.map(|front_end| front_end.runtimes());
-    groups.background.spawn(systemd::watchdog(runtimes.unwrap_or_default()));
-    until_terminated(inventory, &components).await?;
-
-    drain(&config, &components, &groups, audit, traces).await;
+    let watchdog = groups.background.child();
+    watchdog.spawn(systemd::watchdog(runtimes.unwrap_or_default()));
+    if let Some(mut predecessor) = predecessor.take() {
+        handover::take_over(&mut predecessor, unused, &listeners, &components).await;
+        let gauges = components.streams.draining.clone();
+        groups.background.spawn(handover::follow(predecessor, gauges, components.draining.clone()));
+    }
+    let count_callers = || groups.callers.len() as u64;
+    let handover = Handover {
+        program: &program,
+        listeners: &listeners,
+        components: &components,
+        callers: &count_callers,
+    };
+    let end = tokio::select! {
+        signalled = until_terminated(inventory, &components, &mut signals) => signalled.map(|()| End::Signal)?,
+        successor = handover.requested(&mut reload_requests) => End::Replaced(Box::new(successor)),
+    };
+    // Who asks for a reload from now on is told that it is too late.
+    drop(reload_requests);
+    let cut = match end {
+        End::Signal => {
+            systemd::stopping();
+            listeners.close_all_handles();
+            drain(&config, &components, &groups).await
+        }
+        End::Replaced(successor) => {
+            watchdog.cancel();
+            let rest = drain_replaced(&config, &components, &groups, &mut signals);
+            handover.carry_on(*successor, rest).await
+        }
+    };
+    finish(&components, &groups, audit, traces).await;
+    tracing::info!(cut, "stopped");
     Ok(())
 }
 
@@ -130,9 +220,11 @@ fn start(
 
 /// Follows the inventory file and the nodes of the cluster until a signal ends the agent. A read that hangs
 /// delays neither the other source nor the end.
-async fn until_terminated(inventory: InventoryFile, components: &Components) -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+async fn until_terminated(
+    inventory: InventoryFile,
+    components: &Components,
+    signals: &mut Signals,
+) -> anyhow::Result<()> {
     let hangup = signal(SignalKind::hangup())?;
     let reloads = components.tunnels.inventory_reloads.clone();
     let inventory = InventoryFollower::new(inventory, components.expected.clone(), reloads);
@@ -143,8 +235,7 @@ async fn until_terminated(inventory: InventoryFile, components: &Components) -> 
         "master-agent runs"
     );
     tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+        () = signals.terminated() => {}
         () = inventory.follow(hangup) => {}
         () = follow_cluster(components) => {}
     }
@@ -171,29 +262,52 @@ async fn follow_cluster(components: &Components) {
     }
 }
 
-/// Ends the agent in an order that lets requests and streams in progress finish.
-async fn drain(
+/// Accepts nothing more, and lets requests and streams in progress finish. Returns how many callers were cut.
+async fn drain(config: &Config, components: &Components, groups: &Groups) -> usize {
+    let Groups { listeners, callers, .. } = groups;
+    tracing::info!(callers = callers.len(), "stopping");
+    components.draining.cancel();
+    components.closing.cancel();
+    listeners.cancel();
+    listeners.drain(END_TIMEOUT).await;
+    for_all_tunnels(components, |tunnel| async move { tunnel.go_away(STOPPING).await }).await;
+    callers.drain(config.shutdown_grace).await
+}
+
+/// Does the same for a process whose place another one has taken.
+async fn drain_replaced(
     config: &Config,
     components: &Components,
     groups: &Groups,
-    audit: Option<Writer>,
-    traces: Option<Traces>,
-) {
-    const REASON: &str = "the master-agent is stopping";
-    let Groups { all, listeners, callers, sessions, background } = groups;
-    systemd::stopping();
-    tracing::info!(streams = callers.len(), "stopping");
-    // Stop accepting.
+    signals: &mut Signals,
+) -> usize {
+    let callers = &groups.callers;
+    tracing::info!(callers = callers.len(), "replaced");
     components.draining.cancel();
-    listeners.cancel();
-    listeners.drain(END_TIMEOUT).await;
-    // Notify the nodes, let streams finish, and end the tunnels.
-    for_all_tunnels(components, |tunnel| async move { tunnel.go_away(REASON).await }).await;
-    let cut = callers.drain(config.shutdown_grace).await;
-    for_all_tunnels(components, |tunnel| async move { tunnel.close(REASON).await }).await;
+    groups.listeners.cancel();
+    // Whoever has been accepted is a caller by then.
+    groups.listeners.drain(END_TIMEOUT).await;
+    let ended = async {
+        callers.ended().await;
+        // Their figures go through this process.
+        while components.streams.draining.processes.get() > 0 {
+            sleep(FORMER_INTERVAL).await;
+        }
+    };
+    let limit = tokio::select! {
+        () = ended => return 0,
+        () = sleep(config.drain_timeout) => Duration::ZERO,
+        () = signals.terminated() => config.shutdown_grace,
+    };
+    callers.drain(limit).await
+}
+
+/// Ends the tunnels, then everything else, and writes the remaining records.
+async fn finish(components: &Components, groups: &Groups, audit: Option<Writer>, traces: Option<Traces>) {
+    let Groups { all, sessions, background, .. } = groups;
+    for_all_tunnels(components, |tunnel| async move { tunnel.close(STOPPING).await }).await;
     sessions.cancel();
     sessions.drain(END_TIMEOUT).await;
-    // End the background tasks, and write the remaining records.
     background.cancel();
     background.drain(END_TIMEOUT).await;
     all.cancel();
@@ -206,7 +320,6 @@ async fn drain(
     if let Some(traces) = traces {
         traces.close(END_TIMEOUT).await;
     }
-    tracing::info!(cut, "stopped");
 }
 
 /// Runs an action for all tunnels at once, so that a node that does not respond delays no other.

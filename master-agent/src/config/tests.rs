@@ -42,7 +42,7 @@ fn everything_has_a_default() {
     assert_eq!(config.tunnels.backoff_min, Duration::from_millis(200));
     assert_eq!(config.tunnels.backoff_max, secs(2));
     assert_eq!((config.certificates.user_ttl, config.certificates.host_ttl), (DAY, 30 * DAY));
-    assert_eq!(config.shutdown_grace, secs(30));
+    assert_eq!((config.shutdown_grace, config.drain_timeout), (secs(30), secs(3600)));
 }
 
 #[test]

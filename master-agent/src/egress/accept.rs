@@ -11,6 +11,7 @@ use proto_net::{
     descriptors,
     dialer::Origin,
     handshake::{HandshakePermit, HandshakePermits},
+    listeners::Pausable,
     log_throttle::LogThrottle,
 };
 use tokio::{
@@ -59,7 +60,7 @@ where
 /// Accepts TLS connections with client certificates until the callers' tasks are cancelled. Until its certificate has been
 /// verified, a caller holds a place among [`Strangers`], and nothing of its request is read. Unauthenticated callers
 /// therefore can't exhaust `max_connections`.
-pub async fn tls<E>(egress: Arc<E>, name: &'static str, listener: TcpListener, tls: Arc<CallerTls>)
+pub async fn tls<E>(egress: Arc<E>, name: &'static str, listener: Pausable<TcpListener>, tls: Arc<CallerTls>)
 where
     E: EgressListener,
 {

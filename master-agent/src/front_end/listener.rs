@@ -10,6 +10,7 @@ use hyper::{
 use hyper_util::rt::{TokioIo, TokioTimer};
 use proto_net::{
     accept::{Acceptor, Tuning},
+    listeners::Pausable,
     read_ahead::ReadAhead,
     tls,
     write_timeout::WriteTimeout,
@@ -38,7 +39,7 @@ const EVICTED: &str = "evicted by a newer connection before anybody authenticate
 
 impl FrontEnd {
     /// Accepts callers until the task is cancelled.
-    pub async fn accept(self: Arc<Self>, listener: TcpListener) {
+    pub async fn accept(self: Arc<Self>, listener: Pausable<TcpListener>) {
         let mut acceptor = Acceptor::new(listener, Tuning::Caller);
         loop {
             let (socket, address) = acceptor.next().await;
@@ -122,7 +123,7 @@ impl Connection {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let FrontEnd { config, draining, .. } = self.front_end.as_ref();
+        let FrontEnd { config, closing, .. } = self.front_end.as_ref();
         let socket = Watched::new(socket, self.activity.clone(), config.head_timeout);
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
@@ -134,7 +135,7 @@ impl Connection {
         tokio::pin!(connection);
         tokio::select! {
             served = connection.as_mut() => served,
-            () = draining.cancelled() => {
+            () = closing.cancelled() => {
                 connection.as_mut().graceful_shutdown();
                 connection.await
             }

@@ -13,6 +13,7 @@ use access::{
 };
 use proto_net::{
     accept::{Acceptor, Listener, Tuning},
+    listeners::Pausable,
     write_timeout::WriteTimeout,
 };
 use tokio::net::{TcpListener, UnixListener};
@@ -21,12 +22,12 @@ use super::{admission::Admission, config::LocalConfig, connection::Connection, s
 
 /// Accepts callers on a Unix socket until the task is cancelled. The mode and owner of the socket file decide who may
 /// connect.
-pub async fn accept_unix(front_end: Arc<FrontEnd>, config: LocalConfig, listener: UnixListener) {
+pub async fn accept_unix(front_end: Arc<FrontEnd>, config: LocalConfig, listener: Pausable<UnixListener>) {
     accept(&front_end, &config, listener, |_| Peer::Local(None)).await;
 }
 
 /// Accepts callers on a loopback address until the task is cancelled.
-pub async fn accept_tcp(front_end: Arc<FrontEnd>, config: LocalConfig, listener: TcpListener) {
+pub async fn accept_tcp(front_end: Arc<FrontEnd>, config: LocalConfig, listener: Pausable<TcpListener>) {
     accept(&front_end, &config, listener, |address| Peer::Local(Some(address))).await;
 }
 

@@ -58,6 +58,7 @@ pub struct FrontEnd {
     /// The group that owns callers' connections, including upgraded ones.
     pub(super) connections: Tasks,
     pub(super) draining: CancellationToken,
+    pub(super) closing: CancellationToken,
     /// The services of nodes that call home and hosts that join. With `None`, the front end serves neither.
     call_home: Option<CallHomeServices>,
     /// The agent's page. With `None`, its paths go to kube-apiserver.
@@ -83,6 +84,8 @@ pub struct Dependencies<'a> {
     pub streams: StreamMetrics,
     /// Cancelled when connections must end after their present requests.
     pub draining: CancellationToken,
+    /// Cancelled when connections of HTTP/1 that wait for a request must end, too. One that is under way is lost.
+    pub closing: CancellationToken,
 }
 
 /// Why a connection is not admitted.
@@ -111,7 +114,7 @@ impl FrontEnd {
         callers: &Tasks,
         background: &Tasks,
     ) -> anyhow::Result<(Arc<Self>, Writer)> {
-        let Dependencies { cluster, proxy_urls, page, call_home, streams, draining } = dependencies;
+        let Dependencies { cluster, proxy_urls, page, call_home, streams, draining, closing } = dependencies;
         let metrics = Arc::<FrontEndMetrics>::default();
         let (authn, mut files) = Authenticators::load(&config.authn, cluster, background)?;
         let (authz, more) = Authorizers::load(&config.authz)?;
@@ -137,6 +140,7 @@ impl FrontEnd {
             streams,
             connections: callers.clone(),
             draining,
+            closing,
             call_home,
             page: config.serve_page.then_some(page),
             permits: Arc::new(Semaphore::new(config.limits.max_connections)),

@@ -119,7 +119,7 @@ async fn serve_forwarded(front_end: &Arc<FrontEnd>, tunnel: &Arc<Tunnel>, addres
                 tracing::info!(node = %tunnel.node, %address, "front end served at the node's sshd");
                 while let Some(caller) = callers.recv().await {
                     let Ok(admission) = front_end.admit(&peer(tunnel)) else { continue };
-                    if front_end.draining.is_cancelled() {
+                    if front_end.closing.is_cancelled() {
                         continue;
                     }
                     let (front_end, tunnel) = (front_end.clone(), tunnel.clone());

@@ -65,6 +65,7 @@ impl Watches {
     /// `accounts` also follows service accounts, and keeps which objects exist that tokens can be bound to.
     pub fn new(routes: Arc<SharedRoutes>, stale_after: Duration, accounts: bool) -> Arc<Self> {
         let existing = accounts.then(Arc::default);
+        routes.set_complete(false);
         Arc::new(Self { state: Arc::new(State::new(routes, existing)), stale_after })
     }
 

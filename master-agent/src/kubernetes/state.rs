@@ -91,6 +91,14 @@ impl State {
         }
     }
 
+    /// Says so once all kinds that routes depend on have been listed.
+    fn check_complete(&self) {
+        let routed = Followed::ALL.into_iter().filter(|kind| matches!(kind, Followed::Routed(_)));
+        if routed.into_iter().all(|kind| self.change(kind, |fresh| fresh.listed)) {
+            self.routes.set_complete(true);
+        }
+    }
+
     /// Begins a list, which arrives in pages.
     pub(super) fn begin_list(&self, kind: Followed) -> Listing {
         self.change(kind, |fresh| fresh.unreadable = None);
@@ -131,6 +139,7 @@ impl State {
         self.announce(kind);
         self.heard(kind);
         self.change(kind, |fresh| fresh.listed = true);
+        self.check_complete();
         tracing::info!(kind = kind.name(), objects = listing.count, version, "listed");
         Ok(())
     }

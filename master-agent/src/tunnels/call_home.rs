@@ -11,6 +11,7 @@ use proto::{NodeName, refusal};
 use proto_net::{
     accept::{Acceptor, Tuning},
     handshake::{HandshakePermit, HandshakePermits, Room},
+    listeners::Pausable,
     log_throttle::LogThrottle,
     tasks::Tasks,
 };
@@ -115,7 +116,7 @@ enum Admission {
 
 impl CallHome {
     /// Accepts calls on the call-home port. Once the agent is stopping, calls are closed at once.
-    pub async fn accept(self: Arc<Self>, listener: TcpListener) {
+    pub async fn accept(self: Arc<Self>, listener: Pausable<TcpListener>) {
         Acceptor::new(listener, Tuning::Link)
             .serve(
                 self.tasks.clone(),

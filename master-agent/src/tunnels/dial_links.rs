@@ -47,6 +47,10 @@ use crate::{
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(2500);
 /// The longest time to tell a node that its tunnel is retired.
 const RETIRE_TIMEOUT: Duration = Duration::from_millis(1500);
+/// How long a tunnel has to last until it is replaced because its node asks for that.
+const RELINK_AFTER: Duration = Duration::from_secs(1);
+/// How long the tunnel goes on then, unless the node itself ends it.
+const HELD: Duration = Duration::from_secs(60);
 /// A tunnel that lasts longer than this resets the back-off.
 const STABLE_AFTER: Duration = Duration::from_secs(10);
 /// The maximum number of handshakes in progress. After a restart, all nodes are dialled at once, and each handshake takes
@@ -236,39 +240,58 @@ impl<C: Connect> DialLoop<C> {
         }
     }
 
-    /// Supervises a tunnel, and replaces it before the master's certificate that authenticated it expires. A replaced
-    /// tunnel keeps its streams. Returns when the last tunnel was established and why it ended.
+    /// Supervises a tunnel, and replaces it when its node asks for that, or before the master's certificate that
+    /// authenticated it expires. A replaced tunnel keeps its streams. Returns when the last tunnel was established and why it ended.
     async fn supervise_and_replace(&self, mut linked: Linked) -> (Instant, String) {
         loop {
             let tunnel = linked.0.tunnel().clone();
             let supervisor = self.dialling.supervisor.clone();
             let mut supervised = Box::pin(supervise(supervisor, linked, self.superseded.clone()));
-            linked = tokio::select! {
+            let (next, hold) = tokio::select! {
                 reason = &mut supervised => return (tunnel.established, reason),
                 never = self.keep_further(&tunnel) => match never {},
                 next = self.dial_successor(&tunnel) => next,
             };
-            let told = tunnel.retire("the master has made another link to this node");
-            let _ = timeout(RETIRE_TIMEOUT, told).await;
-            self.tasks.spawn(supervised);
+            linked = next;
+            self.tasks.spawn(async move {
+                let retire = async {
+                    sleep(hold).await;
+                    let told = tunnel.retire("the master has made another link to this node");
+                    let _ = timeout(RETIRE_TIMEOUT, told).await;
+                    std::future::pending::<()>().await;
+                };
+                tokio::select! {
+                    _ = supervised => {}
+                    () = retire => {}
+                }
+            });
         }
     }
 
-    /// Dials again in time. Never completes if the tunnel needs no successor.
-    async fn dial_successor(&self, tunnel: &Tunnel) -> Linked {
+    /// Dials again in time, and also returns how long the tunnel goes on. Never completes if the tunnel needs no successor.
+    async fn dial_successor(&self, tunnel: &Tunnel) -> (Linked, Duration) {
         let Dialling { config, clock, draining, .. } = &*self.dialling;
-        // A plain sshd checks certificates in handshakes only.
-        let Some(expires) = tunnel.user_expires().filter(|_| tunnel.is_node_agent()) else {
-            return std::future::pending().await;
+        let expiring = async {
+            match tunnel.user_expires() {
+                // A plain sshd checks certificates in handshakes only.
+                Some(expires) if tunnel.is_node_agent() => successor_due(*clock, expires).await,
+                _ => std::future::pending().await,
+            }
         };
-        successor_due(*clock, expires).await;
+        let asked = async {
+            tokio::join!(tunnel.relink_asked(), tokio::time::sleep_until(tunnel.established + RELINK_AFTER));
+        };
+        let hold = tokio::select! {
+            () = expiring => Duration::ZERO,
+            () = asked => HELD,
+        };
         let mut backoff = Backoff::new(config.backoff_min, config.backoff_max);
         loop {
             if draining.is_cancelled() {
                 return std::future::pending().await;
             }
             if let Ok(next) = self.dial().await {
-                return next;
+                return (next, hold);
             }
             sleep(backoff.next_delay(rand::random())).await;
         }
@@ -505,6 +528,32 @@ mod tests {
         let reason = tunnel.ended().await;
         assert_eq!(reason, "another link has taken its place, and its streams have ended");
         registered(&master, 1).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_that_asks_for_another_link_gets_it_and_the_former_one_keeps_its_streams() {
+        let mut master = Master::new(HOUR, 8);
+        master.tasks.spawn(links(&master).run());
+        let mut former = master.tunnels.recv().await.unwrap();
+        registered(&master, 1).await;
+        let (tunnel, _) = master.registry.pick(&n1()).unwrap();
+        let stream = tunnel.open(&"10.0.0.1:80".parse().unwrap(), "test", HOUR).await.unwrap();
+        assert!(former.mux.ask_to_relink().await);
+        let successor: NodeSide = master.tunnels.recv().await.unwrap();
+        let after = successor.connected - former.connected;
+        assert!(after >= RELINK_AFTER && after < 2 * RELINK_AFTER, "{after:?}");
+        // The node decides when the former one takes no new streams.
+        sleep(HELD / 2).await;
+        assert_eq!(master.registry.pick(&n1()).unwrap().0.id, tunnel.id);
+        former.mux.go_away("the node's next process serves").await;
+        sleep(Duration::from_millis(100)).await;
+        assert_ne!(master.registry.pick(&n1()).unwrap().0.id, tunnel.id);
+        let Some(Notice::GoAway(_)) = former.notices.recv().await else { panic!("no GOAWAY") };
+        assert!(successor.connected.elapsed() >= HELD && !tunnel.has_ended());
+        // Nobody is asked on a link that the master has dialled itself.
+        assert!(!tunnel.ask_to_relink().await);
+        drop(stream);
+        tunnel.ended().await;
     }
 
     #[tokio::test(start_paused = true)]

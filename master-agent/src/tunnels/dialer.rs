@@ -11,7 +11,10 @@ use proto_net::{
     dialer::{Connection, DialFuture, Dialer, Origin},
     stream::Stream,
 };
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::{
+    sync::OwnedSemaphorePermit,
+    time::{sleep, timeout_at},
+};
 
 use crate::{
     directory::{Directory, PodLocation},
@@ -21,6 +24,8 @@ use crate::{
 
 /// The number of candidates that one dial tries, besides the one of last resort.
 const ATTEMPTS: usize = 3;
+/// The pause between two looks for a first node that any dial may use.
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Dials through tunnels and never directly.
 pub struct TunnelDialer {
@@ -62,6 +67,18 @@ impl TunnelDialer {
         Ok(found)
     }
 
+    /// Returns the candidates, and waits for one while the first nodes come back after a start.
+    async fn candidates_soon(&self, route: &Route) -> Result<Vec<Candidate>, DialError> {
+        loop {
+            let candidates = self.candidates(route);
+            let has_time = tokio::time::Instant::now() < self.registry.patient_until();
+            if candidates.is_ok() || !has_time {
+                return candidates;
+            }
+            sleep(LOOK_INTERVAL).await;
+        }
+    }
+
     fn expand(&self, hop: &Hop) -> Vec<Candidate> {
         let candidate = |node| Candidate { node, target: hop.target.clone(), is_last_resort: false };
         match &hop.via {
@@ -79,10 +96,10 @@ impl TunnelDialer {
 
     async fn dial_tunnel(&self, target: &Target, origin: &Origin) -> Result<Connection, DialError> {
         let began = Instant::now();
-        let route = self.routes.read(|routes| routes.find(target))?;
+        let route = self.route(target).await?;
         let several = route.hops.len() > 1;
         let mut failed = None;
-        let candidates = self.candidates(&route)?;
+        let candidates = self.candidates_soon(&route).await?;
         let mut untried = candidates.len();
         let has_last_resort = candidates.iter().any(|candidate| candidate.is_last_resort);
         for Candidate { node, target: asked, .. } in candidates {
@@ -119,6 +136,18 @@ impl TunnelDialer {
         Err(failed.unwrap_or_else(|| DialError::NoRoute(target.to_string())))
     }
 
+    /// Finds the route to a target. One that is missing may be there once the cluster has been read.
+    async fn route(&self, target: &Target) -> Result<Route, DialError> {
+        let find = || self.routes.read(|routes| routes.find(target));
+        match find() {
+            Err(DialError::NoRoute(_)) => {
+                let _ = timeout_at(self.registry.patient_until(), self.routes.complete()).await;
+                find()
+            }
+            found => found,
+        }
+    }
+
     async fn dial_node(
         &self,
         node: &NodeName,
@@ -127,7 +156,7 @@ impl TunnelDialer {
         timeout: Duration,
     ) -> Result<(Stream, OwnedSemaphorePermit), DialError> {
         let began = Instant::now();
-        let (tunnel, permit) = self.registry.pick(node)?;
+        let (tunnel, permit) = self.registry.pick_soon(node).await?;
         let asked = match &target.host {
             // An sshd may not know the name under which its node is known here.
             Host::Name(name) if !tunnel.is_node_agent() && name == node.as_str() => {
@@ -136,7 +165,8 @@ impl TunnelDialer {
             }
             Host::Name(_) | Host::Addr(_) => target.clone(),
         };
-        let mut opened = tunnel.open(&asked, &origin.0, timeout).await;
+        let left = timeout.saturating_sub(began.elapsed());
+        let mut opened = tunnel.open(&asked, &origin.0, left).await;
         // The tunnel may have been retired and replaced since it was picked.
         if let Err(DialError::TunnelLost { .. }) = &opened
             && let Some(other) = self.registry.pick_again(node)

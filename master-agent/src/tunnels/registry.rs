@@ -19,8 +19,8 @@ use std::{
 
 use proto::{DialError, NodeName};
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::{Instant, MissedTickBehavior},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore},
+    time::{Instant, MissedTickBehavior, timeout_at},
 };
 
 use super::{
@@ -38,6 +38,9 @@ use crate::{
 
 /// The maximum number of standby tunnels of one node.
 const STANDBY: usize = 2;
+/// How long dials wait for a node that is about to have a tunnel: after the agent has started, and after the node has lost
+/// its last one.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// The number of nodes among which the least busy ones are chosen.
 const SAMPLE: usize = 16;
 
@@ -51,6 +54,8 @@ pub struct Registry {
     /// The number of nodes that have a tunnel. It changes only while the node is locked.
     connected: AtomicUsize,
     max_streams_per_node: usize,
+    /// Since when callers are served.
+    serves_since: Mutex<Instant>,
 }
 
 /// The entry of one node, which exists for as long as the node is expected.
@@ -58,6 +63,8 @@ struct Node {
     name: NodeName,
     streams: Arc<Semaphore>,
     activity: Arc<NodeActivity>,
+    /// Wakes dials that wait for a tunnel.
+    linked: Notify,
     state: Mutex<NodeState>,
 }
 
@@ -92,7 +99,18 @@ impl Registry {
             agents: Mutex::default(),
             connected: AtomicUsize::new(0),
             max_streams_per_node,
+            serves_since: Mutex::new(Instant::now()),
         }
+    }
+
+    /// Callers are served from now on, although nodes may not have come back yet.
+    pub fn serves_now(&self) {
+        *self.serves_since.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    /// Returns until when dials wait for what comes back after a start.
+    pub fn patient_until(&self) -> Instant {
+        *self.serves_since.lock().unwrap_or_else(PoisonError::into_inner) + PATIENCE
     }
 
     /// Replaces the set of expected nodes. Each node comes with the number of tunnels that it may have active, and with
@@ -134,6 +152,7 @@ impl Registry {
             name: name.clone(),
             streams: Arc::new(Semaphore::new(self.max_streams_per_node)),
             activity: Arc::default(),
+            linked: Notify::new(),
             state: Mutex::new(state),
         })
     }
@@ -165,6 +184,7 @@ impl Registry {
             self.agents().insert(node.name.clone(), node.clone());
         }
         drop(state);
+        node.linked.notify_waiters();
         node.activity.connected(&arrival(&tunnel), absence.is_some());
         Ok((Registration { registry: self.clone(), node, tunnel, absence }, others))
     }
@@ -279,6 +299,24 @@ impl Registry {
         Ok((tunnel, permit))
     }
 
+    /// Picks as [`Self::pick`] does, and waits for a node that is about to have a tunnel.
+    pub async fn pick_soon(&self, name: &NodeName) -> Result<(Arc<Tunnel>, OwnedSemaphorePermit), DialError> {
+        loop {
+            let Some(node) = self.node(name) else { return self.pick(name) };
+            let linked = node.linked.notified();
+            tokio::pin!(linked);
+            // A tunnel that comes from now on is not missed.
+            linked.as_mut().enable();
+            let picked = self.pick(name);
+            let lost = node.state().away_since.map(|since| since + PATIENCE);
+            let until = lost.map_or(self.patient_until(), |until| until.max(self.patient_until()));
+            if !matches!(picked, Err(DialError::NoTunnel { .. })) || timeout_at(until, linked).await.is_err()
+            {
+                return picked;
+            }
+        }
+    }
+
     /// Returns the tunnel of a node that was asked for a further connection, which it has perhaps dialled now. Only the node
     /// knows whether a link is that.
     pub(super) fn calling(&self, host: &VerifiedHost) -> Option<Arc<Tunnel>> {
@@ -301,6 +339,13 @@ impl Registry {
 
     pub fn tunnels(&self) -> Vec<Arc<Tunnel>> {
         self.nodes().values().flat_map(|node| node.state().tunnels.clone()).collect()
+    }
+
+    /// Returns the names of all nodes with a tunnel that takes new streams.
+    pub fn connected(&self) -> Vec<NodeName> {
+        let nodes = self.nodes();
+        let connected = |node: &&Arc<Node>| node.state().tunnels.iter().any(|tunnel| tunnel.is_usable());
+        nodes.values().filter(connected).map(|node| node.name.clone()).collect()
     }
 
     /// Returns the number of nodes with a tunnel, and the number of all nodes.

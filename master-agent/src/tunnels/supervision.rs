@@ -36,7 +36,7 @@ const PROBE_TIMEOUT: Duration = Duration::from_millis(1500);
 /// causes a check at once.
 const RECHECK_INTERVAL: Duration = Duration::from_secs(10);
 /// The maximum number of retired tunnels that one node may keep.
-const MAX_RETIRED: usize = 16;
+const MAX_RETIRED: usize = 64;
 /// The number of notices of one tunnel that are logged. An honest node sends one or two, and a hostile one can send any
 /// number.
 const MAX_LOGGED_NOTICES: usize = 16;
@@ -231,7 +231,9 @@ async fn log_notices(tunnel: &Tunnel, notices: Option<&mut Notices>) {
     let Some(notices) = notices else { return };
     let mut logged = 0;
     while let Some(notice) = notices.recv().await {
-        if logged < MAX_LOGGED_NOTICES {
+        if notice == Notice::Relink {
+            tunnel.on_relink();
+        } else if logged < MAX_LOGGED_NOTICES {
             logged += 1;
             log_notice(tunnel, &notice);
         }
@@ -243,6 +245,7 @@ fn log_notice(tunnel: &Tunnel, notice: &Notice) {
         Notice::Call => {
             tracing::warn!(node = %tunnel.node, "ignoring a call for a connection from the node");
         }
+        Notice::Relink => tracing::info!(node = %tunnel.node, "the node asks for another link"),
         Notice::GoAway(reason) => {
             tracing::info!(node = %tunnel.node, reason, "the node takes no new streams");
         }
@@ -264,11 +267,8 @@ async fn call_for_more(tunnel: &Tunnel) {
     }
 }
 
-/// Closes a dialled tunnel once it is retired and its streams have ended.
+/// Closes a tunnel once it is retired and its streams have ended.
 async fn close_when_idle(tunnel: &Tunnel) {
-    if tunnel.direction != Direction::Dialled {
-        return;
-    }
     tunnel.retired().await;
     let idle = async {
         while !tunnel.is_idle() {

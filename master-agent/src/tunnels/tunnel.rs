@@ -89,6 +89,8 @@ pub struct Tunnel {
     carrier: Carrier,
     /// Cancelled when another tunnel has replaced this one. A retired tunnel keeps its streams.
     retired: CancellationToken,
+    /// Cancelled when the node asks for another link in place of this one.
+    relink: CancellationToken,
     /// When the node's certificate expires. Renewals change it.
     certificate_expires: Mutex<Option<SystemTime>>,
     suspect: AtomicBool,
@@ -134,6 +136,7 @@ impl Tunnel {
             answer_timeout: limit,
             carrier,
             retired: CancellationToken::new(),
+            relink: CancellationToken::new(),
             certificate_expires: Mutex::new(host.not_after),
             suspect: AtomicBool::new(false),
             host,
@@ -274,6 +277,24 @@ impl Tunnel {
     pub async fn retire(&self, reason: &str) {
         self.retired.cancel();
         self.go_away(reason).await;
+    }
+
+    /// The node has asked for another link.
+    pub(super) fn on_relink(&self) {
+        self.relink.cancel();
+    }
+
+    /// Waits until the node asks for another link in place of this one.
+    pub(super) async fn relink_asked(&self) {
+        self.relink.cancelled().await;
+    }
+
+    /// Asks a node that calls home for another link in place of this one. Returns whether the node understands that.
+    pub async fn ask_to_relink(&self) -> bool {
+        match &self.carrier {
+            Carrier::Mux(mux) if self.direction != Direction::Dialled => mux.ask_to_relink().await,
+            Carrier::Mux(_) | Carrier::DirectTcpip(_) => false,
+        }
     }
 
     pub fn is_retired(&self) -> bool {

@@ -13,6 +13,8 @@ const MINUTE: Duration = Duration::from_secs(60);
 /// A session that the loop has established.
 struct TestSession {
     established: Instant,
+    /// Has the master ask for another link.
+    relink: CancellationToken,
     retire: CancellationToken,
     /// Ends the session.
     end: oneshot::Sender<Result<(), SessionError>>,
@@ -54,7 +56,7 @@ impl TestMaster {
                     let answer = answer(number).map(|relink| establish(relink, &established, &tasks));
                     async move { answer }
                 };
-                supervise(&master, &draining, || None, call).await;
+                supervise(&master, &draining, &tasks.child(), || None, call).await;
             }
         });
         Self { draining, called, sessions, supervised, tasks }
@@ -75,11 +77,16 @@ fn establish(
     tasks: &Tasks,
 ) -> EstablishedSession {
     let (end, ended) = oneshot::channel();
-    let retire = CancellationToken::new();
-    let session = TestSession { established: Instant::now(), retire: retire.clone(), end };
+    let (relink_asked, retire) = (CancellationToken::new(), CancellationToken::new());
+    let session = TestSession {
+        established: Instant::now(),
+        relink: relink_asked.clone(),
+        retire: retire.clone(),
+        end,
+    };
     established.send(session).unwrap_or_else(|_| unreachable!("the test has ended"));
     let served = tasks.spawn(async move { ended.await.unwrap_or(Ok(())) });
-    EstablishedSession { served, authenticated: Authenticated { relink, retire, calls: None } }
+    EstablishedSession { served, authenticated: Authenticated { relink, relink_asked, retire, calls: None } }
 }
 
 fn without_answer() -> CallError {
@@ -217,6 +224,34 @@ async fn another_session_is_made_before_the_end_and_takes_over_once_it_has_settl
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_master_that_asks_for_another_session_gets_it_at_once_but_not_any_number_of_them() {
+    let mut master = TestMaster::call(|_| Some(None));
+    let mut former = master.next_session().await;
+    tokio::time::sleep(MINUTE).await;
+    let asked = Instant::now();
+    former.relink.cancel();
+    let next = master.next_session().await;
+    assert!(asked.elapsed() < Duration::from_millis(10));
+    // The master may still use the former one.
+    tokio::time::sleep(HELD / 2).await;
+    assert!(!former.retire.is_cancelled());
+    former.retire.cancelled().await;
+    assert!(asked.elapsed() < HELD + Duration::from_secs(1));
+    // Another request comes too early.
+    former = next;
+    let began = Instant::now();
+    let mut sessions = Vec::new();
+    while began.elapsed() < HELD / 2 {
+        former.relink.cancel();
+        let Ok(next) = tokio::time::timeout(HELD, master.next_session()).await else { break };
+        let after = next.established - former.established;
+        assert!(after >= SETTLE, "{after:?}");
+        sessions.push(std::mem::replace(&mut former, next));
+    }
+    assert!(sessions.len() >= 20 && sessions.iter().all(|session| !session.retire.is_cancelled()));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_session_stays_while_its_replacement_is_refused() {
     let mut master = TestMaster::call(|number| match number {
         1 | 4 => Some(Some(MINUTE)),
@@ -255,10 +290,10 @@ async fn a_master_that_refuses_does_not_delay_another() {
 
 #[tokio::test(start_paused = true)]
 async fn a_call_under_way_ends_when_the_agent_drains() {
-    let draining = CancellationToken::new();
+    let (draining, held) = (CancellationToken::new(), Tasks::new());
     let master = "master.example:2222".parse().unwrap();
     let unreachable = || std::future::pending::<Result<EstablishedSession, CallError>>();
-    let supervised = supervise(&master, &draining, || None, unreachable);
+    let supervised = supervise(&master, &draining, &held, || None, unreachable);
     let drain = async {
         tokio::time::sleep(MINUTE).await;
         draining.cancel();

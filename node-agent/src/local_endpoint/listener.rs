@@ -10,6 +10,7 @@ use std::{
 use proto::DialError;
 use proto_net::{
     accept::{Acceptor, Listener, Peer, Tuning, UnixPeer},
+    listeners::Pausable,
     log_throttle::LogThrottle,
     relay::{Counters, relay},
     stream::Stream,
@@ -80,13 +81,13 @@ pub struct LocalEndpoint {
 
 impl LocalEndpoint {
     /// Accepts TCP callers until the callers' tasks are cancelled.
-    pub async fn accept_tcp(self: Arc<Self>, listener: TcpListener) {
+    pub async fn accept_tcp(self: Arc<Self>, listener: Pausable<TcpListener>) {
         self.accept(listener, TcpStream::into_split).await;
     }
 
     /// Accepts callers of the Unix socket until the callers' tasks are cancelled. The socket file's mode and owner decide
     /// who may connect.
-    pub async fn accept_unix(self: Arc<Self>, listener: UnixListener) {
+    pub async fn accept_unix(self: Arc<Self>, listener: Pausable<UnixListener>) {
         self.accept(listener, UnixStream::into_split).await;
     }
 

@@ -72,6 +72,8 @@ pub enum Direction {
 pub struct Authenticated {
     /// How long until its master should have another link to this node.
     pub relink: Option<Duration>,
+    /// Cancelled when the master asks for another link.
+    pub relink_asked: CancellationToken,
     /// To be cancelled when there is another link: the session takes no new streams, and ends when it has none.
     pub retire: CancellationToken,
     /// Receives the master's calls for further connections, and ends with the session.
@@ -138,7 +140,12 @@ impl SessionServer {
 
         let retire = CancellationToken::new();
         let relink = user.relink_after();
-        let _ = authenticated.send(Authenticated { relink, retire: retire.clone(), calls: Some(calls) });
+        let _ = authenticated.send(Authenticated {
+            relink,
+            relink_asked: state.relink.clone(),
+            retire: retire.clone(),
+            calls: Some(calls),
+        });
         let _counted = CountedSession::new(&services.metrics.sessions, &user);
         let session = AuthenticatedSession { services: services.clone(), state, user, tasks, peer, session };
         session.run(&retire).await

@@ -7,6 +7,7 @@ use std::sync::{
 
 use proto_net::{channel::Channels, mux::Mux};
 use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
 
 /// The state of one session.
 pub(super) struct SessionState {
@@ -17,6 +18,8 @@ pub(super) struct SessionState {
     joined: watch::Sender<Option<Mux>>,
     /// Where the master's calls for further connections go.
     pub(super) calls: mpsc::Sender<()>,
+    /// Cancelled once the master has asked for another link in place of this one.
+    pub(super) relink: CancellationToken,
     replaced: AtomicBool,
     /// Why an authenticated master does not want the link.
     pub(super) refusal: OnceLock<String>,
@@ -37,6 +40,7 @@ impl SessionState {
             muxes: Mutex::default(),
             joined: watch::Sender::new(None),
             calls,
+            relink: CancellationToken::new(),
             replaced: AtomicBool::new(false),
             refusal: OnceLock::new(),
         }

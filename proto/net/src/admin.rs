@@ -33,6 +33,7 @@ use super::{
     accept::{Acceptor, Listener, Peer, Tuning},
     exposition::Exposition,
     handshake::{HandshakePermit, HandshakePermits},
+    listeners::Pausable,
     tasks::Tasks,
     write_timeout::WriteTimeout,
 };
@@ -159,13 +160,13 @@ impl Standing {
 
 impl Endpoints {
     /// Serves TCP connections until the group is cancelled.
-    pub async fn serve_tcp(self, listener: TcpListener, tasks: Tasks) {
+    pub async fn serve_tcp(self, listener: Pausable<TcpListener>, tasks: Tasks) {
         let loopback = listener.local_addr().is_ok_and(|address| address.ip().is_loopback());
         self.serve(listener, tasks, Transport::Tcp, loopback).await;
     }
 
     /// Serves connections of a Unix socket until the group is cancelled.
-    pub async fn serve_unix(self, listener: UnixListener, tasks: Tasks) {
+    pub async fn serve_unix(self, listener: Pausable<UnixListener>, tasks: Tasks) {
         self.serve(listener, tasks, Transport::Unix, false).await;
     }
 
@@ -350,7 +351,7 @@ mod tests {
         let endpoints = Endpoints { metrics: Exposition::new(registry), admin: Arc::new(Agent) };
         let listener = socket::listen("127.0.0.1:0".parse().unwrap()).unwrap();
         let (address, tasks) = (listener.local_addr().unwrap(), Tasks::new());
-        tasks.spawn(endpoints.serve_tcp(listener, tasks.clone()));
+        tasks.spawn(endpoints.serve_tcp(listener.into(), tasks.clone()));
         (address, tasks)
     }
 

@@ -20,6 +20,11 @@ pub fn stopping() {
     tell(NotifyState::Stopping);
 }
 
+/// Says that another process is the service's main process from now on.
+pub fn replaced_by(pid: u32) {
+    tell(NotifyState::MainPid(pid));
+}
+
 fn tell(state: NotifyState<'_>) {
     if let Err(error) = sd_notify::notify(&[state]) {
         tracing::debug!(%error, "systemd was not notified");

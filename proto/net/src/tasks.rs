@@ -94,6 +94,12 @@ impl Tasks {
         self.tracker.is_empty()
     }
 
+    /// Waits until all tasks of this group and its descendants have ended by themselves.
+    pub async fn ended(&self) {
+        self.tracker.close();
+        self.tracker.wait().await;
+    }
+
     /// Waits up to `grace` for all tasks of this group and its descendants to end by themselves, then cancels and joins
     /// the rest. Returns the number of tasks that had to be cancelled.
     pub async fn drain(&self, grace: Duration) -> usize {

@@ -40,23 +40,28 @@ pub fn bind(path: &Path, mode: u32, owner: Option<u32>, group: Option<u32>) -> i
     let socket = UnixSocket::new_stream()?;
     socket.bind(&temporary)?;
     let listener = socket.listen(BACKLOG)?;
-    let finish = || {
-        std::fs::set_permissions(&temporary, Permissions::from_mode(mode))?;
-        if owner.is_some() || group.is_some() {
-            std::os::unix::fs::chown(&temporary, owner, group).map_err(|e| {
-                if e.kind() == ErrorKind::PermissionDenied {
-                    io::Error::new(e.kind(), FOREIGN_OWNER)
-                } else {
-                    e
-                }
-            })?;
-        }
-        std::fs::rename(&temporary, path)
-    };
-    finish().inspect_err(|_| {
-        let _ = std::fs::remove_file(&temporary);
-    })?;
+    set_access(&temporary, mode, owner, group).and_then(|()| std::fs::rename(&temporary, path)).inspect_err(
+        |_| {
+            let _ = std::fs::remove_file(&temporary);
+        },
+    )?;
     Ok(listener)
+}
+
+/// Sets who may connect to a socket.
+pub(super) fn set_access(path: &Path, mode: u32, owner: Option<u32>, group: Option<u32>) -> io::Result<()> {
+    std::fs::set_permissions(path, Permissions::from_mode(mode))?;
+    if owner.is_none() && group.is_none() {
+        return Ok(());
+    }
+    std::os::unix::fs::chown(path, owner, group).map_err(|e| {
+        if e.kind() == ErrorKind::PermissionDenied { io::Error::new(e.kind(), FOREIGN_OWNER) } else { e }
+    })
+}
+
+/// Whether a socket's file is there.
+pub(super) fn is_socket(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
 }
 
 /// Creates a directory with this mode, whatever the umask is. A directory that exists keeps its own.

@@ -1,7 +1,8 @@
 //! Frames: a header (type, stream id, payload length; big endian) and a payload. `proto/STREAMS.md` is the specification.
 //!
 //! `streams-v2` says what `streams-v1` leaves to the order of the bytes: where data belongs, how far credit reaches, and
-//! where a stream ends. Both have the same types, of which the first version lacks HELLO, CALL, RETRACT and RETRACTED.
+//! where a stream ends. Both have the same types, of which the first version lacks HELLO, CALL, RETRACT, RETRACTED and
+//! RELINK.
 
 use bytes::{BufMut, Bytes, BytesMut};
 
@@ -34,6 +35,7 @@ const HELLO: u8 = 12;
 const CALL: u8 = 13;
 const RETRACT: u8 = 14;
 const RETRACTED: u8 = 15;
+const RELINK: u8 = 16;
 /// Frames whose type has this bit are skipped by who does not know them.
 const OPTIONAL: u8 = 0x80;
 
@@ -99,6 +101,8 @@ pub enum Frame<'a> {
         stream: u64,
         limit: u64,
     },
+    /// Whoever dials the links is asked for another one, which is to take the place of this one.
+    Relink,
 }
 
 impl Frame<'_> {
@@ -120,6 +124,7 @@ impl Frame<'_> {
             Self::Call => "CALL",
             Self::Retract { .. } => "RETRACT",
             Self::Retracted { .. } => "RETRACTED",
+            Self::Relink => "RELINK",
         }
     }
 }
@@ -145,6 +150,8 @@ impl Hello {
     pub const JOINED: u64 = 4;
     /// The agent answers RETRACT.
     pub const RETRACT: u64 = 8;
+    /// The agent understands RELINK.
+    pub const RELINK: u64 = 16;
 
     pub fn can(&self, capability: u64) -> bool {
         self.capabilities & capability == capability
@@ -268,6 +275,7 @@ pub fn encode(version: Version, frame: &Frame<'_>) -> Bytes {
             out.put_u64(*limit);
             (RETRACTED, *stream)
         }
+        Frame::Relink => (RELINK, 0),
     };
     put_header(version, &mut out, kind, stream);
     out.freeze()
@@ -507,7 +515,7 @@ fn header(version: Version, bytes: &[u8]) -> Result<State, FrameError> {
     let on_stream = match (kind, version) {
         (OPEN | OPENED | REFUSED | DATA | CREDIT | EOF | RESET, _) => true,
         (RETRACT | RETRACTED, Version::V2) => true,
-        (PING | PONG | GOAWAY | CERTIFICATE, _) | (HELLO | CALL, Version::V2) => false,
+        (PING | PONG | GOAWAY | CERTIFICATE, _) | (HELLO | CALL | RELINK, Version::V2) => false,
         (OPTIONAL.., Version::V2) if len <= MAX_CONTROL => return Ok(State::Skipped { left: len }),
         (OPTIONAL.., Version::V2) => return Err(FrameError::Length { kind, len }),
         _ => return Err(FrameError::Type(kind)),
@@ -552,6 +560,7 @@ fn control(version: Version, kind: u8, stream: u64, payload: &[u8]) -> Result<Fr
             PONG => Frame::Pong(r.take()?),
             GOAWAY => Frame::GoAway { reason: r.text()? },
             CALL => Frame::Call,
+            RELINK => Frame::Relink,
             RETRACT => Frame::Retract { stream, limit: r.u64()? },
             RETRACTED => Frame::Retracted { stream, limit: r.u64()? },
             CERTIFICATE => Frame::Certificate { text: r.raw_text()?.replace(char::is_control, " ") },

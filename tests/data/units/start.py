@@ -13,7 +13,7 @@ import sys
 
 # Settings without effect on what a program may do, or that systemd itself, cgroups or devices are needed for.
 IGNORED = """
-Type ExecStart ExecReload Restart RestartSec RestartPreventExitStatus WatchdogSec TimeoutStopSec MemoryMax TasksMax
+Type NotifyAccess ExecStart ExecReload Restart RestartSec RestartPreventExitStatus WatchdogSec TimeoutStopSec MemoryMax TasksMax
 ConfigurationDirectory RuntimeDirectoryPreserve PrivateMounts PrivateDevices PrivateTmp ProtectHome ProtectClock
 ProtectControlGroups ProtectHostname ProtectKernelLogs ProtectKernelModules ProtectKernelTunables RemoveIPC
 RestrictNamespaces RestrictRealtime RestrictSUIDSGID LockPersonality SystemCallArchitectures

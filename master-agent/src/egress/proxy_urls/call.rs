@@ -28,6 +28,8 @@ pub struct ProxyUrls {
     pub idle_timeout: Duration,
     /// Once cancelled, connections end after the request in progress.
     pub draining: CancellationToken,
+    /// Cancelled when connections that wait for a request must end, too.
+    pub closing: CancellationToken,
 }
 
 /// One accepted connection.

@@ -110,7 +110,7 @@ impl Call {
         tokio::pin!(connection);
         let served = tokio::select! {
             served = connection.as_mut() => served,
-            () = self.listener.draining.cancelled() => {
+            () = self.listener.closing.cancelled() => {
                 connection.as_mut().graceful_shutdown();
                 connection.await
             }
@@ -124,10 +124,13 @@ impl Call {
 
     async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
         let busy = self.activity.busy();
-        let response = match self.proxy(request).await {
+        let mut response = match self.proxy(request).await {
             Ok(response) => response,
             Err(failure) => failure.response().map(Body::from),
         };
+        if self.listener.draining.is_cancelled() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
         Ok(response.map(|body| body.while_busy(busy)))
     }
 

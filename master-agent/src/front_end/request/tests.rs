@@ -126,6 +126,7 @@ impl World {
             }),
             streams: StreamMetrics::new(Arc::new(NoNodes)),
             draining: CancellationToken::new(),
+            closing: CancellationToken::new(),
         };
         let (front_end, writer) = FrontEnd::load(&config, dependencies, &tasks, &tasks).unwrap();
         Self { dir, tasks, front_end, writer: Some(writer), upstream, home, calls }

@@ -25,6 +25,13 @@ pub use policy_rules::PolicyRules;
 
 type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
 
+/// What former processes of this agent still carry after a reload.
+#[derive(Clone, Default)]
+pub struct DrainingGauges {
+    pub processes: Gauge,
+    pub callers: Gauge,
+}
+
 /// The handles of whoever dials and relays. Cheap to clone.
 #[derive(Clone)]
 pub struct StreamMetrics {
@@ -35,6 +42,8 @@ pub struct StreamMetrics {
     pub dials_pending: Gauge,
     pub policy_refusals: PolicyRules,
     pub open: Family<ListenerLabels, Gauge>,
+    /// What former processes of this agent still carry.
+    pub draining: DrainingGauges,
     pub seconds: Histograms<ListenerLabels>,
     pub size: Histograms<DirectionLabels>,
     pub bytes: Family<DirectionLabels, Counter>,
@@ -51,6 +60,7 @@ impl StreamMetrics {
             dials_pending: Gauge::default(),
             policy_refusals: PolicyRules::default(),
             open: Family::default(),
+            draining: DrainingGauges::default(),
             seconds: Family::new_with_constructor(seconds),
             size: Family::new_with_constructor(size),
             bytes: Family::default(),
@@ -109,6 +119,12 @@ impl StreamMetrics {
             self.policy_refusals.family(),
         );
         r.register("streams", "Streams that are open, by egress listener", self.open.clone());
+        r.register(
+            "draining_processes",
+            "Former processes of this agent, which end once their callers have",
+            self.draining.processes.clone(),
+        );
+        r.register("draining_callers", "Callers of former processes", self.draining.callers.clone());
         r.register("stream_duration_seconds", "How long ended streams lasted", self.seconds.clone());
         r.register(
             "stream_size_bytes",

@@ -154,6 +154,7 @@ impl Handler {
                 Notice::Call => {
                     let _ = self.state.calls.try_send(());
                 }
+                Notice::Relink => self.state.relink.cancel(),
                 Notice::Certificate(_) if self.user.as_ref().is_some_and(|user| user.has_expired()) => {
                     self.notices_to_log = self.notices_to_log.saturating_sub(1);
                     if is_logged {
@@ -166,6 +167,7 @@ impl Handler {
                 }
                 Notice::GoAway(reason) => {
                     self.state.set_replaced();
+                    self.state.relink.cancel();
                     self.notices_to_log = self.notices_to_log.saturating_sub(1);
                     if is_logged {
                         tracing::info!(reason, "the master takes no new streams");
@@ -197,7 +199,7 @@ async fn log_notices(mut notices: mpsc::Receiver<Notice>) {
             Notice::GoAway(reason) => {
                 tracing::info!(reason, "the master's front end takes no new callers");
             }
-            Notice::Certificate(_) | Notice::Call => {
+            Notice::Certificate(_) | Notice::Call | Notice::Relink => {
                 tracing::warn!("ignored what does not belong on the front end's multiplexer");
             }
         }

@@ -37,7 +37,7 @@ use crate::{
 pub fn hello(capabilities: u64, session: [u8; 16]) -> Hello {
     static INSTANCE: OnceLock<[u8; 16]> = OnceLock::new();
     Hello {
-        capabilities: capabilities | Hello::CONNECTIONS | Hello::RETRACT,
+        capabilities: capabilities | Hello::CONNECTIONS | Hello::RETRACT | Hello::RELINK,
         instance: *INSTANCE.get_or_init(rand::random),
         session,
     }
@@ -227,6 +227,12 @@ impl Mux {
     /// Asks the node to dial one more connection.
     pub async fn call(&self) -> bool {
         self.send_frame(&Frame::Call).await
+    }
+
+    /// Asks the side that dials the links for another one in place of this one. Returns whether it was asked: agents of
+    /// earlier releases can't be.
+    pub async fn ask_to_relink(&self) -> bool {
+        self.peer().is_some_and(|peer| peer.can(Hello::RELINK)) && self.send_frame(&Frame::Relink).await
     }
 
     /// A further connection is gone. Streams end that have sent bytes on it which are not known to have arrived.

@@ -41,6 +41,8 @@ pub enum Notice {
     Certificate(String),
     /// The peer asks for one more connection.
     Call,
+    /// The peer asks for another link in place of this one.
+    Relink,
 }
 
 /// The receiving ends that go with a new [`Mux`].
@@ -114,7 +116,8 @@ impl Feeder {
                 | Frame::Certificate { .. }
                 | Frame::Call
                 | Frame::Retract { .. }
-                | Frame::Retracted { .. }) => {
+                | Frame::Retracted { .. }
+                | Frame::Relink) => {
                     last = None;
                     let outlets = first.as_ref().ok_or(ProtocolError::Further(other.name()))?;
                     outlets.take(mux, other)?;
@@ -158,6 +161,10 @@ impl Outlets {
             }
             Frame::Call => {
                 self.notice(Notice::Call);
+                Ok(())
+            }
+            Frame::Relink => {
+                self.notice(Notice::Relink);
                 Ok(())
             }
             Frame::Data { .. } | Frame::Ping(_) | Frame::Pong(_) | Frame::Hello(_) => Ok(()),

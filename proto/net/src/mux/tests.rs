@@ -441,6 +441,7 @@ async fn a_further_connection_carries_data_only_and_a_session_has_few_of_them() 
     for (frame, name) in [
         (Frame::GoAway { reason: "bye".into() }, "GOAWAY"),
         (Frame::Call, "CALL"),
+        (Frame::Relink, "RELINK"),
         (Frame::Retract { stream: 1, limit: 1 }, "RETRACT"),
         (Frame::Retracted { stream: 1, limit: 1 }, "RETRACTED"),
         (Frame::Credit { stream: 1, credit: Credit::UpTo(1) }, "CREDIT"),

@@ -55,6 +55,7 @@ fn samples(version: Version) -> Vec<Frame<'static>> {
             Frame::Call,
             Frame::Retract { stream: last, limit },
             Frame::Retracted { stream: 1, limit: u64::MAX },
+            Frame::Relink,
         ]);
     }
     all
@@ -155,6 +156,7 @@ fn the_specification_s_examples_are_what_is_sent() {
         Frame::Call,
         Frame::Retract { stream, limit: 327_685 },
         Frame::Retracted { stream, limit: 331_776 },
+        Frame::Relink,
     ];
     assert_eq!(examples.len(), frames.len() + 1);
     for (bytes, frame) in examples.iter().zip(&frames) {

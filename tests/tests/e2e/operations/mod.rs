@@ -8,6 +8,7 @@ mod logs;
 mod monitoring;
 mod operate;
 mod questions;
+mod reload;
 mod samples;
 mod service;
 mod traces;

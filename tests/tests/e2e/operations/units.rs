@@ -236,7 +236,8 @@ fn little_is_open_to_the_agents_and_the_units_verify() {
         let said = String::from_utf8_lossy(&output.stdout);
         let level = said.split_once("Overall exposure level for ").expect("a level").1;
         let level: f64 = level.split_whitespace().nth(1).unwrap().parse().unwrap();
-        assert!(level <= 1.2, "{said}");
+        // NotifyAccess=all, which only processes of the agent itself can use, counts 0.2.
+        assert!(level <= 1.4, "{said}");
 
         // With every drop-in that is for it.
         let dir = TempDir::new("units").unwrap();

@@ -1,0 +1,96 @@
+//! The next process's side: it takes what the running process hands over, and tells it how far it has come.
+
+use std::io;
+
+use super::{
+    channel::{self, Channel},
+    message::{Draining, Message},
+};
+use crate::listeners::{Address, Inherited};
+
+/// The running process, from which this one takes over.
+#[derive(Debug)]
+pub struct Predecessor {
+    channel: Channel,
+    listeners: Inherited,
+    peers: Vec<String>,
+}
+
+impl Predecessor {
+    /// Takes what the process at the other end of standard input hands over.
+    pub async fn meet() -> io::Result<Self> {
+        Self::listen_to(Channel::of_stdin()?).await
+    }
+
+    pub(super) async fn listen_to(channel: Channel) -> io::Result<Self> {
+        let (mut listeners, mut peers) = (Inherited::new(), Vec::new());
+        loop {
+            match channel.receive().await? {
+                Some((Message::Listener(address), Some(socket))) => {
+                    listeners.insert(address, socket);
+                }
+                Some((Message::Peers(more), _)) => peers.extend(more),
+                Some((Message::Load, _)) => return Ok(Self { channel, listeners, peers }),
+                Some(_) => return Err(io::Error::other("the running process has said something unexpected")),
+                None => {
+                    let text = "no process hands over on standard input: this is for `reload` alone";
+                    return Err(io::Error::other(text));
+                }
+            }
+        }
+    }
+
+    /// Its sockets.
+    pub fn take_listeners(&mut self) -> Inherited {
+        std::mem::take(&mut self.listeners)
+    }
+
+    /// The peers that it is linked to.
+    pub fn take_peers(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.peers)
+    }
+
+    /// Says that everything has been read and checked, and waits until links may be made. If the running process dies
+    /// meanwhile, this one takes its place.
+    ///
+    /// `unused` are sockets of the running process that this one does not need.
+    pub async fn loaded(&self, version: &str, unused: Vec<Address>) {
+        let loaded = Message::Loaded { version: version.to_owned(), unused };
+        if self.channel.send(&loaded).await.is_ok() {
+            let _ = self.channel.receive().await;
+        }
+    }
+
+    /// Says that this process serves everybody.
+    pub async fn serving(&self) {
+        let _ = self.channel.send(&Message::Serving).await;
+    }
+
+    /// Passes on what former processes still carry, until they have ended. Says so once this process is `leaving`.
+    pub async fn follow(self, report: impl Fn(Draining), leaving: impl Future<Output = ()>) {
+        let reports = async {
+            while let Ok(Some((message, _))) = self.channel.receive().await {
+                if let Message::Draining(draining) = message {
+                    report(draining);
+                }
+            }
+        };
+        let farewell = async {
+            leaving.await;
+            let _ = self.channel.send(&Message::Farewell).await;
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            () = reports => {}
+            () = farewell => {}
+        }
+        report(Draining::default());
+    }
+}
+
+/// Tells the process at the other end of standard input why this one does not serve.
+pub(super) fn refuse(why: &str) {
+    if let Ok(message) = serde_json::to_vec(&Message::Failed(why.to_owned())) {
+        let _ = channel::send(io::stdin(), &message, &[]);
+    }
+}
