@@ -64,8 +64,9 @@ async fn connection(socket: TcpStream) -> std::io::Result<()> {
         ("drain", _) => sink(socket, false).await,
         ("echo", _) => echo(socket).await,
         ("tiny", _) => {
-            // With more room it would take minutes to fill, byte by byte.
-            socket2::SockRef::from(socket.get_ref()).set_send_buffer_size(4096)?;
+            // With much more room it would take minutes to fill, byte by byte, and with less it would wait for each
+            // delayed acknowledgement.
+            socket2::SockRef::from(socket.get_ref()).set_send_buffer_size(256 * 1024)?;
             loop {
                 socket.get_mut().write_all(b"x").await?;
             }
