@@ -93,13 +93,9 @@ impl Handover<'_> {
         let nodes = nodes.into_iter().map(|node| node.to_string()).collect();
         let mut successor = Successor::start(self.program, self.listeners, nodes).await?;
         self.listeners.accept(Stage::Links, false);
-        let never = tokio::select! {
-            served = successor.serve(self.listeners) => Err(served),
-            never = self.ask_for_links() => Ok(never),
-        };
-        match never {
-            Ok(never) => match never {},
-            Err(served) => served?,
+        tokio::select! {
+            served = successor.serve(self.listeners) => served?,
+            never = self.ask_for_links() => match never {},
         }
         self.listeners.accept(Stage::Callers, false);
         systemd::replaced_by(successor.pid);
