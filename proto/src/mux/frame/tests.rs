@@ -173,6 +173,7 @@ fn refuses_what_breaks_the_protocol() {
         (&b"\x00\0\0\0\x01\0\0\0\0"[..], FrameError::Type(0)),
         (b"\x0c\0\0\0\0\0\0\0\0", FrameError::Type(HELLO)),
         (b"\x0e\0\0\0\x01\0\0\0\x08", FrameError::Type(RETRACT)),
+        (b"\x10\0\0\0\0\0\0\0\0", FrameError::Type(RELINK)),
         (b"\x80\0\0\0\0\0\0\0\0", FrameError::Type(OPTIONAL)),
         (b"\x04\0\0\0\0\0\0\0\x01", FrameError::Stream(DATA)),
         (b"\x08\0\0\0\x01\0\0\0\x08", FrameError::Stream(PING)),
@@ -187,7 +188,9 @@ fn refuses_what_breaks_the_protocol() {
     }
     for (bytes, want) in [
         (&b"\x00\0\0\0\0\0\0\0\x01\0\0\0\0"[..], FrameError::Type(0)),
-        (b"\x10\0\0\0\0\0\0\0\x01\0\0\0\0", FrameError::Type(16)),
+        (b"\x11\0\0\0\0\0\0\0\x01\0\0\0\0", FrameError::Type(17)),
+        (b"\x10\0\0\0\0\0\0\0\x01\0\0\0\0", FrameError::Stream(RELINK)),
+        (b"\x10\0\0\0\0\0\0\0\0\0\0\0\x01x", FrameError::Payload(RELINK)),
         (b"\x0e\0\0\0\0\0\0\0\0\0\0\0\x08", FrameError::Stream(RETRACT)),
         (b"\x0e\0\0\0\0\0\0\0\x01\0\0\0\x04abcd", FrameError::Payload(RETRACT)),
         (b"\x0f\0\0\0\0\0\0\0\x01\0\0\0\x09123456789", FrameError::Payload(RETRACTED)),
