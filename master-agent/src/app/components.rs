@@ -1,6 +1,6 @@
 //! Builds the components of the agent and connects them to each other. Nothing runs before it is started.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use proto_net::{clock::Clock, handshake::HandshakePermits, log_throttle::LogThrottle, tasks::Tasks};
 use tokio::sync::{Semaphore, watch};
@@ -30,12 +30,16 @@ use crate::{
         session::handshake::SshClient,
         supervision::Supervisor,
         trust::Trust,
+        tunnel::Tunnel,
     },
 };
 
 /// The maximum number of concurrent unauthenticated calls home if there is no call-home port, whose section configures
 /// it.
 const MAX_HANDSHAKES: usize = 256;
+
+/// The longest time to notify all nodes.
+const NOTIFY_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The number of refused calls home and join requests that are logged one by one in ten seconds.
 const LOG_BURST: u32 = 100;
@@ -158,6 +162,20 @@ pub(super) fn build(
         closing: CancellationToken::new(),
     };
     Ok((components, Startable { dial_links, supervisor, caller_tunnels }))
+}
+
+impl Components {
+    /// Runs an action for all tunnels at once, so that a node that does not respond delays no other.
+    pub(super) async fn for_all_tunnels<F>(&self, action: impl Fn(Arc<Tunnel>) -> F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let actions = self.sessions.child();
+        for tunnel in self.registry.tunnels() {
+            actions.spawn(action(tunnel));
+        }
+        actions.drain(NOTIFY_TIMEOUT).await;
+    }
 }
 
 impl Shared<'_> {

@@ -14,7 +14,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{components::Components, for_all_tunnels};
+use super::components::Components;
 use crate::{admin_api::Reloaded, reload::ReloadRequests, stream::metrics::DrainingGauges};
 
 /// How long the next process waits for the links and watches that the running one has.
@@ -132,7 +132,7 @@ impl Handover<'_> {
             sleep(LAST_REQUESTS).await;
             self.components.closing.cancel();
             sleep(LAST_DIALS).await;
-            for_all_tunnels(self.components, |tunnel| async move { tunnel.retire(REPLACED).await }).await;
+            self.components.for_all_tunnels(|tunnel| async move { tunnel.retire(REPLACED).await }).await;
             pending::<Infallible>().await
         };
         tokio::pin!(rest, retiring);

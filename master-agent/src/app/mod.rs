@@ -34,7 +34,7 @@ use crate::{
     page::Page,
     reload::Reloads,
     traces::Traces,
-    tunnels::{callers::ServeCallers, tunnel::Tunnel},
+    tunnels::callers::ServeCallers,
 };
 use components::{Components, Loaded, Startable};
 use groups::Groups;
@@ -45,8 +45,6 @@ use sockets::Sockets;
 
 /// How often the cluster's nodes are checked for changes, which often come in groups.
 const CLUSTER_INTERVAL: Duration = Duration::from_secs(1);
-/// The longest time to notify all nodes.
-const NOTIFY_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often a process that has been replaced looks whether those before it have ended.
 const FORMER_INTERVAL: Duration = Duration::from_millis(200);
 const STOPPING: &str = "the master-agent is stopping";
@@ -270,7 +268,7 @@ async fn drain(config: &Config, components: &Components, groups: &Groups) -> usi
     components.closing.cancel();
     listeners.cancel();
     listeners.drain(END_TIMEOUT).await;
-    for_all_tunnels(components, |tunnel| async move { tunnel.go_away(STOPPING).await }).await;
+    components.for_all_tunnels(|tunnel| async move { tunnel.go_away(STOPPING).await }).await;
     callers.drain(config.shutdown_grace).await
 }
 
@@ -305,7 +303,7 @@ async fn drain_replaced(
 /// Ends the tunnels, then everything else, and writes the remaining records.
 async fn finish(components: &Components, groups: &Groups, audit: Option<Writer>, traces: Option<Traces>) {
     let Groups { all, sessions, background, .. } = groups;
-    for_all_tunnels(components, |tunnel| async move { tunnel.close(STOPPING).await }).await;
+    components.for_all_tunnels(|tunnel| async move { tunnel.close(STOPPING).await }).await;
     sessions.cancel();
     sessions.drain(END_TIMEOUT).await;
     background.cancel();
@@ -320,16 +318,4 @@ async fn finish(components: &Components, groups: &Groups, audit: Option<Writer>,
     if let Some(traces) = traces {
         traces.close(END_TIMEOUT).await;
     }
-}
-
-/// Runs an action for all tunnels at once, so that a node that does not respond delays no other.
-async fn for_all_tunnels<F>(components: &Components, action: impl Fn(Arc<Tunnel>) -> F)
-where
-    F: Future<Output = ()> + Send + 'static,
-{
-    let actions = components.sessions.child();
-    for tunnel in components.registry.tunnels() {
-        actions.spawn(action(tunnel));
-    }
-    actions.drain(NOTIFY_TIMEOUT).await;
 }
