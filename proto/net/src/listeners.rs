@@ -199,8 +199,10 @@ impl<L: Listener> Listener for Pausable<L> {
                 }
             };
             tokio::select! {
-                accepted = self.listener.accept() => return accepted,
+                // Nothing is accepted any more once the listener is paused.
+                biased;
                 () = paused => {}
+                accepted = self.listener.accept() => return accepted,
             }
         }
     }
