@@ -156,7 +156,14 @@ impl TunnelDialer {
         timeout: Duration,
     ) -> Result<(Stream, OwnedSemaphorePermit), DialError> {
         let began = Instant::now();
-        let (tunnel, permit) = self.registry.pick_soon(node).await?;
+        let (picked, timeout) = match self.registry.pick(node) {
+            Err(DialError::NoTunnel { .. }) => {
+                let picked = self.registry.pick_soon(node).await;
+                (picked, timeout.saturating_sub(began.elapsed()))
+            }
+            picked => (picked, timeout),
+        };
+        let (tunnel, permit) = picked?;
         let asked = match &target.host {
             // An sshd may not know the name under which its node is known here.
             Host::Name(name) if !tunnel.is_node_agent() && name == node.as_str() => {
@@ -165,8 +172,8 @@ impl TunnelDialer {
             }
             Host::Name(_) | Host::Addr(_) => target.clone(),
         };
-        let left = timeout.saturating_sub(began.elapsed());
-        let mut opened = tunnel.open(&asked, &origin.0, left).await;
+        let began = Instant::now();
+        let mut opened = tunnel.open(&asked, &origin.0, timeout).await;
         // The tunnel may have been retired and replaced since it was picked.
         if let Err(DialError::TunnelLost { .. }) = &opened
             && let Some(other) = self.registry.pick_again(node)
