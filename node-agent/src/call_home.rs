@@ -329,7 +329,7 @@ impl Former {
     }
 }
 
-/// What has become of a session.
+/// The way in which a session comes to its end.
 enum Course {
     Ended(Result<(), CallError>),
     /// Another one is to be established before the master's certificate ends, or the agent drains.

@@ -27,7 +27,7 @@ use crate::{
     tunnels::{self, compatibility},
 };
 
-/// What the admin endpoints alone show and take.
+/// The parts of the agent that only the admin endpoints use.
 pub(super) struct AdminParts {
     pub(super) page: Arc<Page>,
     pub(super) reloads: Reloads,

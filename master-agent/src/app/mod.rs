@@ -66,7 +66,7 @@ impl Follower {
     }
 }
 
-/// What a process begins with.
+/// How a process begins, and which program its successor runs.
 pub struct Beginning {
     /// The program that the next process runs.
     pub program: Program,
@@ -174,7 +174,7 @@ pub async fn run(config: Config, beginning: Beginning, log_lines_lost: LinesLost
         signalled = until_terminated(inventory, &components, &mut signals) => signalled.map(|()| End::Signal)?,
         successor = handover.requested(&mut reload_requests) => End::Replaced(Box::new(successor)),
     };
-    // Who asks for a reload from now on is told that it is too late.
+    // Further requests for a reload are refused.
     drop(reload_requests);
     let cut = match end {
         End::Signal => {

@@ -25,7 +25,7 @@ pub use policy_rules::PolicyRules;
 
 type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
 
-/// What former processes of this agent still carry after a reload.
+/// The gauges of former processes that have callers after a reload.
 #[derive(Clone, Default)]
 pub struct DrainingGauges {
     pub processes: Gauge,
@@ -42,7 +42,7 @@ pub struct StreamMetrics {
     pub dials_pending: Gauge,
     pub policy_refusals: PolicyRules,
     pub open: Family<ListenerLabels, Gauge>,
-    /// What former processes of this agent still carry.
+    /// The former processes that still have callers.
     pub draining: DrainingGauges,
     pub seconds: Histograms<ListenerLabels>,
     pub size: Histograms<DirectionLabels>,
