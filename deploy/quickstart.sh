@@ -418,7 +418,7 @@ END
     for n in n1 n2; do
         {
             echo "state_dir: state"
-            echo "admin: {listen: ${admin[$n]}}"
+            echo "admin: {listen: ${admin[$n]}, socket: admin.sock}"
             if [ "$n" = n1 ]; then echo "listen: ${address[$n]}:$ssh_port"; else echo "call_home: [\"$master:2222\"]"; fi
             # No certificate makes loopback a node's own address.
             [ "$mode" = namespaces ] || echo "addresses: $(list "${address[$n]}" "${address6[$n]}")"

@@ -18,8 +18,6 @@ pub const WATCHES: &str = "/watches";
 pub const EXPLAIN: &str = "/explain";
 /// The path at which `POST` returns a token with which a browser can log in to the page once.
 pub const PAGE_TOKEN: &str = "/page/token";
-/// The path at which `POST` has the running process hand over to its next one, and returns [`Reloaded`].
-pub const RELOAD: &str = "/reload";
 /// The path to which `PUT` sends a comparison, which the page shows.
 pub const COMPARISON: &str = "/comparison";
 
@@ -41,17 +39,6 @@ pub fn explain_path(target: &str) -> String {
 /// Returns the target in the query of an [`explain_path`].
 pub fn target_of_query(query: &str) -> String {
     percent_decode_str(query).decode_utf8_lossy().into_owned()
-}
-
-/// The process that serves after a reload.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Reloaded {
-    pub pid: u32,
-    pub version: String,
-    /// The process before.
-    pub former_pid: u32,
-    /// The number of its callers, whose streams it still carries.
-    pub former_callers: u64,
 }
 
 /// A node and its tunnels.

@@ -1,29 +1,21 @@
 //! The client with which commands ask the running agent, over its admin socket.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context, bail};
-use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
 use hyper::Method;
-use hyper_util::rt::TokioIo;
-use proto_net::tasks::Tasks;
-use tokio::net::UnixStream;
+use proto_net::{admin_client, handover::reload::Reloaded};
 
 use crate::admin_api::{
-    COMPARISON, Explanation, NODES, NodeDetail, NodeStatus, PAGE_TOKEN, RELOAD, Reloaded, explain_path,
-    node_path,
+    COMPARISON, Explanation, NODES, NodeDetail, NodeStatus, PAGE_TOKEN, explain_path, node_path,
 };
 
 /// A client of the running agent. Each request has its own connection.
 #[derive(Clone, Debug)]
-pub struct AdminClient {
-    socket: PathBuf,
-}
+pub struct AdminClient(admin_client::AdminClient);
 
 impl AdminClient {
     pub fn new(socket: &Path) -> Self {
-        Self { socket: socket.to_owned() }
+        Self(admin_client::AdminClient::new("master-agent", socket))
     }
 
     /// Returns all nodes and their tunnels.
@@ -58,7 +50,7 @@ impl AdminClient {
 
     /// Has the running process hand over to its next one. Returns once that serves.
     pub async fn reload(&self) -> anyhow::Result<Reloaded> {
-        Ok(serde_json::from_str(&self.send(Method::POST, RELOAD, String::new()).await?)?)
+        self.0.reload().await
     }
 
     /// Sends a comparison in JSON, which the page shows.
@@ -71,27 +63,6 @@ impl AdminClient {
     }
 
     async fn send(&self, method: Method, path: &str, body: String) -> anyhow::Result<String> {
-        let stream = UnixStream::connect(&self.socket).await.with_context(|| {
-            format!(
-                "can't reach the running agent at {}: does `master-agent run` run?",
-                self.socket.display()
-            )
-        })?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-        let tasks = Tasks::new();
-        tasks.spawn(connection);
-        let request = hyper::Request::builder()
-            .method(method)
-            .uri(path)
-            .header(hyper::header::HOST, "master-agent")
-            .body(Full::new(Bytes::from(body)))?;
-        let response = sender.send_request(request).await?;
-        let status = response.status();
-        let body = response.into_body().collect().await?.to_bytes();
-        let body = String::from_utf8_lossy(&body).into_owned();
-        if !status.is_success() {
-            bail!("{}", body.trim());
-        }
-        Ok(body)
+        self.0.send(method, path, body).await
     }
 }

@@ -10,12 +10,12 @@ use std::{
 use anyhow::Context;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use proto::{NodeName, revocation::krl::Entry};
-use proto_net::stdout;
+use proto_net::{handover::reload::Reloaded, stdout};
 use rustix::termios::{self, LocalModes, OptionalActions};
 use zeroize::Zeroizing;
 
 use crate::{
-    admin_api::{Explanation, Reloaded},
+    admin_api::Explanation,
     admin_client::AdminClient,
     compare::CompareArgs,
     egress::socks5::users,
@@ -94,12 +94,15 @@ pub enum Command {
     },
 }
 
-/// The argument with which the running process starts its next one.
+/// The arguments with which the running process starts its next one.
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// Take over from the process at the other end of standard input.
     #[arg(long, hide = true)]
     pub take_over: bool,
+    /// Start the process that takes over, and end.
+    #[arg(long, hide = true)]
+    pub start_next: bool,
 }
 
 #[derive(Debug, Subcommand)]

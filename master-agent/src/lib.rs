@@ -20,7 +20,6 @@ mod joined;
 pub mod kubernetes;
 pub mod metrics;
 pub mod page;
-pub mod reload;
 pub mod routing;
 pub mod sshd_config;
 pub mod stream;

@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use clap::Parser;
 use master_agent::{
     admin_client::AdminClient,
-    app::{self, Beginning},
+    app,
     cli::{
         self, Cli, Command, NodeCommand, Output, RevokeArgs, RunArgs, SignUserArgs, TokenCommand,
         TokenCreateArgs,
@@ -26,7 +26,7 @@ use proto::{
 };
 use proto_net::{
     descriptors,
-    handover::{Program, Role},
+    handover::{Beginning, Program, Role},
     stdout,
     telemetry::Logs,
 };
@@ -44,7 +44,10 @@ fn main() -> ExitCode {
     if let Command::HashPassword { name } = &cli.command {
         return done(cli::hash_password(name).map(|()| ExitCode::SUCCESS));
     }
-    let takes_over = matches!(cli.command, Command::Run(RunArgs { take_over: true }));
+    if let Command::Run(RunArgs { start_next: true, .. }) = cli.command {
+        return done(start_next());
+    }
+    let takes_over = matches!(cli.command, Command::Run(RunArgs { take_over: true, .. }));
     let role = if takes_over { Role::Next } else { Role::First };
     if let Command::CheckConfig { print_defaults: true } = cli.command {
         stdout::print(proto_config::defaults(&Config::describe()));
@@ -82,12 +85,12 @@ fn main() -> ExitCode {
 
 /// Runs the agent. The error that ends it goes through the log, so that nothing waits for whoever reads it.
 fn run(config: Config, role: Role) -> ExitCode {
-    let (logs, program) = match (Logs::start(config.log.format, &config.log.level), Program::current()) {
-        (Ok(logs), Ok(program)) => (logs, program),
+    let (logs, beginning) = match (Logs::start(config.log.format, &config.log.level), Beginning::new(role)) {
+        (Ok(logs), Ok(beginning)) => (logs, beginning),
         (Err(e), _) | (_, Err(e)) => return done(Err(e.into())),
     };
     descriptors::raise_limit();
-    match block_on(app::run(config, Beginning { program, role }, logs.lines_lost())) {
+    match block_on(app::run(config, beginning, logs.lines_lost())) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             role.refuse(&format_args!("{e:#}"));
@@ -95,6 +98,12 @@ fn run(config: Config, role: Role) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Starts the process that takes over.
+fn start_next() -> anyhow::Result<ExitCode> {
+    Program::current()?.run_next()?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn done(result: anyhow::Result<ExitCode>) -> ExitCode {

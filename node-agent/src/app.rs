@@ -1,30 +1,33 @@
 //! The composition root: everything is read and every socket bound first, then everything serves.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use proto_net::{
     admin::Endpoints,
     clock::Clock,
     exposition::Exposition,
+    handover::{Beginning, Handover, Successor, reload::Reloads},
     handshake::HandshakePermits,
     listeners::{Listeners, Pausable, Stage},
     log_throttle::LogThrottle,
-    systemd,
+    socket_store, systemd,
     tasks::Tasks,
     telemetry::LinesLost,
 };
 use tokio::{
     net::{TcpListener, UnixListener},
-    signal::unix::{SignalKind, signal},
-    time::Instant,
+    signal::unix::{Signal, SignalKind, signal},
+    time::{Instant, sleep},
 };
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    admin::Admin,
     call_home::CallHome,
     config::Config,
     dialer::Dialer,
+    handover::{self, Running},
     identity::{
         current::CurrentIdentity,
         host::NodeIdentity,
@@ -38,7 +41,6 @@ use crate::{
     },
     metrics::Metrics,
     policy::{Scope, ScopeConfig},
-    readiness::Readiness,
     revocation::Revocations,
     session::{
         bounds::Bounds, masters::ConnectedMasters, serve::SessionServer, services::SessionServices,
@@ -52,26 +54,82 @@ const LOG_BURST: u32 = 100;
 /// The channels of one session that this node may close before its peer does. Each keeps some 3.5 KB until the session
 /// ends. Clients that close their channels cause next to none.
 const MAX_CLOSED_FIRST: usize = 16_384;
-/// The least time for sessions to say goodbye.
-const MIN_GOODBYE: Duration = Duration::from_secs(2);
+/// How long sessions may take to say goodbye.
+const GOODBYE: Duration = Duration::from_secs(2);
 /// How long what has no streams may take to end by itself.
 const LAST_GRACE: Duration = Duration::from_secs(2);
 /// How often it is checked whether all streams have ended.
 const STREAM_CHECK_INTERVAL: Duration = Duration::from_millis(50);
+/// How long streams may go on that have come while the last ones ended.
+const LAST_STREAMS: Duration = Duration::from_millis(500);
+/// How long the command that has asked for a handover may take to read its answer.
+const LAST_ANSWER: Duration = Duration::from_millis(500);
+/// How long a process that has been replaced still opens streams for those that it had accepted before.
+const LAST_DIALS: Duration = Duration::from_secs(2);
 
-/// Runs the agent until SIGTERM or SIGINT, then drains it.
-pub async fn run(config: Config, log_lines_lost: LinesLost) -> anyhow::Result<()> {
+/// Why a process ends.
+enum End {
+    Signal,
+    /// Another one serves in its place.
+    Replaced(Box<Successor>),
+}
+
+/// Runs the agent until SIGTERM or SIGINT, or until another process has taken its place, and then drains it.
+pub async fn run(config: Config, beginning: Beginning, log_lines_lost: LinesLost) -> anyhow::Result<()> {
+    let Beginning { program, role } = beginning;
+    // Signals that come from now on are not lost.
+    let mut signals = Signals::new()?;
+    // Cancelled when the process that serves, this one or the one that has replaced it, has been told to stop.
+    let stopping = CancellationToken::new();
+    let (predecessor, mut listeners) = role.begin().await?;
     let identity = NodeIdentity::load_or_create(&config.state_dir)?;
     let revocations = Revocations::load(&config.state_dir, identity.user_cas())?;
-    let mut listeners = Listeners::new();
     let sockets = Sockets::bind(&config, &mut listeners)?;
+    let unused = listeners.close_unused();
     let metrics = Arc::new(Metrics { log_lines_lost, ..Metrics::default() });
+    let (reloads, mut reload_requests) = Reloads::new();
     let (agent, installer) = Agent::new(config, identity, revocations, metrics);
     let groups = Groups::new();
-    agent.serve(sockets, installer, &groups);
-    until_terminated().await?;
-    listeners.close_all_handles();
-    agent.stop(&groups).await;
+    if let Some(predecessor) = &predecessor {
+        predecessor.loaded(env!("CARGO_PKG_VERSION"), &unused).await;
+        listeners.accept(Stage::Links, true);
+    }
+    agent.serve(sockets, installer, reloads, &groups);
+    if let Some(mut predecessor) = predecessor {
+        handover::take_over(&mut predecessor, &listeners, &agent.services).await;
+        let (former, stopping) = (agent.metrics.draining.clone(), stopping.clone());
+        groups.background.spawn(async move {
+            predecessor.follow(|draining| former.set(draining), stopping.cancelled()).await;
+        });
+    }
+    socket_store::keep(&listeners, &unused);
+    systemd::ready();
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), "node-agent runs");
+
+    let running = Running { services: &agent.services };
+    let former = &agent.metrics.draining;
+    let handover =
+        Handover { program: &program, listeners: &listeners, agent: &running, former, stopping: &stopping };
+    let end = tokio::select! {
+        () = signals.terminated() => End::Signal,
+        successor = handover.requested(&mut reload_requests) => End::Replaced(Box::new(successor)),
+    };
+    // Further requests for a reload are refused.
+    drop(reload_requests);
+    let cut = match end {
+        End::Signal => {
+            systemd::stopping();
+            stopping.cancel();
+            listeners.close_all_handles();
+            agent.drain(&groups).await
+        }
+        End::Replaced(successor) => {
+            let rest = agent.drain_replaced(&groups, &stopping, &mut signals);
+            handover.carry_on(&successor, rest).await
+        }
+    };
+    agent.finish(&groups).await;
+    tracing::info!(cut, "stopped");
     Ok(())
 }
 
@@ -79,6 +137,7 @@ pub async fn run(config: Config, log_lines_lost: LinesLost) -> anyhow::Result<()
 struct Sockets {
     links: Option<Pausable<TcpListener>>,
     admin: Pausable<TcpListener>,
+    admin_unix: Pausable<UnixListener>,
     local_tcp: Option<Pausable<TcpListener>>,
     local_unix: Option<Pausable<UnixListener>>,
 }
@@ -96,14 +155,14 @@ impl Sockets {
         let admin = listen(config.admin.listen)?;
         let local = config.front_end.as_ref();
         let local_tcp = local.and_then(|local| local.tcp).map(listen).transpose()?;
-        let local_unix = match local.and_then(|local| local.unix.as_ref()) {
-            Some(at) => {
-                let listener = listeners.unix(&at.path, (at.mode, None, None), Stage::Callers);
-                Some(listener.with_context(|| format!("can't listen on {}", at.path.display()))?)
-            }
-            None => None,
+        let mut listen_unix = |path: &Path, mode: u32| {
+            let listener = listeners.unix(path, (mode, None, None), Stage::Callers);
+            listener.with_context(|| format!("can't listen on {}", path.display()))
         };
-        Ok(Self { links, admin, local_tcp, local_unix })
+        let admin_unix = listen_unix(&config.admin.socket, 0o600)?;
+        let local_unix = local.and_then(|local| local.unix.as_ref());
+        let local_unix = local_unix.map(|at| listen_unix(&at.path, at.mode)).transpose()?;
+        Ok(Self { links, admin, admin_unix, local_tcp, local_unix })
     }
 }
 
@@ -127,15 +186,17 @@ struct Groups {
     sessions: Tasks,
     /// What sessions hand over, such as renewed certificates.
     background: Tasks,
-    /// Health, metrics and the watchdog, which answer until the end.
+    /// Health and metrics, which answer until the end, or until another process does.
     health: Tasks,
+    /// Answers systemd, for as long as this is the service's main process.
+    watchdog: Tasks,
 }
 
 impl Groups {
     fn new() -> Self {
         let all = Tasks::new();
-        let [listeners, sessions, background, health] = std::array::from_fn(|_| all.child());
-        Self { all, listeners, sessions, background, health }
+        let [listeners, sessions, background, health, watchdog] = std::array::from_fn(|_| all.child());
+        Self { all, listeners, sessions, background, health, watchdog }
     }
 }
 
@@ -213,8 +274,8 @@ impl Agent {
     }
 
     /// Starts everything that serves.
-    fn serve(&self, sockets: Sockets, installer: Installer, groups: &Groups) {
-        let Groups { listeners, sessions, background, health, all: _ } = groups;
+    fn serve(&self, sockets: Sockets, installer: Installer, reloads: Reloads, groups: &Groups) {
+        let Groups { listeners, sessions, background, health, watchdog, all: _ } = groups;
         let limits = &self.config.limits;
         let server = SessionServer::new(self.services.clone(), sessions.clone());
         if let Some(listener) = sockets.links {
@@ -246,66 +307,120 @@ impl Agent {
             https: self.config.call_home_https.clone(),
             connect_timeout: limits.dial_timeout,
             clock: self.services.clock,
-            draining: self.shutdown.draining.clone(),
+            leaving: self.shutdown.leaving.clone(),
             tasks: sessions.clone(),
         };
         for master in &self.config.call_home {
             sessions.spawn(call_home.clone().run(master.clone()));
         }
         background.spawn(installer.run(self.sessions_ended.clone()));
-        let readiness = Readiness {
+        let admin = Admin {
             listens: self.config.listen.is_some(),
-            draining: self.shutdown.draining.clone(),
+            leaving: self.shutdown.leaving.clone(),
+            reloads,
             metrics: self.metrics.clone(),
         };
         let metrics = Exposition::new(self.metrics.register());
-        let endpoints = Endpoints { metrics, admin: Arc::new(readiness) };
-        health.spawn(endpoints.serve_tcp(sockets.admin, health.clone()));
-        health.spawn(systemd::watchdog(Vec::new()));
+        let endpoints = Endpoints { metrics, admin: Arc::new(admin) };
+        health.spawn(endpoints.clone().serve_tcp(sockets.admin, health.clone()));
+        health.spawn(endpoints.serve_unix(sockets.admin_unix, health.clone()));
+        watchdog.spawn(systemd::watchdog(Vec::new()));
     }
 
-    /// Stops accepting, tells the masters, lets streams end by themselves, ends the sessions, and joins every task.
-    async fn stop(&self, groups: &Groups) {
-        systemd::stopping();
-        tracing::info!(streams = self.streams(), "stopping");
+    /// Serves on until the streams have ended, since masters may have no other way to this node. Then accepts nothing more
+    /// and tells the masters. Returns how many streams were cut.
+    async fn drain(&self, groups: &Groups) -> u64 {
+        tracing::info!(streams = self.services.streams_open(), "stopping");
+        self.shutdown.leaving.cancel();
+        self.wait_for_streams(self.config.shutdown_grace).await;
         groups.listeners.cancel();
         groups.listeners.drain(LAST_GRACE).await;
         self.shutdown.draining.cancel();
-        let deadline = Instant::now() + self.config.shutdown_grace;
-        while self.streams() > 0 && Instant::now() < deadline {
-            tokio::time::sleep(STREAM_CHECK_INTERVAL).await;
+        self.wait_for_streams(LAST_STREAMS).await
+    }
+
+    /// Leaves the links to the process that has taken this one's place, and then the masters. Returns how many streams were
+    /// cut.
+    async fn drain_replaced(
+        &self,
+        groups: &Groups,
+        stopping: &CancellationToken,
+        signals: &mut Signals,
+    ) -> u64 {
+        tracing::info!(streams = self.services.streams_open(), "replaced");
+        groups.watchdog.cancel();
+        self.shutdown.leaving.cancel();
+        groups.listeners.cancel();
+        groups.listeners.drain(LAST_GRACE).await;
+        let ended = async {
+            sleep(LAST_ANSWER).await;
+            groups.health.cancel();
+            sleep(LAST_DIALS).await;
+            self.shutdown.replaced.cancel();
+            // Their figures go through this process.
+            while self.metrics.sessions.count() > 0
+                || self.services.streams_open() > 0
+                || self.metrics.draining.get().processes > 0
+            {
+                sleep(STREAM_CHECK_INTERVAL).await;
+            }
+        };
+        let limit = tokio::select! {
+            () = ended => return 0,
+            () = sleep(self.config.drain_timeout) => Duration::ZERO,
+            () = signals.terminated() => self.config.shutdown_grace,
+            () = stopping.cancelled() => self.config.shutdown_grace,
+        };
+        self.wait_for_streams(limit).await
+    }
+
+    /// Waits for a limited time until there are no streams. Returns how many are left.
+    async fn wait_for_streams(&self, limit: Duration) -> u64 {
+        let deadline = Instant::now() + limit;
+        while self.services.streams_open() > 0 && Instant::now() < deadline {
+            sleep(STREAM_CHECK_INTERVAL).await;
         }
-        let cut = self.streams();
+        self.services.streams_open()
+    }
+
+    /// Ends the sessions, and joins every task.
+    async fn finish(&self, groups: &Groups) {
+        self.shutdown.draining.cancel();
         self.shutdown.stopping.cancel();
-        let grace = deadline.saturating_duration_since(Instant::now()).max(MIN_GOODBYE);
-        groups.sessions.drain(grace).await;
+        groups.sessions.drain(GOODBYE).await;
         self.sessions_ended.cancel();
         groups.background.drain(LAST_GRACE).await;
         groups.health.cancel();
         groups.health.drain(LAST_GRACE).await;
+        groups.all.cancel();
         groups.all.drain(LAST_GRACE).await;
-        tracing::info!(cut, "stopped");
-    }
-
-    /// The streams that are open or about to be.
-    fn streams(&self) -> i64 {
-        let dials = i64::try_from(self.shutdown.dials.len()).unwrap_or(i64::MAX);
-        self.metrics.streams.get() + self.metrics.front_end_streams.get() + dials
     }
 }
 
-/// Tells systemd that the agent is ready, and waits for SIGTERM or SIGINT.
-async fn until_terminated() -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut hangup = signal(SignalKind::hangup())?;
-    systemd::ready();
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), "node-agent runs");
-    loop {
-        tokio::select! {
-            _ = terminate.recv() => return Ok(()),
-            _ = interrupt.recv() => return Ok(()),
-            _ = hangup.recv() => tracing::info!("ignored SIGHUP: a restart reads the configuration again"),
+/// The signals that the agent knows.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        let [terminate, interrupt, hangup] =
+            [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
+        Ok(Self { terminate: terminate?, interrupt: interrupt?, hangup: hangup? })
+    }
+
+    /// Waits for SIGTERM or SIGINT.
+    async fn terminated(&mut self) {
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => return,
+                _ = self.interrupt.recv() => return,
+                _ = self.hangup.recv() => {
+                    tracing::info!("ignored SIGHUP: `node-agent reload` reads the configuration again");
+                }
+            }
         }
     }
 }

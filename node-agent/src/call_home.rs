@@ -68,7 +68,7 @@ pub struct CallHome {
     pub connect_timeout: Duration,
     pub clock: Clock,
     /// Cancelled when no further links are made.
-    pub draining: CancellationToken,
+    pub leaving: CancellationToken,
     /// The sessions' tasks.
     pub tasks: Tasks,
 }
@@ -136,7 +136,7 @@ impl Answer {
 }
 
 impl CallHome {
-    /// Keeps a session with a master until the agent drains.
+    /// Keeps a session with a master until the agent leaves.
     pub async fn run(self, master: Master) {
         let expired = || {
             let now = self.clock.now();
@@ -149,12 +149,12 @@ impl CallHome {
             }
             Ok(session)
         };
-        supervise(&master, &self.draining, &self.tasks.child(), expired, call).await;
+        supervise(&master, &self.leaving, &self.tasks.child(), expired, call).await;
     }
 
-    /// Makes the further connections of a session that its master calls for, until the session ends or the agent drains.
+    /// Makes the further connections of a session that its master calls for, until the session ends or the agent leaves.
     async fn answer_calls(self, master: Master, calls: mpsc::Receiver<()>) {
-        self.draining.run_until_cancelled(self.make_further(&master, calls)).await;
+        self.leaving.run_until_cancelled(self.make_further(&master, calls)).await;
     }
 
     async fn make_further(&self, master: &Master, mut calls: mpsc::Receiver<()>) {
@@ -222,13 +222,13 @@ struct EstablishedSession {
     authenticated: Authenticated,
 }
 
-/// Keeps a session with a master until the agent drains. One that comes to its end with the master's certificate is
+/// Keeps a session with a master until the agent leaves. One that comes to its end with the master's certificate is
 /// replaced before: the next session is established first, and the former one is then left to its streams. One that its
 /// master wants to be replaced goes on for a while, as one of the tasks in `held`. `expired` tells when this node's own
 /// certificate expired, if it has.
 async fn supervise<F, C>(
     master: &Master,
-    draining: &CancellationToken,
+    leaving: &CancellationToken,
     held: &Tasks,
     expired: impl Fn() -> Option<SystemTime>,
     call: F,
@@ -239,18 +239,18 @@ async fn supervise<F, C>(
     let mut backoff = Backoff::new(MIN_BACKOFF, MAX_BACKOFF);
     let mut former = Former::default();
     let repeats = LogThrottle::default();
-    while !draining.is_cancelled() {
+    while !leaving.is_cancelled() {
         let mut established = None;
         let called = tokio::select! {
             called = call() => called,
-            () = draining.cancelled() => return,
+            () = leaving.cancelled() => return,
         };
         let ended = match called {
             Ok(mut session) => {
                 established = Some(Instant::now());
                 tracing::info!(%master, "called home");
                 let may_hold = held.len() < MAX_HELD;
-                match await_end_or_relink(draining, &mut session, &mut former, may_hold).await {
+                match await_end_or_relink(leaving, &mut session, &mut former, may_hold).await {
                     Course::Ended(ended) => ended,
                     Course::Expiring => {
                         backoff.reset();
@@ -286,7 +286,7 @@ async fn supervise<F, C>(
         }
         tokio::select! {
             () = tokio::time::sleep(answer.pause(&mut backoff, rand::random())) => {}
-            () = draining.cancelled() => {}
+            () = leaving.cancelled() => {}
         }
     }
 }
@@ -332,7 +332,7 @@ impl Former {
 /// The way in which a session comes to its end.
 enum Course {
     Ended(Result<(), CallError>),
-    /// Another one is to be established before the master's certificate ends, or the agent drains.
+    /// Another one is to be established before the master's certificate ends, or the agent leaves.
     Expiring,
     /// The master asks for another one.
     Unwanted,
@@ -341,7 +341,7 @@ enum Course {
 /// Waits until a session has ended, or another one is to be established before that, but not before this one has lasted
 /// for [`SETTLE`], after which it replaces former sessions.
 async fn await_end_or_relink(
-    draining: &CancellationToken,
+    leaving: &CancellationToken,
     session: &mut EstablishedSession,
     former: &mut Former,
     may_hold: bool,
@@ -370,7 +370,7 @@ async fn await_end_or_relink(
             }
             () = &mut due, if former.expiring.is_none() => return Course::Expiring,
             () = &mut unwanted, if may_hold => return Course::Unwanted,
-            () = draining.cancelled() => return Course::Expiring,
+            () = leaving.cancelled() => return Course::Expiring,
         }
     }
 }

@@ -1,10 +1,13 @@
 //! The command line.
 
-use std::{net::IpAddr, path::PathBuf};
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use proto::{NodeName, call_home::Master};
-use proto_net::stdout;
+use proto_net::{admin_client::AdminClient, handover::reload::Reloaded, stdout};
 
 /// The node's end of the tunnels, and the policy that decides what is reached through them.
 #[derive(Debug, Parser)]
@@ -26,7 +29,10 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run the agent until SIGTERM.
-    Run,
+    Run(RunArgs),
+    /// Have the running agent start its program and configuration anew, and hand over to the new process once that has
+    /// the links of the running one. Streams are not cut. Exit with 1 and the reason if the new process can't serve.
+    Reload,
     /// Get an identity for this host from a master, with a token that `master-agent token create` printed there.
     Join(JoinArgs),
     /// Read the configuration, print every error in it, and exit with status 78 if there is one.
@@ -40,6 +46,17 @@ pub enum Command {
         /// The shell to print it for.
         shell: clap_complete::Shell,
     },
+}
+
+/// The arguments with which the running process starts its next one.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Take over from the process at the other end of standard input.
+    #[arg(long, hide = true)]
+    pub take_over: bool,
+    /// Start the process that takes over, and end.
+    #[arg(long, hide = true)]
+    pub start_next: bool,
 }
 
 #[derive(Debug, Args)]
@@ -66,6 +83,17 @@ pub struct JoinArgs {
     /// Where keys and certificates are kept. The default is state_dir in the configuration.
     #[arg(long, value_name = "DIRECTORY")]
     pub state_dir: Option<PathBuf>,
+}
+
+/// Has the running agent hand over to its next process.
+pub async fn reload(socket: &Path) -> anyhow::Result<()> {
+    let Reloaded { pid, version, former_pid, former_callers } =
+        AdminClient::new("node-agent", socket).reload().await?;
+    stdout::print_line(format_args!("process {pid} of version {version} serves"));
+    if former_callers > 0 {
+        stdout::print_line(format_args!("process {former_pid} ends once its {former_callers} streams have"));
+    }
+    Ok(())
 }
 
 /// Writes a completion script to standard output.

@@ -45,12 +45,16 @@ pub struct Config {
     pub half_closed_timeout: Duration,
     /// How long streams may go on after SIGTERM.
     pub shutdown_grace: Duration,
+    /// How long streams may go on in a process that another one has replaced.
+    pub drain_timeout: Duration,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AdminConfig {
     /// Health and metrics, for scrapers. Loopback unless the file says `allow_remote: true`.
     pub listen: SocketAddr,
+    /// The socket that the commands use.
+    pub socket: PathBuf,
 }
 
 const FIELDS: Meanings = &[
@@ -91,6 +95,7 @@ const FIELDS: Meanings = &[
     ("limits", "What sessions and their streams may use."),
     ("half_closed_timeout", "How long a stream may be silent after one direction has ended."),
     ("shutdown_grace", "How long streams may go on after SIGTERM."),
+    ("drain_timeout", "How long streams may go on in a process that `reload` has replaced."),
 ];
 
 impl Config {
@@ -127,6 +132,7 @@ impl Config {
             limits: s.section_or_default("limits", LimitsConfig::read),
             half_closed_timeout: s.duration("half_closed_timeout", secs(600), WAIT),
             shutdown_grace: s.duration("shutdown_grace", secs(30), Duration::ZERO..=DAY),
+            drain_timeout: s.duration("drain_timeout", secs(3600), Duration::ZERO..=7 * DAY),
         };
         let none_given = s.at("listen").is_none() && s.at("call_home").is_none_or(|at| at.is_empty_list());
         if none_given {
@@ -144,13 +150,17 @@ impl Config {
 const ADMIN_FIELDS: Meanings = &[
     ("listen", "The address of /livez, /readyz and /metrics."),
     ("allow_remote", "Permits a listen address that is not loopback. Callers are not authenticated."),
+    ("socket", "The socket for `reload`, which asks the running agent. Its mode is 0600."),
 ];
 
 impl AdminConfig {
     fn read(s: &Section<'_>) -> Self {
         s.document(ADMIN_FIELDS);
         let loopback = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9071);
-        Self { listen: s.listen_local("listen", loopback) }
+        Self {
+            listen: s.listen_local("listen", loopback),
+            socket: s.listen_unix("socket", "/run/node-agent/admin.sock"),
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 //! [`dialer`] connects every stream as [`policy`] allows. [`identity`] and [`revocation`] decide whose certificates count.
 //! [`local_endpoint`] is for callers on this node who want to reach a master's front end.
 
+mod admin;
 pub mod app;
 pub mod call_home;
 pub mod cli;
@@ -11,6 +12,7 @@ pub mod config;
 pub mod dialer;
 mod fields;
 pub mod greeting;
+mod handover;
 pub mod http_proxy;
 pub mod https;
 pub mod identity;
@@ -19,7 +21,6 @@ pub mod links;
 pub mod local_endpoint;
 pub mod metrics;
 pub mod policy;
-mod readiness;
 pub mod revocation;
 pub mod session;
 pub mod shares;

@@ -6,13 +6,18 @@ use anyhow::bail;
 use clap::Parser;
 use node_agent::{
     app,
-    cli::{Cli, Command, JoinArgs, completions},
+    cli::{self, Cli, Command, JoinArgs, RunArgs, completions},
     config::Config,
     identity::host::NodeIdentity,
     join::{JoinOptions, join},
 };
 use proto::call_home::Master;
-use proto_net::{descriptors, stdout, telemetry::Logs};
+use proto_net::{
+    descriptors,
+    handover::{Beginning, Program, Role},
+    stdout,
+    telemetry::Logs,
+};
 use tokio::runtime::Runtime;
 
 /// sysexits.h: the configuration has errors.
@@ -45,29 +50,52 @@ fn main() -> ExitCode {
             }
             Err(errors) => bad_config(&errors),
         },
-        Command::Run => {
+        Command::Reload => {
             let config = match Config::load(&cli.config) {
                 Ok(config) => config,
                 Err(errors) => return bad_config(&errors),
             };
-            run(config, runtime)
+            match runtime.block_on(cli::reload(&config.admin.socket)) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(e) => fail(&e),
+            }
+        }
+        Command::Run(RunArgs { start_next: true, .. }) => {
+            match Program::current().and_then(|program| program.run_next()) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(e) => fail(&e.into()),
+            }
+        }
+        Command::Run(args) => {
+            let role = if args.take_over { Role::Next } else { Role::First };
+            let config = match Config::load(&cli.config) {
+                Ok(config) => config,
+                Err(errors) => {
+                    role.refuse(&errors);
+                    return bad_config(&errors);
+                }
+            };
+            run(config, role, runtime)
         }
     }
 }
 
 /// Runs the agent. The error that ends it goes through the log, so that nothing waits for whoever reads it.
-fn run(config: Config, runtime: Runtime) -> ExitCode {
-    let logs = match Logs::start(config.log.format, &config.log.level) {
-        Ok(logs) => logs,
-        Err(e) => return fail(&e.into()),
+fn run(config: Config, role: Role, runtime: Runtime) -> ExitCode {
+    let logs = Logs::start(config.log.format, &config.log.level);
+    let (logs, beginning) = match (logs, Beginning::new(role)) {
+        (Ok(logs), Ok(beginning)) => (logs, beginning),
+        (Err(e), _) => return fail(&e.into()),
+        (_, Err(e)) => return fail(&e.into()),
     };
     descriptors::raise_limit();
-    let result = runtime.block_on(app::run(config, logs.lines_lost()));
+    let result = runtime.block_on(app::run(config, beginning, logs.lines_lost()));
     // A lookup that is still under way must not delay the exit.
     runtime.shutdown_background();
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
+            role.refuse(&format_args!("{error:#}"));
             logs.print(format_args!("node-agent: {error:#}"));
             ExitCode::FAILURE
         }

@@ -7,7 +7,7 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge},
     registry::Registry,
 };
-use proto_net::{stalls, telemetry::LinesLost};
+use proto_net::{handover::DrainingGauges, stalls, telemetry::LinesLost};
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ResultLabel {
@@ -37,6 +37,12 @@ pub struct Sessions {
     by_role: Family<RoleLabel, Gauge>,
 }
 
+impl Sessions {
+    pub fn count(&self) -> i64 {
+        self.masters.get() + self.people.get()
+    }
+}
+
 impl Default for Sessions {
     /// Both roles have a sample from the beginning, so that an alert notices that no master has come yet.
     fn default() -> Self {
@@ -55,6 +61,8 @@ pub struct Metrics {
     pub handshakes: Family<ResultLabel, Counter>,
     /// Streams that have not ended.
     pub streams: Gauge,
+    /// The streams of former processes.
+    pub draining: DrainingGauges,
     /// Dials by outcome: `ok` or the kind of error.
     pub dials: Family<ResultLabel, Counter>,
     /// Dials refused by policy, by rule.
@@ -88,6 +96,12 @@ impl Metrics {
         r.register("sessions", "SSH sessions that are authenticated, by role", self.sessions.by_role.clone());
         r.register("handshakes", "SSH handshakes by result", self.handshakes.clone());
         r.register("streams", "Streams that are open", self.streams.clone());
+        r.register(
+            "draining_processes",
+            "Former processes of this agent, which end once their streams have",
+            self.draining.processes.clone(),
+        );
+        r.register("draining_streams", "Streams of former processes", self.draining.streams.clone());
         r.register("dials", "Dials by result", self.dials.clone());
         r.register("policy_refusals", "Dials refused by policy, by rule", self.refusals.clone());
         r.register(

@@ -99,6 +99,12 @@ pub struct Node {
     pub dir: PathBuf,
 }
 
+/// The process that serves after a reload, according to what the command has printed.
+fn next_process(former: &Process, said: &str) -> anyhow::Result<Process> {
+    let pid = said.split_whitespace().nth(1).and_then(|pid| pid.parse().ok());
+    Ok(former.adopt(pid.with_context(|| format!("no process: {said}"))?))
+}
+
 /// A binary of the profile that this test was built with, or of the directory in TEST_BIN_DIR.
 pub fn binary(name: &str) -> PathBuf {
     if let Some(directory) = std::env::var_os("TEST_BIN_DIR") {
@@ -254,10 +260,23 @@ impl Cluster {
     /// Runs `master-agent reload`.
     pub fn reload_master(&mut self) -> anyhow::Result<()> {
         let said = self.command(&["reload"])?;
-        let pid = said.split_whitespace().nth(1).and_then(|pid| pid.parse().ok());
-        let next = self.master.adopt(pid.with_context(|| format!("no process: {said}"))?);
+        let next = next_process(&self.master, &said)?;
         self.former_masters.push(std::mem::replace(&mut self.master, next));
         Ok(())
+    }
+
+    /// Runs `node-agent reload` on a node, and returns the former process.
+    pub fn reload_node(&mut self, index: usize) -> anyhow::Result<Process> {
+        let node = &mut self.nodes[index];
+        let mut command = Command::new(binary("node-agent"));
+        command.arg("--config").arg(node.dir.join("node.yaml")).arg("reload").current_dir(&node.dir);
+        let output = command.output()?;
+        if !output.status.success() {
+            bail!("{}", String::from_utf8_lossy(&output.stderr));
+        }
+        let former = node.process.take().context("the node has no node-agent")?;
+        node.process = Some(next_process(&former, &String::from_utf8(output.stdout)?)?);
+        Ok(former)
     }
 
     /// Runs a command of master-agent to its end, whatever that is.
@@ -323,7 +342,7 @@ impl Cluster {
                 std::fs::write(
                     node.dir.join("node.yaml"),
                     format!(
-                        "state_dir: state\nadmin: {{listen: '{}'}}\n{link}\npolicy: {{allow: [{policy}]}}\n{own}{}{}\n",
+                        "state_dir: state\nadmin: {{listen: '{}', socket: admin.sock}}\n{link}\npolicy: {{allow: [{policy}]}}\n{own}{}{}\n",
                         node.admin,
                         endpoint.unwrap_or_default(),
                         self.options.node_config

@@ -5,7 +5,11 @@ pub mod config;
 use std::sync::Arc;
 
 use hyper::{Method, Request, StatusCode, body::Incoming};
-use proto_net::{admin, dialer::Origin};
+use proto_net::{
+    admin,
+    dialer::Origin,
+    handover::reload::{RELOAD, Reloads},
+};
 use tokio::task::spawn_blocking;
 use tokio_util::sync::CancellationToken;
 
@@ -15,7 +19,6 @@ use crate::{
     identity::refresh::StoreHealth,
     kubernetes::Watches,
     page::{self, Page},
-    reload::Reloads,
     tunnels::{explain::Explainer, registry::Registry},
 };
 
@@ -76,10 +79,7 @@ impl Admin {
         match (&head.method, path) {
             (&Method::GET, _) => self.query(path, query).await,
             (&Method::POST, admin_api::PAGE_TOKEN) => Some(page::token(&self.page)),
-            (&Method::POST, admin_api::RELOAD) => Some(match self.reloads.reload().await {
-                Ok(reloaded) => json(serde_json::to_string(&reloaded)),
-                Err(why) => (StatusCode::SERVICE_UNAVAILABLE, "text/plain", why),
-            }),
+            (&Method::POST, RELOAD) => Some(self.reloads.answer().await),
             (&Method::PUT, admin_api::COMPARISON) => Some(self.page.take_comparison(body).await),
             _ => None,
         }

@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::Config,
+    http::generations::Generations,
     identity::{Authorities, refresh::StoreHealth, store::Store},
     kubernetes::Watches,
     routing::{inventory::Inventory, shared::SharedRoutes},
@@ -68,10 +69,10 @@ pub(super) struct Components {
     pub(super) call_home: Arc<CallHome>,
     /// The group that owns every SSH session and the tasks that make and supervise them.
     pub(super) sessions: Tasks,
-    /// Cancelled when the agent stops and must not begin new tunnels and requests.
+    /// Cancelled when the agent stops and must not begin new tunnels.
     pub(super) draining: CancellationToken,
-    /// Cancelled when callers' connections that wait for a request must end, too.
-    pub(super) closing: CancellationToken,
+    /// Tell callers' HTTP connections when to end.
+    pub(super) generations: Generations,
 }
 
 /// The components that run in tasks of their own.
@@ -159,7 +160,7 @@ pub(super) fn build(
         revocations,
         sessions,
         draining,
-        closing: CancellationToken::new(),
+        generations: Generations::default(),
     };
     Ok((components, Startable { dial_links, supervisor, caller_tunnels }))
 }

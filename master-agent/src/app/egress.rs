@@ -8,7 +8,6 @@ use proto_net::{
     tasks::Tasks,
 };
 use tokio::net::{TcpListener, UnixListener};
-use tokio_util::sync::CancellationToken;
 
 use super::bind;
 use crate::{
@@ -26,7 +25,7 @@ use crate::{
         tls::{CallerTls, TlsListener},
     },
     fields::{TlsConfig, UnixConfig},
-    http::claims::Claims,
+    http::{claims::Claims, generations::Generations},
     stream::metrics::StreamMetrics,
 };
 
@@ -129,8 +128,7 @@ pub(super) struct Egress<'a> {
     pub(super) dialer: Arc<dyn Dialer>,
     pub(super) directory: Arc<dyn Directory>,
     pub(super) metrics: &'a StreamMetrics,
-    pub(super) draining: &'a CancellationToken,
-    pub(super) closing: &'a CancellationToken,
+    pub(super) generations: &'a Generations,
     /// The group that owns callers and their streams.
     pub(super) callers: &'a Tasks,
     /// The group that owns the accept loops.
@@ -180,8 +178,8 @@ impl Egress<'_> {
             half_closed_timeout: Duration::ZERO,
             max_connections: config.max_connections,
         });
-        let (draining, max_dials) = (self.draining.clone(), config.max_dials);
-        let listener = Arc::new(Konnectivity { outbound, draining, max_dials });
+        let (generations, max_dials) = (self.generations.clone(), config.max_dials);
+        let listener = Arc::new(Konnectivity { outbound, generations, max_dials });
         if let Some(socket) = unix {
             self.spawn(accept::plain(listener.clone(), "konnectivity-unix", socket));
         }
@@ -221,8 +219,7 @@ impl Egress<'_> {
             tls: sockets.tls,
             claims,
             idle_timeout: config.idle_timeout,
-            draining: self.draining.clone(),
-            closing: self.closing.clone(),
+            generations: self.generations.clone(),
         });
         if let Some(socket) = sockets.unix {
             self.spawn(accept::plain(listener.clone(), "proxy-url-unix", socket));

@@ -14,12 +14,14 @@ pub(super) struct Groups {
     pub(super) sessions: Tasks,
     /// The tasks that run until all callers and sessions have ended.
     pub(super) background: Tasks,
+    /// Health, metrics and commands, which are answered until the end, or until another process answers them.
+    pub(super) health: Tasks,
 }
 
 impl Groups {
     pub(super) fn new() -> Self {
         let all = Tasks::new();
-        let [listeners, callers, sessions, background] = std::array::from_fn(|_| all.child());
-        Self { all, listeners, callers, sessions, background }
+        let [listeners, callers, sessions, background, health] = std::array::from_fn(|_| all.child());
+        Self { all, listeners, callers, sessions, background, health }
     }
 }

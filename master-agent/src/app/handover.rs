@@ -1,21 +1,18 @@
-//! The handover of a running process to its next one, seen from both.
+//! What a process of the master-agent does in a handover to its next one, seen from both.
 
 use std::{convert::Infallible, future::pending, time::Duration};
 
 use proto::NodeName;
 use proto_net::{
-    handover::{Draining, End, HandoverError, Predecessor, Program, Successor},
+    handover::{Agent, Predecessor},
     listeners::{Address, Listeners, Stage},
-    systemd,
 };
 use tokio::{
     task::spawn_blocking,
     time::{sleep, timeout},
 };
-use tokio_util::sync::CancellationToken;
 
-use super::components::Components;
-use crate::{admin_api::Reloaded, reload::ReloadRequests, stream::metrics::DrainingGauges};
+use super::{components::Components, groups::Groups};
 
 /// How long the next process waits for the links and watches that the running one has.
 const LINKS_TIMEOUT: Duration = Duration::from_secs(20);
@@ -23,84 +20,25 @@ const LINKS_TIMEOUT: Duration = Duration::from_secs(20);
 const LINKS_INTERVAL: Duration = Duration::from_millis(10);
 /// The pause between two looks for nodes that have not been asked for another link.
 const ASK_INTERVAL: Duration = Duration::from_millis(500);
+/// How long the command that has asked for the handover may take to read its answer.
+const LAST_ANSWER: Duration = Duration::from_millis(500);
 /// How long callers that were accepted before may still ask for something in a process that has been replaced. They are
 /// told with each answer that they have to connect again.
 const LAST_REQUESTS: Duration = Duration::from_secs(10);
 /// How long the streams that these requests need may take.
 const LAST_DIALS: Duration = Duration::from_secs(10);
-/// How often the next process is told what this one still carries.
-const REPORT_INTERVAL: Duration = Duration::from_secs(1);
-/// The most processes at once that drain.
-const MAX_DRAINING: i64 = 32;
-/// How often a next process that ends unexpectedly is started again, and the pause before that.
-const RESTARTS: usize = 3;
-const RESTART_PAUSE: Duration = Duration::from_secs(1);
 
 const REPLACED: &str = "a new process of the master-agent has taken its place";
 
-/// The running process, as far as its next one takes it over.
-pub(super) struct Handover<'a> {
-    pub(super) program: &'a Program,
-    pub(super) listeners: &'a Listeners,
+/// The agent that runs, for the handover to its next process.
+pub(super) struct Running<'a> {
     pub(super) components: &'a Components,
-    /// The number of callers.
-    pub(super) callers: &'a (dyn Fn() -> u64 + Sync),
+    pub(super) groups: &'a Groups,
 }
 
-impl Handover<'_> {
-    /// Hands over whenever that is requested. Completes once a next process serves.
-    pub(super) async fn requested(&self, requests: &mut ReloadRequests) -> Successor {
-        while let Some(answer) = requests.recv().await {
-            match self.hand_over().await {
-                Ok(successor) => {
-                    let reloaded = Reloaded {
-                        pid: successor.pid,
-                        version: successor.version.clone(),
-                        former_pid: std::process::id(),
-                        former_callers: (self.callers)(),
-                    };
-                    let _ = answer.send(Ok(reloaded));
-                    return successor;
-                }
-                Err(why) => {
-                    tracing::error!(why, "no new process has taken over; this one goes on");
-                    let _ = answer.send(Err(format!("{why}; the running process goes on")));
-                }
-            }
-        }
-        pending().await
-    }
-
-    async fn hand_over(&self) -> Result<Successor, String> {
-        let draining = self.components.streams.draining.processes.get();
-        if draining >= MAX_DRAINING {
-            return Err(format!(
-                "{draining} former processes still carry streams: wait for them, or restart the agent"
-            ));
-        }
-        let begun = self.begin().await;
-        if begun.is_err() {
-            // Callers have been accepted all the time.
-            self.listeners.accept(Stage::Links, true);
-        }
-        begun.map_err(|error| error.to_string())
-    }
-
-    /// Starts the next process, and leaves the links to it. This process goes on unless the result is good.
-    async fn begin(&self) -> Result<Successor, HandoverError> {
-        tracing::info!(program = %self.program.path().display(), "starting a new process");
-        let nodes = self.components.registry.connected();
-        let nodes = nodes.into_iter().map(|node| node.to_string()).collect();
-        let mut successor = Successor::start(self.program, self.listeners, nodes).await?;
-        self.listeners.accept(Stage::Links, false);
-        tokio::select! {
-            served = successor.serve(self.listeners) => served?,
-            never = self.ask_for_links() => match never {},
-        }
-        self.listeners.accept(Stage::Callers, false);
-        systemd::replaced_by(successor.pid);
-        tracing::info!(pid = successor.pid, version = successor.version, "a new process serves");
-        Ok(successor)
+impl Agent for Running<'_> {
+    fn peers(&self) -> Vec<String> {
+        self.components.registry.connected().into_iter().map(|node| node.to_string()).collect()
     }
 
     /// Asks nodes that call home for other links, also those whose call was still being answered.
@@ -118,75 +56,21 @@ impl Handover<'_> {
         }
     }
 
-    /// Does what a process that has been replaced still has to do, until the `rest` of its callers has ended. Returns how many
-    /// of them were cut.
-    ///
-    /// If the next process ends meanwhile, it is started again: systemd does not notice the end of a main process whose
-    /// parent is another one. If that fails, this process ends, and systemd starts the agent anew.
-    pub(super) async fn carry_on(
-        &self,
-        mut successor: Successor,
-        rest: impl Future<Output = usize>,
-    ) -> usize {
-        let retiring = async {
-            sleep(LAST_REQUESTS).await;
-            self.components.closing.cancel();
-            sleep(LAST_DIALS).await;
-            self.components.for_all_tunnels(|tunnel| async move { tunnel.retire(REPLACED).await }).await;
-            pending::<Infallible>().await
-        };
-        tokio::pin!(rest, retiring);
-        let mut restarts = RESTARTS;
-        loop {
-            tokio::select! {
-                cut = &mut rest => return cut,
-                never = &mut retiring => match never {},
-                () = self.report_until_crash(&mut successor) => {}
-            }
-            // Nobody serves, and this comes before everything else.
-            successor = loop {
-                if restarts == 0 {
-                    return usize::try_from((self.callers)()).unwrap_or(usize::MAX);
-                }
-                restarts -= 1;
-                sleep(RESTART_PAUSE).await;
-                match self.start_again().await {
-                    Ok(next) => break next,
-                    Err(error) => tracing::error!(%error, "no new process takes over again"),
-                }
-            };
-        }
+    fn callers(&self) -> u64 {
+        self.groups.callers.len() as u64
     }
+}
 
-    async fn report_until_crash(&self, successor: &mut Successor) {
-        loop {
-            let former = &self.components.streams.draining;
-            let count = |gauge: i64| u64::try_from(gauge).unwrap_or_default();
-            let draining = Draining {
-                processes: 1 + count(former.processes.get()),
-                streams: (self.callers)() + count(former.callers.get()),
-            };
-            successor.report(draining).await;
-            tokio::select! {
-                () = sleep(REPORT_INTERVAL) => {}
-                end = successor.end() => match end {
-                    // Nobody waits for this process to start another one any more.
-                    End::Leaves => self.listeners.close_all_handles(),
-                    End::Crashed(status) => {
-                        tracing::error!(pid = successor.pid, status, "the process that serves has crashed");
-                        return;
-                    }
-                },
-            }
-        }
-    }
-
-    async fn start_again(&self) -> Result<Successor, HandoverError> {
-        let mut successor = Successor::start(self.program, self.listeners, Vec::new()).await?;
-        successor.serve(self.listeners).await?;
-        systemd::replaced_by(successor.pid);
-        tracing::info!(pid = successor.pid, "a process serves again");
-        Ok(successor)
+impl Running<'_> {
+    /// Leaves new callers to the next process, and then the tunnels. Never completes.
+    pub(super) async fn retire(&self) -> Infallible {
+        sleep(LAST_ANSWER).await;
+        self.groups.health.cancel();
+        sleep(LAST_REQUESTS).await;
+        self.components.generations.present().closing.cancel();
+        sleep(LAST_DIALS).await;
+        self.components.for_all_tunnels(|tunnel| async move { tunnel.retire(REPLACED).await }).await;
+        pending().await
     }
 }
 
@@ -194,7 +78,7 @@ impl Handover<'_> {
 /// and then serves everybody.
 pub(super) async fn take_over(
     predecessor: &mut Predecessor,
-    unused: Vec<Address>,
+    unused: &[Address],
     listeners: &Listeners,
     components: &Components,
 ) {
@@ -233,14 +117,4 @@ pub(super) async fn take_over(
     registry.serves_now();
     listeners.accept(Stage::Callers, true);
     predecessor.serving().await;
-}
-
-/// Shows what former processes still carry, until they have ended. Tells them when this process is leaving, too.
-pub(super) async fn follow(predecessor: Predecessor, gauges: DrainingGauges, leaving: CancellationToken) {
-    let show = |draining: Draining| {
-        let number = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
-        gauges.processes.set(number(draining.processes));
-        gauges.callers.set(number(draining.streams));
-    };
-    predecessor.follow(show, leaving.cancelled()).await;
 }

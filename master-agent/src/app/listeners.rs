@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use access::authn::cluster::Cluster;
 use prometheus_client::registry::Registry;
-use proto_net::{admin::Endpoints, exposition::Exposition, file_watcher::watch, telemetry::LinesLost};
+use proto_net::{
+    admin::Endpoints, exposition::Exposition, file_watcher::watch, handover::reload::Reloads,
+    telemetry::LinesLost,
+};
 
 use super::{
     components::Components,
@@ -23,7 +26,6 @@ use crate::{
     kubernetes,
     metrics::Certificates,
     page::Page,
-    reload::Reloads,
     tunnels::{self, compatibility},
 };
 
@@ -43,7 +45,7 @@ pub(super) fn serve(
     groups: &Groups,
     parts: AdminParts,
 ) -> anyhow::Result<Option<(Arc<FrontEnd>, Writer)>> {
-    let Groups { callers, listeners, background, .. } = groups;
+    let Groups { callers, listeners, background, health, .. } = groups;
     let AdminParts { page, reloads, log_lines_lost } = parts;
     let Sockets { egress: egress_sockets, call_home, front_end, admin, admin_unix } = sockets;
     let certificates = egress_sockets.certificates();
@@ -52,8 +54,7 @@ pub(super) fn serve(
         dialer: components.dialer.clone(),
         directory: components.dialer.clone(),
         metrics: &components.streams,
-        draining: &components.draining,
-        closing: &components.closing,
+        generations: &components.generations,
         callers,
         listeners,
     };
@@ -66,8 +67,7 @@ pub(super) fn serve(
                 page: page.clone(),
                 call_home: config.calls_over_https().then(|| call_home_services(components)),
                 streams: components.streams.clone(),
-                draining: components.draining.clone(),
-                closing: components.closing.clone(),
+                generations: components.generations.clone(),
             };
             Some(serve_front_end(sockets, section, dependencies, groups)?)
         }
@@ -90,8 +90,8 @@ pub(super) fn serve(
         draining: components.draining.clone(),
     };
     let endpoints = Endpoints { metrics, admin: Arc::new(answers) };
-    background.spawn(endpoints.clone().serve_tcp(admin, background.clone()));
-    background.spawn(endpoints.serve_unix(admin_unix, background.clone()));
+    health.spawn(endpoints.clone().serve_tcp(admin, health.clone()));
+    health.spawn(endpoints.serve_unix(admin_unix, health.clone()));
     Ok(front_end)
 }
 

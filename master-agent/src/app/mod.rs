@@ -15,16 +15,16 @@ use access::authn::cluster::{Cluster, Objects};
 use anyhow::Context;
 use kube::Client;
 use proto_net::{
-    handover::{Predecessor, Program, Role, Successor},
-    listeners::Listeners,
-    systemd,
+    handover::{Beginning, Handover, Successor, reload::Reloads},
+    socket_store, systemd,
     tasks::Tasks,
     telemetry::LinesLost,
 };
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
-    time::{MissedTickBehavior, interval, sleep},
+    time::{MissedTickBehavior, interval, sleep, timeout},
 };
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::Config,
@@ -32,13 +32,12 @@ use crate::{
     identity::{Authorities, refresh::Refresher, sqlite::SqliteStore},
     kubernetes::{self, api_server::KubeApiServer, config::KubernetesConfig, thread::FollowerThread},
     page::Page,
-    reload::Reloads,
     traces::Traces,
     tunnels::callers::ServeCallers,
 };
 use components::{Components, Loaded, Startable};
 use groups::Groups;
-use handover::Handover;
+use handover::Running;
 use inventory_file::{InventoryFile, InventoryFollower};
 use listeners::AdminParts;
 use sockets::Sockets;
@@ -47,6 +46,8 @@ use sockets::Sockets;
 const CLUSTER_INTERVAL: Duration = Duration::from_secs(1);
 /// How often a process that has been replaced looks whether those before it have ended.
 const FORMER_INTERVAL: Duration = Duration::from_millis(200);
+/// How long callers may go on that have come while the last ones ended.
+const LAST_CALLERS: Duration = Duration::from_millis(500);
 const STOPPING: &str = "the master-agent is stopping";
 /// The longest time for each of the last steps, which end tasks and write records.
 const END_TIMEOUT: Duration = Duration::from_secs(2);
@@ -64,13 +65,6 @@ impl Follower {
         let client = client.await?.context("there is no client for the Kubernetes API")??;
         Ok(Self { client, thread })
     }
-}
-
-/// How a process begins, and which program its successor runs.
-pub struct Beginning {
-    /// The program that the next process runs.
-    pub program: Program,
-    pub role: Role,
 }
 
 /// Why a process ends.
@@ -105,15 +99,10 @@ pub async fn run(config: Config, beginning: Beginning, log_lines_lost: LinesLost
     let Beginning { program, role } = beginning;
     // Signals that come from now on are not lost.
     let mut signals = Signals::new()?;
+    // Cancelled when the process that serves, this one or the one that has replaced it, has been told to stop.
+    let stopping = CancellationToken::new();
     let groups = Groups::new();
-    let (mut predecessor, mut listeners) = match role {
-        Role::First => (None, Listeners::new()),
-        Role::Next => {
-            let mut predecessor = Predecessor::meet().await?;
-            let listeners = Listeners::taking_over(predecessor.take_listeners());
-            (Some(predecessor), listeners)
-        }
-    };
+    let (predecessor, mut listeners) = role.begin().await?;
 
     // Read the files.
     let inventory = InventoryFile::load(config.inventory.clone())?;
@@ -158,18 +147,18 @@ pub async fn run(config: Config, beginning: Beginning, log_lines_lost: LinesLost
     let runtimes = front_end.map(|front_end| front_end.runtimes());
     let watchdog = groups.background.child();
     watchdog.spawn(systemd::watchdog(runtimes.unwrap_or_default()));
-    if let Some(mut predecessor) = predecessor.take() {
-        handover::take_over(&mut predecessor, unused, &listeners, &components).await;
-        let gauges = components.streams.draining.clone();
-        groups.background.spawn(handover::follow(predecessor, gauges, components.draining.clone()));
+    if let Some(mut predecessor) = predecessor {
+        handover::take_over(&mut predecessor, &unused, &listeners, &components).await;
+        let (former, stopping) = (components.streams.draining.clone(), stopping.clone());
+        groups.background.spawn(async move {
+            predecessor.follow(|draining| former.set(draining), stopping.cancelled()).await;
+        });
     }
-    let count_callers = || groups.callers.len() as u64;
-    let handover = Handover {
-        program: &program,
-        listeners: &listeners,
-        components: &components,
-        callers: &count_callers,
-    };
+    socket_store::keep(&listeners, &unused);
+    let running = Running { components: &components, groups: &groups };
+    let former = &components.streams.draining;
+    let handover =
+        Handover { program: &program, listeners: &listeners, agent: &running, former, stopping: &stopping };
     let end = tokio::select! {
         signalled = until_terminated(inventory, &components, &mut signals) => signalled.map(|()| End::Signal)?,
         successor = handover.requested(&mut reload_requests) => End::Replaced(Box::new(successor)),
@@ -179,13 +168,19 @@ pub async fn run(config: Config, beginning: Beginning, log_lines_lost: LinesLost
     let cut = match end {
         End::Signal => {
             systemd::stopping();
+            stopping.cancel();
             listeners.close_all_handles();
             drain(&config, &components, &groups).await
         }
         End::Replaced(successor) => {
             watchdog.cancel();
-            let rest = drain_replaced(&config, &components, &groups, &mut signals);
-            handover.carry_on(*successor, rest).await
+            let rest = async {
+                tokio::select! {
+                    cut = drain_replaced(&config, &components, &groups, &stopping, &mut signals) => cut,
+                    never = running.retire() => match never {},
+                }
+            };
+            handover.carry_on(&successor, rest).await
         }
     };
     finish(&components, &groups, audit, traces).await;
@@ -260,16 +255,19 @@ async fn follow_cluster(components: &Components) {
     }
 }
 
-/// Accepts nothing more, and lets requests and streams in progress finish. Returns how many callers were cut.
-async fn drain(config: &Config, components: &Components, groups: &Groups) -> usize {
+/// Serves on until requests and streams in progress have ended, since nobody else may serve, and then accepts nothing more.
+/// Returns how many callers were cut.
+async fn drain(config: &Config, components: &Components, groups: &Groups) -> u64 {
     let Groups { listeners, callers, .. } = groups;
     tracing::info!(callers = callers.len(), "stopping");
     components.draining.cancel();
-    components.closing.cancel();
+    components.generations.begin_next().end();
+    let _ = timeout(config.shutdown_grace, callers.ended()).await;
+    components.generations.present().end();
     listeners.cancel();
     listeners.drain(END_TIMEOUT).await;
     components.for_all_tunnels(|tunnel| async move { tunnel.go_away(STOPPING).await }).await;
-    callers.drain(config.shutdown_grace).await
+    callers.drain(LAST_CALLERS).await as u64
 }
 
 /// Does the same for a process whose place another one has taken.
@@ -277,18 +275,20 @@ async fn drain_replaced(
     config: &Config,
     components: &Components,
     groups: &Groups,
+    stopping: &CancellationToken,
     signals: &mut Signals,
-) -> usize {
+) -> u64 {
     let callers = &groups.callers;
     tracing::info!(callers = callers.len(), "replaced");
     components.draining.cancel();
+    components.generations.present().draining.cancel();
     groups.listeners.cancel();
     // Whoever has been accepted is a caller by then.
     groups.listeners.drain(END_TIMEOUT).await;
     let ended = async {
         callers.ended().await;
         // Their figures go through this process.
-        while components.streams.draining.processes.get() > 0 {
+        while components.streams.draining.get().processes > 0 {
             sleep(FORMER_INTERVAL).await;
         }
     };
@@ -296,18 +296,21 @@ async fn drain_replaced(
         () = ended => return 0,
         () = sleep(config.drain_timeout) => Duration::ZERO,
         () = signals.terminated() => config.shutdown_grace,
+        () = stopping.cancelled() => config.shutdown_grace,
     };
-    callers.drain(limit).await
+    callers.drain(limit).await as u64
 }
 
 /// Ends the tunnels, then everything else, and writes the remaining records.
 async fn finish(components: &Components, groups: &Groups, audit: Option<Writer>, traces: Option<Traces>) {
-    let Groups { all, sessions, background, .. } = groups;
+    let Groups { all, sessions, background, health, .. } = groups;
     components.for_all_tunnels(|tunnel| async move { tunnel.close(STOPPING).await }).await;
     sessions.cancel();
     sessions.drain(END_TIMEOUT).await;
     background.cancel();
     background.drain(END_TIMEOUT).await;
+    health.cancel();
+    health.drain(END_TIMEOUT).await;
     all.cancel();
     all.drain(END_TIMEOUT).await;
     if let Some(audit) = audit

@@ -23,7 +23,7 @@ use super::{
     recorder::ConnectionRecords,
     server::FrontEnd,
 };
-use crate::http::watched::Activity;
+use crate::http::{generations::Generation, watched::Activity};
 
 /// How long a connection remembers the user of its certificate.
 const MAX_REMEMBERED_AGE: Duration = Duration::from_secs(10);
@@ -46,6 +46,7 @@ pub(super) struct Connection {
     pub known: Option<Authenticated>,
     pub activity: Activity,
     pub admission: Admission,
+    pub generation: Generation,
     /// Cancelled when the connection must take no more requests.
     pub ending: CancellationToken,
     /// The number of requests that were answered with 429.
@@ -69,6 +70,7 @@ impl Connection {
     ) -> Self {
         let (audit, metrics) = (front_end.audit.clone(), front_end.metrics.clone());
         Self {
+            generation: front_end.generations.present(),
             front_end,
             records: Arc::new(ConnectionRecords::new(audit, metrics, &peer)),
             peer,

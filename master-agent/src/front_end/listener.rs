@@ -123,7 +123,7 @@ impl Connection {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let FrontEnd { config, closing, .. } = self.front_end.as_ref();
+        let (config, closing) = (&self.front_end.config, self.generation.closing.clone());
         let socket = Watched::new(socket, self.activity.clone(), config.head_timeout);
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
@@ -146,7 +146,7 @@ impl Connection {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let FrontEnd { config, draining, .. } = self.front_end.as_ref();
+        let (config, draining) = (&self.front_end.config, self.generation.draining.clone());
         let (spawner, mut streams) = Streams::new(config.idle_timeout, self.ending.clone());
         // The box is freed when the response begins. A watch would otherwise keep the memory of all phases.
         let service = service_fn(|request| Box::pin(self.clone().answer(request)));

@@ -15,7 +15,6 @@ use proto_net::{
     tasks::Tasks,
 };
 use tokio::sync::Semaphore;
-use tokio_util::sync::CancellationToken;
 
 use super::{
     admission::Admission,
@@ -31,7 +30,7 @@ use super::{
     upstream::{BodyLimits, Upstream, UpstreamStatus},
     workers::Workers,
 };
-use crate::{metrics::Expiry, stream::metrics::StreamMetrics};
+use crate::{http::generations::Generations, metrics::Expiry, stream::metrics::StreamMetrics};
 
 /// The maximum number of concurrent connections on which nobody has authenticated.
 const MAX_UNAUTHENTICATED: usize = 1024;
@@ -57,8 +56,7 @@ pub struct FrontEnd {
     pub(super) streams: StreamMetrics,
     /// The group that owns callers' connections, including upgraded ones.
     pub(super) connections: Tasks,
-    pub(super) draining: CancellationToken,
-    pub(super) closing: CancellationToken,
+    pub(super) generations: Generations,
     /// The services of nodes that call home and hosts that join. With `None`, the front end serves neither.
     call_home: Option<CallHomeServices>,
     /// The agent's page. With `None`, its paths go to kube-apiserver.
@@ -82,10 +80,7 @@ pub struct Dependencies<'a> {
     /// The services of calls home, if the configuration enables them.
     pub call_home: Option<CallHomeServices>,
     pub streams: StreamMetrics,
-    /// Cancelled when connections must end after their present requests.
-    pub draining: CancellationToken,
-    /// Cancelled when connections of HTTP/1 that wait for a request must end, too. One that is under way is lost.
-    pub closing: CancellationToken,
+    pub generations: Generations,
 }
 
 /// Why a connection is not admitted.
@@ -114,7 +109,7 @@ impl FrontEnd {
         callers: &Tasks,
         background: &Tasks,
     ) -> anyhow::Result<(Arc<Self>, Writer)> {
-        let Dependencies { cluster, proxy_urls, page, call_home, streams, draining, closing } = dependencies;
+        let Dependencies { cluster, proxy_urls, page, call_home, streams, generations } = dependencies;
         let metrics = Arc::<FrontEndMetrics>::default();
         let (authn, mut files) = Authenticators::load(&config.authn, cluster, background)?;
         let (authz, more) = Authorizers::load(&config.authz)?;
@@ -139,8 +134,7 @@ impl FrontEnd {
             metrics,
             streams,
             connections: callers.clone(),
-            draining,
-            closing,
+            generations,
             call_home,
             page: config.serve_page.then_some(page),
             permits: Arc::new(Semaphore::new(config.limits.max_connections)),

@@ -102,7 +102,7 @@ fn admit(front_end: &FrontEnd, tunnel: &Tunnel, incoming: &Incoming) -> Result<A
         let reason = format!("a node reaches {FRONT_END} through its tunnel, and nothing else");
         return Err(DialError::Policy { rule: "front-end-only".to_owned(), reason });
     }
-    if front_end.draining.is_cancelled() {
+    if front_end.generations.present().draining.is_cancelled() {
         let reason = "the master-agent is stopping".to_owned();
         return Err(DialError::TunnelLost { node: String::new(), reason });
     }
@@ -119,7 +119,7 @@ async fn serve_forwarded(front_end: &Arc<FrontEnd>, tunnel: &Arc<Tunnel>, addres
                 tracing::info!(node = %tunnel.node, %address, "front end served at the node's sshd");
                 while let Some(caller) = callers.recv().await {
                     let Ok(admission) = front_end.admit(&peer(tunnel)) else { continue };
-                    if front_end.closing.is_cancelled() {
+                    if front_end.generations.present().closing.is_cancelled() {
                         continue;
                     }
                     let (front_end, tunnel) = (front_end.clone(), tunnel.clone());

@@ -4,6 +4,7 @@ pub mod browser;
 pub mod claims;
 pub mod connection_tasks;
 pub mod exchange;
+pub mod generations;
 pub mod hop;
 pub mod status;
 pub mod watched;

@@ -21,6 +21,9 @@ pub struct TunnelsConfig {
     pub max_streams_per_node: usize,
     /// The most connections of a tunnel beside its first one.
     pub max_further_connections: usize,
+    /// How long one stream to a plain sshd may block the others on its connection. A stream that was fast before may do so a
+    /// little longer.
+    pub sshd_stall_timeout: Duration,
     pub backoff_min: Duration,
     pub backoff_max: Duration,
 }
@@ -50,6 +53,11 @@ const FIELDS: Meanings = &[
         "SSH connections at once that a tunnel makes to its node-agent in addition to the first one, while streams carry \
          much, so that small exchanges do not wait behind them and long paths are used well. 0 for none.",
     ),
+    (
+        "sshd_stall_timeout",
+        "How long a caller may take nothing of a stream that comes through a plain sshd. Such a stream holds up the \
+         others of its connection, so it is reset then.",
+    ),
     ("backoff_min", "The shortest time between attempts to reach a node."),
     ("backoff_max", "The longest time between attempts to reach a node."),
 ];
@@ -66,6 +74,7 @@ impl TunnelsConfig {
             max_streams_per_tunnel: s.number("max_streams_per_tunnel", 8192, COUNT),
             max_streams_per_node: s.number("max_streams_per_node", 8192, COUNT),
             max_further_connections: s.number("max_further_connections", 4, 0..=8),
+            sshd_stall_timeout: s.duration("sshd_stall_timeout", secs(1), WAIT),
             backoff_min: s.duration("backoff_min", Duration::from_millis(200), WAIT),
             backoff_max: s.duration("backoff_max", secs(2), WAIT),
         };

@@ -191,7 +191,7 @@ impl Handler {
         let (certificate, clock) = (certificate.clone(), services.clock);
         let user = Arc::new(AuthenticatedUser { role, certificate, clock, streams, lookups });
         if user.is_master() {
-            services.connected_masters.add(&user);
+            services.connected_masters.add(&user, &self.state);
         }
         self.user = Some(user);
         Auth::Accept

@@ -119,7 +119,7 @@ impl SessionServer {
         let channels = Channels::new(gate.clone(), tasks.clone(), CLIENT_PATIENCE, stalls)
             .closing_first_at_most(services.max_closed_first);
         let (called, calls) = mpsc::channel(MAX_CALLS);
-        let state = Arc::new(SessionState::new(channels, called));
+        let state = Arc::new(SessionState::new(channels, called, permit.is_some()));
         let peer_ip = peer.map(|peer| peer.ip());
         let (handler, proof) =
             Handler::new(services.clone(), state.clone(), gate, tasks.clone(), peer_ip, expected);
@@ -284,6 +284,11 @@ async fn ended_by_itself(
             state.go_away("the node has made another link to this master").await;
             REPLACED
         }
+        () = replaced_with_process(services, user, state) => {
+            state.set_replaced();
+            state.go_away("another process of the node-agent has taken its place").await;
+            REPLACED
+        }
         () = state.channels.worn_out() => {
             state.go_away(WORN_OUT).await;
             WORN_OUT
@@ -307,8 +312,18 @@ async fn ended_by_itself(
     }
 }
 
+/// Waits until another process has taken the place of this one and the peer can have a link to that. A person's client
+/// can't, nor can a master of an earlier release that dials this node, so their sessions go on here.
+async fn replaced_with_process(services: &SessionServices, user: &AuthenticatedUser, state: &SessionState) {
+    services.shutdown.replaced.cancelled().await;
+    if !user.is_master() || !state.is_replaceable() {
+        std::future::pending::<()>().await;
+    }
+}
+
 /// Waits until a master has had `shutdown_grace` after the end of its certificate to make another link, and has made
-/// none. If this node has made the other link, it knows that. If the master says that it has, there must be a session.
+/// none. If this node has made the other link, it knows that, and the process that has taken this one's place has its own
+/// links. If the master says that it has, there must be a session.
 async fn overdue(
     services: &SessionServices,
     user: &Arc<AuthenticatedUser>,
@@ -322,7 +337,8 @@ async fn overdue(
     let mut deadline = Instant::now() + services.shutdown_grace;
     loop {
         let has_another = || state.is_replaced() && services.connected_masters.has_another(user);
-        if retire.is_cancelled() || has_another() {
+        let has_another_process = services.shutdown.replaced.is_cancelled();
+        if retire.is_cancelled() || has_another_process || has_another() {
             deadline = Instant::now() + services.shutdown_grace;
         } else if Instant::now() >= deadline {
             return;

@@ -39,3 +39,11 @@ pub struct SessionServices {
     pub clock: Clock,
     pub shutdown: Shutdown,
 }
+
+impl SessionServices {
+    /// The streams that are open or about to be.
+    pub fn streams_open(&self) -> u64 {
+        let open = self.metrics.streams.get() + self.metrics.front_end_streams.get();
+        u64::try_from(open).unwrap_or_default() + self.shutdown.dials.len() as u64
+    }
+}

@@ -5,6 +5,7 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
+use proto::mux::frame::Hello;
 use proto_net::{channel::Channels, mux::Mux};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -21,6 +22,10 @@ pub(super) struct SessionState {
     /// Cancelled once the master has asked for another link in place of this one.
     pub(super) relink: CancellationToken,
     replaced: AtomicBool,
+    /// Whether the peer has dialled this node, rather than been called home.
+    is_dialled: bool,
+    /// Whether the master has been asked for another link.
+    asked_for_link: AtomicBool,
     /// Why an authenticated master does not want the link.
     pub(super) refusal: OnceLock<String>,
 }
@@ -34,7 +39,7 @@ struct Muxes {
 }
 
 impl SessionState {
-    pub(super) fn new(channels: Channels, calls: mpsc::Sender<()>) -> Self {
+    pub(super) fn new(channels: Channels, calls: mpsc::Sender<()>, is_dialled: bool) -> Self {
         Self {
             channels,
             muxes: Mutex::default(),
@@ -42,6 +47,8 @@ impl SessionState {
             calls,
             relink: CancellationToken::new(),
             replaced: AtomicBool::new(false),
+            is_dialled,
+            asked_for_link: AtomicBool::new(false),
             refusal: OnceLock::new(),
         }
     }
@@ -79,6 +86,23 @@ impl SessionState {
 
     pub(super) fn is_replaced(&self) -> bool {
         self.replaced.load(Ordering::Relaxed)
+    }
+
+    /// Whether the master can have a link to another process of this agent. It has to make that link itself if it dials
+    /// this node, which masters of an earlier release do not do.
+    pub(super) fn is_replaceable(&self) -> bool {
+        let understands = |mux: &Mux| mux.peer().is_some_and(|peer| peer.can(Hello::RELINK));
+        !self.is_dialled || self.muxes().of_master.as_ref().is_some_and(understands)
+    }
+
+    /// Asks a master that dials this node for another link, the first time that this is called.
+    pub(super) async fn ask_for_link(&self) {
+        let mux = self.muxes().of_master.clone().filter(|_| self.is_dialled);
+        if let Some(mux) = mux
+            && !self.asked_for_link.swap(true, Ordering::Relaxed)
+        {
+            mux.ask_to_relink().await;
+        }
     }
 
     pub(super) fn streams_open(&self) -> usize {

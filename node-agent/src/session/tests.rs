@@ -278,7 +278,7 @@ async fn what_is_asked_for_too_late_is_refused_with_the_reason() {
         let open = Frame::Open { stream, timeout_ms: 9, limit, target, origin };
         feeder.feed(&frame::encode(Version::V1, &open)).unwrap();
     }
-    let state = Arc::new(SessionState::new(channels, mpsc::channel(1).0));
+    let state = Arc::new(SessionState::new(channels, mpsc::channel(1).0, true));
     let streams = node.streams.clone();
     streams.serve_mux(Arc::new(user), state, mux, events.incoming, node.tasks.clone()).await;
     let (mut decoder, mut refused) = (Decoder::new(Version::V1), 0);

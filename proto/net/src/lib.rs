@@ -3,6 +3,7 @@
 
 pub mod accept;
 pub mod admin;
+pub mod admin_client;
 mod burst;
 pub mod causes;
 pub mod channel;
@@ -24,6 +25,7 @@ pub mod mux;
 pub mod read_ahead;
 pub mod relay;
 pub mod socket;
+pub mod socket_store;
 pub mod ssh;
 pub mod stalls;
 pub mod stdout;

@@ -53,7 +53,7 @@ pub type Inherited = HashMap<Address, OwnedFd>;
 /// All sockets that a process listens on.
 #[derive(Debug)]
 pub struct Listeners {
-    /// Those of the process before, as long as nobody has asked for them.
+    /// Those that the process began with, as long as nobody has asked for them.
     inherited: Inherited,
     /// A handle to each socket in use, for the process after.
     bound: Mutex<Vec<(Address, OwnedFd)>>,
@@ -64,7 +64,12 @@ pub struct Listeners {
 impl Listeners {
     /// Listeners of a process that accepts connections as soon as a socket is served.
     pub fn new() -> Self {
-        Self::with(Inherited::new(), true)
+        Self::with_sockets(Inherited::new())
+    }
+
+    /// The same for a process that has been started with sockets.
+    pub fn with_sockets(sockets: Inherited) -> Self {
+        Self::with(sockets, true)
     }
 
     /// Listeners of a process that takes over from another one, and accepts nothing until it is told to.

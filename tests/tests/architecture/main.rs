@@ -65,7 +65,6 @@ const LAYERS: &[&[(&str, &[&str])]] = &[
             "master-agent/src/host_trust.rs",
             "master-agent/src/http/",
             "master-agent/src/input.rs",
-            "master-agent/src/reload.rs",
         ],
     )],
     &[("access", &["master-agent/access/src/"])],

@@ -38,7 +38,7 @@ use super::{
     socket::CallerSocket,
 };
 use crate::{
-    http::Executor,
+    http::{Executor, generations::Generations},
     stream::{caller::Caller, metrics::KonnectivityCounts},
 };
 use access::rates::{Bucket, Rate};
@@ -69,8 +69,8 @@ const OWN_RESETS: usize = 1024;
 /// The egress listener.
 pub struct Konnectivity {
     pub outbound: Outbound,
-    /// Once cancelled, HTTP/2 connections accept no new streams and end with their last one.
-    pub draining: CancellationToken,
+    /// An HTTP/2 connection that drains accepts no new streams and ends with its last one.
+    pub generations: Generations,
     /// Dials and connections at once on one HTTP/2 connection.
     pub max_dials: usize,
 }
@@ -96,6 +96,7 @@ impl EgressListener for Konnectivity {
     }
 
     async fn serve<S: CallerSocket>(self: Arc<Self>, socket: S, caller: Caller) {
+        let draining = self.generations.present().draining;
         let client = Arc::new(Client {
             outbound: self.outbound.clone(),
             caller,
@@ -142,7 +143,7 @@ impl EgressListener for Konnectivity {
                     }
                     waiting = false;
                 }
-                () = self.draining.cancelled(), if accepting => {
+                () = draining.cancelled(), if accepting => {
                     accepting = false;
                     connection.as_mut().graceful_shutdown();
                 }

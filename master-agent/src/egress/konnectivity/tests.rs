@@ -19,6 +19,7 @@ use tonic_prost::prost::Message;
 use super::*;
 use crate::{
     egress::outbound::CallerLimits,
+    http::generations::Generations,
     stream::metrics::{ListenerLabels, StreamMetrics},
     tunnels::registry::Registry,
 };
@@ -128,7 +129,7 @@ impl Wire {
             limits: CallerLimits { head_timeout: HANGS, half_closed_timeout: HANGS, max_connections: 1 },
             tasks: Tasks::new(),
         };
-        let listener = Arc::new(Konnectivity { outbound, draining: CancellationToken::new(), max_dials });
+        let listener = Arc::new(Konnectivity { outbound, generations: Generations::default(), max_dials });
         let (socket, far) = tokio::io::duplex(buffer);
         let caller = Caller::new(DOOR, Origin("test".to_owned()));
         listener.outbound.tasks.spawn(listener.clone().serve(far, caller));

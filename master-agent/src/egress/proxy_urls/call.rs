@@ -7,13 +7,17 @@ use std::{
 };
 
 use proto::NodeName;
-use tokio_util::sync::CancellationToken;
 
 use super::tls::TargetTls;
 use crate::{
     directory::Directory,
     egress::outbound::Outbound,
-    http::{claims::Claims, exchange::Upgrade, watched::Activity},
+    http::{
+        claims::Claims,
+        exchange::Upgrade,
+        generations::{Generation, Generations},
+        watched::Activity,
+    },
     stream::caller::Caller,
 };
 
@@ -26,10 +30,7 @@ pub struct ProxyUrls {
     pub claims: Arc<Claims>,
     /// How long a connection may wait for its next request, and a target for the next bytes of a request body.
     pub idle_timeout: Duration,
-    /// Once cancelled, connections end after the request in progress.
-    pub draining: CancellationToken,
-    /// Cancelled when connections that wait for a request must end, too.
-    pub closing: CancellationToken,
+    pub generations: Generations,
 }
 
 /// One accepted connection.
@@ -38,6 +39,7 @@ pub(super) struct Call {
     pub caller: Caller,
     pub entrance: Entrance,
     pub activity: Activity,
+    pub generation: Generation,
     /// The node whose tunnel the request went through.
     pub node: OnceLock<NodeName>,
     pub upgrade: Mutex<Option<Upgrade>>,

@@ -58,6 +58,7 @@ impl ProxyUrls {
         request: Request<Incoming>,
     ) -> (Result<(Response<Body>, Option<Upgrade>), StatusError>, Option<NodeName>) {
         let call = Call {
+            generation: self.generations.present(),
             listener: self.clone(),
             caller,
             entrance: Entrance::FrontEnd(peer),
@@ -79,6 +80,7 @@ impl EgressListener for ProxyUrls {
     async fn serve<S: CallerSocket>(self: Arc<Self>, socket: S, caller: Caller) {
         let activity = Activity::default();
         let call = Arc::new(Call {
+            generation: self.generations.present(),
             entrance: socket.peer().map_or(Entrance::Unix, Entrance::Loopback),
             activity: activity.clone(),
             node: OnceLock::new(),
@@ -110,7 +112,7 @@ impl Call {
         tokio::pin!(connection);
         let served = tokio::select! {
             served = connection.as_mut() => served,
-            () = self.listener.closing.cancelled() => {
+            () = self.generation.closing.cancelled() => {
                 connection.as_mut().graceful_shutdown();
                 connection.await
             }
@@ -128,7 +130,7 @@ impl Call {
             Ok(response) => response,
             Err(failure) => failure.response().map(Body::from),
         };
-        if self.listener.draining.is_cancelled() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        if self.generation.draining.is_cancelled() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         Ok(response.map(|body| body.while_busy(busy)))

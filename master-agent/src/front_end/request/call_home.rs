@@ -39,7 +39,7 @@ pub(super) fn answer(
 ) -> Result<Handled, Rejection> {
     let Authorized { mut head, seat, .. } = request;
     let upgrade = head.extensions.remove::<OnUpgrade>().ok_or(Rejection::NoLinkRequested)?;
-    if connection.front_end.draining.is_cancelled() {
+    if connection.generation.draining.is_cancelled() {
         return Err(Rejection::Stopping);
     }
     let CallHomeRequest { services, peer, purpose } = call_home;

@@ -92,7 +92,7 @@ impl Connection {
             }
         };
         let Handled { mut response, seat, validity, upgrade } = handled;
-        last |= http1 && self.front_end.draining.is_cancelled();
+        last |= http1 && self.generation.draining.is_cancelled();
         if self.is_to_end_after(response.status()) {
             last = http1;
             self.ending.cancel();

@@ -33,7 +33,6 @@ use tokio::{
     task::JoinHandle,
 };
 use tokio_rustls::TlsConnector;
-use tokio_util::sync::CancellationToken;
 
 use crate::{
     activity::{NodeActivities, NodeActivity},
@@ -48,6 +47,7 @@ use crate::{
         upstream::RequestBody,
         workers,
     },
+    http::generations::Generations,
     identity::store::TokenError,
     stream::metrics::StreamMetrics,
     tunnels::call_home::Purpose,
@@ -125,8 +125,7 @@ impl World {
                 runtime: tokio::runtime::Handle::current(),
             }),
             streams: StreamMetrics::new(Arc::new(NoNodes)),
-            draining: CancellationToken::new(),
-            closing: CancellationToken::new(),
+            generations: Generations::default(),
         };
         let (front_end, writer) = FrontEnd::load(&config, dependencies, &tasks, &tasks).unwrap();
         Self { dir, tasks, front_end, writer: Some(writer), upstream, home, calls }

@@ -18,19 +18,13 @@ use prometheus_client::{
 use proto::DialError;
 
 use crate::activity::NodeActivities;
+use proto_net::handover::DrainingGauges;
 
 pub use konnectivity::KonnectivityCounts;
 pub use labels::{DialLabels, DirectionLabels, LISTENERS, ListenerLabels};
 pub use policy_rules::PolicyRules;
 
 type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
-
-/// The gauges of former processes that have callers after a reload.
-#[derive(Clone, Default)]
-pub struct DrainingGauges {
-    pub processes: Gauge,
-    pub callers: Gauge,
-}
 
 /// The handles of whoever dials and relays. Cheap to clone.
 #[derive(Clone)]
@@ -124,7 +118,7 @@ impl StreamMetrics {
             "Former processes of this agent, which end once their callers have",
             self.draining.processes.clone(),
         );
-        r.register("draining_callers", "Callers of former processes", self.draining.callers.clone());
+        r.register("draining_callers", "Callers of former processes", self.draining.streams.clone());
         r.register("stream_duration_seconds", "How long ended streams lasted", self.seconds.clone());
         r.register(
             "stream_size_bytes",

@@ -33,9 +33,6 @@ use super::{
 };
 use crate::{identity::UserIdentity, tunnels::config::TunnelsConfig};
 
-/// How long one stream to a plain sshd may block the others on its connection. A stream that was fast before may do so a
-/// little longer.
-const STALL_TIMEOUT: Duration = Duration::from_secs(1);
 /// The longest time to send a refusal, or to wait for the reason of the node's refusal.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
 /// The longest time for each step of closing a session.
@@ -103,7 +100,8 @@ impl SshClient {
         let (link, gate) = Link::new(link, cut.clone(), received.clone());
         // To a node-agent. To a plain sshd, russh sends the keep-alives of SSH.
         gate.keep_alive(keep_alive::quiet(self.config.keepalive_interval));
-        let channels = Channels::new(gate.clone(), tasks.clone(), STALL_TIMEOUT, self.stalls.up.clone());
+        let patience = self.config.sshd_stall_timeout;
+        let channels = Channels::new(gate.clone(), tasks.clone(), patience, self.stalls.up.clone());
         let state = Arc::<SessionState>::default();
         let handler = ClientHandler {
             verify,

@@ -1,7 +1,7 @@
 //! The socket between the two processes. It keeps messages apart, carries descriptors, and ends with either process.
 
 use std::{
-    io::{self, IoSlice, IoSliceMut},
+    io::{self, IoSliceMut},
     mem::MaybeUninit,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
@@ -9,14 +9,14 @@ use std::{
 use rustix::{
     io::Errno,
     net::{
-        AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
-        SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg,
-        socketpair,
+        AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SocketFlags,
+        SocketType, recvmsg, socketpair,
     },
 };
 use tokio::{io::Interest, net::UnixStream};
 
 use super::message::{MAX_MESSAGE, Message};
+use crate::descriptors;
 
 /// One end of the socket, which keeps messages apart although its type is that of a stream.
 #[derive(Debug)]
@@ -48,24 +48,13 @@ impl Channel {
     /// Sends a message with descriptors, of which there is at most one.
     pub(super) async fn send_with(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let bytes = serde_json::to_vec(message)?;
-        self.0.async_io(Interest::WRITABLE, || send(&self.0, &bytes, fds)).await
+        self.0.async_io(Interest::WRITABLE, || descriptors::send(&self.0, &bytes, fds)).await
     }
 
     /// The next message, and the descriptor that comes with it; `None` once the other process is gone. Cancel-safe.
     pub(super) async fn receive(&self) -> io::Result<Option<(Message, Option<OwnedFd>)>> {
         self.0.async_io(Interest::READABLE, || receive(&self.0)).await
     }
-}
-
-/// Sends one message without waiting.
-pub(super) fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
-        return Err(io::Error::other("too many descriptors for one message"));
-    }
-    sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?;
-    Ok(())
 }
 
 fn receive(socket: impl AsFd) -> io::Result<Option<(Message, Option<OwnedFd>)>> {

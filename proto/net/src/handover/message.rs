@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::draining::Draining;
 use crate::listeners::Address;
 
 /// The most bytes of one message.
@@ -12,6 +13,10 @@ pub(super) const PEERS: usize = 128;
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Message {
+    // From the process that starts the next one.
+    /// The next process has this number. A descriptor of it (`pidfd_open(2)`) comes with the message.
+    Started(u32),
+
     // From the running process.
     /// A socket that it listens on, whose descriptor comes with the message.
     Listener(Address),
@@ -31,13 +36,6 @@ pub(super) enum Message {
     Serving,
     /// It ends, for this reason.
     Failed(String),
-    /// It has been replaced itself, or has been told to stop: its end is no reason to start another process.
-    Farewell,
-}
-
-/// What former processes still carry.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Draining {
-    pub processes: u64,
-    pub streams: u64,
+    /// It has been told to stop, and so are the processes before it.
+    Stopping,
 }

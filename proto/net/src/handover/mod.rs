@@ -7,18 +7,29 @@
 //! running process accepts nothing more, and ends when its streams have.
 //!
 //! Until `Serving`, the running process can go on as if nothing had happened, and does so if the next one fails. If the
-//! running process dies, the next one takes its place.
+//! running process dies, the next one takes its place. The next process is nobody's child but that of whoever adopts
+//! orphans, which is systemd, so that systemd supervises it as it supervised the former one.
 
 mod channel;
+mod draining;
 mod message;
 mod predecessor;
+mod program;
+pub mod reload;
+mod running;
 mod successor;
 #[cfg(test)]
 mod tests;
 
-pub use message::Draining;
+use std::io;
+
+use crate::{listeners::Listeners, socket_store};
+
+pub use draining::{Draining, DrainingGauges};
 pub use predecessor::Predecessor;
-pub use successor::{End, HandoverError, Program, Successor};
+pub use program::Program;
+pub use running::{Agent, Handover};
+pub use successor::Successor;
 
 /// How a process of an agent begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +40,33 @@ pub enum Role {
     Next,
 }
 
+/// How a process begins, and which program its next one runs.
+#[derive(Debug)]
+pub struct Beginning {
+    pub program: Program,
+    pub role: Role,
+}
+
+impl Beginning {
+    /// To be made before anybody replaces the program's file.
+    pub fn new(role: Role) -> io::Result<Self> {
+        Ok(Self { program: Program::current()?, role })
+    }
+}
+
 impl Role {
+    /// Returns the running process, if there is one, and the listeners of this one with the sockets that it begins with.
+    pub async fn begin(self) -> io::Result<(Option<Predecessor>, Listeners)> {
+        match self {
+            Self::First => Ok((None, Listeners::with_sockets(socket_store::take()))),
+            Self::Next => {
+                let mut predecessor = Predecessor::meet().await?;
+                let listeners = Listeners::taking_over(predecessor.take_listeners());
+                Ok((Some(predecessor), listeners))
+            }
+        }
+    }
+
     /// Tells the running process, if there is one, why this one does not serve.
     pub fn refuse(self, why: &dyn std::fmt::Display) {
         if self == Self::Next {

@@ -2,11 +2,11 @@
 
 use std::io;
 
-use super::{
-    channel::{self, Channel},
-    message::{Draining, Message},
+use super::{channel::Channel, draining::Draining, message::Message};
+use crate::{
+    descriptors,
+    listeners::{Address, Inherited},
 };
-use crate::listeners::{Address, Inherited};
 
 /// The running process, from which this one takes over.
 #[derive(Debug)]
@@ -54,8 +54,8 @@ impl Predecessor {
     /// meanwhile, this one takes its place.
     ///
     /// `unused` are sockets of the running process that this one does not need.
-    pub async fn loaded(&self, version: &str, unused: Vec<Address>) {
-        let loaded = Message::Loaded { version: version.to_owned(), unused };
+    pub async fn loaded(&self, version: &str, unused: &[Address]) {
+        let loaded = Message::Loaded { version: version.to_owned(), unused: unused.to_vec() };
         if self.channel.send(&loaded).await.is_ok() {
             let _ = self.channel.receive().await;
         }
@@ -66,8 +66,8 @@ impl Predecessor {
         let _ = self.channel.send(&Message::Serving).await;
     }
 
-    /// Passes on what former processes still carry, until they have ended. Says so once this process is `leaving`.
-    pub async fn follow(self, report: impl Fn(Draining), leaving: impl Future<Output = ()>) {
+    /// Passes on what former processes still carry, until they have ended. Tells them once this process is `stopping`.
+    pub async fn follow(self, report: impl Fn(Draining), stopping: impl Future<Output = ()>) {
         let reports = async {
             while let Ok(Some((message, _))) = self.channel.receive().await {
                 if let Message::Draining(draining) = message {
@@ -75,14 +75,14 @@ impl Predecessor {
                 }
             }
         };
-        let farewell = async {
-            leaving.await;
-            let _ = self.channel.send(&Message::Farewell).await;
+        let telling = async {
+            stopping.await;
+            let _ = self.channel.send(&Message::Stopping).await;
             std::future::pending::<()>().await;
         };
         tokio::select! {
             () = reports => {}
-            () = farewell => {}
+            () = telling => {}
         }
         report(Draining::default());
     }
@@ -91,6 +91,6 @@ impl Predecessor {
 /// Tells the process at the other end of standard input why this one does not serve.
 pub(super) fn refuse(why: &str) {
     if let Ok(message) = serde_json::to_vec(&Message::Failed(why.to_owned())) {
-        let _ = channel::send(io::stdin(), &message, &[]);
+        let _ = descriptors::send(io::stdin(), &message, &[]);
     }
 }

@@ -1,22 +1,20 @@
 //! The running process's side: it starts the next process, and follows what becomes of it.
 
 use std::{
-    env,
-    ffi::OsString,
     io,
-    os::fd::AsFd,
-    path::{Path, PathBuf},
+    os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
     time::Duration,
 };
 
-use tokio::{
-    process::{Child, Command},
-    time::timeout,
-};
+use rustix::process::{Signal, pidfd_send_signal};
+use tokio::{process::Command, time::timeout};
 
 use super::{
     channel::Channel,
-    message::{Draining, Message, PEERS},
+    draining::Draining,
+    message::{Message, PEERS},
+    program::Program,
 };
 use crate::listeners::{Address, Listeners};
 
@@ -24,9 +22,6 @@ use crate::listeners::{Address, Listeners};
 const LOAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long it may take from then on until it serves, most of which it may spend on waiting for links.
 const SERVE_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// Makes a process take over from the one at the other end of its standard input.
-const TAKE_OVER: &str = "--take-over";
 
 /// Why the running process goes on. The text is for people.
 #[derive(Debug, thiserror::Error)]
@@ -45,53 +40,13 @@ pub enum HandoverError {
     Unexpected,
 }
 
-/// The program of this process, by the path under which it was started. An upgrade may put another file there.
-#[derive(Clone, Debug)]
-pub struct Program {
-    path: PathBuf,
-    arguments: Vec<OsString>,
-}
-
-impl Program {
-    pub fn new(path: PathBuf, arguments: Vec<OsString>) -> Self {
-        Self { path, arguments }
-    }
-
-    /// The program with the arguments of this process. It has to be found before anybody replaces the file, whose path is
-    /// unknown after that if the process was found by `PATH`.
-    pub fn current() -> io::Result<Self> {
-        let mut arguments = env::args_os();
-        let called = arguments.next().map(PathBuf::from).filter(|path| path.components().count() > 1);
-        let path = match called {
-            Some(path) => std::path::absolute(path)?,
-            None => env::current_exe()?,
-        };
-        let arguments = arguments.filter(|argument| argument != TAKE_OVER).collect();
-        Ok(Self { path, arguments })
-    }
-
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-}
-
-/// What becomes of a process that serves.
-#[derive(Debug)]
-pub enum End {
-    /// It has been replaced itself, or has been told to stop.
-    Leaves,
-    /// It has ended without having said that it would, with this status.
-    Crashed(String),
-}
-
-/// The next process, which is a child of the running one until that ends. Dropping this ends it unless it serves.
+/// The next process. Dropping this ends it unless it serves.
 #[derive(Debug)]
 pub struct Successor {
     channel: Channel,
-    process: Child,
+    /// What `pidfd_open(2)` gives.
+    process: OwnedFd,
     serves: bool,
-    /// It has said that it will end.
-    leaves: bool,
     unused: Vec<Address>,
     pub pid: u32,
     pub version: String,
@@ -105,39 +60,32 @@ impl Successor {
         peers: Vec<String>,
     ) -> Result<Self, HandoverError> {
         let (channel, stdin) = Channel::pair()?;
-        let process = Command::new(&program.path)
-            .args(&program.arguments)
-            .arg(TAKE_OVER)
+        let mut starter = Command::from(program.start_next())
             .stdin(stdin)
-            // systemd addresses these variables to the process whose number they hold.
-            .env_remove("WATCHDOG_PID")
-            .env_remove("LISTEN_PID")
-            .env_remove("LISTEN_FDS")
-            .env_remove("LISTEN_FDNAMES")
+            .kill_on_drop(true)
             .spawn()
-            .map_err(|error| HandoverError::Start { program: program.path.clone(), error })?;
-        let pid = process.id().unwrap_or_default();
-        let mut next = Self {
-            channel,
-            process,
-            serves: false,
-            leaves: false,
-            unused: Vec::new(),
-            pid,
-            version: String::new(),
-        };
+            .map_err(|error| HandoverError::Start { program: program.path().to_owned(), error })?;
         let loading = async {
+            let (pid, process) = match channel.receive().await? {
+                Some((Message::Started(pid), Some(process))) => (pid, process),
+                // It was faster than the process that has started it.
+                Some((Message::Failed(why), _)) => return Err(HandoverError::Failed(why)),
+                Some(_) => return Err(HandoverError::Unexpected),
+                None => return Err(HandoverError::Ended),
+            };
+            let (version, unused) = (String::new(), Vec::new());
+            let mut next = Self { channel, process, serves: false, unused, pid, version };
+            starter.wait().await?;
             say_all(&next.channel, listeners, &peers).await?;
             let Message::Loaded { version, unused } = next.answer().await? else {
                 return Err(HandoverError::Unexpected);
             };
-            Ok((version, unused))
+            (next.version, next.unused) = (version, unused);
+            Ok(next)
         };
         let limit = LOAD_TIMEOUT;
         let late = HandoverError::Late { what: "has not read its files", limit };
-        let loaded = timeout(limit, loading).await.unwrap_or(Err(late));
-        (next.version, next.unused) = loaded?;
-        Ok(next)
+        timeout(limit, loading).await.unwrap_or(Err(late))
     }
 
     /// Lets the next process accept and make links, and waits until it serves everybody.
@@ -171,23 +119,14 @@ impl Successor {
         let _ = self.channel.send(&Message::Draining(draining)).await;
     }
 
-    /// Waits until the process has ended, or says that it will. Cancel-safe, and never completes after that.
-    pub async fn end(&mut self) -> End {
-        while !self.leaves
-            && let Ok(Some((message, _))) = self.channel.receive().await
-        {
-            if message == Message::Farewell {
-                self.leaves = true;
-                return End::Leaves;
+    /// Waits until the process says that it has been told to stop, or has ended without that (`false`). Cancel-safe.
+    pub async fn stops(&self) -> bool {
+        while let Ok(Some((message, _))) = self.channel.receive().await {
+            if message == Message::Stopping {
+                return true;
             }
         }
-        if self.leaves {
-            std::future::pending::<()>().await;
-        }
-        End::Crashed(match self.process.wait().await {
-            Ok(status) => status.to_string(),
-            Err(error) => error.to_string(),
-        })
+        false
     }
 }
 
@@ -195,7 +134,7 @@ impl Drop for Successor {
     fn drop(&mut self) {
         if !self.serves {
             // It must not begin to serve later.
-            let _ = self.process.start_kill();
+            let _ = pidfd_send_signal(&self.process, Signal::KILL);
         }
     }
 }

@@ -1,10 +1,11 @@
 //! Both sides of a handover in one process, where the next process is a task, and programs that are none of ours.
 
-use std::{os::fd::AsFd, path::PathBuf, time::Duration};
+use std::{env, os::fd::AsFd, path::PathBuf, process, time::Duration};
 
-use tokio::{net::TcpStream, time::timeout};
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::{net::TcpStream, runtime::Runtime, time::timeout};
 
-use super::{channel::Channel, message::Message, *};
+use super::{channel::Channel, message::Message, successor::HandoverError, *};
 use crate::{
     accept::Listener,
     listeners::{Address, Listeners, Stage},
@@ -44,12 +45,12 @@ async fn sockets_and_peers_arrive_and_each_step_is_waited_for() {
     let _caller = TcpStream::connect(socket.local_addr().unwrap()).await.unwrap();
     socket.accept().await.unwrap();
     // It waits until links may be made.
-    let waits = timeout(Duration::from_millis(50), next.loaded("1.2.3", Vec::new())).await;
+    let waits = timeout(Duration::from_millis(50), next.loaded("1.2.3", &[])).await;
     assert!(waits.is_err());
     let said = near.receive().await.unwrap().unwrap().0;
     assert_eq!(said, Message::Loaded { version: "1.2.3".to_owned(), unused: Vec::new() });
     near.send(&Message::Link).await.unwrap();
-    next.loaded("1.2.3", Vec::new()).await;
+    next.loaded("1.2.3", &[]).await;
     next.serving().await;
     near.receive().await.unwrap();
     assert_eq!(near.receive().await.unwrap().unwrap().0, Message::Serving);
@@ -59,8 +60,8 @@ async fn sockets_and_peers_arrive_and_each_step_is_waited_for() {
     let reports = std::cell::RefCell::new(Vec::new());
     let following = next.follow(|report| reports.borrow_mut().push(report), std::future::ready(()));
     let former = async {
-        // It hears that the next process is leaving.
-        assert_eq!(near.receive().await.unwrap().unwrap().0, Message::Farewell);
+        // It hears that the next process is stopping.
+        assert_eq!(near.receive().await.unwrap().unwrap().0, Message::Stopping);
         drop(near);
     };
     tokio::join!(following, former);
@@ -76,7 +77,7 @@ async fn a_running_process_that_dies_leaves_its_place_to_the_next_one() {
         near.receive().await.unwrap();
         drop(near);
     };
-    let ((), ()) = tokio::join!(next.loaded("1", Vec::new()), dies);
+    let ((), ()) = tokio::join!(next.loaded("1", &[]), dies);
     next.serving().await;
 }
 
@@ -100,24 +101,58 @@ async fn a_program_that_is_none_of_ours_does_not_take_over() {
     assert!(error.to_string().starts_with("can't start /nonexistent/agent: "), "{error}");
 }
 
+/// Does something only in the processes that a test below starts.
+#[test]
+fn the_program_of_these_tests() {
+    match env::args().next_back().as_deref() {
+        Some("--start-next") => Program::current().unwrap().run_next().unwrap(),
+        Some("--take-over") => Runtime::new().unwrap().block_on(async {
+            let next = Predecessor::meet().await.unwrap();
+            next.loaded("9", &[]).await;
+            std::future::pending::<()>().await;
+        }),
+        _ => {}
+    }
+}
+
+async fn start_this_program() -> Successor {
+    let name = "handover::tests::the_program_of_these_tests";
+    let arguments = ["--exact", name, "--"].map(Into::into).to_vec();
+    let program = Program::new(env::current_exe().unwrap(), arguments);
+    Successor::start(&program, &Listeners::new(), Vec::new()).await.unwrap()
+}
+
+/// Whether a process runs, and whose child it is.
+fn parent(pid: u32) -> Option<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+    field("State:").filter(|state| !state.starts_with('Z'))?;
+    field("PPid:")?.parse().ok()
+}
+
 #[tokio::test]
-async fn a_process_that_ends_before_it_serves_is_no_successor_and_one_that_is_given_up_ends() {
-    let script = r#"printf '{"loaded":{"version":"9","unused":[]}}' >&0; exit 0"#;
-    let mut next = Successor::start(&program(script), &Listeners::new(), Vec::new()).await.unwrap();
+async fn the_next_process_is_no_child_and_ends_if_it_is_given_up() {
+    let next = start_this_program().await;
     assert_eq!(next.version, "9");
-    assert!(matches!(
-        next.serve(&Listeners::new()).await,
-        Err(HandoverError::Ended | HandoverError::Channel(_))
-    ));
-    let script = r#"printf '{"loaded":{"version":"9","unused":[]}}' >&0; exec sleep 600"#;
-    let next = Successor::start(&program(script), &Listeners::new(), Vec::new()).await.unwrap();
-    let process = PathBuf::from(format!("/proc/{}/cmdline", next.pid));
-    assert!(std::fs::read(&process).is_ok_and(|command| !command.is_empty()));
+    assert!(parent(next.pid).is_some_and(|parent| parent != process::id()));
+    let pid = next.pid;
     drop(next);
     let ended = async {
-        while std::fs::read(&process).is_ok_and(|command| !command.is_empty()) {
+        while parent(pid).is_some() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
     timeout(Duration::from_secs(10), ended).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_process_that_ends_before_it_serves_is_no_successor() {
+    let mut next = start_this_program().await;
+    let pid = i32::try_from(next.pid).unwrap();
+    let listeners = Listeners::new();
+    let serving = next.serve(&listeners);
+    let (served, ()) = tokio::join!(serving, async {
+        kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+    });
+    assert!(matches!(served, Err(HandoverError::Ended | HandoverError::Channel(_))), "{served:?}");
 }

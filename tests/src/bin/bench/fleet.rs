@@ -12,7 +12,10 @@ use std::{
 use anyhow::{Context, bail};
 use node_agent::{config::Config, identity::host::NodeIdentity};
 use proto_config::secret_file;
-use proto_net::telemetry::LinesLost;
+use proto_net::{
+    handover::{Beginning, Role},
+    telemetry::LinesLost,
+};
 use russh::keys::{HashAlg, PrivateKey};
 use tests::{
     client::http_get,
@@ -135,11 +138,11 @@ pub async fn serve(directory: &File, first: u32, last: u32, offset: u32) -> anyh
     for i in first..last {
         let (directory, own) = (directory.join(format!("node-{i}")), address(offset + i));
         let text = format!(
-            "node: node-{i}\nstate_dir: .\nadmin: {{listen: '{own}:{ADMIN}'}}\nlisten: '{own}:{SSH}'\n\
+            "node: node-{i}\nstate_dir: .\nadmin: {{listen: '{own}:{ADMIN}', socket: admin.sock}}\nlisten: '{own}:{SSH}'\n\
              addresses: ['{own}']\npolicy: {{pod_cidrs: [10.0.0.0/8], service_cidrs: [172.16.0.0/12]}}\n"
         );
         let config = Config::parse(&text, "a stand-in", &directory).map_err(|e| anyhow::anyhow!("{e}"))?;
-        nodes.spawn(node_agent::app::run(config, LinesLost::default()));
+        nodes.spawn(node_agent::app::run(config, Beginning::new(Role::First)?, LinesLost::default()));
     }
     while let Some(ended) = nodes.join_next().await {
         ended??;

@@ -292,7 +292,7 @@ fn start_agent(directory: &Path, name: &str, like: &Path, master: SocketAddr) ->
     std::fs::write(
         &file,
         format!(
-            "state_dir: state\nadmin: {{listen: '127.0.0.1:{admin}'}}\ncall_home: ['{master}']\n{policy}\n"
+            "state_dir: state\nadmin: {{listen: '127.0.0.1:{admin}', socket: admin.sock}}\ncall_home: ['{master}']\n{policy}\n"
         ),
     )
     .unwrap();

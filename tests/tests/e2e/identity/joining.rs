@@ -96,7 +96,7 @@ impl Host {
         let admin = local(free_port());
         let config = dir.join("node.yaml");
         let text = format!(
-            "state_dir: state\nadmin: {{listen: '{admin}'}}\n{link}\npolicy: {{allow: [{{name: all, to: 127.0.0.0/8, ports: 1-65535}}]}}\n"
+            "state_dir: state\nadmin: {{listen: '{admin}', socket: admin.sock}}\n{link}\npolicy: {{allow: [{{name: all, to: 127.0.0.0/8, ports: 1-65535}}]}}\n"
         );
         std::fs::write(&config, text).unwrap();
         Self { dir, config, admin, process: None }

@@ -60,7 +60,7 @@ fn host(cluster: &Cluster, name: &str, certified: Option<(&Path, &[&str])>) -> P
 
 fn calling(directory: &Path, master: SocketAddr) -> Process {
     let config = format!(
-        "state_dir: state\nadmin: {{listen: '127.0.0.1:{}'}}\ncall_home: ['{master}']\n",
+        "state_dir: state\nadmin: {{listen: '127.0.0.1:{}', socket: admin.sock}}\ncall_home: ['{master}']\n",
         free_port()
     );
     let file = directory.join("node.yaml");

@@ -161,35 +161,117 @@ async fn a_configuration_or_a_program_that_can_not_serve_changes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_new_process_that_crashes_is_started_again_and_one_that_is_stopped_is_not() {
+async fn the_process_that_is_told_to_stop_tells_the_former_ones_and_one_that_crashes_does_not() {
     let port = target::start().await;
     let kinds = [("n1", Kind::Dialled), ("n2", Kind::CallHome)];
-    let options = Options { nodes: nodes(&kinds), ports: vec![port], ..Options::default() };
+    let master_config = "shutdown_grace: 2s".to_owned();
+    let options = Options { nodes: nodes(&kinds), ports: vec![port], master_config, ..Options::default() };
     let mut cluster = Cluster::start(options).await.unwrap();
     let target = format!("n1:{port}");
     let mut stream = echo(&cluster.unix, &target).await;
     cluster.reload_master().unwrap();
+    cluster.reload_master().unwrap();
     cluster.master.kill();
-    let log = cluster.master.says(&["a process serves again"]).await;
-    let line = log.lines().find(|line| line.contains("a process serves again")).unwrap();
-    let pid = line.rsplit_once("pid=").unwrap().1.trim().parse().unwrap();
-    cluster.master = cluster.master.adopt(pid);
-    for door in cluster.doors() {
-        for (node, _) in kinds {
-            echo(&door, &format!("{node}:{port}")).await;
-        }
-    }
-    cluster.master.signal("TERM");
-    cluster.master.wait(SOON).unwrap();
-    // Nobody listens, and nobody waits in a queue for somebody who does.
+    // Whoever supervises the agent has to start it again. The former processes go on, and keep nobody waiting.
     for door in cluster.doors() {
         eventually("connections are refused", SOON, async || door.connect(&target).await.err()).await;
     }
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    for door in cluster.doors() {
-        assert!(door.connect(&target).await.is_err(), "a process was started after the agent was stopped");
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    still_echoes(&mut stream).await;
+
+    eventually("the former processes have closed their sockets", SOON, async || {
+        tokio::net::TcpStream::connect(cluster.admin).await.is_err().then_some(())
+    })
+    .await;
+    cluster.restart_master().unwrap();
+    for (node, _) in kinds {
+        cluster.wait_state(node, "connected").await;
+    }
+    let mut other = echo(&cluster.unix, &target).await;
+    cluster.reload_master().unwrap();
+    cluster.reload_master().unwrap();
+    still_echoes(&mut other).await;
+    cluster.master.signal("TERM");
+    cluster.master.wait(SOON).unwrap();
+    let mut former = cluster.former_masters.split_off(2);
+    for process in &mut former {
+        process.wait(SOON).unwrap();
     }
     still_echoes(&mut stream).await;
     drop(stream);
     cluster.former_masters[0].wait(SOON).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_reload_again_and_again_and_no_dial_fails_and_no_stream_is_cut() {
+    const TIMES: usize = 4;
+    let port = target::start().await;
+    let kinds = [("n1", Kind::Dialled), ("n2", Kind::CallHome), ("n3", Kind::CallHomeHttps)];
+    let options = Options { nodes: nodes(&kinds), ports: vec![port], ..Options::default() };
+    let mut cluster = Cluster::start(options).await.unwrap();
+    let targets: Vec<_> = kinds.iter().map(|(node, _)| format!("{node}:{port}")).collect();
+    let (mut held, mut former) = (Vec::new(), Vec::new());
+    let dialler = Dialler::start(cluster.doors().to_vec(), targets.clone());
+    for _ in 0..TIMES {
+        for index in 0..kinds.len() {
+            held.push(echo(&cluster.unix, &targets[index]).await);
+            let reloaded = cluster.reload_node(index);
+            former.push(reloaded.unwrap_or_else(|e| {
+                panic!("{e:#}\n{}", cluster.nodes[index].process.as_ref().unwrap().log_text())
+            }));
+            for stream in &mut held {
+                still_echoes(stream).await;
+            }
+        }
+    }
+    dialler.finish(TIMES * 10).await;
+    assert!(former.iter_mut().all(|process| process.is_running()));
+    for node in &cluster.nodes {
+        let draining = cluster.metric(node.admin, "node_agent_draining_processes").await.unwrap();
+        assert_eq!(draining as usize, TIMES, "{}", node.name);
+    }
+    drop(held);
+    for process in &mut former {
+        process.wait(SOON).unwrap();
+    }
+    for (index, target) in targets.iter().enumerate() {
+        let node = &cluster.nodes[index];
+        eventually("nothing drains, and one link is left", SOON, async || {
+            let draining = cluster.metric(node.admin, "node_agent_draining_processes").await.ok()?;
+            let tunnels = cluster.node_status(&node.name).ok()?["tunnels"].as_array()?.len();
+            (draining == 0.0 && tunnels == 1).then_some(())
+        })
+        .await;
+        for door in cluster.doors() {
+            echo(&door, target).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_s_configuration_that_can_not_serve_changes_nothing() {
+    let port = target::start().await;
+    let options = Options { nodes: nodes(&[("n1", Kind::Dialled)]), ports: vec![port], ..Options::default() };
+    let mut cluster = Cluster::start(options).await.unwrap();
+    let target = format!("n1:{port}");
+    let mut stream = echo(&cluster.unix, &target).await;
+    let path = cluster.nodes[0].dir.join("node.yaml");
+    let (good, pid) =
+        (std::fs::read_to_string(&path).unwrap(), cluster.nodes[0].process.as_ref().unwrap().pid());
+    for (change, why) in [
+        ("no_such_field: 1\n", "no_such_field"),
+        ("front_end: {unix: {path: /proc/nowhere/front-end.sock}}\n", "/proc/nowhere"),
+    ] {
+        std::fs::write(&path, format!("{good}{change}")).unwrap();
+        let error = cluster.reload_node(0).map(drop).unwrap_err().to_string();
+        assert!(error.contains(why), "{error}");
+    }
+    std::fs::write(&path, &good).unwrap();
+    still_echoes(&mut stream).await;
+    for door in cluster.doors() {
+        echo(&door, &target).await;
+    }
+    assert_eq!(cluster.nodes[0].process.as_ref().unwrap().pid(), pid);
+    drop(cluster.reload_node(0).unwrap());
+    echo(&cluster.unix, &target).await;
 }

@@ -154,7 +154,7 @@ async fn the_agents_run_without_root() {
     std::fs::write(
         &configs[1],
         format!(
-            "state_dir: home/lib/node-agent\nadmin: {{listen: '127.0.0.1:{node_admin}'}}\nlisten: '127.0.0.1:{node_port}'\n\
+            "state_dir: home/lib/node-agent\nadmin: {{listen: '127.0.0.1:{node_admin}', socket: admin.sock}}\nlisten: '127.0.0.1:{node_port}'\n\
              policy: {{allow: [{{name: target, to: 127.0.0.1, ports: {port}}}]}}\n"
         ),
     )

@@ -21,7 +21,10 @@ fn a_port_that_is_taken_gives_the_three_ways_out() {
     let taken = sshd.local_addr().unwrap();
     std::fs::write(
         &config,
-        format!("state_dir: state\nlisten: '{taken}'\nadmin: {{listen: '127.0.0.1:{}'}}\n", free_port()),
+        format!(
+            "state_dir: state\nlisten: '{taken}'\nadmin: {{listen: '127.0.0.1:{}', socket: admin.sock}}\n",
+            free_port()
+        ),
     )
     .unwrap();
     let error = ran("node-agent", Some(&config), &["run"]).failed(1, &WAYS_OUT);

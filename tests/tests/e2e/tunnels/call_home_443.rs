@@ -142,7 +142,7 @@ impl World {
     pub(super) fn configure(&self, index: usize, call_home: &str, lines: &str) {
         let node = &self.cluster.nodes[index];
         let text = format!(
-            "state_dir: state\nadmin: {{listen: '{}'}}\ncall_home: ['{call_home}']\nlimits: {{dial_timeout: 2s}}\n\
+            "state_dir: state\nadmin: {{listen: '{}', socket: admin.sock}}\ncall_home: ['{call_home}']\nlimits: {{dial_timeout: 2s}}\n\
              policy: {{allow: [{{name: all, to: 127.0.0.0/8, ports: 1-65535}}]}}\n{lines}\n",
             node.admin
         );

@@ -23,6 +23,9 @@ const GROWTH: u64 = 64 * MB;
 /// the size of what it holds.
 const GROWTH_WITH_SSHD: u64 = 96 * MB;
 
+/// The others are not to be reset because a busy machine lets their callers wait.
+const PATIENT: &str = "tunnels: {sshd_stall_timeout: 2m}";
+
 async fn one_node(kind: Kind, ports: &[u16], master_config: &str) -> Cluster {
     let options = Options {
         nodes: vec![("n1".to_owned(), kind)],
@@ -124,7 +127,7 @@ fn writer(door: &Door, staller: &Staller, size: usize) -> JoinHandle<(u64, Strin
 async fn targets_that_do_not_read_hold_up_nobody(kind: Kind) {
     println!("{kind:?}");
     let (port, staller) = (target::start().await, Staller::start());
-    let cluster = one_node(kind, &[port, staller.port], "").await;
+    let cluster = one_node(kind, &[port, staller.port], PATIENT).await;
     let before = memory(&cluster);
     let mut writers = Vec::new();
     let [unix, tls] = cluster.doors();
@@ -171,7 +174,7 @@ struct SshdWithStalledReaders {
 
 async fn sshd_with_stalled_readers() -> SshdWithStalledReaders {
     let (port, staller) = (target::start().await, Staller::start());
-    let cluster = one_node(Kind::Sshd, &[port, staller.port], "").await;
+    let cluster = one_node(Kind::Sshd, &[port, staller.port], "tunnels: {sshd_stall_timeout: 4s}").await;
     let memory_before = cluster.master.usage().memory;
     let mut stalled = Vec::new();
     for size in [FIREHOSE, 1024] {
@@ -222,7 +225,7 @@ async fn a_reset_stream_s_socket_is_closed_although_its_reader_does_not_read() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_stalled_reader_on_an_sshd_that_holds_up_nobody_is_not_reset() {
     let port = target::start().await;
-    let cluster = one_node(Kind::Sshd, &[port], "").await;
+    let cluster = one_node(Kind::Sshd, &[port], PATIENT).await;
     let target = format!("n1:{port}");
     let bytes = 2 * 1024 * 1024;
     let mut stalled = Vec::new();
