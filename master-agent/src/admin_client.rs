@@ -18,6 +18,11 @@ impl AdminClient {
         Self(admin_client::AdminClient::new("master-agent", socket))
     }
 
+    /// Whether an agent runs, as far as its socket tells.
+    pub async fn is_running(&self) -> bool {
+        UnixStream::connect(&self.socket).await.is_ok()
+    }
+
     /// Returns all nodes and their tunnels.
     pub async fn nodes(&self) -> anyhow::Result<Vec<NodeStatus>> {
         Ok(serde_json::from_str(&self.nodes_json().await?)?)

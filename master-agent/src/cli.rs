@@ -87,6 +87,19 @@ pub enum Command {
     },
     /// Revoke SSH certificates of masters and people. Nodes close their sessions and refuse new ones.
     Revoke(RevokeArgs),
+    /// Write a backup of the state directory to FILE. The agent may run meanwhile. The backup holds the private keys of
+    /// both CAs.
+    Backup {
+        /// The file to write. It must not exist.
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
+    /// Restore a backup into an empty state directory. The agent must not run.
+    Restore {
+        /// The file that `backup` has written.
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
     /// Print a completion script for a shell.
     Completions {
         /// The shell.

@@ -1,6 +1,6 @@
 //! The program master-agent: reads the command line and the configuration, then runs the command.
 
-use std::{process::ExitCode, sync::Arc, time::SystemTime};
+use std::{path::Path, process::ExitCode, time::SystemTime};
 
 use anyhow::{Context, bail};
 use clap::Parser;
@@ -13,7 +13,7 @@ use master_agent::{
     },
     compare::{self, Configured},
     config::Config,
-    identity::{Authorities, fingerprint, host_name, revocation, sqlite::SqliteStore, store::Store, token},
+    identity::{backup, fingerprint, host_name, revocation, state::MasterState, store::Store, token},
     input::read_text,
     routing::inventory::Inventory,
     sshd_config::{self, SshdConfigArgs},
@@ -67,6 +67,8 @@ fn main() -> ExitCode {
         | Command::SignUser(_)
         | Command::HashPassword { .. }
         | Command::Revoke(_)
+        | Command::Backup { .. }
+        | Command::Restore { .. }
         | Command::Completions { .. } => Config::load_alone,
     };
     let config = match load(&cli.config) {
@@ -142,7 +144,7 @@ async fn command(cli: Cli, config: Config) -> anyhow::Result<ExitCode> {
         }
         Command::Node(NodeCommand::List(args)) => cli::node_list(&agent, args.output).await,
         Command::Node(NodeCommand::Forget { node }) => {
-            if !SqliteStore::open(&config.state_dir)?.forget_node(&node)? {
+            if !MasterState::open(&config.state_dir)?.store.forget_node(&node)? {
                 bail!("no key of node {node} is known");
             }
             Ok(())
@@ -167,14 +169,26 @@ async fn command(cli: Cli, config: Config) -> anyhow::Result<ExitCode> {
         Command::Token(TokenCommand::Create(args)) => token_create(&config, args),
         Command::Token(TokenCommand::List(args)) => token_list(&config, args.output),
         Command::Token(TokenCommand::Revoke { id }) => {
-            token::revoke(&SqliteStore::open(&config.state_dir)?, &id)
+            token::revoke(&MasterState::open(&config.state_dir)?.store, &id)
         }
         Command::SshdConfig(args) => print_sshd_config(&config, args),
         Command::SignUser(args) => sign_user(&config, args),
         Command::Revoke(args) => revoke(&config, args),
+        Command::Backup { file } => backup::write(&config.state_dir, &file, SystemTime::now()),
+        Command::Restore { file } => restore(&agent, &config, &file).await,
         Command::Run(_) | Command::HashPassword { .. } | Command::Completions { .. } => Ok(()),
     };
     result.map(|()| ExitCode::SUCCESS)
+}
+
+async fn restore(agent: &AdminClient, config: &Config, file: &Path) -> anyhow::Result<()> {
+    if agent.is_running().await {
+        bail!("the agent runs: stop it first, and move its state directory away");
+    }
+    let made = backup::restore(&config.state_dir, file)?;
+    let (file, directory) = (file.display(), config.state_dir.display());
+    stdout::print_line(format_args!("restored {file} of {made} into {directory}"));
+    Ok(())
 }
 
 fn token_create(config: &Config, args: TokenCreateArgs) -> anyhow::Result<()> {
@@ -188,8 +202,7 @@ fn token_create(config: &Config, args: TokenCreateArgs) -> anyhow::Result<()> {
     if matches!(args.address, Some(Master::Https(_))) && https.is_none() {
         bail!("hosts cannot join over HTTPS: `front_end:` with `call_home: true` is not configured");
     }
-    let authorities = Authorities::load_or_create(&config.state_dir)?;
-    let store = SqliteStore::open(&config.state_dir)?;
+    let MasterState { authorities, store } = MasterState::open(&config.state_dir)?;
     let address = match args.address {
         Some(address) => address.to_string(),
         None if listen.ip().is_unspecified() => format!("{scheme}{}:{}", host_name()?, listen.port()),
@@ -205,7 +218,7 @@ fn token_create(config: &Config, args: TokenCreateArgs) -> anyhow::Result<()> {
 }
 
 fn token_list(config: &Config, output: Output) -> anyhow::Result<()> {
-    let tokens = token::list(&SqliteStore::open(&config.state_dir)?, SystemTime::now())?;
+    let tokens = token::list(&MasterState::open(&config.state_dir)?.store, SystemTime::now())?;
     match output {
         Output::Json => stdout::print_line(serde_json::to_string(&tokens)?),
         Output::Table => {
@@ -233,10 +246,9 @@ fn print_sshd_config(config: &Config, args: SshdConfigArgs) -> anyhow::Result<()
     }
     let now = SystemTime::now();
     sshd_config::valid_until(now, args.ttl)?;
-    let authorities = Authorities::load_or_create(&config.state_dir)?;
+    let MasterState { authorities, store } = MasterState::open(&config.state_dir)?;
     let host_key = PublicKey::from_openssh(read_text(&args.host_key)?.trim())
         .with_context(|| format!("{} holds no OpenSSH public key", args.host_key.display()))?;
-    let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&config.state_dir)?);
     let (known, given) = (store.joined_key(name), fingerprint(&host_key));
     if let Some(known) = known.filter(|known| *known != given) {
         bail!(
@@ -252,12 +264,12 @@ fn print_sshd_config(config: &Config, args: SshdConfigArgs) -> anyhow::Result<()
 }
 
 fn sign_user(config: &Config, args: SignUserArgs) -> anyhow::Result<()> {
-    let authorities = Authorities::load_or_create(&config.state_dir)?;
+    let MasterState { authorities, store } = MasterState::open(&config.state_dir)?;
     let key = PublicKey::from_openssh(read_text(&args.key)?.trim())
         .with_context(|| format!("{} holds no OpenSSH public key", args.key.display()))?;
     let principals = [args.login.clone()];
     let certificate = authorities.sign_user(&key, &principals, &args.login, SystemTime::now(), args.ttl)?;
-    if let Some(by) = revocation::stored(&SqliteStore::open(&config.state_dir)?)?.revokes(&certificate) {
+    if let Some(by) = revocation::stored(&store)?.revokes(&certificate) {
         bail!(
             "nodes would refuse the certificate, since it is revoked by {by}: see `master-agent revoke --list`"
         );
@@ -267,8 +279,7 @@ fn sign_user(config: &Config, args: SignUserArgs) -> anyhow::Result<()> {
 }
 
 fn revoke(config: &Config, args: RevokeArgs) -> anyhow::Result<()> {
-    let authorities = Authorities::load_or_create(&config.state_dir)?;
-    let store = SqliteStore::open(&config.state_dir)?;
+    let MasterState { authorities, store } = MasterState::open(&config.state_dir)?;
     let ca = authorities.user_ca();
     let mut entries = args.serial;
     entries.extend(args.key_id.into_iter().map(|id| Entry::KeyId(id.into_bytes())));
@@ -322,7 +333,7 @@ fn revoke(config: &Config, args: RevokeArgs) -> anyhow::Result<()> {
         let signed = revocation::sign(&authorities, &list)?;
         let mut signature = path.clone().into_os_string();
         signature.push(".sig");
-        let write = |path: &std::path::Path, bytes: &[u8]| {
+        let write = |path: &Path, bytes: &[u8]| {
             std::fs::write(path, bytes).with_context(|| format!("can't write {}", path.display()))
         };
         write(path, &signed.list)?;

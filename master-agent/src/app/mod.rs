@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config::Config,
     front_end::audit::Writer,
-    identity::{Authorities, refresh::Refresher, sqlite::SqliteStore},
+    identity::{refresh::Refresher, state::MasterState},
     kubernetes::{self, api_server::KubeApiServer, config::KubernetesConfig, thread::FollowerThread},
     page::Page,
     traces::Traces,
@@ -106,10 +106,11 @@ pub async fn run(config: Config, beginning: Beginning, log_lines_lost: LinesLost
 
     // Read the files.
     let inventory = InventoryFile::load(config.inventory.clone())?;
+    let MasterState { authorities, store } = MasterState::open(&config.state_dir)?;
     let loaded = Loaded {
         inventory: inventory.inventory(),
-        authorities: Arc::new(Authorities::load_or_create(&config.state_dir)?),
-        store: Arc::new(SqliteStore::open(&config.state_dir)?),
+        authorities: Arc::new(authorities),
+        store: Arc::new(store),
     };
     let (client, follower) = match &config.kubernetes {
         Some(cluster) => (

@@ -28,6 +28,10 @@ pub const LOGIN: &str = "master-agent";
 const CLOCK_SKEW: Duration = Duration::from_secs(300);
 /// 9999-12-31T23:59:59Z, the last second that RFC 3339 can write.
 const LATEST: u64 = 253_402_300_799;
+/// The files of the authorities' keys in the state directory.
+pub(super) const KEYS: [&str; 2] = [HOST_CA, USER_CA];
+const HOST_CA: &str = "host_ca";
+const USER_CA: &str = "user_ca";
 
 /// The master's certificate authorities.
 #[derive(Debug)]
@@ -63,12 +67,12 @@ impl UserIdentity {
 }
 
 impl Authorities {
-    /// Reads the authorities' keys, or creates them if there are none yet.
-    pub fn load_or_create(state_dir: &Path) -> anyhow::Result<Self> {
+    /// Reads the authorities' keys. Creates each that isn't there, so whether that is right is for the caller to know.
+    pub(crate) fn load_or_create(state_dir: &Path) -> anyhow::Result<Self> {
         secret_file::create_directory(state_dir)?;
         Ok(Self {
-            host_ca: load_or_create(state_dir, "host_ca")?,
-            user_ca: load_or_create(state_dir, "user_ca")?,
+            host_ca: load_or_create(state_dir, HOST_CA)?,
+            user_ca: load_or_create(state_dir, USER_CA)?,
         })
     }
 
@@ -184,12 +188,17 @@ fn load_or_create(directory: &Path, name: &str) -> anyhow::Result<PrivateKey> {
             Err(e) => return Err(e).with_context(|| format!("can't create {}", path.display())),
         }
     }
-    let key = PrivateKey::from_openssh(secret_file::read(&path)?)
-        .with_context(|| format!("{} is not an OpenSSH private key", path.display()))?;
+    let key = parse(&secret_file::read(&path)?, &path)?;
     // A key that was restored from a backup comes without its public half, or beside that of another key.
     let (public, text) = (directory.join(format!("{name}.pub")), key.public_key().to_openssh()? + "\n");
     if std::fs::read_to_string(&public).ok().as_ref() != Some(&text) {
         std::fs::write(&public, text).with_context(|| format!("can't write {}", public.display()))?;
     }
     Ok(key)
+}
+
+/// Reads an authority's key from the text of its file.
+pub(super) fn parse(text: &str, path: &Path) -> anyhow::Result<PrivateKey> {
+    PrivateKey::from_openssh(text)
+        .with_context(|| format!("{} is not an OpenSSH private key", path.display()))
 }

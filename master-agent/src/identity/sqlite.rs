@@ -8,46 +8,20 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use anyhow::{Context, bail};
 use proto::NodeName;
-use proto_config::secret_file;
 use rusqlite::{Connection, OptionalExtension, TransactionBehavior, params};
 use russh::keys::PublicKey;
 use subtle::ConstantTimeEq;
 use tokio::sync::watch;
 
 use super::{
+    database,
     host_key::fingerprint,
-    store::{ChangeRevocations, Store, TokenError, TokenRecord},
+    store::{ChangeRevocations, Grant, Store, TokenError, TokenRecord},
 };
 
-/// The version of the tables. A later version migrates from each earlier one.
-const SCHEMA: i64 = 2;
 /// How many seconds an expired token is kept, so that a host that presents it learns why it is refused.
 const KEEP_EXPIRED: i64 = 7 * 24 * 3600;
-/// How long to wait for another process that is writing.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
-
-const TABLES: &str = "
-    CREATE TABLE IF NOT EXISTS tokens (
-        id TEXT PRIMARY KEY, hash BLOB NOT NULL, node TEXT, expires INTEGER NOT NULL, used_by TEXT
-    ) STRICT;
-    CREATE TABLE IF NOT EXISTS nodes (
-        name TEXT PRIMARY KEY, fingerprint TEXT NOT NULL
-    ) STRICT;
-    CREATE TABLE IF NOT EXISTS addresses (
-        address TEXT PRIMARY KEY, node TEXT NOT NULL
-    ) STRICT;
-    CREATE TABLE IF NOT EXISTS revocations (
-        id INTEGER PRIMARY KEY CHECK (id = 1), version INTEGER NOT NULL, list BLOB NOT NULL
-    ) STRICT;
-    CREATE TABLE IF NOT EXISTS first_use (name TEXT PRIMARY KEY, fingerprint TEXT NOT NULL) STRICT;";
-
-/// Version 1 had columns that nothing read.
-const FROM_1: &str = "
-    ALTER TABLE nodes DROP COLUMN public_key;
-    ALTER TABLE nodes DROP COLUMN joined;
-    ALTER TABLE nodes DROP COLUMN not_after;";
 
 /// The embedded store.
 #[derive(Debug)]
@@ -84,33 +58,14 @@ struct Presented {
 }
 
 impl SqliteStore {
-    /// Opens `state.sqlite` in the state directory, creating it if needed.
-    pub fn open(state_dir: &Path) -> anyhow::Result<Self> {
-        secret_file::create_directory(state_dir)?;
-        let path = state_dir.join("state.sqlite");
-        let context = || format!("can't open {}", path.display());
-        // SQLite would create it with the process's umask; its journal takes the mode of the file.
-        match secret_file::write_new(&path, b"") {
-            Ok(()) => {}
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => secret_file::check(&path)?,
-            Err(e) => return Err(e).with_context(context),
-        }
-        let mut connection = Connection::open(&path).with_context(context)?;
-        connection.busy_timeout(BUSY_TIMEOUT)?;
-        let schema = schema(&connection).with_context(context)?;
-        if schema > SCHEMA {
-            bail!(
-                "{} was written by a newer master-agent (schema {schema}, known here: {SCHEMA})",
-                path.display()
-            );
-        }
-        connection.execute_batch("PRAGMA synchronous = FULL").with_context(context)?;
-        if schema < SCHEMA {
-            migrate(&mut connection).with_context(context)?;
-        }
+    /// Opens the database of a state directory. Creates it if it isn't there, so whether that is right is for the caller
+    /// to know.
+    pub(crate) fn open(state_dir: &Path) -> anyhow::Result<Self> {
+        let connection = database::open(state_dir)?;
+        let failed = |error| database::explained(state_dir, error);
         let mut database = Database { connection, version: 0, revocations: None };
-        database.version = database.data_version().with_context(context)?;
-        let (keys, revocations) = database.known().with_context(context)?;
+        database.version = database.data_version().map_err(failed)?;
+        let (keys, revocations) = database.known().map_err(failed)?;
         database.revocations = revocations;
         let (keys, changes) = (RwLock::new(keys), watch::Sender::new(()));
         Ok(Self { database: Mutex::new(database), keys, changes })
@@ -127,6 +82,14 @@ impl SqliteStore {
         if concerns {
             self.changes.send_replace(());
         }
+    }
+
+    /// Applies to memory that a key has been committed as the one for which a node is certified.
+    fn joined(&self, database: MutexGuard<'_, Database>, node: &NodeName, key: &str) {
+        self.committed(database, |keys| {
+            let former = keys.joined.insert(node.clone(), key.to_owned());
+            former.is_some_and(|former| former != key)
+        });
     }
 }
 
@@ -240,35 +203,17 @@ impl Store for SqliteStore {
         asked: Option<&NodeName>,
         key: &str,
         now: SystemTime,
-        listed: &dyn Fn(&NodeName) -> bool,
-    ) -> Result<NodeName, TokenError> {
+        grant: &dyn Fn(&NodeName) -> Grant,
+    ) -> Result<(NodeName, Vec<IpAddr>), TokenError> {
         let mut database = self.database();
         let transaction = database.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let Presented { bound, expired, used_by } = presented(&transaction, id, hash, now)?;
-        if let Some(node) = used_by {
-            let same_host = !expired
-                && asked.is_none_or(|asked| *asked == node)
-                && joined_key(&transaction, &node)?.is_some_and(|joined| joined == key);
-            return if same_host { Ok(node) } else { Err(TokenError::Used) };
-        }
-        if expired {
-            return Err(TokenError::Expired);
-        }
-        let node = match (bound, asked) {
-            (Some(bound), Some(asked)) if bound != *asked => {
-                return Err(TokenError::WrongNode { bound, asked: asked.clone() });
-            }
-            (Some(bound), _) => bound,
-            (None, Some(asked)) if !listed(asked) => return Err(TokenError::NotListed(asked.clone())),
-            (None, Some(asked)) if joined_key(&transaction, asked)?.is_some() => {
-                return Err(TokenError::Joined(asked.clone()));
-            }
-            (None, Some(asked)) => asked.clone(),
-            (None, None) => return Err(TokenError::NoName),
-        };
+        let presented = presented(&transaction, id, hash, now)?;
+        let (node, addresses) = admitted(&transaction, presented, asked, key, grant)?;
         transaction.execute("UPDATE tokens SET used_by = ?2 WHERE id = ?1", [id, node.as_str()])?;
+        record(&transaction, &node, key, &addresses)?;
         transaction.commit()?;
-        Ok(node)
+        self.joined(database, &node, key);
+        Ok((node, addresses))
     }
 
     fn address_owner(&self, address: &IpAddr) -> anyhow::Result<Option<NodeName>> {
@@ -285,23 +230,10 @@ impl Store for SqliteStore {
     fn remember_node(&self, node: &NodeName, key: &PublicKey, addresses: &[IpAddr]) -> anyhow::Result<()> {
         let mut database = self.database();
         let transaction = database.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let shown = fingerprint(key);
-        transaction.execute(
-            "INSERT OR REPLACE INTO nodes (name, fingerprint) VALUES (?1, ?2)",
-            [node.as_str(), shown.as_str()],
-        )?;
-        transaction.execute("DELETE FROM addresses WHERE node = ?1", [node.as_str()])?;
-        for address in addresses {
-            transaction.execute(
-                "INSERT OR REPLACE INTO addresses (address, node) VALUES (?1, ?2)",
-                [address.to_string().as_str(), node.as_str()],
-            )?;
-        }
+        let key = fingerprint(key);
+        record(&transaction, node, &key, addresses)?;
         transaction.commit()?;
-        self.committed(database, |keys| {
-            let former = keys.joined.insert(node.clone(), shown.clone());
-            former.is_some_and(|former| former != shown)
-        });
+        self.joined(database, node, &key);
         Ok(())
     }
 
@@ -364,21 +296,6 @@ impl Store for SqliteStore {
     }
 }
 
-fn schema(connection: &Connection) -> rusqlite::Result<i64> {
-    connection.query_row("PRAGMA user_version", [], |row| row.get(0))
-}
-
-/// Brings the tables to [`SCHEMA`].
-fn migrate(connection: &mut Connection) -> rusqlite::Result<()> {
-    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    // Another process may have done it in the meantime.
-    if schema(&transaction)? == 1 {
-        transaction.execute_batch(FROM_1)?;
-    }
-    transaction.execute_batch(&format!("{TABLES} PRAGMA user_version = {SCHEMA}"))?;
-    transaction.commit()
-}
-
 fn revocations_version(connection: &Connection) -> rusqlite::Result<Option<i64>> {
     connection.query_row("SELECT version FROM revocations", [], |row| row.get(0)).optional()
 }
@@ -395,6 +312,59 @@ fn fingerprints(connection: &Connection, query: &str) -> rusqlite::Result<HashMa
     let mut query = connection.prepare(query)?;
     let rows = query.query_map([], |row| Ok((name(row.get(0)?), row.get(1)?)))?;
     rows.filter_map(|row| row.map(|(node, key)| Some((node?, key))).transpose()).collect()
+}
+
+/// Records what a node is certified for, in place of what was known of it.
+fn record(connection: &Connection, node: &NodeName, key: &str, addresses: &[IpAddr]) -> rusqlite::Result<()> {
+    connection
+        .execute("INSERT OR REPLACE INTO nodes (name, fingerprint) VALUES (?1, ?2)", [node.as_str(), key])?;
+    connection.execute("DELETE FROM addresses WHERE node = ?1", [node.as_str()])?;
+    for address in addresses {
+        connection.execute(
+            "INSERT OR REPLACE INTO addresses (address, node) VALUES (?1, ?2)",
+            [address.to_string().as_str(), node.as_str()],
+        )?;
+    }
+    Ok(())
+}
+
+/// Returns the name under which a host is admitted, and the addresses that it is granted.
+fn admitted(
+    connection: &Connection,
+    Presented { bound, expired, used_by }: Presented,
+    asked: Option<&NodeName>,
+    key: &str,
+    grant: &dyn Fn(&NodeName) -> Grant,
+) -> Result<(NodeName, Vec<IpAddr>), TokenError> {
+    if let Some(node) = used_by {
+        let same_host = !expired
+            && asked.is_none_or(|asked| *asked == node)
+            && joined_key(connection, &node)?.is_some_and(|joined| joined == key);
+        if !same_host {
+            return Err(TokenError::Used);
+        }
+        let addresses = grant(&node).addresses;
+        return Ok((node, addresses));
+    }
+    if expired {
+        return Err(TokenError::Expired);
+    }
+    let (node, is_bound) = match (bound, asked) {
+        (Some(bound), Some(asked)) if bound != *asked => {
+            return Err(TokenError::WrongNode { bound, asked: asked.clone() });
+        }
+        (Some(bound), _) => (bound, true),
+        (None, Some(asked)) => (asked.clone(), false),
+        (None, None) => return Err(TokenError::NoName),
+    };
+    let Grant { listed, addresses } = grant(&node);
+    if !is_bound && !listed {
+        return Err(TokenError::NotListed(node));
+    }
+    if !is_bound && joined_key(connection, &node)?.is_some() {
+        return Err(TokenError::Joined(node));
+    }
+    Ok((node, addresses))
 }
 
 /// Returns what is known of a token whose secret was presented.
@@ -437,267 +407,4 @@ fn name(text: Option<String>) -> Option<NodeName> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
-    use russh::keys::PrivateKey;
-
-    use super::*;
-    use crate::identity::tests::{TempDir, new_key};
-
-    fn at(seconds: u64) -> SystemTime {
-        SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000 + seconds)
-    }
-
-    fn node(s: &str) -> NodeName {
-        s.parse().unwrap()
-    }
-
-    #[test]
-    fn of_many_hosts_with_one_token_one_succeeds() {
-        let dir = TempDir::new();
-        let store = SqliteStore::open(&dir.0).unwrap();
-        for round in 0..20 {
-            let id = format!("token{round}");
-            store.add_token(&id, &[7; 32], None, at(60)).unwrap();
-            // Half of them through connections of their own, as other processes have them.
-            let won = std::thread::scope(|scope| {
-                let tasks: Vec<_> = (0..8)
-                    .map(|i| {
-                        let (id, store, dir) = (&id, &store, &dir.0);
-                        scope.spawn(move || {
-                            let asked = node(&format!("n{round}-{i}"));
-                            let own = (i % 2 == 0).then(|| SqliteStore::open(dir).unwrap());
-                            let store = own.as_ref().unwrap_or(store);
-                            store.redeem(id, &[7; 32], Some(&asked), "SHA256:k", at(0), &|_| true)
-                        })
-                    })
-                    .collect();
-                tasks.into_iter().map(|t| t.join().unwrap()).collect::<Vec<_>>()
-            });
-            let (won, lost): (Vec<_>, Vec<_>) = won.into_iter().partition(Result::is_ok);
-            assert_eq!(won.len(), 1);
-            assert!(lost.iter().all(|r| matches!(r, Err(TokenError::Used))), "{lost:?}");
-        }
-    }
-
-    #[test]
-    fn records_outlive_the_process_in_files_only_their_owner_can_read() {
-        let dir = TempDir::new();
-        let key = new_key();
-        let address = "10.0.0.5".parse().unwrap();
-        {
-            let store = SqliteStore::open(&dir.0).unwrap();
-            store.remember_node(&node("n1"), key.public_key(), &[address]).unwrap();
-            assert_eq!(store.remember_first_use(&node("n2"), "SHA256:a").unwrap(), "SHA256:a");
-            assert_eq!(store.remember_first_use(&node("n2"), "SHA256:b").unwrap(), "SHA256:a");
-        }
-        let store = SqliteStore::open(&dir.0).unwrap();
-        assert_eq!(store.joined_key(&node("n1")), Some(fingerprint(key.public_key())));
-        assert_eq!(store.address_owner(&address).unwrap(), Some(node("n1")));
-        assert_eq!(store.first_use_key(&node("n2")).as_deref(), Some("SHA256:a"), "the first stays");
-        let again = new_key();
-        store.remember_node(&node("n1"), again.public_key(), &[]).unwrap();
-        assert_eq!(store.joined_key(&node("n1")), Some(fingerprint(again.public_key())));
-        assert_eq!(store.address_owner(&address).unwrap(), None);
-        assert!(store.forget_node(&node("n1")).unwrap());
-        assert!(!store.forget_node(&node("n1")).unwrap());
-        assert_eq!(store.joined_key(&node("n1")), None);
-        for entry in std::fs::read_dir(&dir.0).unwrap() {
-            let entry = entry.unwrap();
-            assert_eq!(entry.metadata().unwrap().permissions().mode() & 0o777, 0o600, "{:?}", entry.path());
-        }
-    }
-
-    /// The keys as a new process would read them.
-    fn stored(dir: &TempDir) -> KnownKeys {
-        SqliteStore::open(&dir.0).unwrap().keys.into_inner().unwrap()
-    }
-
-    #[test]
-    fn memory_has_what_this_and_other_processes_have_committed() {
-        let dir = TempDir::new();
-        let (store, other) = (SqliteStore::open(&dir.0).unwrap(), SqliteStore::open(&dir.0).unwrap());
-        let (first, second) = (new_key(), new_key());
-        let remember = |store: &SqliteStore, key: &PrivateKey| {
-            store.remember_node(&node("n1"), key.public_key(), &[]).unwrap();
-        };
-        let mut changes = store.changes();
-        remember(&store, &second);
-        assert!(!changes.has_changed().unwrap(), "the first key of a node concerns nobody");
-        remember(&store, &first);
-        assert!(changes.has_changed().unwrap());
-        assert!(!store.refresh().unwrap(), "its own changes are known already");
-        assert_eq!(*store.keys.read().unwrap(), stored(&dir));
-        changes.mark_unchanged();
-
-        remember(&other, &second);
-        other.remember_first_use(&node("n2"), "SHA256:a").unwrap();
-        assert_eq!(store.joined_key(&node("n1")), Some(fingerprint(first.public_key())));
-        assert!(!changes.has_changed().unwrap());
-        // A change of its own leaves what it has not read yet to the next refresh.
-        store.remember_first_use(&node("n3"), "SHA256:c").unwrap();
-        assert!(store.refresh().unwrap());
-        assert!(changes.has_changed().unwrap());
-        assert_eq!(store.joined_key(&node("n1")), Some(fingerprint(second.public_key())));
-        assert_eq!(*store.keys.read().unwrap(), stored(&dir));
-
-        assert!(other.forget_node(&node("n1")).unwrap());
-        assert!(store.refresh().unwrap());
-        assert_eq!(store.joined_key(&node("n1")), None);
-        assert!(!store.refresh().unwrap());
-    }
-
-    #[test]
-    fn only_what_can_concern_a_tunnel_wakes_those_who_wait() {
-        let dir = TempDir::new();
-        let (store, other) = (SqliteStore::open(&dir.0).unwrap(), SqliteStore::open(&dir.0).unwrap());
-        let mut changes = store.changes();
-        let (first, second) = (new_key(), new_key());
-        let remember = |store: &SqliteStore, name: &str, key: &PrivateKey| {
-            store.remember_node(&node(name), key.public_key(), &[]).unwrap();
-        };
-        let revoke = |store: &SqliteStore, version: u64| {
-            store.change_revocations(&mut |_| Ok(Some((version, vec![])))).unwrap();
-        };
-        let mut woken = |what: &str, change: &dyn Fn(&SqliteStore)| {
-            [&store, &other].map(|by| {
-                change(by);
-                assert_eq!(store.refresh().unwrap(), std::ptr::eq(by, &other), "{what}");
-                let woken = changes.has_changed().unwrap();
-                changes.mark_unchanged();
-                woken
-            })
-        };
-        let number = std::cell::Cell::new(0);
-        let next = || {
-            number.set(number.get() + 1);
-            number.get()
-        };
-        let join = |by: &SqliteStore| remember(by, &format!("n{}", next()), &first);
-        assert_eq!(woken("first keys", &join), [false, false]);
-        assert_eq!(woken("the same keys again", &|by| remember(by, "n1", &first)), [false, false]);
-        let keys = std::cell::RefCell::new(vec![&first, &second]);
-        let replace = |by: &SqliteStore| remember(by, "n1", keys.borrow_mut().pop().unwrap());
-        assert_eq!(woken("other keys", &replace), [true, true]);
-        let token = |by: &SqliteStore| by.add_token(&next().to_string(), &[1; 32], None, at(60)).unwrap();
-        assert_eq!(woken("tokens", &token), [false, false]);
-        assert_eq!(woken("revocations", &|by| revoke(by, next())), [true, true]);
-        let forget = |by: &SqliteStore| {
-            let known = if std::ptr::eq(by, &other) { "n2" } else { "n1" };
-            assert!(by.forget_node(&node(known)).unwrap());
-        };
-        assert_eq!(woken("forgotten nodes", &forget), [true, true]);
-    }
-
-    #[test]
-    fn a_host_whose_answer_was_lost_asks_again_and_nobody_else_does() {
-        let dir = TempDir::new();
-        let store = SqliteStore::open(&dir.0).unwrap();
-        let (key, other) = (new_key(), new_key());
-        let (shown, others) = (fingerprint(key.public_key()), fingerprint(other.public_key()));
-        for (id, bound) in [("bound", Some(node("n1"))), ("unbound", None)] {
-            store.add_token(id, &[1; 32], bound.as_ref(), at(60)).unwrap();
-            let redeem = |secret: u8, asked: Option<&str>, key: &str, seconds: u64| {
-                let asked = asked.map(node);
-                store.redeem(id, &[secret; 32], asked.as_ref(), key, at(seconds), &|_| true)
-            };
-            assert_eq!(redeem(1, Some("n1"), &shown, 0).unwrap(), node("n1"));
-            // The master did not get as far as to certify the key.
-            assert!(matches!(redeem(1, Some("n1"), &shown, 1), Err(TokenError::Used)), "{id}");
-            store.remember_node(&node("n1"), key.public_key(), &[]).unwrap();
-            assert_eq!(redeem(1, Some("n1"), &shown, 1).unwrap(), node("n1"));
-            assert_eq!(redeem(1, None, &shown, 59).unwrap(), node("n1"));
-            assert_eq!(store.check(id, &[1; 32], at(59)).unwrap(), Some(node("n1")));
-            for (secret, asked, key, seconds) in
-                [(1, Some("n1"), &others, 1), (1, Some("n2"), &shown, 1), (1, Some("n1"), &shown, 60)]
-            {
-                let refused = redeem(secret, asked, key, seconds);
-                assert!(matches!(refused, Err(TokenError::Used)), "{id}: {refused:?}");
-            }
-            assert!(matches!(redeem(2, Some("n1"), &shown, 1), Err(TokenError::Unknown)));
-            assert!(matches!(store.check(id, &[2; 32], at(1)), Err(TokenError::Unknown)));
-            assert!(matches!(store.check(id, &[1; 32], at(60)), Err(TokenError::Expired)));
-            // A used token is worth nothing once its node has joined with another key or was forgotten.
-            store.remember_node(&node("n1"), other.public_key(), &[]).unwrap();
-            assert!(matches!(redeem(1, Some("n1"), &shown, 1), Err(TokenError::Used)));
-            assert!(store.forget_node(&node("n1")).unwrap());
-            for key in [&shown, &others] {
-                assert!(matches!(redeem(1, Some("n1"), key, 1), Err(TokenError::Used)));
-            }
-        }
-    }
-
-    #[test]
-    fn two_processes_agree_on_the_key_of_first_use() {
-        let dir = TempDir::new();
-        let (store, other) = (SqliteStore::open(&dir.0).unwrap(), SqliteStore::open(&dir.0).unwrap());
-        assert_eq!(other.remember_first_use(&node("n1"), "SHA256:a").unwrap(), "SHA256:a");
-        assert_eq!(store.first_use_key(&node("n1")), None, "not noticed yet");
-        assert_eq!(store.remember_first_use(&node("n1"), "SHA256:b").unwrap(), "SHA256:a");
-        assert_eq!(store.first_use_key(&node("n1")).as_deref(), Some("SHA256:a"));
-    }
-
-    #[test]
-    fn expired_tokens_are_told_apart_for_a_week_and_then_forgotten() {
-        let dir = TempDir::new();
-        let store = SqliteStore::open(&dir.0).unwrap();
-        store.add_token("a", &[1; 32], Some(&node("n1")), at(60)).unwrap();
-        assert_eq!(store.tokens(at(59)).unwrap().len(), 1);
-        assert_eq!(store.tokens(at(60)).unwrap(), []);
-        let late = store.redeem("a", &[1; 32], None, "SHA256:k", at(60), &|_| true);
-        assert!(matches!(late, Err(TokenError::Expired)), "{late:?}");
-        store.tokens(at(60 + 7 * 24 * 3600)).unwrap();
-        let gone = store.redeem("a", &[1; 32], None, "SHA256:k", at(60 + 7 * 24 * 3600), &|_| true);
-        assert!(matches!(gone, Err(TokenError::Unknown)), "{gone:?}");
-    }
-
-    #[test]
-    fn a_token_whose_binding_cannot_be_read_is_refused() {
-        let dir = TempDir::new();
-        let store = SqliteStore::open(&dir.0).unwrap();
-        store.add_token("a", &[1; 32], Some(&node("n1")), at(60)).unwrap();
-        store.database().connection.execute("UPDATE tokens SET node = 'N_1'", []).unwrap();
-        let got = store.redeem("a", &[1; 32], Some(&node("n2")), "SHA256:k", at(0), &|_| true);
-        assert!(matches!(got, Err(TokenError::Store(_))), "{got:?}");
-    }
-
-    /// As builds before 0.1.0 wrote it, of which the first did not know of revocations.
-    #[test]
-    fn the_tables_of_version_1_are_brought_to_the_present_one() {
-        let dir = TempDir::new();
-        let key = new_key();
-        let former = "
-            DROP TABLE revocations; DROP TABLE nodes;
-            CREATE TABLE nodes (
-                name TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, public_key TEXT NOT NULL,
-                joined INTEGER NOT NULL, not_after INTEGER NOT NULL
-            ) STRICT;
-            INSERT INTO nodes VALUES ('n1', 'SHA256:a', 'ssh-ed25519 x', 1, 2);
-            PRAGMA user_version = 1;";
-        SqliteStore::open(&dir.0).unwrap().database().connection.execute_batch(former).unwrap();
-        // Several processes may begin with it.
-        std::thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| SqliteStore::open(&dir.0).unwrap());
-            }
-        });
-        let store = SqliteStore::open(&dir.0).unwrap();
-        assert_eq!(store.revocations().unwrap(), None);
-        assert_eq!(store.joined_key(&node("n1")).as_deref(), Some("SHA256:a"));
-        store.remember_node(&node("n1"), key.public_key(), &[]).unwrap();
-        assert_eq!(stored(&dir).joined.get(&node("n1")), Some(&fingerprint(key.public_key())));
-    }
-
-    #[test]
-    fn a_newer_schema_is_left_alone() {
-        let dir = TempDir::new();
-        SqliteStore::open(&dir.0)
-            .unwrap()
-            .database()
-            .connection
-            .execute_batch("PRAGMA user_version = 99")
-            .unwrap();
-        assert!(SqliteStore::open(&dir.0).unwrap_err().to_string().contains("newer master-agent"));
-    }
-}
+mod tests;

@@ -22,6 +22,15 @@ pub struct TokenRecord {
     pub used_by: Option<String>,
 }
 
+/// What a host gets under a name.
+#[derive(Debug, Default)]
+pub struct Grant {
+    /// Whether a token that is bound to no node is valid for the name.
+    pub listed: bool,
+    /// The addresses that the host is certified for.
+    pub addresses: Vec<IpAddr>,
+}
+
 /// Why a token is refused. The text says what to do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenError {
@@ -85,8 +94,9 @@ pub trait Store: Send + Sync {
     /// [`Store::redeem`] can tell whether it is that host. The token is not used up.
     fn check(&self, id: &str, hash: &[u8; 32], now: SystemTime) -> Result<Option<NodeName>, TokenError>;
 
-    /// Uses a token up and returns the node's name. This is one transaction, so of any number of hosts that try at the
-    /// same time, one succeeds. `listed` decides for which names a token is valid that is bound to no node.
+    /// Uses a token up, records what the host is to be certified for, and returns the node's name and addresses. This is
+    /// one transaction: of any number of hosts that try at the same time, one succeeds, and if nothing can be written, the
+    /// token remains as it was. `grant` decides what a host gets under a name.
     ///
     /// `key` is the fingerprint of the host key that the host has proved. Until the token expires, a node that has used
     /// it may do so again with the key for which it was certified last, since the first answer may have been lost.
@@ -97,8 +107,8 @@ pub trait Store: Send + Sync {
         asked: Option<&NodeName>,
         key: &str,
         now: SystemTime,
-        listed: &dyn Fn(&NodeName) -> bool,
-    ) -> Result<NodeName, TokenError>;
+        grant: &dyn Fn(&NodeName) -> Grant,
+    ) -> Result<(NodeName, Vec<IpAddr>), TokenError>;
 
     /// The node that an address was certified for.
     fn address_owner(&self, address: &IpAddr) -> anyhow::Result<Option<NodeName>>;

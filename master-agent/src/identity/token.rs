@@ -16,7 +16,7 @@ use russh::keys::PublicKey;
 use super::{
     authorities::Authorities,
     host_key::fingerprint,
-    store::{Store, TokenError, TokenRecord},
+    store::{Grant, Store, TokenError, TokenRecord},
 };
 
 /// The longest that a token can be valid.
@@ -105,11 +105,19 @@ impl Admission<'_> {
         let refusal = |error: TokenError| (error.to_string(), hint(&error).to_owned());
         self.store.check(&token.id, &token.hash(), now).map_err(refusal)?;
         let _one_at_a_time = JOINING.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_listed = |node: &NodeName| self.listed.addresses(node).is_some();
-        let (asked, key) = (request.node.as_ref(), fingerprint(applicant.host_key));
-        let redeemed = self.store.redeem(&token.id, &token.hash(), asked, &key, now, &is_listed);
-        let node = redeemed.map_err(refusal)?;
-        self.certify(&node, request, applicant, now).map_err(|error| {
+        let (key, seen) = (fingerprint(applicant.host_key), applicant.peer.to_canonical());
+        let owner = self.owner(&seen).map_err(|error| refusal(TokenError::Store(format!("{error:#}"))))?;
+        let grant = |node: &NodeName| {
+            let listed = self.listed.addresses(node);
+            let is_listed = listed.is_some();
+            let addresses = listed.filter(|addresses| !addresses.is_empty());
+            let seen = Seen { at: seen, owner: owner.as_ref() };
+            let addresses = addresses.unwrap_or_else(|| unclaimed(&request.addresses, seen, node));
+            Grant { listed: is_listed, addresses }
+        };
+        let redeemed = self.store.redeem(&token.id, &token.hash(), request.node.as_ref(), &key, now, &grant);
+        let (node, addresses) = redeemed.map_err(refusal)?;
+        self.certify(node, &addresses, applicant.host_key, now).map_err(|error| {
             tracing::error!(%error, "joining failed");
             ("the master failed".to_owned(), "Its log says why.".to_owned())
         })
@@ -117,46 +125,51 @@ impl Admission<'_> {
 
     fn certify(
         &self,
-        node: &NodeName,
-        request: &JoinRequest,
-        Applicant { host_key, peer }: Applicant<'_>,
+        node: NodeName,
+        addresses: &[IpAddr],
+        host_key: &PublicKey,
         now: SystemTime,
     ) -> anyhow::Result<JoinResponse> {
-        let addresses = match self.listed.addresses(node) {
-            Some(addresses) if !addresses.is_empty() => addresses,
-            Some(_) | None => self.unclaimed(&request.addresses, peer, node)?,
-        };
-        let certificate = self.authorities.sign_host(host_key, node, &addresses, now, self.host_ttl)?;
-        self.store.remember_node(node, host_key, &addresses)?;
+        let certificate = self.authorities.sign_host(host_key, &node, addresses, now, self.host_ttl)?;
         Ok(JoinResponse::Accepted {
-            node: node.clone(),
+            node,
             host_certificate: certificate.to_openssh()?,
             host_ca: self.authorities.host_ca().to_openssh()?,
             user_ca: self.authorities.user_ca().to_openssh()?,
         })
     }
 
-    /// Returns the requested addresses that the host has as far as the master can see, and that no other node has.
-    fn unclaimed(&self, asked: &[IpAddr], peer: IpAddr, node: &NodeName) -> anyhow::Result<Vec<IpAddr>> {
-        let mut granted = Vec::new();
-        for address in asked.iter().map(IpAddr::to_canonical) {
-            if address != peer.to_canonical() || !offerable(&address) {
-                tracing::warn!(%node, %address, %peer, "a joining host asked for an address that only the inventory can give; not granted");
-                continue;
-            }
-            let owner = match self.listed.owner(&address) {
-                Some(owner) => Some(owner),
-                None => self.store.address_owner(&address)?,
-            };
-            match owner {
-                Some(owner) if owner != *node => {
-                    tracing::warn!(%node, %address, %owner, "a joining host asked for another node's address; not granted");
-                }
-                Some(_) | None => granted.push(address),
-            }
+    /// The node that an address is listed or was certified for.
+    fn owner(&self, address: &IpAddr) -> anyhow::Result<Option<NodeName>> {
+        match self.listed.owner(address) {
+            Some(owner) => Ok(Some(owner)),
+            None => self.store.address_owner(address),
         }
-        Ok(granted)
     }
+}
+
+/// The address at which a host was seen.
+#[derive(Clone, Copy)]
+struct Seen<'a> {
+    at: IpAddr,
+    /// The node that the address belongs to.
+    owner: Option<&'a NodeName>,
+}
+
+/// Returns the requested addresses that the host has as far as the master can see, and that no other node has.
+fn unclaimed(asked: &[IpAddr], seen: Seen<'_>, node: &NodeName) -> Vec<IpAddr> {
+    let mut granted = Vec::new();
+    for address in asked.iter().map(IpAddr::to_canonical) {
+        if address != seen.at || !offerable(&address) {
+            let peer = seen.at;
+            tracing::warn!(%node, %address, %peer, "a joining host asked for an address that only the inventory can give; not granted");
+        } else if let Some(owner) = seen.owner.filter(|owner| *owner != node) {
+            tracing::warn!(%node, %address, %owner, "a joining host asked for another node's address; not granted");
+        } else {
+            granted.push(address);
+        }
+    }
+    granted
 }
 
 /// Returns the token of a request, or an error if the request can be refused without using the token up.
@@ -180,7 +193,7 @@ fn acceptable(request: &JoinRequest) -> Result<JoinToken, Refusal> {
 
 fn hint(error: &TokenError) -> &'static str {
     match error {
-        TokenError::Store(_) => "The master's log says more.",
+        TokenError::Store(_) => "The token was not used up: join again once the master's state is in order.",
         TokenError::Unknown
         | TokenError::Expired
         | TokenError::Used
@@ -451,8 +464,11 @@ mod tests {
         for text in [format!("{listed:?} {token:?}"), serde_json::to_string(&listed).unwrap()] {
             assert!(text.contains(&token.id) && !text.contains(&secret) && !text.contains(&hash), "{text}");
         }
-        let stored = std::fs::read(master._dir.0.join("state.sqlite")).unwrap();
-        assert!(!stored.windows(secret.len()).any(|w| w == secret.as_bytes()));
+        // What was written last may still be in the log beside the database.
+        for file in ["state.sqlite", "state.sqlite-wal"] {
+            let stored = std::fs::read(master._dir.0.join(file)).unwrap();
+            assert!(!stored.windows(secret.len()).any(|w| w == secret.as_bytes()));
+        }
         assert!(create(&master.store, None, Duration::MAX, now()).is_err());
     }
 }

@@ -26,10 +26,21 @@ enum Closed {
 
 /// Creates `path` with mode 0600. Fails with `AlreadyExists` if the file exists, so that one of two processes wins.
 pub fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let temporary = write_beside(path, bytes)?;
-    let linked = std::fs::hard_link(&temporary, path);
-    let _ = std::fs::remove_file(&temporary);
+    publish(&write_beside(path, bytes)?, path)
+}
+
+/// Gives a complete file in the same directory the name `path`. Fails with `AlreadyExists` if there is such a file. The
+/// former name is gone in either case.
+pub fn publish(temporary: &Path, path: &Path) -> io::Result<()> {
+    let linked = std::fs::hard_link(temporary, path);
+    let _ = std::fs::remove_file(temporary);
     linked?;
+    sync_directory(path)
+}
+
+/// Removes a file for good: a loss of power does not bring it back.
+pub fn remove(path: &Path) -> io::Result<()> {
+    std::fs::remove_file(path).map_err(|e| named(path, e))?;
     sync_directory(path)
 }
 

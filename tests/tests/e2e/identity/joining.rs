@@ -539,7 +539,8 @@ async fn no_secret_is_in_a_log_or_an_answer_or_an_error() {
         }
     }
     // The store has hashes, and the search above would find what is there.
-    let store = std::fs::read(cluster.path().join("master/state.sqlite")).unwrap();
+    let stored = |file: &str| std::fs::read(cluster.path().join("master").join(file)).unwrap();
+    let store = [stored("state.sqlite"), stored("state.sqlite-wal")].concat();
     let spare = secret(&lines[1]);
     assert!(contains(&store, &Sha256::digest(spare.as_bytes())) && !contains(&store, spare.as_bytes()));
 }
