@@ -171,7 +171,7 @@ binaries() {
 started() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d ' ' -f 20; }
 
 # A test that ends takes along what it has started. One that is killed does not: this ends the processes and removes the
-# network namespaces that the tests have noted in TEST_STARTED.
+# network namespaces and mounts that the tests have noted in TEST_STARTED.
 end_leftovers() {
     local kind what since
     [ -e "$TEST_STARTED" ] || return 0
@@ -183,6 +183,7 @@ end_leftovers() {
                 ip netns pids "$what" | xargs -r kill -KILL || true
                 ip netns delete "$what" || true
                 ;;
+            mount) ! mountpoint -q "$what" || umount --lazy "$what" || true ;;
         esac
     done <"$TEST_STARTED"
 }

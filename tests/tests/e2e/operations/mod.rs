@@ -11,6 +11,7 @@ mod questions;
 mod reload;
 mod samples;
 mod service;
+mod state;
 mod traces;
 mod units;
 mod ways_out;
