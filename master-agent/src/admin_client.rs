@@ -20,7 +20,7 @@ impl AdminClient {
 
     /// Whether an agent runs, as far as its socket tells.
     pub async fn is_running(&self) -> bool {
-        UnixStream::connect(&self.socket).await.is_ok()
+        self.0.is_running().await
     }
 
     /// Returns all nodes and their tunnels.

@@ -45,7 +45,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Run the agent until SIGTERM. SIGHUP reloads the inventory.
+    /// Run the agent until SIGTERM. SIGHUP reads the inventory and the configuration again.
     Run(RunArgs),
     /// Have the running agent start its program and configuration anew, and hand over to the new process once that is
     /// ready. Connections are neither refused nor cut. Exit with 1 and the reason if the new process can't serve.

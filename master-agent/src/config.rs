@@ -9,6 +9,7 @@ use std::{
 
 use access::authn::ServiceAccountConfig;
 use proto_config::{Errors, Field, Log, Meanings, Section, Source};
+use proto_net::handover::hangup::Configuration;
 
 use crate::{
     admin::config::AdminConfig,
@@ -224,6 +225,54 @@ const NO_CLUSTER: &str = "tokens of service accounts are accepted until they exp
     Secret that they are bound to has been deleted; a section kubernetes makes the agent check this";
 const NOT_CHECKED: &str = "check_bound_objects: false: tokens of service accounts are accepted until they expire, even if \
     the account, pod, node or Secret that they are bound to has been deleted";
+
+impl Configuration for Config {
+    fn load(file: &Path) -> Result<Self, Errors> {
+        proto_config::load(file, Self::read)
+    }
+
+    fn differences(&self, other: &Self) -> Vec<&'static str> {
+        let Self {
+            state_dir,
+            log,
+            admin,
+            http_connect,
+            konnectivity,
+            socks5,
+            proxy_urls,
+            call_home,
+            tunnels,
+            certificates,
+            front_end,
+            traces,
+            shutdown_grace,
+            drain_timeout,
+            inventory,
+            kubernetes,
+            metrics,
+        } = self;
+        let same = [
+            ("state_dir", *state_dir == other.state_dir),
+            ("log", *log == other.log),
+            ("admin", *admin == other.admin),
+            ("http_connect", *http_connect == other.http_connect),
+            ("konnectivity", *konnectivity == other.konnectivity),
+            ("socks5", *socks5 == other.socks5),
+            ("proxy_urls", *proxy_urls == other.proxy_urls),
+            ("call_home", *call_home == other.call_home),
+            ("tunnels", *tunnels == other.tunnels),
+            ("certificates", *certificates == other.certificates),
+            ("front_end", *front_end == other.front_end),
+            ("traces", *traces == other.traces),
+            ("shutdown_grace", *shutdown_grace == other.shutdown_grace),
+            ("drain_timeout", *drain_timeout == other.drain_timeout),
+            ("inventory", *inventory == other.inventory),
+            ("kubernetes", *kubernetes == other.kubernetes),
+            ("metrics", *metrics == other.metrics),
+        ];
+        same.into_iter().filter(|(_, same)| !same).map(|(name, _)| name).collect()
+    }
+}
 
 #[cfg(test)]
 mod tests;

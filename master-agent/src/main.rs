@@ -1,6 +1,10 @@
 //! The program master-agent: reads the command line and the configuration, then runs the command.
 
-use std::{path::Path, process::ExitCode, time::SystemTime};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::SystemTime,
+};
 
 use anyhow::{Context, bail};
 use clap::Parser;
@@ -80,17 +84,18 @@ fn main() -> ExitCode {
         }
     };
     if let Command::Run(_) = cli.command {
-        return run(config, role);
+        return run(config, role, cli.config);
     }
     done(block_on(command(cli, config)))
 }
 
 /// Runs the agent. The error that ends it goes through the log, so that nothing waits for whoever reads it.
-fn run(config: Config, role: Role) -> ExitCode {
-    let (logs, beginning) = match (Logs::start(config.log.format, &config.log.level), Beginning::new(role)) {
-        (Ok(logs), Ok(beginning)) => (logs, beginning),
-        (Err(e), _) | (_, Err(e)) => return done(Err(e.into())),
-    };
+fn run(config: Config, role: Role, file: PathBuf) -> ExitCode {
+    let (logs, beginning) =
+        match (Logs::start(config.log.format, &config.log.level), Beginning::new(role, file)) {
+            (Ok(logs), Ok(beginning)) => (logs, beginning),
+            (Err(e), _) | (_, Err(e)) => return done(Err(e.into())),
+        };
     descriptors::raise_limit();
     match block_on(app::run(config, beginning, logs.lines_lost())) {
         Ok(()) => ExitCode::SUCCESS,

@@ -7,7 +7,7 @@ use proto_net::{
     admin::Endpoints,
     clock::Clock,
     exposition::Exposition,
-    handover::{Beginning, Handover, Successor, reload::Reloads},
+    handover::{Beginning, Handover, Successor, hangup, reload::Reloads},
     handshake::HandshakePermits,
     listeners::{Listeners, Pausable, Stage},
     log_throttle::LogThrottle,
@@ -18,6 +18,7 @@ use proto_net::{
 use tokio::{
     net::{TcpListener, UnixListener},
     signal::unix::{Signal, SignalKind, signal},
+    task::spawn_blocking,
     time::{Instant, sleep},
 };
 use tokio_util::sync::CancellationToken;
@@ -54,14 +55,16 @@ const LOG_BURST: u32 = 100;
 /// The channels of one session that this node may close before its peer does. Each keeps some 3.5 KB until the session
 /// ends. Clients that close their channels cause next to none.
 const MAX_CLOSED_FIRST: usize = 16_384;
-/// How long sessions may take to say goodbye.
-const GOODBYE: Duration = Duration::from_secs(2);
+/// The least time for sessions to say goodbye.
+const MIN_GOODBYE: Duration = Duration::from_secs(2);
 /// How long what has no streams may take to end by itself.
 const LAST_GRACE: Duration = Duration::from_secs(2);
 /// How often it is checked whether all streams have ended.
 const STREAM_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 /// How long streams may go on that have come while the last ones ended.
 const LAST_STREAMS: Duration = Duration::from_millis(500);
+/// How often a process that has been replaced looks for lists of revoked certificates that the present one has written.
+const REVOCATION_INTERVAL: Duration = Duration::from_secs(1);
 /// How long the command that has asked for a handover may take to read its answer.
 const LAST_ANSWER: Duration = Duration::from_millis(500);
 /// How long a process that has been replaced still opens streams for those that it had accepted before.
@@ -76,9 +79,9 @@ enum End {
 
 /// Runs the agent until SIGTERM or SIGINT, or until another process has taken its place, and then drains it.
 pub async fn run(config: Config, beginning: Beginning, log_lines_lost: LinesLost) -> anyhow::Result<()> {
-    let Beginning { program, role } = beginning;
+    let Beginning { program, role, file } = beginning;
     // Signals that come from now on are not lost.
-    let mut signals = Signals::new()?;
+    let (mut signals, hangup) = (Signals::new()?, signal(SignalKind::hangup())?);
     // Cancelled when the process that serves, this one or the one that has replaced it, has been told to stop.
     let stopping = CancellationToken::new();
     let (predecessor, mut listeners) = role.begin().await?;
@@ -88,15 +91,16 @@ pub async fn run(config: Config, beginning: Beginning, log_lines_lost: LinesLost
     let unused = listeners.close_unused();
     let metrics = Arc::new(Metrics { log_lines_lost, ..Metrics::default() });
     let (reloads, mut reload_requests) = Reloads::new();
+    let running = Arc::new(config.clone());
     let (agent, installer) = Agent::new(config, identity, revocations, metrics);
     let groups = Groups::new();
     if let Some(predecessor) = &predecessor {
-        predecessor.loaded(env!("CARGO_PKG_VERSION"), &unused).await;
+        predecessor.loaded(env!("CARGO_PKG_VERSION"), &unused).await?;
         listeners.accept(Stage::Links, true);
     }
-    agent.serve(sockets, installer, reloads, &groups);
+    agent.serve(sockets, installer, reloads.clone(), &groups);
     if let Some(mut predecessor) = predecessor {
-        handover::take_over(&mut predecessor, &listeners, &agent.services).await;
+        handover::take_over(&mut predecessor, &listeners, &agent.services).await?;
         let (former, stopping) = (agent.metrics.draining.clone(), stopping.clone());
         groups.background.spawn(async move {
             predecessor.follow(|draining| former.set(draining), stopping.cancelled()).await;
@@ -106,29 +110,37 @@ pub async fn run(config: Config, beginning: Beginning, log_lines_lost: LinesLost
     systemd::ready();
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "node-agent runs");
 
-    let running = Running { services: &agent.services };
+    let changed = hangup::follow(hangup, &file, running, &reloads);
+    let running = Running { services: &agent.services, asking: groups.background.child() };
     let former = &agent.metrics.draining;
     let handover =
         Handover { program: &program, listeners: &listeners, agent: &running, former, stopping: &stopping };
     let end = tokio::select! {
-        () = signals.terminated() => End::Signal,
+        // A process that serves already is not given up.
+        biased;
         successor = handover.requested(&mut reload_requests) => End::Replaced(Box::new(successor)),
+        () = signals.terminated() => End::Signal,
+        never = changed => match never {},
     };
     // Further requests for a reload are refused.
     drop(reload_requests);
+    let began = Instant::now();
     let cut = match end {
         End::Signal => {
             systemd::stopping();
             stopping.cancel();
+            // A handover that was under way had paused them.
+            listeners.accept(Stage::Links, true);
             listeners.close_all_handles();
             agent.drain(&groups).await
         }
         End::Replaced(successor) => {
-            let rest = agent.drain_replaced(&groups, &stopping, &mut signals);
+            let told = successor.stops_with(signals.terminated());
+            let rest = agent.drain_replaced(&groups, &stopping, told);
             handover.carry_on(&successor, rest).await
         }
     };
-    agent.finish(&groups).await;
+    agent.finish(&groups, began).await;
     tracing::info!(cut, "stopped");
     Ok(())
 }
@@ -345,7 +357,7 @@ impl Agent {
         &self,
         groups: &Groups,
         stopping: &CancellationToken,
-        signals: &mut Signals,
+        told: impl Future<Output = ()>,
     ) -> u64 {
         tracing::info!(streams = self.services.streams_open(), "replaced");
         groups.watchdog.cancel();
@@ -365,12 +377,24 @@ impl Agent {
                 sleep(STREAM_CHECK_INTERVAL).await;
             }
         };
+        // Nobody brings lists of revoked certificates to people's sessions any more.
+        let revocations = async {
+            loop {
+                sleep(REVOCATION_INTERVAL).await;
+                let revocations = self.services.revocations.clone();
+                let _ = spawn_blocking(move || revocations.read_again()).await;
+            }
+        };
         let limit = tokio::select! {
             () = ended => return 0,
-            () = sleep(self.config.drain_timeout) => Duration::ZERO,
-            () = signals.terminated() => self.config.shutdown_grace,
+            () = revocations => return 0,
+            () = sleep(self.config.drain_timeout) => LAST_STREAMS,
+            () = told => self.config.shutdown_grace,
             () = stopping.cancelled() => self.config.shutdown_grace,
         };
+        if limit == LAST_STREAMS {
+            self.shutdown.draining.cancel();
+        }
         self.wait_for_streams(limit).await
     }
 
@@ -383,11 +407,13 @@ impl Agent {
         self.services.streams_open()
     }
 
-    /// Ends the sessions, and joins every task.
-    async fn finish(&self, groups: &Groups) {
+    /// Ends the sessions, and joins every task. What streams have sent last may be under way for the rest of the grace, since
+    /// the end `began`.
+    async fn finish(&self, groups: &Groups, began: Instant) {
         self.shutdown.draining.cancel();
         self.shutdown.stopping.cancel();
-        groups.sessions.drain(GOODBYE).await;
+        let grace = self.config.shutdown_grace.saturating_sub(began.elapsed()).max(MIN_GOODBYE);
+        groups.sessions.drain(grace).await;
         self.sessions_ended.cancel();
         groups.background.drain(LAST_GRACE).await;
         groups.health.cancel();
@@ -397,30 +423,22 @@ impl Agent {
     }
 }
 
-/// The signals that the agent knows.
+/// The signals that end a process.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
-    hangup: Signal,
 }
 
 impl Signals {
     fn new() -> io::Result<Self> {
-        let [terminate, interrupt, hangup] =
-            [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
-        Ok(Self { terminate: terminate?, interrupt: interrupt?, hangup: hangup? })
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
     }
 
     /// Waits for SIGTERM or SIGINT.
     async fn terminated(&mut self) {
-        loop {
-            tokio::select! {
-                _ = self.terminate.recv() => return,
-                _ = self.interrupt.recv() => return,
-                _ = self.hangup.recv() => {
-                    tracing::info!("ignored SIGHUP: `node-agent reload` reads the configuration again");
-                }
-            }
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
         }
     }
 }

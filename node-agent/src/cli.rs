@@ -28,7 +28,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Run the agent until SIGTERM.
+    /// Run the agent until SIGTERM. SIGHUP reads the configuration again.
     Run(RunArgs),
     /// Have the running agent start its program and configuration anew, and hand over to the new process once that has
     /// the links of the running one. Streams are not cut. Exit with 1 and the reason if the new process can't serve.

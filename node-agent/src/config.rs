@@ -9,6 +9,7 @@ use std::{
 
 use proto::{NodeName, call_home::Master, policy};
 use proto_config::{At, Errors, Field, Log, Meanings, Section, Shape, Source, Value};
+use proto_net::handover::hangup::Configuration;
 
 use crate::{
     fields::{DAY, WAIT, secs, unique},
@@ -144,6 +145,50 @@ impl Config {
             s.error("call_home", message);
         }
         Some(config)
+    }
+}
+
+impl Configuration for Config {
+    fn load(file: &Path) -> Result<Self, Errors> {
+        proto_config::load(file, Self::read)
+    }
+
+    fn differences(&self, other: &Self) -> Vec<&'static str> {
+        let Self {
+            node,
+            state_dir,
+            log,
+            admin,
+            listen,
+            call_home,
+            call_home_https,
+            addresses,
+            policy,
+            users,
+            front_end,
+            limits,
+            half_closed_timeout,
+            shutdown_grace,
+            drain_timeout,
+        } = self;
+        let same = [
+            ("node", *node == other.node),
+            ("state_dir", *state_dir == other.state_dir),
+            ("log", *log == other.log),
+            ("admin", *admin == other.admin),
+            ("listen", *listen == other.listen),
+            ("call_home", *call_home == other.call_home),
+            ("call_home_https", *call_home_https == other.call_home_https),
+            ("addresses", *addresses == other.addresses),
+            ("policy", *policy == other.policy),
+            ("users", *users == other.users),
+            ("front_end", *front_end == other.front_end),
+            ("limits", *limits == other.limits),
+            ("half_closed_timeout", *half_closed_timeout == other.half_closed_timeout),
+            ("shutdown_grace", *shutdown_grace == other.shutdown_grace),
+            ("drain_timeout", *drain_timeout == other.drain_timeout),
+        ];
+        same.into_iter().filter(|(_, same)| !same).map(|(name, _)| name).collect()
     }
 }
 

@@ -1,10 +1,11 @@
 //! What a process of the node-agent does in a handover to its next one, seen from both.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{convert::Infallible, io, sync::Arc, time::Duration};
 
 use proto_net::{
     handover::{Agent, Predecessor},
     listeners::{Listeners, Stage},
+    tasks::Tasks,
 };
 use tokio::time::{sleep, timeout};
 
@@ -20,6 +21,8 @@ const ASK_INTERVAL: Duration = Duration::from_millis(500);
 /// The agent that runs, for the handover to its next process.
 pub(crate) struct Running<'a> {
     pub(crate) services: &'a Arc<SessionServices>,
+    /// Asks masters, each of which may keep its sender waiting.
+    pub(crate) asking: Tasks,
 }
 
 impl Agent for Running<'_> {
@@ -30,7 +33,7 @@ impl Agent for Running<'_> {
     /// Asks the masters that dial this node. The next process calls the others home by itself.
     async fn ask_for_links(&self) -> Infallible {
         loop {
-            self.services.connected_masters.ask_for_links().await;
+            self.services.connected_masters.ask_for_links(&self.asking);
             sleep(ASK_INTERVAL).await;
         }
     }
@@ -45,7 +48,7 @@ pub(crate) async fn take_over(
     predecessor: &mut Predecessor,
     listeners: &Listeners,
     services: &SessionServices,
-) {
+) -> io::Result<()> {
     let mut missing = predecessor.take_peers();
     let linked = async {
         // Only the last one is looked at, until it is there.
@@ -62,5 +65,5 @@ pub(crate) async fn take_over(
         tracing::warn!(first, at_most = missing.len(), "masters of the former process have no link yet");
     }
     listeners.accept(Stage::Callers, true);
-    predecessor.serving().await;
+    predecessor.serving().await
 }

@@ -1,6 +1,6 @@
 //! The node-agent program.
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::bail;
 use clap::Parser;
@@ -75,15 +75,15 @@ fn main() -> ExitCode {
                     return bad_config(&errors);
                 }
             };
-            run(config, role, runtime)
+            run(config, role, cli.config, runtime)
         }
     }
 }
 
 /// Runs the agent. The error that ends it goes through the log, so that nothing waits for whoever reads it.
-fn run(config: Config, role: Role, runtime: Runtime) -> ExitCode {
+fn run(config: Config, role: Role, file: PathBuf, runtime: Runtime) -> ExitCode {
     let logs = Logs::start(config.log.format, &config.log.level);
-    let (logs, beginning) = match (logs, Beginning::new(role)) {
+    let (logs, beginning) = match (logs, Beginning::new(role, file)) {
         (Ok(logs), Ok(beginning)) => (logs, beginning),
         (Err(e), _) => return fail(&e.into()),
         (_, Err(e)) => return fail(&e.into()),
@@ -128,7 +128,7 @@ async fn run_join(config: &std::path::Path, args: JoinArgs) -> anyhow::Result<()
         "joined as node {node}; keys and certificates are in {}",
         state_dir.display()
     ));
-    stdout::print_line("if node-agent runs already, restart it: it reads them when it starts");
+    stdout::print_line("if node-agent runs already, run `node-agent reload`: it reads them when it starts");
     Ok(())
 }
 

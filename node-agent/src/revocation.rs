@@ -140,6 +140,7 @@ impl Revocations {
         let ca = signed.verify(&self.cas)?;
         let list = Krl::decode(&signed.list).map_err(ListError::from)?;
         let _one_at_a_time = self.installing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.read_again_of(ca);
         if let Some(held) = self.of(ca.key_data()) {
             let (offered, version) = (list.version, held.list.version);
             if offered < version {
@@ -156,6 +157,24 @@ impl Revocations {
         self.put(ca, Held { bytes: signed.list, list, is_kept: kept.is_ok() });
         self.changed.send_replace(());
         kept.map_err(RefusedList::NotKept).map(|()| true)
+    }
+
+    /// Takes over the lists that another process of this agent has written since. Blocks.
+    pub fn read_again(&self) {
+        let _one_at_a_time = self.installing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.cas.iter().for_each(|ca| self.read_again_of(ca));
+    }
+
+    fn read_again_of(&self, ca: &PublicKey) {
+        let path = self.path(ca);
+        let Some(written) = std::fs::read(&path).ok().and_then(|bytes| read(bytes, ca, path).ok()) else {
+            return;
+        };
+        let held = self.of(ca.key_data());
+        if held.is_none_or(|held| held.list.version < written.list.version) {
+            self.put(ca, written);
+            self.changed.send_replace(());
+        }
     }
 
     /// What a certificate is revoked by, if it is.

@@ -257,26 +257,35 @@ impl Cluster {
         Ok(())
     }
 
-    /// Runs `master-agent reload`.
-    pub fn reload_master(&mut self) -> anyhow::Result<()> {
-        let said = self.command(&["reload"])?;
-        let next = next_process(&self.master, &said)?;
-        self.former_masters.push(std::mem::replace(&mut self.master, next));
-        Ok(())
+    /// Runs `master-agent reload`, and returns the process that serves then.
+    pub fn next_master(&self) -> anyhow::Result<Process> {
+        next_process(&self.master, &self.command(&["reload"])?)
     }
 
-    /// Runs `node-agent reload` on a node, and returns the former process.
-    pub fn reload_node(&mut self, index: usize) -> anyhow::Result<Process> {
-        let node = &mut self.nodes[index];
+    /// Runs `node-agent reload` on a node, and returns the process that serves then.
+    pub fn next_node(&self, index: usize) -> anyhow::Result<Process> {
+        let node = &self.nodes[index];
         let mut command = Command::new(binary("node-agent"));
         command.arg("--config").arg(node.dir.join("node.yaml")).arg("reload").current_dir(&node.dir);
         let output = command.output()?;
         if !output.status.success() {
             bail!("{}", String::from_utf8_lossy(&output.stderr));
         }
-        let former = node.process.take().context("the node has no node-agent")?;
-        node.process = Some(next_process(&former, &String::from_utf8(output.stdout)?)?);
-        Ok(former)
+        let former = node.process.as_ref().context("the node has no node-agent")?;
+        next_process(former, &String::from_utf8(output.stdout)?)
+    }
+
+    /// Reloads the master.
+    pub fn reload_master(&mut self) -> anyhow::Result<()> {
+        let next = self.next_master()?;
+        self.former_masters.push(std::mem::replace(&mut self.master, next));
+        Ok(())
+    }
+
+    /// Reloads a node-agent, and returns the former process.
+    pub fn reload_node(&mut self, index: usize) -> anyhow::Result<Process> {
+        let next = self.next_node(index)?;
+        self.nodes[index].process.replace(next).context("the node has no node-agent")
     }
 
     /// Runs a command of master-agent to its end, whatever that is.

@@ -20,7 +20,7 @@ use crate::{
 
 /// Far more than anything takes on a busy machine: what has not ended by then hangs.
 const HANGS: Duration = Duration::from_secs(240);
-const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: target\r\n\r\n";
+pub const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: target\r\n\r\n";
 const RESPONSE: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
 
 /// Waits for something that must complete.

@@ -156,7 +156,7 @@ fn is_alive(pid: u32) -> bool {
 }
 
 /// The time of its start tells the process from a later one with the same number.
-fn note_process(pid: u32) {
+pub fn note_process(pid: u32) {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let behind_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
     if let Some(started) = behind_name.split_whitespace().nth(19) {

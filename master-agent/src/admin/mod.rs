@@ -36,12 +36,12 @@ pub struct Admin {
     pub front_end: Option<Arc<FrontEnd>>,
     pub reloads: Reloads,
     /// Cancelled when the agent stops.
-    pub draining: CancellationToken,
+    pub leaving: CancellationToken,
 }
 
 impl admin::Admin for Admin {
     fn ready(&self) -> Result<Vec<String>, String> {
-        if self.draining.is_cancelled() {
+        if self.leaving.is_cancelled() {
             return Err("stopping".to_owned());
         }
         let name = |error| if self.legacy_names { format!("SSH Tunnel Check: {error}") } else { error };

@@ -69,7 +69,9 @@ pub(super) struct Components {
     pub(super) call_home: Arc<CallHome>,
     /// The group that owns every SSH session and the tasks that make and supervise them.
     pub(super) sessions: Tasks,
-    /// Cancelled when the agent stops and must not begin new tunnels.
+    /// Cancelled when this process is to end, although it may serve on for a while.
+    pub(super) leaving: CancellationToken,
+    /// Cancelled when this process must not begin new tunnels.
     pub(super) draining: CancellationToken,
     /// Tell callers' HTTP connections when to end.
     pub(super) generations: Generations,
@@ -159,6 +161,7 @@ pub(super) fn build(
         login,
         revocations,
         sessions,
+        leaving: CancellationToken::new(),
         draining,
         generations: Generations::default(),
     };

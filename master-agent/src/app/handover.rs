@@ -1,6 +1,6 @@
 //! What a process of the master-agent does in a handover to its next one, seen from both.
 
-use std::{convert::Infallible, future::pending, time::Duration};
+use std::{convert::Infallible, future::pending, io, time::Duration};
 
 use proto::NodeName;
 use proto_net::{
@@ -81,7 +81,7 @@ pub(super) async fn take_over(
     unused: &[Address],
     listeners: &Listeners,
     components: &Components,
-) {
+) -> io::Result<()> {
     let Components { registry, watches, expected, .. } = components;
     // Nodes that are known only from the cluster would be refused.
     if let Some(watches) = watches {
@@ -96,7 +96,7 @@ pub(super) async fn take_over(
         let expected = expected.clone();
         let _ = spawn_blocking(move || expected.cluster_changed()).await;
     }
-    predecessor.loaded(env!("CARGO_PKG_VERSION"), unused).await;
+    predecessor.loaded(env!("CARGO_PKG_VERSION"), unused).await?;
     listeners.accept(Stage::Links, true);
     let mut missing: Vec<_> =
         predecessor.take_peers().iter().filter_map(|node| node.parse::<NodeName>().ok()).collect();
@@ -116,5 +116,5 @@ pub(super) async fn take_over(
     }
     registry.serves_now();
     listeners.accept(Stage::Callers, true);
-    predecessor.serving().await;
+    predecessor.serving().await
 }

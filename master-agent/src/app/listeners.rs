@@ -87,7 +87,7 @@ pub(super) fn serve(
         page,
         front_end: served.cloned(),
         reloads,
-        draining: components.draining.clone(),
+        leaving: components.leaving.clone(),
     };
     let endpoints = Endpoints { metrics, admin: Arc::new(answers) };
     health.spawn(endpoints.clone().serve_tcp(admin, health.clone()));

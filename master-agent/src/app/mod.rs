@@ -15,7 +15,8 @@ use access::authn::cluster::{Cluster, Objects};
 use anyhow::Context;
 use kube::Client;
 use proto_net::{
-    handover::{Beginning, Handover, Successor, reload::Reloads},
+    handover::{Beginning, Handover, Successor, hangup, reload::Reloads},
+    listeners::Stage,
     socket_store, systemd,
     tasks::Tasks,
     telemetry::LinesLost,
@@ -96,9 +97,9 @@ impl Signals {
 
 /// Runs the agent until SIGTERM or SIGINT, or until another process has taken its place, and then drains it.
 pub async fn run(config: Config, beginning: Beginning, log_lines_lost: LinesLost) -> anyhow::Result<()> {
-    let Beginning { program, role } = beginning;
+    let Beginning { program, role, file } = beginning;
     // Signals that come from now on are not lost.
-    let mut signals = Signals::new()?;
+    let (mut signals, hangup) = (Signals::new()?, signal(SignalKind::hangup())?);
     // Cancelled when the process that serves, this one or the one that has replaced it, has been told to stop.
     let stopping = CancellationToken::new();
     let groups = Groups::new();
@@ -130,14 +131,14 @@ pub async fn run(config: Config, beginning: Beginning, log_lines_lost: LinesLost
     let page = Arc::new(Page::new(
         components.registry.clone(),
         components.explainer.clone(),
-        components.draining.clone(),
+        components.leaving.clone(),
         config.admin.page.then_some(config.admin.listen),
     ));
     let sockets = Sockets::bind(&config, &mut listeners)?;
     let unused = listeners.close_unused();
     let traces = config.traces.as_ref().map(Traces::start).transpose().context("traces")?;
     let (reloads, mut reload_requests) = Reloads::new();
-    let admin = AdminParts { page, reloads, log_lines_lost };
+    let admin = AdminParts { page, reloads: reloads.clone(), log_lines_lost };
     let front_end = listeners::serve(&config, &components, sockets, cluster.as_ref(), &groups, admin)?;
     let (front_end, audit) = front_end.unzip();
 
@@ -149,7 +150,7 @@ pub async fn run(config: Config, beginning: Beginning, log_lines_lost: LinesLost
     let watchdog = groups.background.child();
     watchdog.spawn(systemd::watchdog(runtimes.unwrap_or_default()));
     if let Some(mut predecessor) = predecessor {
-        handover::take_over(&mut predecessor, &unused, &listeners, &components).await;
+        handover::take_over(&mut predecessor, &unused, &listeners, &components).await?;
         let (former, stopping) = (components.streams.draining.clone(), stopping.clone());
         groups.background.spawn(async move {
             predecessor.follow(|draining| former.set(draining), stopping.cancelled()).await;
@@ -160,9 +161,13 @@ pub async fn run(config: Config, beginning: Beginning, log_lines_lost: LinesLost
     let former = &components.streams.draining;
     let handover =
         Handover { program: &program, listeners: &listeners, agent: &running, former, stopping: &stopping };
+    let changed = hangup::follow(hangup, &file, Arc::new(config.clone()), &reloads);
     let end = tokio::select! {
-        signalled = until_terminated(inventory, &components, &mut signals) => signalled.map(|()| End::Signal)?,
+        // A process that serves already is not given up.
+        biased;
         successor = handover.requested(&mut reload_requests) => End::Replaced(Box::new(successor)),
+        signalled = until_terminated(inventory, &components, &mut signals) => signalled.map(|()| End::Signal)?,
+        never = changed => match never {},
     };
     // Further requests for a reload are refused.
     drop(reload_requests);
@@ -170,14 +175,17 @@ pub async fn run(config: Config, beginning: Beginning, log_lines_lost: LinesLost
         End::Signal => {
             systemd::stopping();
             stopping.cancel();
+            // A handover that was under way had paused them.
+            listeners.accept(Stage::Links, true);
             listeners.close_all_handles();
             drain(&config, &components, &groups).await
         }
         End::Replaced(successor) => {
             watchdog.cancel();
+            let told = successor.stops_with(signals.terminated());
             let rest = async {
                 tokio::select! {
-                    cut = drain_replaced(&config, &components, &groups, &stopping, &mut signals) => cut,
+                    cut = drain_replaced(&config, &components, &groups, &stopping, told) => cut,
                     never = running.retire() => match never {},
                 }
             };
@@ -261,14 +269,17 @@ async fn follow_cluster(components: &Components) {
 async fn drain(config: &Config, components: &Components, groups: &Groups) -> u64 {
     let Groups { listeners, callers, .. } = groups;
     tracing::info!(callers = callers.len(), "stopping");
-    components.draining.cancel();
+    components.leaving.cancel();
     components.generations.begin_next().end();
     let _ = timeout(config.shutdown_grace, callers.ended()).await;
+    components.draining.cancel();
     components.generations.present().end();
     listeners.cancel();
     listeners.drain(END_TIMEOUT).await;
+    // Their dials still need the tunnels.
+    let _ = timeout(LAST_CALLERS, callers.ended()).await;
     components.for_all_tunnels(|tunnel| async move { tunnel.go_away(STOPPING).await }).await;
-    callers.drain(LAST_CALLERS).await as u64
+    callers.drain(Duration::ZERO).await as u64
 }
 
 /// Does the same for a process whose place another one has taken.
@@ -277,10 +288,11 @@ async fn drain_replaced(
     components: &Components,
     groups: &Groups,
     stopping: &CancellationToken,
-    signals: &mut Signals,
+    told: impl Future<Output = ()>,
 ) -> u64 {
     let callers = &groups.callers;
     tracing::info!(callers = callers.len(), "replaced");
+    components.leaving.cancel();
     components.draining.cancel();
     components.generations.present().draining.cancel();
     groups.listeners.cancel();
@@ -296,7 +308,7 @@ async fn drain_replaced(
     let limit = tokio::select! {
         () = ended => return 0,
         () = sleep(config.drain_timeout) => Duration::ZERO,
-        () = signals.terminated() => config.shutdown_grace,
+        () = told => config.shutdown_grace,
         () = stopping.cancelled() => config.shutdown_grace,
     };
     callers.drain(limit).await as u64

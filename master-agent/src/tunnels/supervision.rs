@@ -231,9 +231,10 @@ async fn log_notices(tunnel: &Tunnel, notices: Option<&mut Notices>) {
     let Some(notices) = notices else { return };
     let mut logged = 0;
     while let Some(notice) = notices.recv().await {
-        if notice == Notice::Relink {
+        if matches!(notice, Notice::Relink | Notice::GoAway(_)) {
             tunnel.on_relink();
-        } else if logged < MAX_LOGGED_NOTICES {
+        }
+        if notice != Notice::Relink && logged < MAX_LOGGED_NOTICES {
             logged += 1;
             log_notice(tunnel, &notice);
         }

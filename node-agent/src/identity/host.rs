@@ -159,29 +159,31 @@ impl NodeIdentity {
     /// Checks a renewed certificate, writes it to its file, and returns the identity that has it. It must come from the
     /// same CA, name the same node, last longer, and have no principal that the present certificate lacks: a
     /// compromised master must not give a node further addresses or names. It does not replace what `node-agent join` has
-    /// installed since. Blocks while it writes.
+    /// installed since. If another process of this agent has installed a certificate that lasts longer, that is taken.
+    /// Blocks while it writes.
     pub fn renew(&self, text: &str) -> Result<Self, IdentityError> {
         let (Some(ca), Some(present)) = (&self.host_ca, &self.certificate) else {
             return Err(IdentityError::NothingToRenew);
         };
         let renewed = self.check(text, ca)?;
-        if node_of(present) != node_of(&renewed) {
-            return Err(IdentityError::AnotherNode);
-        }
-        if renewed.valid_before() <= present.valid_before() {
-            return Err(IdentityError::NotLonger);
-        }
-        let present_principals = present.valid_principals();
-        if let Some(added) = renewed.valid_principals().iter().find(|p| !present_principals.contains(p)) {
-            return Err(IdentityError::AddedPrincipal(added.clone()));
-        }
-        match read_certificate(&self.directory, &self.key) {
-            Ok(Some(on_disk)) if on_disk == *present => {}
-            Ok(_) | Err(IdentityError::CertificateOfAnotherKey(_)) => return Err(IdentityError::JoinedAgain),
+        renews(present, &renewed)?;
+        let on_disk = match read_certificate(&self.directory, &self.key) {
+            Ok(Some(on_disk)) => on_disk,
+            Ok(None) | Err(IdentityError::CertificateOfAnotherKey(_)) => {
+                return Err(IdentityError::JoinedAgain);
+            }
             Err(error) => return Err(error),
+        };
+        if on_disk != *present && !(is_signed_by(&on_disk, ca) && renews(present, &on_disk).is_ok()) {
+            return Err(IdentityError::JoinedAgain);
         }
-        self.write(CERTIFICATE, renewed.to_openssh())?;
-        Ok(Self { certificate: Some(renewed), ..self.clone() })
+        let certificate = if renewed.valid_before() > on_disk.valid_before() {
+            self.write(CERTIFICATE, renewed.to_openssh())?;
+            renewed
+        } else {
+            on_disk
+        };
+        Ok(Self { certificate: Some(certificate), ..self.clone() })
     }
 
     fn check(&self, text: &str, ca: &PublicKey) -> Result<Certificate, IdentityError> {
@@ -212,6 +214,21 @@ impl NodeIdentity {
         let path = self.directory.join(name);
         secret_file::replace(&path, format!("{}\n", text.trim()).as_bytes())
             .map_err(|error| IdentityError::Write { path, error })
+    }
+}
+
+/// Whether a certificate of the same CA and key may take the place of the present one.
+fn renews(present: &Certificate, renewed: &Certificate) -> Result<(), IdentityError> {
+    if node_of(present) != node_of(renewed) {
+        return Err(IdentityError::AnotherNode);
+    }
+    if renewed.valid_before() <= present.valid_before() {
+        return Err(IdentityError::NotLonger);
+    }
+    let present_principals = present.valid_principals();
+    match renewed.valid_principals().iter().find(|p| !present_principals.contains(p)) {
+        Some(added) => Err(IdentityError::AddedPrincipal(added.clone())),
+        None => Ok(()),
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use proto_net::tasks::Tasks;
+
 use super::{state::SessionState, user::AuthenticatedUser};
 
 /// The sessions of masters. A master is known by its key id, which names the master's host. The key itself changes with
@@ -34,9 +36,9 @@ impl ConnectedMasters {
     }
 
     /// Asks each master that dials this node for another link, once for each of its sessions.
-    pub async fn ask_for_links(&self) {
+    pub fn ask_for_links(&self, asking: &Tasks) {
         for (_, state) in self.live() {
-            state.ask_for_link().await;
+            asking.spawn(async move { state.ask_for_link().await });
         }
     }
 

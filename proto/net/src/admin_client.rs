@@ -27,6 +27,11 @@ impl AdminClient {
         Self { agent, socket: socket.to_owned() }
     }
 
+    /// Whether an agent runs, as far as its socket tells.
+    pub async fn is_running(&self) -> bool {
+        UnixStream::connect(&self.socket).await.is_ok()
+    }
+
     /// Has the running process hand over to its next one. Returns once that serves.
     pub async fn reload(&self) -> anyhow::Result<Reloaded> {
         Ok(serde_json::from_str(&self.send(Method::POST, RELOAD, String::new()).await?)?)

@@ -57,8 +57,31 @@ pub struct Listeners {
     inherited: Inherited,
     /// A handle to each socket in use, for the process after.
     bound: Mutex<Vec<(Address, OwnedFd)>>,
+    /// What is to be done to the files of Unix sockets once this process accepts callers. Until then, the process before
+    /// does, and may go on to do so.
+    changes: Mutex<Vec<Change>>,
     links: watch::Sender<bool>,
     callers: watch::Sender<bool>,
+}
+
+#[derive(Debug)]
+enum Change {
+    /// Who may connect to a socket that is taken over.
+    Access(PathBuf, Access),
+    /// A socket takes the place of another one.
+    Replace { temporary: PathBuf, path: PathBuf },
+}
+
+/// The mode, owner and group of a Unix socket's file.
+type Access = (u32, Option<u32>, Option<u32>);
+
+impl Change {
+    fn apply(self) -> io::Result<()> {
+        match self {
+            Self::Access(path, (mode, owner, group)) => unix::set_access(&path, mode, owner, group),
+            Self::Replace { temporary, path } => std::fs::rename(temporary, path),
+        }
+    }
 }
 
 impl Listeners {
@@ -79,7 +102,8 @@ impl Listeners {
 
     fn with(inherited: Inherited, accepts: bool) -> Self {
         let [links, callers] = std::array::from_fn(|_| watch::Sender::new(accepts));
-        Self { inherited, bound: Mutex::default(), links, callers }
+        let (bound, changes) = (Mutex::default(), Mutex::default());
+        Self { inherited, bound, changes, links, callers }
     }
 
     /// Listens on a TCP address, with the socket of the process before if it had one there.
@@ -98,23 +122,34 @@ impl Listeners {
 
     /// Listens on a path as [`unix::bind`] does, with the socket of the process before if it had one there and nobody has
     /// removed it.
-    pub fn unix(
-        &mut self,
-        path: &Path,
-        (mode, owner, group): (u32, Option<u32>, Option<u32>),
-        stage: Stage,
-    ) -> io::Result<Pausable<UnixListener>> {
+    pub fn unix(&mut self, path: &Path, access: Access, stage: Stage) -> io::Result<Pausable<UnixListener>> {
+        let (mode, owner, group) = access;
         let key = Address::Unix(path.to_owned());
         let listener = match self.inherited.remove(&key).filter(|_| unix::is_socket(path)) {
-            Some(inherited) => {
+            Some(inherited) if unix::belongs_to(path, owner, group) => {
                 let listener = std::os::unix::net::UnixListener::from(inherited);
                 listener.set_nonblocking(true)?;
-                unix::set_access(path, mode, owner, group)?;
+                self.change(Change::Access(path.to_owned(), access))?;
                 UnixListener::from_std(listener)?
+            }
+            // Its owner or group can't always be changed.
+            Some(_) => {
+                let (listener, temporary) = unix::bind_beside(path, mode, owner, group)?;
+                self.change(Change::Replace { temporary, path: path.to_owned() })?;
+                listener
             }
             None => unix::bind(path, mode, owner, group)?,
         };
         self.keep(key, listener, stage)
+    }
+
+    /// Changes a file now if this process accepts callers already, and otherwise when it does.
+    fn change(&self, change: Change) -> io::Result<()> {
+        if *self.callers.borrow() {
+            return change.apply();
+        }
+        self.changes.lock().unwrap_or_else(PoisonError::into_inner).push(change);
+        Ok(())
     }
 
     fn keep<L: AsFd>(&mut self, address: Address, listener: L, stage: Stage) -> io::Result<Pausable<L>> {
@@ -150,6 +185,13 @@ impl Listeners {
 
     /// Accepts connections on the sockets of a stage from now on, or leaves them in the kernel's queue.
     pub fn accept(&self, stage: Stage, accepts: bool) {
+        if (stage, accepts) == (Stage::Callers, true) {
+            for change in self.changes.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+                if let Err(error) = change.apply() {
+                    tracing::error!(%error, "can't change the file of a Unix socket");
+                }
+            }
+        }
         self.stage(stage).send_replace(accepts);
     }
 
@@ -157,6 +199,17 @@ impl Listeners {
         match stage {
             Stage::Links => &self.links,
             Stage::Callers => &self.callers,
+        }
+    }
+}
+
+impl Drop for Listeners {
+    /// A process that never serves leaves nothing behind.
+    fn drop(&mut self) {
+        for change in self.changes.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            if let Change::Replace { temporary, .. } = change {
+                let _ = std::fs::remove_file(temporary);
+            }
         }
     }
 }
@@ -296,10 +349,12 @@ mod tests {
         let mut before = Listeners::new();
         let first = before.unix(&path, (0o600, None, None), Stage::Callers).unwrap();
         let mut after = Listeners::taking_over(handed_over(&before));
+        let mode = || std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
         let second = after.unix(&path, (0o660, None, None), Stage::Callers).unwrap();
+        assert_eq!(mode(), 0o600, "it is still the former one's");
         after.accept(Stage::Callers, true);
         drop((before, first));
-        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o660);
+        assert_eq!(mode(), 0o660);
         let _caller = tokio::net::UnixStream::connect(&path).await.unwrap();
         second.accept().await.unwrap();
         std::fs::remove_file(&path).unwrap();

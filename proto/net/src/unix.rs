@@ -3,10 +3,11 @@
 use std::{
     fs::{DirBuilder, Permissions},
     io::{self, ErrorKind},
-    os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt},
-    path::Path,
+    os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt},
+    path::{Path, PathBuf},
 };
 
+use rustix::process::{getegid, geteuid};
 use tokio::net::{UnixListener, UnixSocket};
 
 use super::socket::BACKLOG;
@@ -21,31 +22,49 @@ const FOREIGN_OWNER: &str = "the owner and group can't be set: without root, the
 /// A directory that does not exist is made. Others cannot list it, and can reach the socket in it only if the socket's
 /// mode lets others connect.
 pub fn bind(path: &Path, mode: u32, owner: Option<u32>, group: Option<u32>) -> io::Result<UnixListener> {
+    refuse_taken(path)?;
+    let (listener, temporary) = bind_beside(path, mode, owner, group)?;
+    std::fs::rename(&temporary, path).inspect_err(|_| {
+        let _ = std::fs::remove_file(&temporary);
+    })?;
+    Ok(listener)
+}
+
+/// Refuses a path at which another process listens, or something else is.
+fn refuse_taken(path: &Path) -> io::Result<()> {
     match std::fs::symlink_metadata(path) {
         Ok(metadata) if !metadata.file_type().is_socket() => {
-            return Err(io::Error::other("a file that is no socket is there"));
+            Err(io::Error::other("a file that is no socket is there"))
         }
         Ok(_) if std::os::unix::net::UnixStream::connect(path).is_ok() => {
-            return Err(io::Error::other("another process does"));
+            Err(io::Error::other("another process does"))
         }
-        Ok(_) => {}
-        Err(e) if e.kind() == ErrorKind::NotFound => {}
-        Err(e) => return Err(e),
+        Ok(_) => Ok(()),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(e),
     }
+}
+
+/// Binds a socket that is to take the place of another one at `path`, under the name that is returned.
+pub(super) fn bind_beside(
+    path: &Path,
+    mode: u32,
+    owner: Option<u32>,
+    group: Option<u32>,
+) -> io::Result<(UnixListener, PathBuf)> {
     if let Some(directory) = path.parent() {
         create_directory(directory, if mode & 0o077 == 0 { 0o700 } else { 0o711 })?;
     }
-    let temporary = path.with_file_name(format!(".{}", std::process::id()));
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let temporary = path.with_file_name(format!(".{name}.{}", std::process::id()));
     let _ = std::fs::remove_file(&temporary);
     let socket = UnixSocket::new_stream()?;
     socket.bind(&temporary)?;
     let listener = socket.listen(BACKLOG)?;
-    set_access(&temporary, mode, owner, group).and_then(|()| std::fs::rename(&temporary, path)).inspect_err(
-        |_| {
-            let _ = std::fs::remove_file(&temporary);
-        },
-    )?;
-    Ok(listener)
+    set_access(&temporary, mode, owner, group).inspect_err(|_| {
+        let _ = std::fs::remove_file(&temporary);
+    })?;
+    Ok((listener, temporary))
 }
 
 /// Sets who may connect to a socket.
@@ -62,6 +81,13 @@ pub(super) fn set_access(path: &Path, mode: u32, owner: Option<u32>, group: Opti
 /// Whether a socket's file is there.
 pub(super) fn is_socket(path: &Path) -> bool {
     std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
+}
+
+/// Whether a file belongs to whom a new one would belong.
+pub(super) fn belongs_to(path: &Path, owner: Option<u32>, group: Option<u32>) -> bool {
+    let owner = owner.unwrap_or_else(|| geteuid().as_raw());
+    let group = group.unwrap_or_else(|| getegid().as_raw());
+    std::fs::symlink_metadata(path).is_ok_and(|found| (found.uid(), found.gid()) == (owner, group))
 }
 
 /// Creates a directory with this mode, whatever the umask is. A directory that exists keeps its own.

@@ -14,6 +14,7 @@ import sys
 # Settings without effect on what a program may do, or that systemd itself, cgroups or devices are needed for.
 IGNORED = """
 Type NotifyAccess ExecStart ExecReload Restart RestartSec RestartPreventExitStatus WatchdogSec TimeoutStopSec MemoryMax TasksMax
+KillMode OOMPolicy FileDescriptorStoreMax
 ConfigurationDirectory RuntimeDirectoryPreserve PrivateMounts PrivateDevices PrivateTmp ProtectHome ProtectClock
 ProtectControlGroups ProtectHostname ProtectKernelLogs ProtectKernelModules ProtectKernelTunables RemoveIPC
 RestrictNamespaces RestrictRealtime RestrictSUIDSGID LockPersonality SystemCallArchitectures

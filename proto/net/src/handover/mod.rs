@@ -7,11 +7,12 @@
 //! running process accepts nothing more, and ends when its streams have.
 //!
 //! Until `Serving`, the running process can go on as if nothing had happened, and does so if the next one fails. If the
-//! running process dies, the next one takes its place. The next process is nobody's child but that of whoever adopts
+//! running process dies, systemd starts the agent anew; without systemd, the next process takes its place. The next process is nobody's child but that of whoever adopts
 //! orphans, which is systemd, so that systemd supervises it as it supervised the former one.
 
 mod channel;
 mod draining;
+pub mod hangup;
 mod message;
 mod predecessor;
 mod program;
@@ -21,7 +22,7 @@ mod successor;
 #[cfg(test)]
 mod tests;
 
-use std::io;
+use std::{io, path::PathBuf};
 
 use crate::{listeners::Listeners, socket_store};
 
@@ -40,17 +41,19 @@ pub enum Role {
     Next,
 }
 
-/// How a process begins, and which program its next one runs.
+/// How a process begins, and what its next one runs.
 #[derive(Debug)]
 pub struct Beginning {
     pub program: Program,
     pub role: Role,
+    /// The configuration file.
+    pub file: PathBuf,
 }
 
 impl Beginning {
     /// To be made before anybody replaces the program's file.
-    pub fn new(role: Role) -> io::Result<Self> {
-        Ok(Self { program: Program::current()?, role })
+    pub fn new(role: Role, file: PathBuf) -> io::Result<Self> {
+        Ok(Self { program: Program::current()?, role, file })
     }
 }
 

@@ -1,6 +1,6 @@
 //! The next process's side: it takes what the running process hands over, and tells it how far it has come.
 
-use std::io;
+use std::{env, io};
 
 use super::{channel::Channel, draining::Draining, message::Message};
 use crate::{
@@ -50,20 +50,22 @@ impl Predecessor {
         std::mem::take(&mut self.peers)
     }
 
-    /// Says that everything has been read and checked, and waits until links may be made. If the running process dies
-    /// meanwhile, this one takes its place.
+    /// Says that everything has been read and checked, and waits until links may be made.
     ///
     /// `unused` are sockets of the running process that this one does not need.
-    pub async fn loaded(&self, version: &str, unused: &[Address]) {
+    pub async fn loaded(&self, version: &str, unused: &[Address]) -> io::Result<()> {
         let loaded = Message::Loaded { version: version.to_owned(), unused: unused.to_vec() };
-        if self.channel.send(&loaded).await.is_ok() {
-            let _ = self.channel.receive().await;
+        let said = self.channel.send(&loaded).await;
+        match said.and(self.channel.receive().await) {
+            Ok(Some((Message::Link, _))) => Ok(()),
+            Ok(Some(_)) => Err(io::Error::other("the running process has said something unexpected")),
+            Ok(None) | Err(_) => in_its_place(),
         }
     }
 
     /// Says that this process serves everybody.
-    pub async fn serving(&self) {
-        let _ = self.channel.send(&Message::Serving).await;
+    pub async fn serving(&self) -> io::Result<()> {
+        self.channel.send(&Message::Serving).await.or_else(|_| in_its_place())
     }
 
     /// Passes on what former processes still carry, until they have ended. Tells them once this process is `stopping`.
@@ -86,6 +88,15 @@ impl Predecessor {
         }
         report(Draining::default());
     }
+}
+
+/// Decides what follows from the death of the running process. systemd starts the agent anew, and two would serve then.
+/// Without systemd, this process takes its place.
+fn in_its_place() -> io::Result<()> {
+    if env::var_os("NOTIFY_SOCKET").is_some() {
+        return Err(io::Error::other("the running process has died, and systemd starts the agent anew"));
+    }
+    Ok(())
 }
 
 /// Tells the process at the other end of standard input why this one does not serve.

@@ -46,7 +46,8 @@ impl Reloads {
         }
     }
 
-    async fn reload(&self) -> ReloadResult {
+    /// Has the running process hand over. Returns once the next one serves, or with the reason why it does not.
+    pub async fn reload(&self) -> ReloadResult {
         let (answer, answered) = oneshot::channel();
         if self.0.try_send(answer).is_err() {
             return Err("another reload is waiting, or this process is being replaced".to_owned());

@@ -2,14 +2,15 @@
 
 use std::{convert::Infallible, future::pending, process, time::Duration};
 
-use tokio::time::sleep;
+use rustix::process::getppid;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     draining::{Draining, DrainingGauges},
     program::Program,
     reload::{ReloadRequests, Reloaded},
-    successor::{HandoverError, Successor},
+    successor::{HandoverError, JUST_REPLACED, Successor},
 };
 use crate::{
     listeners::{Listeners, Stage},
@@ -69,7 +70,8 @@ impl<A: Agent> Handover<'_, A> {
     }
 
     async fn hand_over(&self) -> Result<Successor, String> {
-        if process::id() == 1 {
+        // A runtime's own child has no parent that it sees.
+        if process::id() == 1 || getppid().is_none() {
             return Err("the container would end with this process: replace the container".to_owned());
         }
         let Draining { processes, .. } = self.former.get();
@@ -104,9 +106,10 @@ impl<A: Agent> Handover<'_, A> {
     /// Tells the next process what this one still carries, until the `rest` of that has ended. Returns how much of it was cut.
     ///
     /// If the next process ends meanwhile, whoever supervises the agent starts it anew. The sockets of this one are closed, so
-    /// that nobody waits in their queues for a process that does not come.
+    /// that nobody waits in their queues for a process that does not come. If the next process ends at once, so does this one.
     pub async fn carry_on(&self, successor: &Successor, rest: impl Future<Output = u64>) -> u64 {
         self.listeners.close_all_handles();
+        let replaced = Instant::now();
         let reports = async {
             loop {
                 let Draining { processes, streams } = self.former.get();
@@ -115,7 +118,8 @@ impl<A: Agent> Handover<'_, A> {
                 tokio::select! {
                     () = sleep(REPORT_INTERVAL) => {}
                     stops = successor.stops() => {
-                        if stops {
+                        // systemd may not know yet that this process is not the main one any more.
+                        if stops || replaced.elapsed() < JUST_REPLACED {
                             self.stopping.cancel();
                         }
                         return pending().await;

@@ -8,7 +8,10 @@ use std::{
 };
 
 use rustix::process::{Signal, pidfd_send_signal};
-use tokio::{process::Command, time::timeout};
+use tokio::{
+    process::Command,
+    time::{Instant, timeout},
+};
 
 use super::{
     channel::Channel,
@@ -22,6 +25,8 @@ use crate::listeners::{Address, Listeners};
 const LOAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long it may take from then on until it serves, most of which it may spend on waiting for links.
 const SERVE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long systemd may take to learn which process is the main one.
+pub(super) const JUST_REPLACED: Duration = Duration::from_secs(1);
 
 /// Why the running process goes on. The text is for people.
 #[derive(Debug, thiserror::Error)]
@@ -46,7 +51,8 @@ pub struct Successor {
     channel: Channel,
     /// What `pidfd_open(2)` gives.
     process: OwnedFd,
-    serves: bool,
+    /// Since when it serves.
+    since: Option<Instant>,
     unused: Vec<Address>,
     pub pid: u32,
     pub version: String,
@@ -74,7 +80,7 @@ impl Successor {
                 None => return Err(HandoverError::Ended),
             };
             let (version, unused) = (String::new(), Vec::new());
-            let mut next = Self { channel, process, serves: false, unused, pid, version };
+            let mut next = Self { channel, process, since: None, unused, pid, version };
             starter.wait().await?;
             say_all(&next.channel, listeners, &peers).await?;
             let Message::Loaded { version, unused } = next.answer().await? else {
@@ -100,7 +106,7 @@ impl Successor {
         let limit = SERVE_TIMEOUT;
         let late = HandoverError::Late { what: "does not serve", limit };
         timeout(limit, serving).await.unwrap_or(Err(late))?;
-        self.serves = true;
+        self.since = Some(Instant::now());
         listeners.close_handles(&self.unused);
         Ok(())
     }
@@ -130,9 +136,20 @@ impl Successor {
     }
 }
 
+impl Successor {
+    /// Waits until the former process is `told` to stop. If that is soon after the handover, it was meant for the next one,
+    /// which is told, too.
+    pub async fn stops_with(&self, told: impl Future<Output = ()>) {
+        told.await;
+        if self.since.is_some_and(|since| since.elapsed() < JUST_REPLACED) {
+            let _ = pidfd_send_signal(&self.process, Signal::TERM);
+        }
+    }
+}
+
 impl Drop for Successor {
     fn drop(&mut self) {
-        if !self.serves {
+        if self.since.is_none() {
             // It must not begin to serve later.
             let _ = pidfd_send_signal(&self.process, Signal::KILL);
         }

@@ -50,8 +50,8 @@ async fn sockets_and_peers_arrive_and_each_step_is_waited_for() {
     let said = near.receive().await.unwrap().unwrap().0;
     assert_eq!(said, Message::Loaded { version: "1.2.3".to_owned(), unused: Vec::new() });
     near.send(&Message::Link).await.unwrap();
-    next.loaded("1.2.3", &[]).await;
-    next.serving().await;
+    next.loaded("1.2.3", &[]).await.unwrap();
+    next.serving().await.unwrap();
     near.receive().await.unwrap();
     assert_eq!(near.receive().await.unwrap().unwrap().0, Message::Serving);
     // What the former process carries is passed on until it ends.
@@ -77,8 +77,9 @@ async fn a_running_process_that_dies_leaves_its_place_to_the_next_one() {
         near.receive().await.unwrap();
         drop(near);
     };
-    let ((), ()) = tokio::join!(next.loaded("1", &[]), dies);
-    next.serving().await;
+    let (loaded, ()) = tokio::join!(next.loaded("1", &[]), dies);
+    loaded.unwrap();
+    next.serving().await.unwrap();
 }
 
 #[tokio::test]
@@ -108,7 +109,7 @@ fn the_program_of_these_tests() {
         Some("--start-next") => Program::current().unwrap().run_next().unwrap(),
         Some("--take-over") => Runtime::new().unwrap().block_on(async {
             let next = Predecessor::meet().await.unwrap();
-            next.loaded("9", &[]).await;
+            next.loaded("9", &[]).await.unwrap();
             std::future::pending::<()>().await;
         }),
         _ => {}

@@ -142,7 +142,11 @@ pub async fn serve(directory: &File, first: u32, last: u32, offset: u32) -> anyh
              addresses: ['{own}']\npolicy: {{pod_cidrs: [10.0.0.0/8], service_cidrs: [172.16.0.0/12]}}\n"
         );
         let config = Config::parse(&text, "a stand-in", &directory).map_err(|e| anyhow::anyhow!("{e}"))?;
-        nodes.spawn(node_agent::app::run(config, Beginning::new(Role::First)?, LinesLost::default()));
+        nodes.spawn(node_agent::app::run(
+            config,
+            Beginning::new(Role::First, directory)?,
+            LinesLost::default(),
+        ));
     }
     while let Some(ended) = nodes.join_next().await {
         ended??;

@@ -8,4 +8,6 @@ mod front_end_hostile;
 mod isolation;
 mod memory;
 mod packet_path;
+mod reload;
+mod systemd;
 mod traffic;

@@ -258,6 +258,39 @@ async fn port_forward_carries_connections_side_by_side() {
 }
 
 #[tokio::test]
+async fn neither_exec_nor_followed_logs_notice_that_agents_reload() {
+    let sites = Site::start().await;
+    let (cluster, mut processes) = (&sites.cluster, Vec::new());
+    for (site, release) in sites.nodes().flat_map(|site| Release::ALL.map(|release| (site, release))) {
+        let kubectl = site.kubectl(release);
+        site.kubelet().log("first");
+        let mut following = kubectl.command(&["logs", "--follow", "--tail=1", "web"]).spawn().unwrap();
+        let mut lines = Printed::by(&mut following);
+        assert_eq!(lines.line().await, "first");
+        let cat = &["exec", "-i", "web", "--", "cat"];
+        let mut executing = kubectl.command(cat).stderr(Stdio::null()).spawn().unwrap();
+        let mut stdin = executing.stdin.take().unwrap();
+        let mut printed = Printed::by(&mut executing);
+        for reload in ["none", "the master", "the node"] {
+            match reload {
+                "the master" => processes.push(cluster.next_master().unwrap()),
+                "the node" if site.index < 2 => processes.push(cluster.next_node(site.index).unwrap()),
+                _ => {}
+            }
+            site.kubelet().log(reload);
+            assert_eq!(lines.line().await, reload, "{release:?}");
+            stdin.write_all(format!("{reload}\n").as_bytes()).await.unwrap();
+            assert_eq!(printed.line().await, reload, "{release:?}");
+            let new = kubectl.run(&["exec", "web", "--", "echo", reload], b"").await.unwrap();
+            assert_success(&new);
+        }
+        drop(stdin);
+        assert!(completes("kubectl's end", executing.wait()).await.unwrap().success());
+        following.kill().await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_node_that_dies_ends_what_kubectl_has_open() {
     let mut site = Site::start().await;
     for index in 0..site.kubelets.len() {

@@ -1,4 +1,5 @@
-//! Agents that are told to stop complete what is under way, and cut what never ends after the grace.
+//! Agents that are told to stop complete what is under way, serve on meanwhile, since nobody else may, and cut what never
+//! ends after the grace.
 
 use std::{
     net::SocketAddr,
@@ -96,11 +97,9 @@ async fn the_master_drains(terms: usize) {
     assert_eq!(until(cluster.admin, "/readyz", 503).await, "not ready: stopping\n");
     until(cluster.admin, "/livez", 200).await;
     for door in cluster.doors() {
-        closed(&door, &format!("n1:{port}")).await;
-    }
-    port_closes(cluster.call_home).await;
-    for node in &cluster.nodes[..2] {
-        node.process.as_ref().unwrap().says(&["the master takes no new streams"]).await;
+        for node in ["n1", "n2", "n3"] {
+            drop(echo(&door, &format!("{node}:{port}")).await);
+        }
     }
     for _ in 1..terms {
         cluster.master.signal("TERM");
@@ -124,6 +123,13 @@ async fn the_master_drains(terms: usize) {
         cluster.master.log_text()
     );
     cluster.master.says(&["stopped cut=0"]).await;
+    for door in cluster.doors() {
+        closed(&door, &format!("n1:{port}")).await;
+    }
+    port_closes(cluster.call_home).await;
+    for node in &cluster.nodes[..2] {
+        node.process.as_ref().unwrap().says(&["the master takes no new streams"]).await;
+    }
     for node in &mut cluster.nodes {
         assert!(node.process.as_mut().unwrap().is_running());
     }
@@ -156,12 +162,8 @@ async fn a_node_drains(terms: usize, kind: Kind) {
     cluster.nodes[0].process.as_ref().unwrap().signal("TERM");
     assert_eq!(until(cluster.nodes[0].admin, "/readyz", 503).await, "not ready: stopping\n");
     until(cluster.nodes[0].admin, "/livez", 200).await;
-    cluster.master.says(&["the node takes no new streams"]).await;
     for door in cluster.doors() {
-        closed(&door, &target).await;
-    }
-    if kind == Kind::Dialled {
-        port_closes(local(cluster.nodes[0].port)).await;
+        drop(echo(&door, &target).await);
     }
     for _ in 1..terms {
         cluster.nodes[0].process.as_ref().unwrap().signal("TERM");
@@ -177,6 +179,13 @@ async fn a_node_drains(terms: usize, kind: Kind) {
     drop(idle);
     assert_eq!(node.wait(Duration::from_secs(25)).unwrap(), Some(0), "{}", node.log_text());
     node.says(&["stopped cut=0"]).await;
+    cluster.master.says(&["the node takes no new streams"]).await;
+    for door in cluster.doors() {
+        closed(&door, &target).await;
+    }
+    if kind == Kind::Dialled {
+        port_closes(local(cluster.nodes[0].port)).await;
+    }
     still_echoes(&mut elsewhere).await;
     assert!(cluster.master.is_running());
 }

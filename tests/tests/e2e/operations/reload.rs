@@ -1,98 +1,24 @@
 //! A running agent hands over to its next process, and nobody notices.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::{Duration, Instant},
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
 };
 
 use tests::{
-    client::{Door, echo, still_echoes},
-    cluster::{Cluster, Kind, Options, SOON},
-    load::get,
-    process::eventually,
+    client::{echo, still_echoes},
+    cluster::{Cluster, Kind, Options, SOON, binary},
+    process::{Process, TempDir, eventually},
+    repeated::Repeated,
     target,
 };
-use tokio::{
-    sync::Mutex,
-    task::JoinHandle,
-    time::{MissedTickBehavior, interval, timeout},
-};
-use tokio_util::sync::CancellationToken;
 
 use super::operate::nodes;
 
 const ALL: [(&str, Kind); 4] =
     [("n1", Kind::Dialled), ("n2", Kind::CallHome), ("n3", Kind::CallHomeHttps), ("n4", Kind::Sshd)];
-/// The time between two dials.
-const PAUSE: Duration = Duration::from_millis(20);
-/// Far longer than a dial takes on a busy machine.
-const HANGS: Duration = Duration::from_secs(30);
-
-/// Dials one target after the other, 50 a second, each with a request.
-struct Dialler {
-    dialling: JoinHandle<()>,
-    count: Arc<AtomicUsize>,
-    failed: Arc<Mutex<Vec<String>>>,
-    stop: CancellationToken,
-}
-
-impl Dialler {
-    fn start(doors: Vec<Door>, targets: Vec<String>) -> Self {
-        let (failed, stop) = (Arc::<Mutex<Vec<String>>>::default(), CancellationToken::new());
-        let count = Arc::<AtomicUsize>::default();
-        let dialling = tokio::spawn({
-            let (failed, stop, counted) = (failed.clone(), stop.clone(), count.clone());
-            async move {
-                let mut ticks = interval(PAUSE);
-                ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-                let mut dials = tokio::task::JoinSet::new();
-                while stop.run_until_cancelled(ticks.tick()).await.is_some() {
-                    let count = counted.fetch_add(1, Ordering::Relaxed);
-                    let door = doors[count % doors.len()].clone();
-                    let target = targets[count / doors.len() % targets.len()].clone();
-                    let failed = failed.clone();
-                    dials.spawn(async move {
-                        let began = Instant::now();
-                        let dialled = timeout(HANGS, dial(&door, &target)).await;
-                        let dialled = dialled.unwrap_or_else(|_| Err("no answer".to_owned()));
-                        if let Err(error) = dialled {
-                            let after = began.elapsed();
-                            let text = format!("{target} by {} after {after:?}: {error}", door.name());
-                            failed.lock().await.push(text);
-                        }
-                    });
-                }
-                dials.join_all().await;
-            }
-        });
-        Self { dialling, count, failed, stop }
-    }
-
-    /// Goes on until there have been as many dials, and shows that none has failed.
-    async fn finish(self, least: usize) {
-        let count = || self.count.load(Ordering::Relaxed);
-        eventually("there are enough dials", HANGS, async || (count() >= least).then_some(())).await;
-        self.stop.cancel();
-        self.dialling.await.unwrap();
-        let failed = self.failed.lock().await;
-        assert!(
-            failed.is_empty(),
-            "{} of {} dials failed: {failed:#?}",
-            failed.len(),
-            self.count.load(Ordering::Relaxed)
-        );
-    }
-}
-
-async fn dial(door: &Door, target: &str) -> Result<(), String> {
-    let connected = door.connect(target).await.map_err(|error| format!("{error:#}"))?;
-    let mut stream = connected.map_err(|refused| format!("{}: {}", refused.status, refused.reason))?;
-    get(&mut stream).await.map_err(|error| error.to_string())
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_master_reloads_again_and_again_and_no_dial_fails_and_no_stream_is_cut() {
     const TIMES: usize = 5;
@@ -101,7 +27,7 @@ async fn a_master_reloads_again_and_again_and_no_dial_fails_and_no_stream_is_cut
     let mut cluster = Cluster::start(options).await.unwrap();
     let targets: Vec<_> = ALL.iter().map(|(node, _)| format!("{node}:{port}")).collect();
     let mut held = Vec::new();
-    let dialler = Dialler::start(cluster.doors().to_vec(), targets.clone());
+    let dials = Repeated::dials(cluster.doors().to_vec(), targets.clone());
     for _ in 0..TIMES {
         for (door, target) in cluster.doors().iter().flat_map(|door| targets.iter().map(move |t| (door, t))) {
             held.push(echo(door, target).await);
@@ -111,7 +37,7 @@ async fn a_master_reloads_again_and_again_and_no_dial_fails_and_no_stream_is_cut
             still_echoes(stream).await;
         }
     }
-    dialler.finish(TIMES * 10).await;
+    dials.finish(TIMES * 10).await;
     // Each process is there as long as it has streams, and the one that serves shows them.
     assert!(cluster.former_masters.iter_mut().all(|process| process.is_running()));
     let draining = cluster.metric(cluster.admin, "master_agent_draining_processes").await.unwrap();
@@ -138,7 +64,7 @@ async fn a_configuration_or_a_program_that_can_not_serve_changes_nothing() {
     let mut cluster = Cluster::start(options).await.unwrap();
     let targets: Vec<_> = kinds.iter().map(|(node, _)| format!("{node}:{port}")).collect();
     let mut stream = echo(&cluster.unix, &targets[0]).await;
-    let dialler = Dialler::start(cluster.doors().to_vec(), targets);
+    let dials = Repeated::dials(cluster.doors().to_vec(), targets);
     let (path, pid) = (cluster.path().join("master.yaml"), cluster.master.pid());
     let good = std::fs::read_to_string(&path).unwrap();
     for (change, why) in [
@@ -155,7 +81,7 @@ async fn a_configuration_or_a_program_that_can_not_serve_changes_nothing() {
     }
     std::fs::write(&path, &good).unwrap();
     still_echoes(&mut stream).await;
-    dialler.finish(10).await;
+    dials.finish(10).await;
     assert_eq!(cluster.master.pid(), pid);
     assert!(cluster.master.is_running());
 }
@@ -171,6 +97,8 @@ async fn the_process_that_is_told_to_stop_tells_the_former_ones_and_one_that_cra
     let mut stream = echo(&cluster.unix, &target).await;
     cluster.reload_master().unwrap();
     cluster.reload_master().unwrap();
+    // The former process of one that ends at once ends as well.
+    tokio::time::sleep(Duration::from_secs(2)).await;
     cluster.master.kill();
     // Whoever supervises the agent has to start it again. The former processes go on, and keep nobody waiting.
     for door in cluster.doors() {
@@ -211,10 +139,10 @@ async fn nodes_reload_again_and_again_and_no_dial_fails_and_no_stream_is_cut() {
     let mut cluster = Cluster::start(options).await.unwrap();
     let targets: Vec<_> = kinds.iter().map(|(node, _)| format!("{node}:{port}")).collect();
     let (mut held, mut former) = (Vec::new(), Vec::new());
-    let dialler = Dialler::start(cluster.doors().to_vec(), targets.clone());
+    let dials = Repeated::dials(cluster.doors().to_vec(), targets.clone());
     for _ in 0..TIMES {
-        for index in 0..kinds.len() {
-            held.push(echo(&cluster.unix, &targets[index]).await);
+        for (index, target) in targets.iter().enumerate() {
+            held.push(echo(&cluster.unix, target).await);
             let reloaded = cluster.reload_node(index);
             former.push(reloaded.unwrap_or_else(|e| {
                 panic!("{e:#}\n{}", cluster.nodes[index].process.as_ref().unwrap().log_text())
@@ -224,7 +152,7 @@ async fn nodes_reload_again_and_again_and_no_dial_fails_and_no_stream_is_cut() {
             }
         }
     }
-    dialler.finish(TIMES * 10).await;
+    dials.finish(TIMES * 10).await;
     assert!(former.iter_mut().all(|process| process.is_running()));
     for node in &cluster.nodes {
         let draining = cluster.metric(node.admin, "node_agent_draining_processes").await.unwrap();
@@ -274,4 +202,123 @@ async fn a_node_s_configuration_that_can_not_serve_changes_nothing() {
     assert_eq!(cluster.nodes[0].process.as_ref().unwrap().pid(), pid);
     drop(cluster.reload_node(0).unwrap());
     echo(&cluster.unix, &target).await;
+}
+
+/// The process that a line of a log names.
+fn next_process(log: &str) -> Option<u32> {
+    let line = log.lines().rfind(|line| line.contains("a new process serves"))?;
+    line.split_once("pid=")?.1.split_whitespace().next()?.parse().ok()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sighup_checks_the_whole_configuration_and_takes_a_changed_one_over() {
+    let port = target::start().await;
+    let options = Options { nodes: nodes(&[("n1", Kind::Dialled)]), ports: vec![port], ..Options::default() };
+    let mut cluster = Cluster::start(options).await.unwrap();
+    let target = format!("n1:{port}");
+    let mut stream = echo(&cluster.unix, &target).await;
+    let files = [cluster.path().join("master.yaml"), cluster.nodes[0].dir.join("node.yaml")];
+    for (index, (file, change)) in
+        files.iter().zip(["socks5: {unix: {path: socks5.sock}}", "drain_timeout: 10m"]).enumerate()
+    {
+        let node = cluster.nodes[0].process.take().unwrap();
+        let process = if index == 0 { &cluster.master } else { &node };
+        let good = std::fs::read_to_string(file).unwrap();
+        process.signal("HUP");
+        process.says(&["the configuration has not changed"]).await;
+        std::fs::write(file, format!("{good}{change}\nno_such_field: 1\n")).unwrap();
+        process.signal("HUP");
+        let log = process.says(&["the configuration has mistakes; nothing changes"]).await;
+        assert!(log.contains("no_such_field"), "{log}");
+        std::fs::write(file, format!("{good}{change}\n")).unwrap();
+        process.signal("HUP");
+        let field = change.split(':').next().unwrap();
+        process.says(&["the configuration has changed", &format!("changed=\"{field}\"")]).await;
+        let next = process.adopt(next_process(&process.says(&["a new process serves"]).await).unwrap());
+        still_echoes(&mut stream).await;
+        if index == 0 {
+            cluster.former_masters.push(std::mem::replace(&mut cluster.master, next));
+            assert!(cluster.path().join("socks5.sock").exists());
+            cluster.nodes[0].process = Some(node);
+        } else {
+            cluster.nodes[0].process = Some(next);
+            echo(&cluster.unix, &target).await;
+            drop(stream);
+            return;
+        }
+    }
+}
+
+/// Each step of a handover, in its order (`tests/data/units/next_process.py`).
+const STEPS: [&str; 5] = ["start", "begin", "load", "loaded", "link"];
+
+/// Starts the agents from copies of their programs, which others may take the place of.
+fn copy_of(agent: &str, directory: &Path) -> PathBuf {
+    let program = directory.join(agent);
+    std::fs::copy(binary(agent), &program).unwrap();
+    program
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_next_process_that_is_killed_or_says_nonsense_at_any_step_changes_nothing() {
+    let port = target::start().await;
+    let kinds = [("n1", Kind::Dialled), ("n2", Kind::CallHome)];
+    let options = Options { nodes: nodes(&kinds), ports: vec![port], ..Options::default() };
+    let mut cluster = Cluster::start(options).await.unwrap();
+    let dir = TempDir::new("steps").unwrap();
+    let programs = ["master-agent", "node-agent"].map(|agent| copy_of(agent, dir.path()));
+    cluster.master.kill();
+    cluster.master = start(&programs[0], &cluster.path().join("master.yaml"));
+    let node = &mut cluster.nodes[0];
+    drop(node.process.take());
+    node.process = Some(start(&programs[1], &node.dir.join("node.yaml")));
+    cluster.wait_connected().await;
+
+    let targets: Vec<_> = kinds.iter().map(|(node, _)| format!("{node}:{port}")).collect();
+    let mut stream = echo(&cluster.unix, &targets[0]).await;
+    let dials = Repeated::dials(cluster.doors().to_vec(), targets.clone());
+    let stand_in = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/units/next_process.py");
+    for program in &programs {
+        // A running program can't be written to, but another file may take its name.
+        let other = dir.path().join("other");
+        std::fs::copy(&stand_in, &other).unwrap();
+        std::fs::set_permissions(&other, std::fs::Permissions::from_mode(0o755)).unwrap();
+        std::fs::rename(&other, program).unwrap();
+    }
+    for step in STEPS {
+        for how in ["killed", "nonsense"] {
+            std::fs::write(dir.path().join("FAIL_AT"), format!("{step} {how}")).unwrap();
+            let pids = [cluster.master.pid(), cluster.nodes[0].process.as_ref().unwrap().pid()];
+            let errors = [cluster.next_master().unwrap_err(), cluster.next_node(0).unwrap_err()];
+            for error in errors {
+                let error = error.to_string();
+                assert!(error.contains("the running process goes on"), "{step} {how}: {error}");
+            }
+            still_echoes(&mut stream).await;
+            for target in &targets {
+                echo(&cluster.tls, target).await;
+            }
+            assert_eq!(pids, [cluster.master.pid(), cluster.nodes[0].process.as_ref().unwrap().pid()]);
+        }
+    }
+    // The right program is there again, and takes over.
+    for (program, agent) in programs.iter().zip(["master-agent", "node-agent"]) {
+        let other = copy_of(agent, &{
+            let directory = dir.path().join("again");
+            std::fs::create_dir_all(&directory).unwrap();
+            directory
+        });
+        std::fs::rename(other, program).unwrap();
+    }
+    cluster.reload_master().unwrap();
+    let _former = cluster.reload_node(0).unwrap();
+    still_echoes(&mut stream).await;
+    dials.finish(50).await;
+}
+
+fn start(program: &Path, config: &Path) -> Process {
+    let mut command = Command::new(program);
+    command.arg("--config").arg(config).arg("run").current_dir(config.parent().unwrap());
+    let name = program.file_name().unwrap().to_string_lossy();
+    Process::start(&name, &mut command, &config.with_extension("log")).unwrap()
 }

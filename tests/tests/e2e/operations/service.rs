@@ -19,12 +19,20 @@ use super::{
     operate::{PATIENCE, local, nodes, until},
 };
 
-/// Receives one message as systemd would.
-async fn told(socket: &UnixDatagram) -> String {
-    let mut buffer = [0; 1024];
-    let n =
-        tokio::time::timeout(SOON, socket.recv(&mut buffer)).await.expect("a message to systemd").unwrap();
-    String::from_utf8(buffer[..n].to_vec()).unwrap()
+/// Receives messages as systemd would, until one is not about a socket to keep. Returns it, and the names of the sockets.
+async fn told(socket: &UnixDatagram) -> (String, Vec<String>) {
+    let mut kept = Vec::new();
+    loop {
+        let mut buffer = [0; 1024];
+        let received = tokio::time::timeout(SOON, socket.recv(&mut buffer)).await;
+        let n = received.expect("a message to systemd").unwrap();
+        let message = String::from_utf8(buffer[..n].to_vec()).unwrap();
+        match message.strip_prefix("FDSTORE=1\nFDPOLL=0\nFDNAME=") {
+            Some(name) => kept.push(name.trim().to_owned()),
+            None if message.starts_with("FDSTOREREMOVE=1\n") => {}
+            None => return (message.trim().to_owned(), kept),
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -42,7 +50,8 @@ async fn systemd_is_told_when_the_sockets_are_bound_and_at_the_end() {
     };
 
     let mut master = start("master-agent", &cluster.path().join("master.yaml"));
-    assert_eq!(told(&socket).await.trim(), "READY=1");
+    let (message, kept) = told(&socket).await;
+    assert_eq!((message.as_str(), kept.len()), ("READY=1", 5), "{kept:?}");
     let Door::Tls(tls, _) = &cluster.tls else { unreachable!() };
     for address in [cluster.admin, cluster.call_home, *tls] {
         TcpStream::connect(address).await.unwrap();
@@ -51,16 +60,17 @@ async fn systemd_is_told_when_the_sockets_are_bound_and_at_the_end() {
         UnixStream::connect(cluster.path().join(name)).await.unwrap();
     }
     master.signal("TERM");
-    assert_eq!(told(&socket).await.trim(), "STOPPING=1");
+    assert_eq!(told(&socket).await, ("STOPPING=1".to_owned(), Vec::new()));
     assert_eq!(master.wait(PATIENCE).unwrap(), Some(0));
 
     let mut node = start("node-agent", &cluster.nodes[0].dir.join("node.yaml"));
-    assert_eq!(told(&socket).await.trim(), "READY=1");
+    let (message, kept) = told(&socket).await;
+    assert_eq!((message.as_str(), kept.len()), ("READY=1", 3), "{kept:?}");
     for address in [cluster.nodes[0].admin, local(cluster.nodes[0].port)] {
         TcpStream::connect(address).await.unwrap();
     }
     node.signal("TERM");
-    assert_eq!(told(&socket).await.trim(), "STOPPING=1");
+    assert_eq!(told(&socket).await, ("STOPPING=1".to_owned(), Vec::new()));
     assert_eq!(node.wait(PATIENCE).unwrap(), Some(0));
 }
 
@@ -154,7 +164,7 @@ async fn the_agents_run_without_root() {
     std::fs::write(
         &configs[1],
         format!(
-            "state_dir: home/lib/node-agent\nadmin: {{listen: '127.0.0.1:{node_admin}', socket: admin.sock}}\nlisten: '127.0.0.1:{node_port}'\n\
+            "state_dir: home/lib/node-agent\nadmin: {{listen: '127.0.0.1:{node_admin}', socket: home/run/node-admin.sock}}\nlisten: '127.0.0.1:{node_port}'\n\
              policy: {{allow: [{{name: target, to: 127.0.0.1, ports: {port}}}]}}\n"
         ),
     )
@@ -196,7 +206,7 @@ async fn the_agents_run_without_root() {
 
     // host_ca, user_ca, their public halves and state.sqlite; host_key, its certificate and two CAs.
     assert!(check_rights(&home.join("lib")) >= 9);
-    for (socket, rights) in [("connect.sock", 0o660), ("admin.sock", 0o600)] {
+    for (socket, rights) in [("connect.sock", 0o660), ("admin.sock", 0o600), ("node-admin.sock", 0o600)] {
         let socket = home.join("run").join(socket);
         assert!(std::fs::metadata(&socket).unwrap().file_type().is_socket());
         assert_eq!(mode(&socket), rights, "{}", socket.display());

@@ -1,8 +1,8 @@
 //! The systemd units: little is open to the agents under them, every sample starts under its unit's restrictions and
 //! answers the watchdog, and who is given one directory of sockets finds no other's.
 //!
-//! systemd itself is not at hand. `data/units/start.py` does of a unit what needs no systemd: the directories, a
-//! read-only root, the user, capabilities, limits, and the filter of system calls.
+//! `data/units/start.py` does of a unit what needs no systemd: the directories, a read-only root, the user, capabilities,
+//! limits, and the filter of system calls. How systemd itself supervises the agents is another test (`alone/systemd.rs`).
 
 use std::{
     fs::{self, Permissions},
@@ -127,6 +127,7 @@ impl<'a> Host<'a> {
             match buffer[..told.unwrap().unwrap()].trim_ascii() {
                 b"READY=1" => ready = true,
                 b"WATCHDOG=1" if ready => answers += 1,
+                socket if socket.starts_with(b"FDSTORE") && !ready => {}
                 // It comes from an earlier process, or is the first answer of this one.
                 b"WATCHDOG=1" | b"STOPPING=1" if !ready => {}
                 other => panic!("{}", String::from_utf8_lossy(other)),
