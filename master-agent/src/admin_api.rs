@@ -21,6 +21,19 @@ pub const PAGE_TOKEN: &str = "/page/token";
 /// The path to which `PUT` sends a comparison, which the page shows.
 pub const COMPARISON: &str = "/comparison";
 
+/// The listener of callers who come through a tunnel to the front end, as streams name it.
+pub const FRONT_END_TUNNEL: &str = "front-end-tunnel";
+
+/// Returns the path to which `POST` drains a node within the milliseconds in the body. It is answered with [`NodeDetail`].
+pub fn drain_path(name: &str) -> String {
+    format!("{}/drain", node_path(name))
+}
+
+/// Returns the path to which `POST` undoes that. It is answered with a line of text.
+pub fn undrain_path(name: &str) -> String {
+    format!("{}/undrain", node_path(name))
+}
+
 /// Returns the path of one node, which is answered with [`NodeDetail`].
 pub fn node_path(name: &str) -> String {
     format!("{NODES}/{name}")
@@ -52,6 +65,42 @@ pub struct NodeStatus {
     pub refused: u64,
     #[serde(default)]
     pub totals: Totals,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<DrainStatus>,
+}
+
+/// A drain that is in force.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainStatus {
+    /// The deadline.
+    pub until_unix_milliseconds: u64,
+    pub by: DrainedBy,
+    /// The number of streams that were cut at the deadline. It is `None` before that, and if the node has cut them.
+    pub cut: Option<u64>,
+}
+
+/// Who drains a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DrainedBy {
+    /// `master-agent node drain`.
+    Master,
+    /// `node-agent drain`.
+    Node,
+}
+
+/// The states of a node that has a tunnel.
+pub mod state {
+    pub const CONNECTED: &str = "connected";
+    /// It gets only the streams that no other node can carry.
+    pub const DRAINING: &str = "draining";
+    /// It gets no streams.
+    pub const DRAINED: &str = "drained";
+
+    /// Whether a node in this state has a tunnel.
+    pub fn has_tunnel(state: &str) -> bool {
+        [CONNECTED, DRAINING, DRAINED].contains(&state)
+    }
 }
 
 /// A node with its streams and events.
@@ -182,9 +231,10 @@ pub struct ExplainedCandidate {
 }
 
 impl Explanation {
-    /// Returns whether one of the candidates has a tunnel.
+    /// Returns whether one of the candidates has a tunnel that takes streams.
     pub fn has_tunnel(&self) -> bool {
-        self.candidates.iter().any(|candidate| candidate.state.as_deref() == Some("connected"))
+        let takes_streams = |state: &str| [state::CONNECTED, state::DRAINING].contains(&state);
+        self.candidates.iter().any(|candidate| candidate.state.as_deref().is_some_and(takes_streams))
     }
 }
 
@@ -219,6 +269,8 @@ mod tests {
     #[test]
     fn paths_are_read_as_they_are_written() {
         assert_eq!(node_of_path(&node_path("n1.example")), Some("n1.example"));
+        let drain = drain_path("n1.example");
+        assert_eq!(node_of_path(&drain).and_then(|path| path.strip_suffix("/drain")), Some("n1.example"));
         for path in ["/nodes", "/nodesn1", "/watches"] {
             assert_eq!(node_of_path(path), None, "{path}");
         }

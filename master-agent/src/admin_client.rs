@@ -1,12 +1,14 @@
 //! The client with which commands ask the running agent, over its admin socket.
 
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
 use hyper::Method;
-use proto_net::{admin_client, handover::reload::Reloaded};
+use proto::NodeName;
+use proto_net::{admin_client, drain, handover::reload::Reloaded};
 
 use crate::admin_api::{
-    COMPARISON, Explanation, NODES, NodeDetail, NodeStatus, PAGE_TOKEN, explain_path, node_path,
+    COMPARISON, Explanation, NODES, NodeDetail, NodeStatus, PAGE_TOKEN, drain_path, explain_path, node_path,
+    undrain_path,
 };
 
 /// A client of the running agent. Each request has its own connection.
@@ -56,6 +58,17 @@ impl AdminClient {
     /// Has the running process hand over to its next one. Returns once that serves.
     pub async fn reload(&self) -> anyhow::Result<Reloaded> {
         self.0.reload().await
+    }
+
+    /// Drains a node. Returns it with the streams that are left.
+    pub async fn drain(&self, node: &NodeName, deadline: Duration) -> anyhow::Result<NodeDetail> {
+        let request = drain::request(deadline);
+        Ok(serde_json::from_str(&self.send(Method::POST, &drain_path(node.as_str()), request).await?)?)
+    }
+
+    /// Undoes the drain of a node. Returns a line of text.
+    pub async fn undrain(&self, node: &NodeName) -> anyhow::Result<String> {
+        self.send(Method::POST, &undrain_path(node.as_str()), String::new()).await
     }
 
     /// Sends a comparison in JSON, which the page shows.

@@ -18,6 +18,7 @@ use crate::{
     admin_api::Explanation,
     admin_client::AdminClient,
     compare::CompareArgs,
+    drain::DrainArgs,
     egress::socks5::users,
     identity::revocation,
     page,
@@ -59,7 +60,7 @@ pub enum Command {
     /// Manage the tokens with which new hosts join.
     #[command(subcommand)]
     Token(TokenCommand),
-    /// List and forget nodes.
+    /// List, drain and forget nodes.
     #[command(subcommand)]
     Node(NodeCommand),
     /// Print a script that makes a host with a plain OpenSSH sshd a node. Run it as root on that host.
@@ -149,6 +150,14 @@ pub struct TokenCreateArgs {
 pub enum NodeCommand {
     /// List the nodes and their tunnels.
     List(OutputArgs),
+    /// Take a node out of use: other nodes get its streams if they can carry them. List the streams that are left, and wait
+    /// for them. At the deadline, cut what is left; the node then gets no streams.
+    Drain(DrainArgs),
+    /// Undo a drain.
+    Undrain {
+        /// The node's name.
+        node: NodeName,
+    },
     /// Forget the host key that a node joined with, or that was trusted on first use. The key and its certificate are no
     /// longer accepted, and another key may take their place.
     Forget {

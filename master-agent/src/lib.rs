@@ -9,6 +9,7 @@ pub mod cli;
 pub mod compare;
 pub mod config;
 pub mod directory;
+pub mod drain;
 pub mod egress;
 pub mod fields;
 pub mod front_end;

@@ -17,6 +17,7 @@ use master_agent::{
     },
     compare::{self, Configured},
     config::Config,
+    drain,
     identity::{backup, fingerprint, host_name, revocation, state::MasterState, store::Store, token},
     input::read_text,
     routing::inventory::Inventory,
@@ -148,6 +149,8 @@ async fn command(cli: Cli, config: Config) -> anyhow::Result<ExitCode> {
             Ok(())
         }
         Command::Node(NodeCommand::List(args)) => cli::node_list(&agent, args.output).await,
+        Command::Node(NodeCommand::Drain(args)) => drain::drain(&agent, args).await,
+        Command::Node(NodeCommand::Undrain { node }) => drain::undrain(&agent, &node).await,
         Command::Node(NodeCommand::Forget { node }) => {
             if !MasterState::open(&config.state_dir)?.store.forget_node(&node)? {
                 bail!("no key of node {node} is known");

@@ -28,6 +28,7 @@ use crate::{
     call_home::CallHome,
     config::Config,
     dialer::Dialer,
+    drain::Drain,
     handover::{self, Running},
     identity::{
         current::CurrentIdentity,
@@ -43,10 +44,7 @@ use crate::{
     metrics::Metrics,
     policy::{Scope, ScopeConfig},
     revocation::Revocations,
-    session::{
-        bounds::Bounds, masters::ConnectedMasters, serve::SessionServer, services::SessionServices,
-        streams::StreamServer,
-    },
+    session::{bounds::Bounds, serve::SessionServer, services::SessionServices, streams::StreamServer},
     shutdown::Shutdown,
 };
 
@@ -87,12 +85,13 @@ pub async fn run(config: Config, beginning: Beginning, log_lines_lost: LinesLost
     let (predecessor, mut listeners) = role.begin().await?;
     let identity = NodeIdentity::load_or_create(&config.state_dir)?;
     let revocations = Revocations::load(&config.state_dir, identity.user_cas())?;
+    let drain = Arc::new(Drain::load(&config.state_dir)?);
     let sockets = Sockets::bind(&config, &mut listeners)?;
     let unused = listeners.close_unused();
     let metrics = Arc::new(Metrics { log_lines_lost, ..Metrics::default() });
     let (reloads, mut reload_requests) = Reloads::new();
     let running = Arc::new(config.clone());
-    let (agent, installer) = Agent::new(config, identity, revocations, metrics);
+    let (agent, installer) = Agent::new(config, identity, revocations, drain, metrics);
     let groups = Groups::new();
     if let Some(predecessor) = &predecessor {
         predecessor.loaded(env!("CARGO_PKG_VERSION"), &unused).await?;
@@ -229,6 +228,7 @@ impl Agent {
         config: Config,
         identity: NodeIdentity,
         revocations: Revocations,
+        drain: Arc<Drain>,
         metrics: Arc<Metrics>,
     ) -> (Self, Installer) {
         let shutdown = Shutdown::default();
@@ -257,6 +257,7 @@ impl Agent {
             metrics: metrics.clone(),
             dial_timeout: config.limits.dial_timeout,
             half_closed_timeout: config.half_closed_timeout,
+            drain,
             shutdown: shutdown.clone(),
         };
         let front_ends =
@@ -271,7 +272,7 @@ impl Agent {
             limits: config.limits.clone(),
             bounds_of_masters: Bounds::of_masters(&config.limits),
             bounds_of_people: Bounds::of_people(&config.limits),
-            connected_masters: ConnectedMasters::default(),
+            connected_masters: Arc::default(),
             multiplexers: Arc::default(),
             max_closed_first: MAX_CLOSED_FIRST,
             log_throttle: LogThrottle::with_burst(LOG_BURST),
@@ -330,6 +331,8 @@ impl Agent {
             listens: self.config.listen.is_some(),
             leaving: self.shutdown.leaving.clone(),
             reloads,
+            drain: self.services.streams.drain.clone(),
+            masters: self.services.connected_masters.clone(),
             metrics: self.metrics.clone(),
         };
         let metrics = Exposition::new(self.metrics.register());
@@ -361,6 +364,7 @@ impl Agent {
     ) -> u64 {
         tracing::info!(streams = self.services.streams_open(), "replaced");
         groups.watchdog.cancel();
+        groups.background.spawn(self.services.streams.drain.clone().follow_next_process());
         self.shutdown.leaving.cancel();
         groups.listeners.cancel();
         groups.listeners.drain(LAST_GRACE).await;

@@ -10,6 +10,7 @@ pub mod call_home;
 pub mod cli;
 pub mod config;
 pub mod dialer;
+pub mod drain;
 mod fields;
 pub mod greeting;
 mod handover;

@@ -1,6 +1,9 @@
 //! The node-agent program.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use anyhow::bail;
 use clap::Parser;
@@ -50,16 +53,11 @@ fn main() -> ExitCode {
             }
             Err(errors) => bad_config(&errors),
         },
-        Command::Reload => {
-            let config = match Config::load(&cli.config) {
-                Ok(config) => config,
-                Err(errors) => return bad_config(&errors),
-            };
-            match runtime.block_on(cli::reload(&config.admin.socket)) {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(e) => fail(&e),
-            }
+        Command::Reload => ask(&cli.config, &runtime, async |socket: &Path| cli::reload(socket).await),
+        Command::Drain(args) => {
+            ask(&cli.config, &runtime, async |socket: &Path| cli::drain(socket, args).await)
         }
+        Command::Undrain => ask(&cli.config, &runtime, async |socket: &Path| cli::undrain(socket).await),
         Command::Run(RunArgs { start_next: true, .. }) => {
             match Program::current().and_then(|program| program.run_next()) {
                 Ok(()) => ExitCode::SUCCESS,
@@ -77,6 +75,18 @@ fn main() -> ExitCode {
             };
             run(config, role, cli.config, runtime)
         }
+    }
+}
+
+/// Runs a command that asks the running agent.
+fn ask(config: &Path, runtime: &Runtime, command: impl AsyncFnOnce(&Path) -> anyhow::Result<()>) -> ExitCode {
+    let config = match Config::load(config) {
+        Ok(config) => config,
+        Err(errors) => return bad_config(&errors),
+    };
+    match runtime.block_on(command(&config.admin.socket)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => fail(&e),
     }
 }
 
@@ -102,7 +112,7 @@ fn run(config: Config, role: Role, file: PathBuf, runtime: Runtime) -> ExitCode 
     }
 }
 
-async fn run_join(config: &std::path::Path, args: JoinArgs) -> anyhow::Result<()> {
+async fn run_join(config: &Path, args: JoinArgs) -> anyhow::Result<()> {
     // A host that only joins needs no configuration.
     let https = matches!(args.master, Master::Https(_));
     let config = match &args.state_dir {

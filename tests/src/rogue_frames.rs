@@ -103,6 +103,7 @@ fn sample_frames(version: Version, stream: u64, target: &str) -> Vec<Bytes> {
             Frame::Retract { stream, limit: 1000 },
             Frame::Retracted { stream, limit: 1000 },
             Frame::Relink,
+            Frame::Drain { milliseconds: 1000 },
         ]);
     }
     frames.iter().map(|frame| frame::encode(version, frame)).collect()

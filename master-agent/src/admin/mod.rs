@@ -5,9 +5,11 @@ pub mod config;
 use std::sync::Arc;
 
 use hyper::{Method, Request, StatusCode, body::Incoming};
+use proto::NodeName;
 use proto_net::{
     admin,
     dialer::Origin,
+    drain,
     handover::reload::{RELOAD, Reloads},
 };
 use tokio::task::spawn_blocking;
@@ -19,13 +21,16 @@ use crate::{
     identity::refresh::StoreHealth,
     kubernetes::Watches,
     page::{self, Page},
-    tunnels::{explain::Explainer, registry::Registry},
+    tunnels::{drains::Drains, explain::Explainer, registry::Registry},
 };
+
+const TEXT: &str = "text/plain";
 
 /// Answers scrapers, viewers of the page, and the commands of this host.
 pub struct Admin {
     pub registry: Arc<Registry>,
     pub explainer: Arc<Explainer>,
+    pub drains: Arc<Drains>,
     /// The watches of the cluster. It is `None` if no cluster is configured.
     pub watches: Option<Arc<Watches>>,
     pub store: Arc<StoreHealth>,
@@ -81,7 +86,45 @@ impl Admin {
             (&Method::POST, admin_api::PAGE_TOKEN) => Some(page::token(&self.page)),
             (&Method::POST, RELOAD) => Some(self.reloads.answer().await),
             (&Method::PUT, admin_api::COMPARISON) => Some(self.page.take_comparison(body).await),
+            (&Method::POST, path) => match admin_api::node_of_path(path)?.split_once('/')? {
+                (node, "drain") => Some(self.drain(node, body).await),
+                (node, "undrain") => Some(self.undrain(node).await),
+                _ => None,
+            },
             _ => None,
+        }
+    }
+
+    async fn drain(&self, node: &str, body: Incoming) -> admin::Answer {
+        let Some(within) = drain::read_request(body).await else {
+            return (StatusCode::BAD_REQUEST, TEXT, "the body is not a number of milliseconds".to_owned());
+        };
+        let name = node.parse::<NodeName>().ok().filter(|name| self.registry.state(name).is_some());
+        let Some(name) = name else {
+            let message = format!("node {node} is not known: `master-agent node list` shows those that are");
+            return (StatusCode::NOT_FOUND, TEXT, message);
+        };
+        match self.drains.begin(&name, within).await {
+            Ok(()) => json(serde_json::to_string(&self.registry.detail(&name))),
+            Err(error) => not_recorded(&error),
+        }
+    }
+
+    async fn undrain(&self, node: &str) -> admin::Answer {
+        let was_drained = match node.parse::<NodeName>() {
+            Ok(name) => {
+                self.drains.end(&name).await.map(|was_drained| (was_drained, self.registry.drain(&name)))
+            }
+            Err(_) => Ok((false, None)),
+        };
+        match was_drained {
+            Ok((_, Some(_))) => {
+                let message = format!("node {node} drains itself: run `node-agent undrain` on it");
+                (StatusCode::CONFLICT, TEXT, message)
+            }
+            Ok((true, None)) => (StatusCode::OK, TEXT, format!("node {node} is no longer drained")),
+            Ok((false, None)) => (StatusCode::NOT_FOUND, TEXT, format!("node {node} is not drained")),
+            Err(error) => not_recorded(&error),
         }
     }
 
@@ -96,14 +139,14 @@ impl Admin {
                 let text = spawn_blocking(move || serde_json::to_string(&registry.status())).await;
                 Some(match text {
                     Ok(text) => json(text),
-                    Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, "text/plain", error.to_string()),
+                    Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, TEXT, error.to_string()),
                 })
             }
             admin_api::EXPLAIN => {
                 let target = admin_api::target_of_query(query);
                 Some(match self.explainer.explain(&target, Origin("explain".to_owned())).await {
                     Ok(explanation) => json(serde_json::to_string(&explanation)),
-                    Err(error) => (StatusCode::BAD_REQUEST, "text/plain", error),
+                    Err(error) => (StatusCode::BAD_REQUEST, TEXT, error),
                 })
             }
             path => {
@@ -114,9 +157,13 @@ impl Admin {
     }
 }
 
+fn not_recorded(error: &anyhow::Error) -> admin::Answer {
+    (StatusCode::INTERNAL_SERVER_ERROR, TEXT, format!("the store can't be written: {error:#}"))
+}
+
 fn json(value: serde_json::Result<String>) -> admin::Answer {
     match value {
         Ok(text) => (StatusCode::OK, "application/json", text),
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, "text/plain", error.to_string()),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, TEXT, error.to_string()),
     }
 }

@@ -19,6 +19,7 @@ use crate::{
         counters::TunnelMetrics,
         dial_links::{DialLinks, Dialling, Tcp},
         dialer::TunnelDialer,
+        drains::Drains,
         expected_nodes::ExpectedNodes,
         explain::Explainer,
         join::{Joining, MAX_DECISIONS},
@@ -65,6 +66,7 @@ pub(super) struct Components {
     pub(super) store_health: Arc<StoreHealth>,
     pub(super) login: Arc<MasterLogin>,
     pub(super) revocations: Arc<RevocationList>,
+    pub(super) drains: Arc<Drains>,
     pub(super) explainer: Arc<Explainer>,
     pub(super) call_home: Arc<CallHome>,
     /// The group that owns every SSH session and the tasks that make and supervise them.
@@ -153,6 +155,7 @@ pub(super) fn build(
             .map(|cluster| Watches::new(routes, cluster.stale_after, config.checks_bound_objects())),
         expected: Arc::new(expected),
         streams: StreamMetrics::new(registry.clone()),
+        drains: Arc::new(Drains::new(store.clone(), registry.clone())),
         tunnels: metrics,
         registry,
         dialer,

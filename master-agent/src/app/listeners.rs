@@ -81,6 +81,7 @@ pub(super) fn serve(
     let answers = Admin {
         registry: components.registry.clone(),
         explainer: components.explainer.clone(),
+        drains: components.drains.clone(),
         watches: components.watches.clone(),
         store: components.store_health.clone(),
         legacy_names: legacy_names(config),

@@ -217,6 +217,7 @@ fn start(
     sessions.spawn(supervisor.recheck());
     background.spawn(components.login.clone().keep_renewed());
     background.spawn(components.revocations.clone().follow());
+    background.spawn(components.drains.clone().follow());
     background.spawn(components.registry.clone().sample());
 }
 

@@ -23,6 +23,7 @@ use tokio::sync::mpsc;
 
 use super::{admission::Admission, server::FrontEnd};
 use crate::{
+    admin_api::FRONT_END_TUNNEL,
     stream::{
         caller::Caller,
         record::{Opened, Record},
@@ -32,8 +33,6 @@ use crate::{
     tunnels::{callers::ServeCallers, tunnel::Tunnel},
 };
 
-/// The name of this way to the front end in records and metrics of streams.
-const LISTENER: &str = "front-end-tunnel";
 /// The number of bytes that are buffered in each direction between a stream and the front end.
 const BUFFER: usize = 16 * 1024;
 /// The number of characters that are kept of what a node says about a caller.
@@ -158,7 +157,7 @@ pub(super) async fn carry(
     admission.load = Some(load);
     let origin: String = origin.chars().take(MAX_ORIGIN).collect();
     let origin = Origin(format!("node {node}, which says {origin:?}"));
-    let caller = Caller::new(LISTENER, origin);
+    let caller = Caller::new(FRONT_END_TUNNEL, origin);
     // The requests have spans of their own.
     let opened = Opened {
         caller,

@@ -27,6 +27,8 @@ const STEPS: &[&str] = &[
     CREATE TABLE IF NOT EXISTS revocations (
         id INTEGER PRIMARY KEY CHECK (id = 1), version INTEGER NOT NULL, list BLOB NOT NULL
     ) STRICT;",
+    // `until` is in milliseconds since 1970.
+    "CREATE TABLE drains (name TEXT PRIMARY KEY, until INTEGER NOT NULL) STRICT;",
 ];
 
 /// The version of a database; 0 for one without tables.

@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     net::IpAddr,
     path::Path,
-    sync::{Mutex, MutexGuard, PoisonError, RwLock},
+    sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard},
     time::{Duration, SystemTime},
 };
 
@@ -28,23 +28,25 @@ const KEEP_EXPIRED: i64 = 7 * 24 * 3600;
 pub struct SqliteStore {
     database: Mutex<Database>,
     /// Written only while `database` is locked, so that changes arrive in the order of their transactions.
-    keys: RwLock<KnownKeys>,
+    known: RwLock<Known>,
     changes: watch::Sender<()>,
 }
 
-/// The keys by which nodes are known, as fingerprints.
+/// What is kept in memory. Keys are fingerprints.
 #[derive(Debug, PartialEq, Eq)]
-struct KnownKeys {
+struct Known {
     /// The key for which a node was last certified.
     joined: HashMap<NodeName, String>,
     /// The key that was trusted on first use.
     first_use: HashMap<NodeName, String>,
+    /// The deadlines of nodes that are drained.
+    drains: HashMap<NodeName, SystemTime>,
 }
 
 #[derive(Debug)]
 struct Database {
     connection: Connection,
-    /// The value of `PRAGMA data_version` when `keys` was read. Only commits of other connections change it.
+    /// The value of `PRAGMA data_version` when [`Known`] was read. Only commits of other connections change it.
     version: i64,
     /// The version of the list of revoked certificates that was read or written last.
     revocations: Option<i64>,
@@ -65,19 +67,23 @@ impl SqliteStore {
         let failed = |error| database::explained(state_dir, error);
         let mut database = Database { connection, version: 0, revocations: None };
         database.version = database.data_version().map_err(failed)?;
-        let (keys, revocations) = database.known().map_err(failed)?;
+        let (known, revocations) = database.known().map_err(failed)?;
         database.revocations = revocations;
-        let (keys, changes) = (RwLock::new(keys), watch::Sender::new(()));
-        Ok(Self { database: Mutex::new(database), keys, changes })
+        let (known, changes) = (RwLock::new(known), watch::Sender::new(()));
+        Ok(Self { database: Mutex::new(database), known, changes })
     }
 
     fn database(&self) -> MutexGuard<'_, Database> {
         self.database.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn known(&self) -> RwLockReadGuard<'_, Known> {
+        self.known.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Applies to memory what has just been committed. `change` returns whether that concerns anybody.
-    fn committed(&self, database: MutexGuard<'_, Database>, change: impl FnOnce(&mut KnownKeys) -> bool) {
-        let concerns = change(&mut self.keys.write().unwrap_or_else(PoisonError::into_inner));
+    fn committed(&self, database: MutexGuard<'_, Database>, change: impl FnOnce(&mut Known) -> bool) {
+        let concerns = change(&mut self.known.write().unwrap_or_else(PoisonError::into_inner));
         drop(database);
         if concerns {
             self.changes.send_replace(());
@@ -86,16 +92,16 @@ impl SqliteStore {
 
     /// Applies to memory that a key has been committed as the one for which a node is certified.
     fn joined(&self, database: MutexGuard<'_, Database>, node: &NodeName, key: &str) {
-        self.committed(database, |keys| {
-            let former = keys.joined.insert(node.clone(), key.to_owned());
+        self.committed(database, |known| {
+            let former = known.joined.insert(node.clone(), key.to_owned());
             former.is_some_and(|former| former != key)
         });
     }
 }
 
-impl KnownKeys {
+impl Known {
     /// Whether every node that had a key in `before` still has that key.
-    fn keep_those_of(&self, before: &Self) -> bool {
+    fn keeps_keys_of(&self, before: &Self) -> bool {
         let keep = |now: &HashMap<NodeName, String>, before: &HashMap<NodeName, String>| {
             before.iter().all(|(node, key)| now.get(node) == Some(key))
         };
@@ -108,14 +114,15 @@ impl Database {
         self.connection.query_row("PRAGMA data_version", [], |row| row.get(0))
     }
 
-    /// Reads the keys of nodes, and the version of the list of revoked certificates.
-    fn known(&mut self) -> rusqlite::Result<(KnownKeys, Option<i64>)> {
+    /// Reads what is kept in memory, and the version of the list of revoked certificates.
+    fn known(&mut self) -> rusqlite::Result<(Known, Option<i64>)> {
         let transaction = self.connection.transaction()?;
-        let keys = KnownKeys {
+        let known = Known {
             joined: fingerprints(&transaction, "SELECT name, fingerprint FROM nodes")?,
             first_use: fingerprints(&transaction, "SELECT name, fingerprint FROM first_use")?,
+            drains: drains(&transaction)?,
         };
-        Ok((keys, revocations_version(&transaction)?))
+        Ok((known, revocations_version(&transaction)?))
     }
 }
 
@@ -127,11 +134,11 @@ impl From<rusqlite::Error> for TokenError {
 
 impl Store for SqliteStore {
     fn joined_key(&self, node: &NodeName) -> Option<String> {
-        self.keys.read().unwrap_or_else(PoisonError::into_inner).joined.get(node).cloned()
+        self.known().joined.get(node).cloned()
     }
 
     fn first_use_key(&self, node: &NodeName) -> Option<String> {
-        self.keys.read().unwrap_or_else(PoisonError::into_inner).first_use.get(node).cloned()
+        self.known().first_use.get(node).cloned()
     }
 
     fn changes(&self) -> watch::Receiver<()> {
@@ -148,9 +155,9 @@ impl Store for SqliteStore {
         let (known, revocations) = database.known()?;
         let revoked = revocations != database.revocations;
         (database.version, database.revocations) = (version, revocations);
-        self.committed(database, |keys| {
-            let concerns = revoked || !known.keep_those_of(keys);
-            *keys = known;
+        self.committed(database, |present| {
+            let concerns = revoked || !known.keeps_keys_of(present) || known.drains != present.drains;
+            *present = known;
             concerns
         });
         Ok(true)
@@ -250,8 +257,8 @@ impl Store for SqliteStore {
             |row| row.get(0),
         )?;
         transaction.commit()?;
-        self.committed(database, |keys| {
-            let former = keys.first_use.insert(node.clone(), recorded.clone());
+        self.committed(database, |known| {
+            let former = known.first_use.insert(node.clone(), recorded.clone());
             former.is_some_and(|former| former != recorded)
         });
         Ok(recorded)
@@ -264,10 +271,36 @@ impl Store for SqliteStore {
         let joined = transaction.execute("DELETE FROM nodes WHERE name = ?1", [node.as_str()])?;
         transaction.execute("DELETE FROM addresses WHERE node = ?1", [node.as_str()])?;
         transaction.commit()?;
-        self.committed(database, |keys| {
-            keys.first_use.remove(node).is_some() | keys.joined.remove(node).is_some()
+        self.committed(database, |known| {
+            known.first_use.remove(node).is_some() | known.joined.remove(node).is_some()
         });
         Ok(first_use + joined > 0)
+    }
+
+    fn drains(&self) -> HashMap<NodeName, SystemTime> {
+        self.known().drains.clone()
+    }
+
+    fn set_drain(&self, node: &NodeName, until: Option<SystemTime>) -> anyhow::Result<bool> {
+        let mut database = self.database();
+        let transaction = database.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let was = transaction.execute("DELETE FROM drains WHERE name = ?1", [node.as_str()])? > 0;
+        if let Some(until) = until {
+            let milliseconds = until.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis();
+            transaction.execute(
+                "INSERT INTO drains (name, until) VALUES (?1, ?2)",
+                params![node.as_str(), i64::try_from(milliseconds).unwrap_or(i64::MAX)],
+            )?;
+        }
+        transaction.commit()?;
+        self.committed(database, |known| {
+            match until {
+                Some(until) => known.drains.insert(node.clone(), until),
+                None => known.drains.remove(node),
+            };
+            true
+        });
+        Ok(was)
     }
 
     fn revocations(&self) -> anyhow::Result<Option<Vec<u8>>> {
@@ -312,6 +345,17 @@ fn fingerprints(connection: &Connection, query: &str) -> rusqlite::Result<HashMa
     let mut query = connection.prepare(query)?;
     let rows = query.query_map([], |row| Ok((name(row.get(0)?), row.get(1)?)))?;
     rows.filter_map(|row| row.map(|(node, key)| Some((node?, key))).transpose()).collect()
+}
+
+/// Reads the deadlines of drained nodes.
+fn drains(connection: &Connection) -> rusqlite::Result<HashMap<NodeName, SystemTime>> {
+    let mut query = connection.prepare("SELECT name, until FROM drains")?;
+    let rows = query.query_map([], |row| {
+        let milliseconds = u64::try_from(row.get::<_, i64>(1)?).unwrap_or_default();
+        let until = SystemTime::UNIX_EPOCH + Duration::from_millis(milliseconds);
+        Ok((name(row.get(0)?), until))
+    })?;
+    rows.filter_map(|row| row.map(|(node, until)| Some((node?, until))).transpose()).collect()
 }
 
 /// Records what a node is certified for, in place of what was known of it.

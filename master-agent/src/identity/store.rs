@@ -1,11 +1,11 @@
-//! What must outlive the process: hashed join tokens, the keys by which nodes are known, and the list of revoked
-//! certificates.
+//! What must outlive the process: hashed join tokens, the keys by which nodes are known, the list of revoked
+//! certificates, and which nodes are drained.
 //!
 //! The keys that are needed to establish and to recheck a tunnel are read from memory ([`Store::joined_key`],
-//! [`Store::first_use_key`]). Every other method reads or writes the store itself, so it blocks and belongs on a thread
+//! [`Store::first_use_key`]), and so are the drains ([`Store::drains`]). Every other method reads or writes the store itself, so it blocks and belongs on a thread
 //! for blocking work. Commands of other processes change the same store, which [`Store::refresh`] notices.
 
-use std::{net::IpAddr, time::SystemTime};
+use std::{collections::HashMap, net::IpAddr, time::SystemTime};
 
 use proto::NodeName;
 use russh::keys::PublicKey;
@@ -66,8 +66,8 @@ pub trait Store: Send + Sync {
     /// The fingerprint that was trusted on first use. Never blocks.
     fn first_use_key(&self, node: &NodeName) -> Option<String>;
 
-    /// Returns a receiver that changes when this or another process has replaced or forgotten the key of a node, or has
-    /// changed the list of revoked certificates. Changes by other processes are noticed by [`Store::refresh`]. The first
+    /// Returns a receiver that changes when this or another process has replaced or forgotten the key of a node, has changed
+    /// the list of revoked certificates, or has drained a node or undone that. Changes by other processes are noticed by [`Store::refresh`]. The first
     /// key of a node is left out, since there is no tunnel that it could concern: with many nodes, each join would
     /// otherwise have all tunnels checked.
     fn changes(&self) -> watch::Receiver<()>;
@@ -121,6 +121,13 @@ pub trait Store: Send + Sync {
 
     /// Forgets a node's keys, so that another host may take its place. Returns `false` if nothing was known.
     fn forget_node(&self, node: &NodeName) -> anyhow::Result<bool>;
+
+    /// The nodes that are drained, each with its deadline. Never blocks.
+    fn drains(&self) -> HashMap<NodeName, SystemTime>;
+
+    /// Records that a node is drained, with a deadline of whole milliseconds, or that it no longer is. Returns whether it was
+    /// before.
+    fn set_drain(&self, node: &NodeName, until: Option<SystemTime>) -> anyhow::Result<bool>;
 
     /// The list of revoked certificates, if there ever was one.
     fn revocations(&self) -> anyhow::Result<Option<Vec<u8>>>;

@@ -8,7 +8,7 @@ use std::{
 
 use clap::ValueEnum;
 
-use crate::admin_api::{NodeDetail, NodeStatus};
+use crate::admin_api::{NodeDetail, NodeStatus, state};
 
 /// The order of nodes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -117,7 +117,8 @@ fn rank(state: &str) -> u8 {
         "retrying" => 1,
         "connecting" => 2,
         "waiting" => 3,
-        _ => 4,
+        state::DRAINING | state::DRAINED => 4,
+        _ => 5,
     }
 }
 
@@ -217,9 +218,9 @@ impl Model {
         self.rows.iter().filter(|row| row.matches(&filter)).collect()
     }
 
-    /// Returns the number of nodes, and of connected ones.
+    /// Returns the number of nodes, and of those with a tunnel.
     pub(crate) fn counts(&self) -> (usize, usize) {
-        (self.rows.len(), self.rows.iter().filter(|row| row.state == "connected").count())
+        (self.rows.len(), self.rows.iter().filter(|row| state::has_tunnel(&row.state)).count())
     }
 
     /// Returns the bytes per second of all nodes, up and down.
@@ -367,6 +368,7 @@ pub(crate) mod tests {
             tunnels: Vec::new(),
             refused: 0,
             totals: Totals { up, ..Totals::default() },
+            drain: None,
         }
     }
 

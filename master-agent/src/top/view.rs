@@ -9,7 +9,7 @@ use ratatui::{
 };
 
 use super::model::{Model, Row, Sort, show_age, show_bytes, show_rate};
-use crate::admin_api::{EventKind, NodeDetail};
+use crate::admin_api::{EventKind, NodeDetail, state};
 
 const HELP: [&str; 9] = [
     "up, down, j, k    select",
@@ -84,8 +84,8 @@ fn footing(model: &Model) -> Line<'static> {
 
 fn state_style(state: &str) -> Style {
     match state {
-        "connected" => Style::new().fg(Color::Green),
-        "waiting" | "connecting" => Style::new().fg(Color::Yellow),
+        state::CONNECTED => Style::new().fg(Color::Green),
+        "waiting" | "connecting" | state::DRAINING | state::DRAINED => Style::new().fg(Color::Yellow),
         _ => Style::new().fg(Color::Red).add_modifier(Modifier::BOLD),
     }
 }
@@ -311,6 +311,7 @@ mod tests {
             tunnels: Vec::new(),
             refused: 0,
             totals: Totals { changed_unix_milliseconds: Some(1000), ..Totals::default() },
+            drain: None,
         }
     }
 

@@ -87,10 +87,19 @@ impl TunnelDialer {
         }
     }
 
-    /// Puts connected nodes first, and prefers near ones among them within bounds.
+    /// Puts connected nodes first, and draining ones last among them. Prefers near ones within bounds.
     fn order(&self, candidates: Vec<Candidate>) -> Vec<Candidate> {
         let reach = self.registry.round_trips(candidates.iter().map(|c| &c.node));
-        let order = preference::order(&reach, &mut rand::rng());
+        let drains: Vec<_> = candidates.iter().map(|c| self.registry.drain(&c.node)).collect();
+        let mut order = preference::order(&reach, &mut rand::rng());
+        order.sort_by_key(|index| {
+            let is_connected = reach.get(*index).is_some_and(Option::is_some);
+            match drains.get(*index).copied().flatten() {
+                None if is_connected => 0,
+                Some(drain) if is_connected && !drain.is_over() => 1,
+                Some(_) | None => 2,
+            }
+        });
         order.into_iter().filter_map(|index| candidates.get(index).cloned()).collect()
     }
 
@@ -182,7 +191,8 @@ impl TunnelDialer {
             let left = timeout.saturating_sub(began.elapsed());
             opened = other.open(&asked, &origin.0, left).await;
         }
-        match opened {
+        // The node may have been drained meanwhile, after its streams have been cut.
+        match opened.and_then(|stream| self.registry.check_drain(node).map(|()| stream)) {
             Ok(stream) => Ok((stream, permit)),
             Err(error) => {
                 if let Some(activity) = self.registry.activity(node) {
@@ -252,6 +262,8 @@ fn unknown(kind: &str, key: &str) -> DialError {
 
 #[cfg(test)]
 mod tests {
+    use std::{collections::HashMap, time::SystemTime};
+
     use super::*;
     use crate::{
         routing::cluster::{Endpoint, EndpointSlice, Object, Service, ServicePort},
@@ -263,11 +275,11 @@ mod tests {
 
     const HOUR: Duration = Duration::from_secs(3600);
 
-    /// A service whose two endpoints are on n1.
-    fn routes() -> SharedRoutes {
-        let endpoint = |address: &str| Endpoint {
+    /// A service with an endpoint on n1 and another one.
+    fn routes(other: NodeName) -> SharedRoutes {
+        let endpoint = |address: &str, node: NodeName| Endpoint {
             address: address.parse().unwrap(),
-            node: Some(n1()),
+            node: Some(node),
             hostname: None,
             ready: true,
         };
@@ -282,7 +294,7 @@ mod tests {
             key: "a/b-1".into(),
             service: "a/b".into(),
             ports: vec![(String::new(), Some(8080))],
-            endpoints: vec![endpoint("10.1.0.1"), endpoint("10.1.0.2")],
+            endpoints: vec![endpoint("10.1.0.1", n1()), endpoint("10.1.0.2", other)],
         };
         let routes = SharedRoutes::new(String::new());
         routes.change(|routes| {
@@ -300,7 +312,7 @@ mod tests {
         let (tunnel, notices) = master.tunnel_in(&master.tasks).await;
         assert!(notices.is_none() && !tunnel.is_node_agent());
         let _registered = master.registry.register(Arc::new(tunnel)).unwrap();
-        let (routes, registry) = (Arc::new(routes()), master.registry.clone());
+        let (routes, registry) = (Arc::new(routes(n1())), master.registry.clone());
         let dialer = TunnelDialer::new(registry, routes, Duration::from_secs(9));
         let (target, origin) = ("10.96.0.1:80".parse().unwrap(), Origin("test".to_owned()));
         // The order is drawn at random.
@@ -311,5 +323,33 @@ mod tests {
         *master.node.sshd_forbids.lock().unwrap() = Some(vec!["10.1.0.1".to_owned(), "10.1.0.2".to_owned()]);
         let refused = dialer.dial(&target, &origin).await.err().unwrap();
         assert_eq!(refused.fault(), Fault::Policy, "{refused}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_draining_node_still_gets_what_no_other_node_can_carry() {
+        let mut master = Master::new(HOUR, 64);
+        let n2: NodeName = "n2".parse().unwrap();
+        let expected = [n1(), n2.clone()].map(|node| (node, (1, Absent::New)));
+        master.registry.expect(&expected.into_iter().collect());
+        let (tunnel, _notices, _node) = master.tunnel().await;
+        let _registered = master.registry.register(Arc::new(tunnel)).unwrap();
+        let (routes, registry) = (Arc::new(routes(n2)), master.registry.clone());
+        let dialer = TunnelDialer::new(registry.clone(), routes, Duration::from_secs(9));
+        let (target, origin) = ("10.96.0.1:80".parse().unwrap(), Origin("test".to_owned()));
+        let drain = |seconds| {
+            let until = SystemTime::now() + Duration::from_secs(seconds);
+            registry.set_drains(HashMap::from([(n1(), until)]));
+        };
+        drain(60);
+        // The order of nodes that can carry it is drawn at random, and n2 has no tunnel.
+        for _ in 0..32 {
+            let connection = dialer.dial(&target, &origin).await.unwrap();
+            assert_eq!(connection.node, Some(n1()));
+        }
+        drain(0);
+        let refused = dialer.dial(&target, &origin).await.err().unwrap();
+        assert_eq!(refused.fault(), Fault::Tunnel, "{refused}");
+        registry.set_drains(HashMap::new());
+        dialer.dial(&target, &origin).await.unwrap();
     }
 }

@@ -58,6 +58,7 @@ impl Collector for NodeCollector {
         for (name, help, value) in [
             ("nodes_connected", "Nodes with a tunnel.", connected),
             ("nodes", "Nodes that are known.", known),
+            ("nodes_draining", "Nodes that are draining or drained.", self.registry.draining()),
         ] {
             let gauge = ConstGauge::new(signed(value));
             gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
@@ -184,7 +185,7 @@ mod tests {
         let series = series_by_node(&text);
         assert_eq!(series.len(), 5001);
         // The series of the round trip and of the certificate need a tunnel.
-        assert!(series.iter().all(|(node, count)| *count == if node.is_empty() { 2 } else { 11 }));
+        assert!(series.iter().all(|(node, count)| *count == if node.is_empty() { 3 } else { 11 }));
         for line in [
             "master_agent_node_impostors_total{node=\"node-17.example\"} 1\n",
             "master_agent_node_dials_failed_total{node=\"node-17.example\",fault=\"policy\"} 1\n",

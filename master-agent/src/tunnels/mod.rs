@@ -13,6 +13,8 @@ pub mod config;
 pub mod counters;
 pub mod dial_links;
 pub mod dialer;
+pub mod drain;
+pub mod drains;
 pub mod expected_nodes;
 pub mod explain;
 mod front_end_streams;

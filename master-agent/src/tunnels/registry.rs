@@ -8,13 +8,13 @@
 //! a visit of all nodes does not block dials.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     fmt::Display,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use proto::{DialError, NodeName};
@@ -25,6 +25,7 @@ use tokio::{
 
 use super::{
     absent::Absent,
+    drain::{DRAINED, Drain},
     sampled_set::SampledSet,
     session::error::NotRegistered,
     status::{NodeFigures, tunnel_status, unix_seconds},
@@ -32,7 +33,7 @@ use super::{
 };
 use crate::{
     activity::{self, NodeActivities, NodeActivity},
-    admin_api::{Event, EventKind, NodeDetail, NodeStatus},
+    admin_api::{Event, EventKind, NodeDetail, NodeStatus, state},
     identity::VerifiedHost,
 };
 
@@ -54,6 +55,8 @@ pub struct Registry {
     /// The number of nodes that have a tunnel. It changes only while the node is locked.
     connected: AtomicUsize,
     max_streams_per_node: usize,
+    /// The nodes that commands of this host drain, known here or not.
+    drains: RwLock<HashMap<NodeName, Drain>>,
     /// Since when callers are served.
     serves_since: Mutex<Instant>,
 }
@@ -99,6 +102,7 @@ impl Registry {
             agents: Mutex::default(),
             connected: AtomicUsize::new(0),
             max_streams_per_node,
+            drains: RwLock::default(),
             serves_since: Mutex::new(Instant::now()),
         }
     }
@@ -247,22 +251,106 @@ impl Registry {
         node.state().tunnels.iter().any(|other| other.id > tunnel.id && other.is_usable())
     }
 
-    /// Returns up to `count` nodes that run a node-agent and accept streams, the least busy first. In a large cluster,
-    /// they are the least busy ones of a random sample.
+    /// Returns up to `count` nodes that run a node-agent and accept streams, the least busy first, and draining ones last. In
+    /// a large cluster, they are the least busy ones of a random sample.
     pub fn least_busy_agents(&self, count: usize) -> Vec<NodeName> {
         let random = rand::random();
-        let usable = |most: usize| -> Vec<Arc<Node>> {
+        let usable = |most: usize, draining: bool| -> Vec<Arc<Node>> {
             let visited: Vec<_> = self.agents().walk(random).take(most).cloned().collect();
-            visited.into_iter().filter(|node| node.state().has_usable_agent()).take(SAMPLE).collect()
+            let is_wanted = |node: &Arc<Node>| {
+                let is_of_kind = match self.drain_of(node) {
+                    Some(drain) => draining && !drain.is_over(),
+                    None => !draining,
+                };
+                is_of_kind && node.state().has_usable_agent()
+            };
+            visited.into_iter().filter(is_wanted).take(SAMPLE).collect()
+        };
+        let least_busy = |sample: Vec<Arc<Node>>| {
+            let mut found: Vec<_> =
+                sample.iter().map(|node| (node.open_streams(), node.name.clone())).collect();
+            found.sort();
+            found.into_iter().map(|(_, name)| name)
         };
         // Few nodes take no new streams, but for a moment these may be all nodes of the sample.
-        let mut sample = usable(4 * SAMPLE);
+        let mut sample = usable(4 * SAMPLE, false);
         if sample.is_empty() {
-            sample = usable(usize::MAX);
+            sample = usable(usize::MAX, false);
         }
-        let mut found: Vec<_> = sample.iter().map(|node| (node.open_streams(), &node.name)).collect();
-        found.sort();
-        found.into_iter().take(count).map(|(_, name)| name.clone()).collect()
+        let mut found: Vec<_> = least_busy(sample).take(count).collect();
+        if found.len() < count {
+            let missing = count - found.len();
+            found.extend(least_busy(usable(usize::MAX, true)).take(missing));
+        }
+        found
+    }
+
+    /// Replaces the set of nodes that commands of this host drain, each with its deadline.
+    pub(super) fn set_drains(&self, drains: HashMap<NodeName, SystemTime>) {
+        let mut present = self.drains.write().unwrap_or_else(PoisonError::into_inner);
+        let former = std::mem::take(&mut *present);
+        let drain = |name: &NodeName, until: SystemTime| {
+            let same = former.get(name).copied().filter(|drain| drain.until == until);
+            same.unwrap_or_else(|| Drain::by_master(until))
+        };
+        *present = drains
+            .into_iter()
+            .map(|(name, until)| {
+                let drain = drain(&name, until);
+                (name, drain)
+            })
+            .collect();
+    }
+
+    /// Resets the streams through nodes whose drain has reached its deadline. Returns the next deadline.
+    pub(super) fn cut_drained(&self) -> Option<Instant> {
+        let now = Instant::now();
+        let (over, waiting): (Vec<_>, Vec<_>) = {
+            let drains = self.drains.read().unwrap_or_else(PoisonError::into_inner);
+            let uncut = drains.iter().filter(|(_, drain)| drain.cut.is_none());
+            uncut.map(|(name, drain)| (name.clone(), *drain)).partition(|(_, drain)| drain.ends <= now)
+        };
+        for (name, drain) in over {
+            let tunnels = self.tunnels_of(&name);
+            let cut: usize = tunnels.iter().map(|tunnel| tunnel.reset_streams(DRAINED)).sum();
+            tracing::info!(node = %name, cut, "node is drained");
+            let mut drains = self.drains.write().unwrap_or_else(PoisonError::into_inner);
+            if let Some(present) = drains.get_mut(&name).filter(|present| present.until == drain.until) {
+                present.cut = Some(cut);
+            }
+        }
+        waiting.iter().map(|(_, drain)| drain.ends).min()
+    }
+
+    /// Returns the drain of a node that is in force, if there is one. Of two, it is the one with the earlier deadline.
+    pub fn drain(&self, name: &NodeName) -> Option<Drain> {
+        self.drain_of(&self.node(name)?)
+    }
+
+    fn drain_of(&self, node: &Node) -> Option<Drain> {
+        let by_master = self.drains.read().unwrap_or_else(PoisonError::into_inner).get(&node.name).copied();
+        let state = node.state();
+        let by_node = state.tunnels.iter().filter_map(|t| t.drain().filter(|_| t.is_usable()));
+        by_node.chain(by_master).min_by_key(|drain| drain.ends)
+    }
+
+    /// Fails if the drain of a node has reached its deadline.
+    pub fn check_drain(&self, name: &NodeName) -> Result<(), DialError> {
+        self.node(name).map_or(Ok(()), |node| self.check_drain_of(&node))
+    }
+
+    fn check_drain_of(&self, node: &Node) -> Result<(), DialError> {
+        match self.drain_of(node) {
+            Some(drain) if drain.is_over() => {
+                Err(DialError::NoTunnel { node: node.name.to_string(), state: drain.refusal(&node.name) })
+            }
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// Returns the number of nodes that are draining or drained.
+    pub fn draining(&self) -> usize {
+        self.nodes().values().filter(|node| self.drain_of(node).is_some()).count()
     }
 
     /// Returns the round trip of a node, or `None` if the node is not connected or its round trip is not measured.
@@ -289,6 +377,7 @@ impl Registry {
     pub fn pick(&self, name: &NodeName) -> Result<(Arc<Tunnel>, OwnedSemaphorePermit), DialError> {
         let none = |state: String| DialError::NoTunnel { node: name.to_string(), state };
         let node = self.node(name).ok_or_else(|| none("the node is not known".to_owned()))?;
+        self.check_drain_of(&node)?;
         let tunnel = node.state().pick().map_err(|absent| none(absent.to_string()))?;
         let permit = node.streams.clone().try_acquire_owned().map_err(|_| {
             DialError::TooManyStreams(format!(
@@ -310,7 +399,9 @@ impl Registry {
             let picked = self.pick(name);
             let lost = node.state().away_since.map(|since| since + PATIENCE);
             let until = lost.map_or(self.patient_until(), |until| until.max(self.patient_until()));
-            if !matches!(picked, Err(DialError::NoTunnel { .. })) || timeout_at(until, linked).await.is_err()
+            if !matches!(picked, Err(DialError::NoTunnel { .. }))
+                || self.check_drain_of(&node).is_err()
+                || timeout_at(until, linked).await.is_err()
             {
                 return picked;
             }
@@ -330,6 +421,7 @@ impl Registry {
     /// Returns the tunnel that [`Self::pick`] picks, for a stream that already has a permit.
     pub fn pick_again(&self, name: &NodeName) -> Option<Arc<Tunnel>> {
         let node = self.node(name)?;
+        self.check_drain_of(&node).ok()?;
         node.state().pick().ok()
     }
 
@@ -367,7 +459,7 @@ impl Registry {
 
     /// Returns the status of every node.
     pub fn status(&self) -> Vec<NodeStatus> {
-        self.nodes().values().map(|node| node.status()).collect()
+        self.nodes().values().map(|node| node.status(self.drain_of(node))).collect()
     }
 
     /// Returns the latest refusals of all nodes, at most `most` of them, the newest first.
@@ -385,13 +477,15 @@ impl Registry {
 
     /// Returns the name of a node's state, or `None` if the node is not known.
     pub fn state(&self, name: &NodeName) -> Option<&'static str> {
-        self.node(name).map(|node| node.state().name())
+        let node = self.node(name)?;
+        let drain = self.drain_of(&node);
+        Some(node.state().name(drain))
     }
 
     /// Returns the status of a node with its streams and history, or `None` if the node is not known.
     pub fn detail(&self, name: &NodeName) -> Option<NodeDetail> {
         let node = self.node(name)?;
-        Some(NodeDetail { status: node.status(), detail: node.activity.detail() })
+        Some(NodeDetail { status: node.status(self.drain_of(&node)), detail: node.activity.detail() })
     }
 
     fn nodes(&self) -> Arc<Nodes> {
@@ -466,18 +560,23 @@ impl Node {
         }
     }
 
-    fn status(&self) -> NodeStatus {
+    fn status(&self, drain: Option<Drain>) -> NodeStatus {
         let state = self.state().clone();
         let alive: Vec<_> = state.tunnels.iter().filter(|tunnel| !tunnel.has_ended()).collect();
-        let reason = if alive.is_empty() { state.absent.to_string() } else { String::new() };
+        let reason = if alive.is_empty() {
+            state.absent.to_string()
+        } else {
+            drain.map_or_else(String::new, |drain| drain.reason())
+        };
         let tunnels = alive.iter().enumerate();
         NodeStatus {
             name: self.name.clone(),
-            state: state.name().to_owned(),
+            state: state.name(drain).to_owned(),
             reason,
             tunnels: tunnels.map(|(i, tunnel)| tunnel_status(tunnel, i < state.connections)).collect(),
             refused: state.refused,
             totals: self.activity.totals(),
+            drain: drain.map(|drain| drain.status()),
         }
     }
 }
@@ -505,8 +604,11 @@ impl NodeState {
     }
 
     /// Returns the name of the state, as the status shows it.
-    fn name(&self) -> &'static str {
-        if self.tunnels.iter().any(|tunnel| !tunnel.has_ended()) { "connected" } else { self.absent.name() }
+    fn name(&self, drain: Option<Drain>) -> &'static str {
+        if self.tunnels.iter().all(|tunnel| tunnel.has_ended()) {
+            return self.absent.name();
+        }
+        drain.map_or(state::CONNECTED, |drain| drain.state())
     }
 }
 
@@ -578,6 +680,80 @@ mod tests {
         assert_eq!(picked(), first.id);
         first.set_suspect(true);
         assert_eq!(picked(), first.id, "a suspect one is better than none");
+    }
+
+    fn drain(registry: &Registry, seconds: u64) {
+        let until = SystemTime::now() + Duration::from_secs(seconds);
+        registry.set_drains(HashMap::from([(n1(), until), ("unknown".parse().unwrap(), until)]));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_drained_node_is_the_last_choice_until_its_deadline_and_none_after_it() {
+        let mut master = Master::new(HOUR, 8);
+        let registry = master.registry.clone();
+        drain(&registry, 60);
+        // It may become known later.
+        expect(&registry, &["n1"], 1);
+        let (registered, _) = registry.register(Arc::new(master.tunnel().await.0)).unwrap();
+        let tunnel = registered.tunnel().clone();
+        assert_eq!((registry.state(&n1()), registry.draining()), (Some("draining"), 1));
+        assert_eq!(registry.least_busy_agents(3), [n1()]);
+        let mut stream = tunnel.open(&target(), "test", HOUR).await.unwrap();
+        assert!(registry.pick(&n1()).is_ok());
+        let deadline = registry.cut_drained().unwrap();
+        assert_eq!(tunnel.streams(), 1);
+
+        tokio::time::sleep_until(deadline).await;
+        assert_eq!((registry.state(&n1()), registry.least_busy_agents(3)), (Some("drained"), vec![]));
+        let began = Instant::now();
+        for picked in [registry.pick(&n1()), registry.pick_soon(&n1()).await] {
+            let error = picked.map(drop).unwrap_err().to_string();
+            assert!(error.contains("`master-agent node undrain n1`"), "{error}");
+        }
+        assert!(registry.pick_again(&n1()).is_none());
+        assert_eq!(began.elapsed(), Duration::ZERO, "nothing is waited for");
+        assert_eq!(registry.cut_drained(), None);
+        assert!(stream.reader.fill().await.is_err_and(|error| error.0 == DRAINED));
+        let status = registry.detail(&n1()).unwrap().status;
+        assert_eq!(status.drain.unwrap().cut, Some(1));
+        assert!(status.reason.starts_with("since "), "{}", status.reason);
+
+        drain(&registry, 60);
+        assert_eq!(registry.state(&n1()), Some("draining"), "a new deadline takes the place of the former");
+        registry.set_drains(HashMap::new());
+        assert_eq!((registry.state(&n1()), registry.draining()), (Some("connected"), 0));
+        assert!(registry.pick(&n1()).is_ok());
+        drop(registered);
+        drain(&registry, 60);
+        assert_eq!(registry.state(&n1()), Some("connecting"), "it has no tunnel");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_says_on_each_tunnel_whether_it_drains() {
+        let mut master = Master::new(HOUR, 8);
+        let registry = master.registry.clone();
+        expect(&registry, &["n1"], 2);
+        let mut registered = Vec::new();
+        for _ in 0..2 {
+            registered.push(registry.register(Arc::new(master.tunnel().await.0)).unwrap().0);
+        }
+        let [first, second] = [0, 1].map(|i| registered[i].tunnel().clone());
+        first.on_drain(Duration::from_millis(u64::MAX));
+        assert_eq!(registry.state(&n1()), Some("draining"));
+        first.on_drain(Duration::from_millis(1));
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        let error = registry.pick(&n1()).map(drop).unwrap_err().to_string();
+        assert!(error.contains("`node-agent undrain`"), "{error}");
+        // The earlier deadline counts, and a tunnel that takes no streams does not.
+        drain(&registry, 60);
+        assert_eq!(registry.state(&n1()), Some("drained"));
+        first.retire("a successor is there").await;
+        assert_eq!(registry.state(&n1()), Some("draining"));
+        registry.set_drains(HashMap::new());
+        assert_eq!(registry.state(&n1()), Some("connected"));
+        second.on_drain(Duration::from_secs(1));
+        second.on_drain(Duration::ZERO);
+        assert_eq!(registry.drain(&n1()), None);
     }
 
     #[tokio::test(start_paused = true)]

@@ -234,6 +234,9 @@ async fn log_notices(tunnel: &Tunnel, notices: Option<&mut Notices>) {
         if matches!(notice, Notice::Relink | Notice::GoAway(_)) {
             tunnel.on_relink();
         }
+        if let Notice::Drain { milliseconds } = notice {
+            tunnel.on_drain(Duration::from_millis(milliseconds));
+        }
         if notice != Notice::Relink && logged < MAX_LOGGED_NOTICES {
             logged += 1;
             log_notice(tunnel, &notice);
@@ -247,6 +250,13 @@ fn log_notice(tunnel: &Tunnel, notice: &Notice) {
             tracing::warn!(node = %tunnel.node, "ignoring a call for a connection from the node");
         }
         Notice::Relink => tracing::info!(node = %tunnel.node, "the node asks for another link"),
+        Notice::Drain { milliseconds: 0 } => {
+            tracing::info!(node = %tunnel.node, "the node no longer asks to be drained");
+        }
+        Notice::Drain { milliseconds } => {
+            let seconds = milliseconds / 1000;
+            tracing::info!(node = %tunnel.node, seconds, "the node asks to be drained");
+        }
         Notice::GoAway(reason) => {
             tracing::info!(node = %tunnel.node, reason, "the node takes no new streams");
         }

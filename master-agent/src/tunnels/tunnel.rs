@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     config::TunnelsConfig,
+    drain::Drain,
     further_sessions::FurtherSessions,
     session::{
         direct_tcpip::DirectTcpip,
@@ -94,6 +95,8 @@ pub struct Tunnel {
     /// When the node's certificate expires. Renewals change it.
     certificate_expires: Mutex<Option<SystemTime>>,
     suspect: AtomicBool,
+    /// The drain that the node has asked for.
+    drain: Mutex<Option<Drain>>,
 }
 
 impl Tunnel {
@@ -139,6 +142,7 @@ impl Tunnel {
             relink: CancellationToken::new(),
             certificate_expires: Mutex::new(host.not_after),
             suspect: AtomicBool::new(false),
+            drain: Mutex::default(),
             host,
         };
         Ok(Some((tunnel, notices)))
@@ -256,6 +260,26 @@ impl Tunnel {
 
     pub fn set_suspect(&self, suspect: bool) {
         self.suspect.store(suspect, Ordering::Relaxed);
+    }
+
+    /// Returns the drain that the node has asked for.
+    pub fn drain(&self) -> Option<Drain> {
+        *self.drain.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The node asks to be drained within `left`, or no longer, if that is zero.
+    pub(super) fn on_drain(&self, left: Duration) {
+        let drain = (!left.is_zero()).then(|| Drain::by_node(left));
+        *self.drain.lock().unwrap_or_else(PoisonError::into_inner) = drain;
+    }
+
+    /// Resets the streams that the master has opened. Returns how many there were. On a plain sshd, these are all channels,
+    /// also those of callers of the front end.
+    pub fn reset_streams(&self, reason: &str) -> usize {
+        match &self.carrier {
+            Carrier::Mux(mux) => mux.reset_streams(Opener::This, reason),
+            Carrier::DirectTcpip(channels) => channels.reset(reason),
+        }
     }
 
     pub fn has_ended(&self) -> bool {

@@ -36,6 +36,7 @@ use super::{
 mod muxes;
 
 use crate::{
+    drain::DRAINED,
     identity::{
         renewal::SessionRenewals,
         trust::Expected,
@@ -205,6 +206,8 @@ impl Handler {
             Some(prohibited(STOPPING))
         } else if self.state.is_replaced() {
             Some(prohibited("another link has taken the place of this session"))
+        } else if self.services.streams.drain.is_over() {
+            Some(prohibited(DRAINED))
         } else if self.state.channels.is_worn_out() {
             Some(shortage(WORN_OUT))
         } else {

@@ -30,6 +30,18 @@ impl ConnectedMasters {
         names
     }
 
+    /// The key ids of the masters of earlier releases, which can't be told of a drain.
+    pub fn deaf_to_drains(&self) -> Vec<String> {
+        let (deaf, told): (Vec<_>, Vec<_>) =
+            self.live().into_iter().partition(|(_, state)| state.is_deaf_to_drains());
+        let key_id = |(master, _): &(Arc<AuthenticatedUser>, _)| master.certificate.key_id().to_owned();
+        let told: Vec<String> = told.iter().map(key_id).collect();
+        let mut deaf: Vec<String> = deaf.iter().map(key_id).filter(|name| !told.contains(name)).collect();
+        deaf.sort();
+        deaf.dedup();
+        deaf
+    }
+
     /// Whether a master has a session.
     pub fn is_connected(&self, key_id: &str) -> bool {
         self.live().iter().any(|(master, _)| master.certificate.key_id() == key_id)

@@ -146,6 +146,7 @@ impl SessionServer {
             retire: retire.clone(),
             calls: Some(calls),
         });
+        tasks.spawn(services.streams.drain.clone().follow_on_channels(state.channels.clone()));
         let _counted = CountedSession::new(&services.metrics.sessions, &user);
         let session = AuthenticatedSession { services: services.clone(), state, user, tasks, peer, session };
         session.run(&retire).await

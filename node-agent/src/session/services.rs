@@ -27,7 +27,7 @@ pub struct SessionServices {
     pub limits: LimitsConfig,
     pub bounds_of_masters: Bounds,
     pub bounds_of_people: Bounds,
-    pub connected_masters: ConnectedMasters,
+    pub connected_masters: Arc<ConnectedMasters>,
     pub multiplexers: Arc<Multiplexers>,
     /// The channels of one session that this node may close before its peer does. Each leaves some memory behind.
     pub max_closed_first: usize,

@@ -95,6 +95,11 @@ impl SessionState {
         !self.is_dialled || self.muxes().of_master.as_ref().is_some_and(understands)
     }
 
+    /// Whether the master can't be told of a drain. A further connection belongs to a session that knows.
+    pub(super) fn is_deaf_to_drains(&self) -> bool {
+        !self.is_joined() && !self.muxes().of_master.as_ref().is_some_and(Mux::understands_drain)
+    }
+
     /// Asks a master that dials this node for another link, the first time that this is called.
     pub(super) async fn ask_for_link(&self) {
         let mux = self.muxes().of_master.clone().filter(|_| self.is_dialled);

@@ -22,6 +22,7 @@ use tracing::Instrument;
 use super::{state::SessionState, user::AuthenticatedUser};
 use crate::{
     dialer::{Dialer, Dialled},
+    drain::{DRAINED, Drain},
     metrics::{self, Metrics},
     shares::Permit,
     shutdown::Shutdown,
@@ -41,6 +42,7 @@ pub struct StreamServer {
     pub dial_timeout: Duration,
     /// After one direction of a stream has ended, how long the other may be silent.
     pub half_closed_timeout: Duration,
+    pub drain: Arc<Drain>,
     pub shutdown: Shutdown,
 }
 
@@ -82,6 +84,7 @@ impl StreamServer {
                         requested.reject(takes_no_more(EXPIRED));
                         break EXPIRED;
                     }
+                    Some(requested) if self.drain.is_over() => requested.reject(takes_no_more(DRAINED)),
                     Some(requested) => match self.room(&user) {
                         Some(room) => {
                             tasks.spawn(self.clone().serve_incoming(requested, user.clone(), room));
@@ -128,6 +131,10 @@ impl StreamServer {
             }
         };
         match dialled {
+            Ok(_) if self.drain.is_over() => {
+                incoming.refuse(takes_no_more(DRAINED)).await;
+                None
+            }
             Ok(dialled) => incoming.accept().await.map(|stream| (dialled, stream)),
             Err(error) => {
                 incoming.refuse(error).await;
@@ -145,7 +152,12 @@ impl StreamServer {
         room: Room,
     ) {
         let RequestedChannel { half, reply, target } = requested;
-        match self.dialer.dial(&target, self.dial_timeout, &user.lookups).await {
+        let dialled = self.dialer.dial(&target, self.dial_timeout, &user.lookups).await;
+        match dialled {
+            Ok(_) if self.drain.is_over() => {
+                channels.forget(half.id());
+                reply.reject(ChannelOpenFailure::Other { code: 1, reason: DRAINED.to_owned() }).await;
+            }
             Ok(dialled) => {
                 reply.accept().await;
                 self.relay(dialled, channels.stream(half), &target, &user.origin(), room).await;

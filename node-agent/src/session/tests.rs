@@ -40,6 +40,7 @@ use self::peer::{
 };
 use super::{error::SessionError, state::SessionState, streams::EXPIRED, user::AuthenticatedUser};
 use crate::{
+    drain::DRAINED,
     identity::user::{MASTER, UserRole},
     shares::Shares,
     testing::{CertificateSpec, NOW, new_key, now, valid_for},
@@ -57,6 +58,39 @@ fn target(port: u16) -> Target {
 
 async fn open_channel(peer: &Peer, port: u16) -> Result<Channel<client::Msg>, russh::Error> {
     peer.handle.channel_open_direct_tcpip("127.0.0.1", u32::from(port), "127.0.0.1", 9).await
+}
+
+#[tokio::test]
+async fn a_drained_node_tells_its_master_and_takes_no_streams_after_the_deadline() {
+    let node = TestNode::new();
+    let port = echo_server(&node.tasks).await;
+    let (master, mux, mut events) = node.connect_master().await;
+    let drain = node.streams.drain.clone();
+    let mut stream = mux.open(&target(port), "test", OPEN_TIMEOUT).await.unwrap();
+    let mut channel = open_channel(&master, port).await.unwrap();
+    drain.begin(Duration::from_secs(60)).await.unwrap();
+    let Some(Notice::Drain { milliseconds }) = events.notices.recv().await else { panic!("no DRAIN") };
+    assert!((1..=60_000).contains(&milliseconds), "{milliseconds}");
+    assert_echoes(&mut stream).await;
+    drop(mux.open(&target(port), "test", OPEN_TIMEOUT).await.unwrap());
+    drop(open_channel(&master, port).await.unwrap());
+
+    drain.begin(Duration::ZERO).await.unwrap();
+    assert_eq!(events.notices.recv().await, Some(Notice::Drain { milliseconds: 1 }));
+    assert!(stream.reader.fill().await.is_err_and(|error| error.0 == DRAINED));
+    while channel.wait().await.is_some() {}
+    assert!(drain.cut() >= 2);
+    let refused = mux.open(&target(port), "test", OPEN_TIMEOUT).await.unwrap_err();
+    assert!(refused.to_string().contains(DRAINED) && refused.retry_elsewhere(), "{refused}");
+    assert!(open_channel(&master, port).await.is_err());
+    let (_other, _mux, mut events_of_other) = node.connect_master().await;
+    let told = events_of_other.notices.recv().await;
+    assert_eq!(told, Some(Notice::Drain { milliseconds: 1 }), "each session is told");
+
+    assert!(drain.end().await.unwrap());
+    assert_eq!(events.notices.recv().await, Some(Notice::Drain { milliseconds: 0 }));
+    mux.open(&target(port), "test", OPEN_TIMEOUT).await.unwrap();
+    open_channel(&master, port).await.unwrap();
 }
 
 #[tokio::test]

@@ -206,6 +206,15 @@ impl Channels {
         shared.room.notify_one();
     }
 
+    /// Fails every stream, so that whoever holds it closes its channel. Returns how many there were.
+    pub fn reset(&self, reason: &str) -> usize {
+        let table = self.table();
+        for shared in table.values() {
+            shared.lock().fail(reason);
+        }
+        table.len()
+    }
+
     /// To be called when the SSH session has ended.
     pub fn close(&self, reason: &str) {
         for shared in self.table().values() {

@@ -10,6 +10,7 @@ pub mod channel;
 pub mod clock;
 pub mod descriptors;
 pub mod dialer;
+pub mod drain;
 pub mod exposition;
 pub mod file_watcher;
 pub mod gate;

@@ -1,8 +1,8 @@
 //! Frames: a header (type, stream id, payload length; big endian) and a payload. `proto/STREAMS.md` is the specification.
 //!
 //! `streams-v2` says what `streams-v1` leaves to the order of the bytes: where data belongs, how far credit reaches, and
-//! where a stream ends. Both have the same types, of which the first version lacks HELLO, CALL, RETRACT, RETRACTED and
-//! RELINK.
+//! where a stream ends. Both have the same types, of which the first version lacks HELLO, CALL, RETRACT, RETRACTED,
+//! RELINK and DRAIN.
 
 use bytes::{BufMut, Bytes, BytesMut};
 
@@ -36,6 +36,7 @@ const CALL: u8 = 13;
 const RETRACT: u8 = 14;
 const RETRACTED: u8 = 15;
 const RELINK: u8 = 16;
+const DRAIN: u8 = 17;
 /// Frames whose type has this bit are skipped by who does not know them.
 const OPTIONAL: u8 = 0x80;
 
@@ -103,6 +104,10 @@ pub enum Frame<'a> {
     },
     /// Whoever dials the links is asked for another one, which is to take the place of this one.
     Relink,
+    /// The node wants no streams that others can carry, and after so many milliseconds none at all; 0 undoes that.
+    Drain {
+        milliseconds: u64,
+    },
 }
 
 impl Frame<'_> {
@@ -125,6 +130,7 @@ impl Frame<'_> {
             Self::Retract { .. } => "RETRACT",
             Self::Retracted { .. } => "RETRACTED",
             Self::Relink => "RELINK",
+            Self::Drain { .. } => "DRAIN",
         }
     }
 }
@@ -152,6 +158,8 @@ impl Hello {
     pub const RETRACT: u64 = 8;
     /// The agent understands RELINK.
     pub const RELINK: u64 = 16;
+    /// The agent knows DRAIN, which only nodes send.
+    pub const DRAIN: u64 = 32;
 
     pub fn can(&self, capability: u64) -> bool {
         self.capabilities & capability == capability
@@ -276,6 +284,10 @@ pub fn encode(version: Version, frame: &Frame<'_>) -> Bytes {
             (RETRACTED, *stream)
         }
         Frame::Relink => (RELINK, 0),
+        Frame::Drain { milliseconds } => {
+            out.put_u64(*milliseconds);
+            (DRAIN, 0)
+        }
     };
     put_header(version, &mut out, kind, stream);
     out.freeze()
@@ -515,7 +527,7 @@ fn header(version: Version, bytes: &[u8]) -> Result<State, FrameError> {
     let on_stream = match (kind, version) {
         (OPEN | OPENED | REFUSED | DATA | CREDIT | EOF | RESET, _) => true,
         (RETRACT | RETRACTED, Version::V2) => true,
-        (PING | PONG | GOAWAY | CERTIFICATE, _) | (HELLO | CALL | RELINK, Version::V2) => false,
+        (PING | PONG | GOAWAY | CERTIFICATE, _) | (HELLO | CALL | RELINK | DRAIN, Version::V2) => false,
         (OPTIONAL.., Version::V2) if len <= MAX_CONTROL => return Ok(State::Skipped { left: len }),
         (OPTIONAL.., Version::V2) => return Err(FrameError::Length { kind, len }),
         _ => return Err(FrameError::Type(kind)),
@@ -561,6 +573,7 @@ fn control(version: Version, kind: u8, stream: u64, payload: &[u8]) -> Result<Fr
             GOAWAY => Frame::GoAway { reason: r.text()? },
             CALL => Frame::Call,
             RELINK => Frame::Relink,
+            DRAIN => Frame::Drain { milliseconds: r.u64()? },
             RETRACT => Frame::Retract { stream, limit: r.u64()? },
             RETRACTED => Frame::Retracted { stream, limit: r.u64()? },
             CERTIFICATE => Frame::Certificate { text: r.raw_text()?.replace(char::is_control, " ") },

@@ -35,6 +35,7 @@ const LAYERS: &[&[(&str, &[&str])]] = &[
         &[
             "master-agent/src/admin_client.rs",
             "master-agent/src/compare/",
+            "master-agent/src/drain.rs",
             "master-agent/src/page/",
             "master-agent/src/sshd_config.rs",
             "master-agent/src/table.rs",

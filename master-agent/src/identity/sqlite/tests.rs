@@ -74,9 +74,9 @@ fn records_outlive_the_process_in_files_only_their_owner_can_read() {
     }
 }
 
-/// The keys as a new process would read them.
-fn stored(dir: &TempDir) -> KnownKeys {
-    SqliteStore::open(&dir.0).unwrap().keys.into_inner().unwrap()
+/// What a new process would read.
+fn stored(dir: &TempDir) -> Known {
+    SqliteStore::open(&dir.0).unwrap().known.into_inner().unwrap()
 }
 
 #[test]
@@ -93,7 +93,7 @@ fn memory_has_what_this_and_other_processes_have_committed() {
     remember(&store, &first);
     assert!(changes.has_changed().unwrap());
     assert!(!store.refresh().unwrap(), "its own changes are known already");
-    assert_eq!(*store.keys.read().unwrap(), stored(&dir));
+    assert_eq!(*store.known.read().unwrap(), stored(&dir));
     changes.mark_unchanged();
 
     remember(&other, &second);
@@ -105,7 +105,7 @@ fn memory_has_what_this_and_other_processes_have_committed() {
     assert!(store.refresh().unwrap());
     assert!(changes.has_changed().unwrap());
     assert_eq!(store.joined_key(&node("n1")), Some(fingerprint(second.public_key())));
-    assert_eq!(*store.keys.read().unwrap(), stored(&dir));
+    assert_eq!(*store.known.read().unwrap(), stored(&dir));
 
     assert!(other.forget_node(&node("n1")).unwrap());
     assert!(store.refresh().unwrap());
@@ -153,6 +153,28 @@ fn only_what_can_concern_a_tunnel_wakes_those_who_wait() {
         assert!(by.forget_node(&node(known)).unwrap());
     };
     assert_eq!(woken("forgotten nodes", &forget), [true, true]);
+    let drain = |by: &SqliteStore| {
+        by.set_drain(&node("n1"), Some(at(next()))).unwrap();
+    };
+    assert_eq!(woken("drains", &drain), [true, true]);
+}
+
+#[test]
+fn a_drain_lasts_until_it_is_undone() {
+    let dir = TempDir::new();
+    let store = SqliteStore::open(&dir.0).unwrap();
+    let until = at(60) + Duration::from_millis(7);
+    assert!(!store.set_drain(&node("n1"), Some(at(1))).unwrap());
+    assert!(store.set_drain(&node("n1"), Some(until)).unwrap(), "the later one takes its place");
+    let drained = HashMap::from([(node("n1"), until)]);
+    assert_eq!(store.drains(), drained);
+    drop(store);
+    let store = SqliteStore::open(&dir.0).unwrap();
+    assert_eq!(store.drains(), drained);
+    assert!(store.set_drain(&node("n1"), None).unwrap());
+    assert!(!store.set_drain(&node("n1"), None).unwrap());
+    assert_eq!(store.drains(), HashMap::new());
+    assert_eq!(*store.known.read().unwrap(), stored(&dir));
 }
 
 #[test]

@@ -4,7 +4,8 @@
 (() => {
   const SHOWN = 200; // The number of rows at first, and of further rows for each click on "more".
   const SILENCE = 12_000;
-  const STATES = ['lost', 'retrying', 'connecting', 'waiting', 'connected'];
+  const STATES = ['lost', 'retrying', 'connecting', 'waiting', 'draining', 'drained', 'connected'];
+  const CONNECTED = ['draining', 'drained', 'connected']; // The states of nodes that have a tunnel.
 
   const $ = (selector) => document.querySelector(selector);
   const nodes = new Map();
@@ -212,7 +213,7 @@
       up += node.up;
       down += node.down;
     }
-    const connected = counts.get('connected');
+    const connected = CONNECTED.reduce((sum, state) => sum + counts.get(state), 0);
     const states = [...counts].reverse().filter(([state, count]) => count || state === 'connected');
     const items = [
       [String(nodes.size), nodes.size === 1 ? 'node' : 'nodes', ''],
@@ -237,7 +238,7 @@
     if (!news.size) return;
     const changed = [...news];
     news = new Map();
-    const away = [...nodes.values()].filter((node) => node.state !== 'connected').length;
+    const away = [...nodes.values()].filter((node) => !CONNECTED.includes(node.state)).length;
     const text = changed.length <= 3
       ? changed.map(([name, state]) => `${name} is ${state}`).join(', ')
       : `${changed.length} nodes changed`;

@@ -40,6 +40,11 @@ impl DirectTcpip {
         self.channels.len()
     }
 
+    /// Resets all streams. Returns how many there were.
+    pub(crate) fn reset(&self, reason: &str) -> usize {
+        self.channels.reset(reason)
+    }
+
     pub(crate) async fn open(&self, target: &Target, limit: Duration) -> Result<Stream, DialError> {
         // SSH can't cancel an open request, so a channel that nobody waits for any more still counts.
         let opening = self.opening.clone();

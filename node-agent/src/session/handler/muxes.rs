@@ -49,6 +49,7 @@ impl Handler {
         self.state.set_master_mux(mux.clone());
         self.master_mux = Some(MasterMux { channel, feeder, notices: Some(events.notices) });
         let streams = self.services.streams.clone();
+        self.tasks.spawn(streams.drain.clone().follow_on_mux(mux.clone()));
         let (state, tasks) = (self.state.clone(), self.tasks.clone());
         self.tasks.spawn(streams.serve_mux(user, state, mux, events.incoming, tasks));
     }
@@ -155,6 +156,8 @@ impl Handler {
                     let _ = self.state.calls.try_send(());
                 }
                 Notice::Relink => self.state.relink.cancel(),
+                // Only a node sends it.
+                Notice::Drain { .. } => {}
                 Notice::Certificate(_) if self.user.as_ref().is_some_and(|user| user.has_expired()) => {
                     self.notices_to_log = self.notices_to_log.saturating_sub(1);
                     if is_logged {
@@ -199,7 +202,7 @@ async fn log_notices(mut notices: mpsc::Receiver<Notice>) {
             Notice::GoAway(reason) => {
                 tracing::info!(reason, "the master's front end takes no new callers");
             }
-            Notice::Certificate(_) | Notice::Call | Notice::Relink => {
+            Notice::Certificate(_) | Notice::Call | Notice::Relink | Notice::Drain { .. } => {
                 tracing::warn!("ignored what does not belong on the front end's multiplexer");
             }
         }

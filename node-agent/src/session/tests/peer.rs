@@ -41,6 +41,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::{
     dialer::Dialer,
+    drain::Drain,
     identity::{
         current::CurrentIdentity,
         host::NodeIdentity,
@@ -56,7 +57,6 @@ use crate::{
         bounds::Bounds,
         config::LimitsConfig,
         error::SessionError,
-        masters::ConnectedMasters,
         serve::{Authenticated, Direction, SessionServer},
         services::SessionServices,
         streams::StreamServer,
@@ -105,7 +105,8 @@ impl TestNode {
         let front_ends =
             LocalEndpointConfig { tcp: None, unix: None, max_connections: 10, wait: Duration::from_secs(5) };
         let front_ends = Arc::new(FrontEnds::new(&front_ends, shutdown.draining.clone()));
-        let streams = Arc::new(streams(&metrics, &shutdown));
+        let drain = Arc::new(Drain::load(dir.path()).unwrap());
+        let streams = Arc::new(streams(&metrics, &shutdown, drain));
         let services = SessionServices {
             identity: identity.clone(),
             trust: Trust::new(cas, revocations.clone(), Vec::new()),
@@ -116,7 +117,7 @@ impl TestNode {
             limits: limits(),
             bounds_of_masters: Bounds::of_masters(&limits()),
             bounds_of_people: Bounds::of_people(&limits()),
-            connected_masters: ConnectedMasters::default(),
+            connected_masters: Arc::default(),
             multiplexers: Arc::default(),
             max_closed_first: MAX_CLOSED_FIRST,
             log_throttle: LogThrottle::default(),
@@ -237,7 +238,7 @@ fn limits() -> LimitsConfig {
     }
 }
 
-fn streams(metrics: &Arc<Metrics>, shutdown: &Shutdown) -> StreamServer {
+fn streams(metrics: &Arc<Metrics>, shutdown: &Shutdown, drain: Arc<Drain>) -> StreamServer {
     let rule = Rule { name: "test".into(), net: "127.0.0.1/32".parse().unwrap(), ports: 2..=u16::MAX };
     let scope = Scope { policy: Policy { rules: vec![rule] }, ..Scope::default() };
     StreamServer {
@@ -245,6 +246,7 @@ fn streams(metrics: &Arc<Metrics>, shutdown: &Shutdown) -> StreamServer {
         metrics: metrics.clone(),
         dial_timeout: Duration::from_secs(10),
         half_closed_timeout: Duration::from_secs(600),
+        drain,
         shutdown: shutdown.clone(),
     }
 }

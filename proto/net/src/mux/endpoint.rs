@@ -37,7 +37,7 @@ use crate::{
 pub fn hello(capabilities: u64, session: [u8; 16]) -> Hello {
     static INSTANCE: OnceLock<[u8; 16]> = OnceLock::new();
     Hello {
-        capabilities: capabilities | Hello::CONNECTIONS | Hello::RETRACT | Hello::RELINK,
+        capabilities: capabilities | Hello::CONNECTIONS | Hello::RETRACT | Hello::RELINK | Hello::DRAIN,
         instance: *INSTANCE.get_or_init(rand::random),
         session,
     }
@@ -235,11 +235,49 @@ impl Mux {
         self.peer().is_some_and(|peer| peer.can(Hello::RELINK)) && self.send_frame(&Frame::Relink).await
     }
 
+    /// Tells the master that this node is to get no streams that others can carry, and after this time none. With 0, it is to
+    /// get all again. Returns whether it was told: masters of earlier releases can't be.
+    pub async fn say_drain(&self, left: Duration) -> bool {
+        let milliseconds = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
+        self.understands_drain() && self.send_frame(&Frame::Drain { milliseconds }).await
+    }
+
+    /// Whether the peer is a master that can be told of a drain.
+    pub fn understands_drain(&self) -> bool {
+        self.peer().is_some_and(|peer| peer.can(Hello::DRAIN))
+    }
+
+    /// Resets the open streams of one side, and tells the peer why. Returns how many there were. Those that have not been
+    /// answered yet stay.
+    pub fn reset_streams(&self, opener: Opener, reason: &str) -> usize {
+        let numbering = self.0.settings.numbering;
+        let mut streams = self.streams();
+        let open: Vec<_> = streams
+            .open
+            .extract_if(|id, shared| numbering.opener(*id) == opener && shared.lock().is_open())
+            .collect();
+        drop(streams);
+        let count = open.len();
+        self.reset(open, &StreamError(reason.to_owned()));
+        count
+    }
+
+    fn reset(&self, streams: Vec<(u64, Arc<Shared>)>, error: &StreamError) {
+        for (stream, shared) in streams {
+            let end = {
+                let mut state = shared.lock();
+                state.fail(error.clone());
+                Some(state.sent)
+            };
+            self.answer(&Frame::Reset { stream, end, reason: error.0.clone() });
+        }
+    }
+
     /// A further connection is gone. Streams end that have sent bytes on it which are not known to have arrived.
     pub(super) fn lose(&self, connection: &Arc<Connection>) {
         connection.set_lost();
         self.0.further.remove(connection);
-        let lost = || StreamError("one of the tunnel's connections was lost".to_owned());
+        let lost = StreamError("one of the tunnel's connections was lost".to_owned());
         let (_, arrived) = connection.gate.sent_and_arrived();
         let mut streams = self.streams();
         let used: Vec<_> = streams
@@ -247,14 +285,7 @@ impl Mux {
             .extract_if(|_, shared| shared.lock().ends_with(connection.number, arrived))
             .collect();
         drop(streams);
-        for (stream, shared) in used {
-            let end = {
-                let mut state = shared.lock();
-                state.fail(lost());
-                Some(state.sent)
-            };
-            self.answer(&Frame::Reset { stream, end, reason: lost().0 });
-        }
+        self.reset(used, &lost);
     }
 
     pub(super) fn is_full(&self, opener: Opener) -> bool {

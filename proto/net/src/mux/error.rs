@@ -19,6 +19,8 @@ pub enum ProtocolError {
     Further(&'static str),
     #[error("the peer sends too much before it is answered")]
     Early,
+    #[error("DRAIN by the master")]
+    Drain,
 }
 
 /// What a peer may not do with a stream.

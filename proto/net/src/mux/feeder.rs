@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use proto::mux::frame::{Decoder, Frame};
+use proto::mux::{
+    frame::{Decoder, Frame},
+    ids::Numbering,
+};
 use tokio::sync::mpsc;
 
 use super::{
@@ -43,6 +46,11 @@ pub enum Notice {
     Call,
     /// The peer asks for another link in place of this one.
     Relink,
+    /// The node is to get no streams that others can carry, and after so many milliseconds none. With 0, it is to get all
+    /// again.
+    Drain {
+        milliseconds: u64,
+    },
 }
 
 /// The receiving ends that go with a new [`Mux`].
@@ -117,7 +125,8 @@ impl Feeder {
                 | Frame::Call
                 | Frame::Retract { .. }
                 | Frame::Retracted { .. }
-                | Frame::Relink) => {
+                | Frame::Relink
+                | Frame::Drain { .. }) => {
                     last = None;
                     let outlets = first.as_ref().ok_or(ProtocolError::Further(other.name()))?;
                     outlets.take(mux, other)?;
@@ -167,6 +176,13 @@ impl Outlets {
                 self.notice(Notice::Relink);
                 Ok(())
             }
+            Frame::Drain { milliseconds } => match mux.0.settings.numbering {
+                Numbering::Halves { is_client: true } => {
+                    self.notice(Notice::Drain { milliseconds });
+                    Ok(())
+                }
+                Numbering::Halves { is_client: false } | Numbering::All { .. } => Err(ProtocolError::Drain),
+            },
             Frame::Data { .. } | Frame::Ping(_) | Frame::Pong(_) | Frame::Hello(_) => Ok(()),
         }
     }

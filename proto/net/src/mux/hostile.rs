@@ -375,6 +375,15 @@ async fn a_peer_begins_with_hello_and_says_it_once() {
 }
 
 #[tokio::test]
+async fn only_a_node_says_drain_and_a_flood_of_it_costs_nothing() {
+    assert_eq!(End::new(false).feed(&Frame::Drain { milliseconds: 1 }), Err(ProtocolError::Drain));
+    let mut end = End::new(true);
+    for milliseconds in 0..100_000 {
+        end.feed(&Frame::Drain { milliseconds }).unwrap();
+    }
+}
+
+#[tokio::test]
 async fn credit_does_not_lower_the_limit() {
     let mut end = End::new(true);
     let mut stream = end.open(OPEN).await;

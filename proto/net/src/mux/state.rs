@@ -239,6 +239,11 @@ impl State {
         Ok(())
     }
 
+    /// Whether the stream has been answered, as far as this side waits for that, and the peer may still use it.
+    pub(super) fn is_open(&self) -> bool {
+        self.answer.is_none() && !self.ended && self.failed.is_none()
+    }
+
     pub(super) fn fail(&mut self, error: StreamError) {
         self.answer = None;
         self.failed.get_or_insert(error);

@@ -431,6 +431,20 @@ async fn a_lost_connection_ends_the_streams_whose_bytes_it_may_have_lost_and_no_
 }
 
 #[tokio::test]
+async fn the_open_streams_of_one_side_are_reset_with_the_reason() {
+    let mut pair = pair(10);
+    let (mut near, mut far) = connect(&mut pair).await;
+    assert_eq!(pair.master.reset_streams(Opener::Peer, "not this one"), 0);
+    assert_eq!(pair.master.reset_streams(Opener::This, "the node is drained"), 1);
+    let reset: Result<Vec<u8>, _> = Err(StreamError("the node is drained".into()));
+    assert_eq!((receive(&mut near).await, receive(&mut far).await), (reset.clone(), reset));
+    drop((near, far));
+    let (_near, mut far) = connect(&mut pair).await;
+    assert_eq!(pair.node.reset_streams(Opener::Peer, "the node is drained"), 1);
+    assert!(receive(&mut far).await.is_err());
+}
+
+#[tokio::test]
 async fn a_further_connection_carries_data_only_and_a_session_has_few_of_them() {
     let pair = pair(10);
     let join = || {
@@ -442,6 +456,7 @@ async fn a_further_connection_carries_data_only_and_a_session_has_few_of_them() 
         (Frame::GoAway { reason: "bye".into() }, "GOAWAY"),
         (Frame::Call, "CALL"),
         (Frame::Relink, "RELINK"),
+        (Frame::Drain { milliseconds: 1 }, "DRAIN"),
         (Frame::Retract { stream: 1, limit: 1 }, "RETRACT"),
         (Frame::Retracted { stream: 1, limit: 1 }, "RETRACTED"),
         (Frame::Credit { stream: 1, credit: Credit::UpTo(1) }, "CREDIT"),

@@ -56,6 +56,7 @@ fn samples(version: Version) -> Vec<Frame<'static>> {
             Frame::Retract { stream: last, limit },
             Frame::Retracted { stream: 1, limit: u64::MAX },
             Frame::Relink,
+            Frame::Drain { milliseconds: u64::MAX },
         ]);
     }
     all
@@ -157,6 +158,7 @@ fn the_specification_s_examples_are_what_is_sent() {
         Frame::Retract { stream, limit: 327_685 },
         Frame::Retracted { stream, limit: 331_776 },
         Frame::Relink,
+        Frame::Drain { milliseconds: 600_000 },
     ];
     assert_eq!(examples.len(), frames.len() + 1);
     for (bytes, frame) in examples.iter().zip(&frames) {
@@ -174,6 +176,7 @@ fn refuses_what_breaks_the_protocol() {
         (b"\x0c\0\0\0\0\0\0\0\0", FrameError::Type(HELLO)),
         (b"\x0e\0\0\0\x01\0\0\0\x08", FrameError::Type(RETRACT)),
         (b"\x10\0\0\0\0\0\0\0\0", FrameError::Type(RELINK)),
+        (b"\x11\0\0\0\0\0\0\0\x08", FrameError::Type(DRAIN)),
         (b"\x80\0\0\0\0\0\0\0\0", FrameError::Type(OPTIONAL)),
         (b"\x04\0\0\0\0\0\0\0\x01", FrameError::Stream(DATA)),
         (b"\x08\0\0\0\x01\0\0\0\x08", FrameError::Stream(PING)),
@@ -188,7 +191,9 @@ fn refuses_what_breaks_the_protocol() {
     }
     for (bytes, want) in [
         (&b"\x00\0\0\0\0\0\0\0\x01\0\0\0\0"[..], FrameError::Type(0)),
-        (b"\x11\0\0\0\0\0\0\0\x01\0\0\0\0", FrameError::Type(17)),
+        (b"\x12\0\0\0\0\0\0\0\x01\0\0\0\0", FrameError::Type(18)),
+        (b"\x11\0\0\0\0\0\0\0\x01\0\0\0\x08", FrameError::Stream(DRAIN)),
+        (b"\x11\0\0\0\0\0\0\0\0\0\0\0\x04abcd", FrameError::Payload(DRAIN)),
         (b"\x10\0\0\0\0\0\0\0\x01\0\0\0\0", FrameError::Stream(RELINK)),
         (b"\x10\0\0\0\0\0\0\0\0\0\0\0\x01x", FrameError::Payload(RELINK)),
         (b"\x0e\0\0\0\0\0\0\0\0\0\0\0\x08", FrameError::Stream(RETRACT)),
