@@ -264,15 +264,21 @@ impl Cluster {
 
     /// Runs `node-agent reload` on a node, and returns the process that serves then.
     pub fn next_node(&self, index: usize) -> anyhow::Result<Process> {
-        let node = &self.nodes[index];
+        let said = self.on_node(index, &["reload"])?;
+        let former = self.nodes[index].process.as_ref().context("the node has no node-agent")?;
+        next_process(former, &said)
+    }
+
+    /// Runs a command of node-agent on a node to its end; gives what it printed.
+    pub fn on_node(&self, index: usize, args: &[&str]) -> anyhow::Result<String> {
+        let dir = &self.nodes[index].dir;
         let mut command = Command::new(binary("node-agent"));
-        command.arg("--config").arg(node.dir.join("node.yaml")).arg("reload").current_dir(&node.dir);
+        command.arg("--config").arg(dir.join("node.yaml")).args(args).current_dir(dir);
         let output = command.output()?;
         if !output.status.success() {
-            bail!("{}", String::from_utf8_lossy(&output.stderr));
+            bail!("{args:?}: {}", String::from_utf8_lossy(&output.stderr));
         }
-        let former = node.process.as_ref().context("the node has no node-agent")?;
-        next_process(former, &String::from_utf8(output.stdout)?)
+        Ok(String::from_utf8(output.stdout)?)
     }
 
     /// Reloads the master.

@@ -2,6 +2,7 @@
 
 mod admin_strangers;
 mod commands;
+mod drain;
 mod draining;
 mod examples;
 mod logs;
