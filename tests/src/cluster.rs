@@ -67,6 +67,8 @@ pub struct Options {
     pub https_master: Option<String>,
     /// Lines of the section `front_end`, which is there for them, in place of those that admit client certificates.
     pub front_end: Option<String>,
+    /// The front end that `master_config` has, if it has one; there is no other then.
+    pub front_end_at: Option<SocketAddr>,
     /// No link is made at the start; the test starts the nodes.
     pub nodes_down: bool,
 }
@@ -140,9 +142,10 @@ impl Cluster {
         pki.client(path, "kube-apiserver")?;
         let (call_home, admin, tls) =
             (local(options.call_home_port.unwrap_or_else(free_port)), local(free_port()), local(free_port()));
-        let https = local(free_port());
+        let https = options.front_end_at.unwrap_or_else(|| local(free_port()));
         let mut front_end = String::new();
-        if options.nodes.iter().any(|(_, kind)| *kind == Kind::CallHomeHttps) {
+        let over_https = options.nodes.iter().any(|(_, kind)| *kind == Kind::CallHomeHttps);
+        if over_https && options.front_end_at.is_none() {
             front_end = front_end_section(https, options.front_end.as_deref());
         }
         std::fs::write(

@@ -116,6 +116,8 @@ pub struct Setup {
     pub nodes: Vec<(String, Kind)>,
     /// Ports that their policies allow on their own addresses.
     pub ports: Vec<u16>,
+    /// The rest of the cluster's description.
+    pub cluster: Options,
 }
 
 const LIMITS: &str = "{head_timeout: 3s, body_timeout: 3s, failures_per_second_per_address: 1000000, \
@@ -187,6 +189,7 @@ impl FrontEnd {
         }
         let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
         let config = configuration(path, address, &upstream, &setup);
+        let https = format!("{{ca: {}, cert: client.crt, key: client.key}}", path.join("ca.crt").display());
         let cluster = Cluster::start(Options {
             master_config: format!("{config}{}", setup.master_config),
             local_endpoints: (0..setup.nodes.len())
@@ -194,7 +197,9 @@ impl FrontEnd {
                 .collect(),
             nodes: setup.nodes,
             ports: setup.ports,
-            ..Options::default()
+            front_end_at: Some(address),
+            https: Some(https),
+            ..setup.cluster
         })
         .await?;
         Ok(Self { dir, upstream, address, cluster, servers, clients, service_accounts })
@@ -412,6 +417,9 @@ fn configuration(path: &Path, address: SocketAddr, upstream: &Upstream, setup: &
             file("bootstrap.csv"),
             file("rbac.yaml"),
         );
+        if setup.nodes.iter().any(|(_, kind)| *kind == Kind::CallHomeHttps) {
+            yaml += "  - node: {}\n";
+        }
         yaml += &format!("  limits: {}\n", setup.limits.as_deref().unwrap_or(LIMITS));
     }
     yaml += &format!(

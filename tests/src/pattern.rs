@@ -19,15 +19,23 @@ pub struct Checker {
 
 impl Checker {
     /// Panics at the first wrong byte.
-    pub fn check(&mut self, mut bytes: &[u8]) {
+    pub fn check(&mut self, bytes: &[u8]) {
+        assert!(self.matches(bytes), "wrong bytes at offset {}", self.offset);
+    }
+
+    /// Whether these are the next bytes. If not, the offset stays at the first word that is wrong.
+    pub fn matches(&mut self, mut bytes: &[u8]) -> bool {
         while !bytes.is_empty() {
             let skip = (self.offset % 8) as usize;
             let expected = (self.offset / 8 + 1).wrapping_mul(MULTIPLIER).to_le_bytes();
             let n = bytes.len().min(8 - skip);
-            assert_eq!(bytes[..n], expected[skip..skip + n], "wrong bytes at offset {}", self.offset);
+            if bytes[..n] != expected[skip..skip + n] {
+                return false;
+            }
             self.offset += n as u64;
             bytes = &bytes[n..];
         }
+        true
     }
 
     pub fn offset(&self) -> u64 {

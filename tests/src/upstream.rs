@@ -475,18 +475,24 @@ impl Server {
         loop {
             let frame = body.frame().await;
             let mut shared = self.shared();
-            let Some(received) = shared.at(index) else { return };
+            // One that has been taken meanwhile is read to its end all the same.
+            let received = shared.at(index);
             match frame {
-                Some(Ok(frame)) => match frame.into_data() {
-                    Ok(data) => {
-                        read.extend_from_slice(&data);
-                        received.body = Bytes::copy_from_slice(&read);
+                Some(Ok(frame)) => {
+                    let Some(received) = received else { continue };
+                    match frame.into_data() {
+                        Ok(data) => {
+                            read.extend_from_slice(&data);
+                            received.body = Bytes::copy_from_slice(&read);
+                        }
+                        Err(frame) => received.trailers = frame.trailers_ref().map(list).unwrap_or_default(),
                     }
-                    Err(frame) => received.trailers = frame.trailers_ref().map(list).unwrap_or_default(),
-                },
+                }
                 Some(Err(_)) => return,
                 None => {
-                    received.whole = true;
+                    if let Some(received) = received {
+                        received.whole = true;
+                    }
                     return;
                 }
             }

@@ -324,7 +324,8 @@ impl Registry {
 
     /// Returns the drain of a node that is in force, if there is one. Of two, it is the one with the earlier deadline.
     pub fn drain(&self, name: &NodeName) -> Option<Drain> {
-        self.drain_of(&self.node(name)?)
+        let node = self.node(name)?;
+        self.drain_of(&node)
     }
 
     fn drain_of(&self, node: &Node) -> Option<Drain> {

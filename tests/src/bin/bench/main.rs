@@ -34,7 +34,7 @@ use isolation::Way;
 use paths::{Bench, Between};
 use peer::Peer;
 use report::{Figures, Report};
-use tests::{konnectivity::Connection, target};
+use tests::{konnectivity::Connection, stand_ins, target};
 
 #[derive(Parser)]
 struct Args {
@@ -90,7 +90,7 @@ fn main() -> anyhow::Result<()> {
             return watches::serve(port.parse()?, std::path::Path::new(directory)).await;
         }
         if let Some([directory, first, last, offset]) = args.nodes.as_deref() {
-            return fleet::serve(
+            return stand_ins::serve(
                 std::path::Path::new(directory),
                 first.parse()?,
                 last.parse()?,

@@ -1,10 +1,7 @@
 //! The master's state: backups, and what happens when the state can't be read or written.
 
 use std::{
-    fs::File,
-    io::Write,
     path::{Path, PathBuf},
-    process::Command,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -15,8 +12,8 @@ use proto_config::secret_file;
 use tests::{
     client::{echo, still_echoes},
     cluster::{Cluster, Kind, Options},
-    openssh,
-    process::{TempDir, free_port, note_started},
+    disk::Disk,
+    process::{TempDir, free_port},
     target,
 };
 
@@ -153,37 +150,6 @@ fn a_state_that_is_damaged_or_incomplete_is_an_error_with_the_ways_out() {
     assert_eq!(run(&["token", "list"]).succeeded(), ids);
 }
 
-/// A small file system of its own.
-struct Disk(PathBuf);
-
-impl Disk {
-    fn mount(at: &Path) -> Self {
-        std::fs::create_dir(at).unwrap();
-        note_started(&format!("mount {}", at.display()));
-        let options = "size=1m,mode=700";
-        openssh::run(Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(at)).unwrap();
-        Self(at.to_owned())
-    }
-
-    fn remount(&self, option: &str) {
-        openssh::run(Command::new("mount").args(["-o", &format!("remount,{option}")]).arg(&self.0)).unwrap();
-    }
-
-    /// Writes a file until there is no room; gives its path.
-    fn fill(&self) -> PathBuf {
-        let path = self.0.join("filler");
-        let mut file = File::create(&path).unwrap();
-        while file.write_all(&[0; 4096]).is_ok() {}
-        path
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("--lazy").arg(&self.0).output();
-    }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_or_read_only_disk_fails_joins_with_the_cause_and_ends_no_tunnel() {
     let (mut cluster, port) = cluster().await;
@@ -192,7 +158,7 @@ async fn a_full_or_read_only_disk_fails_joins_with_the_cause_and_ends_no_tunnel(
     with_file(&config, "backup", &path.join("backup")).succeeded();
     stop(&mut cluster);
     std::fs::rename(&state, path.join("former")).unwrap();
-    let disk = Disk::mount(&state);
+    let disk = Disk::mount(&state, "1m").unwrap();
     with_file(&config, "restore", &path.join("backup")).succeeded();
     cluster.restart_master().unwrap();
     cluster.wait_connected().await;
@@ -202,7 +168,7 @@ async fn a_full_or_read_only_disk_fails_joins_with_the_cause_and_ends_no_tunnel(
         streams.push(echo(&cluster.unix, &format!("{node}:{port}")).await);
     }
     let line = token(&path).succeeded();
-    let filler = disk.fill();
+    let filler = disk.fill().unwrap();
     token(&path).failed(1, &["disk is full"]);
     let refused = join(&path, &line);
     assert_ne!(refused.code, Some(0));
@@ -227,9 +193,9 @@ async fn a_full_or_read_only_disk_fails_joins_with_the_cause_and_ends_no_tunnel(
 
     drop(streams);
     stop(&mut cluster);
-    disk.remount("ro");
+    disk.remount("ro").unwrap();
     ran("master-agent", Some(&config), &["run"]).failed(1, &["state.sqlite", "read-only"]);
-    disk.remount("rw");
+    disk.remount("rw").unwrap();
     cluster.restart_master().unwrap();
     cluster.wait_connected().await;
     both_nodes_carry(&cluster, port).await;
