@@ -8,7 +8,7 @@
 # It installs what the steps need (as root, with apt, pip and cargo). The steps e2e, quickstart and bench need root for
 # what they test: network namespaces, a DNS server on port 53, accounts. Nothing is skipped: what cannot run fails.
 # TEST_BYTES and TEST_STREAMS make the longest end-to-end tests shorter, and TEST_THREADS says how many of the others
-# run at once.
+# run at once. A further step, chaos, is for tests/chaos.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=$PATH:/usr/sbin:/sbin:$HOME/.cargo/bin
@@ -35,6 +35,10 @@ needs() {
         quickstart)
             echo cc:build-essential sshd:openssh-server ssh:openssh-client ip:iproute2 nft:nftables curl:curl \
                 openssl:openssl setpriv:util-linux useradd:passwd python3:python3
+            ;;
+        chaos)
+            echo cc:build-essential sshd:openssh-server ssh-keygen:openssh-client ip:iproute2 prlimit:util-linux \
+                useradd:passwd
             ;;
         bench)
             echo cc:build-essential sshd:openssh-server ssh:openssh-client setpriv:util-linux useradd:passwd \
@@ -219,6 +223,19 @@ e2e() {
     end_leftovers
     trap - EXIT
     [ ${#failed[@]} = 0 ] || die "end-to-end tests failed: ${failed[*]}"
+}
+
+# The test that e2e runs for a minute with one seed, for as long and with the seed that tests/chaos.sh says.
+chaos() {
+    [ "$(id -u)" = 0 ] || die "the chaos suite needs root (network namespaces, accounts, mounts)"
+    binaries
+    export TEST_BIN_DIR=$CARGO_TARGET_DIR/$profile TEST_STARTED=$CARGO_TARGET_DIR/chaos-started.txt
+    rm -f "$TEST_STARTED"
+    trap end_leftovers EXIT
+    cargo test --locked --profile "$profile" -p tests --test e2e -- --nocapture \
+        --exact alone::chaos::agents_keep_their_promises_while_everything_around_them_fails
+    end_leftovers
+    trap - EXIT
 }
 
 quickstart() {

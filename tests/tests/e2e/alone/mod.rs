@@ -2,6 +2,7 @@
 //! `tests/run.sh` runs them one at a time, and all other tests several at once.
 
 mod bursts;
+mod chaos;
 mod client_chains;
 mod compare;
 mod front_end_hostile;
