@@ -240,7 +240,7 @@ async fn supervise<F, C>(
     let mut former = Former::default();
     let repeats = LogThrottle::default();
     while !leaving.is_cancelled() {
-        let mut established = None;
+        let (mut established, mut asked) = (None, CancellationToken::new());
         let called = tokio::select! {
             called = call() => called,
             () = leaving.cancelled() => return,
@@ -248,6 +248,7 @@ async fn supervise<F, C>(
         let ended = match called {
             Ok(mut session) => {
                 established = Some(Instant::now());
+                asked = session.authenticated.relink_asked.clone();
                 tracing::info!(%master, "called home");
                 let may_hold = held.len() < MAX_HELD;
                 match await_end_or_relink(leaving, &mut session, &mut former, may_hold).await {
@@ -281,11 +282,17 @@ async fn supervise<F, C>(
                 error.answer()
             }
         };
-        if established.is_some_and(|at: Instant| at.elapsed() > USEFUL_SESSION) {
+        let lasted = established.map(|at: Instant| at.elapsed()).unwrap_or_default();
+        if lasted > USEFUL_SESSION || asked.is_cancelled() {
             backoff.reset();
         }
+        // A master that says goodbye is about to be there again.
+        let pause = match asked.is_cancelled() {
+            true => SETTLE.saturating_sub(lasted),
+            false => answer.pause(&mut backoff, rand::random()),
+        };
         tokio::select! {
-            () = tokio::time::sleep(answer.pause(&mut backoff, rand::random())) => {}
+            () = tokio::time::sleep(pause) => {}
             () = leaving.cancelled() => {}
         }
     }

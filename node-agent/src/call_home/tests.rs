@@ -252,6 +252,21 @@ async fn a_master_that_asks_for_another_session_gets_it_at_once_but_not_any_numb
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_master_that_says_goodbye_is_called_again_soon_however_often_it_does() {
+    let mut master = TestMaster::call(|_| Some(None));
+    let mut former = master.next_session().await;
+    for lasts in [SETTLE / 10, SETTLE / 2, SETTLE * 9 / 10].into_iter().cycle().take(30) {
+        tokio::time::sleep(lasts).await;
+        former.relink.cancel();
+        former.end.send(Ok(())).unwrap();
+        let next = master.next_session().await;
+        let after = next.established - former.established;
+        assert!(after >= SETTLE && after < SETTLE + Duration::from_millis(10), "{after:?}");
+        former = next;
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_session_stays_while_its_replacement_is_refused() {
     let mut master = TestMaster::call(|number| match number {
         1 | 4 => Some(Some(MINUTE)),
