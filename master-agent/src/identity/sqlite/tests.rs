@@ -279,7 +279,7 @@ fn the_tables_of_version_1_are_brought_to_the_present_one() {
     let dir = TempDir::new();
     let key = new_key();
     let former = "
-        DROP TABLE revocations; DROP TABLE nodes;
+        DROP TABLE revocations; DROP TABLE nodes; DROP TABLE drains;
         CREATE TABLE nodes (
             name TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, public_key TEXT NOT NULL,
             joined INTEGER NOT NULL, not_after INTEGER NOT NULL
