@@ -79,7 +79,7 @@ pub struct DrainStatus {
     pub cut: Option<u64>,
 }
 
-/// Who drains a node.
+/// The agent on which a node was drained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DrainedBy {

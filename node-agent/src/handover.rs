@@ -1,4 +1,4 @@
-//! What a process of the node-agent does in a handover to its next one, seen from both.
+//! The node-agent's part in a handover: that of the running process, and that of the next one.
 
 use std::{convert::Infallible, io, sync::Arc, time::Duration};
 

@@ -1,4 +1,4 @@
-//! What a process of the master-agent does in a handover to its next one, seen from both.
+//! The master-agent's part in a handover: that of the running process, and that of the next one.
 
 use std::{convert::Infallible, future::pending, io, time::Duration};
 

@@ -17,14 +17,14 @@ const CREATING: &str = "creating";
 /// The file that is there while a backup is restored.
 const RESTORING: &str = "restoring";
 
-/// What the master must not lose.
+/// The CA keys and the records of nodes and tokens, none of which the master may lose.
 #[derive(Debug)]
 pub struct MasterState {
     pub authorities: Authorities,
     pub store: SqliteStore,
 }
 
-/// What is in a state directory.
+/// The state of a state directory that may be opened or filled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Found {
     /// Nothing, or what is left of a new state that could not be made.

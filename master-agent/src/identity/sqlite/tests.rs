@@ -13,7 +13,7 @@ fn node(s: &str) -> NodeName {
     s.parse().unwrap()
 }
 
-/// What a name of the inventory gets that has no addresses there.
+/// The grant for a name that the inventory lists without addresses.
 fn listed(_: &NodeName) -> Grant {
     Grant { listed: true, addresses: Vec::new() }
 }
@@ -74,7 +74,7 @@ fn records_outlive_the_process_in_files_only_their_owner_can_read() {
     }
 }
 
-/// What a new process would read.
+/// Returns the keys that a new process would read.
 fn stored(dir: &TempDir) -> Known {
     SqliteStore::open(&dir.0).unwrap().known.into_inner().unwrap()
 }

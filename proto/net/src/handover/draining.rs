@@ -1,9 +1,9 @@
-//! What former processes still carry, which the process that serves shows.
+//! The callers and streams that former processes still carry, and the metrics by which the present process shows them.
 
 use prometheus_client::metrics::gauge::Gauge;
 use serde::{Deserialize, Serialize};
 
-/// What former processes still carry.
+/// The former processes that have not ended, and their streams.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Draining {
     pub processes: u64,

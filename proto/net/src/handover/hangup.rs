@@ -1,4 +1,4 @@
-//! What SIGHUP does: the whole configuration is checked, and a changed one is taken over by the next process.
+//! SIGHUP has the whole configuration checked. If it has changed, the next process takes it over.
 
 use std::{convert::Infallible, path::Path, sync::Arc};
 
